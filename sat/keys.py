@@ -1,0 +1,105 @@
+"""Rules that map a checkpoint format's tensor names to ours, as data: one list reads, writes and documents a format.
+
+Names are the full dotted keys of a part, without the prefix that an engine file puts in front of the part
+(``model.diffusion_model.``, ``first_stage_model.``, ``conditioner.embedders.0.transformer.``): the format strips it.
+
+Patterns, on both sides of a rule and matched to each other in order of appearance:
+
+``{}``
+    an index (a layer, a level): digits.
+``{~}``
+    an index counted from the other end: 0 on one side is the last on the other. The number of indices is read from
+    the names themselves, so one rule serves every depth. Write it on one side of the rule only.
+``*``
+    one name without dots (weight, bias).
+``**``
+    any rest, dots included; last in a pattern.
+
+A rule may match nothing (a list serves variants of a model): what must be there is decided by the module that is
+loaded, key by key. A key that no rule matches, or two rules match, is an error.
+
+The model families keep their lists in ``keys.py`` beside the model, under the names of the formats:
+``SAT``, ``DIFFUSERS``, ``HF`` (see :data:`LAYOUTS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+#: Foreign layouts: the name of a rule list in a ``keys.py`` -> what it describes.
+LAYOUTS = {
+    "SAT": "official SwissArmyTransformer files",
+    "DIFFUSERS": "diffusers component folders",
+    "HF": "Hugging Face transformers folders (text encoders)",
+}
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One tensor under another name. ``optional``: where it is absent, our module's own computed value stays."""
+
+    theirs: str
+    ours: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Several of their tensors of equal shape, concatenated on dim 0, are one of ours (q, k, v -> qkv)."""
+
+    theirs: Sequence[str]
+    ours: str
+
+
+@dataclass(frozen=True)
+class SwapHalves:
+    """Their first and second half of dim 0 are our second and first (scale, shift against shift, scale)."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class ConvToLinear:
+    """Their 1x1 convolution weight (O, I, 1, 1) is our linear weight (O, I); a bias passes unchanged."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class LinearToConv:
+    """Their linear weight (O, I) is our 1x1 convolution weight (O, I, 1, 1); a bias passes unchanged."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Several of their names hold the same tensor, one of ours. Any of them is enough; the first is written."""
+
+    theirs: Sequence[str]
+    ours: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A tensor of theirs that has no place in ours; ignored when read, never written. ``why`` is for the reader."""
+
+    theirs: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor of ours that they do not store: our module computes it; left out when their format is written."""
+
+    ours: str
+    why: str
+
+
+Rule: TypeAlias = Rename | Fuse | SwapHalves | ConvToLinear | LinearToConv | Tie | Drop | Computed
+Rules: TypeAlias = Sequence[Rule]
