@@ -1,0 +1,54 @@
+"""Settings every test runs under: one thread, fixed seeds, no compilation, nothing sent to a network."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Before torch is imported anywhere: the variables are read at its import, and subprocesses inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no warning from every process that imports deepspeed
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # halves deepspeed.initialize on the CPU; no test compiles
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Shared machines stall: a deadline would fail a test for the neighbour's load. Examples are derived from the
+# test itself, so that a failure on one machine is a failure on all.
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same state of the global generators."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the folder they are in, and skip those marked gpu on a machine without an accelerator."""
+    no_gpu = pytest.mark.skip(reason="needs an accelerator")
+    for item in items:
+        for tier in ("parity", "distributed", "golden"):
+            if tier in item.path.parts:
+                item.add_marker(tier)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
