@@ -1,0 +1,372 @@
+"""Every section of an experiment, as frozen dataclasses: an unknown section or key is an error, a default is written here once.
+
+Only the standard library is imported, so any layer may use these types. Sizes are (height, width) in pixels unless a
+field says otherwise. Rules that concern several fields of a section are its ``rules``; rules between sections are in
+``check.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Broken = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Makes:
+    """Marks a component field with what its target must build: a dotted class or Protocol name, imported when checked."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class MustExist:
+    """Marks a path that is read, with what to do when it is missing. Such paths are looked up from the current folder
+    first, then from the folder of the project that the YAML file belongs to."""
+
+    advice: str
+
+
+class RuleError(ValueError):
+    """Broken cross-field rules of one section, as (field, what is wrong) pairs."""
+
+    def __init__(self, section: str, broken: list[tuple[str, str]]) -> None:
+        self.section = section
+        self.broken = broken
+        super().__init__("; ".join(f"{section}.{key}: {what}" if key else f"{section}: {what}" for key, what in broken))
+
+
+class Section:
+    """A part of the experiment. Subclasses list their cross-field rules in ``rules``; all that fail are raised together."""
+
+    section: ClassVar[str] = "section"
+
+    def __post_init__(self) -> None:
+        if broken := list(self.rules()):
+            raise RuleError(self.section, broken)
+
+    def rules(self) -> Broken:
+        """(field, what is wrong) for every broken rule."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Component:
+    """A class or function named by ``target`` and the keyword arguments written for it; ``build`` makes the object."""
+
+    target: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+WEIGHTS = "see docs/checkpoints.md for where weights come from, or name another folder"
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Section):
+    """How images are noised, what the network predicts, and how training is scored."""
+
+    section = "diffusion"
+    schedule: Annotated[Component, Makes("sat.diffusion.schedule.Schedule")]
+    parameterisation: Annotated[Component, Makes("sat.diffusion.parameterisation.Parameterisation")]
+    process: Annotated[Component, Makes("sat.diffusion.process.Process")] = Component("sat.diffusion.process.Process")
+    loss: Annotated[Component, Makes("sat.diffusion.loss.DenoisingLoss")] | None = None
+
+
+@dataclass(frozen=True)
+class ConditioningConfig(Section):
+    """Text encoder, size embedding and tokenizer. ``max_length`` is in tokens, the end mark included."""
+
+    section = "conditioning"
+    text: Component
+    size: Component
+    max_length: int = 224
+    tokenizer: Annotated[Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")] = None
+
+    def rules(self) -> Broken:
+        if self.max_length < 1:
+            yield "max_length", f"expected at least 1 token, got {self.max_length}"
+
+
+@dataclass(frozen=True)
+class SizesConfig(Section):
+    """Which image sizes the model draws, in pixels: every side in [min, max] and a multiple, height x width at most max_area."""
+
+    section = "sampling.sizes"
+    min: int = 512
+    max: int = 2048
+    multiple: int = 32
+    max_area: int = 2**21
+
+    def rules(self) -> Broken:
+        for name in ("min", "max", "multiple", "max_area"):
+            if getattr(self, name) < 1:
+                yield name, f"expected at least 1, got {getattr(self, name)}"
+                return
+        first = math.ceil(self.min / self.multiple) * self.multiple
+        if self.min > self.max:
+            yield "min", f"{self.min} is larger than `max` {self.max}"
+        elif first > self.max:
+            yield "multiple", f"no multiple of {self.multiple} lies between {self.min} and {self.max}"
+        elif first * first > self.max_area:
+            yield "max_area", f"{self.max_area} leaves no size: the smallest is {first} x {first}"
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Section):
+    """What to draw and how. ``batch_size`` is images per prompt; image ``i`` uses seed ``seed + i``."""
+
+    section = "sampling"
+    prompt: str | list[str] | None = None
+    prompt_file: Annotated[Path | None, MustExist("name a text file with one prompt per line, or use --prompt")] = None
+    negative_prompt: str = ""
+    height: int = 1024
+    width: int = 1024
+    steps: int = 50
+    seed: int = 0
+    batch_size: int = 1
+    dtype: Precision = "fp32"
+    guider: Annotated[Component, Makes("sat.diffusion.guidance.Guider")] = Component(
+        "sat.diffusion.guidance.ClassifierFree", {"scale": 5.0}
+    )
+    sampler: Annotated[Component, Makes("sat.diffusion.sampler.Sampler")] = Component("sat.diffusion.sampler.DDIM")
+    sizes: SizesConfig = field(default_factory=SizesConfig)
+    latents: Annotated[Path | None, MustExist("name a file of initial latents, or null for seeded noise")] = None
+    grid_columns: int | None = None
+
+    def rules(self) -> Broken:
+        if self.prompt is not None and self.prompt_file is not None:
+            yield "prompt", "`prompt` and `prompt_file` are both given; set one of them to null"
+        if not 1 <= self.steps <= 1000:
+            yield "steps", f"expected 1 to 1000 steps, got {self.steps}"
+        if not 0 <= self.seed < 2**63:
+            yield "seed", f"expected 0 to 2^63 - 1, got {self.seed}"
+        for name in ("batch_size", "grid_columns"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield name, f"expected at least 1, got {value}"
+        yield from self._size()
+
+    def _size(self) -> Broken:
+        from sat.sampling.sizes import SizeRule
+
+        rule = SizeRule(self.sizes.min, self.sizes.max, self.sizes.multiple, self.sizes.max_area)
+        try:
+            rule.check(self.height, self.width)
+        except ValueError as error:
+            yield "height", str(error)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """Where weights are read: ``path`` is one folder with every part, the other three name one part each and win over it.
+
+    ``random`` is a seed: parts that no path covers are then drawn at random from it. Without it they are an error.
+    """
+
+    section = "checkpoint"
+    path: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    model: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    first_stage: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    text: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    random: int | None = None
+    allow_missing: list[str] = field(default_factory=list)
+    allow_pickle: bool = False
+
+    def source(self, part: Literal["model", "first_stage", "text"]) -> Path | None:
+        """The file or folder that ``part`` is read from, or None when no path names one."""
+        own: Path | None = getattr(self, part)
+        return own if own is not None else self.path
+
+    def rules(self) -> Broken:
+        if self.random is not None and self.random < 0:
+            yield "random", f"expected a seed of at least 0, got {self.random}"
+
+
+@dataclass(frozen=True)
+class MemoryConfig(Section):
+    """Trading time for memory. ``decode_batch`` images are decoded at a time; ``decode_tile`` is a side in latent cells."""
+
+    section = "memory"
+    text_encoder: Literal["keep", "free", "cpu"] = "keep"
+    decode_batch: int = 1
+    decode_tile: int | None = None
+
+    def rules(self) -> Broken:
+        if self.decode_batch < 1:
+            yield "decode_batch", f"expected at least 1 image, got {self.decode_batch}"
+        if self.decode_tile is not None and self.decode_tile < 8:
+            yield "decode_tile", f"expected at least 8 latent cells, got {self.decode_tile}"
+
+
+@dataclass(frozen=True)
+class OutputConfig(Section):
+    """Where results go; ``resume`` skips prompts whose files are all there."""
+
+    section = "output"
+    dir: Path | None = None
+    resume: bool = False
+
+    def rules(self) -> Broken:
+        if self.resume and self.dir is None:
+            yield "resume", "`resume` needs `output.dir`, the folder to continue"
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """Device and rank layout; ``timeout`` in seconds ends a run whose other ranks are silent."""
+
+    section = "parallel"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor: int = 1
+    sequence: int = 1
+    guidance: int = 1
+    timeout: float = 600.0
+
+    def rules(self) -> Broken:
+        for name in ("tensor", "sequence", "guidance"):
+            if getattr(self, name) != 1:
+                yield name, f"only 1 is possible yet, got {getattr(self, name)}; ranks share out the work as data parallel"
+        if not self.timeout > 0:
+            yield "timeout", f"expected more than 0 seconds, got {self.timeout}"
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """One training run. ``batch_size`` is per rank and step of accumulation; rates follow ``schedule`` after ``warmup`` steps."""
+
+    section = "train"
+    objective: Component
+    steps: int
+    batch_size: int = 1
+    accumulate: int = 1
+    dtype: Precision = "fp32"
+    zero: Literal[0, 1, 2] = 0
+    optimizer: Annotated[Component, Makes("torch.optim.Optimizer")] = Component("torch.optim.AdamW")
+    lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    ema: float | None = None
+    activation_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+    keep_last: int = 2
+    sample_every: int | None = None
+    sample_prompts: list[str] = field(default_factory=list)
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "cogview3"
+    allocator: bool = True
+    init_from: CheckpointConfig | None = None
+
+    def rules(self) -> Broken:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last", "sample_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield name, f"expected at least 1, got {value}"
+        if not 0 <= self.warmup <= self.steps:
+            yield "warmup", f"expected 0 to `steps` ({self.steps}), got {self.warmup}"
+        if not self.lr > 0:
+            yield "lr", f"expected more than 0, got {self.lr}"
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield "min_lr_ratio", f"expected 0 to 1, got {self.min_lr_ratio}"
+        if self.weight_decay < 0:
+            yield "weight_decay", f"expected at least 0, got {self.weight_decay}"
+        if self.clip is not None and not self.clip > 0:
+            yield "clip", f"expected more than 0 or null, got {self.clip}"
+        if self.ema is not None and not 0 <= self.ema < 1:
+            yield "ema", f"expected a decay of at least 0 and below 1, or null, got {self.ema}"
+        if self.sample_every is not None and not self.sample_prompts:
+            yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
+
+
+@dataclass(frozen=True)
+class SourceConfig(Section):
+    """One data set: a folder of images with captions; ``repeats`` copies of it in an epoch."""
+
+    section = "data.sources"
+    path: Annotated[Path, MustExist("name a folder of images with captions (see docs/data.md)")]
+    repeats: int = 1
+
+    def rules(self) -> Broken:
+        if self.repeats < 1:
+            yield "repeats", f"expected at least 1, got {self.repeats}"
+
+
+@dataclass(frozen=True)
+class AugmentConfig(Section):
+    """Mild random placement on white: ``shift`` as a share of the side, ``scale`` as the smallest and largest factor."""
+
+    section = "data.augment"
+    shift: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def rules(self) -> Broken:
+        if not 0 <= self.shift <= 0.5:
+            yield "shift", f"expected 0 to 0.5 of the side, got {self.shift}"
+        if not 0 < self.scale[0] <= self.scale[1]:
+            yield "scale", f"expected 0 < smallest <= largest, got {list(self.scale)}"
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Image-caption pairs for training, brought to ``height`` x ``width`` pixels."""
+
+    section = "data"
+    sources: list[SourceConfig]
+    height: int
+    width: int
+    crop: Literal["center", "random"] = "center"
+    augment: AugmentConfig | None = None
+    max_bad_share: float = 0.05
+    cache_views: int = 0
+    workers: int = 0
+
+    def rules(self) -> Broken:
+        if not self.sources:
+            yield "sources", "expected at least one source"
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                yield name, f"expected at least 1 pixel, got {getattr(self, name)}"
+        if not 0 <= self.max_bad_share <= 1:
+            yield "max_bad_share", f"expected a share of 0 to 1, got {self.max_bad_share}"
+        for name in ("cache_views", "workers"):
+            if getattr(self, name) < 0:
+                yield name, f"expected at least 0, got {getattr(self, name)}"
+
+
+@dataclass(frozen=True)
+class Experiment(Section):
+    """A whole checked config. ``imports`` names modules outside ``sat`` whose classes may be targets."""
+
+    section = "experiment"
+    model: Component
+    diffusion: DiffusionConfig
+    conditioning: ConditioningConfig
+    first_stage: Annotated[Component, Makes("sat.first_stage.autoencoder.AutoencoderKL")]
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig | None = None
+    data: DataConfig | None = None
+    imports: list[str] = field(default_factory=list)
+
+
+def plain(value: Any) -> Any:
+    """``value`` (a section, component or leaf) as the mappings, lists and scalars that YAML writes."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
