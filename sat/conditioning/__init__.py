@@ -1,0 +1,1 @@
+"""What a network is conditioned on: text, sizes, and how they are put together."""

@@ -1,0 +1,1 @@
+"""Noise schedules, the noising process, parameterisations, samplers, guidance and losses."""

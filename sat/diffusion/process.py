@@ -1,0 +1,75 @@
+"""The noising process: x_t = mean(x0, level) + sigma eps, one definition for training and for sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from sat.diffusion.level import Level
+from sat.mixin import Mixin, Resolved, resolve
+
+
+@dataclass(frozen=True)
+class ProcessContext:
+    """What a process mixin may read."""
+
+    low: Tensor | None = None  # (B, C, h, w) latent of the upsampled low-resolution image, for relay
+
+
+class Mean(Protocol):
+    """-> the noise-free part of x_t, (B, C, h, w)."""
+
+    def __call__(self, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor: ...
+
+
+class Start(Protocol):
+    """-> x at the first level, from unit noise (B, C, h, w)."""
+
+    def __call__(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ProcessHooks:
+    """The extension points of a process."""
+
+    mean: Mean
+    start: Start
+
+
+class Process(nn.Module):
+    """Plain diffusion: the mean is alpha x0. Variance preserving and exploding schedules differ only in their levels."""
+
+    def __init__(self, mixins: Mapping[str, Mixin] | None = None) -> None:
+        super().__init__()
+        self.mixins = nn.ModuleDict(mixins or {})
+        self.resolved: Resolved[ProcessHooks] = resolve(ProcessHooks(mean=self._mean, start=self._start), mixins or {})
+
+    @property
+    def hooks(self) -> ProcessHooks:
+        """The resolved extension points."""
+        return self.resolved.hooks
+
+    def noise(self, x0: Tensor, eps: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
+        """x_t of training."""
+        return self.hooks.mean(x0, level, ctx) + level.sigma * eps
+
+    def start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
+        """x at the first level of sampling."""
+        return self.hooks.start(noise, level, ctx)
+
+    def step(self, x: Tensor, x0: Tensor, now: Level, to: Level, ctx: ProcessContext) -> Tensor:
+        """x at level ``to``: keep the predicted noise, move the predicted mean.
+
+        This is the official Euler, zero-SNR DDIM and relay step in one (DDIM, arXiv:2010.02502 eq. 12 with eta 0).
+        """
+        keep = to.sigma / now.sigma
+        return self.hooks.mean(x0, to, ctx) + keep * (x - self.hooks.mean(x0, now, ctx))
+
+    def _mean(self, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
+        return level.alpha * x0
+
+    def _start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
+        return noise * (level.alpha**2 + level.sigma**2) ** 0.5

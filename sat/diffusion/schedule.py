@@ -1,0 +1,131 @@
+"""Noise schedules: the levels a sampler visits and the levels training draws from. All tables are float64."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sat.diffusion.level import Level
+from sat.diffusion.spacing import Spacing, timesteps
+
+Table = NDArray[np.float64]
+
+
+class Schedule(Protocol):
+    """Levels for sampling and for training."""
+
+    total: int
+
+    def levels(self, steps: int) -> list[Level]:
+        """``steps`` + 1 levels from noise to data; the last has sigma 0."""
+        ...
+
+    def at(self, index: Tensor) -> Level:
+        """The training levels of integer timesteps (B,), as (B, 1, 1, 1) float32 tensors."""
+        ...
+
+
+def scaled_linear_alphas(total: int = 1000, start: float = 0.00085, end: float = 0.012) -> Table:
+    """Cumulative signal level alpha-bar (total,), descending, of betas whose square roots are linear.
+
+    Source: latent diffusion, arXiv:2112.10752; official ``discretizer.py``.
+    """
+    betas = np.linspace(start**0.5, end**0.5, total, dtype=np.float64) ** 2
+    return np.cumprod(1.0 - betas)
+
+
+def snr_shift(alphas_cumprod: Table, shift: float) -> Table:
+    """alpha-bar after dividing the signal-to-noise ratio a / (1 - a) by ``shift``; 1 changes nothing.
+
+    Source: "simple diffusion", arXiv:2301.11093; official ``discretizer.py:94``.
+    """
+    return alphas_cumprod / (shift + (1 - shift) * alphas_cumprod)
+
+
+def zero_terminal(root: Table) -> Table:
+    """sqrt(alpha-bar), noise last, moved and stretched so that it ends at exactly 0 and still begins where it did.
+
+    Source: arXiv:2305.08891, algorithm 1. A table of one entry cannot be both: it becomes 0.
+    """
+    first, last = root[0], root[-1]
+    if first == last:
+        return np.zeros_like(root)
+    return (root - last) * (first / (first - last))
+
+
+class ZeroSNR:
+    """Variance preserving with zero terminal signal: alpha = sqrt(alpha-bar), sigma = sqrt(1 - alpha-bar).
+
+    ``rescale`` says when the terminal signal is removed: ``after_spacing`` (official: the steps of the run are picked
+    first and rescaled by their own end points, so alpha at a timestep depends on the number of steps) or
+    ``before_spacing`` (diffusers: the table of all ``total`` levels is rescaled once).
+    ``quantise`` (official): x0 is computed with the nearest of the 1000 training levels.
+    """
+
+    def __init__(
+        self,
+        shift: float = 4.0,
+        total: int = 1000,
+        spacing: Spacing = "trailing",
+        rescale: Literal["after_spacing", "before_spacing"] = "after_spacing",
+        quantise: bool = True,
+    ) -> None:
+        if shift <= 0:
+            raise ValueError(f"the schedule's shift must be positive, got {shift}")
+        self.total = total
+        self.spacing: Spacing = spacing
+        self.rescale = rescale
+        self.quantise = quantise
+        self.root: Table = np.sqrt(snr_shift(scaled_linear_alphas(total), shift))
+        self.trained: Table = zero_terminal(self.root)
+
+    def levels(self, steps: int) -> list[Level]:
+        indices = timesteps(steps, self.total, self.spacing)
+        if self.rescale == "after_spacing":
+            alphas = zero_terminal(self.root[indices][::-1])[::-1]
+        else:
+            alphas = self.trained[indices]
+        out = [self._level(float(a), i) for a, i in zip(alphas, indices, strict=True)]
+        return [*out, Level(1.0, 0.0, 0.0, 1.0, 0.0)]
+
+    def _level(self, alpha: float, index: int) -> Level:
+        net = float(self.trained[np.abs(self.trained - alpha).argmin()]) if self.quantise else alpha
+        return Level(alpha, (1 - alpha**2) ** 0.5, float(index), net, (1 - net**2) ** 0.5)
+
+    def at(self, index: Tensor) -> Level:
+        alpha = torch.from_numpy(self.trained).to(index.device)[index]
+        sigma = (1 - alpha**2).sqrt()
+        return _training_level(alpha, sigma, index)
+
+
+class Discrete:
+    """Variance exploding over the 1000 levels of the latent-diffusion schedule: alpha = 1, sigma = sqrt((1 - a) / a).
+
+    The schedule of CogView3-Base and CogView3-Relay (eps prediction).
+    """
+
+    def __init__(self, total: int = 1000, spacing: Spacing = "trailing") -> None:
+        self.total = total
+        self.spacing: Spacing = spacing
+        cumulative = scaled_linear_alphas(total)
+        self.trained: Table = np.sqrt((1 - cumulative) / cumulative)
+
+    def levels(self, steps: int) -> list[Level]:
+        out = []
+        for i in timesteps(steps, self.total, self.spacing):
+            sigma = float(self.trained[i])
+            out.append(Level(1.0, sigma, float(i), 1.0, sigma))
+        return [*out, Level(1.0, 0.0, 0.0, 1.0, 0.0)]
+
+    def at(self, index: Tensor) -> Level:
+        sigma = torch.from_numpy(self.trained).to(index.device)[index]
+        return _training_level(torch.ones_like(sigma), sigma, index)
+
+
+def _training_level(alpha: Tensor, sigma: Tensor, index: Tensor) -> Level:
+    a, s = alpha.float()[:, None, None, None], sigma.float()[:, None, None, None]
+    return Level(a, s, index.float(), a, s)

@@ -1,0 +1,22 @@
+"""Which of the training timesteps a run of a few steps visits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+Spacing = Literal["trailing", "leading"]
+
+
+def timesteps(steps: int, total: int, spacing: Spacing = "trailing") -> list[int]:
+    """``steps`` timesteps of 0 … total - 1, descending.
+
+    ``trailing`` always starts at total - 1: 50 of 1000 are 999, 979, …, 19. ``leading`` always ends at 0: 980, …, 0.
+    Source: arXiv:2305.08891, table 2; official ``discretizer.py:14``.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total} (the training levels), got {steps}")
+    if spacing == "trailing":
+        return [int(t) for t in np.linspace(total - 1, 0, steps, endpoint=False).astype(int)]
+    return [int(t) for t in (np.arange(steps) * (total // steps))[::-1]]

@@ -1,0 +1,24 @@
+"""Layer norm of queries and keys."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sat.mixin import Mixin, replaces
+from sat.transformer.block import LayerNorm
+from sat.transformer.context import Context
+from sat.transformer.points import TransformerHooks
+
+
+class QKNorm(Mixin):
+    """Normalises q and k over each head's ``head_dim`` channels, without parameters; text and image alike."""
+
+    host = TransformerHooks
+
+    def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = LayerNorm(head_dim, eps)
+
+    @replaces("norm_qk")
+    def norm_qk(self, q: Tensor, k: Tensor, ctx: Context, layer: int) -> tuple[Tensor, Tensor]:
+        return self.norm(q), self.norm(k)

@@ -1,0 +1,67 @@
+"""The two branches of a block: self-attention with one fused qkv projection, and the feed-forward layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from sat.transformer.context import Context
+from sat.transformer.points import TransformerHooks
+
+FP16_HEADROOM = 64.0
+"""Projections back into the residual stream run at 1/64 scale in float16 and are scaled up in float32:
+weights trained in bfloat16 (T5-XXL above all) produce values beyond float16's 65504."""
+
+
+class Attention(nn.Module):
+    """(B, L, D) -> (B, L, D). The weight rows of ``qkv`` are q, then k, then v, each head by head.
+
+    The number of heads is read from the projection's output, not stored: under tensor parallelism a rank sees
+    only its share and nothing here changes.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, *, bias: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
+        self.proj = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, d=self.head_dim)
+        q, k = hooks.rotate_qk(*hooks.norm_qk(q, k, ctx, layer), ctx, layer)
+        return expand(self.proj, shrink(rearrange(hooks.attend(q, k, v, ctx), "b h l d -> b l (h d)")))
+
+
+class FeedForward(nn.Module):
+    """Two-layer MLP with tanh-approximated GELU; ``gated`` multiplies by a second projection (GEGLU).
+
+    Plain: down(gelu(up(x))). Gated: down(gelu(gate(x)) * up(x)).
+    """
+
+    def __init__(self, dim: int, hidden: int, *, gated: bool, bias: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden, bias=bias) if gated else None
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return expand(self.down, shrink(F.gelu(self.up(x), approximate="tanh")))
+        return expand(self.down, shrink(F.gelu(self.gate(x), approximate="tanh")) * self.up(x))
+
+
+def shrink(h: Tensor) -> Tensor:
+    """``h`` itself; in float16 at 1/64 scale, so that the projection behind it cannot overflow."""
+    return h / FP16_HEADROOM if h.dtype == torch.float16 else h
+
+
+def expand(linear: nn.Module, h: Tensor) -> Tensor:
+    """``linear`` of what :func:`shrink` returned, in full scale; float32 where ``h`` is float16."""
+    out: Tensor = linear(h)
+    if h.dtype != torch.float16:
+        return out
+    out = out.float() * FP16_HEADROOM
+    bias = getattr(linear, "bias", None)
+    return out if bias is None else out - (FP16_HEADROOM - 1) * bias.float()

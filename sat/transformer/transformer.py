@@ -1,0 +1,120 @@
+"""A transformer whose every variable part is a named hook: no parallelism, no task code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sat.mixin import Mixin, Resolved, resolve
+from sat.transformer import kernels
+from sat.transformer.block import Block, BlockSpec
+from sat.transformer.context import Context, LayerModulation, Modulation
+from sat.transformer.points import TransformerHooks
+
+
+class Transformer(nn.Module):
+    """``depth`` blocks of width ``dim`` between an ``embed`` and a ``final`` hook.
+
+    ``print(transformer.resolved)`` shows who owns each hook. ``checkpointing`` recomputes each block in the
+    backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, depth: int, mixins: Mapping[str, Mixin], spec: BlockSpec | None = None
+    ) -> None:
+        super().__init__()
+        spec = spec or BlockSpec()
+        if spec.head_dim is None and dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        self.spec = spec
+        self.checkpointing = False
+        self.blocks = nn.ModuleList(Block(dim, heads, spec) for _ in range(depth))
+        self.mixins = nn.ModuleDict(mixins)
+        self.resolved: Resolved[TransformerHooks] = resolve(self._defaults(), mixins)
+
+    @property
+    def hooks(self) -> TransformerHooks:
+        """The resolved extension points."""
+        return self.resolved.hooks
+
+    def prepare(self, ctx: Context) -> Context:
+        """``ctx`` with everything filled in that depends on the text and the size but not on the step."""
+        ctx = self.hooks.prepare(ctx)
+        return replace(ctx, table=self.hooks.position(ctx), prepared=True)
+
+    def modulations(self, emb: Tensor, text_len: int) -> list[tuple[LayerModulation, ...]]:
+        """Modulations of all layers for the rows of ``emb`` (S, E), one list entry per row (a row is a step).
+
+        One matrix product a layer for all steps of a run, instead of one a layer and step.
+        """
+        ctx = Context(emb=emb, text_len=text_len)
+        per_layer = [self.hooks.modulate(ctx, layer) for layer in range(len(self.blocks))]
+        known = [m for m in per_layer if m is not None]
+        if len(known) != len(per_layer):
+            return []
+        return [tuple((_row(a, s), _row(b, s)) for a, b in known) for s in range(emb.shape[0])]
+
+    def forward(self, ctx: Context) -> Tensor:
+        if not ctx.prepared:
+            ctx = self.prepare(ctx)
+        x = self.hooks.embed(ctx)
+        if ctx.table is not None:
+            x = x + ctx.table
+        if x.dtype == torch.float16:
+            x = x.float()
+        layer = self.hooks.layer
+        if self.checkpointing and torch.is_grad_enabled():
+            layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)  # nothing random inside
+        for i in range(len(self.blocks)):
+            x = layer(x, ctx, i)
+        return self.hooks.final(x, ctx)
+
+    # Bound methods, not lambdas: a deep copy rebinds a bound method, a closure would keep the original's blocks.
+    def _defaults(self) -> TransformerHooks:
+        return TransformerHooks(
+            prepare=self._prepare,
+            embed=self._embed,
+            position=self._position,
+            modulate=self._modulate,
+            norm_qk=self._same,
+            rotate_qk=self._same,
+            attend=self._attend,
+            layer=self._layer,
+            final=self._final,
+        )
+
+    def _prepare(self, ctx: Context) -> Context:
+        return ctx
+
+    def _embed(self, ctx: Context) -> Tensor:
+        raise NotImplementedError("no mixin provides the 'embed' hook: a transformer needs one (see sat/mixins)")
+
+    def _position(self, ctx: Context) -> Tensor | None:
+        return None
+
+    def _modulate(self, ctx: Context, layer: int) -> LayerModulation | None:
+        return None
+
+    def _same(self, q: Tensor, k: Tensor, ctx: Context, layer: int) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        mask = None if ctx.text_mask is None else kernels.key_mask(ctx.text_mask, k.shape[2])
+        return kernels.attend(q, k, v, bias=ctx.bias, mask=mask, scale=self.spec.scale)
+
+    def _layer(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
+        out: Tensor = self.blocks[layer](x, ctx, layer, self.hooks)
+        return out
+
+    def _final(self, x: Tensor, ctx: Context) -> Tensor:
+        return x
+
+
+def _row(m: Modulation, step: int) -> Modulation:
+    """The modulation of one row of a stack, (1, 2, D), as views."""
+    return Modulation(m.shift[step : step + 1], m.scale[step : step + 1], m.gate[step : step + 1])
