@@ -1,0 +1,108 @@
+"""Convolution blocks of the autoencoder: residual block, halving, doubling and single-head attention.
+
+Every block keeps the memory format it is given: on a CPU call ``module.to(memory_format=torch.channels_last)``
+once and hand in channels-last images. Letters: B batch, C channels, h,w rows and columns of the feature map.
+Source: official ``sgm/modules/diffusionmodules/model.py``.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Affine GroupNorm with the epsilon 1e-6 of the official autoencoders."""
+    if channels % groups:
+        raise ValueError(
+            f"first_stage: {channels} channels cannot be normalised in {groups} groups; "
+            f"width times every multiplier must be a multiple of groups"
+        )
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+
+class ResBlock(nn.Module):
+    """(B, C_in, h, w) -> (B, C_out, h, w): two normalised 3x3 convolutions added to the input.
+
+    The input passes through a 1x1 convolution where the widths differ.
+    """
+
+    def __init__(self, channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(channels, groups)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, h, w)."""
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        out: Tensor = self.shortcut(x) + y
+        return out
+
+
+class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, h/2, w/2): a 3x3 convolution of stride 2, padded on the right and below only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h/2, w/2)."""
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, 2h, 2w): every cell repeated twice each way, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all cells, added to its input; (B, C, h, w) -> the same.
+
+    Logits are scaled by 1/sqrt(C). Only the 4-channel autoencoder has it, in the middle.
+    """
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        b, c, h, w = x.shape
+        cells = self.norm(x).permute(0, 2, 3, 1).reshape(b, 1, h * w, c)
+        y = F.scaled_dot_product_attention(self.q(cells), self.k(cells), self.v(cells))
+        return x + self.proj(y).reshape(b, h, w, c).permute(0, 3, 1, 2)
+
+
+class Middle(nn.Module):
+    """(B, C, h, w) -> the same: two residual blocks at the lowest resolution, attention between them or not."""
+
+    def __init__(self, channels: int, groups: int, attention: bool) -> None:
+        super().__init__()
+        self.block1 = ResBlock(channels, channels, groups)
+        self.attention = Attention(channels, groups) if attention else nn.Identity()
+        self.block2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        out: Tensor = self.block2(self.attention(self.block1(x)))
+        return out

@@ -1,0 +1,92 @@
+"""Training of the first stage: reconstruct the image through a sampled latent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sat.data.batch import Batch
+from sat.first_stage.autoencoder import AutoencoderKL
+
+
+class HasFirstStage(Protocol):
+    """What this objective asks of the engine."""
+
+    first_stage: AutoencoderKL
+
+
+class FirstStageObjective(nn.Module):
+    """L1 + ``edge`` x image gradients at two scales + ``kl`` x KL, all means over the values they are summed from.
+
+    ``pixel``, ``edge``: weights of the absolute error of the pixels (in [-1, 1]) and of their horizontal and
+    vertical differences, at full and at half size. ``kl``: weight of the divergence per latent value, in nats.
+    Logged beside ``loss``: ``pixel``, ``edge``, ``kl``, ``psnr`` (dB, of the clamped sampled reconstruction),
+    ``latent_mean`` and ``latent_std`` (of all latent values; 1 / latent_std is a fitting ``scale_factor``).
+
+    The posterior's noise comes from torch's global generator, which a checkpoint of the run holds. The
+    convolutions run channels-last, which on a CPU in bf16 is several times faster.
+    """
+
+    def __init__(self, *, engine: HasFirstStage, pixel: float = 1.0, edge: float = 1.0, kl: float = 1e-4) -> None:
+        super().__init__()
+        if min(pixel, edge, kl) < 0 or pixel + edge <= 0:
+            raise ValueError(
+                f"train.objective: weights pixel {pixel}, edge {edge}, kl {kl} must not be negative, "
+                f"and pixel or edge must be positive"
+            )
+        self.first_stage = engine.first_stage
+        self.pixel, self.edge, self.kl = pixel, edge, kl
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The part that a checkpoint of this training holds."""
+        return {"first_stage": self.first_stage}
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that the optimizer sees."""
+        return self.first_stage.parameters()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """``loss`` and the logged terms, float32 scalars."""
+        if batch.image is None:
+            raise ValueError("train.objective: the first stage needs images, the batch has none (data.cache_views?)")
+        image = batch.image.contiguous(memory_format=torch.channels_last)
+        posterior = self.first_stage.encode(image)
+        latent = posterior.sample()
+        made = self.first_stage.decode(latent).float()
+        target = image.float()
+        pixel = (made - target).abs().mean()
+        edge = edge_error(made, target)
+        kl = posterior.kl().mean() / latent[0].numel()
+        with torch.no_grad():
+            latent_std, latent_mean = torch.std_mean(latent.float())
+            psnr = peak_signal_to_noise(made, target).mean()
+        return {
+            "loss": self.pixel * pixel + self.edge * edge + self.kl * kl,
+            "pixel": pixel.detach(),
+            "edge": edge.detach(),
+            "kl": kl.detach(),
+            "psnr": psnr,
+            "latent_mean": latent_mean,
+            "latent_std": latent_std,
+        }
+
+
+def edge_error(made: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error () of neighbouring-pixel differences, both ways, at full and half size, averaged.
+
+    Images are (B, C, H, W), H and W at least 4. Differences are linear, so the error image is differenced once.
+    """
+    error = made - target
+    half = F.avg_pool2d(error, 2)
+    terms = [scale.diff(dim=dim).abs().mean() for scale in (error, half) for dim in (2, 3)]
+    return torch.stack(terms).mean()
+
+
+def peak_signal_to_noise(made: Tensor, target: Tensor) -> Tensor:
+    """PSNR (B,) in dB of images (B, C, H, W) in [-1, 1]; ``made`` is clamped first. At most 100 dB."""
+    mse = (made.clamp(-1, 1) - target).square().mean(dim=(1, 2, 3)) / 4
+    return -10 * torch.log10(mse.clamp_min(1e-10))
