@@ -25,7 +25,7 @@ class DenoisingLoss:
 
     For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10 read
     as an error in v); for eps prediction the official ``StandardDiffusionLoss``. ``offset_noise`` adds that much of
-    one normal draw per image and channel to the noise.
+    one normal draw per image to the noise (drawn after it).
     """
 
     def __init__(self, weighting: Weighting | None = None, offset_noise: float = 0.0) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from sat.diffusion.level import Level
@@ -24,18 +23,3 @@ class Uniform:
 
     def __call__(self, level: Level) -> Tensor | float:
         return 1.0
-
-
-class MinSNR:
-    """min(snr, gamma) weights on x0, restated for v prediction: min(snr, gamma) / (snr + 1).
-
-    Source: arXiv:2303.09556, eq. 8 (gamma 5).
-    """
-
-    def __init__(self, gamma: float = 5.0) -> None:
-        self.gamma = gamma
-
-    def __call__(self, level: Level) -> Tensor | float:
-        alpha, sigma = torch.as_tensor(level.net_alpha), torch.as_tensor(level.net_sigma)
-        snr = (alpha / sigma) ** 2
-        return snr.clamp(max=self.gamma) / (snr + 1)

@@ -46,14 +46,15 @@ class SinCos2D(Mixin):
         self.size = (height, width)
         self.register_buffer("table", sincos_table(height, width, dim))
 
-    def reset_buffers(self) -> None:
-        """Recompute the table: after building on the meta device, where it has no values."""
-        self.table = sincos_table(*self.size, self.table.shape[2])
+    def computed(self) -> dict[str, Tensor]:
+        """Values of the buffers a checkpoint may leave out, by local name."""
+        return {"table": sincos_table(*self.size, self.table.shape[2])}
 
     @replaces("position")
     def position(self, ctx: Context) -> Tensor | None:
         h, w = ctx.grid
         if h > self.size[0] or w > self.size[1]:
             raise ValueError(f"{h} x {w} patches do not fit the {self.size[0]} x {self.size[1]} position table")
-        image = self.table[:h, :w].reshape(1, h * w, -1)
+        like = self.table if ctx.tokens is None else ctx.tokens
+        image = self.table[:h, :w].reshape(1, h * w, -1).to(like.dtype)
         return F.pad(image, (0, 0, ctx.text_len, 0))

@@ -1,0 +1,147 @@
+"""The CogView3-Plus network: five mixins on the transformer base, and the time and size embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sat.conditioning.condition import Condition
+from sat.diffusion.level import Scalar
+from sat.embeddings import mlp, sinusoid
+from sat.mixin import Mixin
+from sat.mixins.adaln import AdaLN
+from sat.mixins.final_layer import FinalLayer
+from sat.mixins.patch_embed import PatchEmbed
+from sat.mixins.qk_norm import QKNorm
+from sat.mixins.sincos import SinCos2D
+from sat.transformer import Context, Grid, LayerModulation, Transformer
+
+
+class Step(NamedTuple):
+    """What one timestep adds to the prepared context."""
+
+    emb: Tensor  # (1, E)
+    modulation: tuple[LayerModulation, ...] | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about a batch that no step changes; made by :meth:`CogView3Plus.prepare`."""
+
+    context: Context
+    size_emb: Tensor  # (B, E), or (1, E) where all rows are alike
+    steps: Mapping[float, Step]  # timestep -> its embedding and modulations
+
+
+class CogView3Plus(nn.Module):
+    """Noisy latent (B, C, h, w), timestep, text (B, T, C_text), size vector (B, V) -> v prediction (B, C, h, w).
+
+    ``patch`` counts latent cells, ``table_size`` (rows, columns) patches. ``mixins`` are added to the standard ones
+    (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place by name; to rotate
+    instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params: {…}}}``.
+    Defaults are those of the published 3 B model. Source: official ``dit.py``, ``configs/cogview3_plus.yaml``.
+    """
+
+    def __init__(
+        self,
+        dim: int = 2560,
+        heads: int = 64,
+        depth: int = 30,
+        channels: int = 16,
+        patch: int = 2,
+        text_dim: int = 4096,
+        text_len: int = 224,
+        emb_dim: int = 512,
+        size_dim: int = 1536,
+        table_size: Sequence[int] = (128, 128),
+        double_norm: bool = True,
+        mixins: Mapping[str, Mixin] | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        if len(table_size) != 2:
+            raise ValueError(f"table_size is (rows, columns) in patches, got {list(table_size)}")
+        self.dim, self.patch, self.channels, self.text_len = dim, patch, channels, text_len
+        standard: dict[str, Mixin] = {
+            "patch_embed": PatchEmbed(channels, dim, patch, text_dim),
+            "position": SinCos2D(dim, *table_size),
+            "adaln": AdaLN(dim, emb_dim, depth),
+            "qk_norm": QKNorm(dim // heads),
+            "final_layer": FinalLayer(dim, emb_dim, patch, channels, double_norm),
+        }
+        self.transformer = Transformer(dim, heads, depth, {**standard, **(mixins or {})})
+        self.time = mlp(dim, emb_dim)
+        self.size = mlp(size_dim, emb_dim)
+
+    @property
+    def hooks(self) -> str:
+        """The table of hook owners, for printing."""
+        return str(self.transformer.resolved)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the matrix products."""
+        return self.time[0].weight.dtype  # type: ignore[union-attr,return-value]
+
+    def initialise(self) -> None:
+        """Weights for training from scratch: adaLN and the head start at zero, so that every block is the identity.
+
+        Source: arXiv:2212.09748 (adaLN-zero).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name, module in self.named_modules():
+            last = isinstance(module, nn.Linear) and (".adaln." in name or name.endswith("final_layer.linear"))
+            if last:
+                nn.init.zeros_(module.weight)
+        for layer in (self.time, self.size):
+            for part in (layer[0], layer[2]):
+                nn.init.normal_(part.weight, std=0.02)
+
+    def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Prepared:
+        """``size`` is the latent's (h, w) in cells. ``indices``: the timesteps of a sampling run, if there is one."""
+        h, w = size
+        if h % self.patch or w % self.patch:
+            raise ValueError(f"a latent of {h} x {w} cells does not divide into patches of {self.patch}")
+        if cond.text.shape[1] != self.text_len:
+            raise ValueError(f"the network takes {self.text_len} text tokens, got {cond.text.shape[1]}")
+        context = Context(
+            text=cond.text,
+            grid=Grid(h // self.patch, w // self.patch),
+            text_len=cond.text.shape[1],
+            text_mask=cond.text_mask,
+        )
+        vector = cond.vector
+        if indices and bool((vector == vector[:1]).all()):
+            vector = vector[:1]
+        size_emb = self.size(vector.to(self.dtype))
+        steps = self._steps(indices, size_emb) if indices and len(vector) == 1 else {}
+        return Prepared(self.transformer.prepare(context), size_emb, steps)
+
+    def forward(self, x: Tensor, index: Scalar, prepared: Prepared) -> Tensor:
+        step = prepared.steps.get(index) if isinstance(index, float) else None
+        if step is None:
+            t = torch.as_tensor(index, dtype=torch.float32, device=x.device).reshape(-1)
+            step = Step(self._time(t) + prepared.size_emb, None)
+        ctx = replace(prepared.context, image=x.to(self.dtype), emb=step.emb, modulation=step.modulation)
+        return self.transformer(ctx)  # type: ignore[no-any-return]
+
+    def _time(self, t: Tensor) -> Tensor:
+        out: Tensor = self.time(sinusoid(t, self.dim).to(self.dtype))
+        return out
+
+    def _steps(self, indices: Sequence[float], size_emb: Tensor) -> dict[float, Step]:
+        """Embedding and modulations of each timestep, for a batch whose rows have one size vector (1, E)."""
+        emb = self._time(torch.tensor(indices, dtype=torch.float32, device=size_emb.device)) + size_emb
+        modulations = self.transformer.modulations(emb, self.text_len)
+        return {
+            float(t): Step(emb[s : s + 1], modulations[s] if modulations else None) for s, t in enumerate(indices)
+        }

@@ -1,0 +1,10 @@
+"""How CogView3-Plus may be split over tensor ranks."""
+
+from sat.plan import Column, Plan, Row
+
+PLAN: Plan = {
+    "transformer.blocks.*.attn.qkv": Column(parts=3),
+    "transformer.blocks.*.attn.proj": Row(),
+    "transformer.blocks.*.mlp.up": Column(),
+    "transformer.blocks.*.mlp.down": Row(),
+}
