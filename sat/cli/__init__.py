@@ -1,0 +1,1 @@
+"""The command lines; each module has ``main(argv)``."""

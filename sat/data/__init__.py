@@ -1,0 +1,1 @@
+"""Image-caption data: reading, transforming, ordering, batching."""
