@@ -1,0 +1,166 @@
+"""The engine: one network, its conditioner and its first stage, under one schedule and one process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Conditioner
+from sat.diffusion.denoiser import Denoiser
+from sat.diffusion.guidance import Guider
+from sat.diffusion.level import Level
+from sat.diffusion.loss import DenoisingLoss
+from sat.diffusion.parameterisation import Parameterisation
+from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.sampler import Sampler, StepCallback
+from sat.diffusion.schedule import Schedule
+from sat.first_stage.autoencoder import AutoencoderKL
+from sat.first_stage.posterior import Posterior
+
+
+class NonFiniteError(ArithmeticError):
+    """A latent became infinite or NaN while sampling."""
+
+
+class DiffusionEngine(nn.Module):
+    """Samples images and computes training losses for any network of the family.
+
+    Latents are the network's: the first stage's times its ``scale_factor``. The schedule, the sampler's state and
+    guidance are float32 whatever the dtype of the weights.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        conditioner: Conditioner,
+        first_stage: AutoencoderKL,
+        schedule: Schedule,
+        parameterisation: Parameterisation,
+        process: Process | None = None,
+        loss: DenoisingLoss | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.conditioner = conditioner
+        self.first_stage = first_stage
+        self.process = process or Process()
+        self.schedule = schedule
+        self.parameterisation = parameterisation
+        self.denoising_loss = loss or DenoisingLoss()
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network behind the contract ``denoise(x, level, prepared) -> x0``."""
+        return Denoiser(self.network, self.parameterisation)
+
+    @property
+    def hooks(self) -> str:
+        """Who owns each hook of the network and of the process, for printing and for ``run.json``."""
+        return f"{getattr(self.network, 'hooks', '')}\n{self.process.resolved}".strip()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of an image of ``height`` x ``width`` pixels."""
+        factor = self.first_stage.factor
+        return self.first_stage.channels, height // factor, width // factor
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        cond: Condition,
+        uncond: Condition,
+        noise: Tensor,
+        *,
+        steps: int,
+        guider: Guider,
+        sampler: Sampler,
+        low: Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        """Latents (B, C, h, w) float32 from unit noise of the same shape.
+
+        Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last step on
+        an accelerator, where looking earlier would stall the device.
+        """
+        levels = self.schedule.levels(steps)
+        rows = guider.rows(cond, uncond)
+        indices = [float(level.index) for level in levels[:-1]]
+        prepared = self.network.prepare(rows, tuple(noise.shape[2:]), indices)  # type: ignore[operator]
+        watch = _FiniteWatch(noise.device, rows.text.dtype)
+        denoiser = self.denoiser
+
+        def predict(x: Tensor, level: Level) -> Tensor:
+            return denoiser(x, level, prepared)
+
+        def guided(x: Tensor, level: Level) -> Tensor:
+            x0 = guider(predict, x, level)
+            watch.see(x0, level)
+            return x0
+
+        out = sampler(guided, noise.float(), levels, self.process, ProcessContext(low), callback)
+        watch.finish()
+        return out
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, *, batch: int = 1, tile: int | None = None) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1].
+
+        ``batch`` images are decoded at a time; ``tile`` is a side in latent cells, None decodes images whole.
+        """
+        z = latents / self.first_stage.scale_factor
+        images = [self.first_stage.decode(part).float() for part in z.split(batch)]
+        return torch.cat(images).add_(1).div_(2).clamp_(0, 1)
+
+    def latents(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
+        """A scaled sample (B, C, h, w) float32 of the first stage's posterior."""
+        return posterior.sample(generator=generator).float() * self.first_stage.scale_factor
+
+    def loss(
+        self,
+        latents: Tensor,
+        cond: Condition,
+        *,
+        generator: torch.Generator | None = None,
+        index: Tensor | None = None,
+        low: Tensor | None = None,
+    ) -> Tensor:
+        """(B,) float32 denoising loss of clean latents (B, C, h, w).
+
+        ``index`` (B,) fixes the timesteps, for validation at given noise levels; otherwise they are drawn.
+        """
+        draw = self.denoising_loss.draw(latents, self.schedule, generator)
+        if index is not None:
+            draw = draw._replace(index=index)
+        prepared = self.network.prepare(cond, tuple(latents.shape[2:]))  # type: ignore[operator]
+        return self.denoising_loss(
+            self.denoiser, latents, prepared, draw, self.schedule, self.process, ProcessContext(low)
+        )
+
+
+class _FiniteWatch:
+    """Notices the first step whose prediction is not finite, without stalling an accelerator."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.at_once = device.type == "cpu"
+        self.dtype = dtype
+        self.seen: list[tuple[Level, Tensor]] = []
+
+    def see(self, x0: Tensor, level: Level) -> None:
+        self.seen.append((level, torch.isfinite(x0).all()))
+        if self.at_once and not self.seen[-1][1]:
+            self.finish()
+
+    def finish(self) -> None:
+        flags = torch.stack([ok for _, ok in self.seen]).tolist()
+        if all(flags):
+            return
+        step = flags.index(False)
+        advice = {
+            torch.float16: "float16 is too narrow for these weights: try sampling.dtype=bf16 or fp32",
+            torch.bfloat16: "try sampling.dtype=fp32, and check the weights with convert.py",
+        }.get(self.dtype, "the weights or the initial latents hold values that are not finite")
+        name = str(self.dtype).removeprefix("torch.")
+        raise NonFiniteError(
+            f"the latent is not finite at step {step + 1} (timestep {self.seen[step][0].index:g}, {name}): {advice}"
+        )
+
