@@ -1,0 +1,264 @@
+"""Applying key rules: names and shapes first, tensors one at a time when asked for.
+
+:func:`read_map` and :func:`write_map` turn a rule list (:mod:`sat.keys`) and a set of names into a :class:`KeyMap`;
+:class:`Mapped` is then a view of a state dict under the other names. Views stack: native -> SAT is one view, SAT ->
+diffusers is two, and no tensor is read before the last one is asked for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo, listing
+from sat.keys import Computed, ConvToLinear, Drop, Fuse, LinearToConv, Rename, Rule, Rules, SwapHalves, Tie
+
+_TOKEN = re.compile(r"\{~?\}|\*\*|\*")
+_GROUP = {"{}": r"(\d+)", "{~}": r"(\d+)", "*": r"([^.]+)", "**": r"(.+)"}
+
+
+class KeyMappingError(CheckpointError):
+    """Names that no rule, or more than one rule, maps."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a mapped tensor comes from: the names it is made of, the rule, and for a part of a fusion, which part."""
+
+    names: tuple[str, ...]
+    rule: Rule
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """The outcome of matching rules to names."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)  # names no rule knows
+    ignored: list[str] = field(default_factory=list)  # names a Drop or Computed rule leaves out, with intent
+    incomplete: list[str] = field(default_factory=list)  # members of a fusion that are not there
+
+
+def read_map(names: Collection[str], rules: Rules) -> KeyMap:
+    """Map their ``names`` to ours. Every name is consumed once, or listed as unmatched or ignored."""
+    found = KeyMap()
+    used: dict[str, Rule] = {}
+    names = list(names)
+    present = set(names)
+    for rule in rules:
+        if isinstance(rule, Computed):
+            continue
+        if isinstance(rule, Drop):
+            dropped = [name for name in names if _match(rule.theirs, name) is not None]
+            _use(used, dropped, rule)
+            found.ignored.extend(dropped)
+            continue
+        theirs = _theirs(rule)
+        groups = {g: None for pattern in theirs for name in names if (g := _match(pattern, name)) is not None}
+        for group in groups:
+            members = tuple(_fill(pattern, group) for pattern in theirs)
+            there = tuple(name for name in members if name in present)
+            _use(used, there, rule)
+            if isinstance(rule, Fuse) and len(there) < len(members):
+                found.incomplete.extend(name for name in members if name not in present)
+                continue
+            ours = _fill(rule.ours, _turn(group, theirs[0], rule.ours, names, theirs[0]))
+            _put(found.sources, ours, Source(there, rule))
+    found.unmatched.extend(name for name in names if name not in used)
+    return found
+
+
+def write_map(names: Collection[str], rules: Rules) -> KeyMap:
+    """Map our ``names`` to theirs: the inverse of :func:`read_map`."""
+    found = KeyMap()
+    used: dict[str, Rule] = {}
+    names = list(names)
+    for rule in rules:
+        if isinstance(rule, Drop):
+            continue
+        hits = [(name, group) for name in names if (group := _match(rule.ours, name)) is not None]
+        _use(used, [name for name, _ in hits], rule)
+        if isinstance(rule, Computed):
+            found.ignored.extend(name for name, _ in hits)
+            continue
+        theirs = _theirs(rule)
+        for name, group in hits:
+            turned = _turn(group, theirs[0], rule.ours, names, rule.ours)
+            if isinstance(rule, Fuse):
+                for index, pattern in enumerate(theirs):
+                    _put(found.sources, _fill(pattern, turned), Source((name,), rule, index))
+            else:
+                _put(found.sources, _fill(theirs[0], turned), Source((name,), rule))
+    found.unmatched.extend(name for name in names if name not in used)
+    return found
+
+
+class Mapped(LazyStateDict):
+    """``inner`` under the names of a :class:`KeyMap`. ``write`` true: ours -> theirs, else theirs -> ours."""
+
+    def __init__(self, inner: LazyStateDict, key_map: KeyMap, *, write: bool) -> None:
+        self._inner = inner
+        self._sources = key_map.sources
+        self._write = write
+
+    @property
+    def source(self) -> str:
+        """Where the tensors come from."""
+        return self._inner.source
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape and dtype after the rule, without reading."""
+        source = self._sources[key]
+        parts = [self._inner.info(name) for name in source.names]
+        shape = _shape(source, [part.shape for part in parts], key, self._write)
+        return TensorInfo(shape, parts[0].dtype)
+
+    def __getitem__(self, key: str) -> Tensor:
+        source = self._sources[key]
+        read = source.names[:1] if isinstance(source.rule, Tie) else source.names
+        return _value(source, [self._inner[name] for name in read], self._write)
+
+    def release(self, key: str) -> None:
+        """Pass the hint on."""
+        for name in self._sources[key].names:
+            self._inner.release(name)
+
+    def close(self) -> None:
+        """Close the files behind."""
+        self._inner.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def as_ours(theirs: LazyStateDict, rules: Rules) -> Mapped:
+    """A view of ``theirs`` under our names; a name that no rule knows is an error."""
+    return Mapped(theirs, _complete(read_map(list(theirs), rules), theirs.source), write=False)
+
+
+def as_theirs(ours: LazyStateDict, rules: Rules) -> Mapped:
+    """A view of ``ours`` under their names; a name that no rule knows is an error."""
+    return Mapped(ours, _complete(write_map(list(ours), rules), ours.source), write=True)
+
+
+def _complete(key_map: KeyMap, source: str) -> KeyMap:
+    if key_map.unmatched:
+        raise KeyMappingError(f"{source}: {len(key_map.unmatched)} names match no rule: {listing(key_map.unmatched)}")
+    if key_map.incomplete:
+        raise KeyMappingError(f"{source}: {len(key_map.incomplete)} names missing: {listing(key_map.incomplete)}")
+    return key_map
+
+
+# -- patterns ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _regex(pattern: str) -> re.Pattern[str]:
+    out, end = "", 0
+    for token in _TOKEN.finditer(pattern):
+        out += re.escape(pattern[end : token.start()]) + _GROUP[token.group()]
+        end = token.end()
+    return re.compile(out + re.escape(pattern[end:]))
+
+
+def _match(pattern: str, name: str) -> tuple[str, ...] | None:
+    found = _regex(pattern).fullmatch(name)
+    return None if found is None else found.groups()
+
+
+def _fill(pattern: str, groups: Sequence[str]) -> str:
+    rest = iter(groups)
+    return _TOKEN.sub(lambda _: next(rest), pattern)
+
+
+def _turn(
+    groups: tuple[str, ...], theirs: str, ours: str, names: Sequence[str], pattern: str
+) -> tuple[str, ...]:
+    """``groups`` with every ``{~}`` index counted from the other end; ``pattern`` is the side ``names`` are of."""
+    tokens = list(zip(_TOKEN.findall(theirs), _TOKEN.findall(ours), strict=True))
+    if not any("{~}" in pair for pair in tokens):
+        return groups
+    turned = list(groups)
+    for index, pair in enumerate(tokens):
+        if "{~}" in pair:
+            turned[index] = str(_count(pattern, index, tuple(names)) - 1 - int(groups[index]))
+    return tuple(turned)
+
+
+@lru_cache(maxsize=256)
+def _count(pattern: str, index: int, names: tuple[str, ...]) -> int:
+    """How many values the ``index``-th placeholder counts, over all names that share the pattern in front of it."""
+    token = list(_TOKEN.finditer(pattern))[index]
+    head = re.compile(_regex(pattern[: token.start()]).pattern + r"(\d+)(?:\.|$)")
+    return 1 + max((int(found.groups()[-1]) for name in names if (found := head.match(name))), default=-1)
+
+
+def _theirs(rule: Rename | Fuse | SwapHalves | ConvToLinear | LinearToConv | Tie) -> tuple[str, ...]:
+    return (rule.theirs,) if isinstance(rule.theirs, str) else tuple(rule.theirs)
+
+
+def _use(used: dict[str, Rule], names: Collection[str], rule: Rule) -> None:
+    for name in names:
+        if used.setdefault(name, rule) is not rule:
+            raise KeyMappingError(f"{name!r} matches two rules: {used[name]} and {rule}")
+
+
+def _put(sources: dict[str, Source], name: str, source: Source) -> None:
+    if name in sources:
+        raise KeyMappingError(f"{name!r} comes from both {sources[name].names} and {source.names}")
+    sources[name] = source
+
+
+# -- shapes and values -------------------------------------------------------------------------------------------------
+
+_Shape = tuple[int, ...]
+
+
+def _shape(source: Source, shapes: list[_Shape], key: str, write: bool) -> _Shape:
+    first, rule = shapes[0], source.rule
+    if isinstance(rule, Fuse | Tie) and any(shape != first for shape in shapes):
+        raise CheckpointError(f"{', '.join(source.names)}: shapes {shapes} should be equal to make {key!r}")
+    if isinstance(rule, Fuse):
+        count = len(rule.theirs)
+        if not first or (write and first[0] % count):
+            raise CheckpointError(f"{source.names[0]}: shape {list(first)} does not split into {count} equal parts")
+        return (first[0] // count if write else first[0] * count, *first[1:])
+    if isinstance(rule, SwapHalves) and (not first or first[0] % 2):
+        raise CheckpointError(f"{source.names[0]}: shape {list(first)} has no two halves")
+    if _squeezes(rule, write) and len(first) == 4 and first[2:] == (1, 1):
+        return first[:2]
+    if _unsqueezes(rule, write) and len(first) == 2:
+        return (*first, 1, 1)
+    return first
+
+
+def _value(source: Source, tensors: list[Tensor], write: bool) -> Tensor:
+    first, rule = tensors[0], source.rule
+    if isinstance(rule, Fuse):
+        return first.chunk(len(rule.theirs))[source.part or 0] if write else torch.cat(tensors)
+    if isinstance(rule, SwapHalves):
+        return torch.cat(first.chunk(2)[::-1])
+    if _squeezes(rule, write) and first.dim() == 4 and first.shape[2:] == (1, 1):
+        return first[:, :, 0, 0]
+    if _unsqueezes(rule, write) and first.dim() == 2:
+        return first[:, :, None, None]
+    return first
+
+
+def _squeezes(rule: Rule, write: bool) -> bool:
+    return isinstance(rule, LinearToConv if write else ConvToLinear)
+
+
+def _unsqueezes(rule: Rule, write: bool) -> bool:
+    return isinstance(rule, ConvToLinear if write else LinearToConv)
+
+

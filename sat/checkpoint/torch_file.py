@@ -1,0 +1,240 @@
+"""PyTorch files (.pt, .bin, .ckpt): read mapped and without running code, written by streaming.
+
+Reading is ``torch.load(mmap=True, weights_only=True)``. Writing makes the same zip archive as ``torch.save`` (pickle
+of the names, one stored record per tensor), tensor by tensor, because ``torch.save`` wants them all at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import logging
+import mmap
+import os
+import pickle
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo
+from sat.checkpoint.safetensors_file import tensor_bytes
+
+logger = logging.getLogger(__name__)
+
+#: Keys under which training code keeps the tensors: official SAT and DeepSpeed, VAE and Lightning files.
+_ROOTS = ("module", "state_dict", "model")
+
+#: Plain numpy data that official files carry (random states); these globals build arrays and nothing else.
+_SAFE = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("uint8", "uint32", "int64", "float32", "float64")),
+]
+
+
+class TorchFile(LazyStateDict):
+    """The tensors of one ``torch.save`` file, mapped. ``allow_pickle`` true runs whatever code the pickle holds."""
+
+    def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
+        self._path = path
+        content = _load(path, allow_pickle)
+        self.root, tensors = _tensors(path, content)
+        self._tensors = tensors
+
+    @property
+    def source(self) -> str:
+        """The file."""
+        return str(self._path)
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape and dtype of ``key``."""
+        tensor = self._tensors[key]
+        return TensorInfo(tuple(tensor.shape), tensor.dtype)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key].detach()
+
+    def release(self, key: str) -> None:
+        """Let the system take back the mapped pages of ``key``; they are read again if asked for again."""
+        _forget(self._tensors[key])
+
+    def close(self) -> None:
+        """Drop the map."""
+        self._tensors = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _load(path: Path, allow_pickle: bool) -> object:
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip:
+        with path.open("rb") as file:
+            if file.read(2) == b"PK":
+                raise CheckpointError(
+                    f"{path}: truncated or corrupt: a PyTorch file whose end is missing "
+                    f"({path.stat().st_size:,} bytes); copy or download it again"
+                )
+    try:
+        with torch.serialization.safe_globals([*_SAFE, _numpy_rebuild()]):
+            return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        if needs := _unsafe(str(error)):
+            raise CheckpointError(
+                f"{path}: its pickle needs {needs}, more than tensors: loading it could run any code; "
+                f"if you trust the file, set checkpoint.allow_pickle=true"
+            ) from error
+        raise CheckpointError(_damaged(path, error)) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OSError) as error:
+        raise CheckpointError(_damaged(path, error)) from error
+    except ImportError as error:  # only with allow_pickle: a class of a package that is not here
+        raise CheckpointError(f"{path}: its pickle needs a module that is not installed: {error}") from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{path}: truncated or corrupt PyTorch file ({first[:160]}); copy or download it again"
+
+
+def _unsafe(message: str) -> str | None:
+    """What torch's restricted unpickler refused, or None where the pickle is simply broken."""
+    found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+)", message)
+    if found:
+        return found.group(1)
+    return "unsupported objects" if "Trying to " in message or "Can only " in message else None
+
+
+def _numpy_rebuild() -> Callable[..., Any]:
+    module = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+    rebuild: Callable[..., Any] = module._reconstruct
+    return rebuild
+
+
+def _tensors(path: Path, content: object) -> tuple[str, dict[str, Tensor]]:
+    """The state dict in a loaded file and the key it was under ('' = the file itself)."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
+    root = next((key for key in _ROOTS if isinstance(content.get(key), Mapping)), "")
+    found = content[root] if root else content
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            where = f" under {root!r}" if root else ""
+            raise CheckpointError(
+                f"{path}: {name!r}{where} is a {type(value).__name__}, expected tensors by name "
+                f"(or those under one of {list(_ROOTS)})"
+            )
+        tensors[name] = value
+    return root, tensors
+
+
+def _forget(tensor: Tensor) -> None:
+    """Tell the system that the pages of a mapped tensor are not needed now (a hint; nothing on systems without)."""
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    if advice is None or not sys.platform.startswith("linux") or not tensor.numel():
+        return
+    storage = tensor.untyped_storage()
+    if not storage.filename:  # not a map: giving its pages back would lose them
+        return
+    page = mmap.PAGESIZE
+    begin = -(-storage.data_ptr() // page) * page
+    end = (storage.data_ptr() + storage.nbytes()) // page * page
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+_STORAGES: dict[torch.dtype, type] = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
+_ALIGN = 64  # bytes; where torch.save puts a record's data
+
+
+class _Record:
+    """Stands for a tensor in the pickle: the storage that its record becomes."""
+
+    def __init__(self, index: int, info: TensorInfo) -> None:
+        self.index = index
+        self.info = info
+
+
+class _Storage:
+    def __init__(self, record: _Record) -> None:
+        self.record = record
+
+
+class _Pickler(pickle.Pickler):
+    dispatch_table: ClassVar[dict[type, Any]] = {}
+
+    def reducer_override(self, obj: object) -> Any:
+        if not isinstance(obj, _Record):
+            return NotImplemented
+        shape = obj.info.shape
+        strides, step = [], 1
+        for size in reversed(shape):
+            strides.append(step)
+            step *= size
+        arguments = (_Storage(obj), 0, shape, tuple(reversed(strides)), False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, arguments
+
+    def persistent_id(self, obj: object) -> Any:
+        if not isinstance(obj, _Storage):
+            return None
+        info = obj.record.info
+        return ("storage", _STORAGES[info.dtype], str(obj.record.index), "cpu", info.numel)
+
+
+def write_torch(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], root: str) -> None:
+    """Write ``{root: {name: tensor}}`` as ``torch.save`` would, asking ``read`` for one tensor at a time."""
+    for name, info in infos.items():
+        if info.dtype not in _STORAGES:
+            raise CheckpointError(f"{path}: {name!r} is {info.dtype}, which this writer cannot hold")
+    records = {name: _Record(index, info) for index, (name, info) in enumerate(infos.items())}
+    text = io.BytesIO()
+    _Pickler(text, protocol=2).dump({root: dict(records)})
+    stem = path.stem
+    with path.open("wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            _put(archive, f"{stem}/data.pkl", [memoryview(text.getvalue())], len(text.getvalue()))
+            _put(archive, f"{stem}/byteorder", [memoryview(sys.byteorder.encode())], len(sys.byteorder))
+            for name, record in records.items():
+                pieces = tensor_bytes(read(name), record.info, name)
+                _put(archive, f"{stem}/data/{record.index}", pieces, record.info.nbytes)
+            _put(archive, f"{stem}/version", [memoryview(b"3\n")], 2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put(archive: zipfile.ZipFile, name: str, pieces: Iterator[memoryview] | list[memoryview], nbytes: int) -> None:
+    """Add a stored record whose data starts on a multiple of 64 bytes of the file."""
+    assert archive.fp is not None, "the archive is open"
+    large = nbytes >= 1 << 31
+    entry = zipfile.ZipInfo(name)
+    entry.file_size = nbytes
+    head = archive.fp.tell() + 30 + len(name.encode()) + (20 if large else 0)
+    padding = -(head + 4) % _ALIGN
+    entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(entry, "w", force_zip64=large) as record:
+        for piece in pieces:
+            record.write(piece)
