@@ -20,3 +20,17 @@ def timesteps(steps: int, total: int, spacing: Spacing = "trailing") -> list[int
     if spacing == "trailing":
         return [int(t) for t in np.linspace(total - 1, 0, steps, endpoint=False).astype(int)]
     return [int(t) for t in (np.arange(steps) * (total // steps))[::-1]]
+
+
+def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+    """``steps`` noise levels, descending, evenly spaced in sigma^(1 / rho).
+
+    Source: arXiv:2206.00364, eq. 5; official ``discretizer.py`` (``EDMDiscretization``).
+    """
+    if steps < 1 or not 0 < sigma_min <= sigma_max or rho <= 0:
+        raise ValueError(
+            f"expected at least one step, 0 < sigma_min <= sigma_max and rho > 0; "
+            f"got steps {steps}, sigma_min {sigma_min}, sigma_max {sigma_max}, rho {rho}"
+        )
+    first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return [float(s) for s in (first + np.linspace(0, 1, steps) * (last - first)) ** rho]
