@@ -72,11 +72,12 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
     of labels. ``metadata.jsonl`` lists what may be trained on, ``heldout.jsonl`` the pairs kept aside.
     """
     check_styles(styles)
+    named = NAMED_BY if any(style in UNNAMED for style in styles) else ()
     with ExitStack() as stack:
 
         archives = {
             package.name: stack.enter_context(Archive(fetch(package, packages)))
-            for package in (LABELS, *(STYLES[style].package for style in {*styles, *named}))
+            for package in (LABELS, *(STYLES[style].package for style in dict.fromkeys((*styles, *named))))
         }
         concepts = select(read_concepts(archives[LABELS.name]), which)
         drawings = {style: open_drawings(STYLES[style], archives[STYLES[style].package.name]) for style in styles}
