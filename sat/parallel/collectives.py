@@ -1,0 +1,75 @@
+"""What the ranks agree on: small collectives over the whole world that cost nothing in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class LostRankError(RuntimeError):
+    """Another rank died or fell silent; this one cannot go on."""
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier(device: torch.device) -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier(device_ids=[device.index] if device.index is not None else None)
+
+
+def agree(flags: list[bool], device: torch.device) -> list[bool]:
+    """Each flag, true on all ranks as soon as it is true on one."""
+    if world_size() == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
+
+
+def mean(values: Tensor) -> Tensor:
+    """``values`` averaged over the ranks (float32 or float64, any shape)."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / world_size()
+
+
+def gather(value: Any) -> list[Any]:  # noqa: ANN401 - any picklable object
+    """``value`` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:  # noqa: ANN401 - any picklable object
+    """Rank 0's ``value`` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def explain(error: BaseException) -> str | None:
+    """One line about a rank that was lost, if that is what ``error`` says; else nothing."""
+    words = ("Connection closed by peer", "Connection reset", "Timed out waiting", "timed out", "Broken pipe",
+             "ncclRemoteError", "Watchdog caught collective")  # fmt: skip
+    if world_size() == 1 and not isinstance(error, dist.DistError):
+        return None
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(word.lower() in text.lower() for word in words):
+        return (
+            f"another rank died or did not answer in time (parallel.timeout), so this one stops: "
+            f"{text.strip().splitlines()[0][:200]}"
+        )
+    return None

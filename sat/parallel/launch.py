@@ -1,0 +1,156 @@
+"""Starting a process of a run: device, process group, CPU settings. The only file that names devices.
+
+Works the same under plain ``python`` (one process) and under ``torchrun`` (``RANK``, ``WORLD_SIZE``,
+``LOCAL_RANK`` in the environment).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+log = logging.getLogger(__name__)
+
+DeviceKind = Literal["auto", "cpu", "cuda"]
+
+# glibc <malloc.h>
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this process is. ``rank`` of ``world`` over all machines, ``local_rank`` on this one."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the one that logs and writes."""
+        return self.rank == 0
+
+    @property
+    def grouped(self) -> bool:
+        """True when a process group is up (always with more than one process)."""
+        return dist.is_initialized()
+
+    def synchronize(self) -> None:
+        """Wait for the device's queued work (for timing); nothing to wait for on the CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> float:
+        """Peak memory in GB: of the device's allocator, or of the process's resident set on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+    def close(self) -> None:
+        """Leave the process group, if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launch(device: DeviceKind = "auto", timeout: float = 600.0, *, group: bool = False) -> Runtime:
+    """Pick this process's device and join the process group.
+
+    A group is made when there is more than one process, or when ``group`` asks for one anyway (DeepSpeed
+    needs it). ``timeout`` is in seconds: how long a collective waits for a rank that is silent.
+    """
+    if timeout <= 0:
+        raise ValueError(f"parallel.timeout is {timeout}: expected seconds > 0")
+    rank, world, local_rank = _identity()
+    picked = _pick_device(device, local_rank)
+    if picked.type == "cpu":
+        torch.set_flush_denormal(True)
+    if (world > 1 or group) and not dist.is_initialized():
+        _join(picked, rank, world, timeout)
+    return Runtime(rank, world, local_rank, picked)
+
+
+def keep_freed_memory(top_pad: int = 512 << 20) -> bool:
+    """Ask glibc to keep large freed buffers instead of giving them back to the system; true if it agreed.
+
+    A CPU training step frees and allocates the same large buffers each time; with glibc's defaults half of
+    the step can go into page faults. ``top_pad`` is in bytes. Does nothing with another C library.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version.restype = ctypes.c_char_p  # only glibc has it
+        libc.gnu_get_libc_version()
+        mallopt = libc.mallopt
+    except (OSError, AttributeError):
+        return False
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, top_pad))
+    return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def _identity() -> tuple[int, int, int]:
+    """(rank, world, local rank) from the launcher's environment; (0, 1, 0) without one."""
+    values = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if all(value is None for value in values.values()):
+        return 0, 1, 0
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise RuntimeError(
+            f"the environment sets only some of RANK, WORLD_SIZE, LOCAL_RANK; {', '.join(missing)} missing: "
+            f"start with torchrun, or unset them for one process"
+        )
+    try:
+        rank, world, local_rank = (int(str(values[name])) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError as error:
+        raise RuntimeError(f"RANK, WORLD_SIZE, LOCAL_RANK must be whole numbers, got {values}") from error
+    if not 0 <= rank < world:
+        raise RuntimeError(f"RANK is {rank} with WORLD_SIZE {world}: expected 0 <= RANK < WORLD_SIZE")
+    return rank, world, local_rank
+
+
+def _pick_device(device: DeviceKind, local_rank: int) -> torch.device:
+    """The device of this process; one GPU for each local rank."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"parallel.device is {device!r}: expected auto, cpu or cuda")
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise RuntimeError("parallel.device is cuda, but torch sees no GPU: use parallel.device=cpu")
+    if device == "cpu" or not available:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise RuntimeError(
+            f"local rank {local_rank} has no GPU: torch sees {count}; start at most {count} processes here"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(device: torch.device, rank: int, world: int, timeout: float) -> None:
+    """Start the process group: nccl for GPUs, gloo for CPUs."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    wait = timedelta(seconds=timeout)
+    if world == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
+        return
+    try:
+        dist.init_process_group(backend, timeout=wait)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"rank {rank} of {world} could not join the process group within {timeout:g} s "
+            f"(parallel.timeout): {str(error).splitlines()[0]}"
+        ) from error

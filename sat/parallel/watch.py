@@ -1,0 +1,104 @@
+"""Ranks that work without talking to one another: signs of life, bad news, and a wait for all at the end.
+
+A barrier has one time limit for everything. Here a rank may take as long as it needs, as long as it moves: only
+one that stands still for ``timeout`` seconds, or says that it failed, ends the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from sat.parallel.collectives import LostRankError
+
+_T = TypeVar("_T")
+
+
+class Watch:
+    """Tells the other ranks that this one moves, and learns of those that do not.
+
+    ``timeout`` is in seconds. Without a process group, or alone in it, every method does nothing.
+    """
+
+    def __init__(self, rank: int, world: int, timeout: float, store: dist.Store | None = None) -> None:
+        self._rank = rank
+        self._world = world
+        self._timeout = timeout
+        self._beaten = 0.0
+        self._store: dist.Store | None = None
+        if world > 1:
+            base = store if store is not None else dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore("watch", base)
+
+    def beat(self) -> None:
+        """This rank moves. Raises if another has failed. Cheap: the store is asked once a second at most."""
+        now = time.monotonic()
+        if self._store is None or now - self._beaten < 1.0:
+            return
+        self._beaten = now
+        self._ask(lambda store: store.add(f"beat{self._rank}", 1))
+        self._hear()
+
+    def fail(self, reason: str) -> None:
+        """Tell the others that this rank cannot go on; never raises."""
+        if self._store is None:
+            return
+        try:
+            self._store.set("failed", f"rank {self._rank} failed: {reason}")
+        except RuntimeError:  # nobody left to tell
+            pass
+
+    def finish(self) -> None:
+        """This rank is done: wait for all others, as long as they move."""
+        if self._store is None:
+            return
+        self._ask(lambda store: store.add(f"end{self._rank}", 1))
+        others = [rank for rank in range(self._world) if rank != self._rank]
+        self._wait(lambda: [r for r in others if not self._count(f"end{r}")])
+        self._hear()
+        # The rank that serves the store leaves last: the others must have seen that all are done.
+        self._ask(lambda store: store.add(f"left{self._rank}", 1))
+        if self._rank == 0:
+            self._wait(lambda: [r for r in others if not self._count(f"left{r}")])
+
+    def _wait(self, waiting: Callable[[], list[int]]) -> None:
+        """Until ``waiting`` names no rank; raises when one of them stands still for too long."""
+        moved = time.monotonic()
+        seen: dict[int, int] = {}
+        pause = 0.01
+        while left := waiting():
+            self._hear()
+            beats = {rank: self._count(f"beat{rank}") for rank in left}
+            if beats != seen:
+                seen, moved = beats, time.monotonic()
+            elif time.monotonic() - moved > self._timeout:
+                names = ", ".join(map(str, left))
+                raise LostRankError(
+                    f"rank {names} of {self._world} gave no sign of life for {self._timeout:g} s "
+                    f"(parallel.timeout); it has died or hangs. Run again with --resume"
+                )
+            time.sleep(pause)
+            pause = min(0.5, pause * 1.5)
+
+    def _hear(self) -> None:
+        """Raise if another rank said that it failed."""
+        if self._ask(lambda store: store.check(["failed"])):
+            reason = self._ask(lambda store: store.get("failed")).decode()
+            if not reason.startswith(f"rank {self._rank} "):
+                raise LostRankError(f"{reason}; this rank stops too")
+
+    def _count(self, key: str) -> int:
+        return self._ask(lambda store: store.add(key, 0))
+
+    def _ask(self, question: Callable[[dist.Store], _T]) -> _T:
+        assert self._store is not None, "only called with other ranks"
+        try:
+            return question(self._store)
+        except RuntimeError as error:  # DistError and its kin
+            raise LostRankError(
+                f"the process that serves the ranks' common store is gone, so rank 0 or torchrun has ended: "
+                f"{str(error).splitlines()[0]}"
+            ) from error

@@ -1,0 +1,35 @@
+"""The one thing the training loop asks of whatever it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sat.data.batch import Batch
+
+
+class Objective(nn.Module):
+    """A loss over batches, and the parts of the model it trains.
+
+    A subclass freezes what it does not train (``requires_grad_(False)``) when it is built. Its constructor
+    takes the engine as the keyword-only ``engine``.
+    """
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Mapping[str, Tensor]:
+        """Scalars by name: ``loss`` is minimised, the others are logged.
+
+        All randomness comes from ``generator``, a CPU generator that the loop seeds for each step.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Scalars by name on held-out data, without gradients; by default those of ``forward``."""
+        return self(batch, generator)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The trained modules by their part of a checkpoint: ``model``, ``text``, ``first_stage``."""
+        raise NotImplementedError

@@ -1,0 +1,164 @@
+"""The run folder: which checkpoints are whole, which are torn, and how one becomes whole.
+
+``RUN/checkpoints/step_00000100/`` holds the engine's files and ends with ``COMPLETE``, written by rank 0
+after a barrier behind every rank's writes. The marker lists the files and their sizes; a folder without a
+marker, or whose files do not match it, is torn and never read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+MARKER = "COMPLETE"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+class ResumeError(RuntimeError):
+    """A checkpoint that this run cannot continue from."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is needed beside weights and optimizer state to go on exactly.
+
+    ``step``: optimizer steps tried; ``skipped``: of these, not applied; ``images`` seen by all ranks;
+    ``seconds`` of training; ``loader``: the data position, the same on every rank; ``world``, ``zero``,
+    ``dtype`` and ``parameters`` (name and shape) must be those of the run that resumes.
+    """
+
+    step: int
+    skipped: int
+    images: int
+    seconds: float
+    loader: Mapping[str, Any]
+    world: int
+    zero: int
+    dtype: str
+    parameters: Mapping[str, list[int]]
+
+    def check(self, now: Progress, where: Path) -> None:
+        """Refuse to resume when ``now`` (the starting run) is laid out otherwise."""
+        for key, yaml in (("world", "number of processes"), ("zero", "train.zero"), ("dtype", "train.dtype")):
+            was, is_ = getattr(self, key), getattr(now, key)
+            if was != is_:
+                raise ResumeError(f"{where} was written with {yaml} {was}, this run has {is_}: use {was} to resume")
+        if dict(self.parameters) == dict(now.parameters):
+            return
+        changed = sorted(
+            name for name in {*self.parameters, *now.parameters} if self.parameters.get(name) != now.parameters.get(name)
+        )
+        name = changed[0]
+        raise ResumeError(
+            f"{where} trains other parameters than this run: {len(changed)} differ, first {name!r}: "
+            f"shape {self.parameters.get(name, 'absent')} there, {now.parameters.get(name, 'absent')} here"
+        )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint."""
+
+    step: int
+    path: Path
+
+    def progress(self) -> Progress:
+        """The counters and data position it was written with."""
+        return Progress(**json.loads((self.path / MARKER).read_text())["progress"])
+
+
+class RunFolder:
+    """``RUN`` and the checkpoints in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+
+    def saved(self) -> list[Saved]:
+        """Whole checkpoints, oldest first. Torn ones are named in a warning."""
+        whole: list[Saved] = []
+        for path, step in self._folders():
+            if reason := torn(path):
+                log.warning("checkpoint %s is torn (%s): skipped", path, reason)
+            else:
+                whole.append(Saved(step, path))
+        return whole
+
+    def begin(self, step: int) -> Path:
+        """An empty folder for the checkpoint of ``step``; rank 0 only, before the others write."""
+        path = self.checkpoints / f"step_{step:08d}"
+        if path.exists():
+            (path / MARKER).unlink(missing_ok=True)  # first, so that it is torn if we die while deleting
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        return path
+
+    def commit(self, path: Path, progress: Progress) -> None:
+        """Make the checkpoint whole; rank 0 only, after every rank has written."""
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            _flush(file)
+        sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
+        text = json.dumps({"format": 1, "progress": asdict(progress), "files": sizes}, indent=1)
+        partial = path / f".{MARKER}.tmp"
+        partial.write_text(text)
+        _flush(partial)
+        partial.replace(path / MARKER)
+        _flush(path)
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest ``keep`` whole checkpoints, and torn ones older than the newest whole one."""
+        whole = [(path, step) for path, step in self._folders() if not torn(path)]
+        if not whole:
+            return
+        newest = whole[-1][1]
+        kept = {path for path, _ in whole[-keep:]}
+        for path, step in self._folders():
+            if path not in kept and step < newest:
+                (path / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _folders(self) -> list[tuple[Path, int]]:
+        """(folder, step) of every checkpoint folder, by step."""
+        if not self.checkpoints.is_dir():
+            return []
+        named = [(path, _NAME.fullmatch(path.name)) for path in self.checkpoints.iterdir() if path.is_dir()]
+        return sorted(((path, int(match[1])) for path, match in named if match), key=lambda pair: pair[1])
+
+
+def torn(path: Path) -> str | None:
+    """Why the checkpoint folder is not whole, or None if it is."""
+    marker = path / MARKER
+    if not marker.is_file():
+        return f"no {MARKER} file: the run stopped while writing it"
+    try:
+        files: dict[str, int] = json.loads(marker.read_text())["files"]
+    except (ValueError, KeyError, OSError) as error:
+        return f"its {MARKER} file is not readable: {error}"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file or folder on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems cannot sync a folder
+        log.debug("cannot sync %s", path)
+    finally:
+        os.close(descriptor)
