@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
+
+Comparison = tuple[Callable[[str, Tensor, Tensor], None], Tensor]
+"""How to compare, a method of :class:`Report`, and our value."""
 
 NETWORK = 1e-4
 """Float32 network outputs, latents and losses: largest difference over the largest stored value."""
@@ -80,6 +83,19 @@ class Report:
         """Bound the largest difference by ``absolute``."""
         self._add(name, ours, stored, absolute=absolute)
 
+    def unknown(self, name: str) -> None:
+        """A stored tensor that no check knows: a failure, so that nothing is passed over in silence."""
+        self._record(Line(self.file, name, float("nan"), float("nan"), "-", False, "no check for this tensor"))
+
+    def all(self, golden: Mapping[str, Tensor], ours: Mapping[str, Comparison]) -> None:
+        """Make every comparison that ``golden`` has a ``mid.`` or ``out.`` tensor for."""
+        for name in sorted(n for n in golden if n.startswith(("mid.", "out."))):
+            if name not in ours:
+                self.unknown(name)
+                continue
+            compare, value = ours[name]
+            compare(name, value, golden[name])
+
     def _add(
         self,
         name: str,
@@ -93,7 +109,9 @@ class Report:
         difference, scale, note = _measure(ours.detach(), stored)
         share = difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
         limit = relative * scale if relative is not None else (absolute or 0.0)
-        line = Line(self.file, name, difference, share, bound, difference <= limit, note)
+        self._record(Line(self.file, name, difference, share, bound, difference <= limit, note))
+
+    def _record(self, line: Line) -> None:
         self.lines.append(line)
         if self.echo:
             print(line, flush=True)

@@ -1,0 +1,85 @@
+"""Which module may import which, and what a command line costs before it does anything."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.tree import ROOT, sources, tree
+
+ENTRY_POINTS = [
+    name for name in ("sample.py", "train.py", "convert.py") if (ROOT / name).exists()
+]
+HEAVY = ("torch", "deepspeed", "numpy", "omegaconf", "pydantic", "wandb", "PIL", "sentencepiece")
+
+
+def test_layers_import_only_what_lies_below_them() -> None:
+    """The contracts are in pyproject.toml under tool.importlinter."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_test_peers_are_never_imported_by_the_package() -> None:
+    """Not even inside a function, which import-linter also sees; this names the line."""
+    peers = {"transformers", "diffusers", "peft", "torchvision", "xformers", "SwissArmyTransformer"}
+    found = []
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            if {name.partition(".")[0] for name in names} & peers:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not _loaded("import sat") & set(HEAVY)
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_help_needs_no_torch(script: str) -> None:
+    code = f"import runpy, sys; sys.argv = [{script!r}, '--help']\n"
+    code += f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit: pass"
+    assert not _loaded(code) & set(HEAVY)
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_help_is_printed_within_a_second(script: str) -> None:
+    """The best of a few: the machine may be busy."""
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, check=False)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr.decode()
+        if best < 1.0:
+            return
+    pytest.fail(f"{script} --help took {best:.2f} s")
+
+
+@pytest.mark.parametrize("path", [ROOT / name for name in ENTRY_POINTS], ids=lambda p: p.name)
+def test_entry_points_only_call_the_command_line(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 15
+
+
+def _loaded(code: str) -> set[str]:
+    """Top-level modules a fresh interpreter has after running ``code``."""
+    ask = "\nimport sys as _s; print('\\n' + ' '.join({name.partition('.')[0] for name in _s.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + ask], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
