@@ -11,23 +11,39 @@ from pathlib import Path
 
 def parser() -> argparse.ArgumentParser:
     """The command line; nothing heavy is imported to parse it."""
-    top = argparse.ArgumentParser(prog="python -m sat.cli.prepare", description="Make and look at training data.")
+    top = argparse.ArgumentParser(
+        prog="python -m sat.cli.prepare", description="Make and look at training data."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    emoji = commands.add_parser("emoji", help="draw emoji sets as image-caption pairs (the small model's data)")
+    emoji = commands.add_parser(
+        "emoji", help="draw emoji sets as image-caption pairs (the small model's data)"
+    )
     emoji.add_argument("--out", type=Path, required=True, help="folder to write")
-    emoji.add_argument("--packages", type=Path, help="folder of npm tarballs; missing ones are fetched (OUT/packages)")
+    emoji.add_argument(
+        "--packages", type=Path, help="folder of npm tarballs; missing ones are fetched (OUT/packages)"
+    )
     emoji.add_argument("--size", type=int, choices=(64, 128), default=64, help="pixels a side (64)")
     emoji.add_argument(
-        "--styles", default="noto,twemoji,flat,blob,emojitwo", help="comma-separated; '3d' only by itself (all but 3d)"
+        "--styles",
+        default="noto,twemoji,flat,blob,emojitwo",
+        help="comma-separated; '3d' only by itself (all but 3d)",
     )
-    emoji.add_argument("--concepts", default="all", help="'all', 'core' or a file with one label per line (all)")
+    emoji.add_argument(
+        "--concepts", default="all", help="'all', 'core' or a file with one label per line (all)"
+    )
 
-    tokenizer = commands.add_parser("tokenizer", help="train a sentencepiece vocabulary that T5 tokenizers read")
-    tokenizer.add_argument("--captions", type=Path, nargs="+", required=True, help="data folders to read captions from")
+    tokenizer = commands.add_parser(
+        "tokenizer", help="train a sentencepiece vocabulary that T5 tokenizers read"
+    )
+    tokenizer.add_argument(
+        "--captions", type=Path, nargs="+", required=True, help="data folders to read captions from"
+    )
     tokenizer.add_argument("--vocab", type=int, default=2048, help="pieces at most (2048)")
     tokenizer.add_argument("--out", type=Path, required=True, help="file to write, e.g. spiece.model")
-    tokenizer.add_argument("--words", nargs="*", default=[], help="further words to see, e.g. of a style added later")
+    tokenizer.add_argument(
+        "--words", nargs="*", default=[], help="further words to see, e.g. of a style added later"
+    )
     return top
 
 

@@ -74,13 +74,14 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
     check_styles(styles)
     named = NAMED_BY if any(style in UNNAMED for style in styles) else ()
     with ExitStack() as stack:
-
         archives = {
             package.name: stack.enter_context(Archive(fetch(package, packages)))
             for package in (LABELS, *(STYLES[style].package for style in dict.fromkeys((*styles, *named))))
         }
         concepts = select(read_concepts(archives[LABELS.name]), which)
-        drawings = {style: open_drawings(STYLES[style], archives[STYLES[style].package.name]) for style in styles}
+        drawings = {
+            style: open_drawings(STYLES[style], archives[STYLES[style].package.name]) for style in styles
+        }
         names = _NameFinder([archives[STYLES[style].package.name] for style in named])
         written = Written()
         rows: dict[str, list[dict[str, object]]] = {"train": [], "heldout": []}
@@ -109,7 +110,13 @@ class _NameFinder:
 
 
 def _write_one(
-    out: Path, drawings: Drawings, names: _NameFinder, concept: Concept, style: str, size: int, written: Written
+    out: Path,
+    drawings: Drawings,
+    names: _NameFinder,
+    concept: Concept,
+    style: str,
+    size: int,
+    written: Written,
 ) -> dict[str, object] | None:
     """Draws one picture and returns its metadata, or None where the style has none or it cannot be drawn."""
     icon = drawings.find(concept, names(concept))

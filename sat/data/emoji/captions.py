@@ -21,7 +21,9 @@ class Caption(NamedTuple):
 def with_article(label: str) -> str:
     """``label`` with "a" or "an" before it, as people type; unchanged where it is plural or already has one."""
     last = label.split(" with ")[0].split(" of ")[0].split()[-1].lower()
-    if label.startswith(("a ", "an ", "the ")) or (last.endswith("s") and not last.endswith(("ss", "us", "is"))):
+    if label.startswith(("a ", "an ", "the ")) or (
+        last.endswith("s") and not last.endswith(("ss", "us", "is"))
+    ):
         return label
     return f"{'an' if re.match('[aeiouAEIO]', label) and not label.startswith('uni') else 'a'} {label}"
 

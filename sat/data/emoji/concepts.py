@@ -66,7 +66,9 @@ def read_concepts(labels: Archive) -> list[Concept]:
         if group == PEOPLE_GROUP and JOINER in code.split("-"):
             continue
         words = set(entry["label"].lower().split())
-        tags = tuple(tag for tag in entry.get("tags", []) if tag.lower() not in words | {entry["label"].lower()})
+        tags = tuple(
+            tag for tag in entry.get("tags", []) if tag.lower() not in words | {entry["label"].lower()}
+        )
         found.append(Concept(entry["label"], code, tags, group))
     return found
 
@@ -91,7 +93,9 @@ def select(concepts: Sequence[Concept], which: str) -> list[Concept]:
     else:
         path = Path(which)
         if not path.is_file():
-            raise ValueError(f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line")
+            raise ValueError(
+                f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line"
+            )
         wanted = parse_labels(path.read_text("utf-8"))
     by_label: Mapping[str, Concept] = {concept.label.lower(): concept for concept in concepts}
     unknown = [label for label in wanted if label.lower() not in by_label]

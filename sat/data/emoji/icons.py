@@ -72,7 +72,11 @@ class SvgDrawings:
             raise PackageError("drawing SVG needs resvg-py: pip install resvg-py") from error
         side = max(size, RENDER)
         png = resvg_py.svg_to_bytes(
-            svg_string=svg(self.icons, name), width=side, height=side, background="#ffffff", skip_system_fonts=True
+            svg_string=svg(self.icons, name),
+            width=side,
+            height=side,
+            background="#ffffff",
+            skip_system_fonts=True,
         )
         return _resized(PIL.Image.open(io.BytesIO(bytes(png))).convert("RGB"), size)
 

@@ -42,9 +42,7 @@ class Style:
     kind: Literal["svg", "webp"] = "svg"
 
 
-LABELS = Package(
-    "emojibase-data", "17.0.0", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase"
-)
+LABELS = Package("emojibase-data", "17.0.0", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase")
 
 STYLES: dict[str, Style] = {
     style.word: style
@@ -52,7 +50,11 @@ STYLES: dict[str, Style] = {
         Style(
             "noto",
             Package(
-                "@iconify-json/noto", "1.2.9", "Apache-2.0", "Google Inc", "https://github.com/googlefonts/noto-emoji"
+                "@iconify-json/noto",
+                "1.2.9",
+                "Apache-2.0",
+                "Google Inc",
+                "https://github.com/googlefonts/noto-emoji",
             ),
         ),
         Style(
@@ -78,13 +80,21 @@ STYLES: dict[str, Style] = {
         Style(
             "blob",
             Package(
-                "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Google Inc", "https://github.com/googlefonts/noto-emoji"
+                "@iconify-json/noto-v1",
+                "1.2.5",
+                "Apache-2.0",
+                "Google Inc",
+                "https://github.com/googlefonts/noto-emoji",
             ),
         ),
         Style(
             "emojitwo",
             Package(
-                "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiTwo", "https://github.com/EmojiTwo/emojitwo"
+                "@iconify-json/emojione",
+                "1.2.3",
+                "CC-BY-4.0",
+                "EmojiTwo",
+                "https://github.com/EmojiTwo/emojitwo",
             ),
         ),
         Style(

@@ -1,0 +1,143 @@
+"""From a picture file to the tensor trained on, with the size conditions that describe what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+WHITE = (255, 255, 255)
+
+
+class Fitted(NamedTuple):
+    """A picture resized to cover the target, and the size of its file as (height, width)."""
+
+    pixels: NDArray[np.uint8]  # (H', W', 3), H' >= H and W' >= W, one of them equal
+    original_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random placement on white: ``shift`` up to that share of a side each way, ``scale`` from smallest to largest.
+
+    There are no flips: they would make wrong letters and wrong hands.
+    """
+
+    shift: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shift <= 0.5:
+            raise ValueError(f"data.augment.shift {self.shift}: expected 0 to 0.5 of the side")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"data.augment.scale {list(self.scale)}: expected 0 < smallest <= largest")
+
+
+class Draws(NamedTuple):
+    """The random numbers of one picture, each uniform in [0, 1); 0.5 is the middle."""
+
+    top: float = 0.5
+    left: float = 0.5
+    scale: float = 0.5
+    down: float = 0.5
+    right: float = 0.5
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Brings pictures to ``height`` x ``width`` pixels: resize to cover, cut, place."""
+
+    height: int
+    width: int
+    crop: Literal["center", "random"] = "center"
+    augment: Augment | None = None
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise ValueError(
+                f"data.height {self.height} and data.width {self.width}: expected at least 1 pixel"
+            )
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"data.crop {self.crop!r}: expected 'center' or 'random'")
+
+    def load(self, path: Path) -> Fitted:
+        """The picture in ``path``, turned as its EXIF says, on white, resized to just cover the target."""
+        with PIL.Image.open(path) as file:
+            picture = on_white(PIL.ImageOps.exif_transpose(file))
+        return self.fit(picture)
+
+    def fit(self, picture: PIL.Image.Image) -> Fitted:
+        """An RGB picture resized to just cover the target."""
+        height, width = picture.height, picture.width
+        factor = max(self.height / height, self.width / width)
+        size = (max(self.width, round(width * factor)), max(self.height, round(height * factor)))
+        if size != picture.size:
+            picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
+        return Fitted(np.asarray(picture), (height, width))
+
+    def place(self, fitted: Fitted, draws: Draws) -> tuple[Tensor, tuple[int, int]]:
+        """The picture (3, height, width) in [-1, 1] and the (top, left) pixels it was cut at."""
+        spare_y, spare_x = fitted.pixels.shape[0] - self.height, fitted.pixels.shape[1] - self.width
+        if self.crop == "center":
+            top, left = spare_y // 2, spare_x // 2
+        else:
+            top, left = int(draws.top * (spare_y + 1)), int(draws.left * (spare_x + 1))
+        pixels = fitted.pixels[top : top + self.height, left : left + self.width]
+        if self.augment is not None:
+            pixels = moved(pixels, self.augment, draws)
+        return to_tensor(pixels), (top, left)
+
+
+def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """``picture`` as RGB, its transparent parts white."""
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture.copy()
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, (*WHITE, 255)), picture).convert(
+            "RGB"
+        )
+    if picture.mode.startswith(("I", "F")):  # 16 bits and more: convert() would clip
+        return _by_range(picture)
+    return picture.convert("RGB")
+
+
+def _by_range(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A grey picture of more than 8 bits as RGB, 65535 (floats: 1) being white."""
+    values = np.asarray(picture, dtype=np.float64) * (255.0 if picture.mode == "F" else 255.0 / 65535.0)
+    return PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def moved(pixels: NDArray[np.uint8], augment: Augment, draws: Draws) -> NDArray[np.uint8]:
+    """``pixels`` (H, W, 3) scaled about the middle and shifted, white where nothing is left."""
+    height, width = pixels.shape[:2]
+    low, high = augment.scale
+    scale = low + (high - low) * draws.scale
+    down = (2 * draws.down - 1) * augment.shift * height
+    right = (2 * draws.right - 1) * augment.shift * width
+    if scale == 1 and down == 0 and right == 0:
+        return pixels
+    inverse = (
+        1 / scale, 0.0, width / 2 - (width / 2 + right) / scale,
+        0.0, 1 / scale, height / 2 - (height / 2 + down) / scale,
+    )  # fmt: skip
+    picture = PIL.Image.fromarray(pixels).transform(
+        (width, height),
+        PIL.Image.Transform.AFFINE,
+        inverse,
+        resample=PIL.Image.Resampling.BICUBIC,
+        fillcolor=WHITE,
+    )
+    return np.asarray(picture)
+
+
+def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """(H, W, 3) bytes as (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
