@@ -26,7 +26,8 @@ def guidance_sinusoid(w: Tensor, dim: int) -> Tensor:
     The order and the denominator differ from :func:`sinusoid`. Source: official ``sampling.py:24-50``.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=w.device) / (half - 1))
+    # In this order: at angles of thousands of radians the rounding of the frequencies shows (5e-4 at w = 7.5).
+    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * (-math.log(10000) / (half - 1)))
     angles = 1000 * w.float()[:, None] * freqs
     return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2))
 
