@@ -86,7 +86,9 @@ class LazyStateDict(Mapping[str, Tensor]):
     def __enter__(self) -> LazyStateDict:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

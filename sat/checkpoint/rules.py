@@ -152,9 +152,13 @@ def as_theirs(ours: LazyStateDict, rules: Rules) -> Mapped:
 
 def _complete(key_map: KeyMap, source: str) -> KeyMap:
     if key_map.unmatched:
-        raise KeyMappingError(f"{source}: {len(key_map.unmatched)} names match no rule: {listing(key_map.unmatched)}")
+        raise KeyMappingError(
+            f"{source}: {len(key_map.unmatched)} names match no rule: {listing(key_map.unmatched)}"
+        )
     if key_map.incomplete:
-        raise KeyMappingError(f"{source}: {len(key_map.incomplete)} names missing: {listing(key_map.incomplete)}")
+        raise KeyMappingError(
+            f"{source}: {len(key_map.incomplete)} names missing: {listing(key_map.incomplete)}"
+        )
     return key_map
 
 
@@ -230,7 +234,9 @@ def _shape(source: Source, shapes: list[_Shape], key: str, write: bool) -> _Shap
     if isinstance(rule, Fuse):
         count = len(rule.theirs)
         if not first or (write and first[0] % count):
-            raise CheckpointError(f"{source.names[0]}: shape {list(first)} does not split into {count} equal parts")
+            raise CheckpointError(
+                f"{source.names[0]}: shape {list(first)} does not split into {count} equal parts"
+            )
         return (first[0] // count if write else first[0] * count, *first[1:])
     if isinstance(rule, SwapHalves) and (not first or first[0] % 2):
         raise CheckpointError(f"{source.names[0]}: shape {list(first)} has no two halves")
@@ -260,5 +266,3 @@ def _squeezes(rule: Rule, write: bool) -> bool:
 
 def _unsqueezes(rule: Rule, write: bool) -> bool:
     return isinstance(rule, ConvToLinear if write else LinearToConv)
-
-

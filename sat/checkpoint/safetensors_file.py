@@ -110,11 +110,15 @@ def _header(path: Path, read: Callable[[int], bytes]) -> tuple[dict[str, _Place]
         metadata = header.pop("__metadata__", {})
         places = {name: _place(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is damaged ({error}); copy or download it again") from error
+        raise CheckpointError(
+            f"{path}: the safetensors header is damaged ({error}); copy or download it again"
+        ) from error
     end = 8 + length
     for name, place in sorted(places.items(), key=lambda item: item[1].begin):
         if place.begin != end or place.nbytes != place.info.nbytes:
-            raise CheckpointError(f"{path}: the safetensors header is damaged at {name!r}; copy or download it again")
+            raise CheckpointError(
+                f"{path}: the safetensors header is damaged at {name!r}; copy or download it again"
+            )
         end += place.nbytes
     if end != size:
         what = "truncated" if size < end else "longer than its header says"
@@ -189,6 +193,6 @@ def tensor_bytes(tensor: Tensor, info: TensorInfo, name: str, step: int = 1 << 2
         )
     if not info.nbytes:
         return
-    raw = memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).reshape(-1).numpy())
+    raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     for begin in range(0, len(raw), step):
         yield raw[begin : begin + step]

@@ -46,8 +46,8 @@ class TorchFile(LazyStateDict):
     def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
         self._path = path
         content = _load(path, allow_pickle)
-        self.root, tensors = _tensors(path, content)
-        self._tensors = tensors
+        self.root, self._tensors = _tensors(path, content)
+        self._ranges = _mapped_ranges(path)
 
     @property
     def source(self) -> str:
@@ -64,7 +64,7 @@ class TorchFile(LazyStateDict):
 
     def release(self, key: str) -> None:
         """Let the system take back the mapped pages of ``key``; they are read again if asked for again."""
-        _forget(self._tensors[key])
+        _forget(self._tensors[key], self._ranges)
 
     def close(self) -> None:
         """Drop the map."""
@@ -96,15 +96,26 @@ def _load(path: Path, allow_pickle: bool) -> object:
                 f"if you trust the file, set checkpoint.allow_pickle=true"
             ) from error
         raise CheckpointError(_damaged(path, error)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OSError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        OSError,
+    ) as error:
         raise CheckpointError(_damaged(path, error)) from error
     except ImportError as error:  # only with allow_pickle: a class of a package that is not here
         raise CheckpointError(f"{path}: its pickle needs a module that is not installed: {error}") from error
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{path}: truncated or corrupt PyTorch file ({first[:160]}); copy or download it again"
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+    return (
+        f"{path}: truncated or corrupt PyTorch file ({text.splitlines()[0][:120]}); copy or download it again"
+    )
 
 
 def _unsafe(message: str) -> str | None:
@@ -139,19 +150,25 @@ def _tensors(path: Path, content: object) -> tuple[str, dict[str, Tensor]]:
     return root, tensors
 
 
-def _forget(tensor: Tensor) -> None:
-    """Tell the system that the pages of a mapped tensor are not needed now (a hint; nothing on systems without)."""
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is None or not sys.platform.startswith("linux") or not tensor.numel():
-        return
+def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
+    """Addresses at which the system has mapped ``path`` (Linux; empty elsewhere)."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or not hasattr(mmap, "MADV_DONTNEED"):
+        return []
+    name = str(path.resolve())
+    lines = [line.split(maxsplit=5) for line in maps.read_text(errors="replace").splitlines()]
+    found = [line[0].split("-") for line in lines if len(line) == 6 and line[5] == name]
+    return [(int(begin, 16), int(end, 16)) for begin, end in found]
+
+
+def _forget(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
+    """Tell the system that the mapped pages of a tensor are not needed now; memory that is no map is left alone."""
     storage = tensor.untyped_storage()
-    if not storage.filename:  # not a map: giving its pages back would lose them
-        return
     page = mmap.PAGESIZE
     begin = -(-storage.data_ptr() // page) * page
     end = (storage.data_ptr() + storage.nbytes()) // page * page
-    if end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
+    if begin < end and any(low <= begin and end <= high for low, high in ranges):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -205,7 +222,9 @@ class _Pickler(pickle.Pickler):
         return ("storage", _STORAGES[info.dtype], str(obj.record.index), "cpu", info.numel)
 
 
-def write_torch(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], root: str) -> None:
+def write_torch(
+    path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], root: str
+) -> None:
     """Write ``{root: {name: tensor}}`` as ``torch.save`` would, asking ``read`` for one tensor at a time."""
     for name, info in infos.items():
         if info.dtype not in _STORAGES:
@@ -226,7 +245,9 @@ def write_torch(path: Path, infos: Mapping[str, TensorInfo], read: Callable[[str
         os.fsync(file.fileno())
 
 
-def _put(archive: zipfile.ZipFile, name: str, pieces: Iterator[memoryview] | list[memoryview], nbytes: int) -> None:
+def _put(
+    archive: zipfile.ZipFile, name: str, pieces: Iterator[memoryview] | list[memoryview], nbytes: int
+) -> None:
     """Add a stored record whose data starts on a multiple of 64 bytes of the file."""
     assert archive.fp is not None, "the archive is open"
     large = nbytes >= 1 << 31

@@ -1,0 +1,133 @@
+"""Opening weight files and folders of shards by what they contain, with one clear line for everything that is not."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sat.checkpoint.format import CheckpointError, Joined, LazyStateDict, listing
+from sat.checkpoint.safetensors_file import SafetensorsFile
+from sat.checkpoint.torch_file import TorchFile
+
+SAFETENSORS = (".safetensors",)
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})$")
+
+
+def open_file(path: Path, *, allow_pickle: bool = False) -> LazyStateDict:
+    """The tensors of one file, safetensors or PyTorch, told apart by content."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    if complaint := _not_weights(head):
+        raise CheckpointError(f"{path}: {complaint}")
+    if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:9] != b"{":
+        return TorchFile(path, allow_pickle=allow_pickle)
+    if head[8:9] == b"{" or path.suffix in SAFETENSORS:
+        return SafetensorsFile(path)
+    if path.suffix in TORCH:
+        raise CheckpointError(
+            f"{path}: truncated or corrupt: does not begin as a PyTorch file; copy or download it again"
+        )
+    raise CheckpointError(
+        f"{path}: no known weight format (safetensors or PyTorch), it begins with {head[:8]!r}"
+    )
+
+
+def _not_weights(head: bytes) -> str | None:
+    """What a file that is surely not weights is, and what to do; None where it may be weights."""
+    text = head.lstrip().lower()
+    if not head.strip(b"\0"):
+        return "empty or all zeros: the copy or download failed, get it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer instead of the weights; fetch them with `git lfs pull`"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "an HTML or XML page instead of weights: the download got an error page, get the file itself"
+    if text.startswith(b"gguf"):
+        return "a GGUF file, which is not supported; use safetensors or PyTorch weights"
+    if text.startswith((b"{", b"[")):
+        return "a JSON file, not weights; name the weight file or its folder"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def weight_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Files of ``folder`` with one of ``suffixes``, sorted."""
+    wanted = tuple(suffixes)
+    return sorted(path for path in folder.iterdir() if path.suffix in wanted and path.is_file())
+
+
+def open_folder(folder: Path, *, allow_pickle: bool = False) -> LazyStateDict:
+    """The tensors of a folder: what its index names, else its only weight file, else its numbered shards.
+
+    Safetensors win over PyTorch files, plain names over variants (``model.fp16.safetensors``).
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    for kind, suffixes in (("safetensors", SAFETENSORS), ("bin", TORCH)):
+        indexes = sorted(
+            folder.glob(f"*.{kind}.index*.json"), key=lambda path: (path.name.count("."), path.name)
+        )
+        if indexes:
+            return _indexed(indexes[0], allow_pickle)
+        if files := _plain(weight_files(folder, suffixes)):
+            return open_shards(folder, [path.name for path in files], allow_pickle=allow_pickle)
+    raise CheckpointError(f"{folder}: holds no weight files ({', '.join((*SAFETENSORS, *TORCH))})")
+
+
+def _indexed(index: Path, allow_pickle: bool) -> LazyStateDict:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
+    tensors = open_shards(index.parent, sorted(set(places.values())), allow_pickle=allow_pickle)
+    if absent := sorted(set(places) - set(tensors)):
+        raise CheckpointError(
+            f"{index}: names {len(absent)} tensors that the shards do not hold: {listing(absent)}"
+        )
+    return tensors
+
+
+def _plain(files: list[Path]) -> list[Path]:
+    """The one file, or one complete set of numbered shards, to read of ``files``."""
+    if len(files) < 2:
+        return files
+    fewest = min(path.name.count(".") for path in files)
+    files = [path for path in files if path.name.count(".") == fewest]
+    shards = [found for path in files if (found := _SHARD.match(path.stem))]
+    if len(shards) == len(files) and len({(s.group(1), s.group(3)) for s in shards}) == 1:
+        stem, total = shards[0].group(1), int(shards[0].group(3))
+        suffix = files[0].suffix
+        return [files[0].with_name(f"{stem}-{i:05}-of-{total:05}{suffix}") for i in range(1, total + 1)]
+    if len(files) > 1:
+        names = [path.name for path in files]
+        raise CheckpointError(f"{files[0].parent}: {len(names)} weight files, name one of {listing(names)}")
+    return files
+
+
+def open_shards(folder: Path, names: list[str], *, allow_pickle: bool = False) -> LazyStateDict:
+    """The tensors of the files ``names`` in ``folder`` as one; all of them must be there."""
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{folder}: shard names must be plain file names, got {listing(outside)}")
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards missing: {listing(absent)}")
+    shards = {name: open_file(folder / name, allow_pickle=allow_pickle) for name in names}
+    return next(iter(shards.values())) if len(shards) == 1 else Joined(shards, str(folder))

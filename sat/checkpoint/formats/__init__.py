@@ -1,0 +1,123 @@
+"""The checkpoint formats, and which of them a path is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from sat.checkpoint.files import open_file, open_folder
+from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, listing
+from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline
+from sat.checkpoint.formats.hf_t5 import HuggingFaceT5
+from sat.checkpoint.formats.native import Native
+from sat.checkpoint.formats.sat import Sat
+
+
+class Format(Protocol):
+    """One way of keeping weights on disk."""
+
+    name: str
+
+    def detects(self, path: Path) -> bool:
+        """Whether the folder ``path`` is in this format."""
+        ...
+
+    def parts(self, path: Path, *, allow_pickle: bool = False) -> list[Part]:
+        """The parts it holds."""
+        ...
+
+    def locate(self, path: Path, part: Part, *, allow_pickle: bool = False) -> Path:
+        """The file or folder that holds ``part``; an error where there is none."""
+        ...
+
+    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+        """The tensors of ``part`` under the format's own names."""
+        ...
+
+    def config(self, path: Path) -> Mapping[str, Any]:
+        """The sections of the config that the folder carries: some of model, diffusion, conditioning, first_stage."""
+        ...
+
+    def tokenizer(self, path: Path) -> Path | None:
+        """The sentencepiece model beside the text encoder."""
+        ...
+
+
+class Weights:
+    """A file, or a folder with weight files and nothing that says what they are."""
+
+    name = "weights"
+
+    def detects(self, path: Path) -> bool:
+        """Any file; any folder with weight files or an index directly in it."""
+        kinds = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt", "*.index.json")
+        return path.is_file() or any(next(path.glob(kind), None) for kind in kinds)
+
+    def parts(self, path: Path, *, allow_pickle: bool = False) -> list[Part]:
+        """Cannot be told."""
+        return []
+
+    def locate(self, path: Path, part: Part, *, allow_pickle: bool = False) -> Path:
+        """The path itself."""
+        return path
+
+    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+        """All tensors, whatever part they are."""
+        opener = open_file if path.is_file() else open_folder
+        return opener(path, allow_pickle=allow_pickle)
+
+    def config(self, path: Path) -> Mapping[str, Any]:
+        """Nothing is known."""
+        return {}
+
+    def tokenizer(self, path: Path) -> Path | None:
+        """A sentencepiece model that lies in the folder."""
+        beside = (path.parent if path.is_file() else path) / "spiece.model"
+        return beside if beside.is_file() else None
+
+
+FORMATS: tuple[Format, ...] = (
+    Native(),
+    DiffusersPipeline(),
+    DiffusersComponent(),
+    HuggingFaceT5(),
+    Sat(),
+    Weights(),
+)
+
+
+def detect(path: Path) -> Format:
+    """The format that ``path`` is in; one clear line where it is in none."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_file():
+        return FORMATS[-1]
+    for found in FORMATS:
+        if found.detects(path):
+            return found
+    inside = sorted(entry.name for entry in path.iterdir())
+    raise CheckpointError(
+        f"{path}: no known checkpoint format: expected manifest.json (native), model_index.json or config.json "
+        f"(diffusers, Hugging Face), `latest` (SAT) or weight files; it holds {listing(inside) or 'nothing'}"
+    )
+
+
+def find_part(path: Path | str, part: Part, *, allow_pickle: bool = False) -> Path:
+    """The file or folder under ``path`` that holds ``part``."""
+    path = Path(path)
+    return detect(path).locate(path, part, allow_pickle=allow_pickle)
+
+
+def find_tokenizer(path: Path | str) -> Path | None:
+    """The sentencepiece model that belongs to the text encoder under ``path``, or None."""
+    path = Path(path)
+    return detect(path).tokenizer(path)
+
+
+def open_part(path: Path | str, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+    """The tensors of ``part`` under ``path``, under the names of the format it is in."""
+    if part not in PARTS:
+        raise ValueError(f"part is one of {PARTS}, got {part!r}")
+    path = Path(path)
+    return detect(path).open(path, part, allow_pickle=allow_pickle)

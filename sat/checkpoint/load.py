@@ -1,0 +1,261 @@
+"""Strict, streaming loading: every name is consumed exactly once, one tensor is in flight at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sat.checkpoint.fit import Fit, family_rules, fit
+from sat.checkpoint.format import CheckpointError, LazyStateDict, Part, TensorInfo, as_lazy, listing
+from sat.checkpoint.formats import open_part
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What happened when a part was loaded. Lists hold our names, except ``ignored``: names in the file."""
+
+    source: str
+    layout: str  # NATIVE, SAT, DIFFUSERS or HF
+    loaded: int
+    missing: list[str] = field(default_factory=list)  # absent and allowed to be
+    computed: list[str] = field(
+        default_factory=list
+    )  # not stored in this layout: the module's own value stays
+    unexpected: list[str] = field(default_factory=list)  # in the file without a place, and allowed to be
+    ignored: list[str] = field(default_factory=list)  # of other parts, or dropped by a rule
+
+    def __str__(self) -> str:
+        extra = {name: len(getattr(self, name)) for name in ("missing", "computed", "unexpected", "ignored")}
+        notes = "".join(f", {count} {name}" for name, count in extra.items() if count)
+        return f"{self.source}: {self.loaded} tensors loaded ({self.layout}{notes})"
+
+
+def load(
+    module: nn.Module,
+    source: Path | str | Mapping[str, Tensor],
+    part: Part,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+    allow_pickle: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> LoadReport:
+    """Fill ``module`` with the weights of ``part`` found at ``source`` (a path in any format, or tensors by name).
+
+    The module may be on the meta device; each tensor is read, cast, moved to ``device`` and released before the next,
+    so that host memory holds the result and one tensor. ``dtype`` is for floating-point parameters; buffers keep their
+    own. None keeps the module's (a meta module goes to the CPU). ``allow_missing`` and ``allow_unexpected`` are
+    shell patterns over our names and names in the file. ``advance`` is told the bytes done.
+    """
+    is_path = isinstance(source, str | Path)
+    theirs = (
+        open_part(source, part, allow_pickle=allow_pickle)
+        if isinstance(source, str | Path)
+        else as_lazy(source)
+    )
+    try:
+        found = match(module, theirs, part, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
+        target = _Target(module, device, dtype)
+        target.fill(found.view, advance)
+        target.finish(found.missing)
+    finally:
+        if is_path:
+            theirs.close()
+    report = LoadReport(
+        theirs.source,
+        found.layout,
+        len(found.view),
+        found.missing,
+        found.computed,
+        found.unexpected,
+        found.ignored,
+    )
+    logger.info("%s: %s", part, report)
+    return report
+
+
+def match(
+    module: nn.Module,
+    theirs: LazyStateDict,
+    part: Part,
+    *,
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> Fit:
+    """How ``theirs`` fills ``module``, by names and shapes alone; one line that lists everything that does not fit."""
+    expected = {
+        name: TensorInfo(tuple(t.shape), t.dtype) for name, t in module.state_dict(keep_vars=True).items()
+    }
+    found = fit(theirs, expected, family_rules(type(module)), part)
+    missing = [name for name in found.missing if not _any(name, allow_missing)]
+    unexpected = [name for name in found.unexpected if not _any(name, allow_unexpected)]
+    misshapen = [
+        f"{name!r} is {list(shape)}, the model has {list(expected[name].shape)}"
+        for name in found.view
+        if (shape := found.view.info(name).shape) != expected[name].shape
+    ]
+    what = type(module).__name__
+    if not len(found.view):
+        raise CheckpointError(
+            f"{theirs.source}: none of its {len(theirs)} names belongs to {what}, the first are {listing(list(theirs))}; "
+            f"is it the {part} part of this model?"
+        )
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {listing([found.their_name(name) for name in missing])}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected: {listing(unexpected)}")
+    if misshapen:
+        problems.append(
+            f"{len(misshapen)} misshapen: {'; '.join(misshapen[:3])}{' …' if len(misshapen) > 3 else ''}"
+        )
+    if problems:
+        raise CheckpointError(
+            f"{theirs.source}: does not fit {what} ({found.layout} names): {'; '.join(problems)}"
+        )
+    return found
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def narrow(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
+    """``tensor`` as ``dtype``, and the largest magnitude where a finite value became infinite (None: none did)."""
+    if tensor.dtype == dtype:
+        return tensor, None
+    cast = tensor.to(dtype)
+    if not cast.dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return cast, None
+    lost = cast.isinf() & tensor.isfinite()
+    return cast, float(tensor[lost].abs().max()) if bool(lost.any()) else None
+
+
+class Overflow:
+    """Collects tensors whose values do not fit the wanted type, to refuse them together."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+        self._dtype: torch.dtype | None = None
+
+    def cast(self, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """``tensor`` as ``dtype``; a value beyond its range is remembered under ``key``."""
+        out, largest = narrow(tensor, dtype)
+        if largest is not None:
+            self._dtype = dtype
+            self._found.append(f"{key!r} ({largest:.4g})")
+        return out
+
+    def check(self, source: str) -> None:
+        """Raise if anything was remembered."""
+        if self._dtype is None:
+            return
+        shown = ", ".join(self._found[:5]) + (
+            f" and {len(self._found) - 5} more" if len(self._found) > 5 else ""
+        )
+        raise CheckpointError(
+            f"{source}: {len(self._found)} tensors hold values beyond the range of {str(self._dtype)[6:]} "
+            f"(largest {torch.finfo(self._dtype).max:.0f}): {shown}; use bf16 or fp32"
+        )
+
+
+class _Target:
+    """The module being filled."""
+
+    def __init__(
+        self, module: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        self._module = module
+        self._device = None if device is None else torch.device(device)
+        self._dtype = dtype
+        self._shared: dict[int, Tensor] = {}  # id of a replaced parameter -> its replacement, for tied ones
+
+    def fill(self, view: LazyStateDict, advance: Callable[[int], None] | None) -> None:
+        """Read, cast and place every tensor of ``view``."""
+        overflow = Overflow()
+        for name in view:
+            owner, local, old = self._slot(name)
+            tensor = overflow.cast(name, view[name], self._wanted(old))
+            self._place(owner, local, old, tensor)
+            view.release(name)
+            if advance is not None:
+                advance(view.info(name).nbytes)
+        overflow.check(view.source)
+
+    def finish(self, missing: Sequence[str]) -> None:
+        """Give values to what no file holds; a tensor that still has none is an error."""
+        for owner in self._module.modules():
+            own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+            if any(tensor.is_meta for _, tensor in own):
+                self._compute(owner)
+            for local, tensor in [
+                *owner.named_parameters(recurse=False),
+                *owner.named_buffers(recurse=False),
+            ]:
+                if not tensor.is_meta and self._moves(tensor):
+                    self._place(owner, local, tensor, tensor.detach())
+        left = [name for name, tensor in _tensors(self._module) if tensor.is_meta]
+        if left:
+            why = "allowed to be missing, but" if set(left) & set(missing) else "not in the file, and"
+            raise CheckpointError(
+                f"{len(left)} tensors of {type(self._module).__name__} are {why} it cannot compute them itself: "
+                f"{listing(left)}; build it on a real device or give the weights"
+            )
+
+    def _compute(self, owner: nn.Module) -> None:
+        """Let ``owner`` make its own values: buffers always, parameters only if none of them came from the file."""
+        reset = getattr(owner, "reset_buffers", None)
+        if callable(reset):
+            reset()
+        parameters = dict(owner.named_parameters(recurse=False))
+        reset = getattr(owner, "reset_parameters", None)
+        if callable(reset) and parameters and all(p.is_meta for p in parameters.values()):
+            device = self._device or torch.device("cpu")
+            for local, old in parameters.items():
+                self._place(owner, local, old, torch.empty_like(old, dtype=self._wanted(old), device=device))
+            reset()
+
+    def _slot(self, name: str) -> tuple[nn.Module, str, Tensor]:
+        path, _, local = name.rpartition(".")
+        owner = self._module.get_submodule(path)
+        return owner, local, getattr(owner, local)
+
+    def _wanted(self, old: Tensor) -> torch.dtype:
+        cast = self._dtype is not None and isinstance(old, nn.Parameter) and old.dtype.is_floating_point
+        return self._dtype if cast and self._dtype is not None else old.dtype
+
+    def _moves(self, old: Tensor) -> bool:
+        return (self._device is not None and old.device != self._device) or old.dtype != self._wanted(old)
+
+    def _place(self, owner: nn.Module, local: str, old: Tensor, tensor: Tensor) -> None:
+        """Copy into ``old`` where it can stay, else put a new tensor in its place; never keep a window on a file."""
+        if not old.is_meta and not self._moves(old):
+            with torch.no_grad():
+                old.copy_(tensor)
+            return
+        if id(old) in self._shared:
+            setattr(owner, local, self._shared[id(old)])
+            return
+        device = self._device or (torch.device("cpu") if old.is_meta else old.device)
+        fresh = tensor.to(device=device, dtype=self._wanted(old), copy=True).contiguous()
+        if isinstance(old, nn.Parameter):
+            fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
+            fresh.__dict__.update(old.__dict__)  # marks such as tensor_model_parallel
+            owner._parameters[local] = fresh
+        else:
+            owner._buffers[local] = fresh
+        self._shared[id(old)] = fresh
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

@@ -1,0 +1,368 @@
+"""Writing checkpoints: native, official SAT and diffusers folders, streamed and whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat.checkpoint.fit import family_rules
+from sat.checkpoint.format import (
+    ENGINE_PREFIXES,
+    PARTS,
+    CheckpointError,
+    LazyStateDict,
+    Part,
+    TensorInfo,
+    as_lazy,
+)
+from sat.checkpoint.formats.diffusers import (
+    FOLDERS,
+    model_index,
+    scheduler_config,
+    transformer_config,
+    vae_config,
+)
+from sat.checkpoint.formats.hf_t5 import T5, TOKENIZER_CONFIG, t5_config
+from sat.checkpoint.formats.native import FORMAT, MANIFEST, VERSION
+from sat.checkpoint.formats.sat import ENGINE_FILE, SIDECAR
+from sat.checkpoint.load import Overflow
+from sat.checkpoint.rules import as_theirs
+from sat.checkpoint.safetensors_file import Written, write_safetensors
+from sat.checkpoint.torch_file import write_torch
+
+Parts = Mapping[Part, Mapping[str, Tensor]]
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """How tensors are written. ``dtype`` None keeps each tensor's; ``advance`` is told the bytes done."""
+
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = SHARD_BYTES
+    advance: Callable[[int], None] | None = None
+
+
+def save_native(
+    folder: Path | str,
+    parts: Parts,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: Path | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Write a native folder: ``parts`` are tensors under our own names, ``config`` the sections they belong to.
+
+    ``config`` holds ``model``, ``diffusion``, ``conditioning`` and ``first_stage`` as plain mappings; it goes into the
+    manifest, so that the folder can be converted and checked without a YAML file.
+    """
+    options = options or Options()
+    with _whole(Path(folder), parts, options) as place:
+        files: dict[str, Any] = {}
+        for part in PARTS:
+            if part in parts:
+                files[part] = _native_part(place, part, as_lazy(parts[part]), options)
+        manifest = {"format": FORMAT, "version": VERSION, "parts": files, "config": dict(config)}
+        _copy_tokenizer(tokenizer, place / "tokenizer")
+        write_json(place / MANIFEST, manifest)
+    return Path(folder)
+
+
+def save_sat(
+    folder: Path | str,
+    parts: Parts,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: Path | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Write the official layout: ``latest``, the engine file, the autoencoder's .pt and a T5 folder.
+
+    Source: the layout of the published CogView3 weights. The engine file holds the network only, as published.
+    """
+    options = options or Options()
+    with _whole(Path(folder), parts, options) as place:
+        if "model" in parts:
+            tensors = _theirs(parts["model"], "model", "SAT", config)
+            (place / "1").mkdir()
+            prefix = ENGINE_PREFIXES["model"]
+            _torch(place / "1" / ENGINE_FILE, tensors, "module", prefix, options)
+            (place / "latest").write_text("1")
+        if "first_stage" in parts:
+            tensors = _theirs(parts["first_stage"], "first_stage", "SAT", config)
+            (place / "vae").mkdir()
+            channels = _params(config, "first_stage").get("latent_channels", 16)
+            _torch(place / "vae" / f"imagekl_ch{channels}.pt", tensors, "state_dict", "", options)
+        if "text" in parts:
+            text = place / "t5-v1_1-xxl"
+            _huggingface(text, parts["text"], config, options)
+            _copy_tokenizer(tokenizer, text)
+        write_json(place / SIDECAR, dict(config))
+    return Path(folder)
+
+
+def save_diffusers(
+    folder: Path | str,
+    parts: Parts,
+    config: Mapping[str, Any],
+    *,
+    tokenizer: Path | None = None,
+    options: Options | None = None,
+) -> Path:
+    """Write a folder that diffusers' ``CogView3PlusPipeline.from_pretrained`` opens."""
+    options = options or Options()
+    configs = {
+        "model": transformer_config(_params(config, "model")),
+        "first_stage": vae_config(_params(config, "first_stage")),
+    }
+    scheduler = scheduler_config(config.get("diffusion", {}))
+    with _whole(Path(folder), parts, options) as place:
+        for part in ("model", "first_stage"):
+            if part in parts:
+                target = place / FOLDERS[part]
+                target.mkdir()
+                tensors = _theirs(parts[part], part, "DIFFUSERS", config)
+                _sharded(target, "diffusion_pytorch_model", tensors, options, index=True)
+                write_json(target / "config.json", configs[part])
+        if "text" in parts:
+            _huggingface(place / FOLDERS["text"], parts["text"], config, options, with_tokenizer_config=False)
+            if tokenizer is not None:
+                _copy_tokenizer(tokenizer, place / "tokenizer")
+                write_json(place / "tokenizer" / "tokenizer_config.json", TOKENIZER_CONFIG)
+        (place / "scheduler").mkdir()
+        write_json(place / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(place / "model_index.json", model_index())
+    return Path(folder)
+
+
+WRITERS: dict[str, Callable[..., Path]] = {
+    "native": save_native,
+    "sat": save_sat,
+    "diffusers": save_diffusers,
+}
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _params(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    params: Mapping[str, Any] = (config.get(section) or {}).get("params") or {}
+    return params
+
+
+def _theirs(
+    tensors: Mapping[str, Tensor], part: Part, layout: str, config: Mapping[str, Any]
+) -> LazyStateDict:
+    """``tensors`` under the names of ``layout``, by the rules of the class that ``config`` names for the part."""
+    component = (config.get("conditioning") or {}).get("text") if part == "text" else config.get(part)
+    target = str((component or {}).get("target", T5 if part == "text" else ""))
+    rules = family_rules(_class(target, part))
+    if layout not in rules:
+        raise CheckpointError(f"{target} has no {layout} names; it can be written as {sorted(rules)} only")
+    return as_theirs(as_lazy(tensors), rules[layout])
+
+
+def _class(target: str, part: Part) -> type[nn.Module]:
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"the config of the {part} part names {target!r}, which cannot be imported"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise CheckpointError(f"the config of the {part} part names {target!r}, which is no network")
+    return found
+
+
+def _native_part(place: Path, part: Part, tensors: LazyStateDict, options: Options) -> dict[str, Any]:
+    written = _sharded(place, part, tensors, options, index=False)
+    dtypes = sorted({str(_info(tensors, name, options).dtype)[6:] for name in tensors})
+    return {
+        "files": [{"name": name, "bytes": w.nbytes, "sha256": w.sha256} for name, w in written.items()],
+        "tensors": len(tensors),
+        "elements": sum(info.numel for info in tensors.infos().values()),
+        "dtypes": dtypes,
+    }
+
+
+def _huggingface(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    options: Options,
+    *,
+    with_tokenizer_config: bool = True,
+) -> None:
+    folder.mkdir()
+    theirs = _theirs(tensors, "text", "HF", config)
+    _sharded(folder, "model", theirs, options, index=True)
+    dtype = str(_info(theirs, next(iter(theirs)), options).dtype)[6:]
+    text = (config.get("conditioning") or {}).get("text") or {}
+    write_json(folder / "config.json", t5_config(text.get("params") or {}, dtype))
+    if with_tokenizer_config:
+        write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+
+
+def _info(tensors: LazyStateDict, name: str, options: Options) -> TensorInfo:
+    """What ``name`` is when written: floating-point tensors in the wanted type."""
+    info = tensors.info(name)
+    if options.dtype is None or not info.dtype.is_floating_point:
+        return info
+    return TensorInfo(info.shape, options.dtype)
+
+
+class _Reader:
+    """Reads one tensor at a time as it is to be written, and reports the bytes that passed."""
+
+    def __init__(self, tensors: LazyStateDict, options: Options) -> None:
+        self._tensors, self._options = tensors, options
+        self._overflow = Overflow()
+        self._last: str | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        self.done()
+        self._last = name
+        tensor = self._tensors[name]
+        if self._options.dtype is None or not tensor.dtype.is_floating_point:
+            return tensor
+        return self._overflow.cast(name, tensor, self._options.dtype)
+
+    def done(self) -> None:
+        """Release the tensor read last."""
+        if self._last is not None:
+            self._tensors.release(self._last)
+            if self._options.advance is not None:
+                self._options.advance(self._tensors.info(self._last).nbytes)
+        self._last = None
+
+    def check(self) -> None:
+        """Raise if a value did not fit the wanted type."""
+        self._overflow.check(self._tensors.source)
+
+
+def shards(infos: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
+    """Names in order, cut into groups of at most ``most`` bytes (a larger tensor is a group of its own)."""
+    if most < 1:
+        raise ValueError(f"a shard needs at least 1 byte, got {most}")
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, info in infos.items():
+        if groups[-1] and size + info.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += info.nbytes
+    return groups
+
+
+def _sharded(
+    folder: Path, stem: str, tensors: LazyStateDict, options: Options, *, index: bool
+) -> dict[str, Written]:
+    infos = {name: _info(tensors, name, options) for name in tensors}
+    groups = shards(infos, options.max_shard_bytes)
+    read = _Reader(tensors, options)
+    written: dict[str, Written] = {}
+    places: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        tail = "" if len(groups) == 1 else f"-{number:05}-of-{len(groups):05}"
+        file = f"{stem}{tail}.safetensors"
+        written[file] = write_safetensors(folder / file, {n: infos[n] for n in group}, read, {"format": "pt"})
+        places.update(dict.fromkeys(group, file))
+    read.done()
+    read.check()
+    if index and len(groups) > 1:
+        total = sum(info.nbytes for info in infos.values())
+        content = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / f"{stem}.safetensors.index.json", content)
+    return written
+
+
+def _torch(path: Path, tensors: LazyStateDict, root: str, prefix: str, options: Options) -> None:
+    infos = {prefix + name: _info(tensors, name, options) for name in tensors}
+    read = _Reader(tensors, options)
+    write_torch(path, infos, lambda name: read(name[len(prefix) :]), root)
+    read.done()
+    read.check()
+
+
+def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    folder.mkdir(exist_ok=True)
+    try:
+        shutil.copyfile(tokenizer, folder / "spiece.model")
+    except OSError as error:
+        raise CheckpointError(f"{tokenizer}: cannot copy the tokenizer: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """``content`` as indented JSON."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+# -- all or nothing ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _whole(folder: Path, parts: Parts, options: Options) -> Iterator[Path]:
+    """A folder beside ``folder`` to write in, which takes its name at the end; on any failure nothing is left."""
+    refuse_occupied(folder)
+    if not parts:
+        raise CheckpointError(f"{folder}: nothing to write: no parts given")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise CheckpointError(f"{folder}: unknown parts {unknown}, known are {list(PARTS)}")
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _room(folder.parent, parts, options)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            folder.rmdir()  # empty: checked above
+        partial.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """An error if ``folder`` is a file or holds anything."""
+    if folder.is_dir() and next(folder.iterdir(), None) is None:
+        return
+    if folder.exists() or folder.is_symlink():
+        raise CheckpointError(
+            f"{folder}: exists and is not an empty folder; give a new destination or empty it first"
+        )
+
+
+def _room(folder: Path, parts: Parts, options: Options) -> None:
+    lazy = [as_lazy(tensors) for tensors in parts.values()]
+    needed = sum(_info(tensors, name, options).nbytes for tensors in lazy for name in tensors)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(f"{folder}: needs {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free")
+
+
+def _sync(folder: Path) -> None:
+    """Make the new name durable, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
