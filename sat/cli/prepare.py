@@ -69,7 +69,8 @@ def _emoji(args: argparse.Namespace) -> int:
         print(f"not drawn: {failure}", file=sys.stderr)
     print(
         f"{args.out}: {written.trained.total()} images to train on (metadata.jsonl), "
-        f"{written.held_out.total()} held out (heldout.jsonl), {written.missing.total()} pairs without a drawing"
+        f"{written.held_out.total()} held out (heldout.jsonl), "
+        f"{written.missing.total()} pairs without a drawing"
     )
     return 0
 

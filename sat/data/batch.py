@@ -43,12 +43,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
-        moved = {
-            field.name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for field in fields(self)
-            for value in (getattr(self, field.name),)
-        }
-        return Batch(**moved)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(
+            caption=self.caption,
+            original_size=moved(self.original_size),
+            crop=moved(self.crop),
+            target_size=moved(self.target_size),
+            image=None if self.image is None else moved(self.image),
+            latent_moments=None if self.latent_moments is None else moved(self.latent_moments),
+        )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

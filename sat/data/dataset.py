@@ -38,8 +38,8 @@ def item_random(seed: int, epoch: int, index: int, what: str) -> random.Random:
 class Dataset:
     """Pictures and captions of ``records``, transformed. Safe to read from several threads.
 
-    Decoded pictures stay in memory up to ``keep_bytes``. An unreadable picture is logged, listed in ``bad`` and
-    replaced by the next readable one; more than ``max_bad_share`` of the set raises :class:`DataError`.
+    Decoded pictures stay in memory up to ``keep_bytes``. An unreadable picture is logged, listed in ``bad``
+    and replaced by the next readable one; more than ``max_bad_share`` of the set raises :class:`DataError`.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Dataset:
 class LatentCache:
     """``views`` differently placed pictures of every item of ``dataset``, encoded once and kept in memory.
 
-    ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled. Which view
-    an epoch shows is drawn from (seed, epoch, index); captions are drawn as without the cache.
+    ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled. The
+    view that an epoch shows is drawn from (seed, epoch, index); captions are drawn as without the cache.
     """
 
     def __init__(

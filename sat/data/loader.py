@@ -18,10 +18,10 @@ from sat.data.records import DataError
 class Loader:
     """This rank's batches of ``items``, ``batch_size`` each, for ever.
 
-    All ranks walk one stream of items: the epochs' shuffles one after the other, so that every item comes once in
-    an epoch over all ranks and a batch may span two epochs. Each step takes ``world * batch_size`` items from it,
-    the ranks in turn. The position is the number of items all ranks have taken; it means the same for any number
-    of ranks. ``workers``: threads that read ahead (0: none).
+    All ranks walk one stream of items: the epochs' shuffles one after the other, so that every item comes
+    once in an epoch over all ranks and a batch may span two epochs. Each step takes ``world * batch_size``
+    items from it, the ranks in turn. The position is the number of items all ranks have taken; it means the
+    same for any number of ranks. ``workers``: threads that read ahead (0: none).
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class Loader:
 def once(items: Items, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
     """Every item once and in order, as whole batches shared over the ranks in turn; the same each time.
 
-    For validation. All ranks get equally many batches of equal size, so up to one round of items is left out; if
-    there are too few items for one round, they are repeated to fill it.
+    For validation. All ranks get equally many batches of equal size, so up to one round of items is left out;
+    if there are too few items for one round, they are repeated to fill it.
     """
     rounds = max(1, len(items) // (batch_size * world))
     batches = []

@@ -11,6 +11,7 @@ from pathlib import Path
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 CAPTION_KEYS = ("text", "prompt", "caption")
 TABLE = "metadata.jsonl"
+HELD_OUT = "heldout.jsonl"  # beside it: what is never trained on
 
 
 class DataError(RuntimeError):
@@ -73,7 +74,7 @@ class RecordSet:
 
 
 def read_sources(sources: Sequence[tuple[Path, int]], max_bad_share: float = 0.05) -> RecordSet:
-    """The records of all (path, repeats) ``sources``; raises if none is usable or too large a share is bad."""
+    """The records of all (path, repeats) ``sources``; raises if one has none or too many bad ones."""
     if not sources:
         raise DataError("no data sources (data.sources)")
     records: list[Record] = []
@@ -114,8 +115,8 @@ def check_bad_share(bad: Sequence[Bad], total: int, most: float, where: str) -> 
         return
     shown = "; ".join(str(one) for one in bad[:5]) + ("; …" if len(bad) > 5 else "")
     raise DataError(
-        f"{where}: {len(bad)} of {total} items cannot be used, more than the share {most:g} that is put up with "
-        f"(data.max_bad_share): {shown}"
+        f"{where}: {len(bad)} of {total} items cannot be used, more than the share {most:g} that is put up "
+        f"with (data.max_bad_share): {shown}"
     )
 
 

@@ -25,7 +25,7 @@ class Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Augment:
-    """Random placement on white: ``shift`` up to that share of a side each way, ``scale`` from smallest to largest.
+    """Random placement on white: ``shift`` up to that share of a side, ``scale`` from smallest to largest.
 
     There are no flips: they would make wrong letters and wrong hands.
     """

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from sat.data.records import HELD_OUT, read_source
 
-CAPTION_KEYS = ("text", "prompt", "caption")
+log = logging.getLogger(__name__)
 
 
 def captions_of(folders: Sequence[Path]) -> Iterator[str]:
-    """All captions in the folders' ``metadata.jsonl`` and ``heldout.jsonl``, or in their ``.txt`` files."""
+    """All captions of data folders (see :mod:`sat.data.records`), those of their ``heldout.jsonl`` too."""
     for folder in folders:
-        tables = [path for name in ("metadata.jsonl", "heldout.jsonl") if (path := folder / name).is_file()]
-        if tables:
-            for table in tables:
-                yield from _captions_of_table(table)
-        else:
-            texts = sorted(folder.rglob("*.txt"))
-            if not texts:
-                raise ValueError(f"{folder}: no metadata.jsonl and no .txt files to read captions from")
-            yield from (path.read_text("utf-8").strip() for path in texts)
-
-
-def _captions_of_table(table: Path) -> Iterator[str]:
-    for line in table.read_text("utf-8").splitlines():
-        if line.strip():
-            row = json.loads(line)
-            found = next((row[key] for key in CAPTION_KEYS if key in row), [])
-            yield from [found] if isinstance(found, str) else found
+        sources = [folder, *(path for path in (folder / HELD_OUT,) if path.is_file())]
+        for found in map(read_source, sources):
+            for bad in found.bad:
+                log.warning("skipped %s", bad)
+            for record in found.records:
+                yield from record.captions
 
 
 def train_vocabulary(captions: Iterable[str], out: Path, size: int, extra_words: Sequence[str] = ()) -> int:
     """Trains a unigram model of at most ``size`` pieces into ``out``; returns the number of pieces.
 
-    Ids as T5's: 0 padding, 1 end of sequence, 2 unknown, no beginning of sequence. Case is folded ("A Red Apple"
-    and "a red apple" are the same) and every printable ASCII character is a piece, so that plain English is
-    never unknown. ``extra_words`` are seen as often as the rarest captions (words no caption holds, such as the
-    name of a style that is added later).
+    Ids as T5's: 0 padding, 1 end of sequence, 2 unknown, no beginning of sequence. Case is folded ("A Red
+    Apple" and "a red apple" are the same) and every printable ASCII character is a piece, so that plain
+    English is never unknown. ``extra_words`` are seen once each: words no caption holds, such as the name of
+    a style that is added later.
     """
     import sentencepiece
 

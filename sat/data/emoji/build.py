@@ -14,7 +14,8 @@ from pathlib import Path
 from sat.data.emoji.captions import captions
 from sat.data.emoji.concepts import Concept, read_concepts, select
 from sat.data.emoji.icons import Drawings, SvgDrawings, open_drawings
-from sat.data.emoji.packages import HELD_OUT_STYLE, LABELS, STYLES, Archive, Package, fetch
+from sat.data.emoji.packages import HELD_OUT_STYLE, LABELS, STYLES, Archive, fetch
+from sat.data.records import HELD_OUT, TABLE
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +61,16 @@ def check_styles(styles: Sequence[str]) -> None:
         raise ValueError(f"--styles {','.join(styles)!r}: expected one or more of {', '.join(STYLES)}")
     if HELD_OUT_STYLE in styles and len(styles) > 1:
         raise ValueError(
-            f"--styles {','.join(styles)!r}: {HELD_OUT_STYLE!r} is held out from the training of the small model, "
-            "write it to a folder of its own"
+            f"--styles {','.join(styles)!r}: {HELD_OUT_STYLE!r} is held out from the training of the small "
+            "model, write it to a folder of its own"
         )
 
 
 def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: int) -> Written:
-    """Writes ``out/<style>/<slug>.png`` of (size, size) pixels and the metadata files; returns what was written.
+    """Writes ``out/<style>/<slug>.png`` of (size, size) pixels and the metadata files; returns what was done.
 
-    ``packages`` holds the npm tarballs (missing ones are fetched into it); ``which`` is "all", "core" or a file
-    of labels. ``metadata.jsonl`` lists what may be trained on, ``heldout.jsonl`` the pairs kept aside.
+    ``packages`` holds the npm tarballs (missing ones are fetched into it); ``which`` is "all", "core" or a
+    file of labels. ``metadata.jsonl`` lists what may be trained on, ``heldout.jsonl`` the pairs kept aside.
     """
     check_styles(styles)
     named = NAMED_BY if any(style in UNNAMED for style in styles) else ()
@@ -92,14 +93,14 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
                 if row is not None:
                     rows[str(row["split"])].append(row)
             logger.info("%s: %d images, %d held out", style, written.trained[style], written.held_out[style])
-        _write_lines(out / "metadata.jsonl", rows["train"])
-        _write_lines(out / "heldout.jsonl", rows["heldout"])
+        _write_lines(out / TABLE, rows["train"])
+        _write_lines(out / HELD_OUT, rows["heldout"])
         _write_sources(out, archives, styles, which, size, written)
     return written
 
 
 class _NameFinder:
-    """Names an icon may have in a set without code points: its label's slug and the names other sets give it."""
+    """Names an icon may have in a set without code points: its label's slug and those other sets give it."""
 
     def __init__(self, others: Sequence[Archive]) -> None:
         self.by_code = [SvgDrawings(other).by_code for other in others]

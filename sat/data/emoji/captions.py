@@ -19,7 +19,7 @@ class Caption(NamedTuple):
 
 
 def with_article(label: str) -> str:
-    """``label`` with "a" or "an" before it, as people type; unchanged where it is plural or already has one."""
+    """``label`` with "a" or "an" before it, as people type; unchanged where it is plural or has one."""
     last = label.split(" with ")[0].split(" of ")[0].split()[-1].lower()
     if label.startswith(("a ", "an ", "the ")) or (
         last.endswith("s") and not last.endswith(("ss", "us", "is"))
@@ -31,8 +31,8 @@ def with_article(label: str) -> str:
 def captions(concept: Concept, style: str) -> list[Caption]:
     """Weighted captions of ``concept`` drawn in ``style``.
 
-    45 % "red apple, noto style"; 20 % "a noto emoji of red apple" ("an" before a vowel); 15 % the label alone, half of it with an
-    article; 20 % the label, two of its tags and the style (with too few tags, the first form takes its place).
+    45 % "red apple, noto style"; 20 % "a noto emoji of red apple"; 15 % the label alone, half of it with an
+    article; 20 % the label, two of its tags and the style (without tags, the first form takes its place).
     """
     label = concept.label
     named = f"{label}, {style} style"

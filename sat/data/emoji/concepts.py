@@ -56,7 +56,7 @@ def code_points(hexcode: str) -> str:
 
 
 def read_concepts(labels: Archive) -> list[Concept]:
-    """All usable concepts in emojibase's order: no flags, no components, no people sequences, no skin tones."""
+    """All usable concepts in emojibase's order: no flags, components, people sequences or skin tones."""
     found = []
     for entry in cast("list[Entry]", labels.json("en/data.json")):
         group = entry.get("group")
@@ -79,13 +79,13 @@ def core_labels() -> list[str]:
 
 
 def parse_labels(text: str) -> list[str]:
-    """Labels of a list with one per line; ``#`` at the start of a line is a comment, empty lines are skipped."""
+    """Labels of a list with one per line; lines that start with ``#`` and empty ones are skipped."""
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def select(concepts: Sequence[Concept], which: str) -> list[Concept]:
-    """Concepts named by ``which``: "all", "core" or the path of a file of labels; labels match in any case."""
+    """Concepts named by ``which``: "all", "core" or a file of labels, in which case does not matter."""
     if which == "all":
         return list(concepts)
     if which == "core":

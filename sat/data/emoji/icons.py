@@ -50,7 +50,7 @@ class Drawings(Protocol):
 
 
 class SvgDrawings:
-    """An Iconify package: SVG bodies in ``icons.json``, code points in ``chars.json`` (which may be empty)."""
+    """An Iconify package: SVG bodies in ``icons.json``, code points in ``chars.json``, which may be empty."""
 
     def __init__(self, archive: Archive) -> None:
         self.icons = cast("IconSet", archive.json("icons.json"))
@@ -60,12 +60,14 @@ class SvgDrawings:
             raise PackageError(f"{archive.path}: package/icons.json holds no icons")
 
     def find(self, concept: Concept, names: Iterable[str]) -> str | None:
+        """Name of the concept's icon, by code point where the package has them, else the first known name."""
         if self.by_code:
             return self.by_code.get(concept.code)
         known = self.icons["icons"].keys() | self.icons.get("aliases", {}).keys()
         return next((name for name in names if name in known), None)
 
     def draw(self, name: str, size: int) -> PIL.Image.Image:
+        """The icon ``name`` as an RGB image of (size, size) pixels on white."""
         try:
             import resvg_py
         except ImportError as error:
@@ -96,9 +98,11 @@ class WebpDrawings:
             raise PackageError(f"{archive.path}: no package/assets/*.webp")
 
     def find(self, concept: Concept, names: Iterable[str]) -> str | None:
+        """File of the concept's picture; ``names`` are not needed."""
         return self.by_code.get(concept.code)
 
     def draw(self, name: str, size: int) -> PIL.Image.Image:
+        """The picture in file ``name`` as an RGB image of (size, size) pixels on white."""
         image = PIL.Image.open(io.BytesIO(self.archive.read(name))).convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, "white")
         return _resized(PIL.Image.alpha_composite(white, image).convert("RGB"), size)
