@@ -1,17 +1,21 @@
 """Every section of an experiment, as frozen dataclasses: an unknown section or key is an error, a default is written here once.
 
-Only the standard library is imported, so any layer may use these types. Sizes are (height, width) in pixels unless a
+Nothing heavy is imported, so any layer may use these types. Sizes are (height, width) in pixels unless a
 field says otherwise. Rules that concern several fields of a section are its ``rules``; rules between sections are in
 ``check.py``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from sat.sampling.sizes import SizeError, SizeRule
+
+if TYPE_CHECKING:
+    from sat.parallel.launch import DeviceKind
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Broken = Iterator[tuple[str, str]]
@@ -38,7 +42,9 @@ class RuleError(ValueError):
     def __init__(self, section: str, broken: list[tuple[str, str]]) -> None:
         self.section = section
         self.broken = broken
-        super().__init__("; ".join(f"{section}.{key}: {what}" if key else f"{section}: {what}" for key, what in broken))
+        super().__init__(
+            "; ".join(f"{section}.{key}: {what}" if key else f"{section}: {what}" for key, what in broken)
+        )
 
 
 class Section:
@@ -73,7 +79,9 @@ class DiffusionConfig(Section):
     section = "diffusion"
     schedule: Annotated[Component, Makes("sat.diffusion.schedule.Schedule")]
     parameterisation: Annotated[Component, Makes("sat.diffusion.parameterisation.Parameterisation")]
-    process: Annotated[Component, Makes("sat.diffusion.process.Process")] = Component("sat.diffusion.process.Process")
+    process: Annotated[Component, Makes("sat.diffusion.process.Process")] = Component(
+        "sat.diffusion.process.Process"
+    )
     loss: Annotated[Component, Makes("sat.diffusion.loss.DenoisingLoss")] | None = None
 
 
@@ -85,7 +93,9 @@ class ConditioningConfig(Section):
     text: Component
     size: Component
     max_length: int = 224
-    tokenizer: Annotated[Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")] = None
+    tokenizer: Annotated[
+        Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")
+    ] = None
 
     def rules(self) -> Broken:
         if self.max_length < 1:
@@ -93,49 +103,36 @@ class ConditioningConfig(Section):
 
 
 @dataclass(frozen=True)
-class SizesConfig(Section):
-    """Which image sizes the model draws, in pixels: every side in [min, max] and a multiple, height x width at most max_area."""
-
-    section = "sampling.sizes"
-    min: int = 512
-    max: int = 2048
-    multiple: int = 32
-    max_area: int = 2**21
-
-    def rules(self) -> Broken:
-        for name in ("min", "max", "multiple", "max_area"):
-            if getattr(self, name) < 1:
-                yield name, f"expected at least 1, got {getattr(self, name)}"
-                return
-        first = math.ceil(self.min / self.multiple) * self.multiple
-        if self.min > self.max:
-            yield "min", f"{self.min} is larger than `max` {self.max}"
-        elif first > self.max:
-            yield "multiple", f"no multiple of {self.multiple} lies between {self.min} and {self.max}"
-        elif first * first > self.max_area:
-            yield "max_area", f"{self.max_area} leaves no size: the smallest is {first} x {first}"
-
-
-@dataclass(frozen=True)
 class SamplingConfig(Section):
-    """What to draw and how. ``batch_size`` is images per prompt; image ``i`` uses seed ``seed + i``."""
+    """What to draw and how. ``batch_size`` is images per prompt; image ``i`` uses seed ``seed + i``.
+
+    ``at_once`` images go through the network together: with 1, a picture does not depend on how many are asked
+    for, to the last bit; with more, large devices are used better.
+    """
 
     section = "sampling"
     prompt: str | list[str] | None = None
-    prompt_file: Annotated[Path | None, MustExist("name a text file with one prompt per line, or use --prompt")] = None
+    prompt_file: Annotated[
+        Path | None, MustExist("name a text file with one prompt per line, or use --prompt")
+    ] = None
     negative_prompt: str = ""
     height: int = 1024
     width: int = 1024
     steps: int = 50
     seed: int = 0
     batch_size: int = 1
+    at_once: int = 1
     dtype: Precision = "fp32"
     guider: Annotated[Component, Makes("sat.diffusion.guidance.Guider")] = Component(
         "sat.diffusion.guidance.ClassifierFree", {"scale": 5.0}
     )
-    sampler: Annotated[Component, Makes("sat.diffusion.sampler.Sampler")] = Component("sat.diffusion.sampler.DDIM")
-    sizes: SizesConfig = field(default_factory=SizesConfig)
-    latents: Annotated[Path | None, MustExist("name a file of initial latents, or null for seeded noise")] = None
+    sampler: Annotated[Component, Makes("sat.diffusion.sampler.Sampler")] = Component(
+        "sat.diffusion.sampler.DDIM"
+    )
+    sizes: SizeRule = field(default_factory=SizeRule)
+    latents: Annotated[Path | None, MustExist("name a file of initial latents, or null for seeded noise")] = (
+        None
+    )
     grid_columns: int | None = None
 
     def rules(self) -> Broken:
@@ -143,21 +140,15 @@ class SamplingConfig(Section):
             yield "prompt", "`prompt` and `prompt_file` are both given; set one of them to null"
         if not 1 <= self.steps <= 1000:
             yield "steps", f"expected 1 to 1000 steps, got {self.steps}"
-        if not 0 <= self.seed < 2**63:
-            yield "seed", f"expected 0 to 2^63 - 1, got {self.seed}"
-        for name in ("batch_size", "grid_columns"):
+        if not 0 <= self.seed <= 2**32 - self.batch_size:
+            yield "seed", f"expected 0 to 2^32 - `batch_size` (image i uses seed + i), got {self.seed}"
+        for name in ("batch_size", "at_once", "grid_columns"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield name, f"expected at least 1, got {value}"
-        yield from self._size()
-
-    def _size(self) -> Broken:
-        from sat.sampling.sizes import SizeRule
-
-        rule = SizeRule(self.sizes.min, self.sizes.max, self.sizes.multiple, self.sizes.max_area)
         try:
-            rule.check(self.height, self.width)
-        except ValueError as error:
+            self.sizes.check(self.height, self.width)
+        except SizeError as error:
             yield "height", str(error)
 
 
@@ -221,7 +212,7 @@ class ParallelConfig(Section):
     """Device and rank layout; ``timeout`` in seconds ends a run whose other ranks are silent."""
 
     section = "parallel"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceKind = "auto"
     tensor: int = 1
     sequence: int = 1
     guidance: int = 1
@@ -230,14 +221,22 @@ class ParallelConfig(Section):
     def rules(self) -> Broken:
         for name in ("tensor", "sequence", "guidance"):
             if getattr(self, name) != 1:
-                yield name, f"only 1 is possible yet, got {getattr(self, name)}; ranks share out the work as data parallel"
+                yield (
+                    name,
+                    f"only 1 is possible yet, got {getattr(self, name)}; ranks share out the work as data parallel",
+                )
         if not self.timeout > 0:
             yield "timeout", f"expected more than 0 seconds, got {self.timeout}"
 
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """One training run. ``batch_size`` is per rank and step of accumulation; rates follow ``schedule`` after ``warmup`` steps."""
+    """One training run. ``batch_size`` is per rank and step of accumulation; rates follow ``schedule`` after ``warmup`` steps.
+
+    ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` 1 or 2); ``autocast``
+    computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early; ``max_bad_steps`` steps in
+    a row with a loss that is not finite end the run.
+    """
 
     section = "train"
     objective: Component
@@ -245,6 +244,7 @@ class TrainConfig(Section):
     batch_size: int = 1
     accumulate: int = 1
     dtype: Precision = "fp32"
+    autocast: Literal["bf16"] | None = None
     zero: Literal[0, 1, 2] = 0
     optimizer: Annotated[Component, Makes("torch.optim.Optimizer")] = Component("torch.optim.AdamW")
     lr: float = 1e-4
@@ -261,13 +261,26 @@ class TrainConfig(Section):
     keep_last: int = 2
     sample_every: int | None = None
     sample_prompts: list[str] = field(default_factory=list)
+    validate_every: int | None = None
+    max_minutes: float | None = None
+    max_bad_steps: int = 20
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "cogview3"
     allocator: bool = True
     init_from: CheckpointConfig | None = None
 
     def rules(self) -> Broken:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last", "sample_every"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "save_every",
+            "keep_last",
+            "sample_every",
+            "validate_every",
+            "max_bad_steps",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield name, f"expected at least 1, got {value}"
@@ -283,6 +296,15 @@ class TrainConfig(Section):
             yield "clip", f"expected more than 0 or null, got {self.clip}"
         if self.ema is not None and not 0 <= self.ema < 1:
             yield "ema", f"expected a decay of at least 0 and below 1, or null, got {self.ema}"
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            yield "max_minutes", f"expected more than 0 minutes or null, got {self.max_minutes}"
+        if self.autocast is not None and self.dtype != "fp32":
+            yield "autocast", f"computes in bf16 with `dtype` fp32 weights, but `dtype` is {self.dtype}"
+        if self.dtype != "fp32" and self.zero == 0:
+            yield (
+                "zero",
+                f"`dtype` {self.dtype} needs ZeRO 1 or 2, which keep float32 masters of the weights; got 0",
+            )
         if self.sample_every is not None and not self.sample_prompts:
             yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
 
@@ -328,6 +350,7 @@ class DataConfig(Section):
     max_bad_share: float = 0.05
     cache_views: int = 0
     workers: int = 0
+    validation: list[SourceConfig] = field(default_factory=list)
 
     def rules(self) -> Broken:
         if not self.sources:

@@ -1,0 +1,78 @@
+"""Rules between sections: the parts of a model must fit each other. Checked when every section is sound by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from sat.config.schema import Component, Experiment
+from sat.config.source import Key, Marks, Problem, dotted, where
+from sat.config.targets import resolve, signature
+
+_UNKNOWN: Final = object()
+
+
+def between(experiment: Experiment, marks: Marks) -> list[Problem]:
+    """Every broken rule between the sections of ``experiment``."""
+    return [Problem(str(where(marks, key)), dotted(key), what) for key, what in _broken(experiment)]
+
+
+def _broken(e: Experiment) -> Iterator[tuple[Key, str]]:
+    yield from _equal(e)
+    yield from _sizes(e)
+
+
+def _equal(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """Widths and lengths that two parts must agree on."""
+    model, text, size = (_reader(e, c) for c in (e.model, e.conditioning.text, e.conditioning.size))
+    first = _reader(e, e.first_stage)
+    sixfold = size("dim")
+    pairs = [
+        ("text_len", model("text_len"), "conditioning.max_length", e.conditioning.max_length),
+        ("text_dim", model("text_dim"), "conditioning.text.params.dim", text("dim")),
+        ("channels", model("channels"), "first_stage.params.latent_channels", first("latent_channels")),
+        (
+            "size_dim",
+            model("size_dim"),
+            "6 x conditioning.size.params.dim",
+            6 * sixfold if isinstance(sixfold, int) else _UNKNOWN,
+        ),
+    ]
+    for name, ours, other, theirs in pairs:
+        if _UNKNOWN not in (ours, theirs) and ours != theirs:
+            yield ("model", "params", name), f"{name} {ours} of the model does not fit {other} {theirs}"
+
+
+def _sizes(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """The network and the autoencoder must be able to make every size the rule allows."""
+    model, first = _reader(e, e.model), _reader(e, e.first_stage)
+    patch, table, multipliers = model("patch"), model("table_size"), first("multipliers")
+    if _UNKNOWN in (patch, multipliers):
+        return
+    factor = 2 ** (len(multipliers) - 1)
+    cell, rule = factor * patch, e.sampling.sizes
+    if rule.multiple % cell:
+        yield (
+            ("sampling", "sizes", "multiple"),
+            f"{rule.multiple} is not a multiple of {cell}, the pixels of one patch ({factor} x patch {patch})",
+        )
+    elif table is not _UNKNOWN and _has_table(e.model) and rule.max // cell > min(table):
+        yield (
+            ("sampling", "sizes", "max"),
+            f"{rule.max} pixels are {rule.max // cell} patches, more than the model's position table {list(table)}",
+        )
+
+
+def _has_table(model: Component) -> bool:
+    """Without a mixin of its own, ``position`` is the table."""
+    return "position" not in (model.params.get("mixins") or {})
+
+
+def _reader(e: Experiment, component: Component) -> Any:
+    """A function from a parameter's name to its value, as written or the default; _UNKNOWN when there is none."""
+    takes = signature(resolve(component.target, e.imports))
+
+    def read(name: str) -> Any:
+        return component.params.get(name, takes.defaults.get(name, _UNKNOWN))
+
+    return read

@@ -1,0 +1,215 @@
+"""Objects from checked components, and the engine from an experiment."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+
+import torch
+from torch import nn
+
+from sat.config.check import BAD, fit, is_plain, split
+from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, Experiment
+from sat.config.source import ConfigError, Problem
+from sat.config.targets import resolve, signature
+
+if TYPE_CHECKING:
+    from sat.checkpoint.format import Part
+    from sat.diffusion.guidance import Guider
+    from sat.diffusion.sampler import Sampler
+    from sat.engine import DiffusionEngine
+    from sat.models.t5 import T5Tokenizer
+
+_VOCABULARY = "spiece.model"
+
+
+def build(component: Component | Mapping[str, Any], *, imports: Collection[str] = (), **runtime: Any) -> Any:
+    """The object that ``component`` names. ``runtime`` are the arguments that only the caller has (``engine``, ``params``)."""
+    target, params = _parts(component)
+    made = resolve(target, imports)
+    takes = signature(made)
+    if strange := sorted(set(runtime) - {*takes.runtime, *takes.params}):
+        raise TypeError(f"{takes.name} takes no {', '.join(strange)}")
+    if both := sorted(set(runtime) & set(params)):
+        raise TypeError(f"{takes.name}: {', '.join(both)} given both in the config and at run time")
+    values = {n: _argument(takes.params.get(n, Any), v, imports) for n, v in params.items()}
+    return made(**values, **runtime)
+
+
+def _parts(component: Component | Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    if isinstance(component, Component):
+        return component.target, component.params
+    return component["target"], component.get("params") or {}
+
+
+def _argument(wanted: Any, value: Any, imports: Collection[str]) -> Any:
+    """``value`` of YAML as an argument: components built, lists turned into the tuples that were asked for."""
+    wanted, _ = split(wanted)
+    if isinstance(value, Component) or (isinstance(value, Mapping) and "target" in value):
+        return build(value, imports=imports)
+    if is_plain(wanted):
+        made = fit(wanted, value)
+        if made is BAD:
+            raise TypeError(f"expected {wanted}, got {value!r}")
+        return made
+    arms = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    inner = next((a for a in arms if a is not type(None)), Any)
+    arguments = get_args(inner) or (Any,)
+    if isinstance(value, Mapping):
+        if inspect.isclass(inner) and hasattr(inner, "__dataclass_fields__"):
+            return build_record(inner, value, imports)
+        return {n: _argument(arguments[-1], v, imports) for n, v in value.items()}
+    if isinstance(value, list):
+        items = [_argument(arguments[0], v, imports) for v in value]
+        return tuple(items) if get_origin(inner) is tuple else items
+    return value
+
+
+def build_record(cls: type, value: Mapping[str, Any], imports: Collection[str]) -> Any:
+    """An instance of the dataclass ``cls`` from a mapping of its fields."""
+    takes = signature(cls)
+    return cls(**{n: _argument(takes.params.get(n, Any), v, imports) for n, v in value.items()})
+
+
+def build_guider(experiment: Experiment) -> Guider:
+    """The guider of ``sampling.guider``."""
+    made: Guider = build(experiment.sampling.guider, imports=experiment.imports)
+    return made
+
+
+def build_sampler(experiment: Experiment) -> Sampler:
+    """The sampler of ``sampling.sampler``."""
+    made: Sampler = build(experiment.sampling.sampler, imports=experiment.imports)
+    return made
+
+
+def build_engine(
+    experiment: Experiment,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    load_weights: bool = True,
+    checkpoint: CheckpointConfig | None = None,
+) -> DiffusionEngine:
+    """The engine on ``device``, its weights in ``dtype``, read from ``checkpoint`` (default: the experiment's).
+
+    Parts are built on the meta device and filled tensor by tensor. A part without a path is drawn at random only when
+    ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current seed: for
+    training from scratch.
+    """
+    from sat.conditioning.conditioner import Conditioner
+    from sat.engine import DiffusionEngine
+
+    weights = checkpoint or experiment.checkpoint
+    fill = _Fill(weights, torch.device(device), dtype, experiment.imports, load_weights)
+    text = fill.part(experiment.conditioning.text, "text")
+    c, d = experiment.conditioning, experiment.diffusion
+    make = partial(build, imports=experiment.imports)
+    with torch.device(device):
+        conditioner = Conditioner(text, make(c.size), _tokenizer(c, weights), c.max_length)
+        return DiffusionEngine(
+            fill.part(experiment.model, "model"),
+            conditioner,
+            fill.part(experiment.first_stage, "first_stage"),
+            make(d.schedule),
+            make(d.parameterisation),
+            make(d.process),
+            None if d.loss is None else make(d.loss),
+        )
+
+
+@dataclass(frozen=True)
+class _Fill:
+    """Makes the parts of an engine with their weights."""
+
+    weights: CheckpointConfig
+    device: torch.device
+    dtype: torch.dtype
+    imports: Collection[str]
+    load: bool
+
+    def part(self, component: Component, part: Part) -> nn.Module:
+        """The module of one part, filled from its file or at random."""
+        source = self.weights.source(part)
+        if not self.load:
+            return self._random(component)
+        if source is None and self.weights.random is None:
+            raise ConfigError(
+                [
+                    Problem(
+                        "checkpoint",
+                        part,
+                        f"no weights are named: set checkpoint.path (a folder with every part) or "
+                        f"checkpoint.{part}; checkpoint.random=SEED draws them at random",
+                    )
+                ]
+            )
+        if source is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed(part))
+                return self._random(component)
+        if not source.exists():
+            raise ConfigError([Problem("checkpoint", part, f"there is no {str(source)!r}; {WEIGHTS}")])
+        from sat.checkpoint.load import load
+
+        with torch.device("meta"):
+            module: nn.Module = build(component, imports=self.imports)
+        load(
+            module,
+            source,
+            part,
+            device=self.device,
+            dtype=self.dtype,
+            allow_missing=self.weights.allow_missing,
+            allow_pickle=self.weights.allow_pickle,
+        )
+        return module
+
+    def _seed(self, part: Part) -> int:
+        """Each part has its own, so that one part's weights do not depend on which others are read from files."""
+        return (self.weights.random or 0) + {"model": 0, "first_stage": 1, "text": 2}[part]
+
+    def _random(self, component: Component) -> nn.Module:
+        """Made on the CPU, so that a seed means the same weights on every device."""
+        module: nn.Module = build(component, imports=self.imports)
+        return _cast(module, self.dtype).to(self.device)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``module`` with its floating-point parameters in ``dtype``; buffers keep theirs (tables stay float32)."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def _tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5Tokenizer | None:
+    """The tokenizer named by the config or found beside the text encoder's weights; None when there is neither."""
+    from sat.models.t5 import T5Tokenizer
+
+    if config.tokenizer is not None:
+        return T5Tokenizer(config.tokenizer, config.max_length)
+    beside = weights.source("text")
+    if beside is None:
+        return None
+    folders = (
+        beside if beside.is_dir() else beside.parent,
+        beside / "tokenizer",
+        beside.parent / "tokenizer",
+    )
+    found = next((f / _VOCABULARY for f in folders if (f / _VOCABULARY).is_file()), None)
+    if found is None:
+        raise ConfigError(
+            [
+                Problem(
+                    "conditioning",
+                    "tokenizer",
+                    f"there is no {_VOCABULARY} in {beside}; name one in conditioning.tokenizer",
+                )
+            ]
+        )
+    return T5Tokenizer(found, config.max_length)

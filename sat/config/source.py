@@ -1,0 +1,214 @@
+"""YAML as experiments use it: read with the line of every key, written so that it reads back the same.
+
+Scalars follow YAML 1.2: ``1e-4`` is a number, ``yes``, ``on`` and ``12:30`` are text. A key given twice is an error.
+No tag builds a Python object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+Key = tuple[str, ...]
+"""Where a value sits: the names from the top of the tree; list items are named by their index."""
+
+_MOST_KEYS = 100_000
+_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
+
+
+def dotted(key: Key) -> str:
+    """``key`` as it is written in an override and in messages: ``sampling.guider.params.scale``."""
+    return ".".join(key)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a value was written: in a file of ``folder``, or as the text ``raw`` of an override."""
+
+    label: str
+    folder: Path | None = None
+    raw: str | None = None
+
+    def __str__(self) -> str:
+        return self.label
+
+
+Marks = dict[Key, Where]
+DEFAULT = Where("default")
+
+
+def where(marks: Marks, key: Key) -> Where:
+    """The place of ``key``, or of the nearest value above it that was written somewhere."""
+    for end in range(len(key), -1, -1):
+        if (found := marks.get(key[:end])) is not None and found is not DEFAULT:
+            return found
+    return DEFAULT
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with an experiment. ``key`` may be empty when the whole file is meant."""
+
+    where: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.key, self.what) if part)
+
+
+class ConfigError(ValueError):
+    """An experiment that cannot be run; the message has one line per problem."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        lines = [str(p) for p in self.problems]
+        super().__init__("\n".join(lines if len(lines) == 1 else [f"{len(lines)} problems:", *lines]))
+
+
+class Source(NamedTuple):
+    """One YAML file: its tree of mappings, lists and scalars, and where each key was written."""
+
+    tree: dict[str, Any]
+    marks: Marks
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the scalars of YAML 1.2."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text in quotes exactly when :class:`_Loader` would read it as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write every value out."""
+        return True
+
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}
+    for _tag, (_pattern, _first) in _SCALARS.items():
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+        )
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+
+
+def read(path: Path, label: str | None = None) -> Source:
+    """The tree of the YAML file ``path``; ``label`` is how messages name it."""
+    label = label or str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError([Problem(label, "", f"cannot be read: {error.strerror or error}")]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem(label, "", f"is not UTF-8 text: {error}")]) from error
+    tree, marks = parse(text, label)
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError([Problem(f"{label}:1", "", f"expected sections, got {shown(tree)}")])
+    folder = path.parent.resolve()
+    return Source(tree, {key: replace(mark, folder=folder) for key, mark in marks.items()})
+
+
+def parse(text: str, label: str) -> tuple[Any, Marks]:
+    """The value written in ``text`` and the line of every key in it."""
+    marks: Marks = {}
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None, marks
+            _walk(node, (), label, marks, ())
+            return loader.construct_document(node), marks
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"{label}:{mark.line + 1}" if mark else label
+        raise ConfigError([Problem(line, "", f"not valid YAML: {error.problem or error.context}")]) from error
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError([Problem(label, "", f"not valid YAML: {error}")]) from error
+
+
+def _walk(node: yaml.Node, key: Key, label: str, marks: Marks, above: tuple[int, ...]) -> None:
+    """Record the line of everything under ``node``; refuse what has no sensible reading."""
+    here = f"{label}:{node.start_mark.line + 1}"
+    if id(node) in above:
+        raise ConfigError([Problem(here, dotted(key), "an alias that contains itself")])
+    if len(marks) > _MOST_KEYS:
+        raise ConfigError([Problem(label, "", f"more than {_MOST_KEYS} keys after aliases are written out")])
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+        raise ConfigError(
+            [Problem(here, dotted(key), f"tag {node.tag!r} is not possible here: plain values only")]
+        )
+    marks.setdefault(key, Where(here))
+    inside = (*above, id(node))
+    if isinstance(node, yaml.MappingNode):
+        seen: set[Hashable] = set()
+        for name, child in node.value:
+            line = f"{label}:{name.start_mark.line + 1}"
+            if name.tag == "tag:yaml.org,2002:merge":
+                _walk(child, (*key, "<<"), label, marks, inside)
+                continue
+            if not isinstance(name, yaml.ScalarNode):
+                raise ConfigError([Problem(line, dotted(key), "a key must be a single word")])
+            if name.value in seen:
+                raise ConfigError([Problem(line, dotted((*key, name.value)), "given twice in this file")])
+            seen.add(name.value)
+            name.tag = "tag:yaml.org,2002:str"
+            marks[(*key, name.value)] = Where(line)
+            _walk(child, (*key, name.value), label, marks, inside)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            _walk(child, (*key, str(index)), label, marks, inside)
+
+
+def write(tree: Mapping[str, Any]) -> str:
+    """``tree`` as YAML text that :func:`parse` reads back equal."""
+    text: str = yaml.dump(
+        tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+    )
+    return text
+
+
+def shown(value: Any) -> str:
+    """``value`` in a message, with its type; long ones are cut."""
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return f"a mapping with {list(value)[:6]}" if value else "an empty mapping"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
