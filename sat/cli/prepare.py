@@ -1,68 +1,82 @@
-"""``python -m sat.cli.prepare``: make and look at training data."""
+"""``python -m sat.cli.prepare``: make and look at training data. Nothing heavy is imported to parse arguments."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from sat.cli.guard import UsageError, guard
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; nothing heavy is imported to parse it."""
+    """The command line."""
     top = argparse.ArgumentParser(
-        prog="python -m sat.cli.prepare", description="Make and look at training data."
+        prog="python -m sat.cli.prepare", description="Make and look at training data.", allow_abbrev=False
     )
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_emoji(commands.add_parser("emoji", help="draw emoji sets as image-caption pairs"))
+    _add_tokenizer(
+        commands.add_parser("tokenizer", help="train a sentencepiece vocabulary for T5 tokenizers")
+    )
+    _add_inspect(commands.add_parser("inspect", help="count what data sources hold, list what is wrong"))
+    return top
 
-    emoji = commands.add_parser(
-        "emoji", help="draw emoji sets as image-caption pairs (the small model's data)"
+
+def _add_emoji(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, required=True, help="folder to write")
+    command.add_argument(
+        "--packages",
+        type=Path,
+        help="folder of npm tarballs, missing ones are fetched into it (OUT/packages)",
     )
-    emoji.add_argument("--out", type=Path, required=True, help="folder to write")
-    emoji.add_argument(
-        "--packages", type=Path, help="folder of npm tarballs; missing ones are fetched (OUT/packages)"
-    )
-    emoji.add_argument("--size", type=int, choices=(64, 128), default=64, help="pixels a side (64)")
-    emoji.add_argument(
+    command.add_argument("--size", type=int, choices=(64, 128), default=64, help="pixels a side (64)")
+    command.add_argument(
         "--styles",
         default="noto,twemoji,flat,blob,emojitwo",
-        help="comma-separated; '3d' only by itself (all but 3d)",
+        help="comma-separated (all but 3d, which is held out and only drawn by itself)",
     )
-    emoji.add_argument(
-        "--concepts", default="all", help="'all', 'core' or a file with one label per line (all)"
+    command.add_argument(
+        "--concepts", default="all", help="'all', 'core' or a file of labels, one a line (all)"
     )
 
-    tokenizer = commands.add_parser(
-        "tokenizer", help="train a sentencepiece vocabulary that T5 tokenizers read"
-    )
-    tokenizer.add_argument(
-        "--captions", type=Path, nargs="+", required=True, help="data folders to read captions from"
-    )
-    tokenizer.add_argument("--vocab", type=int, default=2048, help="pieces at most (2048)")
-    tokenizer.add_argument("--out", type=Path, required=True, help="file to write, e.g. spiece.model")
-    tokenizer.add_argument(
-        "--words", nargs="*", default=[], help="further words to see, e.g. of a style added later"
-    )
-    return top
+
+def _add_tokenizer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--captions", type=Path, nargs="+", required=True, help="data folders to read from")
+    command.add_argument("--vocab", type=int, default=2048, help="pieces at most (2048)")
+    command.add_argument("--out", type=Path, required=True, help="file to write, e.g. spiece.model")
+    command.add_argument("--words", nargs="*", default=[], help="further words, e.g. of a style added later")
+
+
+def _add_inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sources", type=Path, nargs="+", help="folders or .jsonl files")
+    command.add_argument("--height", type=int, default=None, help="training height in pixels")
+    command.add_argument("--width", type=int, default=None, help="training width in pixels (height)")
+    command.add_argument("--tokenizer", type=Path, help="spiece.model, to count captions over the limit")
+    command.add_argument("--max-length", type=int, default=224, help="token limit (224)")
+    command.add_argument("--sheet", type=Path, help="PNG to write the first pictures to")
+    command.add_argument("--sheet-limit", type=int, default=256, help="pictures on the sheet (256)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = {"emoji": _emoji, "tokenizer": _tokenizer}[args.command]
-    try:
-        return command(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    command = {"emoji": _emoji, "tokenizer": _tokenizer, "inspect": _inspect}[args.command]
+    return guard(lambda: command(args), debug=args.debug)
 
 
 def _emoji(args: argparse.Namespace) -> int:
-    from sat.data.emoji.build import build
+    from sat.data.emoji.build import build, check_styles
 
     styles = [style.strip() for style in args.styles.split(",") if style.strip()]
+    try:
+        check_styles(styles)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     packages = args.packages if args.packages is not None else args.out / "packages"
     written = build(args.out, packages, styles, args.concepts, args.size)
     for failure in written.failed:
@@ -81,6 +95,35 @@ def _tokenizer(args: argparse.Namespace) -> int:
     pieces = train_vocabulary(captions_of(args.captions), args.out, args.vocab, args.words)
     print(f"{args.out}: {pieces} pieces")
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from sat.data.survey import sheet, survey
+
+    height = args.height if args.height is not None else args.width
+    width = args.width if args.width is not None else args.height
+    shown = []
+    wrong = 0
+    for source in args.sources:
+        found = survey(source, _over_limit(args.tokenizer, args.max_length) if args.tokenizer else None)
+        print("\n".join(found.lines(height, width)))
+        shown += found.readable[: args.sheet_limit - len(shown)]
+        wrong += len(found.bad)
+    if args.sheet is not None and shown:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
+        print(f"{args.sheet}: {len(shown)} pictures")
+    return 1 if wrong else 0
+
+
+def _over_limit(model: Path, limit: int) -> Callable[[str], bool]:
+    """Whether a caption and its end token need more than ``limit`` tokens."""
+    import sentencepiece
+
+    if not model.is_file():
+        raise UsageError(f"--tokenizer {model}: no such file")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    return lambda caption: len(pieces.encode(caption)) + 1 > limit
 
 
 if __name__ == "__main__":
