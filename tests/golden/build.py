@@ -1,0 +1,116 @@
+"""Models from the official-style configs and the weights of golden files, by the code that users run.
+
+Configs go through ``sat.config.official``; weights are written to disk in the official layouts and read back by
+``sat.checkpoint.load``, strictly.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sat.checkpoint import load
+from sat.checkpoint.format import ENGINE_PREFIXES, Part
+from sat.checkpoint.formats.hf_t5 import t5_config
+from sat.config.build import build
+from sat.config.official import translate
+from sat.config.source import Source
+from sat.first_stage.autoencoder import AutoencoderKL
+from sat.models.cogview3_plus import CogView3Plus
+from sat.models.t5 import T5Encoder
+
+
+def native(model: Mapping[str, Any], text: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The native tree of an official ``model`` section; ``text`` is a Hugging Face config of the text encoder."""
+    return translate([Source({"model": dict(model)}, {})], text).source.tree
+
+
+def network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> CogView3Plus:
+    """The transformer of a bare ``DiffusionTransformer`` config, weights under their names after the engine's prefix."""
+    target = "sgm.modules.diffusionmodules.dit.DiffusionTransformer"
+    net = build(native({"network_config": {"target": target, "params": dict(config)}})["model"])
+    prefix = ENGINE_PREFIXES["model"]
+    return fill(net, {prefix + name: tensor for name, tensor in weights.items()}, "model")
+
+
+def first_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> AutoencoderKL:
+    """The autoencoder of a ``first_stage_config``; weights as in the separate file that the official config names."""
+    vae = build(native({"first_stage_config": dict(config)})["first_stage"])
+    with tempfile.TemporaryDirectory() as folder:
+        if str(config["target"]).endswith("AutoencodingEngine"):
+            path = Path(folder, "imagekl_ch16.pt")
+            torch.save({"state_dict": dict(weights)}, path)
+        else:
+            path = Path(folder, "sdxl_vae.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+        load(vae, path, "first_stage", dtype=torch.float32)
+    return vae.eval()
+
+
+def text_encoder(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> T5Encoder:
+    """The T5 encoder in a Hugging Face folder; without its ``config.json`` the shape is read from the weights."""
+    config = dict(config) if config is not None else infer_t5(weights)
+    component = native({"conditioner_config": conditioner_config(16)}, config)["conditioning"]["text"]
+    encoder = build(component)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, Path(folder, "model.safetensors"))
+        load(encoder, folder, "text", dtype=torch.float32)
+    return encoder.eval()
+
+
+def fill(module: Any, weights: Mapping[str, Tensor], part: Part) -> Any:
+    """``module`` with its part of an official engine checkpoint: ``latest`` and ``1/mp_rank_00_model_states.pt``."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_engine(Path(folder), weights)
+        load(module, folder, part, dtype=torch.float32)
+    assert isinstance(module, nn.Module), "parts are modules"
+    return module.eval()
+
+
+def write_engine(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """An official engine checkpoint in ``folder``."""
+    (folder / "1").mkdir()
+    (folder / "latest").write_text("1")
+    torch.save({"module": dict(weights)}, folder / "1" / "mp_rank_00_model_states.pt")
+
+
+def infer_t5(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A Hugging Face config for T5 weights that come without one; the largest distance is T5's usual 128."""
+    vocab, dim = weights["shared.weight"].shape
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = weights[f"{attention}.relative_attention_bias.weight"].shape
+    sizes = {
+        "dim": dim,
+        "heads": heads,
+        "head_dim": weights[f"{attention}.q.weight"].shape[0] // heads,
+        "mlp_dim": weights["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0],
+        "depth": len({name.split(".")[2] for name in weights if name.startswith("encoder.block.")}),
+        "vocab": vocab,
+        "buckets": buckets,
+    }
+    return t5_config(sizes, "float32")
+
+
+def conditioner_config(outdim: int) -> dict[str, Any]:
+    """An official ``conditioner_config`` whose text encoder's weights lie nowhere."""
+    modules = "sgm.modules.encoders.modules"
+    text = {"input_key": "txt", "target": f"{modules}.FrozenT5Embedder", "params": {"max_length": 16}}
+    names = ("original_size_as_tuple", "crop_coords_top_left", "target_size_as_tuple")
+    sizes = [
+        {"input_key": name, "target": f"{modules}.ConcatTimestepEmbedderND", "params": {"outdim": outdim}}
+        for name in names
+    ]
+    return {"target": "sgm.modules.GeneralConditioner", "params": {"emb_models": [text, *sizes]}}
+
+
+def size_dim(config: Mapping[str, Any]) -> int:
+    """``outdim`` of a ``conditioner_config``, as translated."""
+    return int(native({"conditioner_config": dict(config)})["conditioning"]["size"]["params"]["dim"])
