@@ -73,7 +73,7 @@ def launch(device: DeviceKind = "auto", timeout: float = 600.0, *, group: bool =
     if timeout <= 0:
         raise ValueError(f"parallel.timeout is {timeout}: expected seconds > 0")
     rank, world, local_rank = _identity()
-    picked = _pick_device(device, local_rank)
+    picked = pick_device(device, local_rank)
     if picked.type == "cpu":
         torch.set_flush_denormal(True)
     if (world > 1 or group) and not dist.is_initialized():
@@ -121,7 +121,7 @@ def _identity() -> tuple[int, int, int]:
     return rank, world, local_rank
 
 
-def _pick_device(device: DeviceKind, local_rank: int) -> torch.device:
+def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
     """The device of this process; one GPU for each local rank."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"parallel.device is {device!r}: expected auto, cpu or cuda")

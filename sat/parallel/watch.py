@@ -1,16 +1,18 @@
 """Ranks that work without talking to one another: signs of life, bad news, and a wait for all at the end.
 
-A barrier has one time limit for everything. Here a rank may take as long as it needs, as long as it moves: only
-one that stands still for ``timeout`` seconds, or says that it failed, ends the run.
+A barrier has one time limit for everything. Here a rank may take as long as it needs, as long as it moves:
+only one that stands still for ``timeout`` seconds, or says that it failed, ends the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
 
 from sat.parallel.collectives import LostRankError
 
@@ -23,15 +25,15 @@ class Watch:
     ``timeout`` is in seconds. Without a process group, or alone in it, every method does nothing.
     """
 
-    def __init__(self, rank: int, world: int, timeout: float, store: dist.Store | None = None) -> None:
+    def __init__(self, rank: int, world: int, timeout: float, store: Store | None = None) -> None:
         self._rank = rank
         self._world = world
         self._timeout = timeout
         self._beaten = 0.0
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         if world > 1:
-            base = store if store is not None else dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore("watch", base)
+            base = store if store is not None else _get_default_store()
+            self._store = PrefixStore("watch", base)
 
     def beat(self) -> None:
         """This rank moves. Raises if another has failed. Cheap: the store is asked once a second at most."""
@@ -46,10 +48,8 @@ class Watch:
         """Tell the others that this rank cannot go on; never raises."""
         if self._store is None:
             return
-        try:
+        with contextlib.suppress(RuntimeError):  # nobody left to tell
             self._store.set("failed", f"rank {self._rank} failed: {reason}")
-        except RuntimeError:  # nobody left to tell
-            pass
 
     def finish(self) -> None:
         """This rank is done: wait for all others, as long as they move."""
@@ -91,9 +91,9 @@ class Watch:
                 raise LostRankError(f"{reason}; this rank stops too")
 
     def _count(self, key: str) -> int:
-        return self._ask(lambda store: store.add(key, 0))
+        return int(self._ask(lambda store: store.add(key, 0)))
 
-    def _ask(self, question: Callable[[dist.Store], _T]) -> _T:
+    def _ask(self, question: Callable[[Store], _T]) -> _T:
         assert self._store is not None, "only called with other ranks"
         try:
             return question(self._store)

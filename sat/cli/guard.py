@@ -1,0 +1,90 @@
+"""What every command does around its work: one clear line for an error, and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+
+# Raised far below by what the user typed or wrote; told by name so that a command imports only what it needs.
+_USER_ERRORS = frozenset(
+    {"ConfigError", "RuleError", "UsageError", "PromptError", "SizeError", "LatentsError"}
+)
+# Their text is a sentence for the user; anything else is shown with its kind.
+_PLAIN_ERRORS = (ValueError, OSError, RuntimeError)
+
+
+class UsageError(ValueError):
+    """The command line asks for something impossible."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM arrived: leave like on Ctrl-C, cleaning up."""
+
+
+def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") -> int:
+    """Run ``work`` and return its exit code; an error becomes one line on standard error and code 1 or 2.
+
+    2 stands for a mistake in the command line or the config, 1 for everything else, 130 for Ctrl-C and
+    SIGTERM. A mistake is the same on every rank, so only rank 0 tells it. ``debug`` prints the traceback too;
+    ``on_stop`` says how to go on after an interruption.
+    """
+    with contextlib.suppress(ValueError):  # not the main thread: whoever runs us keeps the signal
+        signal.signal(signal.SIGTERM, _stop)
+    try:
+        return work()
+    except KeyboardInterrupt as stop:
+        cause = "SIGTERM" if isinstance(stop, Stopped) else "Ctrl-C"
+        _tell(f"stopped by {cause}" + (f"; {on_stop}" if on_stop else ""))
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # nobody reads on; quiet Python's last flush
+        return FAILED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        mistake = bool(_USER_ERRORS & {kind.__name__ for kind in type(error).__mro__})
+        if not mistake or _rank() == 0:
+            _tell(f"error: {describe(error)}" + ("" if debug or mistake else " (--debug shows where)"))
+        return MISUSED if mistake else FAILED
+
+
+def describe(error: BaseException) -> str:
+    """``error`` in one clear line (or, for a list of problems, one line each)."""
+    text = str(error).strip()
+    kind = type(error).__name__
+    if kind in ("OutOfMemoryError", "MemoryError"):
+        first = text.splitlines()[0] if text else kind
+        return (
+            f"out of memory: {first} Try a smaller --height and --width, sampling.dtype=bf16, "
+            f"memory.text_encoder=free or memory.decode_tile=64"
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if not text:
+        return kind
+    return text if isinstance(error, _PLAIN_ERRORS) else f"{kind}: {text}"
+
+
+def _tell(line: str) -> None:
+    rank = _rank()
+    print(f"[rank {rank}] {line}" if rank else line, file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    """This process's rank as its launcher says, 0 without one."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped

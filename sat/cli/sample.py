@@ -1,0 +1,130 @@
+"""``sample.py``: pictures for prompts. Nothing heavy is imported before the arguments are known."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sat.cli.guard import guard
+
+DESCRIPTION = """\
+Draw pictures for prompts with the model that --base describes.
+
+  python sample.py --base configs/tiny.yaml --prompt "a red apple" --output-dir OUT
+  torchrun --standalone sample.py --base configs/tiny.yaml --prompt-file configs/prompts.txt
+
+Without a prompt, on a terminal, it asks for prompts until end of file (Ctrl-D).
+"""
+EPILOG = """\
+section.key=value sets any key of the config, for example sampling.dtype=bf16 or parallel.device=cpu;
+the options above only set such keys. A run writes its whole config to OUT/resolved.yaml, and
+--base OUT/resolved.yaml repeats it. Exit codes: 0 done, 1 failed, 2 wrong arguments or config,
+130 interrupted.
+"""
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
+
+
+class Setting(NamedTuple):
+    """One config key and the value that an option gave it."""
+
+    key: str
+    value: object
+
+
+_OPTIONS = {
+    "negative_prompt": "sampling.negative_prompt",
+    "output_dir": "output.dir",
+    "seed": "sampling.seed",
+    "height": "sampling.height",
+    "width": "sampling.width",
+    "steps": "sampling.steps",
+    "guidance": "sampling.guider.params.scale",
+    "batch_size": "sampling.batch_size",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments; defaults are the config's, so none are set here."""
+    out = argparse.ArgumentParser(
+        prog="sample.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = out.add_argument
+    add(
+        "--base",
+        nargs="+",
+        action="extend",
+        metavar="YAML",
+        help="config files, laid over one another left to right",
+    )
+    add("overrides", nargs="*", metavar="section.key=value", help="config keys to set after the files")
+    add("--prompt", action="append", metavar="TEXT", help="what to draw; repeat for several")
+    add("--prompt-file", metavar="FILE", help="a UTF-8 text file with one prompt a line")
+    add("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
+    add("--output-dir", metavar="OUT", help="folder for the pictures (default: outputs)")
+    add("--seed", type=int, help="image i of a prompt uses SEED + i")
+    add("--height", type=int, metavar="PIXELS", help="height of the pictures")
+    add("--width", type=int, metavar="PIXELS", help="width of the pictures")
+    add("--steps", type=int, help="denoising steps")
+    add("--guidance", type=float, metavar="SCALE", help="strength of classifier-free guidance; 1 is none")
+    add("--batch-size", type=int, metavar="N", help="images per prompt")
+    add(
+        "--resume",
+        action="store_true",
+        help="skip what is already in the output folder with the same settings",
+    )
+    add("--check", action="store_true", help="check the config and exit")
+    add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
+    add("--debug", action="store_true", help="debug log; tracebacks of errors")
+    return out
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments, with overrides told apart from config files wherever they stand."""
+    reader = parser()
+    args = reader.parse_intermixed_args(argv)
+    bases = list(args.base or [])
+    args.base = [item for item in bases if not _OVERRIDE.match(item)]
+    args.overrides = [item for item in bases if _OVERRIDE.match(item)] + list(args.overrides)
+    for item in args.overrides:
+        if not _OVERRIDE.match(item):
+            reader.error(f"unexpected argument {item!r}: expected section.key=value, or --base {item}")
+    if not args.base:
+        reader.error("--base is needed: the config of the model, such as configs/tiny.yaml")
+    if args.prompt and args.prompt_file:
+        reader.error("--prompt and --prompt-file exclude each other")
+    return args
+
+
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """The config keys that the options set."""
+    out = [
+        Setting(key, getattr(args, name)) for name, key in _OPTIONS.items() if getattr(args, name) is not None
+    ]
+    if args.prompt:
+        out += [Setting("sampling.prompt", list(args.prompt)), Setting("sampling.prompt_file", None)]
+    if args.prompt_file:
+        out += [Setting("sampling.prompt", None), Setting("sampling.prompt_file", args.prompt_file)]
+    if args.resume:
+        out.append(Setting("output.resume", True))
+        if args.output_dir is None and not any(item.startswith("output.dir=") for item in args.overrides):
+            out.append(Setting("output.dir", "outputs"))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, draw; the exit code."""
+    args = parse(argv)
+
+    def work() -> int:
+        from sat.cli import sample_work  # torch and all: only once the arguments are good
+
+        return sample_work.work(args, settings(args))
+
+    return guard(work, debug=args.debug, on_stop="run the same command with --resume to draw the rest")

@@ -1,0 +1,264 @@
+"""The work behind ``sample.py``: check the config, load the model once, draw or ask for prompts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sat.checkpoint import PARTS, digest
+from sat.cli.guard import Stopped, UsageError, describe
+from sat.config.load import Loaded, dump, load_full
+from sat.config.record import record
+from sat.config.schema import Experiment, plain
+from sat.config.source import ConfigError
+from sat.parallel.collectives import LostRankError
+from sat.parallel.launch import Runtime, launch
+from sat.parallel.watch import Watch
+from sat.pipeline import open_drawer
+from sat.sampling.draw import Drawer, Look, strength
+from sat.sampling.latents import checked_latents, read_latents
+from sat.sampling.output import Label, OutputFolder, settings_digest
+from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
+from sat.sampling.run import Noise, Run
+from sat.util import log as logs
+
+log = logging.getLogger(__name__)
+
+OUTPUT = Path("outputs")
+"""Where pictures go when ``output.dir`` is null."""
+
+_UNSEEN = frozenset(
+    {
+        "prompt",
+        "prompt_file",
+        "negative_prompt",
+        "seed",
+        "batch_size",
+        "at_once",
+        "latents",
+        "grid_columns",
+        "sizes",
+    }
+)
+"""Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""
+
+
+def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:
+    """What ``sample.py`` does with parsed arguments; the exit code."""
+    logs.setup(debug=args.debug)
+    loaded = load_full(args.base, [*args.overrides, *settings])
+    experiment = loaded.experiment
+    if args.print_config:
+        print(dump(experiment), end="")
+        return 0
+    prompts = _prompts(experiment)
+    if args.check:
+        return _check(loaded, prompts)
+    if loaded.missing:
+        raise ConfigError(loaded.missing)
+    for notice in loaded.notices:
+        log.warning("%s", notice)
+    if prompts is None:
+        _refuse_to_ask()
+        experiment = _keep_encoder(experiment)
+    runtime = launch(experiment.parallel.device, experiment.parallel.timeout)
+    logs.setup(runtime.rank, debug=args.debug)
+    watch = Watch(runtime.rank, runtime.world, experiment.parallel.timeout)
+    try:
+        session = _open(experiment, runtime, watch, len(prompts or [""]))
+        if prompts is None:
+            _ask(session)
+        else:
+            _draw(session, prompts)
+        watch.finish()
+    except LostRankError:
+        raise
+    except BaseException as error:
+        watch.fail(describe(error))
+        raise
+    finally:
+        runtime.close()
+    return 0
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A loaded model, its output folder, and a run over them."""
+
+    run: Run
+    folder: OutputFolder
+    runtime: Runtime
+    resume: bool
+
+
+def _prompts(experiment: Experiment) -> list[Prompt] | None:
+    """The prompts that the config gives; None when it gives none and they are to be asked for."""
+    sampling = experiment.sampling
+    check_text(sampling.negative_prompt, "the negative prompt")
+    if sampling.prompt_file is not None:
+        return checked_prompts(read_prompt_file(sampling.prompt_file))
+    if sampling.prompt is None:
+        return None
+    prompts = checked_prompts([sampling.prompt] if isinstance(sampling.prompt, str) else sampling.prompt)
+    if not prompts:
+        raise UsageError("sampling.prompt is an empty list: give at least one prompt")
+    return prompts
+
+
+def _check(loaded: Loaded, prompts: Sequence[Prompt] | None) -> int:
+    """Say that the config is good, and what it still needs."""
+    for line in [*loaded.notices, *map(str, loaded.missing)]:
+        print(f"note: {line}")
+    sampling = loaded.experiment.sampling
+    count = "no prompts yet" if prompts is None else f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+    print(
+        f"config ok: {count}, {sampling.batch_size} x {sampling.height} x {sampling.width} "
+        f"(images x height x width), {sampling.steps} steps, {sampling.dtype}"
+    )
+    return 0
+
+
+def _refuse_to_ask() -> None:
+    """An error unless there is somebody to ask for prompts."""
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "no prompt: give --prompt or --prompt-file, or run on a terminal to be asked for prompts"
+        )
+
+
+def _keep_encoder(experiment: Experiment) -> Experiment:
+    """Prompts that are asked for need the text encoder again and again: it waits on the CPU instead of going."""
+    if experiment.memory.text_encoder != "free":
+        return experiment
+    log.info("asking for prompts needs the text encoder again: memory.text_encoder is cpu instead of free")
+    return replace(experiment, memory=replace(experiment.memory, text_encoder="cpu"))
+
+
+def _open(experiment: Experiment, runtime: Runtime, watch: Watch, prompts: int) -> _Session:
+    """Prepare the output folder, load the model, write the records."""
+    started = time.monotonic()
+    sampling, root = experiment.sampling, experiment.output.dir or OUTPUT
+    drawer, guider = open_drawer(experiment, runtime.device)
+    look = Look(sampling.height, sampling.width, sampling.steps, guider)
+    shape = drawer.engine.latent_shape(look.height, look.width)
+    given = None if sampling.latents is None else read_latents(sampling.latents)
+    if given is not None:
+        given = checked_latents(given, shape, prompts, sampling.batch_size)
+    noise = Noise(sampling.seed, shape, sampling.batch_size, given)
+    folder = OutputFolder(root, _label(experiment, look, given), sampling.batch_size, sampling.grid_columns)
+    folder.prepare()
+    if runtime.is_main:
+        _record(experiment, drawer, folder, runtime)
+        log.info("loaded in %.1f s on %s", time.monotonic() - started, runtime.device)
+    run = Run(drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, watch.beat)
+    return _Session(run, folder, runtime, experiment.output.resume)
+
+
+def _label(experiment: Experiment, look: Look, given: Tensor | None) -> Label:
+    """What the pictures of this run say about themselves."""
+    tree = plain(experiment)
+    sampling = {key: value for key, value in tree["sampling"].items() if key not in _UNSEEN}
+    settings = settings_digest(
+        {
+            "parts": {key: tree[key] for key in ("model", "diffusion", "first_stage")},
+            "conditioning": {key: tree["conditioning"][key] for key in ("text", "size", "max_length")},
+            "sampling": sampling,
+            "weights": _weights(experiment),
+            "decode_tile": experiment.memory.decode_tile,
+            "latents": None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest(),
+        }
+    )
+    return Label(
+        height=look.height,
+        width=look.width,
+        steps=look.steps,
+        guidance=strength(look.guider),
+        negative_prompt=experiment.sampling.negative_prompt,
+        seed=experiment.sampling.seed,
+        model=_model_name(experiment),
+        digest=settings,
+    )
+
+
+def _weights(experiment: Experiment) -> dict[str, object]:
+    """What tells the weights of this run from others: their contents, or the seed of random ones."""
+    known: dict[Path, str] = {}
+    found: dict[str, object] = {"random": experiment.checkpoint.random}
+    for part in PARTS:
+        source = experiment.checkpoint.source(part)
+        if source is not None and source not in known:
+            known[source] = digest(source)
+        found[part] = None if source is None else known[source]
+    return found
+
+
+def _model_name(experiment: Experiment) -> str:
+    """The class of the network and the name of the folder its weights are from."""
+    kind = experiment.model.target.rpartition(".")[2]
+    source = experiment.checkpoint.source("model")
+    return kind if source is None else f"{kind} {source.name}"
+
+
+def _draw(session: _Session, prompts: Sequence[Prompt]) -> None:
+    """Draw this rank's share of ``prompts`` and say where the pictures are."""
+    main, started = session.runtime.is_main, time.monotonic()
+    if main and (others := session.folder.strangers(prompts)):
+        log.warning(
+            "%s holds %d prompt folders of another run, such as %s",
+            session.folder.root,
+            len(others),
+            others[0],
+        )
+    mine = share(prompts, session.runtime.rank, session.runtime.world)
+    report = session.run(mine, resume=session.resume)
+    if not main:
+        return
+    log.info("%d files written in %.1f s", len(report.written), time.monotonic() - started)
+    if len(prompts) == 1:
+        for path in report.written or [session.folder.folder(prompts[0])]:
+            print(path)
+    else:
+        print(session.folder.root)
+
+
+def _ask(session: _Session) -> None:
+    """Ask for prompts until end of file; each gets the next free number."""
+    if session.runtime.world > 1:
+        raise UsageError(
+            "asking for prompts works in one process: give --prompt or --prompt-file, or run one"
+        )
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 - line editing and history for input()
+    print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
+    while (text := _question()) is not None:
+        if not text.strip():
+            continue
+        prompt = Prompt(session.folder.next_index(), text.strip())
+        try:
+            check_text(prompt.text, "the prompt")
+            for path in session.run([prompt]).written:
+                print(path)
+        except Stopped:
+            raise
+        except KeyboardInterrupt:
+            print("\nstopped; the next prompt?", file=sys.stderr)
+        except (ValueError, ArithmeticError, OSError) as error:
+            print(f"error: {describe(error)}", file=sys.stderr)
+
+
+def _question() -> str | None:
+    """One line from the terminal, None at its end."""
+    try:
+        return input("prompt> ")
+    except EOFError:
+        print(file=sys.stderr)
+        return None

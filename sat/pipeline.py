@@ -1,0 +1,165 @@
+"""The model from Python: ``Pipeline.from_config([...])`` once, then call it with prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sat.config.build import build_engine, build_guider, build_sampler
+from sat.config.load import load
+from sat.config.schema import Experiment, Precision, SamplingConfig
+from sat.diffusion.guidance import Guider
+from sat.diffusion.sampler import StepCallback
+from sat.parallel.launch import pick_device
+from sat.sampling.draw import Drawer, Look, with_strength
+from sat.sampling.latents import checked_latents
+from sat.sampling.prompts import check_text, checked_prompts
+from sat.sampling.run import Noise
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``sampling.dtype`` names."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Pictures and their latents, prompt by prompt, ``batch_size`` of each."""
+
+    images: list[Image.Image]
+    latents: Tensor  # (B, C, h, w) float32 on the CPU, as the first stage decodes them
+
+
+class Pipeline:
+    """A loaded model that draws pictures for prompts.
+
+    >>> pipe = Pipeline.from_config(["configs/tiny.yaml"], device="cpu")
+    >>> pipe(["a red apple"], seed=0).images[0].save("apple.png")
+    """
+
+    def __init__(self, drawer: Drawer, guider: Guider, experiment: Experiment) -> None:
+        self.drawer = drawer
+        self.guider = guider
+        self.experiment = experiment
+
+    @classmethod
+    def from_config(
+        cls,
+        bases: str | Path | Sequence[str | Path],
+        overrides: Sequence[str | tuple[str, Any]] = (),
+        device: str | torch.device | None = None,
+        dtype: Precision | torch.dtype | None = None,
+    ) -> Pipeline:
+        """The model that the YAML files ``bases`` describe, laid over one another, with its weights.
+
+        ``overrides`` are ``"section.key=value"`` or ``("section.key", value)``. ``device`` and ``dtype`` win
+        over ``parallel.device`` and ``sampling.dtype``.
+        """
+        paths = [bases] if isinstance(bases, (str, Path)) else list(bases)
+        extra: list[str | tuple[str, Any]] = list(overrides)
+        if dtype is not None:
+            extra.append(("sampling.dtype", precision(dtype)))
+        experiment = load(paths, extra)
+        place = torch.device(device) if device is not None else pick_device(experiment.parallel.device)
+        return cls(*open_drawer(experiment, place), experiment)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.drawer.device
+
+    def __call__(  # noqa: PLR0913 - the arguments people vary from one cell of a notebook to the next
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        batch_size: int = 1,
+        latents: Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> Output:
+        """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. What is None is the config's.
+
+        ``height`` and ``width`` are pixels. ``latents`` is unit noise to start from instead of the seed's:
+        (B, C, h, w) with B = ``batch_size``, used for every prompt, or one for each image.
+        ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
+        the predicted latents (b, C, h, w) of the images being drawn.
+        """
+        asked = self._asked(height, width, steps, seed, batch_size)
+        texts = checked_prompts([prompts] if isinstance(prompts, str) else prompts)
+        if not texts:
+            raise ValueError("no prompt: give at least one")
+        negative = asked.negative_prompt if negative_prompt is None else negative_prompt
+        check_text(negative, "the negative prompt")
+        look = Look(asked.height, asked.width, asked.steps, with_strength(self.guider, guidance))
+        shape = self.drawer.engine.latent_shape(look.height, look.width)
+        given = None if latents is None else checked_latents(latents, shape, len(texts), batch_size)
+        noise = Noise(asked.seed, shape, batch_size, given)
+        report = _counted(callback, len(texts) * -(-batch_size // self.drawer.at_once) * look.steps)
+        drawn = [
+            self.drawer.latents(encoded, noise.of(prompt, range(batch_size)), look, report)
+            for prompt, encoded in zip(
+                texts, self.drawer.encode([t.text for t in texts], negative), strict=True
+            )
+        ]
+        return Output([image for z in drawn for image in self.drawer.images(z)], torch.cat(drawn))
+
+    def _asked(
+        self, height: int | None, width: int | None, steps: int | None, seed: int | None, batch_size: int
+    ) -> SamplingConfig:
+        """The sampling section with what the call changes; its own rules check it."""
+        sampling = self.experiment.sampling
+        return replace(
+            sampling,
+            height=sampling.height if height is None else height,
+            width=sampling.width if width is None else width,
+            steps=sampling.steps if steps is None else steps,
+            seed=sampling.seed if seed is None else seed,
+            batch_size=batch_size,
+        )
+
+
+def open_drawer(experiment: Experiment, device: torch.device) -> tuple[Drawer, Guider]:
+    """The engine of ``experiment`` with its weights on ``device``, ready to draw, and its guider."""
+    sampling, memory = experiment.sampling, experiment.memory
+    engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype])
+    drawer = Drawer(
+        engine,
+        build_sampler(experiment),
+        device=device,
+        text_memory=memory.text_encoder,
+        at_once=sampling.at_once,
+        decode_batch=memory.decode_batch,
+        decode_tile=memory.decode_tile,
+    )
+    return drawer, build_guider(experiment)
+
+
+def precision(dtype: Precision | torch.dtype) -> Precision:
+    """The name of ``dtype`` in a config."""
+    for name, value in DTYPES.items():
+        if dtype in (name, value):
+            return name
+    raise ValueError(f"dtype is {dtype!r}: expected {', '.join(DTYPES)}")
+
+
+def _counted(callback: StepCallback | None, total: int) -> StepCallback | None:
+    """``callback`` told of steps counted over all images instead of over those drawn together."""
+    if callback is None:
+        return None
+    tell, done = callback, 0
+
+    def step(now: int, of: int, preview: Tensor) -> None:
+        nonlocal done
+        done += 1
+        tell(done, total, preview)
+
+    return step

@@ -1,0 +1,178 @@
+"""From prompts and noise to latents and pictures, the text encoder moved as memory asks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sat.conditioning.condition import Condition
+from sat.conditioning.size import Sizes
+from sat.diffusion.guidance import Guider
+from sat.diffusion.sampler import Sampler, StepCallback
+from sat.engine import DiffusionEngine, NonFiniteError
+from sat.util.images import to_pil
+
+log = logging.getLogger(__name__)
+
+TextMemory = Literal["keep", "free", "cpu"]
+"""What becomes of the text encoder between prompts: stays, is dropped for good, or waits in host memory."""
+
+
+@runtime_checkable
+class _Strong(Protocol):
+    """A guider with a strength."""
+
+    scale: float
+
+
+def strength(guider: Guider) -> float | None:
+    """The guidance scale, or None for a guider without one."""
+    return float(guider.scale) if isinstance(guider, _Strong) else None
+
+
+def with_strength(guider: Guider, scale: float | None) -> Guider:
+    """``guider`` at another guidance ``scale``; None leaves it as it is."""
+    if scale is None:
+        return guider
+    if not isinstance(guider, _Strong):
+        raise ValueError(
+            f"guidance {scale:g} is asked for, but {type(guider).__name__} has no strength to set"
+        )
+    other = copy.copy(guider)
+    other.scale = float(scale)
+    return other
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's output for one prompt, on the CPU; ``negative`` None stands for zeros."""
+
+    text: Tensor  # (1, T, C_text)
+    mask: Tensor | None = None  # (1, T)
+    negative: Tensor | None = None  # (1, T, C_text)
+    negative_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is the same for every picture of a call. Pixels for ``height`` and ``width``."""
+
+    height: int
+    width: int
+    steps: int
+    guider: Guider
+
+
+class Drawer:
+    """An engine with its sampler: encodes prompts, turns noise into latents, latents into pictures.
+
+    ``at_once`` images go through the network together. With 1 a picture is bitwise the same however many are
+    asked for, because no matrix product changes its shape with the batch; more is faster where the network
+    is small or the device large.
+    """
+
+    def __init__(
+        self,
+        engine: DiffusionEngine,
+        sampler: Sampler,
+        *,
+        device: torch.device,
+        text_memory: TextMemory = "keep",
+        at_once: int = 1,
+        decode_batch: int = 1,
+        decode_tile: int | None = None,
+    ) -> None:
+        self.engine = engine.eval()
+        self.sampler = sampler
+        self.device = device
+        self.text_memory: TextMemory = text_memory
+        self.at_once = at_once
+        self.decode_batch = decode_batch
+        self.decode_tile = decode_tile
+        self._freed = False
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], negative: str = "") -> list[Encoded]:
+        """Encoder outputs of ``texts``, each encoded alone; afterwards the encoder goes where memory asks.
+
+        An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
+        """
+        if self._freed:
+            raise RuntimeError(
+                "the text encoder was freed after the first prompts (memory.text_encoder is free): "
+                "use memory.text_encoder=cpu or keep to encode more"
+            )
+        self._encoder_to(self.device)
+        against, against_mask = self._encode(negative) if negative.strip() else (None, None)
+        encoded = [Encoded(*self._encode(text), against, against_mask) for text in texts]
+        if self.text_memory == "free":
+            self.engine.conditioner.free_text_encoder()
+            self._freed = True
+        elif self.text_memory == "cpu":
+            self._encoder_to(torch.device("cpu"))
+        return encoded
+
+    def condition(self, encoded: Encoded, height: int, width: int, batch: int) -> tuple[Condition, Condition]:
+        """Conditional and unconditional input of ``batch`` images of one prompt; the size vector is in both."""
+        sizes = Sizes.uncropped(height, width, batch)
+        vector = self.engine.conditioner.size(*sizes).to(self.device)
+
+        def whole(text: Tensor, mask: Tensor | None) -> Condition:
+            rows = text.to(self.device).expand(batch, -1, -1)
+            return Condition(rows, vector, None if mask is None else mask.to(self.device).expand(batch, -1))
+
+        cond = whole(encoded.text, encoded.mask)
+        if encoded.negative is None:
+            return cond, cond.null()
+        return cond, whole(encoded.negative, encoded.negative_mask)
+
+    def latents(
+        self, encoded: Encoded, noise: Tensor, look: Look, callback: StepCallback | None = None
+    ) -> Tensor:
+        """Latents (B, C, h, w) float32 on the CPU from unit ``noise`` of the same shape, for one prompt."""
+        parts = []
+        for start in range(0, len(noise), self.at_once):
+            part = noise[start : start + self.at_once]
+            cond, uncond = self.condition(encoded, look.height, look.width, len(part))
+            out = self.engine.sample(
+                cond,
+                uncond,
+                part.to(self.device),
+                steps=look.steps,
+                guider=look.guider,
+                sampler=self.sampler,
+                callback=callback,
+            )
+            parts.append(out.float().cpu())
+        return torch.cat(parts)
+
+    def images(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of ``latents`` (B, C, h, w)."""
+        pixels = self.engine.decode(latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile)
+        if not bool(torch.isfinite(pixels).all()):
+            name = str(self.engine.first_stage.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"the decoded image is not finite ({name} first stage): try sampling.dtype=bf16 or fp32"
+            )
+        return [to_pil(image) for image in pixels]
+
+    def _encode(self, text: str) -> tuple[Tensor, Tensor | None]:
+        out, mask = self.engine.conditioner.encode([text], self.device)
+        return out.cpu(), None if mask is None else mask.cpu()
+
+    def _encoder_to(self, device: torch.device) -> None:
+        """Move the text encoder, if memory asks for moving it at all."""
+        if self.text_memory == "cpu" and device != self._encoder_device():
+            log.debug("text encoder to %s", device)
+            self.engine.conditioner.text.to(device)
+
+    def _encoder_device(self) -> torch.device:
+        weight: Tensor = next(self.engine.conditioner.text.parameters())
+        return weight.device

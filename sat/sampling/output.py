@@ -1,0 +1,194 @@
+"""The folder of a run: one folder a prompt, numbered PNG files with their settings inside, a grid, resuming.
+
+The layout ``OUT/<index>_<name>/000000000.png`` is the official one; the relay stage reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from sat.sampling.prompts import Prompt
+from sat.util import images
+
+NAME_LENGTH = 20
+"""Characters of the prompt in a folder's name."""
+
+_SAFE = frozenset(string.ascii_letters + string.digits + "_-")
+_NUMBERED = re.compile(r"(\d+)_")
+_IMAGE = re.compile(r"\d{9}\.png")
+
+
+class OutputError(OSError):
+    """The output folder cannot be used."""
+
+
+def safe_name(text: str) -> str:
+    """The first 20 safe characters of a prompt: spaces become ``_``, accents fall off, others are left out.
+
+    Safe means ASCII letters, digits, ``_`` and ``-``: valid on every file system, in a shell and in a URL.
+    May be empty; a folder's name has the prompt's number before it, so it is never reserved, as ``CON`` is.
+    """
+    kept: list[str] = []
+    for character in text:
+        for part in unicodedata.normalize("NFKD", character):
+            letter = "_" if part.isspace() else part
+            if letter in _SAFE:
+                kept.append(letter)
+        if len(kept) >= NAME_LENGTH:
+            break
+    return "".join(kept[:NAME_LENGTH])
+
+
+def folder_name(prompt: Prompt) -> str:
+    """``<index>_<safe prefix of the prompt>``."""
+    return f"{prompt.index}_{safe_name(prompt.text)}"
+
+
+def settings_digest(settings: Mapping[str, object]) -> str:
+    """16 hexadecimal digits that change with any value in ``settings`` (JSON-like, keys in any order)."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What every picture of a run says about how it was made; it becomes the PNG text fields."""
+
+    height: int  # pixels
+    width: int  # pixels
+    steps: int
+    guidance: float | None  # None where the guider has no strength
+    negative_prompt: str
+    seed: int  # of image 0; image i has seed + i
+    model: str
+    digest: str  # of the settings that decide the pixels
+
+    def fields(self, prompt: str, seeds: str) -> dict[str, str]:
+        """The text fields of one file, which shows the images of ``seeds``."""
+        return {
+            "prompt": prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": seeds,
+            "size": f"{self.height}x{self.width}",  # height x width
+            "height": str(self.height),
+            "width": str(self.width),
+            "steps": str(self.steps),
+            "guidance": "none" if self.guidance is None else f"{self.guidance:g}",
+            "model": self.model,
+            "config_digest": self.digest,
+        }
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """Where the pictures of one run go."""
+
+    root: Path
+    label: Label
+    batch_size: int  # images a prompt
+    columns: int | None = None  # of the grid; None = as square as can be
+    _made: set[Path] = field(default_factory=set, repr=False, compare=False)
+
+    def prepare(self) -> None:
+        """Make the folder and prove that it can be written."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            images.write_text(self.root / ".writable", "")
+            (self.root / ".writable").unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to output folder {self.root}: {error.strerror or error}"
+            ) from error
+
+    def folder(self, prompt: Prompt) -> Path:
+        """The folder of one prompt."""
+        return self.root / folder_name(prompt)
+
+    def image_path(self, prompt: Prompt, index: int) -> Path:
+        """The file of image ``index`` of a prompt."""
+        return self.folder(prompt) / f"{index:09d}.png"
+
+    def missing(self, prompt: Prompt) -> list[int]:
+        """Images of ``prompt`` that are not there whole with exactly this run's settings."""
+        return [i for i in range(self.batch_size) if not self._whole(self.image_path(prompt, i), prompt, i)]
+
+    def finished(self, prompt: Prompt) -> bool:
+        """True if all files of ``prompt`` are there, whole and of these settings."""
+        grid = self.folder(prompt) / "grid.png"
+        return not self.missing(prompt) and (self.batch_size == 1 or self._whole(grid, prompt, None))
+
+    def write_image(self, prompt: Prompt, index: int, image: Image.Image) -> Path:
+        """Write image ``index`` of ``prompt``."""
+        path = self.image_path(prompt, index)
+        self._write(path, image, self._fields(prompt, index))
+        return path
+
+    def finish(self, prompt: Prompt) -> list[Path]:
+        """Draw the grid of several images and drop an earlier run's leftovers; the files of ``prompt``."""
+        folder = self.folder(prompt)
+        paths = [self.image_path(prompt, i) for i in range(self.batch_size)]
+        stale = {p for p in folder.glob("*.png") if _IMAGE.fullmatch(p.name)} - set(paths)
+        stale.update(folder.glob(f".*{images.TEMPORARY}"))
+        if self.batch_size > 1:
+            sheet = folder / "grid.png"
+            self._write(
+                sheet, images.grid([_opened(p) for p in paths], self.columns), self._fields(prompt, None)
+            )
+            paths.append(sheet)
+        else:
+            stale.add(folder / "grid.png")
+        for path in stale:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return paths
+
+    def numbered(self) -> dict[int, list[str]]:
+        """Names of the prompt folders that are there, by number."""
+        found: dict[int, list[str]] = {}
+        if self.root.is_dir():
+            for entry in sorted(self.root.iterdir()):
+                if (match := _NUMBERED.match(entry.name)) and entry.is_dir():
+                    found.setdefault(int(match[1]), []).append(entry.name)
+        return found
+
+    def strangers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Prompt folders that are there but belong to none of ``prompts``: left by another run."""
+        ours = {folder_name(prompt) for prompt in prompts}
+        return [name for names in self.numbered().values() for name in names if name not in ours]
+
+    def next_index(self) -> int:
+        """The smallest number above those of all prompt folders that are there."""
+        return max(self.numbered(), default=-1) + 1
+
+    def _fields(self, prompt: Prompt, index: int | None) -> dict[str, str]:
+        seed, last = self.label.seed, self.label.seed + self.batch_size - 1
+        return self.label.fields(prompt.text, f"{seed}-{last}" if index is None else str(seed + index))
+
+    def _whole(self, path: Path, prompt: Prompt, index: int | None) -> bool:
+        return path.is_file() and images.read_png_text(path) == self._fields(prompt, index)
+
+    def _write(self, path: Path, image: Image.Image, fields: Mapping[str, str]) -> None:
+        try:
+            if path.parent not in self._made:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._made.add(path.parent)
+            images.write_png(path, image, fields)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _opened(path: Path) -> Image.Image:
+    """The pixels of a PNG file, the file closed again."""
+    with Image.open(path) as image:
+        pixels: Image.Image = image.convert("RGB")
+    return pixels

@@ -1,0 +1,122 @@
+"""One run: the prompts of this rank, drawn in order into the output folder, with progress and resuming."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sat.sampling.draw import Drawer, Encoded, Look
+from sat.sampling.output import OutputFolder
+from sat.sampling.prompts import Prompt
+from sat.util.progress import Progress, progress
+from sat.util.rng import image_noise
+
+log = logging.getLogger(__name__)
+
+TITLE = 32
+"""Characters of a prompt that the progress line shows."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where every image starts: ``given`` latents (n, C, h, w), else the generator of ``seed`` + i.
+
+    ``given`` holds ``batch_size`` images for every prompt, or as many as there are prompts times ``batch_size``.
+    """
+
+    seed: int
+    shape: tuple[int, int, int]  # (C, h, w)
+    batch_size: int
+    given: Tensor | None = None
+
+    def of(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
+        """Unit noise (len(images), C, h, w) float32 on the CPU for the images of one prompt."""
+        if self.given is not None:
+            rows = [(prompt.index * self.batch_size + i) % len(self.given) for i in images]
+            return self.given[rows]
+        return torch.stack([image_noise(self.seed, i, self.shape) for i in images])
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did on this rank."""
+
+    written: list[Path]
+    skipped: int  # prompts that were finished before
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is the same for all prompts of a run. ``beat`` is called at every step."""
+
+    drawer: Drawer
+    look: Look
+    noise: Noise
+    folder: OutputFolder
+    negative_prompt: str = ""
+    rank: int = 0
+    beat: Callable[[], None] = lambda: None
+
+    def __call__(self, prompts: Sequence[Prompt], *, resume: bool = False) -> Report:
+        """Draw ``prompts`` one after the other; with ``resume``, only what is not there yet."""
+        todo = [(prompt, self._missing(prompt, resume)) for prompt in prompts]
+        skipped = sum(images is None for _, images in todo)
+        if skipped:
+            log.info("%d of %d prompts are finished already", skipped, len(prompts))
+        open_ = [(prompt, images) for prompt, images in todo if images is not None]
+        early = self._encode([prompt for prompt, images in open_ if images])
+        written: list[Path] = []
+        with progress(sum(self._steps(images) for _, images in open_), rank=self.rank) as bar:
+            for number, (prompt, images) in enumerate(open_, 1):
+                bar.note(f"[{number}/{len(open_)}] {title(prompt.text)}")
+                if images:
+                    encoded = (
+                        early.get(prompt.index) or self.drawer.encode([prompt.text], self.negative_prompt)[0]
+                    )
+                    self._draw(prompt, images, encoded, bar)
+                written += self.folder.finish(prompt)
+        return Report(written, skipped)
+
+    def _missing(self, prompt: Prompt, resume: bool) -> list[int] | None:
+        """Images to draw; None when the prompt needs nothing at all."""
+        if not resume:
+            return list(range(self.noise.batch_size))
+        return None if self.folder.finished(prompt) else self.folder.missing(prompt)
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[int, Encoded]:
+        """All prompts at once where the encoder leaves afterwards; nothing where it stays."""
+        if self.drawer.text_memory == "keep" or not prompts:
+            return {}
+        encoded = self.drawer.encode([prompt.text for prompt in prompts], self.negative_prompt)
+        return {prompt.index: one for prompt, one in zip(prompts, encoded, strict=True)}
+
+    def _encode_one(self, prompt: Prompt) -> Encoded:
+        return self.drawer.encode([prompt.text], self.negative_prompt)[0]
+
+    def _steps(self, images: Sequence[int]) -> int:
+        return -(-len(images) // self.drawer.at_once) * self.look.steps
+
+    def _draw(self, prompt: Prompt, images: list[int], encoded: Encoded, bar: Progress) -> None:
+        """Draw and write ``images`` of ``prompt``, each file as soon as its picture is there."""
+
+        def step(done: int, total: int, latents: Tensor) -> None:
+            bar.advance()
+            self.beat()
+
+        for start in range(0, len(images), self.drawer.at_once):
+            part = images[start : start + self.drawer.at_once]
+            latents = self.drawer.latents(encoded, self.noise.of(prompt, part), self.look, step)
+            for index, image in zip(part, self.drawer.images(latents), strict=True):
+                self.folder.write_image(prompt, index, image)
+            self.beat()
+
+
+def title(text: str) -> str:
+    """The beginning of a prompt, safe to print on one line."""
+    line = "".join(c if c.isprintable() else " " for c in text[: TITLE + 1])
+    return line if len(text) <= TITLE else line[: TITLE - 1] + "…"

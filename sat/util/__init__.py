@@ -1,0 +1,1 @@
+"""Small things every layer may use: random numbers, images on disk, logging, progress."""

@@ -1,0 +1,125 @@
+"""Images in and out: uint8 conversion, contact sheets, PNG files with text, files that appear whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from torch import Tensor
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+TEMPORARY = ".partial"
+"""Ending of a file that is still being written."""
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Pixels 0…255 (uint8) of values in [0, 1], truncated as officially; values outside are clamped."""
+    return (image.detach().float().clamp(0, 1) * 255).to(torch.uint8).cpu()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """A PIL image of one ``image`` (3, H, W) in [0, 1] or already uint8."""
+    pixels = image.cpu() if image.dtype == torch.uint8 else to_uint8(image)
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, padding: int = 2) -> Image.Image:
+    """One sheet of equally large ``images``, row by row, on black with ``padding`` pixels around each.
+
+    ``columns`` None makes the sheet as square as it can be. The layout is torchvision's ``make_grid``,
+    which the official scripts call.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    across = columns if columns is not None else int(np.ceil(np.sqrt(len(images))))
+    if across < 1:
+        raise ValueError(f"grid columns must be at least 1, got {columns}")
+    across = min(across, len(images))
+    width, height = images[0].size
+    if any(image.size != (width, height) for image in images):
+        raise ValueError(f"a grid needs images of one size, got {sorted({image.size for image in images})}")
+    down = -(-len(images) // across)
+    sheet = Image.new("RGB", (across * (width + padding) + padding, down * (height + padding) + padding))
+    for i, image in enumerate(images):
+        row, column = divmod(i, across)
+        sheet.paste(image, (column * (width + padding) + padding, row * (height + padding) + padding))
+    return sheet
+
+
+def write_png(path: Path, image: Image.Image, text: Mapping[str, str] | None = None) -> None:
+    """Write ``image`` with the ``text`` fields to ``path``, which appears whole or not at all."""
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)  # Latin-1 where it fits (tEXt), UTF-8 where it does not (iTXt)
+    write_atomic(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+
+
+def read_png_text(path: Path) -> dict[str, str] | None:
+    """The text fields of a PNG file, or None if it is missing, cut short or damaged anywhere."""
+    try:
+        data = path.read_bytes()
+        if not _whole_png(data):
+            return None
+        with Image.open(BytesIO(data)) as image:
+            image.load()  # text may also stand after the pixels
+            return (
+                {key: str(value) for key, value in image.text.items()}
+                if isinstance(image, PngImageFile)
+                else None
+            )
+    except (OSError, SyntaxError, ValueError, zlib.error):  # Pillow's ways to say that a file is broken
+        return None
+
+
+def _whole_png(data: bytes) -> bool:
+    """True if ``data`` is PNG chunks with right checksums up to and including the end chunk.
+
+    Pillow forgives a file that is cut after its last pixel.
+    """
+    if not data.startswith(_PNG):
+        return False
+    at = len(_PNG)
+    while at + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        body = data[at + 4 : at + 8 + length]
+        checksum = data[at + 8 + length : at + 12 + length]
+        if checksum != struct.pack(">I", zlib.crc32(body)):
+            return False
+        if body[:4] == b"IEND":
+            return True
+        at += 12 + length
+    return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 ``text`` to ``path``, which appears whole or not at all."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a hidden file beside ``path``, then move it there in one step.
+
+    A reader, or a run that is killed at any moment, never leaves or sees half a file under ``path``.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with draft.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise

@@ -1,0 +1,60 @@
+"""Prompts: files, numbers, shares."""
+
+from pathlib import Path
+
+import pytest
+
+from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file, share
+
+
+def _file(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(data)
+    return path
+
+
+def test_one_prompt_a_line_without_blank_lines_and_outer_spaces(tmp_path) -> None:
+    path = _file(tmp_path, b"a red apple\n\n  a dog \r\n\t\nthe end")
+    assert read_prompt_file(path) == ["a red apple", "a dog", "the end"]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_prompt(tmp_path) -> None:
+    assert read_prompt_file(_file(tmp_path, b"\xef\xbb\xbfcaf\xc3\xa9\n")) == ["café"]
+
+
+def test_unicode_separators_do_not_cut_a_prompt(tmp_path) -> None:
+    text = "a\u2028b\x0cc\x85d"
+    assert read_prompt_file(_file(tmp_path, text.encode())) == [text]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "holds no prompt: expected one per line"),
+        (b" \n\n\t", "holds no prompt"),
+        (b"fine\ncaf\xe9\n", r"line 2: byte 0xe9 is not UTF-8; save it as UTF-8"),
+        (b"\xff\xfea\0", r"line 1: byte 0xff is not UTF-8"),
+    ],
+)
+def test_bad_files_are_refused_with_the_reason(tmp_path, data: bytes, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        read_prompt_file(_file(tmp_path, data))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path) -> None:
+    with pytest.raises(PromptError, match="gone.txt does not exist"):
+        read_prompt_file(tmp_path / "gone.txt")
+    with pytest.raises(PromptError, match="cannot be read: Is a directory"):
+        read_prompt_file(tmp_path)
+
+
+def test_an_argument_in_another_encoding_is_refused() -> None:
+    with pytest.raises(PromptError, match=r"prompt 1 is not valid UTF-8 at character 3 \('\\udce9'\)"):
+        checked_prompts(["fine", "caf\udce9"])
+
+
+def test_ranks_share_every_prompt_exactly_once_by_its_number() -> None:
+    prompts = checked_prompts("abcdefg")
+    shares = [share(prompts, rank, 3) for rank in range(3)]
+    assert shares[1] == [Prompt(1, "b"), Prompt(4, "e")]
+    assert sorted((p for s in shares for p in s), key=lambda p: p.index) == prompts
