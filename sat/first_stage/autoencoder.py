@@ -15,9 +15,9 @@ from sat.first_stage.posterior import Posterior
 class AutoencoderKL(nn.Module):
     """Convolutional autoencoder with a Gaussian latent: (B, 3, H, W) in [-1, 1] <-> (B, C, H/f, W/f).
 
-    The defaults are the 16-channel autoencoder of CogView3-Plus. The 4-channel one of CogView3 is ``width=128,
-    multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4, mid_attention=True, quant_convs=True,
-    scale_factor=0.13025``. Level i is ``width * multipliers[i]`` wide; every level but the last halves the
+    The defaults are the 16-channel autoencoder of CogView3-Plus. The 4-channel one of CogView3 is
+    ``width=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4, mid_attention=True,
+    quant_convs=True, scale_factor=0.13025``. Level i is ``width * multipliers[i]`` wide; every level but the last halves the
     image, so the factor f is 2 ** (levels - 1). Latents in and out are unscaled: the caller multiplies by
     ``scale_factor`` after encoding and divides before decoding.
 
@@ -25,7 +25,7 @@ class AutoencoderKL(nn.Module):
     (tests/parity/test_first_stage.py).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the fields of the YAML component
         self,
         width: int = 128,
         multipliers: Sequence[int] = (1, 4, 8, 8),
@@ -38,7 +38,10 @@ class AutoencoderKL(nn.Module):
         image_channels: int = 3,
     ) -> None:
         super().__init__()
-        if not multipliers or min(width, res_blocks, latent_channels, groups, image_channels, *multipliers) < 1:
+        if (
+            not multipliers
+            or min(width, res_blocks, latent_channels, groups, image_channels, *multipliers) < 1
+        ):
             raise ValueError(
                 f"first_stage: width {width}, multipliers {list(multipliers)}, res_blocks {res_blocks}, "
                 f"latent_channels {latent_channels}, groups {groups}, image_channels {image_channels}: "
@@ -93,7 +96,9 @@ class AutoencoderKL(nn.Module):
     def check_image(self, image: Tensor) -> None:
         """Refuse an image batch that the encoder cannot take."""
         if image.ndim != 4 or image.shape[1] != self.image_channels:
-            raise ValueError(f"image batch is {tuple(image.shape)}, expected (B, {self.image_channels}, H, W)")
+            raise ValueError(
+                f"image batch is {tuple(image.shape)}, expected (B, {self.image_channels}, H, W)"
+            )
         height, width = image.shape[2:]
         if height % self.factor or width % self.factor or not height or not width:
             nearest = [max(self.factor, round(side / self.factor) * self.factor) for side in (height, width)]

@@ -1,7 +1,7 @@
 """Convolution blocks of the autoencoder: residual block, halving, doubling and single-head attention.
 
-Every block keeps the memory format it is given: on a CPU call ``module.to(memory_format=torch.channels_last)``
-once and hand in channels-last images. Letters: B batch, C channels, h,w rows and columns of the feature map.
+Every block keeps the memory format it is given: hand in channels-last images to run channels-last throughout,
+which on a CPU in bf16 is several times faster. Letters: B batch, C channels, h,w rows and columns of the map.
 Source: official ``sgm/modules/diffusionmodules/model.py``.
 """
 
@@ -90,11 +90,12 @@ class Attention(nn.Module):
         b, c, h, w = x.shape
         cells = self.norm(x).permute(0, 2, 3, 1).reshape(b, 1, h * w, c)
         y = F.scaled_dot_product_attention(self.q(cells), self.k(cells), self.v(cells))
-        return x + self.proj(y).reshape(b, h, w, c).permute(0, 3, 1, 2)
+        out: Tensor = self.proj(y)
+        return x + out.reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Middle(nn.Module):
-    """(B, C, h, w) -> the same: two residual blocks at the lowest resolution, attention between them or not."""
+    """(B, C, h, w) -> the same: two residual blocks at the lowest resolution, attention between or not."""
 
     def __init__(self, channels: int, groups: int, attention: bool) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ class DecoderLevel(nn.Module):
     def __init__(self, channels: int, out_channels: int, *, blocks: int, groups: int, double: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResBlock(channels if index == 0 else out_channels, out_channels, groups) for index in range(blocks)
+            ResBlock(channels if index == 0 else out_channels, out_channels, groups)
+            for index in range(blocks)
         )
         self.up = Upsample(out_channels) if double else nn.Identity()
 
@@ -52,7 +53,9 @@ class Decoder(nn.Module):
         self.stem = nn.Conv2d(latent_channels, coarse_first[0], 3, padding=1)
         self.middle = Middle(coarse_first[0], groups, mid_attention)
         self.levels = nn.ModuleList(
-            DecoderLevel(coarse_first[max(i - 1, 0)], width, blocks=blocks + 1, groups=groups, double=i < last)
+            DecoderLevel(
+                coarse_first[max(i - 1, 0)], width, blocks=blocks + 1, groups=groups, double=i < last
+            )
             for i, width in enumerate(coarse_first)
         )
         self.norm = group_norm(coarse_first[-1], groups)

@@ -16,7 +16,8 @@ class EncoderLevel(nn.Module):
     def __init__(self, channels: int, out_channels: int, *, blocks: int, groups: int, halve: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            ResBlock(channels if index == 0 else out_channels, out_channels, groups) for index in range(blocks)
+            ResBlock(channels if index == 0 else out_channels, out_channels, groups)
+            for index in range(blocks)
         )
         self.down = Downsample(out_channels) if halve else nn.Identity()
 

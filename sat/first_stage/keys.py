@@ -1,7 +1,8 @@
 """Tensor names of the autoencoder in other formats.
 
-SAT: ``imagekl_ch16.pt`` and ``sdxl_vae.safetensors``; engine files put ``first_stage_model.`` in front. DIFFUSERS:
-``vae/`` folders (``AutoencoderKL``). Both variants, 16-channel and 4-channel, are served by one list each.
+SAT: ``imagekl_ch16.pt`` and ``sdxl_vae.safetensors``; engine files put ``first_stage_model.`` in front.
+DIFFUSERS: ``vae/`` folders (``AutoencoderKL``). The 16-channel and the 4-channel
+autoencoder share the lists.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ _BLOCK = ("norm1", "conv1", "norm2", "conv2")
 
 
 def _block(theirs: str, ours: str, shortcut: str) -> list[Rule]:
-    """Rules of the residual blocks named ``theirs`` and ``ours``; ``shortcut`` is their name of the 1x1 skip."""
+    """Rules of the residual blocks named ``theirs`` and ``ours``; ``shortcut`` is their 1x1 skip."""
     same: list[Rule] = [Rename(f"{theirs}.{name}.*", f"{ours}.{name}.*") for name in _BLOCK]
     return [*same, Rename(f"{theirs}.{shortcut}.*", f"{ours}.shortcut.*")]
 
@@ -33,7 +34,7 @@ def _sat(half: str) -> list[Rule]:
 
 
 def _diffusers(half: str) -> list[Rule]:
-    """diffusers' names of the encoder or the decoder, except its levels."""
+    """Names in diffusers of the encoder or the decoder, except its levels."""
     attention = f"{half}.mid_block.attentions.0"
     return [
         Rename(f"{half}.conv_in.*", f"{half}.stem.*"),

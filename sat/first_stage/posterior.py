@@ -24,7 +24,9 @@ class Posterior:
 
     def __post_init__(self) -> None:
         if self.mean.shape != self.logvar.shape:
-            raise ValueError(f"posterior mean {tuple(self.mean.shape)} and logvar {tuple(self.logvar.shape)} differ")
+            raise ValueError(
+                f"posterior mean {tuple(self.mean.shape)} and logvar {tuple(self.logvar.shape)} differ"
+            )
         object.__setattr__(self, "logvar", self.logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 
 from sat.data.batch import Batch
 from sat.first_stage.autoencoder import AutoencoderKL
+from sat.first_stage.posterior import Posterior
+from sat.train.objectives.base import Objective
 
 
 class HasFirstStage(Protocol):
@@ -19,19 +20,21 @@ class HasFirstStage(Protocol):
     first_stage: AutoencoderKL
 
 
-class FirstStageObjective(nn.Module):
-    """L1 + ``edge`` x image gradients at two scales + ``kl`` x KL, all means over the values they are summed from.
+class FirstStageObjective(Objective):
+    """L1 + ``edge`` x image gradients at two scales + ``kl`` x KL, each a mean over its values.
 
     ``pixel``, ``edge``: weights of the absolute error of the pixels (in [-1, 1]) and of their horizontal and
-    vertical differences, at full and at half size. ``kl``: weight of the divergence per latent value, in nats.
+    vertical differences, at full and at half size. ``kl``: of the divergence per latent value, in nats.
     Logged beside ``loss``: ``pixel``, ``edge``, ``kl``, ``psnr`` (dB, of the clamped sampled reconstruction),
     ``latent_mean`` and ``latent_std`` (of all latent values; 1 / latent_std is a fitting ``scale_factor``).
 
-    The posterior's noise comes from torch's global generator, which a checkpoint of the run holds. The
-    convolutions run channels-last, which on a CPU in bf16 is several times faster.
+    Training reconstructs from a sampled latent, validation from its mode. The convolutions run channels-last,
+    which on a CPU in bf16 is several times faster.
     """
 
-    def __init__(self, *, engine: HasFirstStage, pixel: float = 1.0, edge: float = 1.0, kl: float = 1e-4) -> None:
+    def __init__(
+        self, *, engine: HasFirstStage, pixel: float = 1.0, edge: float = 1.0, kl: float = 1e-4
+    ) -> None:
         super().__init__()
         if min(pixel, edge, kl) < 0 or pixel + edge <= 0:
             raise ValueError(
@@ -45,19 +48,30 @@ class FirstStageObjective(nn.Module):
         """The part that a checkpoint of this training holds."""
         return {"first_stage": self.first_stage}
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the optimizer sees."""
-        return self.first_stage.parameters()
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """``loss`` and the logged terms, float32 scalars."""
-        if batch.image is None:
-            raise ValueError("train.objective: the first stage needs images, the batch has none (data.cache_views?)")
-        image = batch.image.contiguous(memory_format=torch.channels_last)
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """``loss`` and the logged terms, float32 scalars; the latent is drawn with ``generator``."""
+        image = self._images(batch)
         posterior = self.first_stage.encode(image)
-        latent = posterior.sample()
-        made = self.first_stage.decode(latent).float()
-        target = image.float()
+        return self._terms(image, posterior, posterior.sample(generator=generator))
+
+    def evaluate(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The same of held-out images, through the mode of the latent; ``generator`` is not drawn from."""
+        image = self._images(batch)
+        posterior = self.first_stage.encode(image)
+        return self._terms(image, posterior, posterior.mode())
+
+    def _images(self, batch: Batch) -> Tensor:
+        """The batch's images (B, 3, H, W), channels-last in memory."""
+        if batch.image is None:
+            raise ValueError(
+                "train.objective: the first stage trains on images, but the batch has only latents "
+                "(set data.cache_views to 0)"
+            )
+        return batch.image.contiguous(memory_format=torch.channels_last)
+
+    def _terms(self, image: Tensor, posterior: Posterior, latent: Tensor) -> dict[str, Tensor]:
+        """The loss and its parts for images (B, 3, H, W) reconstructed from ``latent`` (B, C, h, w)."""
+        made, target = self.first_stage.decode(latent).float(), image.float()
         pixel = (made - target).abs().mean()
         edge = edge_error(made, target)
         kl = posterior.kl().mean() / latent[0].numel()
@@ -78,7 +92,7 @@ class FirstStageObjective(nn.Module):
 def edge_error(made: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error () of neighbouring-pixel differences, both ways, at full and half size, averaged.
 
-    Images are (B, C, H, W), H and W at least 4. Differences are linear, so the error image is differenced once.
+    Images are (B, C, H, W), H and W at least 4. Differences are linear: the error is differenced.
     """
     error = made - target
     half = F.avg_pool2d(error, 2)
