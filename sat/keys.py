@@ -1,22 +1,23 @@
-"""Rules that map a checkpoint format's tensor names to ours, as data: one list reads, writes and documents a format.
+"""Rules that map a format's tensor names to ours, as data: one list reads, writes and documents a format.
 
 Names are the full dotted keys of a part, without the prefix that an engine file puts in front of the part
-(``model.diffusion_model.``, ``first_stage_model.``, ``conditioner.embedders.0.transformer.``): the format strips it.
+(``model.diffusion_model.``, ``first_stage_model.``, ``conditioner.embedders.0.transformer.``): the format
+strips it.
 
 Patterns, on both sides of a rule and matched to each other in order of appearance:
 
 ``{}``
     an index (a layer, a level): digits.
 ``{~}``
-    an index counted from the other end: 0 on one side is the last on the other. The number of indices is read from
-    the names themselves, so one rule serves every depth. Write it on one side of the rule only.
+    an index counted from the other end: 0 on one side is the last on the other. The number of indices is read
+    from the names themselves, so one rule serves every depth. Write it on one side of the rule only.
 ``*``
     one name without dots (weight, bias).
 ``**``
     any rest, dots included; last in a pattern.
 
-A rule may match nothing (a list serves variants of a model): what must be there is decided by the module that is
-loaded, key by key. A key that no rule matches, or two rules match, is an error.
+A rule may match nothing (a list serves variants of a model): what must be there is decided by the module that
+is loaded, key by key. A key that no rule matches, or two rules match, is an error.
 
 The model families keep their lists in ``keys.py`` beside the model, under the names of the formats:
 ``SAT``, ``DIFFUSERS``, ``HF`` (see :data:`LAYOUTS`).
@@ -38,7 +39,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor under another name. ``optional``: where it is absent, our module's own computed value stays."""
+    """One tensor under another name. ``optional``: where it is absent, our module's computed value stays."""
 
     theirs: str
     ours: str
@@ -79,7 +80,7 @@ class LinearToConv:
 
 @dataclass(frozen=True)
 class Tie:
-    """Several of their names hold the same tensor, one of ours. Any of them is enough; the first is written."""
+    """Several of their names hold one tensor of ours. Any of them is enough; the first is written."""
 
     theirs: Sequence[str]
     ours: str
@@ -87,7 +88,7 @@ class Tie:
 
 @dataclass(frozen=True)
 class Drop:
-    """A tensor of theirs that has no place in ours; ignored when read, never written. ``why`` is for the reader."""
+    """A tensor of theirs without a place in ours; ignored when read, never written. ``why``: for readers."""
 
     theirs: str
     why: str
@@ -95,7 +96,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor of ours that they do not store: our module computes it; left out when their format is written."""
+    """A tensor of ours that they do not store: our module computes it; left out when theirs is written."""
 
     ours: str
     why: str

@@ -16,8 +16,8 @@ _KINDS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".json", ".model")
 def digest(path: Path | str) -> str:
     """16 hexadecimal digits for a file or folder of weights, in about a second whatever the size.
 
-    Names inside the folder, sizes, and contents: whole up to 64 MB, else 64 evenly spaced pieces of 64 kB. It tells
-    checkpoints apart; it is no proof against tampering. The place of the folder does not matter.
+    Names inside the folder, sizes, and contents: whole up to 64 MB, else 64 evenly spaced pieces of 64 kB. It
+    tells checkpoints apart; it is no proof against tampering. The place of the folder does not matter.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Opening weight files and folders of shards by what they contain, with one clear line for everything that is not."""
+"""Opening weight files and folders of shards by what they contain, with one clear line for what is none."""
 
 from __future__ import annotations
 

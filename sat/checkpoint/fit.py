@@ -36,14 +36,14 @@ class Fit:
 
 
 def family_rules(kind: type[nn.Module]) -> dict[str, Rules]:
-    """The rule lists of a model class by layout: those in ``keys.py`` beside its module, and its own names."""
+    """The rule lists of a model class by layout: of ``keys.py`` beside its module, and its own names."""
     package = kind.__module__.rpartition(".")[0]
     found: dict[str, Rules] = {NATIVE: _OWN}
     if package and find_spec(f"{package}.keys") is not None:
         lists = import_module(f"{package}.keys")
         for layout in LAYOUTS:
             rules = getattr(lists, layout, None)
-            if rules is not None and not any(rules is other for other in found.values()):
+            if rules is not None:
                 found[layout] = rules
     return found
 
@@ -51,16 +51,17 @@ def family_rules(kind: type[nn.Module]) -> dict[str, Rules]:
 def fit(
     theirs: LazyStateDict, expected: Mapping[str, TensorInfo], layouts: Mapping[str, Rules], part: Part
 ) -> Fit:
-    """The best fit of ``theirs`` to the ``expected`` tensors over all layouts and the prefixes engines put in front."""
+    """The best fit of ``theirs`` to the ``expected`` tensors, over all layouts and engine prefixes."""
     prefixes = [""] + [
         prefix
         for prefix in (ENGINE_PREFIXES[part], OWN_PREFIXES[part])
         if any(name.startswith(prefix) for name in theirs)
     ]
+    distinct = {id(rules): (layout, rules) for layout, rules in layouts.items()}  # aliases are tried once
     tried = [
         _try(theirs, prefix, expected, layout, rules)
         for prefix in prefixes
-        for layout, rules in layouts.items()
+        for layout, rules in distinct.values()
     ]
     return max(tried, key=lambda found: (len(found.view), -len(found.unexpected), -len(found.missing)))
 
@@ -73,7 +74,7 @@ def _try(
     placed = {name: source for name, source in found.sources.items() if name in expected}
     stray = [name for ours, source in found.sources.items() if ours not in expected for name in source.names]
     others = [name for name in theirs if not name.startswith(prefix)] if prefix else []
-    known = tuple({**ENGINE_PREFIXES, **{f"{p} ": own for p, own in OWN_PREFIXES.items()}}.values())
+    known = (*ENGINE_PREFIXES.values(), *OWN_PREFIXES.values())
     of_others = [name for name in others if name.startswith(known)]
     absent = [name for name in expected if name not in placed]
     free = _may_be_absent(absent, rules)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,15 @@ from sat.checkpoint.format import CheckpointError, LazyStateDict, Part, TensorIn
 from sat.checkpoint.formats import open_part
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Computes(Protocol):
+    """A module with buffers that files may leave out, or always do, such as position tables."""
+
+    def computed(self) -> dict[str, Tensor]:
+        """Their values, by local name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,14 +58,13 @@ def load(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     allow_pickle: bool = False,
-    advance: Callable[[int], None] | None = None,
 ) -> LoadReport:
-    """Fill ``module`` with the weights of ``part`` found at ``source`` (a path in any format, or tensors by name).
+    """Fill ``module`` with the weights of ``part`` at ``source`` (a path in any format, or tensors by name).
 
-    The module may be on the meta device; each tensor is read, cast, moved to ``device`` and released before the next,
-    so that host memory holds the result and one tensor. ``dtype`` is for floating-point parameters; buffers keep their
-    own. None keeps the module's (a meta module goes to the CPU). ``allow_missing`` and ``allow_unexpected`` are
-    shell patterns over our names and names in the file. ``advance`` is told the bytes done.
+    The module may be on the meta device; each tensor is read, cast, moved to ``device`` and released before
+    the next, so that host memory holds the result and one tensor. ``dtype`` is for floating-point parameters;
+    buffers keep their own. None keeps the module's (a meta module goes to the CPU). ``allow_missing`` and
+    ``allow_unexpected`` are shell patterns over our names and names in the file.
     """
     is_path = isinstance(source, str | Path)
     theirs = (
@@ -66,7 +75,7 @@ def load(
     try:
         found = match(module, theirs, part, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
         target = _Target(module, device, dtype)
-        target.fill(found.view, advance)
+        target.fill(found.view)
         target.finish(found.missing)
     finally:
         if is_path:
@@ -92,7 +101,7 @@ def match(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
 ) -> Fit:
-    """How ``theirs`` fills ``module``, by names and shapes alone; one line that lists everything that does not fit."""
+    """How ``theirs`` fills ``module``, by names and shapes alone; one line lists all that does not fit."""
     expected = {
         name: TensorInfo(tuple(t.shape), t.dtype) for name, t in module.state_dict(keep_vars=True).items()
     }
@@ -107,8 +116,8 @@ def match(
     what = type(module).__name__
     if not len(found.view):
         raise CheckpointError(
-            f"{theirs.source}: none of its {len(theirs)} names belongs to {what}, the first are {listing(list(theirs))}; "
-            f"is it the {part} part of this model?"
+            f"{theirs.source}: none of its {len(theirs)} names belongs to {what}, "
+            f"the first are {listing(list(theirs))}; is it the {part} part of this model?"
         )
     problems = []
     if missing:
@@ -131,7 +140,7 @@ def _any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def narrow(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
-    """``tensor`` as ``dtype``, and the largest magnitude where a finite value became infinite (None: none did)."""
+    """``tensor`` as ``dtype``, and the largest finite value that became infinite (None: none did)."""
     if tensor.dtype == dtype:
         return tensor, None
     cast = tensor.to(dtype)
@@ -180,7 +189,7 @@ class _Target:
         self._dtype = dtype
         self._shared: dict[int, Tensor] = {}  # id of a replaced parameter -> its replacement, for tied ones
 
-    def fill(self, view: LazyStateDict, advance: Callable[[int], None] | None) -> None:
+    def fill(self, view: LazyStateDict) -> None:
         """Read, cast and place every tensor of ``view``."""
         overflow = Overflow()
         for name in view:
@@ -188,8 +197,6 @@ class _Target:
             tensor = overflow.cast(name, view[name], self._wanted(old))
             self._place(owner, local, old, tensor)
             view.release(name)
-            if advance is not None:
-                advance(view.info(name).nbytes)
         overflow.check(view.source)
 
     def finish(self, missing: Sequence[str]) -> None:
@@ -208,15 +215,17 @@ class _Target:
         if left:
             why = "allowed to be missing, but" if set(left) & set(missing) else "not in the file, and"
             raise CheckpointError(
-                f"{len(left)} tensors of {type(self._module).__name__} are {why} it cannot compute them itself: "
-                f"{listing(left)}; build it on a real device or give the weights"
+                f"{len(left)} tensors of {type(self._module).__name__} are {why} it cannot compute them "
+                f"itself: {listing(left)}; build it on a real device or give the weights"
             )
 
     def _compute(self, owner: nn.Module) -> None:
-        """Let ``owner`` make its own values: buffers always, parameters only if none of them came from the file."""
-        reset = getattr(owner, "reset_buffers", None)
-        if callable(reset):
-            reset()
+        """Let ``owner`` make its values: what it can compute, then parameters if none came from the file."""
+        if isinstance(owner, Computes):
+            for local, tensor in owner.computed().items():
+                old = getattr(owner, local)
+                if old.is_meta:
+                    self._place(owner, local, old, tensor)
         parameters = dict(owner.named_parameters(recurse=False))
         reset = getattr(owner, "reset_parameters", None)
         if callable(reset) and parameters and all(p.is_meta for p in parameters.values()):
@@ -238,7 +247,7 @@ class _Target:
         return (self._device is not None and old.device != self._device) or old.dtype != self._wanted(old)
 
     def _place(self, owner: nn.Module, local: str, old: Tensor, tensor: Tensor) -> None:
-        """Copy into ``old`` where it can stay, else put a new tensor in its place; never keep a window on a file."""
+        """Copy into ``old`` where it can stay, else put a new tensor there; never keep a window on a file."""
         if not old.is_meta and not self._moves(old):
             with torch.no_grad():
                 old.copy_(tensor)

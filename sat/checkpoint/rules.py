@@ -1,14 +1,14 @@
 """Applying key rules: names and shapes first, tensors one at a time when asked for.
 
-:func:`read_map` and :func:`write_map` turn a rule list (:mod:`sat.keys`) and a set of names into a :class:`KeyMap`;
-:class:`Mapped` is then a view of a state dict under the other names. Views stack: native -> SAT is one view, SAT ->
-diffusers is two, and no tensor is read before the last one is asked for it.
+:func:`read_map` and :func:`write_map` turn a rule list (:mod:`sat.keys`) and a set of names into a
+:class:`KeyMap`; :class:`Mapped` is then a view of a state dict under the other names. Views stack: native ->
+SAT is one view, SAT -> diffusers is two, and no tensor is read before the last one is asked for it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -28,7 +28,7 @@ class KeyMappingError(CheckpointError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a mapped tensor comes from: the names it is made of, the rule, and for a part of a fusion, which part."""
+    """Where a mapped tensor comes from: the names it is made of, the rule, which part of a fusion it is."""
 
     names: tuple[str, ...]
     rule: Rule
@@ -162,7 +162,8 @@ def _complete(key_map: KeyMap, source: str) -> KeyMap:
     return key_map
 
 
-# -- patterns ----------------------------------------------------------------------------------------------------------
+# -- patterns
+# ----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -187,7 +188,7 @@ def _fill(pattern: str, groups: Sequence[str]) -> str:
 def _turn(
     groups: tuple[str, ...], theirs: str, ours: str, names: Sequence[str], pattern: str
 ) -> tuple[str, ...]:
-    """``groups`` with every ``{~}`` index counted from the other end; ``pattern`` is the side ``names`` are of."""
+    """``groups`` with each ``{~}`` index counted from the other end; ``names`` are of the ``pattern`` side."""
     tokens = list(zip(_TOKEN.findall(theirs), _TOKEN.findall(ours), strict=True))
     if not any("{~}" in pair for pair in tokens):
         return groups
@@ -200,7 +201,7 @@ def _turn(
 
 @lru_cache(maxsize=256)
 def _count(pattern: str, index: int, names: tuple[str, ...]) -> int:
-    """How many values the ``index``-th placeholder counts, over all names that share the pattern in front of it."""
+    """How many values the ``index``-th placeholder has in the names that share the pattern in front of it."""
     token = list(_TOKEN.finditer(pattern))[index]
     head = re.compile(_regex(pattern[: token.start()]).pattern + r"(\d+)(?:\.|$)")
     return 1 + max((int(found.groups()[-1]) for name in names if (found := head.match(name))), default=-1)
@@ -222,7 +223,8 @@ def _put(sources: dict[str, Source], name: str, source: Source) -> None:
     sources[name] = source
 
 
-# -- shapes and values -------------------------------------------------------------------------------------------------
+# -- shapes and values
+# -------------------------------------------------------------------------------------------------
 
 _Shape = tuple[int, ...]
 

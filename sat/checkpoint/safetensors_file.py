@@ -1,7 +1,8 @@
-"""Safetensors files, read by mapping one tensor at a time and written by streaming: no more than a tensor is held.
+"""Safetensors files, read by mapping one tensor at a time and written by streaming: one tensor is held.
 
-The format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, byte range), then the bytes.
-Source: https://github.com/huggingface/safetensors (checked against the library in tests/unit/test_safetensors.py).
+The format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, byte range), then the
+bytes. Source: https://github.com/huggingface/safetensors (checked against the library in
+tests/unit/test_safetensors.py).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class SafetensorsFile(LazyStateDict):
             return torch.empty(place.info.shape, dtype=place.info.dtype)
         page = mmap.ALLOCATIONGRANULARITY
         skip = place.begin % page
-        try:  # a private map: the file stays as it is whatever is done to the tensor, which keeps the map alive
+        try:  # a private map, which lives as long as the tensor; the file is never written
             window = mmap.mmap(
                 self._file.fileno(), skip + place.nbytes, access=mmap.ACCESS_COPY, offset=place.begin - skip
             )
@@ -98,12 +99,13 @@ class SafetensorsFile(LazyStateDict):
 
 
 def _header(path: Path, read: Callable[[int], bytes]) -> tuple[dict[str, _Place], dict[str, str]]:
-    """The places of all tensors and the metadata; everything a damaged file can say wrong ends in one line."""
+    """The places of all tensors and the metadata; whatever a damaged file says wrong ends in one line."""
     size = path.stat().st_size
     length = int.from_bytes(read(8), "little")
     if size < 8 or length > min(size - 8, _MOST_HEADER):
         raise CheckpointError(
-            f"{path}: not a whole safetensors file: {size} bytes, its header claims {length}; copy or download it again"
+            f"{path}: truncated or corrupt: {size:,} bytes, but its safetensors header claims {length:,}; "
+            f"copy or download it again"
         )
     try:
         header = json.loads(read(length))
@@ -122,9 +124,7 @@ def _header(path: Path, read: Callable[[int], bytes]) -> tuple[dict[str, _Place]
         end += place.nbytes
     if end != size:
         what = "truncated" if size < end else "longer than its header says"
-        raise CheckpointError(
-            f"{path}: {what}: {size:,} bytes, {end:,} expected; the copy or download is incomplete, get it again"
-        )
+        raise CheckpointError(f"{path}: {what}: {size:,} bytes, {end:,} expected; copy or download it again")
     return places, metadata
 
 
@@ -173,7 +173,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
+        for piece in (memoryview(len(text).to_bytes(8, "little")), memoryview(text)):
             digest.update(piece)
             file.write(piece)
         for name in names:
@@ -193,6 +193,6 @@ def tensor_bytes(tensor: Tensor, info: TensorInfo, name: str, step: int = 1 << 2
         )
     if not info.nbytes:
         return
-    raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for begin in range(0, len(raw), step):
         yield raw[begin : begin + step]

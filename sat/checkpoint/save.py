@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,7 +32,7 @@ from sat.checkpoint.formats.diffusers import (
     transformer_config,
     vae_config,
 )
-from sat.checkpoint.formats.hf_t5 import T5, TOKENIZER_CONFIG, t5_config
+from sat.checkpoint.formats.hf_t5 import T5, t5_config, tokenizer_config
 from sat.checkpoint.formats.native import FORMAT, MANIFEST, VERSION
 from sat.checkpoint.formats.sat import ENGINE_FILE, SIDECAR
 from sat.checkpoint.load import Overflow
@@ -61,10 +61,10 @@ def save_native(
     tokenizer: Path | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Write a native folder: ``parts`` are tensors under our own names, ``config`` the sections they belong to.
+    """Write a native folder: ``parts`` are tensors under our names, ``config`` the sections they belong to.
 
-    ``config`` holds ``model``, ``diffusion``, ``conditioning`` and ``first_stage`` as plain mappings; it goes into the
-    manifest, so that the folder can be converted and checked without a YAML file.
+    ``config`` holds ``model``, ``diffusion``, ``conditioning`` and ``first_stage`` as plain mappings; it goes
+    into the manifest, so that the folder can be converted and checked without a YAML file.
     """
     options = options or Options()
     with _whole(Path(folder), parts, options) as place:
@@ -88,7 +88,8 @@ def save_sat(
 ) -> Path:
     """Write the official layout: ``latest``, the engine file, the autoencoder's .pt and a T5 folder.
 
-    Source: the layout of the published CogView3 weights. The engine file holds the network only, as published.
+    Source: the layout of the published CogView3 weights. The engine file holds the network only, as
+    published.
     """
     options = options or Options()
     with _whole(Path(folder), parts, options) as place:
@@ -138,7 +139,7 @@ def save_diffusers(
             _huggingface(place / FOLDERS["text"], parts["text"], config, options, with_tokenizer_config=False)
             if tokenizer is not None:
                 _copy_tokenizer(tokenizer, place / "tokenizer")
-                write_json(place / "tokenizer" / "tokenizer_config.json", TOKENIZER_CONFIG)
+                write_json(place / "tokenizer" / "tokenizer_config.json", tokenizer_config(_tokens(config)))
         (place / "scheduler").mkdir()
         write_json(place / "scheduler" / "scheduler_config.json", scheduler)
         write_json(place / "model_index.json", model_index())
@@ -152,7 +153,9 @@ WRITERS: dict[str, Callable[..., Path]] = {
 }
 
 
-# -- parts -------------------------------------------------------------------------------------------------------------
+# -- parts
+#
+#
 
 
 def _params(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
@@ -160,10 +163,16 @@ def _params(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     return params
 
 
+def _tokens(config: Mapping[str, Any]) -> int:
+    """The text length in tokens."""
+    length: int = (config.get("conditioning") or {}).get("max_length", 224)
+    return length
+
+
 def _theirs(
     tensors: Mapping[str, Tensor], part: Part, layout: str, config: Mapping[str, Any]
 ) -> LazyStateDict:
-    """``tensors`` under the names of ``layout``, by the rules of the class that ``config`` names for the part."""
+    """``tensors`` under the names of ``layout``, by the rules of the class that ``config`` names."""
     component = (config.get("conditioning") or {}).get("text") if part == "text" else config.get(part)
     target = str((component or {}).get("target", T5 if part == "text" else ""))
     rules = family_rules(_class(target, part))
@@ -211,7 +220,7 @@ def _huggingface(
     text = (config.get("conditioning") or {}).get("text") or {}
     write_json(folder / "config.json", t5_config(text.get("params") or {}, dtype))
     if with_tokenizer_config:
-        write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+        write_json(folder / "tokenizer_config.json", tokenizer_config(_tokens(config)))
 
 
 def _info(tensors: LazyStateDict, name: str, options: Options) -> TensorInfo:
@@ -311,12 +320,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-# -- all or nothing ----------------------------------------------------------------------------------------------------
+# -- all or nothing
 
 
 @contextmanager
 def _whole(folder: Path, parts: Parts, options: Options) -> Iterator[Path]:
-    """A folder beside ``folder`` to write in, which takes its name at the end; on any failure nothing is left."""
+    """A folder beside ``folder`` to write in, which takes its name at the end; a failure leaves nothing."""
     refuse_occupied(folder)
     if not parts:
         raise CheckpointError(f"{folder}: nothing to write: no parts given")

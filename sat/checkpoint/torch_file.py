@@ -1,7 +1,8 @@
 """PyTorch files (.pt, .bin, .ckpt): read mapped and without running code, written by streaming.
 
-Reading is ``torch.load(mmap=True, weights_only=True)``. Writing makes the same zip archive as ``torch.save`` (pickle
-of the names, one stored record per tensor), tensor by tensor, because ``torch.save`` wants them all at once.
+Reading is ``torch.load(mmap=True, weights_only=True)``. Writing makes the same zip archive as ``torch.save``
+(pickle of the names, one stored record per tensor), tensor by tensor, because ``torch.save`` wants them all
+at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 _ROOTS = ("module", "state_dict", "model")
 
 #: Plain numpy data that official files carry (random states); these globals build arrays and nothing else.
-_SAFE = [
+_SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("uint8", "uint32", "int64", "float32", "float64")),
@@ -41,7 +42,7 @@ _SAFE = [
 
 
 class TorchFile(LazyStateDict):
-    """The tensors of one ``torch.save`` file, mapped. ``allow_pickle`` true runs whatever code the pickle holds."""
+    """The tensors of one ``torch.save`` file, mapped. ``allow_pickle`` runs any code the pickle holds."""
 
     def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
         self._path = path
@@ -162,7 +163,7 @@ def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
 
 
 def _forget(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
-    """Tell the system that the mapped pages of a tensor are not needed now; memory that is no map is left alone."""
+    """Give the mapped pages of a tensor back to the system; memory that is no map of ours is left alone."""
     storage = tensor.untyped_storage()
     page = mmap.PAGESIZE
     begin = -(-storage.data_ptr() // page) * page
@@ -171,7 +172,8 @@ def _forget(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- writing
+# -----------------------------------------------------------------------------------------------------------
 
 _STORAGES: dict[torch.dtype, type] = {
     torch.float64: torch.DoubleStorage,
@@ -202,8 +204,6 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    dispatch_table: ClassVar[dict[type, Any]] = {}
-
     def reducer_override(self, obj: object) -> Any:
         if not isinstance(obj, _Record):
             return NotImplemented
@@ -212,7 +212,7 @@ class _Pickler(pickle.Pickler):
         for size in reversed(shape):
             strides.append(step)
             step *= size
-        arguments = (_Storage(obj), 0, shape, tuple(reversed(strides)), False, OrderedDict())
+        arguments: tuple[Any, ...] = (_Storage(obj), 0, shape, tuple(reversed(strides)), False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments
 
     def persistent_id(self, obj: object) -> Any:

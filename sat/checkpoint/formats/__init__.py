@@ -36,7 +36,7 @@ class Format(Protocol):
         ...
 
     def config(self, path: Path) -> Mapping[str, Any]:
-        """The sections of the config that the folder carries: some of model, diffusion, conditioning, first_stage."""
+        """The config sections the folder carries: some of model, diffusion, conditioning, first_stage."""
         ...
 
     def tokenizer(self, path: Path) -> Path | None:
@@ -98,8 +98,9 @@ def detect(path: Path) -> Format:
             return found
     inside = sorted(entry.name for entry in path.iterdir())
     raise CheckpointError(
-        f"{path}: no known checkpoint format: expected manifest.json (native), model_index.json or config.json "
-        f"(diffusers, Hugging Face), `latest` (SAT) or weight files; it holds {listing(inside) or 'nothing'}"
+        f"{path}: no known checkpoint format: expected manifest.json (native), model_index.json or "
+        f"config.json (diffusers, Hugging Face), `latest` (SAT) or weight files; it "
+        f"holds {listing(inside) or 'nothing'}"
     )
 
 

@@ -2,7 +2,8 @@
 
     DIR/model_index.json  DIR/transformer/  DIR/vae/  DIR/text_encoder/  DIR/tokenizer/  DIR/scheduler/
 
-Source: the config.json files of ``CogView3PlusPipeline``'s components (checked in tests/parity/test_checkpoint.py).
+Source: the config.json files of ``CogView3PlusPipeline``'s components (checked in
+tests/parity/test_checkpoint.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from sat.checkpoint.files import open_folder, read_json
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part
-from sat.checkpoint.formats.hf_t5 import HuggingFaceT5, text_component
+from sat.checkpoint.formats.hf_t5 import text_component
 
 FOLDERS: dict[Part, str] = {"model": "transformer", "first_stage": "vae", "text": "text_encoder"}
 CLASSES: dict[str, Part] = {"CogView3PlusTransformer2DModel": "model", "AutoencoderKL": "first_stage"}
@@ -21,8 +22,9 @@ PIPELINE = "CogView3PlusPipeline"
 SCHEDULER = "CogVideoXDDIMScheduler"
 
 PLUS = "sat.models.cogview3_plus.CogView3Plus"
-AUTOENCODER = "sat.first_stage.AutoencoderKL"
+AUTOENCODER = "sat.first_stage.autoencoder.AutoencoderKL"
 SCHEDULE = "sat.diffusion.schedule.ZeroSNR"
+V = "sat.diffusion.parameterisation.V"
 
 
 class DiffusersPipeline:
@@ -65,6 +67,7 @@ class DiffusersPipeline:
             config["conditioning"] = {"text": text_component(path / "text_encoder")}
             if "model" in config:
                 config["conditioning"]["size"] = size_component(config["model"]["params"]["size_dim"])
+                config["model"]["params"]["text_len"] = _tokens(path / "tokenizer" / "tokenizer_config.json")
                 config["conditioning"]["max_length"] = config["model"]["params"]["text_len"]
         return config
 
@@ -112,7 +115,8 @@ class DiffusersComponent:
         return CLASSES.get(str(read_json(file).get("_class_name"))) if file.is_file() else None
 
 
-# -- their configs -> ours ---------------------------------------------------------------------------------------------
+# -- their configs -> ours
+# ---------------------------------------------------------------------------------------------
 
 
 def _number(file: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -120,6 +124,12 @@ def _number(file: Path, config: Mapping[str, Any], key: str, default: int | None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{file}: {key} is {value!r}, expected a positive whole number")
     return value
+
+
+def _tokens(file: Path) -> int:
+    """The text length that our writer leaves with the tokenizer, else the published model's."""
+    length = read_json(file).get("model_max_length") if file.is_file() else None
+    return length if isinstance(length, int) and 0 < length < 512 else 224
 
 
 def size_component(size_dim: int) -> dict[str, Any]:
@@ -147,7 +157,7 @@ def _model(file: Path) -> dict[str, Any]:
         "channels": channels,
         "patch": _number(file, config, "patch_size", 2),
         "text_dim": _number(file, config, "text_embed_dim", 4096),
-        "text_len": 224,
+        "text_len": 224,  # not in the file: see DiffusersPipeline.config
         "emb_dim": _number(file, config, "time_embed_dim", 512),
         "size_dim": 6 * _number(file, config, "condition_dim", 256),
         "table_size": [table, table],
@@ -205,11 +215,12 @@ def _diffusion(file: Path) -> dict[str, Any]:
     }
     return {
         "schedule": {"target": SCHEDULE, "params": params},
-        "parameterisation": {"target": "sat.diffusion.parameterisation.V", "params": {}},
+        "parameterisation": {"target": V, "params": {}},
     }
 
 
-# -- ours -> theirs ----------------------------------------------------------------------------------------------------
+# -- ours -> theirs
+# ----------------------------------------------------------------------------------------------------
 
 
 def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:

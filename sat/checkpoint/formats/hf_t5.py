@@ -56,7 +56,7 @@ def text_component(folder: Path) -> dict[str, Any]:
 
 
 def t5_config(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json of transformers' ``T5EncoderModel`` for parameters of our T5 encoder; absent ones are T5-XXL's."""
+    """config.json of transformers' ``T5EncoderModel`` for our encoder's parameters; else T5-XXL's."""
     sizes = {
         "d_model": params.get("dim", 4096),
         "num_heads": params.get("heads", 64),
@@ -88,13 +88,14 @@ def t5_config(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-#: tokenizer_config.json beside spiece.model, as transformers' T5 tokenizer reads it.
-TOKENIZER_CONFIG: dict[str, Any] = {
-    "tokenizer_class": "T5Tokenizer",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "pad_token": "<pad>",
-    "extra_ids": 100,
-    "model_max_length": 512,
-    "legacy": True,
-}
+def tokenizer_config(max_length: int) -> dict[str, Any]:
+    """tokenizer_config.json beside spiece.model, as transformers' T5 tokenizer reads it."""
+    return {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 100,
+        "model_max_length": max_length,
+        "legacy": True,
+    }

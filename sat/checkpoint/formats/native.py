@@ -36,7 +36,8 @@ class Native:
             raise CheckpointError(f"{file}: format is {content.get('format')!r}, expected {FORMAT!r}")
         if content.get("version") != VERSION:
             raise CheckpointError(
-                f"{file}: version is {content.get('version')!r}; this code reads version {VERSION}, use a matching release"
+                f"{file}: version is {content.get('version')!r}; this code reads version {VERSION}, "
+                f"use a matching release"
             )
         if not isinstance(content.get("parts"), dict) or not isinstance(content.get("config", {}), dict):
             raise CheckpointError(f"{file}: `parts` and `config` must be objects")

@@ -1,13 +1,14 @@
 """Official SAT files: ``latest`` and ``1/mp_rank_00_model_states.pt``, the VAE's .pt, a T5 folder.
 
     DIR/latest                          the iteration's number, or the word release
-    DIR/1/mp_rank_00_model_states.pt    {"module": {"model.diffusion_model.…": …}}, perhaps also first_stage_model.…
+    DIR/1/mp_rank_00_model_states.pt    {"module": {"model.diffusion_model.…": …}}, perhaps also
+    first_stage_model.…
                                         and conditioner.embedders.0.transformer.…
     DIR/imagekl_ch16.pt                 or DIR/vae/…: {"state_dict": {"encoder.…": …}}
     DIR/t5-v1_1-xxl/                    a Hugging Face folder
 
-The first two may also lie one folder further down, as the official archives unpack. Tensors of a part that the engine
-file holds win over a separate file, as in the official loader.
+The first two may also lie one folder further down, as the official archives unpack. Tensors of a part that
+the engine file holds win over a separate file, as in the official loader.
 Source: SwissArmyTransformer ``training/model_io.py``; official ``sgm/models/autoencoder.py``.
 """
 
@@ -41,7 +42,7 @@ class Sat:
     name = "sat"
 
     def detects(self, path: Path) -> bool:
-        """A folder with an engine checkpoint in it or one folder down, or a folder that holds one iteration's file."""
+        """A folder with an engine checkpoint in it or one folder down, or one iteration's folder."""
         return bool(_engine_folders(path))
 
     def parts(self, path: Path, *, allow_pickle: bool = False) -> list[Part]:
@@ -142,7 +143,8 @@ def _whole(iteration: Path) -> Path:
     ranks = sorted(iteration.glob("mp_rank_*_model_states.pt"))
     if len(ranks) > 1:
         raise CheckpointError(
-            f"{iteration}: split over {len(ranks)} model-parallel ranks, which is not read; merge it to one file first"
+            f"{iteration}: split over {len(ranks)} model-parallel ranks, which is not read; "
+            f"merge it to one file first"
         )
     return iteration / ENGINE_FILE
 

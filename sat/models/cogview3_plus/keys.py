@@ -14,8 +14,8 @@ _TABLE = _MIXINS + "position.table"
 
 _SAT = "transformer.layers.{}."
 
-#: ``mp_rank_00_model_states.pt``, names after ``model.diffusion_model.``. The position table is usually in the file;
-#: where it is not, the computed one stays (official: a frozen parameter).
+#: ``mp_rank_00_model_states.pt``, names after ``model.diffusion_model.``. The position table is usually in
+#: the file; where it is not, the computed one stays (official: a frozen parameter).
 SAT: Rules = [
     Rename("mixins.pos_embed.image_pos_embedding", _TABLE, optional=True),
     Rename("mixins.patch_embed.proj.*", _MIXINS + "patch_embed.proj.*"),
@@ -34,7 +34,8 @@ SAT: Rules = [
 
 _THEIRS = "transformer_blocks.{}."
 
-#: ``CogView3PlusTransformer2DModel``. Its final modulation is (scale, shift); ours and the official is (shift, scale).
+#: ``CogView3PlusTransformer2DModel``. Its final modulation is (scale, shift); ours and the official is
+#: (shift, scale).
 DIFFUSERS: Rules = [
     Computed(_TABLE, "diffusers keeps the table in a buffer that is not saved"),
     Rename("patch_embed.proj.*", _MIXINS + "patch_embed.proj.*"),

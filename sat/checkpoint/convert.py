@@ -1,0 +1,242 @@
+"""From any format to any other: names and shapes are checked first, then one tensor at a time flows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo
+from sat.checkpoint.formats import detect, open_part
+from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, V, size_component
+from sat.checkpoint.formats.hf_t5 import T5
+from sat.checkpoint.load import Computes, match
+from sat.checkpoint.save import WRITERS, Options, refuse_occupied
+
+#: Builds the network that a component (``target`` and ``params``) describes.
+Build = Callable[[Mapping[str, Any]], nn.Module]
+
+#: What official folders, which carry no config, are tried as: the published networks.
+KNOWN: dict[Part, list[dict[str, Any]]] = {
+    "model": [{"target": PLUS, "params": {}}],
+    "first_stage": [{"target": AUTOENCODER, "params": {}}],
+    "text": [{"target": T5, "params": {}}],
+}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts are read. ``path`` holds all, or those that the other fields do not name."""
+
+    path: Path
+    first_stage: Path | None = None
+    text: Path | None = None
+    tokenizer: Path | None = None
+    only: tuple[Part, ...] = PARTS
+
+    def of(self, part: Part) -> Path | None:
+        """Where ``part`` is read; None where the main path does not hold it."""
+        own = {"first_stage": self.first_stage, "text": self.text}.get(part)
+        return own or self.path
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: tensors of each part, bytes in all, and what is worth knowing."""
+
+    path: Path
+    tensors: dict[Part, int]
+    nbytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+class Completed(LazyStateDict):
+    """``inner`` and the values that the network computes itself, made when asked for."""
+
+    def __init__(self, inner: LazyStateDict, module: nn.Module, computed: list[str]) -> None:
+        self._inner, self._module = inner, module
+        self._infos = {name: _computed_info(module, name) for name in computed}
+
+    @property
+    def source(self) -> str:
+        """Where the stored tensors come from."""
+        return self._inner.source
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape and dtype of ``key``."""
+        return self._infos[key] if key in self._infos else self._inner.info(key)
+
+    def release(self, key: str) -> None:
+        """Pass the hint on."""
+        if key not in self._infos:
+            self._inner.release(key)
+
+    def close(self) -> None:
+        """Close the files behind."""
+        self._inner.close()
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._infos:
+            return self._inner[key]
+        path, _, local = key.rpartition(".")
+        owner = self._module.get_submodule(path)
+        assert isinstance(owner, Computes), "checked when the view was made"
+        return owner.computed()[local]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._inner
+        yield from self._infos
+
+    def __len__(self) -> int:
+        return len(self._inner) + len(self._infos)
+
+
+def _computed_info(module: nn.Module, name: str) -> TensorInfo:
+    path, _, local = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if not isinstance(owner, Computes):
+        raise CheckpointError(f"{name!r} is not in the file, and {type(owner).__name__} cannot compute it")
+    old: Tensor = getattr(owner, local)
+    return TensorInfo(tuple(old.shape), old.dtype)
+
+
+def convert(
+    sources: Sources,
+    destination: Path,
+    to: str,
+    build: Build,
+    *,
+    config: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    allow_pickle: bool = False,
+    progress: Callable[[int], Callable[[int], None]] | None = None,
+) -> Converted:
+    """Write the checkpoint at ``sources`` to ``destination`` in the format ``to``; whole or not at all.
+
+    ``config`` are the sections of a YAML file; without it those that the source carries are used, and
+    official folders are tried as the published networks. ``progress`` is given the total bytes and returns
+    what to tell the bytes of each tensor done.
+    """
+    if to not in WRITERS:
+        raise ValueError(f"cannot write the format {to!r}; known are {', '.join(WRITERS)}")
+    options = options or Options()
+    refuse_occupied(destination)
+    sections = _sections(sources, config)
+    with ExitStack() as stack:
+        parts: dict[Part, LazyStateDict] = {}
+        for part in _parts(sources, allow_pickle):
+            parts[part] = _open(sources, part, sections, build, allow_pickle, stack)
+        if not parts:
+            raise CheckpointError(
+                f"{sources.path}: no part to convert: it holds none of {list(sources.only)}"
+            )
+        total = sum(info.nbytes for tensors in parts.values() for info in tensors.infos().values())
+        advance = progress(total) if progress is not None else None
+        tokenizer, notes = _tokenizer(sources, parts, to)
+        writer = WRITERS[to]
+        written = Options(options.dtype, options.max_shard_bytes, advance)
+        writer(destination, parts, _finished(sections), tokenizer=tokenizer, options=written)
+        return Converted(destination, {part: len(tensors) for part, tensors in parts.items()}, total, notes)
+
+
+def _parts(sources: Sources, allow_pickle: bool) -> list[Part]:
+    """The parts to convert: those the main path holds and those with a path of their own."""
+    held = detect(sources.path).parts(sources.path, allow_pickle=allow_pickle)
+    if not held and not (sources.first_stage or sources.text):
+        held = list(sources.only) if len(sources.only) == 1 else []
+        if not held:
+            raise CheckpointError(f"{sources.path}: does not say which part it holds; name it with --only")
+    given: dict[Part, Path | None] = {"first_stage": sources.first_stage, "text": sources.text}
+    own = [part for part, path in given.items() if path]
+    return [part for part in PARTS if part in sources.only and (part in held or part in own)]
+
+
+def _sections(sources: Sources, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config sections, by rising weight: what the folders carry, then ``config``."""
+    found: dict[str, Any] = {}
+    for path in (sources.first_stage, sources.text, sources.path):
+        if path is not None:
+            for name, section in detect(path).config(path).items():
+                found[name] = {**found.get(name, {}), **section} if name == "conditioning" else section
+    wanted = ("model", "diffusion", "conditioning", "first_stage")
+    return {**found, **{name: config[name] for name in wanted if config and config.get(name) is not None}}
+
+
+def _component(sections: Mapping[str, Any], part: Part) -> Mapping[str, Any] | None:
+    component: Mapping[str, Any] | None = (
+        (sections.get("conditioning") or {}).get("text") if part == "text" else sections.get(part)
+    )
+    return component
+
+
+def _open(
+    sources: Sources, part: Part, sections: dict[str, Any], build: Build, allow_pickle: bool, stack: ExitStack
+) -> LazyStateDict:
+    """``part`` under our names, complete, checked against the network it belongs to."""
+    path = sources.of(part)
+    assert path is not None, "every part has a path"
+    theirs = stack.enter_context(open_part(path, part, allow_pickle=allow_pickle))
+    given = _component(sections, part)
+    candidates = [given] if given is not None else KNOWN[part]
+    for component in candidates:
+        with torch.device("meta"):
+            module = build(component)
+        try:
+            found = match(module, theirs, part)
+        except CheckpointError as error:
+            if given is not None:
+                raise
+            raise CheckpointError(
+                f"{path}: carries no config and is not one of the published networks; "
+                f"give the YAML that describes it with --base ({error})"
+            ) from error
+        if part == "text":
+            sections["conditioning"] = {**(sections.get("conditioning") or {}), "text": component}
+        else:
+            sections[part] = component
+        return Completed(found.view, module, found.computed)
+    raise AssertionError("there is a candidate for every part")
+
+
+def _finished(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """``sections`` with what the published CogView3-Plus has where the source says nothing."""
+    out = dict(sections)
+    if "model" in out:
+        params = out["model"].get("params") or {}
+        out.setdefault(
+            "diffusion",
+            {"schedule": {"target": SCHEDULE, "params": {}}, "parameterisation": {"target": V, "params": {}}},
+        )
+        conditioning = dict(out.get("conditioning") or {})
+        conditioning.setdefault("size", size_component(params.get("size_dim", 1536)))
+        conditioning.setdefault("max_length", params.get("text_len", 224))
+        out["conditioning"] = conditioning
+    if "conditioning" in out:  # a path on this machine; the copy lies beside the weights
+        out["conditioning"] = {
+            name: value for name, value in out["conditioning"].items() if name != "tokenizer"
+        }
+    return out
+
+
+def _tokenizer(
+    sources: Sources, parts: Mapping[Part, LazyStateDict], to: str
+) -> tuple[Path | None, list[str]]:
+    """The sentencepiece model to copy; a note where there is none although the text encoder is written."""
+    if "text" not in parts:
+        return None, []
+    if sources.tokenizer is not None:
+        folder = sources.tokenizer / "spiece.model"
+        found: Path | None = folder if sources.tokenizer.is_dir() else sources.tokenizer
+        if found is None or not found.is_file():
+            raise CheckpointError(f"{found}: no such tokenizer file")
+        return found, []
+    path = sources.of("text")
+    found = detect(path).tokenizer(path) if path is not None else None
+    return found, [] if found else [
+        f"no spiece.model beside the text encoder: the {to} folder is without a tokenizer"
+    ]

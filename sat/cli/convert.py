@@ -1,0 +1,150 @@
+"""``convert.py``: a checkpoint from one format to another. Nothing heavy is imported to parse arguments."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sat.cli.guard import UsageError, guard
+
+DESCRIPTION = """\
+Convert the checkpoint SRC to a new folder DST. The format of SRC is found by itself.
+
+  python convert.py weights/cogview3-plus-3b weights/plus --to native \\
+      --first-stage weights/imagekl_ch16.pt --text weights/t5-v1_1-xxl
+  python convert.py checkpoints/tiny OUT --to diffusers
+  python convert.py MINE OUT --to native --base configs/mine.yaml --dtype bf16
+
+Tensors pass through one at a time; DST appears whole or not at all.
+"""
+EPILOG = """\
+native     our own: manifest with the config, safetensors
+sat        official: latest, 1/mp_rank_00_model_states.pt, vae/*.pt, t5-v1_1-xxl/
+diffusers  a folder for CogView3PlusPipeline.from_pretrained
+Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
+"""
+_PARTS = ("model", "first_stage", "text")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="convert.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("src", metavar="SRC", type=Path, help="folder or weight file to read")
+    top.add_argument("dst", metavar="DST", type=Path, help="folder to write: new or empty")
+    top.add_argument("--to", required=True, choices=("native", "sat", "diffusers"), help="format to write")
+    top.add_argument(
+        "--base",
+        nargs="+",
+        default=[],
+        metavar="YAML",
+        help="the network's config, for a SRC that carries none",
+    )
+    top.add_argument(
+        "--first-stage", type=Path, metavar="PATH", help="autoencoder, where SRC does not hold it"
+    )
+    top.add_argument("--text", type=Path, metavar="PATH", help="text encoder, where SRC does not hold it")
+    top.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="spiece.model, where none lies beside the text encoder"
+    )
+    top.add_argument(
+        "--only", nargs="+", choices=_PARTS, default=list(_PARTS), help="parts to convert (all there are)"
+    )
+    top.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type to write (as in SRC)")
+    top.add_argument(
+        "--max-shard", default="5GB", metavar="SIZE", help="largest safetensors file, e.g. 500MB (5GB)"
+    )
+    top.add_argument(
+        "--allow-pickle", action="store_true", help="run the code in SRC's pickles; only if you trust them"
+    )
+    top.add_argument("--debug", action="store_true", help="show where an error came from")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert; returns the exit code."""
+    args = parser().parse_args(argv)
+    return guard(lambda: _convert(args), debug=args.debug, on_stop="nothing was left at the destination")
+
+
+def size(text: str) -> int:
+    """Bytes that ``500MB``, ``5GB`` or ``1000`` say."""
+    found = _SIZE.fullmatch(text.strip())
+    value = int(float(found.group(1)) * _UNITS[found.group(2).upper()]) if found else 0
+    if value < 1:
+        raise UsageError(f"--max-shard is {text!r}, expected a size such as 500MB or 5GB")
+    return value
+
+
+def _convert(args: argparse.Namespace) -> int:
+    most = size(args.max_shard)
+    from sat.checkpoint import DTYPES, Options
+    from sat.checkpoint.convert import Sources, convert
+    from sat.config.build import build
+
+    config, imports = _config(args.base)
+    sources = Sources(args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only))
+    bar = _Bar()
+    try:
+        done = convert(
+            sources,
+            args.dst,
+            args.to,
+            lambda component: build(component, imports=imports),
+            config=config,
+            options=Options(dtype=DTYPES[args.dtype] if args.dtype else None, max_shard_bytes=most),
+            allow_pickle=args.allow_pickle,
+            progress=bar,
+        )
+    finally:
+        bar.close()
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    parts = ", ".join(f"{part} {count} tensors" for part, count in done.tensors.items())
+    print(f"{done.path}: {args.to}, {parts}, {done.nbytes / 1e9:.2f} GB read")
+    return 0
+
+
+def _config(bases: list[str]) -> tuple[Mapping[str, Any] | None, list[str]]:
+    if not bases:
+        return None, []
+    from sat.config.load import load
+    from sat.config.schema import plain
+
+    experiment = load(bases)
+    sections: Mapping[str, Any] = plain(experiment)
+    return sections, experiment.imports
+
+
+class _Bar:
+    """A bar over bytes, silent when standard error is not a terminal."""
+
+    def __init__(self) -> None:
+        self._close: Callable[[], None] | None = None
+
+    def __call__(self, total: int) -> Callable[[int], None]:
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None, dynamic_ncols=True)
+        self._close = bar.close
+
+        def advance(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        return advance
+
+    def close(self) -> None:
+        """End the bar's line."""
+        if self._close is not None:
+            self._close()
