@@ -31,10 +31,11 @@ class Survey:
 
     def lines(self, height: int | None = None, width: int | None = None) -> list[str]:
         """The survey in words; with a training size, how many pictures are smaller than it."""
+        sizes = Counter({f"{h}x{w}": count for (h, w), count in self.sizes.items()})
         rows = [
             f"{self.source}: {len(self.readable)} pairs, {len(self.bad)} that cannot be used",
             f"formats: {_counts(self.formats)}",
-            f"sizes (height x width): {_counts(Counter({f'{h}x{w}': n for (h, w), n in self.sizes.items()}))}",
+            f"sizes (height x width): {_counts(sizes)}",
         ]
         if self.words:
             middle = sorted(self.words)[len(self.words) // 2]
@@ -56,7 +57,7 @@ class Survey:
 
 
 def survey(source: Path, too_long: Callable[[str], bool] | None = None) -> Survey:
-    """Opens every picture of ``source`` once; ``too_long`` tells whether a caption is over the token limit."""
+    """Opens every picture of ``source`` once; ``too_long`` tells of a caption if it is over the token limit."""
     found = read_source(source)
     bad, readable = list(found.bad), []
     sizes: Counter[tuple[int, int]] = Counter()

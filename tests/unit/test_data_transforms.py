@@ -1,0 +1,105 @@
+"""From files to tensors, and the size conditions that say what was done."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from sat.data.transforms import Augment, Draws, Transform, moved, on_white, to_tensor
+
+
+def ramp(height: int, width: int) -> PIL.Image.Image:
+    """Red grows downwards, green to the right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.arange(height)[:, None]
+    pixels[..., 1] = np.arange(width)[None, :]
+    return PIL.Image.fromarray(pixels)
+
+
+def test_a_picture_covers_the_target_and_one_side_fits():
+    fitted = Transform(8, 12).fit(ramp(100, 200))
+    assert fitted.pixels.shape == (8, 16, 3)
+    assert fitted.original_size == (100, 200)
+    assert Transform(8, 12).fit(ramp(3, 2)).pixels.shape == (18, 12, 3)
+
+
+def test_center_crop_reports_where_it_cut():
+    transform = Transform(10, 6)
+    image, crop = transform.place(transform.fit(ramp(10, 20)), Draws())
+    assert crop == (0, 7)
+    expected = torch.arange(7, 13).float() / 127.5 - 1
+    torch.testing.assert_close(image[1, 0], expected)
+    assert image.shape == (3, 10, 6)
+
+
+def test_random_crop_reaches_both_ends_and_reports_where_it_cut():
+    transform = Transform(10, 6, crop="random")
+    fitted = transform.fit(ramp(10, 20))
+    for draw, left in ((0.0, 0), (0.999, 14)):
+        image, crop = transform.place(fitted, Draws(left=draw))
+        assert crop == (0, left)
+        assert round((image[1, 0, 0].item() + 1) * 127.5) == left
+
+
+def test_bytes_map_to_minus_one_and_one():
+    pixels = np.array([[[0, 255, 51]]], np.uint8)
+    assert to_tensor(pixels).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+
+
+def test_transparent_parts_become_white(tmp_path):
+    picture = PIL.Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 0, 0, 0))
+    assert [on_white(picture).getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+    picture.convert("P").save(tmp_path / "a.gif", transparency=picture.convert("P").getpixel((1, 0)))
+    assert Transform(1, 2).load(tmp_path / "a.gif").pixels[0, 1].tolist() == [255, 255, 255]
+
+
+def test_sixteen_bit_grey_keeps_its_range():
+    picture = PIL.Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    assert np.asarray(on_white(picture))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_camera_rotation_is_undone(tmp_path):
+    picture = ramp(4, 8)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the top of the scene is at the right of the file
+    picture.save(tmp_path / "a.png", exif=exif)
+    fitted = Transform(8, 4).load(tmp_path / "a.png")
+    assert fitted.original_size == (8, 4)
+    assert fitted.pixels[0, 3].tolist() == [0, 0, 0]
+
+
+def test_a_shift_moves_by_that_share_and_leaves_white():
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    out = moved(pixels, Augment(shift=0.2), Draws(down=1.0, right=0.0))
+    assert (out[:2] == 255).all()
+    assert (out[:, -4:] == 255).all()
+    assert (out[2:, :-4] == 0).all()
+
+
+def test_scaling_keeps_the_middle():
+    pixels = np.full((40, 40, 3), 255, np.uint8)
+    pixels[10:30, 10:30] = 0
+    out = moved(pixels, Augment(scale=(0.5, 0.5)), Draws())
+    dark = np.argwhere(out[..., 0] < 128)
+    assert dark.min(0).tolist() == [15, 15]
+    assert dark.max(0).tolist() == [24, 24]
+
+
+def test_the_middle_draw_of_a_symmetric_augmentation_changes_nothing():
+    pixels = np.asarray(ramp(9, 7))
+    assert moved(pixels, Augment(shift=0.1, scale=(0.9, 1.1)), Draws()) is pixels
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Augment(shift=0.6), "data.augment.shift 0.6"),
+        (lambda: Augment(scale=(1.1, 0.9)), "data.augment.scale"),
+        (lambda: Transform(0, 4), "data.height 0"),
+        (lambda: Transform(4, 4, crop="corner"), "data.crop 'corner'"),
+    ],
+)
+def test_impossible_settings_are_refused_by_their_key(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
