@@ -1,0 +1,64 @@
+"""T5's relative position bias: how far a key is from a query shifts the attention logit, per head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sat.mixin import Mixin, wraps
+from sat.transformer.context import Context
+from sat.transformer.points import Prepare, TransformerHooks
+
+
+def buckets_of(offsets: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each offset (key index minus query index), int64, in the shape of ``offsets``.
+
+    Half of the buckets are for keys behind the query, half for keys ahead. Of each half, the first half holds
+    one distance each (0, 1, 2, …), the rest distances growing by a constant ratio; from ``max_distance`` on
+    all share the last one. Source: "Exploring the Limits of Transfer Learning", arXiv:1910.10683, section
+    2.1.
+    """
+    half = buckets // 2
+    exact = half // 2
+    distance = offsets.abs()
+    # Float32 on purpose: where the logarithm is a whole number, rounding decides, and the peer uses float32.
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (offsets > 0)
+
+
+class RelativeBias(Mixin):
+    """Fills ``ctx.bias`` (1, H, T, T) from a (buckets, H) table once per forward, for all layers.
+
+    The number of heads is read from the table's output, so a rank of a tensor-parallel group sees its share.
+    """
+
+    host = TransformerHooks
+
+    def __init__(self, heads: int, buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        if buckets < 4 or buckets % 4:
+            raise ValueError(
+                f"buckets {buckets} is not a positive multiple of 4: two directions, each half exact"
+            )
+        if max_distance <= buckets // 4:
+            raise ValueError(
+                f"max_distance {max_distance} must exceed the {buckets // 4} distances with a bucket each"
+            )
+        self.buckets, self.max_distance = buckets, max_distance
+        self.table = nn.Embedding(buckets, heads)
+
+    @wraps("prepare")
+    def prepare(self, inner: Prepare, ctx: Context) -> Context:
+        """The context with the bias of every pair of positions."""
+        ctx = inner(ctx)
+        if ctx.ids is None:
+            raise ValueError("the relative position bias is for token ids: the context has no `ids`")
+        length = ctx.ids.shape[1]
+        offsets = torch.arange(1 - length, length, device=ctx.ids.device)
+        per_offset = self.table(buckets_of(offsets, self.buckets, self.max_distance))  # (2T - 1, H)
+        # Row i of the bias is the window of offsets -i … T-1-i: windows in reverse order, no (T, T) lookup.
+        return replace(ctx, bias=per_offset.t().unfold(1, length, 1).flip(1)[None])
