@@ -23,7 +23,9 @@ def _generator() -> ModuleType:
 
 
 def test_hooks_page_is_current() -> None:
-    assert (ROOT / "docs" / "hooks.md").read_text() == _generator().page(), "run python docs/generate_hooks.py"
+    assert (ROOT / "docs" / "hooks.md").read_text() == _generator().page(), (
+        "run python docs/generate_hooks.py"
+    )
 
 
 @pytest.mark.parametrize("host", [TransformerHooks, ProcessHooks], ids=lambda h: h.__name__)

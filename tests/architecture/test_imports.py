@@ -12,9 +12,7 @@ import pytest
 
 from tests.architecture.tree import ROOT, sources, tree
 
-ENTRY_POINTS = [
-    name for name in ("sample.py", "train.py", "convert.py") if (ROOT / name).exists()
-]
+ENTRY_POINTS = [name for name in ("sample.py", "train.py", "convert.py") if (ROOT / name).exists()]
 HEAVY = ("torch", "deepspeed", "numpy", "omegaconf", "pydantic", "wandb", "PIL", "sentencepiece")
 
 

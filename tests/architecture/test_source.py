@@ -15,7 +15,11 @@ def _inside_literal_annotations(module: ast.Module) -> set[ast.AST]:
     """Everything within ``Literal[...]``: the allowed values of a setting, not a device that code uses."""
     inside: set[ast.AST] = set()
     for node in ast.walk(module):
-        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
+        if (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "Literal"
+        ):
             inside.update(ast.walk(node))
     return inside
 
@@ -31,20 +35,26 @@ def test_devices_are_named_only_in_launch() -> None:
             literal = isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in allowed
             if literal and re.fullmatch(r"cuda(:\d+)?", node.value):
                 found.append(place(path, node))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "cuda"
+            ):
                 found.append(place(path, node))
     assert not found, f"device literals outside sat/parallel/launch.py: {found}"
 
 
-def test_no_function_takes_arbitrary_keywords() -> None:
-    """``**kwargs`` would hide a misspelt setting; subclass hooks must pass theirs on."""
+def test_no_method_takes_arbitrary_keywords() -> None:
+    """``**kwargs`` would hide a misspelt setting; only subclass hooks pass theirs on."""
     found = []
     for path in sources():
-        for node in ast.walk(tree(path)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.args.kwarg:
-                if node.name not in ("__init_subclass__",) and node.args.kwarg.arg != "_":
-                    found.append(f"{place(path, node)} {node.name}(**{node.args.kwarg.arg})")
-    assert not found, f"functions with **keywords: {found}"
+        for owner in ast.walk(tree(path)):
+            if not isinstance(owner, ast.ClassDef):
+                continue
+            for node in owner.body:
+                if isinstance(node, ast.FunctionDef) and node.args.kwarg and node.name != "__init_subclass__":
+                    found.append(f"{place(path, node)} {owner.name}.{node.name}(**{node.args.kwarg.arg})")
+    assert not found, f"methods with **keywords: {found}"
 
 
 def test_no_default_is_mutable() -> None:
@@ -55,7 +65,11 @@ def test_no_default_is_mutable() -> None:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
                 continue
             for default in [*node.args.defaults, *node.args.kw_defaults]:
-                made = isinstance(default, ast.Call) and getattr(default.func, "id", "") in ("list", "dict", "set")
+                made = isinstance(default, ast.Call) and getattr(default.func, "id", "") in (
+                    "list",
+                    "dict",
+                    "set",
+                )
                 if isinstance(default, mutable) or made:
                     found.append(place(path, node))
     assert not found, f"mutable defaults: {found}"
@@ -66,7 +80,11 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
     path_like = re.compile(r"(?<![\w.~$}])/(?:root|home/\w+|Users/\w+|mnt/\w+|work/\w+|opt/\w+)\b")
     found = []
     for path in files():
-        if path.suffix not in TEXT or path.name == "LICENSE" or path.is_relative_to(ROOT / "tests/architecture"):
+        if (
+            path.suffix not in TEXT
+            or path.name == "LICENSE"
+            or path.is_relative_to(ROOT / "tests/architecture")
+        ):
             continue
         try:
             text = path.read_text()
@@ -81,7 +99,15 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
 def test_test_peers_are_not_required_at_run_time() -> None:
     """requirements.txt is what the package imports; peers and tools belong to requirements-dev.txt."""
     names = {re.split(r"[<>=!~ ]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
-    assert not names & {"transformers", "diffusers", "peft", "torchvision", "xformers", "pytorch-lightning", "apex"}
+    assert not names & {
+        "transformers",
+        "diffusers",
+        "peft",
+        "torchvision",
+        "xformers",
+        "pytorch-lightning",
+        "apex",
+    }
 
 
 def test_every_requirement_has_both_bounds() -> None:

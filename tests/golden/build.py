@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,8 +21,11 @@ from sat.checkpoint import load
 from sat.checkpoint.format import ENGINE_PREFIXES, Part
 from sat.checkpoint.formats.hf_t5 import t5_config
 from sat.config.build import build
+from sat.config.load import load_full
 from sat.config.official import translate
+from sat.config.schema import Experiment
 from sat.config.source import Source
+from sat.engine import DiffusionEngine
 from sat.first_stage.autoencoder import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.t5 import T5Encoder
@@ -60,10 +64,66 @@ def text_encoder(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None
     component = native({"conditioner_config": conditioner_config(16)}, config)["conditioning"]["text"]
     encoder = build(component)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(config))
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, Path(folder, "model.safetensors"))
+        write_t5(Path(folder), weights, config)
         load(encoder, folder, "text", dtype=torch.float32)
     return encoder.eval()
+
+
+def engine(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[DiffusionEngine, Experiment]:
+    """Everything of an official config: as a YAML file on disk, loaded and checked like a user's.
+
+    The three parts lie where the official loader expects them: the network in an engine checkpoint, the autoencoder in
+    its own file, the text encoder in a Hugging Face folder. There is no tokenizer: golden files hold token ids.
+    """
+    from sat.conditioning.conditioner import Conditioner
+
+    parts = {part: _under(weights, prefix) for part, prefix in ENGINE_PREFIXES.items()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "engine").mkdir()
+        prefix = ENGINE_PREFIXES["model"]
+        write_engine(folder / "engine", {prefix + key: tensor for key, tensor in parts["model"].items()})
+        torch.save({"state_dict": parts["first_stage"]}, folder / "imagekl_ch16.pt")
+        write_t5(folder / "t5", parts["text"], infer_t5(parts["text"]))
+        model = json.loads(json.dumps(config))
+        model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "imagekl_ch16.pt")
+        for embedder in model["conditioner_config"]["params"]["emb_models"]:
+            if embedder["input_key"] == "txt":
+                embedder["params"]["model_dir"] = str(folder / "t5")
+        official = {"args": {"load": str(folder / "engine")}, "model": model}
+        (folder / "official.yaml").write_text(yaml.safe_dump(official))
+        experiment = load_full([folder / "official.yaml"]).experiment
+        made = {}
+        for part, component in (
+            ("model", experiment.model),
+            ("first_stage", experiment.first_stage),
+            ("text", experiment.conditioning.text),
+        ):
+            source = experiment.checkpoint.source(part)
+            assert source is not None, "the official config names all three"
+            made[part] = build(component)
+            load(made[part], source, part, dtype=torch.float32)
+    conditioning, diffusion = experiment.conditioning, experiment.diffusion
+    whole = DiffusionEngine(
+        made["model"],
+        Conditioner(made["text"], build(conditioning.size), None, conditioning.max_length),
+        made["first_stage"],
+        build(diffusion.schedule),
+        build(diffusion.parameterisation),
+        build(diffusion.process),
+    )
+    return whole.eval(), experiment
+
+
+def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def write_t5(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """A Hugging Face folder of a text encoder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
 
 
 def fill(module: Any, weights: Mapping[str, Tensor], part: Part) -> Any:

@@ -64,8 +64,11 @@ def main(arguments: Sequence[str]) -> int:
     for argument in arguments:
         try:
             report = check_file(Path(argument))
-        except (GoldenError, OSError) as problem:
+        except GoldenError as problem:
             print(f"ERROR {problem}", flush=True)
+            code = 2
+        except Exception as problem:  # a model that cannot be built or run must not hide the other files
+            print(f"ERROR {argument}: {type(problem).__name__}: {problem}", flush=True)
             code = 2
         else:
             code = max(code, 0 if report.passed else 1)

@@ -48,7 +48,9 @@ def check(golden: Golden, report: Report) -> None:
     cells = (images.shape[2], images.shape[3])
     for height, width in golden["in.target_size"].tolist():
         if (height // CELL, width // CELL) != cells:
-            raise GoldenError(f"{golden.path}: target size {height} x {width} is not that of {cells} latent cells")
+            raise GoldenError(
+                f"{golden.path}: target size {height} x {width} is not that of {cells} latent cells"
+            )
     cond = Condition(text=golden["in.context"], vector=golden["in.y"])
     probe = Probe(net.transformer.blocks)
     out = net(images, times.reshape(-1, 1, 1, 1), net.prepare(cond, cells))
@@ -72,7 +74,9 @@ def check(golden: Golden, report: Report) -> None:
 def _guided(golden: Golden, report: Report, ours: dict[str, Comparison]) -> None:
     """Halves of a guided batch combined, where the file holds them combined: unconditional rows come first."""
     _, out = ours["out.output"]
-    scale = next((golden.number(key) for key in ("cfg_scale", "guidance_scale") if key in golden.metadata), None)
+    scale = next(
+        (golden.number(key) for key in ("cfg_scale", "guidance_scale") if key in golden.metadata), None
+    )
     for name in golden.names("out."):
         if re.fullmatch(r"out\.(cfg|guided)(_output)?", name) and scale is not None:
             uncond, cond = out.chunk(2)

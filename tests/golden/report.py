@@ -85,7 +85,9 @@ class Report:
 
     def unknown(self, name: str) -> None:
         """A stored tensor that no check knows: a failure, so that nothing is passed over in silence."""
-        self._record(Line(self.file, name, float("nan"), float("nan"), "-", False, "no check for this tensor"))
+        self._record(
+            Line(self.file, name, float("nan"), float("nan"), "-", False, "no check for this tensor")
+        )
 
     def all(self, golden: Mapping[str, Tensor], ours: Mapping[str, Comparison]) -> None:
         """Make every comparison that ``golden`` has a ``mid.`` or ``out.`` tensor for."""

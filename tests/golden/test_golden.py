@@ -102,7 +102,9 @@ def test_other_schedules_than_the_stored_one_are_computed_from_the_names(tmp_pat
 
 
 def test_another_guidance_scale_is_read_from_the_file(tmp_path: Path) -> None:
-    path = changed(DATA / "sampler_zerosnr_ddim_10.safetensors", tmp_path, lambda tensors: None, {"cfg_scale": "4"})
+    path = changed(
+        DATA / "sampler_zerosnr_ddim_10.safetensors", tmp_path, lambda tensors: None, {"cfg_scale": "4"}
+    )
     assert main([str(path)]) == 1
 
 
@@ -129,4 +131,6 @@ def test_the_command_runs_from_anywhere_and_prints_a_line_a_check(tmp_path: Path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 7 and all(line.startswith("ok ") and "abs" in line and "rel" in line for line in lines)
+    assert len(lines) == 7 and all(
+        line.startswith("ok ") and "abs" in line and "rel" in line for line in lines
+    )
