@@ -136,7 +136,7 @@ def _refuse_to_ask() -> None:
 
 
 def _keep_encoder(experiment: Experiment) -> Experiment:
-    """Prompts that are asked for need the text encoder again and again: it waits on the CPU instead of going."""
+    """Prompts that are asked for need the text encoder again: it waits on the CPU instead of going."""
     if experiment.memory.text_encoder != "free":
         return experiment
     log.info("asking for prompts needs the text encoder again: memory.text_encoder is cpu instead of free")
@@ -157,10 +157,24 @@ def _open(experiment: Experiment, runtime: Runtime, watch: Watch, prompts: int) 
     folder = OutputFolder(root, _label(experiment, look, given), sampling.batch_size, sampling.grid_columns)
     folder.prepare()
     if runtime.is_main:
-        _record(experiment, drawer, folder, runtime)
+        _record(experiment, drawer, root, runtime)
         log.info("loaded in %.1f s on %s", time.monotonic() - started, runtime.device)
     run = Run(drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, watch.beat)
     return _Session(run, folder, runtime, experiment.output.resume)
+
+
+def _record(experiment: Experiment, drawer: Drawer, root: Path, runtime: Runtime) -> None:
+    """``resolved.yaml`` and ``run.json``; the config is a fresh run's, so that it draws everything again."""
+    fresh = replace(experiment, output=replace(experiment.output, dir=root, resume=False))
+    record(
+        root,
+        fresh,
+        hooks=drawer.engine.hooks,
+        world=runtime.world,
+        seeds={"sampling": experiment.sampling.seed},
+        weights=_weights(experiment),
+        device=str(runtime.device),
+    )
 
 
 def _label(experiment: Experiment, look: Look, given: Tensor | None) -> Label:

@@ -96,7 +96,7 @@ class Drawer:
         self.at_once = at_once
         self.decode_batch = decode_batch
         self.decode_tile = decode_tile
-        self._freed = False
+        self._negative: tuple[str, Tensor, Tensor | None] | None = None  # the last one and its encoding
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], negative: str = "") -> list[Encoded]:
@@ -104,23 +104,16 @@ class Drawer:
 
         An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
         """
-        if self._freed:
-            raise RuntimeError(
-                "the text encoder was freed after the first prompts (memory.text_encoder is free): "
-                "use memory.text_encoder=cpu or keep to encode more"
-            )
-        self._encoder_to(self.device)
-        against, against_mask = self._encode(negative) if negative.strip() else (None, None)
+        against, against_mask = self._against(negative)
         encoded = [Encoded(*self._encode(text), against, against_mask) for text in texts]
         if self.text_memory == "free":
             self.engine.conditioner.free_text_encoder()
-            self._freed = True
         elif self.text_memory == "cpu":
-            self._encoder_to(torch.device("cpu"))
+            self.engine.conditioner.text_encoder_to(torch.device("cpu"))
         return encoded
 
     def condition(self, encoded: Encoded, height: int, width: int, batch: int) -> tuple[Condition, Condition]:
-        """Conditional and unconditional input of ``batch`` images of one prompt; the size vector is in both."""
+        """Conditional and unconditional input of ``batch`` images of a prompt; both have the size vector."""
         sizes = Sizes.uncropped(height, width, batch)
         vector = self.engine.conditioner.size(*sizes).to(self.device)
 
@@ -167,12 +160,10 @@ class Drawer:
         out, mask = self.engine.conditioner.encode([text], self.device)
         return out.cpu(), None if mask is None else mask.cpu()
 
-    def _encoder_to(self, device: torch.device) -> None:
-        """Move the text encoder, if memory asks for moving it at all."""
-        if self.text_memory == "cpu" and device != self._encoder_device():
-            log.debug("text encoder to %s", device)
-            self.engine.conditioner.text.to(device)
-
-    def _encoder_device(self) -> torch.device:
-        weight: Tensor = next(self.engine.conditioner.text.parameters())
-        return weight.device
+    def _against(self, negative: str) -> tuple[Tensor | None, Tensor | None]:
+        """The encoding of the negative prompt, made once for all prompts; nothing for an empty one."""
+        if not negative.strip():
+            return None, None
+        if self._negative is None or self._negative[0] != negative:
+            self._negative = negative, *self._encode(negative)
+        return self._negative[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,9 +31,9 @@ def read_latents(path: Path) -> Tensor:
     except FileNotFoundError as error:
         raise LatentsError(f"initial latents {path}: no such file") from error
     except pickle.UnpicklingError as error:
-        raise LatentsError(
-            f"initial latents {path}: holds more than tensors; save the bare tensor"
-        ) from error
+        whole = zipfile.is_zipfile(path)
+        reason = "holds more than tensors; save the bare tensor" if whole else "damaged or not a tensor file"
+        raise LatentsError(f"initial latents {path}: {reason}") from error
     except Exception as error:  # both readers have many ways to say that a file is damaged
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LatentsError(f"initial latents {path}: damaged or not a tensor file ({reason})") from error

@@ -26,7 +26,7 @@ TITLE = 32
 class Noise:
     """Where every image starts: ``given`` latents (n, C, h, w), else the generator of ``seed`` + i.
 
-    ``given`` holds ``batch_size`` images for every prompt, or as many as there are prompts times ``batch_size``.
+    ``given`` holds ``batch_size`` images for every prompt, or one for each image of the run.
     """
 
     seed: int

@@ -1,0 +1,56 @@
+"""Log lines by rank, and a progress line only where somebody looks."""
+
+import io
+import logging
+
+import pytest
+
+from sat.util import log as logs
+from sat.util.progress import Silent, progress
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    root, ours = logging.getLogger(), logging.getLogger("sat")
+    level, handlers = ours.level, list(root.handlers)
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_rank_0_says_everything_and_others_only_warnings(capsys) -> None:
+    log = logging.getLogger("sat.somewhere")
+    logs.setup(0)
+    log.info("loaded")
+    log.warning("cut: %s", "dog")
+    logs.setup(2)
+    log.info("loaded")
+    log.warning("cut")
+    assert capsys.readouterr().err == "loaded\nwarning: cut: dog\n[rank 2] warning: cut\n"
+
+
+def test_debug_names_the_module(capsys) -> None:
+    logs.setup(0, debug=True)
+    logging.getLogger("sat.somewhere").debug("deep")
+    assert capsys.readouterr().err == "sat.somewhere: deep\n"
+
+
+def test_progress_is_silent_off_a_terminal_and_on_other_ranks() -> None:
+    assert isinstance(progress(10, stream=io.StringIO()), Silent)
+    assert isinstance(progress(10, rank=1, stream=_Terminal()), Silent)
+    assert isinstance(progress(0, stream=_Terminal()), Silent)
+
+
+def test_progress_on_a_terminal_shows_the_note_the_count_and_the_time_left() -> None:
+    screen = _Terminal()
+    with progress(4, stream=screen) as bar:
+        bar.note("[1/2] a red apple")
+        bar.advance(4)
+    assert "[1/2] a red apple" in screen.getvalue()
+    assert "4/4" in screen.getvalue()
+    assert "<" in screen.getvalue()

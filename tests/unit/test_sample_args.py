@@ -1,0 +1,127 @@
+"""The arguments of sample.py: what they set, what they refuse, how fast they are."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sat.cli.sample import parse, settings
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_options_only_set_config_keys() -> None:
+    args = parse(
+        ["--base", "a.yaml", "b.yaml", "--prompt-file", "p.txt", "--negative-prompt", "blurry", "--resume"]
+        + ["--output-dir", "OUT", "--seed", "3", "--height", "64", "--width", "96", "--steps", "5"]
+        + ["--guidance", "2", "--batch-size", "4"]
+    )
+    assert args.base == ["a.yaml", "b.yaml"]
+    assert dict(settings(args)) == {
+        "sampling.prompt": None,
+        "sampling.prompt_file": "p.txt",
+        "sampling.negative_prompt": "blurry",
+        "output.dir": "OUT",
+        "sampling.seed": 3,
+        "sampling.height": 64,
+        "sampling.width": 96,
+        "sampling.steps": 5,
+        "sampling.guider.params.scale": 2.0,
+        "sampling.batch_size": 4,
+        "output.resume": True,
+    }
+
+
+def test_nothing_is_set_that_was_not_asked_for() -> None:
+    assert settings(parse(["--base", "a.yaml"])) == []
+
+
+def test_prompts_add_up_and_replace_a_prompt_file_of_the_config() -> None:
+    args = parse(["--base", "a.yaml", "--prompt", "a cat", "--prompt", "${x}: 'y'\n🍎"])
+    assert dict(settings(args)) == {
+        "sampling.prompt": ["a cat", "${x}: 'y'\n🍎"],
+        "sampling.prompt_file": None,
+    }
+
+
+def test_zero_and_empty_values_are_values() -> None:
+    args = parse(["--base", "a.yaml", "--seed", "0", "--negative-prompt", "", "--guidance", "0"])
+    assert dict(settings(args)) == {
+        "sampling.seed": 0,
+        "sampling.negative_prompt": "",
+        "sampling.guider.params.scale": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--base a.yaml sampling.steps=3 model.params.dim=8 --seed 1",
+        "--base a.yaml --seed 1 sampling.steps=3 model.params.dim=8",
+        "sampling.steps=3 --base a.yaml --seed 1 model.params.dim=8",
+        "sampling.steps=3 --seed 1 --base a.yaml model.params.dim=8",
+    ],
+)
+def test_overrides_may_stand_anywhere(line: str) -> None:
+    args = parse(line.split())
+    assert args.base == ["a.yaml"]
+    assert sorted(args.overrides) == ["model.params.dim=8", "sampling.steps=3"]
+
+
+def test_resume_without_a_folder_continues_the_default_one() -> None:
+    assert dict(settings(parse(["--base", "a.yaml", "--resume"])))["output.dir"] == "outputs"
+    args = parse(["--base", "a.yaml", "--resume", "output.dir=X"])
+    assert "output.dir" not in dict(settings(args))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--prompt x", "--base is needed"),
+        ("x --base a.yaml --seed 1", "unexpected argument 'x': expected section.key=value, or --base x"),
+        ("--base a.yaml --prompt x --prompt-file y", "exclude each other"),
+        ("--base a.yaml --seed x", "invalid int value: 'x'"),
+        ("--base a.yaml --see 1", "unrecognized arguments: --see"),
+        ("--base sampling.steps=3", "--base is needed"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_code_2(capsys, line: str, message: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(line.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy_and_is_quick() -> None:
+    code = """
+import atexit, runpy, sys
+atexit.register(lambda: print([name in sys.modules for name in ("torch", "pydantic", "yaml")]))
+sys.argv = ["sample.py", "--help"]
+runpy.run_path("sample.py", run_name="__main__")
+"""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        times.append(time.perf_counter() - start)
+    assert done.stdout.rstrip().endswith("[False, False, False]")
+    assert min(times) < 1.0  # 0.05 s on a quiet machine, 0.2 s is the promise; the rest is a neighbour's load
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = (
+        "import sys, sat; assert 'torch' not in sys.modules; print(sat.__version__, 'Pipeline' in dir(sat))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("True\n")
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    import sat
+
+    with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
+        sat.Pipelin  # noqa: B018
