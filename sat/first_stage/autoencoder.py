@@ -18,8 +18,8 @@ class AutoencoderKL(nn.Module):
     The defaults are the 16-channel autoencoder of CogView3-Plus. The 4-channel one of CogView3 is
     ``width=128, multipliers=(1, 2, 4, 4), res_blocks=2, latent_channels=4, mid_attention=True,
     quant_convs=True, scale_factor=0.13025``. Level i is ``width * multipliers[i]`` wide; every level but the
-    last halves the image, so the factor f is 2 ** (levels - 1). Latents in and out are unscaled: the caller multiplies by
-    ``scale_factor`` after encoding and divides before decoding.
+    last halves the image, so the factor f is 2 ** (levels - 1). Latents in and out are unscaled: the caller
+    multiplies by ``scale_factor`` after encoding and divides before decoding.
 
     Source: arXiv:2112.10752; official ``sgm/models/autoencoder.py``; equal to diffusers' ``AutoencoderKL``
     (tests/parity/test_first_stage.py).

@@ -65,6 +65,7 @@ class Posterior:
         return self.mean + self.std * noise.to(self.mean)
 
     def kl(self) -> Tensor:
-        """Divergence to the standard normal (B,), float32, in nats, summed over C, h, w."""
-        mean, logvar = self.mean.float(), self.logvar.float()
+        """Divergence to the standard normal (B,), in nats, summed over C, h, w; at least float32."""
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
