@@ -121,8 +121,7 @@ class Mapped(LazyStateDict):
 
     def __getitem__(self, key: str) -> Tensor:
         source = self._sources[key]
-        read = source.names[:1] if isinstance(source.rule, Tie) else source.names
-        return _value(source, [self._inner[name] for name in read], self._write)
+        return _value(source, [self._inner[name] for name in source.names], self._write)
 
     def release(self, key: str) -> None:
         """Pass the hint on."""
@@ -163,7 +162,6 @@ def _complete(key_map: KeyMap, source: str) -> KeyMap:
 
 
 # -- patterns
-# ----------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -188,7 +186,7 @@ def _fill(pattern: str, groups: Sequence[str]) -> str:
 def _turn(
     groups: tuple[str, ...], theirs: str, ours: str, names: Sequence[str], pattern: str
 ) -> tuple[str, ...]:
-    """``groups`` with each ``{~}`` index counted from the other end; ``names`` are of the ``pattern`` side."""
+    """``groups`` with each ``{~}`` index counted from the end; ``names`` are of the ``pattern`` side."""
     tokens = list(zip(_TOKEN.findall(theirs), _TOKEN.findall(ours), strict=True))
     if not any("{~}" in pair for pair in tokens):
         return groups
@@ -224,7 +222,6 @@ def _put(sources: dict[str, Source], name: str, source: Source) -> None:
 
 
 # -- shapes and values
-# -------------------------------------------------------------------------------------------------
 
 _Shape = tuple[int, ...]
 
@@ -253,6 +250,9 @@ def _value(source: Source, tensors: list[Tensor], write: bool) -> Tensor:
     first, rule = tensors[0], source.rule
     if isinstance(rule, Fuse):
         return first.chunk(len(rule.theirs))[source.part or 0] if write else torch.cat(tensors)
+    if isinstance(rule, Tie) and any(not torch.equal(first, other) for other in tensors[1:]):
+        names = " and ".join(repr(name) for name in source.names)
+        raise CheckpointError(f"{names} should hold the same tensor, but their values differ")
     if isinstance(rule, SwapHalves):
         return torch.cat(first.chunk(2)[::-1])
     if _squeezes(rule, write) and first.dim() == 4 and first.shape[2:] == (1, 1):

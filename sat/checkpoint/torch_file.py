@@ -173,7 +173,6 @@ def _forget(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
 
 
 # -- writing
-# -----------------------------------------------------------------------------------------------------------
 
 _STORAGES: dict[torch.dtype, type] = {
     torch.float64: torch.DoubleStorage,

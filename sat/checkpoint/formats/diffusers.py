@@ -116,7 +116,6 @@ class DiffusersComponent:
 
 
 # -- their configs -> ours
-# ---------------------------------------------------------------------------------------------
 
 
 def _number(file: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -220,7 +219,6 @@ def _diffusion(file: Path) -> dict[str, Any]:
 
 
 # -- ours -> theirs
-# ----------------------------------------------------------------------------------------------------
 
 
 def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:
