@@ -57,7 +57,7 @@ class Survey:
 
 
 def survey(source: Path, too_long: Callable[[str], bool] | None = None) -> Survey:
-    """Opens every picture of ``source`` once; ``too_long`` tells of a caption if it is over the token limit."""
+    """Opens every picture of ``source`` once; ``too_long`` tells if a caption is over the token limit."""
     found = read_source(source)
     bad, readable = list(found.bad), []
     sizes: Counter[tuple[int, int]] = Counter()
