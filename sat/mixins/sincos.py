@@ -44,7 +44,9 @@ class SinCos2D(Mixin):
     def __init__(self, dim: int, height: int, width: int) -> None:
         super().__init__()
         self.size = (height, width)
-        self.register_buffer("table", sincos_table(height, width, dim))
+        # On the meta device nothing is computed: arithmetic there first imports sympy, for seconds.
+        empty = torch.get_default_device().type == "meta"
+        self.register_buffer("table", torch.empty(height, width, dim) if empty else sincos_table(height, width, dim))
 
     def computed(self) -> dict[str, Tensor]:
         """Values of the buffers a checkpoint may leave out, by local name."""
