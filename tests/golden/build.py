@@ -1,7 +1,7 @@
 """Models from the official-style configs and the weights of golden files, by the code that users run.
 
-Configs go through ``sat.config.official``; weights are written to disk in the official layouts and read back by
-``sat.checkpoint.load``, strictly.
+Configs go through ``sat.config.official``; weights are written to disk in the official layouts and read back
+by ``sat.checkpoint.load``, strictly.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from sat.models.t5 import T5Encoder
 
 
 def native(model: Mapping[str, Any], text: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The native tree of an official ``model`` section; ``text`` is a Hugging Face config of the text encoder."""
+    """The native tree of an official ``model`` section; ``text`` is a Hugging Face T5 config."""
     return translate([Source({"model": dict(model)}, {})], text).source.tree
 
 
 def network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> CogView3Plus:
-    """The transformer of a bare ``DiffusionTransformer`` config, weights under their names after the engine's prefix."""
+    """The transformer of a ``DiffusionTransformer`` config; weights without the engine's prefix."""
     target = "sgm.modules.diffusionmodules.dit.DiffusionTransformer"
     net = build(native({"network_config": {"target": target, "params": dict(config)}})["model"])
     prefix = ENGINE_PREFIXES["model"]
@@ -45,7 +45,7 @@ def network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> CogView
 
 
 def first_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> AutoencoderKL:
-    """The autoencoder of a ``first_stage_config``; weights as in the separate file that the official config names."""
+    """The autoencoder of a ``first_stage_config``, its weights in a file of their own as officially."""
     vae = build(native({"first_stage_config": dict(config)})["first_stage"])
     with tempfile.TemporaryDirectory() as folder:
         if str(config["target"]).endswith("AutoencodingEngine"):
@@ -59,7 +59,7 @@ def first_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Aut
 
 
 def text_encoder(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> T5Encoder:
-    """The T5 encoder in a Hugging Face folder; without its ``config.json`` the shape is read from the weights."""
+    """The T5 encoder from a Hugging Face folder; without ``config`` its shape is that of the weights."""
     config = dict(config) if config is not None else infer_t5(weights)
     component = native({"conditioner_config": conditioner_config(16)}, config)["conditioning"]["text"]
     encoder = build(component)
@@ -72,8 +72,9 @@ def text_encoder(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None
 def engine(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[DiffusionEngine, Experiment]:
     """Everything of an official config: as a YAML file on disk, loaded and checked like a user's.
 
-    The three parts lie where the official loader expects them: the network in an engine checkpoint, the autoencoder in
-    its own file, the text encoder in a Hugging Face folder. There is no tokenizer: golden files hold token ids.
+    The three parts lie where the official loader expects them: the network in an engine checkpoint, the
+    autoencoder in its own file, the text encoder in a Hugging Face folder. There is no tokenizer: golden
+    files hold token ids.
     """
     from sat.conditioning.conditioner import Conditioner
 
@@ -127,7 +128,7 @@ def write_t5(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, A
 
 
 def fill(module: Any, weights: Mapping[str, Tensor], part: Part) -> Any:
-    """``module`` with its part of an official engine checkpoint: ``latest`` and ``1/mp_rank_00_model_states.pt``."""
+    """``module`` with its part of an official engine checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         write_engine(Path(folder), weights)
         load(module, folder, part, dtype=torch.float32)
@@ -136,7 +137,7 @@ def fill(module: Any, weights: Mapping[str, Tensor], part: Part) -> Any:
 
 
 def write_engine(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """An official engine checkpoint in ``folder``."""
+    """An official engine checkpoint: ``latest`` and ``1/mp_rank_00_model_states.pt``."""
     (folder / "1").mkdir()
     (folder / "latest").write_text("1")
     torch.save({"module": dict(weights)}, folder / "1" / "mp_rank_00_model_states.pt")

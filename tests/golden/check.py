@@ -1,16 +1,17 @@
 """Compare stored outputs of the official code with ours: ``python tests/golden/check.py FILE…``.
 
-The kind is the beginning of the file's name. One line is printed for each stored ``mid.`` and ``out.`` tensor:
+The kind is the beginning of the file's name. One line is printed for each stored ``mid.`` and ``out.``
+tensor:
 
     ok   dit_plus_square   out.output   abs 1.431e-06  rel 4.1e-07  bound 1e-04 rel
 
-``abs`` is the largest absolute difference, ``rel`` that over the largest stored magnitude of the tensor. Bounds: float32
-network outputs, latents and losses 1e-4 rel; schedules and embedding tables 1e-6 rel; images in [0, 1] 1e-3 abs;
-integers exact. NaN agrees with NaN only. Exit code: 0 if every line is ok, 1 if one is not, 2 if a file cannot be
-checked (not a golden file, a kind that is not supported, something missing).
+``abs`` is the largest absolute difference, ``rel`` that over the largest stored magnitude of the tensor.
+Bounds: float32 network outputs, latents and losses 1e-4 rel; schedules and embedding tables 1e-6 rel; images
+in [0, 1] 1e-3 abs; integers exact. NaN agrees with NaN only. Exit code: 0 if every line is ok, 1 if one is
+not, 2 if a file cannot be checked (not a golden file, a kind that is not supported, something missing).
 
-Models are built from the official-style config in the file's metadata and its weights go through the checkpoint loader
-under their official names.
+Models are built from the official-style config in the file's metadata and its weights go through the
+checkpoint loader under their official names.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tests.golden.report import Report
 
 @torch.inference_mode()
 def check(golden: Golden, report: Report) -> None:
-    """Text and size vector of the conditional and of the unconditional half, from the stored token ids and sizes."""
+    """Text and size vector of both halves of a guided batch, from the stored token ids and sizes."""
     config = golden.json("t5_config") if "t5_config" in golden.metadata else None
     text = text_encoder(golden.weights("embedders.0.transformer."), config)
     sizes = SizeConditioner(size_dim(golden.json("config")))

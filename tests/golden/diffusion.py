@@ -26,8 +26,8 @@ from tests.golden.toy import condition, toy_network
 class OfficialZeroSNR(ZeroSNR):
     """Our schedule with the official accident put back for a run of one step, which ours defines as alpha 0.
 
-    There the official rescaling divides 0 by 0. The nearest training level to NaN is the first, the least noisy, and x0
-    is computed with its alpha; as the last step returns x0, nothing else of the level matters.
+    There the official rescaling divides 0 by 0. The nearest training level to NaN is the first, the least
+    noisy, and x0 is computed with its alpha; as the last step returns x0, nothing else of the level matters.
     """
 
     def levels(self, steps: int) -> list[Level]:

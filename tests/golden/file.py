@@ -1,4 +1,4 @@
-"""Read one golden file: safetensors with groups ``w.``, ``in.``, ``mid.``, ``out.`` and JSON in the metadata."""
+"""Read one golden file: safetensors in groups ``w.``, ``in.``, ``mid.``, ``out.``, JSON in the metadata."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GoldenError(ValueError):
 
 
 class Golden(Mapping[str, Tensor]):
-    """Tensors by full name (``in.noise``); floats as float32, which is exact for weights stored as bfloat16."""
+    """Tensors by full name (``in.noise``); floats as float32, which is exact for stored bfloat16."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -11,7 +11,7 @@ from tests.golden.report import Comparison, Report
 
 @torch.inference_mode()
 def check(golden: Golden, report: Report) -> None:
-    """Encoder output, posterior, a sample of it with the stored noise, and decodings. No scale factor is applied."""
+    """Encoder output, posterior, a sample of it with the stored noise, decodings; all unscaled."""
     vae = first_stage(golden.json("config"), golden.weights())
     ours: dict[str, Comparison] = {}
     if "in.image" in golden:

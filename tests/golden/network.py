@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -42,11 +41,11 @@ class Probe:
 
 @torch.inference_mode()
 def check(golden: Golden, report: Report) -> None:
-    """One forward pass, as in training (a time per image) and, where the batch allows it, as in sampling."""
+    """One forward pass as in training, a time per image, and as in sampling if the times are all alike."""
     net = network(golden.json("config"), golden.weights())
     images, times = golden["in.images"], golden["in.timesteps"]
     cells = (images.shape[2], images.shape[3])
-    for height, width in golden["in.target_size"].tolist():
+    for height, width in golden["in.target_size"].reshape(-1, 2).tolist():
         if (height // CELL, width // CELL) != cells:
             raise GoldenError(
                 f"{golden.path}: target size {height} x {width} is not that of {cells} latent cells"
@@ -62,22 +61,9 @@ def check(golden: Golden, report: Report) -> None:
     }
     for layer, hidden in enumerate(probe.hidden):
         ours[f"mid.hidden_after_layer{layer}"] = (report.network, hidden)
-    _guided(golden, report, ours)
     report.all(golden, ours)
     time = times.tolist()
     if len(set(time)) == 1:
-        # As a sampler calls it: modulations of all steps are computed beforehand, from a float timestep.
+        # As a sampler calls it: the modulations of all its steps are computed beforehand.
         prepared = net.prepare(cond, cells, [time[0], time[0] / 2])
         report.network("out.output (prepared steps)", net(images, time[0], prepared), golden["out.output"])
-
-
-def _guided(golden: Golden, report: Report, ours: dict[str, Comparison]) -> None:
-    """Halves of a guided batch combined, where the file holds them combined: unconditional rows come first."""
-    _, out = ours["out.output"]
-    scale = next(
-        (golden.number(key) for key in ("cfg_scale", "guidance_scale") if key in golden.metadata), None
-    )
-    for name in golden.names("out."):
-        if re.fullmatch(r"out\.(cfg|guided)(_output)?", name) and scale is not None:
-            uncond, cond = out.chunk(2)
-            ours[name] = (report.network, uncond + scale * (cond - uncond))

@@ -122,7 +122,8 @@ class Report:
 def _measure(ours: Tensor, stored: Tensor) -> tuple[float, float, str]:
     """Largest absolute difference, largest stored magnitude, and what is worth a remark.
 
-    NaN agrees with NaN and an infinity with the same infinity; anything else non-finite is infinitely far off.
+    NaN agrees with NaN and an infinity with the same infinity; anything else non-finite is infinitely far
+    off.
     """
     if ours.shape != stored.shape:
         return float("inf"), 1.0, f"shape {tuple(ours.shape)}, stored {tuple(stored.shape)}"

@@ -1,6 +1,7 @@
 """Stored outputs of the official code, and the command that compares with them.
 
-The files are outputs of THUDM/CogView3 (``sat/``) in float32 on small random models; ``check.py`` says how they are read.
+The files are outputs of THUDM/CogView3 (``sat/``) in float32 on small random models; ``check.py`` says how
+they are read.
 """
 
 from __future__ import annotations
