@@ -1,4 +1,7 @@
-"""``python -m sat.cli.prepare``: make and look at training data. Nothing heavy is imported to parse arguments."""
+"""``python -m sat.cli.prepare``: make and look at training data.
+
+Nothing heavy is imported to parse the arguments.
+"""
 
 from __future__ import annotations
 
