@@ -7,10 +7,11 @@ import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sat.config.check import BAD, fit, is_plain, split
 from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, Experiment
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from sat.diffusion.guidance import Guider
     from sat.diffusion.sampler import Sampler
     from sat.engine import DiffusionEngine
-    from sat.models.t5 import T5Tokenizer
+    from sat.first_stage.autoencoder import AutoencoderKL
+    from sat.models.t5 import T5Encoder, T5Tokenizer
 
 _VOCABULARY = "spiece.model"
 
@@ -99,27 +101,27 @@ def build_engine(
 
     Parts are built on the meta device and filled tensor by tensor. A part without a path is drawn at random only when
     ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current seed: for
-    training from scratch.
+    training from scratch. With float16 the text encoder is bfloat16 and the first stage float32: their activations
+    leave float16's range.
     """
     from sat.conditioning.conditioner import Conditioner
     from sat.engine import DiffusionEngine
 
     weights = checkpoint or experiment.checkpoint
     fill = _Fill(weights, torch.device(device), dtype, experiment.imports, load_weights)
-    text = fill.part(experiment.conditioning.text, "text")
     c, d = experiment.conditioning, experiment.diffusion
     make = partial(build, imports=experiment.imports)
-    with torch.device(device):
-        conditioner = Conditioner(text, make(c.size), _tokenizer(c, weights), c.max_length)
-        return DiffusionEngine(
-            fill.part(experiment.model, "model"),
-            conditioner,
-            fill.part(experiment.first_stage, "first_stage"),
-            make(d.schedule),
-            make(d.parameterisation),
-            make(d.process),
-            None if d.loss is None else make(d.loss),
-        )
+    text = cast("T5Encoder", fill.part(c.text, "text"))  # the check made sure of the classes
+    engine = DiffusionEngine(
+        fill.part(experiment.model, "model"),
+        Conditioner(text, make(c.size), _tokenizer(c, weights), c.max_length),
+        cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage")),
+        make(d.schedule),
+        make(d.parameterisation),
+        make(d.process),
+        None if d.loss is None else make(d.loss),
+    )
+    return engine.to(device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class _Fill:
         """The module of one part, filled from its file or at random."""
         source = self.weights.source(part)
         if not self.load:
-            return self._random(component)
+            return self._random(component, part)
         if source is None and self.weights.random is None:
             raise ConfigError(
                 [
@@ -151,32 +153,58 @@ class _Fill:
         if source is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed(part))
-                return self._random(component)
+                return self._random(component, part)
         if not source.exists():
             raise ConfigError([Problem("checkpoint", part, f"there is no {str(source)!r}; {WEIGHTS}")])
         from sat.checkpoint.load import load
 
-        with torch.device("meta"):
-            module: nn.Module = build(component, imports=self.imports)
+        module = build_empty(component, self.imports)
         load(
             module,
             source,
             part,
             device=self.device,
-            dtype=self.dtype,
+            dtype=self._dtype(part),
             allow_missing=self.weights.allow_missing,
             allow_pickle=self.weights.allow_pickle,
         )
         return module
 
+    def _dtype(self, part: Part) -> torch.dtype:
+        """The dtype of a part; T5 and the autoencoder overflow in float16."""
+        wider = {"text": torch.bfloat16, "first_stage": torch.float32}
+        return wider.get(part, self.dtype) if self.dtype == torch.float16 else self.dtype
+
     def _seed(self, part: Part) -> int:
         """Each part has its own, so that one part's weights do not depend on which others are read from files."""
         return (self.weights.random or 0) + {"model": 0, "first_stage": 1, "text": 2}[part]
 
-    def _random(self, component: Component) -> nn.Module:
+    def _random(self, component: Component, part: Part) -> nn.Module:
         """Made on the CPU, so that a seed means the same weights on every device."""
         module: nn.Module = build(component, imports=self.imports)
-        return _cast(module, self.dtype).to(self.device)
+        return _cast(module, self._dtype(part)).to(self.device)
+
+
+def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:
+    """The module that ``component`` names on the meta device: shapes and names, no memory."""
+    with torch.device("meta"), _NoFill():
+        module: nn.Module = build(component, imports=imports)
+    return module
+
+
+class _NoFill(TorchFunctionMode):
+    """Skips ``torch.nn.init``: without effect on the meta device, where it first imports sympy, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (
+            torch.Tensor.normal_,
+            torch.Tensor.uniform_,
+        ):
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -85,7 +85,8 @@ class Checker:
     def _make(self, cls: type, values: dict[str, Any], bad: list[str], key: Key) -> Any:
         """The section itself; a bad field is left to its default so that the rules of the others are still checked."""
         known = {f.name: f for f in fields(cls)}
-        if any(known[n].default is MISSING and known[n].default_factory is MISSING for n in bad):
+        plain_default = [known[n].default is not MISSING for n in bad]
+        if not all(plain_default):  # needed keys, and whole sections, whose defaults would not fit the rest
             return BAD
         try:
             made = cls(**values)
@@ -327,6 +328,8 @@ def show(wanted: Any) -> str:
         return " or ".join(show(a) for a in arguments)
     if wanted is type(None):
         return "null"
+    if inspect.isclass(wanted) and is_dataclass(wanted):
+        return f"a mapping of {', '.join(f.name for f in fields(wanted))}"
     if origin is None:
         return "path" if wanted is Path else getattr(wanted, "__name__", str(wanted))
     if _subclass(origin, Mapping):

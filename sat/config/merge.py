@@ -106,6 +106,8 @@ def override(given: Override, tree: dict[str, Any], marks: Marks, files: str) ->
             [Problem("override", "", f"{dotted(key)!r} names no key of {files}{hint(dotted(key), known)}")]
         )
     theirs = dict.fromkeys([key, *((*key, *inner) for inner in _keys(value))], mark)
+    if key[-1] == "target" and isinstance(parent, dict) and parent.get("target") != value:
+        parent.pop("params", None)
     if isinstance(parent, list):
         index = int(key[-1])
         slot = {key[-1]: parent[index]}

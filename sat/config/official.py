@@ -88,6 +88,16 @@ FIXED: dict[str, Any] = {
     "args.model_parallel_size": 1,
 }
 
+# Values that ask for what happens anyway.
+NOTHING: dict[str, Any] = {
+    "args.mode": "inference",
+    "args.force_inference": False,
+    "model.*.dropout": 0.0,
+    "model.loss_fn_config.target": "torch.nn.Identity",
+    "model.first_stage_config.params.loss*config.target": "torch.nn.Identity",
+    "model.network_config.params.modules.pos_embed_config.params.max_length": 4096,  # the official code ignores it
+}
+
 # Keys that are not honoured, with what happens instead.
 INSTEAD = {
     "args.force_inference": "missing weights are an error here; list exceptions in checkpoint.allow_missing",
@@ -100,7 +110,6 @@ INSTEAD = {
     "model.loss_fn_config*": "only for training, which takes its loss from diffusion.loss",
     "model.denoiser_config.params.weighting_config*": "only for training, which takes its loss from diffusion.loss",
     "model.first_stage_config.params.loss*config*": "only for training",
-    "model.first_stage_config.params.regularizer_config*": "the posterior is a diagonal Gaussian",
     "args.deepspeed_config*": "train.py writes DeepSpeed's settings from the train section",
     "deepspeed*": "train.py writes DeepSpeed's settings from the train section",
     "data*": "training data is named in the data section",
@@ -208,6 +217,8 @@ class Official:
     def finish(self) -> None:
         """Check the fixed keys; raise when anything was refused."""
         for key in self._leaves():
+            if any(fnmatch.fnmatch(key, p) and self.subtree(key) == value for p, value in NOTHING.items()):
+                self.used.add(key)
             for pattern, value in FIXED.items():
                 if fnmatch.fnmatch(key, pattern):
                     self.used.add(key)
@@ -255,8 +266,6 @@ def _engine(o: Official, t5: Mapping[str, Any] | None) -> None:
     for name, translate_part in parts.items():
         if o.subtree(f"model.{name}"):
             translate_part()
-    for key in ("disable_first_stage_autocast", "log_keys"):
-        o.subtree(f"model.{key}")
 
 
 def _network(o: Official) -> None:
@@ -427,6 +436,8 @@ def _first_stage(o: Official) -> None:
         encoder, decoder = f"{at}.params.encoder_config.params", f"{at}.params.decoder_config.params"
         o.choose(f"{at}.params.encoder_config", {"Encoder": ""}, "encoder")
         o.choose(f"{at}.params.decoder_config", {"Decoder": ""}, "decoder")
+        if o.subtree(f"{at}.params.regularizer_config"):
+            o.choose(f"{at}.params.regularizer_config", {"DiagonalGaussianRegularizer": ""}, "regulariser")
         for key in (*FIRST_STAGE, "mid_attn", "attn_type"):
             _same(o, f"{decoder}.{key}", f"{encoder}.{key}")
         quant = False
@@ -436,7 +447,8 @@ def _first_stage(o: Official) -> None:
     o.put("first_stage.target", "sat.first_stage.autoencoder.AutoencoderKL", f"{at}.target")
     for theirs, ours in FIRST_STAGE.items():
         o.move(f"{encoder}.{theirs}", f"first_stage.params.{ours}")
-    attention = bool(o.take(f"{encoder}.mid_attn", True)) and o.take(f"{encoder}.attn_type") != "none"
+    kind = o.take(f"{encoder}.attn_type")
+    attention = bool(o.take(f"{encoder}.mid_attn", True)) and kind != "none"
     o.put("first_stage.params.mid_attention", attention, encoder)
     o.put("first_stage.params.quant_convs", quant, at)
     o.move("model.scale_factor", "first_stage.params.scale_factor")

@@ -90,8 +90,8 @@ class ConditioningConfig(Section):
     """Text encoder, size embedding and tokenizer. ``max_length`` is in tokens, the end mark included."""
 
     section = "conditioning"
-    text: Component
-    size: Component
+    text: Annotated[Component, Makes("sat.models.t5.T5Encoder")]
+    size: Annotated[Component, Makes("sat.conditioning.size.SizeConditioner")]
     max_length: int = 224
     tokenizer: Annotated[
         Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")
@@ -239,7 +239,7 @@ class TrainConfig(Section):
     """
 
     section = "train"
-    objective: Component
+    objective: Annotated[Component, Makes("sat.train.objectives.Objective")]
     steps: int
     batch_size: int = 1
     accumulate: int = 1
@@ -370,7 +370,7 @@ class Experiment(Section):
     """A whole checked config. ``imports`` names modules outside ``sat`` whose classes may be targets."""
 
     section = "experiment"
-    model: Component
+    model: Annotated[Component, Makes("torch.nn.Module")]
     diffusion: DiffusionConfig
     conditioning: ConditioningConfig
     first_stage: Annotated[Component, Makes("sat.first_stage.autoencoder.AutoencoderKL")]

@@ -39,15 +39,16 @@ class Where:
 
 
 Marks = dict[Key, Where]
-DEFAULT = Where("default")
+DEFAULT = Where("config")
 
 
 def where(marks: Marks, key: Key) -> Where:
-    """The place of ``key``, or of the nearest value above it that was written somewhere."""
-    for end in range(len(key), -1, -1):
+    """The place of ``key``, or of the nearest value above it that was written somewhere, or of the first below it."""
+    for end in range(len(key), 0, -1):
         if (found := marks.get(key[:end])) is not None and found is not DEFAULT:
             return found
-    return DEFAULT
+    inside = (mark for other, mark in marks.items() if other[: len(key)] == key and mark is not DEFAULT)
+    return next(inside, DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -185,12 +186,13 @@ def _walk(node: yaml.Node, key: Key, label: str, marks: Marks, above: tuple[int,
                 continue
             if not isinstance(name, yaml.ScalarNode):
                 raise ConfigError([Problem(line, dotted(key), "a key must be a single word")])
+            at = (*key, name.value)
             if name.value in seen:
-                raise ConfigError([Problem(line, dotted((*key, name.value)), "given twice in this file")])
+                raise ConfigError([Problem(line, dotted(at), "given twice in this file")])
             seen.add(name.value)
             name.tag = "tag:yaml.org,2002:str"
-            marks[(*key, name.value)] = Where(line)
-            _walk(child, (*key, name.value), label, marks, inside)
+            marks[at] = Where(line)
+            _walk(child, at, label, marks, inside)
     elif isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             _walk(child, (*key, str(index)), label, marks, inside)
