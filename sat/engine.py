@@ -17,6 +17,7 @@ from sat.diffusion.sampler import Sampler, StepCallback
 from sat.diffusion.schedule import Schedule
 from sat.first_stage.autoencoder import AutoencoderKL
 from sat.first_stage.posterior import Posterior
+from sat.first_stage.tiling import Tiling, decode_sliced, decode_tiled
 
 
 class NonFiniteError(ArithmeticError):
@@ -108,8 +109,11 @@ class DiffusionEngine(nn.Module):
         ``batch`` images are decoded at a time; ``tile`` is a side in latent cells, None decodes images whole.
         """
         z = latents / self.first_stage.scale_factor
-        images = [self.first_stage.decode(part).float() for part in z.split(batch)]
-        return torch.cat(images).add_(1).div_(2).clamp_(0, 1)
+        if tile is None:
+            images = decode_sliced(self.first_stage, z, batch)
+        else:
+            images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch))
+        return images.float().add(1).div_(2).clamp_(0, 1)
 
     def latents(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
         """A scaled sample (B, C, h, w) float32 of the first stage's posterior."""
