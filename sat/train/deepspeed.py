@@ -71,6 +71,9 @@ class TrainEngine:
         self.config = config
         self.objective = objective
         self.parameters = trainable(objective)
+        for parameter in objective.parameters():  # DeepSpeed sends them as flat bytes
+            parameter.data = parameter.data.contiguous()
+        tables = {id(owner): dict(owner._buffers) for owner in objective.modules()}
         self.engine, _, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
@@ -78,6 +81,9 @@ class TrainEngine:
             mpu=mesh,
             dist_init_required=False,
         )
+        for owner in objective.modules():  # half precision is for weights: tables stay as they were built
+            for name, table in tables[id(owner)].items():
+                owner._buffers[name] = None if table is None else table.to(runtime.device)
 
     @property
     def optimizer(self) -> Optimizer:

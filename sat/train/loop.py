@@ -165,15 +165,9 @@ class Trainer:
         """The objective's scalars. Its randomness depends on seed, step and the micro-batch's place among all."""
         place = micro * self.runtime.world + self.runtime.rank
         generator = step_generator(self.config.seed, self.step, place)
-        with self._autocast():
+        with computing(self.config, self.runtime):
             values: Mapping[str, Tensor] = self.engine.engine(batch, generator)
         return values
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        """bf16 computation with float32 weights, if the config asks for it."""
-        if self.config.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.runtime.device.type, torch.bfloat16)
 
     def _skip(self, result: StepResult, losses: Tensor) -> None:
         """Count a step that was not applied; a streak of them that is no search for the fp16 scale ends the run."""
@@ -248,7 +242,7 @@ class Trainer:
         """Means over the held-out batches, with the averaged weights if there are any; the same noise each time."""
         averages = Averages()
         objective = self.engine.objective
-        with self._smooth(), torch.no_grad(), self._autocast():
+        with self._smooth(), torch.no_grad(), computing(self.config, self.runtime):
             objective.eval()
             for index, batch in enumerate(self.extras.validation):
                 place = index * self.runtime.world + self.runtime.rank
@@ -336,6 +330,13 @@ class Trainer:
         self.step, self.skipped, self.images, self.seconds = state.step, state.skipped, state.images, state.seconds
         self._saved_step = state.step
         log.info("resumed from %s at step %d of %d", saved.path, self.step, self.config.steps)
+
+
+def computing(config: TrainConfig, runtime: Runtime) -> AbstractContextManager[Any]:
+    """bf16 computation with float32 weights, if ``train.autocast`` asks for it."""
+    if config.autocast is None:
+        return nullcontext()
+    return torch.autocast(runtime.device.type, torch.bfloat16)
 
 
 def step_generator(seed: int, step: int, place: int) -> torch.Generator:

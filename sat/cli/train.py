@@ -1,0 +1,76 @@
+"""``train.py``: train what the config's objective says. Nothing heavy is imported before the arguments are known."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from sat.cli.arguments import Setting, parse, settings
+from sat.cli.guard import guard
+
+DESCRIPTION = """\
+Train the model that --base describes; a later file is laid over the earlier ones.
+
+  python train.py --base configs/tiny.yaml configs/tiny_train.yaml --output-dir runs/tiny
+  torchrun --standalone --nproc_per_node 8 train.py --base configs/plus.yaml configs/sft.yaml
+"""
+EPILOG = """\
+section.key=value sets any key of the config, for example train.dtype=bf16 or data.workers=2; the options
+above only set such keys. A run folder holds resolved.yaml, run.json, metrics.jsonl, samples/ and
+checkpoints/. Ctrl-C and SIGTERM save and exit; the same command with --resume goes on exactly.
+Exit codes: 0 done or saved on request, 1 failed, 2 wrong arguments or config.
+"""
+_OPTIONS = {
+    "output_dir": "output.dir",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "dtype": "train.dtype",
+    "seed": "train.seed",
+    "max_minutes": "train.max_minutes",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments; defaults are the config's, so none are set here."""
+    out = argparse.ArgumentParser(
+        prog="train.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = out.add_argument
+    add("--base", nargs="+", action="extend", metavar="YAML", help="config files, laid over one another left to right")
+    add("overrides", nargs="*", metavar="section.key=value", help="config keys to set after the files")
+    add("--output-dir", metavar="RUN", help="the run folder (default: runs/<name of the last config file>)")
+    add("--steps", type=int, help="optimizer steps in all")
+    add("--batch-size", type=int, metavar="N", help="images per rank and step of accumulation")
+    add("--lr", type=float, metavar="RATE", help="highest learning rate")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="precision of the weights")
+    add("--seed", type=int, help="of the order of the data, its augmentation and the noise")
+    add("--max-minutes", type=float, metavar="M", help="save and stop after so long")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint of the run folder")
+    add("--check", action="store_true", help="check the config and exit")
+    add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
+    add("--debug", action="store_true", help="debug log; tracebacks of errors")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, train; the exit code."""
+    args = parse(parser(), argv, "configs/tiny.yaml configs/tiny_train.yaml")
+    given = settings(args, _OPTIONS)
+    if args.output_dir is None and not any(item.startswith("output.dir=") for item in args.overrides):
+        given.append(Setting("output.dir", str(Path("runs") / Path(args.base[-1]).stem)))
+    if args.resume:
+        given.append(Setting("output.resume", True))
+
+    def run() -> int:
+        from sat.cli.train_work import work
+
+        return work(args, given)
+
+    again = "run the same command with --resume to go on from the last checkpoint"
+    return guard(run, debug=args.debug, on_stop=again)

@@ -1,0 +1,286 @@
+"""The work behind ``train.py``: check the config, build what it names, and run the loop."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sat.checkpoint.digest import digest
+from sat.checkpoint.format import PARTS
+from sat.checkpoint.save import Options, save_native
+from sat.cli.guard import UsageError
+from sat.config.build import build, build_engine, build_guider, build_sampler
+from sat.config.load import Loaded, dump, load_full
+from sat.config.record import record
+from sat.config.schema import CheckpointConfig, DataConfig, Experiment, SourceConfig, TrainConfig, plain
+from sat.config.source import ConfigError
+from sat.config.targets import resolve
+from sat.data.batch import Batch
+from sat.data.dataset import Dataset, Items, LatentCache
+from sat.data.loader import Loader, once
+from sat.data.records import read_sources
+from sat.data.transforms import Augment, Transform
+from sat.engine import DiffusionEngine
+from sat.parallel.collectives import LostRankError, barrier, explain, from_main
+from sat.parallel.launch import Runtime, keep_freed_memory, launch
+from sat.parallel.mesh import Mesh
+from sat.sampling.draw import Drawer, Look
+from sat.sampling.output import safe_name
+from sat.train import optim
+from sat.train.deepspeed import TrainEngine
+from sat.train.log import Record
+from sat.train.loop import Extras, Trainer, computing
+from sat.train.objectives import Objective
+from sat.train.resume import RunFolder
+from sat.util import log as logs
+from sat.util.images import grid, write_png
+from sat.util.rng import image_noise
+
+if TYPE_CHECKING:
+    from sat.train.loop import Draw, Export
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:
+    """What ``train.py`` does with parsed arguments; the exit code."""
+    logs.setup(debug=args.debug)
+    loaded = load_full(args.base, [*args.overrides, *settings])
+    experiment = loaded.experiment
+    if args.print_config:
+        print(dump(experiment), end="")
+        return 0
+    train, data = _sections(experiment)
+    if args.check:
+        return _check(loaded, train, data)
+    if loaded.missing:
+        raise ConfigError(loaded.missing)
+    runtime = launch(experiment.parallel.device, experiment.parallel.timeout, group=True)
+    logs.setup(runtime.rank, debug=args.debug)
+    for notice in loaded.notices:
+        log.warning("%s", notice)
+    if train.allocator and runtime.device.type == "cpu" and keep_freed_memory():
+        log.debug("glibc keeps freed memory (train.allocator)")
+    try:
+        _train(experiment, train, data, runtime)
+    except RuntimeError as error:
+        if (line := explain(error)) is not None:
+            raise LostRankError(line) from error
+        raise
+    runtime.close()
+    return 0
+
+
+def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
+    """The train and data sections, which training cannot do without."""
+    if experiment.train is None or experiment.data is None:
+        name = "train" if experiment.train is None else "data"
+        raise UsageError(f"the config has no `{name}` section: lay a training config over it, such as configs/sft.yaml")
+    return experiment.train, experiment.data
+
+
+def _check(loaded: Loaded, train: TrainConfig, data: DataConfig) -> int:
+    """Say that the config is good, and what it still needs."""
+    for line in [*loaded.notices, *map(str, loaded.missing)]:
+        print(f"note: {line}")
+    precision = train.dtype if train.autocast is None else f"{train.dtype} with {train.autocast} autocast"
+    print(
+        f"config ok: {train.steps} steps of {train.batch_size} x {train.accumulate} images a rank at "
+        f"{data.height} x {data.width} (height x width), {precision}, ZeRO {train.zero}"
+    )
+    return 0
+
+
+def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> None:
+    """Build everything and run the loop."""
+    assert experiment.output.dir is not None, "the command sets it"
+    folder = RunFolder(experiment.output.dir)
+    saved = from_main(folder.saved() if runtime.is_main else None)
+    if saved and not experiment.output.resume:
+        raise UsageError(
+            f"{folder.root} holds checkpoints up to step {saved[-1].step}: --resume goes on from there; "
+            f"for a new run choose another --output-dir"
+        )
+    torch.manual_seed(train.seed)
+    engine = build_engine(
+        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=_weights(experiment, train)
+    )
+    objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
+    _warn_of_random(experiment, train, objective)
+    if train.activation_checkpointing:
+        _recompute(objective)
+    items, validation = _data(data, train, engine, runtime)
+    loader = Loader(items, train.batch_size, train.seed, runtime.rank, runtime.world, data.workers)
+    trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, Mesh(runtime))
+    extras = Extras(
+        export=_exporter(experiment, engine, objective, DTYPES[train.dtype]),
+        draw=_drawer(experiment, train, engine, runtime) if train.sample_every else None,
+        validation=validation,
+    )
+    trainer = Trainer(trained, loader, folder, runtime, extras)
+    if saved:
+        trainer.resume(saved[-1])
+    elif experiment.output.resume:
+        log.warning("%s holds no whole checkpoint: training starts at step 0", folder.root)
+    if runtime.is_main:
+        _note(experiment, train, engine, runtime, folder)
+        trainer.extras.record = Record(folder.root, step=trainer.step)
+        trainer.extras.record.start_wandb(folder.root, train.wandb, train.project, plain(experiment))
+    count = sum(p.numel() for p in trained.parameters.values())
+    log.info(
+        "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s",
+        type(objective).__name__, count / 1e6, len(items), runtime.world, runtime.device.type,
+    )  # fmt: skip
+    barrier(runtime.device)
+    try:
+        trainer.fit()
+    finally:
+        if trainer.extras.record is not None:
+            trainer.extras.record.close()
+
+
+def _weights(experiment: Experiment, train: TrainConfig) -> CheckpointConfig:
+    """Where the starting weights come from."""
+    return train.init_from or experiment.checkpoint
+
+
+def _warn_of_random(experiment: Experiment, train: TrainConfig, objective: Objective) -> None:
+    """A part that stays as it is should not be random."""
+    source, trained = _weights(experiment, train), objective.parts()
+    frozen = [part for part in PARTS if part not in trained and source.source(part) is None]
+    if "model" in trained and frozen:
+        log.warning("%s is frozen at random weights: name it in the checkpoint section", " and ".join(frozen))
+
+
+def _recompute(objective: Objective) -> None:
+    """Have every transformer of the objective recompute its blocks in the backward pass."""
+    from sat.transformer import Transformer
+
+    found = [module for module in objective.modules() if isinstance(module, Transformer)]
+    for transformer in found:
+        transformer.checkpointing = True
+    if not found:
+        log.warning("train.activation_checkpointing: %s trains no transformer", type(objective).__name__)
+
+
+def _optimizer(train: TrainConfig, objective: nn.Module, experiment: Experiment) -> Optimizer:
+    """``train.optimizer`` over the weight-decay groups."""
+    target = resolve(train.optimizer.target, experiment.imports)
+    fast = optim.fast_options(target, train.optimizer.params)
+    optimizer: Optimizer = build(
+        replace(train.optimizer, params={**fast, **train.optimizer.params}),
+        imports=experiment.imports,
+        params=optim.groups(objective, train.weight_decay),
+        lr=train.lr,
+    )
+    return optimizer
+
+
+def _data(
+    data: DataConfig, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime
+) -> tuple[Items, list[Batch]]:
+    """What is trained on, and the held-out batches."""
+    augment = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
+
+    def items(sources: Sequence[SourceConfig], views: int, *, moving: bool) -> Items:
+        records = read_sources([(source.path, source.repeats) for source in sources], data.max_bad_share)
+        for bad in records.bad[:20] if runtime.is_main else []:
+            log.warning("skipped %s", bad)
+        transform = Transform(data.height, data.width, data.crop if moving else "center", augment if moving else None)
+        dataset = Dataset(records, transform, data.max_bad_share)
+        if not views:
+            return dataset
+        log.info("encoding %d images %d times to keep their latents in memory", len(dataset), views)
+
+        def encode(images: Tensor) -> Tensor:
+            with computing(train, runtime):
+                return engine.first_stage.encode(images.to(runtime.device)).moments
+
+        return LatentCache(dataset, encode, views, train.seed)
+
+    validation = []
+    if train.validate_every and data.validation:
+        held_out = items(data.validation, min(data.cache_views, 1), moving=False)
+        validation = once(held_out, train.batch_size, train.seed, runtime.rank, runtime.world)
+    return items(data.sources, data.cache_views, moving=True), validation
+
+
+def _exporter(
+    experiment: Experiment, engine: DiffusionEngine, objective: Objective, dtype: torch.dtype
+) -> Export:
+    """Writes the trained parts as a native checkpoint folder, for sampling or another training."""
+    sections = {name: plain(getattr(experiment, name)) for name in ("model", "diffusion", "conditioning", "first_stage")}
+    tokenizer = engine.conditioner.tokenizer
+    names = {id(parameter): name for name, parameter in objective.named_parameters()}
+
+    def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
+        parts: dict[Any, dict[str, Tensor]] = {}
+        for part, module in objective.parts().items():
+            state = module.state_dict(keep_vars=True)
+            parts[part] = {
+                key: weights.get(names.get(id(value), ""), value.detach()).cpu() for key, value in state.items()
+            }
+        save_native(
+            folder, parts, sections, options=Options(dtype=dtype), tokenizer=None if tokenizer is None else tokenizer.path
+        )
+
+    return export
+
+
+def _drawer(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime) -> Draw:
+    """Draws the fixed prompts with the settings of the sampling section; rank r draws prompts r, r + world, …"""
+    sampling = experiment.sampling
+    drawer = Drawer(engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch)
+    look = Look(sampling.height, sampling.width, sampling.steps, build_guider(experiment))
+    shape = engine.latent_shape(look.height, look.width)
+
+    def draw(folder: Path) -> None:
+        mine = range(runtime.rank, len(train.sample_prompts), runtime.world)
+        pictures = []
+        for index in mine:
+            prompt = train.sample_prompts[index]
+            noise = image_noise(sampling.seed, index, shape).unsqueeze(0)
+            picture = drawer.images(drawer.latents(drawer.encode([prompt])[0], noise, look))[0]
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
+            pictures.append(picture)
+        if runtime.world == 1 and len(pictures) > 1:
+            write_png(folder / "grid.png", grid(pictures, columns=min(8, len(pictures))))
+
+    return draw
+
+
+def _note(
+    experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime, folder: RunFolder
+) -> None:
+    """``resolved.yaml`` and ``run.json``; on resuming, what the config changed since."""
+    old = folder.root / "resolved.yaml"
+    if old.is_file() and (changed := _changes(old.read_text(), dump(experiment))):
+        log.info("config changed since this run started: %s", "; ".join(changed[:10]))
+    source = _weights(experiment, train)
+    paths = {part: source.source(part) for part in PARTS}
+    record(
+        folder.root,
+        experiment,
+        hooks=engine.hooks,
+        world=runtime.world,
+        seeds={"train": train.seed, "sampling": experiment.sampling.seed},
+        weights={part: None if path is None else digest(path) for part, path in paths.items()},
+        device=str(runtime.device),
+    )
+
+
+def _changes(before: str, after: str) -> list[str]:
+    """Lines of a resolved config that are new."""
+    known = set(before.splitlines())
+    return [line.strip() for line in after.splitlines() if line not in known and "resume:" not in line]

@@ -1,0 +1,99 @@
+"""Training of a denoising network, and of its text encoder if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from sat.conditioning.condition import Condition
+from sat.conditioning.size import Sizes
+from sat.data.batch import Batch
+from sat.engine import DiffusionEngine
+from sat.first_stage.posterior import Posterior
+from sat.train.objectives.base import Objective
+
+
+class DiffusionObjective(Objective):
+    """The engine's denoising loss on captioned images, or on cached latent moments.
+
+    ``caption_dropout``: share of captions replaced by zeros, which teaches the unconditional half of
+    guidance. ``train_text``: the text encoder learns too; otherwise it and the first stage are frozen and
+    run without gradients. ``levels``: noise levels that validation looks at, as shares of the schedule's
+    timesteps (0 nearly clean, 1 nearly pure noise).
+
+    Validation gives the loss at each level with the right captions (``loss``, ``loss_500`` …) and with the
+    captions of other images of the batch (``shuffled``, …): the gap says how much the text is used.
+    """
+
+    def __init__(
+        self,
+        caption_dropout: float = 0.1,
+        train_text: bool = False,
+        levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        *,
+        engine: DiffusionEngine,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is {caption_dropout}: expected a share of 0 to 1")
+        if bad := [level for level in levels if not 0 <= level < 1]:
+            raise ValueError(f"levels {bad} of validation: expected shares of 0 to below 1")
+        # The engine is kept out of the module tree: what is frozen must be neither cast nor saved nor sent.
+        self._engine = (engine.requires_grad_(False),)
+        self.network = engine.network.requires_grad_(True)
+        self.text: nn.Module | None = engine.conditioner.text.requires_grad_(True) if train_text else None
+        self.caption_dropout = caption_dropout
+        self.levels = tuple(levels)
+
+    @property
+    def engine(self) -> DiffusionEngine:
+        """The engine whose network is trained."""
+        return self._engine[0]
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The network, and the text encoder if it learns."""
+        return {"model": self.network} | ({} if self.text is None else {"text": self.text})
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """``loss``: mean over the batch."""
+        latents = self.latents(batch, generator)
+        cond = self.condition(batch, latents.device)
+        if self.caption_dropout:
+            drop = torch.rand(len(batch), generator=generator) < self.caption_dropout
+            cond = cond.dropped(drop.to(latents.device))
+        return {"loss": self.engine.loss(latents, cond, generator=generator).mean()}
+
+    def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Losses at fixed levels, with right and with shuffled captions and the same noise."""
+        latents = self.latents(batch, generator)
+        cond = self.condition(batch, latents.device)
+        mask = None if cond.text_mask is None else cond.text_mask.roll(1, 0)
+        shuffled = Condition(cond.text.roll(1, 0), cond.vector, mask)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        losses: dict[str, Tensor] = {}
+        for name, text in (("loss", cond), ("shuffled", shuffled)):
+            for level in self.levels:
+                timestep = int(level * self.engine.schedule.total)
+                index = torch.full((len(batch),), timestep, device=latents.device)
+                noise = torch.Generator().manual_seed(seed + timestep)
+                losses[f"{name}_{timestep}"] = self.engine.loss(latents, text, generator=noise, index=index).mean()
+            losses[name] = torch.stack([v for k, v in losses.items() if k.startswith(f"{name}_")]).mean()
+        return losses
+
+    @torch.no_grad()
+    def latents(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """Scaled latents (B, C, h, w) float32, sampled from cached moments or from the encoded images."""
+        if batch.latent_moments is not None:
+            return self.engine.latents(Posterior.from_moments(batch.latent_moments), generator)
+        if batch.image is None:
+            raise ValueError("a batch holds neither images nor latent moments")
+        return self.engine.latents(self.engine.first_stage.encode(batch.image), generator)
+
+    def condition(self, batch: Batch, device: torch.device) -> Condition:
+        """Text and sizes of the batch; gradients reach the text encoder only if it learns."""
+        sizes = Sizes(batch.original_size, batch.crop, batch.target_size)
+        with nullcontext() if self.text is not None else torch.no_grad():
+            return self.engine.conditioner.condition(batch.caption, sizes, device)
