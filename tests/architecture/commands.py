@@ -1,0 +1,102 @@
+"""Commands written down for people: in Markdown blocks, in the head of a YAML file, in shell scripts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.architecture.tree import ROOT, files
+
+_BLOCK = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"^# ?", re.MULTILINE)
+
+
+class Command(NamedTuple):
+    """A command of this project: where it stands, the script or module it runs, its arguments."""
+
+    where: Path
+    program: str  # sample.py, tests/golden/check.py, sat.cli.prepare, pytest
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.where.relative_to(ROOT)}: {self.program} {shlex.join(self.arguments)}"
+
+
+def commands(*patterns: str) -> list[Command]:
+    """All commands in the checkout's files that match one of the patterns, in order."""
+    found = []
+    for path in files():
+        if any(path.relative_to(ROOT).match(pattern) for pattern in patterns):
+            found += [command for line in _lines(path) for command in _parse(path, line)]
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    """Logical shell lines of a file."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        text = "\n".join(_BLOCK.findall(text))  # code within a sentence is often only a part of a command
+    elif path.suffix == ".yaml":
+        head = re.match(r"(?:#.*\n)*", text)
+        assert head is not None, "an empty head matches too"
+        text = _COMMENT.sub("", head.group())
+        # Prose stands between the commands of a head: keep the lines that start one, and what they continue in.
+        text = text.replace("\\\n", " ")
+        text = "\n".join(line for line in text.splitlines() if re.match(r"(torchrun|python)\b", line))
+    return text.replace("\\\n", " ").splitlines()
+
+
+def _parse(path: Path, line: str) -> list[Command]:
+    """The project's commands in one shell line."""
+    line = re.sub(r"^\s*[$>] ", "", line)
+    words = _words(line)
+    found: list[Command] = []
+    for part in _split(words):
+        while part and re.fullmatch(r"[A-Z_]+=.*", part[0]):
+            part = part[1:]
+        program, arguments = _program(part)
+        if program:
+            found.append(Command(path, program, tuple(arguments)))
+    return found
+
+
+def _words(line: str) -> list[str]:
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
+    lexer.whitespace_split = True
+    lexer.commenters = "#"
+    return list(lexer)
+
+
+def _split(words: list[str]) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word in ("&&", "||", "|", ";", "&"):
+            parts.append([])
+        elif word in (">", ">>", "<"):
+            break
+        else:
+            parts[-1].append(word)
+    return parts
+
+
+def _program(words: list[str]) -> tuple[str, list[str]]:
+    """What a command runs, without its launcher; an empty name for programs that are not ours."""
+    if not words:
+        return "", []
+    launcher, rest = words[0], words[1:]
+    if launcher in ("python", "python3", "torchrun"):
+        while rest and rest[0].startswith("-") and rest[0] != "-m":
+            # torchrun takes --name=value, --name value and switches
+            takes_value = "=" not in rest[0] and rest[0] not in ("--standalone", "-u", "-O")
+            rest = rest[2 if takes_value else 1 :]
+        if rest and rest[0] == "-m":
+            rest = rest[1:]
+            return (rest[0], rest[1:]) if rest and rest[0].startswith("sat.") else ("", [])
+        return (rest[0], rest[1:]) if rest and rest[0].endswith(".py") else ("", [])
+    if launcher == "pytest":
+        return "pytest", rest
+    if launcher.startswith("./") or launcher == ".ci/run":
+        return launcher.removeprefix("./"), rest
+    return "", []
