@@ -108,8 +108,8 @@ def _indexed(index: Path, allow_pickle: bool) -> LazyStateDict:
 
 def _plain(files: list[Path]) -> list[Path]:
     """The one file, or one complete set of numbered shards, to read of ``files``."""
-    if len(files) < 2:
-        return files
+    if not files:
+        return []
     fewest = min(path.name.count(".") for path in files)
     files = [path for path in files if path.name.count(".") == fewest]
     shards = [found for path in files if (found := _SHARD.match(path.stem))]

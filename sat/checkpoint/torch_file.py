@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -88,7 +89,11 @@ def _load(path: Path, allow_pickle: bool) -> object:
                     f"({path.stat().st_size:,} bytes); copy or download it again"
                 )
     try:
-        with torch.serialization.safe_globals([*_SAFE, _numpy_rebuild()]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([*_SAFE, _numpy_rebuild()]):
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; a failure is told below
+            if path.suffix == ".safetensors":  # by that name torch would read another format
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=not allow_pickle)
             return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         if needs := _unsafe(str(error)):

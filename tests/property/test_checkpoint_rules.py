@@ -34,7 +34,9 @@ def ours(draw):
             for i in range(depth):
                 names.add(pattern.replace("**", "*").replace("*", suffix).replace("{}", str(i)))
     order = draw(st.permutations(sorted(names)))
-    return rules, {name: torch.arange(6.0 * rows * 2).reshape(6 * rows, 2) + hash(name) % 97 for name in order}
+    return rules, {
+        name: torch.arange(6.0 * rows * 2).reshape(6 * rows, 2) + hash(name) % 97 for name in order
+    }
 
 
 @given(ours())

@@ -35,7 +35,9 @@ def test_reversed_levels_are_counted_over_names_of_any_kind():
     theirs += [f"up.{level}.upsample.w" for level in (1, 2, 3)]
     found = read_map(theirs, rules)
     assert found.sources["levels.0.blocks.1.w"].names == ("up.3.block.1.w",)
-    assert {name for name in found.sources if name.endswith("up.w")} == {f"levels.{i}.up.w" for i in (0, 1, 2)}
+    assert {name for name in found.sources if name.endswith("up.w")} == {
+        f"levels.{i}.up.w" for i in (0, 1, 2)
+    }
     back = write_map(list(found.sources), rules)
     assert set(back.sources) == set(theirs)
     assert back.sources["up.3.upsample.w"].names == ("levels.0.up.w",)
@@ -54,7 +56,10 @@ def test_fused_parts_are_stacked_in_the_order_of_the_rule():
 
 def test_a_part_missing_from_a_fusion_is_named():
     with pytest.raises(KeyMappingError, match=r"1 names missing: 'k\.weight'"):
-        as_ours(InMemory({"q.weight": torch.ones(1), "v.weight": torch.ones(1)}), [Fuse(["q.*", "k.*", "v.*"], "f.*")])
+        as_ours(
+            InMemory({"q.weight": torch.ones(1), "v.weight": torch.ones(1)}),
+            [Fuse(["q.*", "k.*", "v.*"], "f.*")],
+        )
 
 
 def test_parts_of_a_fusion_must_have_equal_shapes():
