@@ -42,8 +42,7 @@ def _lines(path: Path) -> list[str]:
         head = re.match(r"(?:#.*\n)*", text)
         assert head is not None, "an empty head matches too"
         text = _COMMENT.sub("", head.group())
-        # Prose stands between the commands of a head: keep the lines that start one, and what they continue in.
-        text = text.replace("\\\n", " ")
+        text = text.replace("\\\n", " ")  # prose stands between the commands: keep the lines that start one
         text = "\n".join(line for line in text.splitlines() if re.match(r"(torchrun|python)\b", line))
     return text.replace("\\\n", " ").splitlines()
 
