@@ -179,9 +179,11 @@ def test_heads_must_divide_the_width() -> None:
 
 
 def test_a_fresh_model_predicts_zero() -> None:
-    model = plus()
-    model.initialise()
+    shape = {"dim": 32, "heads": 4, "depth": 2, "channels": 4, "text_dim": 16, "text_len": 7, "emb_dim": 24}
+    model = CogView3Plus(**shape, size_dim=48, table_size=(9, 11))
     assert run(model).abs().max() == 0  # adaLN-zero: closed gates and a zero head
+    busy = CogView3Plus(**shape, size_dim=48, table_size=(9, 11), zero_init=False)
+    assert run(busy).std() > 0.01
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -43,6 +43,7 @@ class CogView3Plus(nn.Module):
     ``patch`` counts latent cells, ``table_size`` (rows, columns) patches. ``mixins`` are added to the standard ones
     (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place by name; to rotate
     instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params: {…}}}``.
+    ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
     Defaults are those of the published 3 B model. Source: official ``dit.py``, ``configs/cogview3_plus.yaml``.
     """
 
@@ -59,6 +60,7 @@ class CogView3Plus(nn.Module):
         size_dim: int = 1536,
         table_size: Sequence[int] = (128, 128),
         double_norm: bool = True,
+        zero_init: bool = True,
         mixins: Mapping[str, Mixin] | None = None,
     ) -> None:
         super().__init__()
@@ -77,6 +79,7 @@ class CogView3Plus(nn.Module):
         self.transformer = Transformer(dim, heads, depth, {**standard, **(mixins or {})})
         self.time = mlp(dim, emb_dim)
         self.size = mlp(size_dim, emb_dim)
+        self._initialise(zero_init)
 
     @property
     def hooks(self) -> str:
@@ -88,23 +91,22 @@ class CogView3Plus(nn.Module):
         """Of the weights, and so of the matrix products."""
         return self.time[0].weight.dtype  # type: ignore[union-attr,return-value]
 
-    def initialise(self) -> None:
-        """Weights for training from scratch: adaLN and the head start at zero, so that every block is the identity.
+    def _initialise(self, zero: bool) -> None:
+        """Weights for training from scratch: Glorot matrices, no biases, small embeddings.
 
+        With ``zero``, adaLN and the head start at zero, so that every block is the identity and the output is 0.
         Source: arXiv:2212.09748 (adaLN-zero).
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
         for name, module in self.named_modules():
-            last = isinstance(module, nn.Linear) and (".adaln." in name or name.endswith("final_layer.linear"))
-            if last:
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            if zero and (".adaln." in name or name.endswith("final_layer.linear")):
                 nn.init.zeros_(module.weight)
-        for layer in (self.time, self.size):
-            for part in (layer[0], layer[2]):
-                nn.init.normal_(part.weight, std=0.02)
+            elif name.startswith(("time.", "size.")):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
+                nn.init.xavier_uniform_(module.weight)
 
     def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Prepared:
         """``size`` is the latent's (h, w) in cells. ``indices``: the timesteps of a sampling run, if there is one."""

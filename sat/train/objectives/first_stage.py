@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sat.data.batch import Batch
 from sat.first_stage.autoencoder import AutoencoderKL
+from sat.train.objectives.base import Objective
 from sat.first_stage.posterior import Posterior
 from sat.train.objectives.base import Objective
 
@@ -33,7 +34,7 @@ class FirstStageObjective(Objective):
     """
 
     def __init__(
-        self, *, engine: HasFirstStage, pixel: float = 1.0, edge: float = 1.0, kl: float = 1e-4
+        self, pixel: float = 1.0, edge: float = 1.0, kl: float = 1e-4, *, engine: HasFirstStage
     ) -> None:
         super().__init__()
         if min(pixel, edge, kl) < 0 or pixel + edge <= 0:
