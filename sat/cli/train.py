@@ -42,7 +42,13 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = out.add_argument
-    add("--base", nargs="+", action="extend", metavar="YAML", help="config files, laid over one another left to right")
+    add(
+        "--base",
+        nargs="+",
+        action="extend",
+        metavar="YAML",
+        help="config files, laid over one another left to right",
+    )
     add("overrides", nargs="*", metavar="section.key=value", help="config keys to set after the files")
     add("--output-dir", metavar="RUN", help="the run folder (default: runs/<name of the last config file>)")
     add("--steps", type=int, help="optimizer steps in all")

@@ -85,7 +85,9 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
     """The train and data sections, which training cannot do without."""
     if experiment.train is None or experiment.data is None:
         name = "train" if experiment.train is None else "data"
-        raise UsageError(f"the config has no `{name}` section: lay a training config over it, such as configs/sft.yaml")
+        raise UsageError(
+            f"the config has no `{name}` section: lay a training config over it, such as configs/sft.yaml"
+        )
     return experiment.train, experiment.data
 
 
@@ -196,7 +198,9 @@ def _data(
         records = read_sources([(source.path, source.repeats) for source in sources], data.max_bad_share)
         for bad in records.bad[:20] if runtime.is_main else []:
             log.warning("skipped %s", bad)
-        transform = Transform(data.height, data.width, data.crop if moving else "center", augment if moving else None)
+        transform = Transform(
+            data.height, data.width, data.crop if moving else "center", augment if moving else None
+        )
         dataset = Dataset(records, transform, data.max_bad_share)
         if not views:
             return dataset
@@ -219,7 +223,10 @@ def _exporter(
     experiment: Experiment, engine: DiffusionEngine, objective: Objective, dtype: torch.dtype
 ) -> Export:
     """Writes the trained parts as a native checkpoint folder, for sampling or another training."""
-    sections = {name: plain(getattr(experiment, name)) for name in ("model", "diffusion", "conditioning", "first_stage")}
+    sections = {
+        name: plain(getattr(experiment, name))
+        for name in ("model", "diffusion", "conditioning", "first_stage")
+    }
     tokenizer = engine.conditioner.tokenizer
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
 
@@ -228,10 +235,15 @@ def _exporter(
         for part, module in objective.parts().items():
             state = module.state_dict(keep_vars=True)
             parts[part] = {
-                key: weights.get(names.get(id(value), ""), value.detach()).cpu() for key, value in state.items()
+                key: weights.get(names.get(id(value), ""), value.detach()).cpu()
+                for key, value in state.items()
             }
         save_native(
-            folder, parts, sections, options=Options(dtype=dtype), tokenizer=None if tokenizer is None else tokenizer.path
+            folder,
+            parts,
+            sections,
+            options=Options(dtype=dtype),
+            tokenizer=None if tokenizer is None else tokenizer.path,
         )
 
     return export
@@ -240,7 +252,9 @@ def _exporter(
 def _drawer(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime) -> Draw:
     """Draws the fixed prompts with the settings of the sampling section; rank r draws prompts r, r + world, …"""
     sampling = experiment.sampling
-    drawer = Drawer(engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch)
+    drawer = Drawer(
+        engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch
+    )
     look = Look(sampling.height, sampling.width, sampling.steps, build_guider(experiment))
     shape = engine.latent_shape(look.height, look.width)
 

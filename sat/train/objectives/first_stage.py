@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sat.data.batch import Batch
 from sat.first_stage.autoencoder import AutoencoderKL
-from sat.train.objectives.base import Objective
 from sat.first_stage.posterior import Posterior
 from sat.train.objectives.base import Objective
 
