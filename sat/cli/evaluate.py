@@ -1,0 +1,113 @@
+"""``python -m sat.cli.evaluate``: scores of generated images that need no download."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sat.cli.guard import guard
+
+CLASSIFIER = Path("checkpoints/tiny_classifier")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; nothing heavy is imported to parse it."""
+    top = argparse.ArgumentParser(
+        prog="python -m sat.cli.evaluate", description="Scores of generated images.", allow_abbrev=False
+    )
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train-classifier", help="train the small classifier that judges")
+    train.add_argument("--data", type=Path, required=True, help="folder whose table has concept and style")
+    train.add_argument("--out", type=Path, default=CLASSIFIER, help=f"folder to write ({CLASSIFIER})")
+    train.add_argument("--steps", type=int, default=3000)
+    train.add_argument("--batch-size", type=int, default=64)
+    train.add_argument("--lr", type=float, default=3e-3)
+    train.add_argument("--width", type=int, default=112, help="number of features (112)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--threads", type=int, help="CPU threads (all)")
+    train.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    judge = commands.add_parser("retrieval", help="is it in the picture what the caption asks for?")
+    judge.add_argument(
+        "--images", type=Path, required=True, help="folder of images, e.g. what sample.py wrote"
+    )
+    judge.add_argument(
+        "--captions", type=Path, help=".jsonl table, or prompts one a line (default: from the PNG files)"
+    )
+    judge.add_argument("--classifier", type=Path, default=CLASSIFIER, help=f"its folder ({CLASSIFIER})")
+    judge.add_argument("--json", type=Path, help="file to write the scores to")
+    judge.add_argument("--list", action="store_true", help="print what each picture was taken for")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    command = {"train-classifier": _train, "retrieval": _retrieval}[args.command]
+    return guard(lambda: command(args), debug=args.debug)
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from sat.evaluate.training import BELIEVED, Recipe, train
+    from sat.parallel.launch import keep_freed_memory, pick_device
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    recipe = Recipe(args.steps, args.batch_size, args.lr, width=args.width, seed=args.seed)
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        print(
+            f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True
+        )
+
+    card = train(args.data, args.out, recipe, pick_device(args.device), report)
+    print(
+        f"{args.out}: {len(card.concepts)} concepts, {len(card.styles)} styles, {card.training['seconds']} s"
+    )
+    for name, value in card.scores.items():
+        print(f"  {name.replace('_', ' ')}: {value:.1%}")
+    if card.scores["augmented_top1"] < BELIEVED:
+        print(f"too weak to judge: top-1 under {BELIEVED:.0%} on other augmentations of real pictures")
+        return 1
+    return 0
+
+
+def _retrieval(args: argparse.Namespace) -> int:
+    import json
+
+    from sat.evaluate.classifier import Classifier
+    from sat.evaluate.retrieval import ENOUGH, score_folder
+    from sat.evaluate.training import BELIEVED
+
+    classifier = Classifier.load(args.classifier)
+    scores = score_folder(args.images, args.captions, classifier)
+    if args.list:
+        for one in scores.judged:
+            mark = "+" if one.found else "5" if one.wanted.concept in one.best else "-"
+            print(f"{mark} {one.where}: {one.wanted.caption!r} taken for {one.best[0]!r}, {one.style} style")
+    print(f"images judged: {scores.images}")
+    print(f"concept top-1: {scores.top1:.1%}, top-5: {scores.top5:.1%}")
+    if scores.style is not None:
+        print(f"style: {scores.style:.1%} of the {scores.styled} whose caption names one")
+    if scores.distance is not None:
+        few = "" if scores.images >= ENOUGH else f" (fewer than {ENOUGH} images: too few to compare)"
+        print(f"Frechet distance of features: {scores.distance:.3f}{few}")
+    if scores.unknown:
+        print(f"not judged, no known concept in: {', '.join(map(repr, scores.unknown[:5]))}")
+    own = classifier.card.scores.get("augmented_top1", 0.0)
+    if own < BELIEVED:
+        print(f"note: the classifier itself is right on only {own:.1%} of real pictures: do not believe it")
+    if args.json is not None:
+        args.json.write_text(json.dumps(scores.as_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scores of generated images that need no download: retrieval by a small classifier, distance of features."""

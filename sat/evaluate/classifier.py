@@ -1,0 +1,158 @@
+"""A small classifier of what a picture shows and in which style, the judge of the retrieval score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+WEIGHTS, CARD = "classifier.safetensors", "classifier.json"
+
+
+class Logits(NamedTuple):
+    """Scores of B pictures and the features (B, width) they were made from."""
+
+    concept: Tensor  # (B, concepts)
+    style: Tensor  # (B, styles)
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a classifier knows and how well. ``size``: pixels a side it sees. Accuracies are shares."""
+
+    concepts: tuple[str, ...]
+    styles: tuple[str, ...]
+    size: int
+    width: int
+    scores: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions around a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_conv(width, width, 1), nn.ReLU(), *_conv(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = F.relu(x + self.body(x))
+        return out
+
+
+def _conv(inner: int, outer: int, stride: int) -> tuple[nn.Module, nn.Module]:
+    """A 3x3 convolution and its batch norm."""
+    return nn.Conv2d(inner, outer, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outer)
+
+
+class Classifier(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] of any size -> :class:`Logits`; about 0.3 M parameters at width 112.
+
+    Four halvings, two residual blocks, the mean over the picture, two linear heads. ``real_mean`` (width) and
+    ``real_cov`` (width, width) are the features' statistics on real pictures, for the Fréchet distance.
+    """
+
+    real_mean: Tensor
+    real_cov: Tensor
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+        width = card.width
+        stem, low, middle = max(width // 4, 1), max(width * 3 // 7, 1), max(width * 5 // 7, 1)
+        self.body = nn.Sequential(
+            *_conv(3, stem, 2), nn.ReLU(),
+            *_conv(stem, low, 2), nn.ReLU(), _Residual(low),
+            *_conv(low, middle, 2), nn.ReLU(), _Residual(middle),
+            *_conv(middle, width, 2), nn.ReLU(),
+        )  # fmt: skip
+        self.concept = nn.Linear(width, len(card.concepts))
+        self.style = nn.Linear(width, len(card.styles))
+        self.register_buffer("real_mean", torch.zeros(width))
+        self.register_buffer("real_cov", torch.eye(width))
+
+    def forward(self, images: Tensor) -> Logits:
+        """:class:`Logits` of images (B, 3, H, W) in [-1, 1]."""
+        side = self.card.size
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+        features = self.body(images).mean(dim=(2, 3))
+        return Logits(self.concept(features), self.style(features), features)
+
+    def save(self, folder: Path, card: Card) -> None:
+        """Writes the weights in fp16 (statistics in fp32) and ``card`` beside them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: (value.half() if value.is_floating_point() and not name.startswith("real_") else value)
+            for name, value in self.state_dict().items()
+        }
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+        (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Classifier:
+        """The classifier saved in ``folder``, float32, ready to judge."""
+        missing = [name for name in (WEIGHTS, CARD) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder}: no {' and no '.join(missing)}; train one with "
+                "'python -m sat.cli.evaluate train-classifier'"
+            )
+        raw = json.loads((folder / CARD).read_text("utf-8"))
+        raw |= {name: tuple(raw[name]) for name in ("concepts", "styles")}
+        model = cls(Card(**raw))
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        return model.float().eval()
+
+
+def embed(model: Classifier, images: Tensor, batch_size: int = 256) -> Logits:
+    """:class:`Logits`, float32 on the CPU, of images (B, 3, H, W) in [-1, 1]; without gradients."""
+    device = model.concept.weight.device
+    parts: list[Logits] = []
+    with torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            out = model(images[start : start + batch_size].to(device))
+            parts.append(Logits(*(value.float().cpu() for value in out)))
+    return Logits(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (width) and covariance (width, width), float64, of features (B, width); B at least 2."""
+    if len(features) < 2:
+        raise ValueError(f"statistics of features need at least 2 pictures, got {len(features)}")
+    double = features.double()
+    return double.mean(0), torch.cov(double.T).reshape(features.shape[1], features.shape[1])
+
+
+def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2).
+
+    Source: Dowson and Landau 1982; as in FID (arXiv:1706.08500), on this classifier's features, so that
+    values compare only under the same classifier and number of pictures.
+    """
+    root = _root(cov_a.double())
+    middle = root @ cov_b.double() @ root
+    cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0).sqrt().sum()
+    shift = (mean_a.double() - mean_b.double()).square().sum()
+    return max(0.0, float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * cross))
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The symmetric root of a positive semi-definite ``matrix``."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
+
+
+def top_shares(logits: Tensor, target: Tensor, at: Sequence[int] = (1, 5)) -> list[float]:
+    """Share of rows of ``logits`` (B, classes) whose ``target`` (B) is among the best k, for each k of ``at``."""
+    ranked = logits.argsort(dim=1, descending=True)
+    return [(ranked[:, :k] == target[:, None]).any(1).double().mean().item() for k in at]
