@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from sat.config.check import BAD, fit, is_plain, split
 from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, Experiment
-from sat.config.source import ConfigError, Problem
+from sat.config.source import ConfigError, Key, Problem
 from sat.config.targets import resolve, signature
 
 if TYPE_CHECKING:
@@ -190,6 +190,28 @@ def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Modul
     with torch.device("meta"), _NoFill():
         module: nn.Module = build(component, imports=imports)
     return module
+
+
+def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
+    """(key, why) of the components whose classes refuse their values, found by making them on the meta device."""
+    c, d, s = experiment.conditioning, experiment.diffusion, experiment.sampling
+    components: dict[Key, Component | None] = {
+        ("model",): experiment.model,
+        ("first_stage",): experiment.first_stage,
+        **{("diffusion", f.name): getattr(d, f.name) for f in fields(d)},
+        ("conditioning", "text"): c.text,
+        ("conditioning", "size"): c.size,
+        ("sampling", "guider"): s.guider,
+        ("sampling", "sampler"): s.sampler,
+    }
+    for key, component in components.items():
+        try:
+            if component is not None and key[0] != "diffusion":
+                build_empty(component, experiment.imports)
+            elif component is not None:  # schedules compute their tables
+                build(component, imports=experiment.imports)
+        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, AssertionError) as error:
+            yield key, f"{component.target if component else ''} refuses these parameters: {error}"
 
 
 class _NoFill(TorchFunctionMode):

@@ -15,11 +15,11 @@ from typing import Any
 from sat.config.between import between
 from sat.config.check import BAD, Checker
 from sat.config.interpolate import escape, interpolate
-from sat.config.merge import Override, lay, override, start
+from sat.config.merge import PROMPTS, Override, latest_prompt, lay, override, start
 from sat.config.official import is_official, translate
 from sat.config.paths import HOME, find
 from sat.config.schema import Experiment, plain
-from sat.config.source import ConfigError, Marks, Problem, Source, read, write
+from sat.config.source import ConfigError, Marks, Problem, Source, dotted, read, where, write
 from sat.config.targets import hint
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,18 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
             override(given, tree, marks, ", ".join(map(str, bases)))
         except ConfigError as error:
             problems += error.problems
+    named = {given.partition("=")[0].strip() if isinstance(given, str) else given[0] for given in overrides}
+    if isinstance(section := tree.get("sampling"), dict):
+        latest_prompt(tree, {n: section[n] for n in PROMPTS if f"sampling.{n}" in named})
     tree, unresolved = interpolate(tree, marks)
+    problems += unresolved
     checker = Checker(marks)
     checker.allow(tree.get("imports"))
     experiment = checker.section(Experiment, tree, ())
-    problems += unresolved + checker.problems
+    dangling = {problem.key for problem in unresolved}
+    problems += [problem for problem in checker.problems if problem.key not in dangling]
     if not problems and experiment is not BAD:
-        problems += between(experiment, marks)
+        problems += between(experiment, marks) or trial(experiment, marks)
     if problems:
         raise ConfigError(problems)
     return Loaded(experiment, checker.missing, notices)
@@ -72,19 +77,34 @@ def dump(experiment: Experiment) -> str:
     return write(escape(plain(experiment)))
 
 
+def trial(experiment: Experiment, marks: Marks) -> list[Problem]:
+    """What the classes themselves refuse: every component is made once, without memory for its weights."""
+    from sat.config.build import refusals
+
+    return [Problem(str(where(marks, key)), dotted(key), what) for key, what in refusals(experiment)]
+
+
 def _merge_files(bases: Sequence[str | Path]) -> tuple[dict[str, Any], Marks, list[str]]:
     """The files laid over the defaults, left to right; official ones are translated first."""
     tree, marks = start()
     notices: list[str] = []
-    sources = [_read(base) for base in bases]
+    sources: list[Source] = []
+    problems: list[Problem] = []
+    for base in bases:
+        try:
+            sources.append(_read(base))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     for theirs, group in itertools.groupby(sources, lambda source: is_official(source.tree)):
         if theirs:
             translated = translate(list(group))
             notices += translated.notices
-            lay(tree, marks, translated.source)
-        else:
-            for source in group:
-                lay(tree, marks, source)
+            group = iter([translated.source])
+        for source in group:
+            lay(tree, marks, source)
+            latest_prompt(tree, source.tree.get("sampling"))
     return tree, marks, notices
 
 

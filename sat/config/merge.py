@@ -16,6 +16,8 @@ from sat.config.targets import field_hints, hint
 Override = str | tuple[str, Any]
 """``"section.key=value"`` with a YAML value, or ``("section.key", value)`` with the value itself."""
 
+PROMPTS = frozenset({"prompt", "prompt_file"})
+
 
 def defaults(cls: type) -> dict[str, Any]:
     """The tree of the dataclass ``cls`` with nothing but its defaults; needed keys are absent."""
@@ -82,6 +84,16 @@ def plain_merge(old: Any, new: Any) -> Any:
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return copy.deepcopy(new)
     return {**old, **{name: plain_merge(old.get(name), value) for name, value in new.items()}}
+
+
+def latest_prompt(tree: dict[str, Any], sampling: Any) -> None:
+    """A layer that gives one of ``prompt`` and ``prompt_file`` drops the other, given by an earlier layer.
+
+    ``sampling`` is what the layer says of that section. A layer that gives both is left for the check to refuse.
+    """
+    given = {n for n in PROMPTS if isinstance(sampling, Mapping) and sampling.get(n) is not None}
+    if len(given) == 1 and isinstance(tree.get("sampling"), dict):
+        tree["sampling"][next(iter(PROMPTS - given))] = None
 
 
 def _other_target(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Every section of an experiment, as frozen dataclasses: an unknown section or key is an error, a default is written here once.
 
 Nothing heavy is imported, so any layer may use these types. Sizes are (height, width) in pixels unless a
-field says otherwise. Rules that concern several fields of a section are its ``rules``; rules between sections are in
+field says otherwise. Rules that concern several fields of a section are its ``_rules``; rules between sections are in
 ``check.py``.
 """
 
@@ -48,15 +48,15 @@ class RuleError(ValueError):
 
 
 class Section:
-    """A part of the experiment. Subclasses list their cross-field rules in ``rules``; all that fail are raised together."""
+    """A part of the experiment. Subclasses list their cross-field rules in ``_rules``; all that fail are raised together."""
 
     section: ClassVar[str] = "section"
 
     def __post_init__(self) -> None:
-        if broken := list(self.rules()):
+        if broken := list(self._rules()):
             raise RuleError(self.section, broken)
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         """(field, what is wrong) for every broken rule."""
         yield from ()
 
@@ -97,7 +97,7 @@ class ConditioningConfig(Section):
         Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")
     ] = None
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if self.max_length < 1:
             yield "max_length", f"expected at least 1 token, got {self.max_length}"
 
@@ -135,7 +135,7 @@ class SamplingConfig(Section):
     )
     grid_columns: int | None = None
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if self.prompt is not None and self.prompt_file is not None:
             yield "prompt", "`prompt` and `prompt_file` are both given; set one of them to null"
         if not 1 <= self.steps <= 1000:
@@ -173,7 +173,7 @@ class CheckpointConfig(Section):
         own: Path | None = getattr(self, part)
         return own if own is not None else self.path
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if self.random is not None and self.random < 0:
             yield "random", f"expected a seed of at least 0, got {self.random}"
 
@@ -187,7 +187,7 @@ class MemoryConfig(Section):
     decode_batch: int = 1
     decode_tile: int | None = None
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if self.decode_batch < 1:
             yield "decode_batch", f"expected at least 1 image, got {self.decode_batch}"
         if self.decode_tile is not None and self.decode_tile < 8:
@@ -202,7 +202,7 @@ class OutputConfig(Section):
     dir: Path | None = None
     resume: bool = False
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if self.resume and self.dir is None:
             yield "resume", "`resume` needs `output.dir`, the folder to continue"
 
@@ -218,7 +218,7 @@ class ParallelConfig(Section):
     guidance: int = 1
     timeout: float = 600.0
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         for name in ("tensor", "sequence", "guidance"):
             if getattr(self, name) != 1:
                 yield (
@@ -269,7 +269,7 @@ class TrainConfig(Section):
     allocator: bool = True
     init_from: CheckpointConfig | None = None
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         for name in (
             "steps",
             "batch_size",
@@ -317,7 +317,7 @@ class SourceConfig(Section):
     path: Annotated[Path, MustExist("name a folder of images with captions (see docs/data.md)")]
     repeats: int = 1
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if self.repeats < 1:
             yield "repeats", f"expected at least 1, got {self.repeats}"
 
@@ -330,7 +330,7 @@ class AugmentConfig(Section):
     shift: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if not 0 <= self.shift <= 0.5:
             yield "shift", f"expected 0 to 0.5 of the side, got {self.shift}"
         if not 0 < self.scale[0] <= self.scale[1]:
@@ -352,7 +352,7 @@ class DataConfig(Section):
     workers: int = 0
     validation: list[SourceConfig] = field(default_factory=list)
 
-    def rules(self) -> Broken:
+    def _rules(self) -> Broken:
         if not self.sources:
             yield "sources", "expected at least one source"
         for name in ("height", "width"):
