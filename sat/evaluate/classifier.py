@@ -153,6 +153,6 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def top_shares(logits: Tensor, target: Tensor, at: Sequence[int] = (1, 5)) -> list[float]:
-    """Share of rows of ``logits`` (B, classes) whose ``target`` (B) is among the best k, for each k of ``at``."""
+    """Share of rows of ``logits`` (B, classes) with ``target`` (B) among the best k, for each k of ``at``."""
     ranked = logits.argsort(dim=1, descending=True)
     return [(ranked[:, :k] == target[:, None]).any(1).double().mean().item() for k in at]

@@ -15,6 +15,7 @@ import torch
 from sat.data.records import CAPTION_KEYS, DataError
 from sat.data.transforms import on_white, to_tensor
 from sat.evaluate.classifier import Card, Classifier, embed, frechet, statistics, top_shares
+from sat.sampling.prompts import read_prompt_file
 
 ENOUGH = 500  # pictures for a feature distance that says something
 
@@ -105,9 +106,8 @@ def score(
     card = classifier.card
     aims = [wanted(caption, card) for caption in captions]
     unknown = tuple(dict.fromkeys(c for c, aim in zip(captions, aims, strict=True) if aim is None))
-    kept = [
-        (name, image, aim) for name, image, aim in zip(names, images, aims, strict=True) if aim is not None
-    ]
+    rows = zip(names, images, aims, strict=True)
+    kept = [(name, image, aim) for name, image, aim in rows if aim is not None]
     if not kept:
         raise DataError(
             f"none of {len(captions)} captions names one of the {len(card.concepts)} concepts the classifier knows"
@@ -186,7 +186,7 @@ def _from_table(images: Path, table: Path) -> list[tuple[Path, str]]:
 
 
 def _from_lines(images: Path, prompts: Path) -> list[tuple[Path, str]]:
-    lines = [line.strip() for line in prompts.read_text("utf-8").splitlines() if line.strip()]
+    lines = read_prompt_file(prompts)
     folders = {int(m[1]): folder for folder in images.iterdir() if (m := _NUMBERED.match(folder.name))}
     missing = [index for index in range(len(lines)) if index not in folders]
     if missing:
