@@ -18,7 +18,7 @@ _USER_ERRORS = frozenset(
     {"ConfigError", "RuleError", "UsageError", "PromptError", "SizeError", "LatentsError"}
 )
 # Their text is a sentence for the user; anything else is shown with its kind.
-_PLAIN_ERRORS = (ValueError, OSError, RuntimeError)
+_PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)
 
 
 class UsageError(ValueError):

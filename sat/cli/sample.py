@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sat.cli.guard import guard
+from sat.sampling.prompts import check_text
 
 DESCRIPTION = """\
 Draw pictures for prompts with the model that --base describes.
@@ -103,7 +104,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace) -> list[Setting]:
-    """The config keys that the options set."""
+    """The config keys that the options set; text in another encoding than UTF-8 is refused."""
+    for index, prompt in enumerate(args.prompt or []):
+        check_text(prompt, f"prompt {index}")
+    check_text(args.negative_prompt or "", "the negative prompt")
     out = [
         Setting(key, getattr(args, name)) for name, key in _OPTIONS.items() if getattr(args, name) is not None
     ]

@@ -1,0 +1,120 @@
+"""sample.py on two ranks: the same files as on one, and an end with a reason when a rank is lost."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import pytest
+
+from tests.checkpoints import tokenizer
+from tests.sampling import DEBUG, ROOT, files
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "prompts.txt").write_text("a red apple\na blue car\nthe sun\n")
+    return [
+        "sample.py", "--base", str(DEBUG), f"conditioning.tokenizer={tokenizer(folder / 'spiece.model')}",
+        "parallel.device=cpu", "--prompt-file", str(folder / "prompts.txt"), "--batch-size", "2",
+    ]  # fmt: skip
+
+
+def _port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _start(words: list[str], code: str = "", env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """A process of sample.py, after running ``code`` in it."""
+    program = (
+        f"import runpy, sys\n{code}\nsys.argv = {words!r}\nrunpy.run_path('sample.py', run_name='__main__')"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ranks(words: list[str], codes: tuple[str, ...], world: int = 2) -> list[tuple[int, str]]:
+    """Exit code and standard error of each rank, started without torchrun so that nobody cleans up after them."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "WORLD_SIZE": str(world)}
+    processes = [
+        _start(words, code, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, code in enumerate(codes)
+    ]
+    ends = [process.communicate(timeout=120) for process in processes]
+    return [(process.returncode, end[1]) for process, end in zip(processes, ends, strict=True)]
+
+
+_AT_SECOND_WRITE = """
+from sat.sampling.output import OutputFolder
+write, count = OutputFolder.write_image, []
+def act(self, *given):
+    count.append(1)
+    if len(count) == 2:
+        {act}
+    return write(self, *given)
+OutputFolder.write_image = act
+"""
+
+
+def test_two_ranks_under_torchrun_write_the_files_of_one_process(words, tmp_path) -> None:
+    single = _start([*words, "--output-dir", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    both = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    _, err = single.communicate(timeout=180)
+    assert single.returncode == 0, err
+    assert both.returncode == 0, both.stderr
+    assert len(files(tmp_path / "one")) == 9
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert both.stdout.strip() == str(tmp_path / "two")  # rank 0 speaks alone
+    assert both.stderr.count("loaded in") == 1
+
+
+def test_a_killed_rank_ends_the_other_with_a_message(words, tmp_path) -> None:
+    out = ["--output-dir", str(tmp_path), "parallel.timeout=3"]
+    killed = _AT_SECOND_WRITE.format(act="import os; os.kill(os.getpid(), 9)")
+    start = time.monotonic()
+    (code, err), (dead, _) = _ranks([*words, *out], ("", killed))
+    assert dead == -9
+    assert code == 1
+    assert "error: rank 1 of 2 gave no sign of life for 3 s (parallel.timeout); it has died or hangs" in err
+    assert time.monotonic() - start < 90
+    assert not list(tmp_path.rglob("*.partial")) or all(
+        p.name.startswith(".") for p in tmp_path.rglob("*.partial")
+    )
+
+
+def test_a_failing_rank_ends_all_and_both_say_why(words, tmp_path) -> None:
+    failing = _AT_SECOND_WRITE.format(act="raise OSError(28, 'No space left on device', 'disk')")
+    out = ["--output-dir", str(tmp_path), "parallel.timeout=60"]
+    start = time.monotonic()
+    (first, err), (second, why) = _ranks([*words, *out], ("", failing))
+    assert (first, second) == (1, 1)
+    assert "error: rank 1 failed: disk: No space left on device; this rank stops too" in err
+    assert "[rank 1] error: disk: No space left on device" in why
+    assert time.monotonic() - start < 50
+
+
+def test_a_missing_rank_ends_the_run_with_a_message(words, tmp_path) -> None:
+    out = ["--output-dir", str(tmp_path), "parallel.timeout=3"]
+    ((code, err),) = _ranks([*words, *out], ("",))
+    assert code == 1
+    assert "error: rank 0 of 2 could not join the process group within 3 s (parallel.timeout)" in err

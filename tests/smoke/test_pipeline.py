@@ -1,0 +1,152 @@
+"""The Python face: the same pictures as the command, its arguments, its refusals."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sat
+from sat.config.source import ConfigError
+from sat.util.rng import image_noise
+from tests.checkpoints import tokenizer
+from tests.sampling import DEBUG, Command, pixels
+
+SHAPE = (4, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory) -> Path:
+    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
+
+
+@pytest.fixture(scope="module")
+def pipe(spiece) -> sat.Pipeline:
+    return sat.Pipeline.from_config([DEBUG], [f"conditioning.tokenizer={spiece}"], device="cpu", dtype="fp32")
+
+
+def test_the_signature_is_the_documented_one() -> None:
+    call = inspect.signature(sat.Pipeline.__call__).parameters
+    assert list(call)[1:] == [
+        "prompts", "seed", "height", "width", "steps", "guidance",
+        "negative_prompt", "batch_size", "latents", "callback",
+    ]  # fmt: skip
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in call.items() if name not in ("self", "prompts"))
+    assert list(inspect.signature(sat.Pipeline.from_config).parameters) == [
+        "bases",
+        "overrides",
+        "device",
+        "dtype",
+    ]
+
+
+def test_pictures_are_those_of_the_command(pipe, spiece, tmp_path, capsys) -> None:
+    handlers, term = list(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM)
+    words = ("--prompt", "a dog", "--prompt", "the sun", "--batch-size", 2, "--seed", 3, "--guidance", 2)
+    done = Command(spiece, capsys)(*words, "--height", 32, "--steps", 3, "--output-dir", tmp_path)
+    logging.getLogger().handlers[:] = handlers
+    signal.signal(signal.SIGTERM, term)
+    assert done.code == 0, done.err
+    out = pipe(["a dog", "the sun"], seed=3, batch_size=2, height=32, steps=3, guidance=2.0)
+    assert out.latents.shape == (4, 4, 4, 8)
+    assert out.latents.dtype == torch.float32
+    for image, path in zip(out.images, sorted(tmp_path.rglob("0000*.png")), strict=True):
+        assert image.size == (64, 32)
+        assert (np.asarray(image) == pixels(path)).all()
+
+
+def test_one_prompt_may_be_given_as_text(pipe) -> None:
+    assert torch.equal(pipe("a dog").latents, pipe(["a dog"], seed=0, negative_prompt="").latents)
+
+
+def test_image_i_is_that_of_the_seed_plus_i_to_the_last_bit(pipe) -> None:
+    whole = pipe(["a dog", "the sun"], seed=3, batch_size=3).latents
+    assert torch.equal(whole[5:6], pipe(["the sun"], seed=5).latents)
+    assert not torch.equal(whole[4], whole[5])
+
+
+def test_latents_replace_the_noise_and_are_not_written_to(pipe) -> None:
+    noise = torch.stack([image_noise(3, i, SHAPE) for i in range(2)])
+    before = noise.clone()
+    assert torch.equal(
+        pipe(["a dog"], batch_size=2, latents=noise).latents, pipe("a dog", seed=3, batch_size=2).latents
+    )
+    assert torch.equal(noise, before)
+    each = pipe(["a dog", "the sun"], latents=noise).latents
+    assert torch.equal(each[1:], pipe("the sun", seed=4).latents)
+
+
+def test_the_callback_sees_every_step_of_every_image(pipe) -> None:
+    seen = []
+    pipe(
+        ["a dog", "the sun"],
+        batch_size=2,
+        steps=3,
+        callback=lambda i, n, z: seen.append((i, n, tuple(z.shape))),
+    )
+    assert seen == [(i, 12, (1, *SHAPE)) for i in range(1, 13)]
+
+
+def test_guidance_of_one_call_does_not_stay(pipe) -> None:
+    before = pipe("a dog").latents
+    other = pipe("a dog", guidance=1.0).latents
+    assert not torch.equal(before, other)
+    assert torch.equal(pipe("a dog").latents, before)
+
+
+def test_a_negative_prompt_is_used(pipe) -> None:
+    assert not torch.equal(pipe("a dog", negative_prompt="the sun").latents, pipe("a dog").latents)
+
+
+def test_dtypes_may_be_named_or_given(spiece) -> None:
+    for dtype in ("bf16", torch.bfloat16):
+        pipe = sat.Pipeline.from_config(DEBUG, [("conditioning.tokenizer", str(spiece))], "cpu", dtype)
+        assert next(pipe.drawer.engine.network.parameters()).dtype == torch.bfloat16
+        assert pipe.experiment.sampling.dtype == "bf16"
+        assert pipe("a dog").latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 40}, "height 40 is not a multiple of 16.*nearest size is 48 x 64"),
+        ({"steps": 0}, "expected 1 to 1000 steps, got 0"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32 - 1, "batch_size": 2}, r"image i uses seed \+ i"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"latents": torch.zeros(1, 4, 8, 6)}, r"shape \(1, 4, 8, 6\): expected 1 images"),
+        ({"prompts": []}, "no prompt: give at least one"),
+        ({"prompts": "\udce9"}, "prompt 0 is not valid UTF-8"),
+        ({"negative_prompt": "\udce9"}, "negative prompt is not valid UTF-8"),
+    ],
+)
+def test_impossible_arguments_are_refused(pipe, arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(**({"prompts": "a dog"} | arguments))
+
+
+def test_guidance_without_a_strength_to_set_is_refused(spiece) -> None:
+    changes = [f"conditioning.tokenizer={spiece}", "sampling.guider.target=sat.diffusion.guidance.Unguided"]
+    pipe = sat.Pipeline.from_config([DEBUG], changes, device="cpu")
+    with pytest.raises(ValueError, match="guidance 3 is asked for, but Unguided has no strength to set"):
+        pipe("a dog", guidance=3)
+
+
+def test_an_unknown_dtype_or_config_is_refused(spiece) -> None:
+    with pytest.raises(ValueError, match="dtype is 'float99': expected fp32, bf16, fp16"):
+        sat.Pipeline.from_config([DEBUG], dtype="float99")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="gone.yaml"):
+        sat.Pipeline.from_config(["gone.yaml"])
+
+
+def test_a_freed_encoder_says_so_at_the_second_call(spiece) -> None:
+    changes = [f"conditioning.tokenizer={spiece}", "memory.text_encoder=free"]
+    pipe = sat.Pipeline.from_config([DEBUG], changes, device="cpu")
+    pipe("a dog")
+    with pytest.raises(RuntimeError, match="memory.text_encoder"):
+        pipe("the sun")
