@@ -21,11 +21,11 @@ from sat.checkpoint.save import WRITERS, Options, refuse_occupied
 #: Builds the network that a component (``target`` and ``params``) describes.
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
-#: What official folders, which carry no config, are tried as: the published networks.
-KNOWN: dict[Part, list[dict[str, Any]]] = {
-    "model": [{"target": PLUS, "params": {}}],
-    "first_stage": [{"target": AUTOENCODER, "params": {}}],
-    "text": [{"target": T5, "params": {}}],
+#: What parts that carry no config, as in official folders, are tried as: the published networks.
+PUBLISHED: dict[Part, dict[str, Any]] = {
+    "model": {"target": PLUS, "params": {}},
+    "first_stage": {"target": AUTOENCODER, "params": {}},
+    "text": {"target": T5, "params": {}},
 }
 
 
@@ -39,8 +39,8 @@ class Sources:
     tokenizer: Path | None = None
     only: tuple[Part, ...] = PARTS
 
-    def of(self, part: Part) -> Path | None:
-        """Where ``part`` is read; None where the main path does not hold it."""
+    def of(self, part: Part) -> Path:
+        """Where ``part`` is read."""
         own = {"first_stage": self.first_stage, "text": self.text}.get(part)
         return own or self.path
 
@@ -157,21 +157,16 @@ def _parts(sources: Sources, allow_pickle: bool) -> list[Part]:
 
 
 def _sections(sources: Sources, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config sections, by rising weight: what the folders carry, then ``config``."""
-    found: dict[str, Any] = {}
-    for path in (sources.first_stage, sources.text, sources.path):
-        if path is not None:
-            for name, section in detect(path).config(path).items():
-                found[name] = {**found.get(name, {}), **section} if name == "conditioning" else section
+    """The config sections, by rising weight: of the main path, of a part's own path, of ``config``."""
+    found = dict(detect(sources.path).config(sources.path))
+    if sources.first_stage is not None:
+        found.update(detect(sources.first_stage).config(sources.first_stage))
+    if sources.text is not None:
+        text = (detect(sources.text).config(sources.text).get("conditioning") or {}).get("text")
+        if text is not None:
+            found["conditioning"] = {**(found.get("conditioning") or {}), "text": text}
     wanted = ("model", "diffusion", "conditioning", "first_stage")
     return {**found, **{name: config[name] for name in wanted if config and config.get(name) is not None}}
-
-
-def _component(sections: Mapping[str, Any], part: Part) -> Mapping[str, Any] | None:
-    component: Mapping[str, Any] | None = (
-        (sections.get("conditioning") or {}).get("text") if part == "text" else sections.get(part)
-    )
-    return component
 
 
 def _open(
@@ -179,28 +174,26 @@ def _open(
 ) -> LazyStateDict:
     """``part`` under our names, complete, checked against the network it belongs to."""
     path = sources.of(part)
-    assert path is not None, "every part has a path"
     theirs = stack.enter_context(open_part(path, part, allow_pickle=allow_pickle))
-    given = _component(sections, part)
-    candidates = [given] if given is not None else KNOWN[part]
-    for component in candidates:
-        with torch.device("meta"):
-            module = build(component)
-        try:
-            found = match(module, theirs, part)
-        except CheckpointError as error:
-            if given is not None:
-                raise
-            raise CheckpointError(
-                f"{path}: carries no config and is not one of the published networks; "
-                f"give the YAML that describes it with --base ({error})"
-            ) from error
-        if part == "text":
-            sections["conditioning"] = {**(sections.get("conditioning") or {}), "text": component}
-        else:
-            sections[part] = component
-        return Completed(found.view, module, found.computed)
-    raise AssertionError("there is a candidate for every part")
+    section = sections.get("conditioning") or {} if part == "text" else sections
+    given: Mapping[str, Any] | None = section.get(part)
+    component = given or PUBLISHED[part]
+    with torch.device("meta"):
+        module = build(component)
+    try:
+        found = match(module, theirs, part)
+    except CheckpointError as error:
+        if given is not None:
+            raise
+        raise CheckpointError(
+            f"{path}: its {part} part carries no config and is not the published network; give the YAML "
+            f"that describes it with --base (as published: …{str(error).partition('does not fit')[2][:200]})"
+        ) from error
+    if part == "text":
+        sections["conditioning"] = {**section, "text": component}
+    else:
+        sections[part] = component
+    return Completed(found.view, module, found.computed)
 
 
 def _finished(sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +229,7 @@ def _tokenizer(
             raise CheckpointError(f"{found}: no such tokenizer file")
         return found, []
     path = sources.of("text")
-    found = detect(path).tokenizer(path) if path is not None else None
+    found = detect(path).tokenizer(path)
     return found, [] if found else [
         f"no spiece.model beside the text encoder: the {to} folder is without a tokenizer"
     ]

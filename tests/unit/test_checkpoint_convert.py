@@ -1,0 +1,203 @@
+"""Conversion: every pair of formats, bit for bit; what is not stored is computed; the command and its messages."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sat.checkpoint import WRITERS, CheckpointError, detect, find_tokenizer, load, open_part
+from sat.checkpoint.convert import Sources, convert
+from sat.checkpoint.format import PARTS
+from sat.cli.convert import main, size
+from sat.cli.guard import UsageError
+from sat.config.build import build as build_component
+from tests.checkpoints import CONFIG, build, same, tensors, tokenizer
+
+ROOT = Path(__file__).parents[2]
+FORMATS = sorted(WRITERS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("written")
+    spiece = tokenizer(root / "spiece.model")
+    for name, write in WRITERS.items():
+        write(root / name, tensors(), CONFIG, tokenizer=spiece)
+    return root
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("of", FORMATS)
+def test_every_pair_of_formats_is_exact(written, tmp_path, of, to):
+    done = convert(Sources(written / of), tmp_path / "out", to, build_component)
+    assert done.notes == []
+    assert detect(tmp_path / "out").name == to
+    for part in PARTS:
+        module = build(part, meta=True)
+        load(module, tmp_path / "out", part)
+        assert same(module.state_dict(), build(part).state_dict())
+        assert dict(open_part(tmp_path / "out", part)).keys() == dict(open_part(written / to, part)).keys()
+    config = detect(tmp_path / "out").config(tmp_path / "out")
+    assert config["conditioning"] == CONFIG["conditioning"]
+    assert config["diffusion"]["schedule"]["params"]["shift"] == 2.5
+    spiece = find_tokenizer(tmp_path / "out")
+    assert spiece is not None
+    assert spiece.read_bytes() == (written / "spiece.model").read_bytes()
+
+
+def test_around_the_formats_and_back_the_files_are_the_same(written, tmp_path):
+    """native -> diffusers -> sat -> native: only metadata may differ, no tensor."""
+    at = written / "native"
+    for step, to in enumerate(("diffusers", "sat", "native")):
+        convert(Sources(at), tmp_path / str(step), to, build_component)
+        at = tmp_path / str(step)
+    for part in PARTS:
+        assert same(dict(open_part(at, part)), dict(open_part(written / "native", part)))
+
+
+def test_a_source_without_config_needs_one(written, tmp_path):
+    folder = Path(shutil.copytree(written / "sat", tmp_path / "sat"))
+    (folder / "config_sections.json").unlink()
+    with pytest.raises(
+        CheckpointError, match="its model part carries no config and is not the published network.*--base"
+    ):
+        convert(Sources(folder), tmp_path / "out", "native", build_component)
+    done = convert(Sources(folder), tmp_path / "out", "native", build_component, config=CONFIG)
+    assert set(done.tensors) == set(PARTS)
+
+
+def test_a_config_that_does_not_fit_is_refused_and_nothing_is_written(written, tmp_path):
+    params = {**CONFIG["model"]["params"], "depth": 3}
+    config = {**CONFIG, "model": {**CONFIG["model"], "params": params}}
+    with pytest.raises(CheckpointError, match="does not fit CogView3Plus"):
+        convert(Sources(written / "sat"), tmp_path / "out", "native", build_component, config=config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_may_come_from_their_own_places(written, tmp_path):
+    """As the official weights lie on most disks."""
+    sources = Sources(
+        written / "sat" / "1",
+        first_stage=written / "sat" / "vae" / "imagekl_ch4.pt",
+        text=written / "diffusers" / "text_encoder",
+        tokenizer=written / "spiece.model",
+    )
+    done = convert(sources, tmp_path / "out", "native", build_component, config=CONFIG)
+    assert set(done.tensors) == set(PARTS)
+    for part in PARTS:
+        module = build(part, meta=True)
+        load(module, tmp_path / "out", part)
+        assert same(module.state_dict(), build(part).state_dict())
+
+
+def test_a_text_encoder_without_tokenizer_is_noted(written, tmp_path):
+    sources = Sources(written / "diffusers" / "text_encoder", only=("text",))
+    done = convert(sources, tmp_path / "out", "native", build_component)
+    assert done.notes == ["no spiece.model beside the text encoder: the native folder is without a tokenizer"]
+    assert done.tensors == {"text": 17}
+
+
+def test_a_tokenizer_that_is_not_there_is_named(written, tmp_path):
+    with pytest.raises(CheckpointError, match="no such tokenizer file"):
+        convert(Sources(written / "native", tokenizer=tmp_path), tmp_path / "out", "sat", build_component)
+
+
+def test_one_part_can_be_converted_alone(written, tmp_path):
+    done = convert(
+        Sources(written / "native", only=("first_stage",)), tmp_path / "out", "diffusers", build_component
+    )
+    assert set(done.tensors) == {"first_stage"}
+    assert detect(tmp_path / "out" / "vae").parts(tmp_path / "out" / "vae") == ["first_stage"]
+
+
+def test_a_file_of_one_part_needs_its_name(written, tmp_path):
+    file = written / "native" / "model.safetensors"
+    with pytest.raises(CheckpointError, match="does not say which part it holds; name it with --only"):
+        convert(Sources(file), tmp_path / "out", "sat", build_component, config=CONFIG)
+    convert(Sources(file, only=("model",)), tmp_path / "out", "sat", build_component, config=CONFIG)
+
+
+def test_progress_counts_all_bytes(written, tmp_path):
+    seen = []
+
+    def progress(total):
+        seen.append(-total)
+        return seen.append
+
+    convert(Sources(written / "native"), tmp_path / "out", "diffusers", build_component, progress=progress)
+    assert sum(seen[1:]) + 12 * 12 * 32 * 4 == -seen[0], (
+        "all but the position table, which diffusers does not store"
+    )
+
+
+# -- the command
+
+
+def test_the_command_converts(written, tmp_path, capsys):
+    assert main([str(written / "native"), str(tmp_path / "out"), "--to", "diffusers", "--dtype", "bf16"]) == 0
+    captured = capsys.readouterr()
+    assert "diffusers, model 37 tensors, first_stage" in captured.out
+    assert captured.err == ""
+    found = open_part(tmp_path / "out", "model")
+    assert found.info(next(iter(found))).dtype == torch.bfloat16
+
+
+def test_the_command_reads_a_base(written, tmp_path):
+    sizes = {"min": 32, "max": 96, "multiple": 8, "max_area": 96 * 96}
+    sections = {**CONFIG, "sampling": {"height": 64, "width": 96, "sizes": sizes}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(sections))
+    folder = Path(shutil.copytree(written / "sat", tmp_path / "sat"))
+    (folder / "config_sections.json").unlink()
+    arguments = [str(folder), str(tmp_path / "out"), "--to", "native"]
+    assert main(arguments) == 1
+    assert main([*arguments, "--base", str(tmp_path / "mine.yaml")]) == 0
+
+
+def test_the_command_refuses_an_occupied_destination(written, tmp_path, capsys):
+    (tmp_path / "x").write_text("mine")
+    assert main([str(written / "native"), str(tmp_path), "--to", "sat"]) == 1
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("500MB", 500_000_000), ("5GB", 5 * 10**9), ("1.5k", 1500), ("7", 7)]
+)
+def test_shard_sizes_are_read(text, count):
+    assert size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "0", "five", "-1GB", "5XB"])
+def test_a_wrong_shard_size_is_refused(text):
+    with pytest.raises(UsageError, match="expected a size such as 500MB"):
+        size(text)
+
+
+def test_an_interrupted_conversion_leaves_nothing(written, tmp_path):
+    """The signal comes while the partial folder is there."""
+    code = (
+        "import sys, time, sat.checkpoint.save as save\n"
+        "write = save.write_safetensors\n"
+        "def slow(path, infos, read, metadata):\n"
+        "    done = write(path, infos, read, metadata); print('half', flush=True); time.sleep(60); return done\n"
+        "save.write_safetensors = slow\n"
+        "from sat.cli.convert import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, str(written / "native"), str(tmp_path / "out"), "--to", "native"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    assert any(path.name.startswith(".out.partial") for path in tmp_path.iterdir())
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "nothing was left at the destination" in errors
+    assert list(tmp_path.iterdir()) == []
