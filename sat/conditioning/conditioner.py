@@ -31,12 +31,13 @@ class Conditioner(nn.Module):
         super().__init__()
         if tokenizer is not None and tokenizer.max_length != max_length:
             raise ValueError(
-                f"the tokenizer cuts at {tokenizer.max_length} tokens, conditioning.max_length is {max_length}"
+                f"the tokenizer cuts at {tokenizer.max_length} tokens, "
+                f"not at conditioning.max_length {max_length}"
             )
         if tokenizer is not None and tokenizer.trained > text.vocab:
             raise ValueError(
-                f"{tokenizer.path} has {tokenizer.trained} pieces, the text encoder's table {text.vocab} rows "
-                "(conditioning.text.params.vocab): they do not belong together"
+                f"{tokenizer.path} has {tokenizer.trained} pieces, the text encoder's table {text.vocab} "
+                "rows (conditioning.text.params.vocab): they do not belong together"
             )
         self.text: nn.Module = text
         self.size = size

@@ -51,8 +51,8 @@ def notices(tokenizer: T5Tokenizer, caption: str) -> list[str]:
     unknown = tokenizer.unknown_share(caption)
     if unknown >= MOSTLY_UNKNOWN:
         lines.append(
-            f"the text encoder does not know {unknown:.0%} of the characters of prompt {_short(caption)} and will "
-            "ignore them: translate the prompt into English or rewrite it"
+            f"the text encoder does not know {unknown:.0%} of the characters of prompt {_short(caption)} and "
+            "will ignore them: translate the prompt into English or rewrite it"
         )
     return lines
 

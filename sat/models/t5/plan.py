@@ -13,4 +13,4 @@ PLAN: Plan = {
     # An embedding (buckets, heads): a rank holds the columns of its heads.
     "transformer.mixins.relative_bias.table": Column(),
 }
-"""Heads and hidden units are shared out; the token table (263 MB in bfloat16 for XXL) and norms stay whole."""
+"""Heads and hidden units are shared out; the token table (263 MB in bfloat16 for XXL) stays whole."""

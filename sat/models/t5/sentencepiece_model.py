@@ -49,7 +49,9 @@ def _take_apart(data: bytes, added: tuple[str, ...]) -> SentencePieceModel:
     pieces: list[str] = []
     kept: list[bytes] = []
     charsmap = b""
+    seen = set()
     for number, wire, value in _fields(data):
+        seen.add(number)
         if wire != _BYTES:
             raise ValueError(f"unexpected wire type {wire} of field {number}")
         if number == _PIECE:
@@ -65,8 +67,10 @@ def _take_apart(data: bytes, added: tuple[str, ...]) -> SentencePieceModel:
             charsmap = next((v for n, _, v in _fields(value) if n == _CHARSMAP), b"")
         elif number != _SELF_TEST:  # the self-test would fail without the normalisation
             kept.append(_field(number, value))
-    if not pieces:
-        raise ValueError("it holds no pieces")
+    if not seen >= {_PIECE, _TRAINER, _NORMALIZER}:
+        raise ValueError(
+            "its pieces, training settings or normalisation are missing: cut off, or another file"
+        )
     kept += [_field(_PIECE, _field(_TEXT, text.encode()) + _score(0.0)) for text in added]
     bare = bytes([3 << 3, 0, 4 << 3, 0, 5 << 3, 1])  # no dummy prefix, spaces kept, spaces escaped
     return SentencePieceModel((*pieces, *added), b"".join(kept) + _field(_NORMALIZER, bare), charsmap)
