@@ -1,4 +1,4 @@
-"""``train.py``: train what the config's objective says. Nothing heavy is imported before the arguments are known."""
+"""``train.py``: train what the config's objective says. Nothing heavy is imported to read the arguments."""
 
 from __future__ import annotations
 

@@ -37,15 +37,17 @@ from sat.sampling.output import safe_name
 from sat.train import optim
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Record
-from sat.train.loop import Extras, Trainer, computing
+from sat.train.loop import Extras, Trainer
 from sat.train.objectives import Objective
 from sat.train.resume import RunFolder
+from sat.train.step import computing
 from sat.util import log as logs
 from sat.util.images import grid, write_png
 from sat.util.rng import image_noise
 
 if TYPE_CHECKING:
-    from sat.train.loop import Draw, Export
+    from sat.train.checkpoints import Export
+    from sat.train.loop import Draw
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
             f"{folder.root} holds checkpoints up to step {saved[-1].step}: --resume goes on from there; "
             f"for a new run choose another --output-dir"
         )
+    layout = experiment.parallel
+    mesh = Mesh(runtime, tensor=layout.tensor, sequence=layout.sequence, guidance=layout.guidance)
     torch.manual_seed(train.seed)
     engine = build_engine(
         experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=_weights(experiment, train)
@@ -121,15 +125,15 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     _warn_of_random(experiment, train, objective)
     if train.activation_checkpointing:
         _recompute(objective)
-    items, validation = _data(data, train, engine, runtime)
-    loader = Loader(items, train.batch_size, train.seed, runtime.rank, runtime.world, data.workers)
-    trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, Mesh(runtime))
+    items, validation = _data(data, train, engine, runtime, mesh)
+    loader = Loader(items, train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks, data.workers)
+    trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
     extras = Extras(
         export=_exporter(experiment, engine, objective, DTYPES[train.dtype]),
         draw=_drawer(experiment, train, engine, runtime) if train.sample_every else None,
         validation=validation,
     )
-    trainer = Trainer(trained, loader, folder, runtime, extras)
+    trainer = Trainer(trained, loader, folder, extras)
     if saved:
         trainer.resume(saved[-1])
     elif experiment.output.resume:
@@ -189,7 +193,7 @@ def _optimizer(train: TrainConfig, objective: nn.Module, experiment: Experiment)
 
 
 def _data(
-    data: DataConfig, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime
+    data: DataConfig, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime, mesh: Mesh
 ) -> tuple[Items, list[Batch]]:
     """What is trained on, and the held-out batches."""
     augment = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
@@ -215,7 +219,7 @@ def _data(
     validation = []
     if train.validate_every and data.validation:
         held_out = items(data.validation, min(data.cache_views, 1), moving=False)
-        validation = once(held_out, train.batch_size, train.seed, runtime.rank, runtime.world)
+        validation = once(held_out, train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
     return items(data.sources, data.cache_views, moving=True), validation
 
 
@@ -250,7 +254,7 @@ def _exporter(
 
 
 def _drawer(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime) -> Draw:
-    """Draws the fixed prompts with the settings of the sampling section; rank r draws prompts r, r + world, …"""
+    """Draws the fixed prompts as the sampling section says; rank r draws prompts r, r + world and so on."""
     sampling = experiment.sampling
     drawer = Drawer(
         engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _join(device: torch.device, rank: int, world: int, timeout: float) -> None:
     wait = timedelta(seconds=timeout)
     if world == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=wait)
         return
     try:
         dist.init_process_group(backend, timeout=wait)

@@ -28,6 +28,7 @@ class Mesh:
         shape = (runtime.world // inner, guidance, sequence, tensor)
         mesh: DeviceMesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=AXES)
         self._sizes = dict(zip(AXES, shape, strict=True))
+        self._data = mesh["data"].get_local_rank()
         self._tensor: dist.ProcessGroup = mesh["tensor"].get_group()
         if inner == 1:
             self._gradient: dist.ProcessGroup = mesh["data"].get_group()
@@ -38,6 +39,11 @@ class Mesh:
     def data_ranks(self) -> int:
         """Number of ranks that read different images."""
         return self._sizes["data"]
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among them."""
+        return self._data
 
     # DeepSpeed's mpu: the seven methods the engine calls.
     def get_data_parallel_group(self) -> dist.ProcessGroup:

@@ -41,7 +41,9 @@ def settings(config: TrainConfig, world: int) -> dict[str, Any]:
     """DeepSpeed's JSON for ``config`` on ``world`` data ranks."""
     if config.dtype != "fp32" and config.zero == 0:
         # DeepSpeed's bf16 without ZeRO takes one optimizer step on zero gradients while it starts.
-        raise ValueError(f"train.dtype {config.dtype} needs train.zero 1 or 2, which keep float32 masters; got 0")
+        raise ValueError(
+            f"train.dtype {config.dtype} needs train.zero 1 or 2, which keep float32 masters; got 0"
+        )
     return {
         "train_batch_size": config.batch_size * config.accumulate * world,
         "train_micro_batch_size_per_gpu": config.batch_size,
@@ -68,7 +70,7 @@ class TrainEngine:
         self, objective: Objective, optimizer: Optimizer, config: TrainConfig, runtime: Runtime, mesh: Mesh
     ) -> None:
         deepspeed = _import(runtime)
-        self.config = config
+        self.config, self.runtime, self.mesh = config, runtime, mesh
         self.objective = objective
         self.parameters = trainable(objective)
         for parameter in objective.parameters():  # DeepSpeed sends them as flat bytes

@@ -16,7 +16,7 @@ from sat.train.deepspeed import TrainEngine
 class Ema:
     """Averages what the optimizer steps: full weights at ZeRO 0, this rank's float32 shard at ZeRO 1 and 2.
 
-    The decay at step n is ``min(decay, (1 + n) / (10 + n))``, so that early averages forget the random start.
+    The decay after n steps is ``min(decay, n / (9 + n))``, so that early averages forget the random start.
     """
 
     def __init__(self, engine: TrainEngine, decay: float) -> None:
@@ -29,12 +29,17 @@ class Ema:
             if master is not None:
                 self._masters.append(master)
                 self._names.append(name)
-        self._shards = [master.detach().clone().float() for master in self._masters]
+        self._shards: list[Tensor] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """The averages are the current weights."""
+        self._shards = [master.detach().float().clone() for master in self._masters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the current weights; ``step`` is the number of steps done before this one."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        """Move towards the current weights after ``step`` steps."""
+        decay = min(self.decay, step / (9 + step))
         torch._foreach_lerp_(self._shards, self._masters, 1 - decay)
 
     def gather(self) -> Iterator[tuple[str, Tensor]]:

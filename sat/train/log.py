@@ -17,6 +17,10 @@ from sat.parallel.collectives import mean
 log = logging.getLogger(__name__)
 
 
+_UNSHOWN = ("step", "images", "seconds")
+"""Numbers of a row that its line for the reader leaves out."""
+
+
 class Averages:
     """Running means of named scalars since the last ``take``, kept on the device they come from."""
 
@@ -39,7 +43,10 @@ class Averages:
             return {}
         table = mean(torch.stack([self._sums[name] for name in names])).tolist()
         self._sums = {}
-        return {name: total / count if count else math.nan for name, (total, count) in zip(names, table, strict=True)}
+        return {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(names, table, strict=True)
+        }
 
 
 class Record:
@@ -53,7 +60,11 @@ class Record:
         self._wandb: Any = None
 
     def start_wandb(
-        self, folder: Path, mode: Literal["offline", "online", "disabled"], project: str, config: Mapping[str, Any]
+        self,
+        folder: Path,
+        mode: Literal["offline", "online", "disabled"],
+        project: str,
+        config: Mapping[str, Any],
     ) -> None:
         """Mirror the rows to wandb; a missing or failing wandb costs a warning, never the run."""
         if mode == "disabled":
@@ -61,9 +72,13 @@ class Record:
         try:
             import wandb
 
-            self._wandb = wandb.init(project=project, dir=str(folder), mode=mode, config=dict(config), resume="allow")
+            self._wandb = wandb.init(
+                project=project, dir=str(folder), mode=mode, config=dict(config), resume="allow"
+            )
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a training run
-            log.warning("wandb does not start (%s): metrics go to metrics.jsonl only", str(error).splitlines()[0])
+            log.warning(
+                "wandb does not start (%s): metrics go to metrics.jsonl only", str(error).splitlines()[0]
+            )
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append ``row``; its ``step`` is the x axis."""
@@ -83,7 +98,7 @@ class Record:
 def line(row: Mapping[str, float], steps: int) -> str:
     """``row`` as one line to read."""
     head = f"step {int(row['step'])}/{steps}"
-    shown = [f"{k} {_short(v)}" for k, v in row.items() if k not in ("step", "epoch", "images", "seconds")]
+    shown = [f"{k} {_short(v)}" for k, v in row.items() if k not in _UNSHOWN]
     left = row["seconds_per_step"] * (steps - row["step"]) if "seconds_per_step" in row else math.nan
     return "  ".join([head, *shown, *([f"left {clock(left)}"] if math.isfinite(left) else [])])
 

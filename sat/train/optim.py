@@ -56,7 +56,7 @@ def fast_options(optimizer: type[Optimizer], given: Iterable[str]) -> dict[str, 
 
 
 def rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of ``step`` (0-based): linear warm-up, then constant or half a cosine to ``min_lr_ratio``.
+    """Learning rate of ``step`` (0-based): linear warm-up, then constant, or a cosine to ``min_lr_ratio``.
 
     A pure function of the step, so there is no scheduler state to save.
     """

@@ -51,11 +51,15 @@ class Progress:
         for key, yaml in (("world", "number of processes"), ("zero", "train.zero"), ("dtype", "train.dtype")):
             was, is_ = getattr(self, key), getattr(now, key)
             if was != is_:
-                raise ResumeError(f"{where} was written with {yaml} {was}, this run has {is_}: use {was} to resume")
+                raise ResumeError(
+                    f"{where} was written with {yaml} {was}, this run has {is_}: use {was} to resume"
+                )
         if dict(self.parameters) == dict(now.parameters):
             return
         changed = sorted(
-            name for name in {*self.parameters, *now.parameters} if self.parameters.get(name) != now.parameters.get(name)
+            name
+            for name in {*self.parameters, *now.parameters}
+            if self.parameters.get(name) != now.parameters.get(name)
         )
         name = changed[0]
         raise ResumeError(
@@ -93,9 +97,13 @@ class RunFolder:
                 whole.append(Saved(step, path))
         return whole
 
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of ``step``."""
+        return self.checkpoints / f"step_{step:08d}"
+
     def begin(self, step: int) -> Path:
         """An empty folder for the checkpoint of ``step``; rank 0 only, before the others write."""
-        path = self.checkpoints / f"step_{step:08d}"
+        path = self.path(step)
         if path.exists():
             (path / MARKER).unlink(missing_ok=True)  # first, so that it is torn if we die while deleting
             shutil.rmtree(path)
@@ -116,7 +124,7 @@ class RunFolder:
         _flush(path)
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` whole checkpoints, and torn ones older than the newest whole one."""
+        """Delete all but the newest ``keep`` whole checkpoints, and torn ones older than the newest."""
         whole = [(path, step) for path, step in self._folders() if not torn(path)]
         if not whole:
             return

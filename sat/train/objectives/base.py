@@ -28,7 +28,7 @@ class Objective(nn.Module):
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Scalars by name on held-out data, without gradients; by default those of ``forward``."""
-        return self(batch, generator)
+        return self.forward(batch, generator)
 
     def parts(self) -> dict[str, nn.Module]:
         """The trained modules by their part of a checkpoint: ``model``, ``text``, ``first_stage``."""

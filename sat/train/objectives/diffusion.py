@@ -79,7 +79,9 @@ class DiffusionObjective(Objective):
                 timestep = int(level * self.engine.schedule.total)
                 index = torch.full((len(batch),), timestep, device=latents.device)
                 noise = torch.Generator().manual_seed(seed + timestep)
-                losses[f"{name}_{timestep}"] = self.engine.loss(latents, text, generator=noise, index=index).mean()
+                losses[f"{name}_{timestep}"] = self.engine.loss(
+                    latents, text, generator=noise, index=index
+                ).mean()
             losses[name] = torch.stack([v for k, v in losses.items() if k.startswith(f"{name}_")]).mean()
         return losses
 
