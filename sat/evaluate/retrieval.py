@@ -110,8 +110,8 @@ def score(
     kept = [(name, image, aim) for name, image, aim in rows if aim is not None]
     if not kept:
         raise DataError(
-            f"none of {len(captions)} captions names one of the {len(card.concepts)} concepts the classifier knows"
-            + (f", e.g. {captions[0]!r}" if captions else "")
+            f"none of {len(captions)} captions names one of the {len(card.concepts)} concepts the classifier "
+            "knows" + (f", e.g. {captions[0]!r}" if captions else "")
         )
     pixels = torch.stack([_prepared(image, card.size) for _, image, _ in kept])
     out = embed(classifier, pixels)
