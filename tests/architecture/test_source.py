@@ -11,8 +11,8 @@ LAUNCH = ROOT / "sat/parallel/launch.py"
 TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".sbatch", ".cfg", ".json", ".jsonl", ""}
 
 
-def _inside_literal_annotations(module: ast.Module) -> set[ast.AST]:
-    """Everything within ``Literal[...]``: the allowed values of a setting, not a device that code uses."""
+def _allowed_values(module: ast.Module) -> set[ast.AST]:
+    """Everything within ``Literal[...]`` and ``choices=``: what a setting may say, not what code uses."""
     inside: set[ast.AST] = set()
     for node in ast.walk(module):
         if (
@@ -21,6 +21,8 @@ def _inside_literal_annotations(module: ast.Module) -> set[ast.AST]:
             and node.value.id == "Literal"
         ):
             inside.update(ast.walk(node))
+        elif isinstance(node, ast.keyword) and node.arg == "choices":
+            inside.update(ast.walk(node.value))
     return inside
 
 
@@ -30,7 +32,7 @@ def test_devices_are_named_only_in_launch() -> None:
         if path == LAUNCH:
             continue
         module = tree(path)
-        allowed = _inside_literal_annotations(module)
+        allowed = _allowed_values(module)
         for node in ast.walk(module):
             literal = isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in allowed
             if literal and re.fullmatch(r"cuda(:\d+)?", node.value):
