@@ -74,8 +74,12 @@ class Dataset:
         return Sample(caption, fitted.original_size, crop, target, image=image)
 
     def record(self, index: int) -> Record:
-        """The record that ``get`` shows for ``index``."""
-        return self._readable(index)[0]
+        """The record that ``get`` shows for ``index``, as far as pictures have been found unreadable by now."""
+        for step in range(len(self.records)):
+            record = self.records[(index + step) % len(self.records)]
+            if str(record.path) not in self._unreadable:
+                return record
+        raise DataError("no picture of the data set can be read")
 
     def _readable(self, index: int) -> tuple[Record, Fitted]:
         """The first readable record from ``index`` on, cyclically."""

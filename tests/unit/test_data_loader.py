@@ -162,6 +162,15 @@ def test_a_latent_cache_draws_from_its_views_and_keeps_captions(folder):
     assert batch.latent_moments.shape == (7, 3, 1, 1)
 
 
+def test_a_latent_cache_captions_what_stands_in_for_a_bad_picture(folder):
+    (folder / "3.png").write_bytes(b"not a picture")
+    cache = LatentCache(
+        dataset(folder, max_bad_share=0.2, keep_bytes=0), lambda images: images, views=1, seed=0
+    )
+    (folder / "4.png").unlink()  # nothing is opened after the encoding
+    assert cache.get(3, 0, 0).caption == "4"
+
+
 def test_validation_batches_are_in_order_and_shared_over_ranks(folder):
     data = dataset(folder)
     assert [batch.caption for batch in once(data, 3)] == [["0", "1", "2"], ["3", "4", "5"]]
