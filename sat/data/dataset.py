@@ -74,7 +74,7 @@ class Dataset:
         return Sample(caption, fitted.original_size, crop, target, image=image)
 
     def record(self, index: int) -> Record:
-        """The record that ``get`` shows for ``index``, as far as pictures have been found unreadable by now."""
+        """The record that ``get`` shows for ``index``, going by the pictures found unreadable so far."""
         for step in range(len(self.records)):
             record = self.records[(index + step) % len(self.records)]
             if str(record.path) not in self._unreadable:
