@@ -249,7 +249,7 @@ class Checker:
                     at, f"{name!r} is given to {takes.name} at run time; it cannot come from a config"
                 )
             elif name not in takes.params:
-                known = ", ".join(takes.params)
+                known = ", ".join(takes.params) or "none"
                 self.report(
                     at, f"{takes.name} has no parameter {name!r}{hint(name, takes.params)} (it takes {known})"
                 )

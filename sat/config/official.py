@@ -228,7 +228,7 @@ class Official:
             raise ConfigError(self.problems)
 
     def notices(self) -> list[str]:
-        """One line for each group of keys that is not honoured."""
+        """One line for each group of keys that is not honoured, by what happens instead."""
         groups: dict[str, list[str]] = {}
         for key in self._leaves():
             if not any(key == used or key.startswith(f"{used}.") for used in self.used):
@@ -244,10 +244,13 @@ class Official:
         found: list[str] = []
 
         def walk(node: Any, key: Key) -> None:
-            if isinstance(node, (Mapping, list)) and node:
-                for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
+            if isinstance(node, Mapping):
+                for name, child in node.items():
                     walk(child, (*key, str(name)))
-            elif node not in ({}, None):
+            elif isinstance(node, list) and any(isinstance(child, Mapping) for child in node):
+                for index, child in enumerate(node):
+                    walk(child, (*key, str(index)))
+            elif node is not None:
                 found.append(dotted(key))
 
         walk(self.tree, ())

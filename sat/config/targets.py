@@ -121,8 +121,10 @@ def signature(made: Any) -> Signature:
     parameters = inspect.signature(made).parameters
     for p in parameters.values():
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+            stars = "**" if p.kind is p.VAR_KEYWORD else "*"
             raise TargetError(
-                f"{made.__name__} takes {p}, whose names cannot be checked; a configurable class lists them"
+                f"{made.__name__} takes {stars}{p.name}, whose names cannot be checked; "
+                f"a configurable class lists its parameters"
             )
     runtime = _runtime(made, parameters)
     hints = _hints(made)

@@ -1,0 +1,287 @@
+"""What a config may not say, each with the line that tells it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+
+from sat.config.check import BAD, Checker, fit, show
+from sat.config.schema import DataConfig, ParallelConfig, TrainConfig
+from sat.config.targets import TargetError, allowed, check_import, produces, resolve, signature
+from sat.diffusion.guidance import ClassifierFree, Guider
+from sat.diffusion.schedule import ZeroSNR
+from tests.configs import DEBUG, Brush, Greedy, Range, Wide, debug, helper, refused
+
+BAD_YAML = """\
+modle: {target: x}
+sampling:
+  steps: "50"
+  heigth: 64
+  height: 30
+  dtype: fp33
+  seed: true
+  guider: {target: sat.diffusion.guidance.ClassiferFree}
+  sampler: {target: sat.diffusion.schedule.ZeroSNR}
+  prompt: [a, 3]
+diffusion:
+  schedule: {target: sat.diffusion.schedule.ZeroSNR, params: {shift: "4", spacing: trailling, rescal: x}}
+  parameterisation: {target: os.system, params: {command: ls}}
+first_stage: {target: sat.first_stage.autoencoder.AutoencoderKL, prams: {}}
+conditioning:
+  text: {target: sat.models.t5.T5Encoder, params: {dim: 3.5}}
+  size: {params: 3}
+model:
+  params: {mixins: {position: {target: sat.mixins.rope.Rop}, x: 5}, depth: yes}
+parallel: {tensor: 2, device: gpu}
+train: {optimizer: {params: {foo: 1, params: 3}}}
+data: {sources: [{path: /nope, repeat: 3}], height: 64, augment: {scale: [1, 2, 3]}}
+imports: [os, no_such_module]
+"""
+
+LINES = """\
+1: modle: no such section; did you mean 'model'?
+3: sampling.steps: expected int, got '50' (str); remove the quotes
+4: sampling.heigth: no such key; did you mean 'height'?
+5: sampling.height: height x width 30 x 64 is not possible: height 30 is not a multiple of 16. The nearest size is
+6: sampling.dtype: expected one of 'fp32', 'bf16', 'fp16', got 'fp33' (str); did you mean 'fp32'?
+7: sampling.seed: expected int, got True (bool)
+8: sampling.guider.target: module 'sat.diffusion.guidance' has no 'ClassiferFree'; did you mean 'ClassifierFree'?
+9: sampling.sampler.target: expected Sampler, got sat.diffusion.schedule.ZeroSNR
+10: sampling.prompt: expected str or a list of str or null, got ['a', 3] (list)
+12: diffusion.schedule.params.shift: expected float, got '4' (str); remove the quotes
+12: diffusion.schedule.params.spacing: expected one of 'trailing', 'leading', got 'trailling' (str); did you mean
+12: diffusion.schedule.params.rescal: ZeroSNR has no parameter 'rescal'; did you mean 'rescale'? (it takes shift,
+13: diffusion.parameterisation.target: 'os.system' is outside sat and torch.optim; list its module in `imports`
+14: first_stage.prams: a component has only `target` and `params`; did you mean 'params'?
+16: conditioning.text.params.dim: expected int, got 3.5 (float)
+17: conditioning.size.params: expected a mapping of parameters, got 3 (int)
+19: model.params.mixins.position.target: module 'sat.mixins.rope' has no 'Rop'; did you mean 'Rope'?
+19: model.params.mixins.x: expected Mixin, got 5 (int)
+19: model.params.depth: expected int, got 'yes' (str)
+20: parallel.tensor: only 1 is possible yet, got 2
+20: parallel.device: expected one of 'auto', 'cpu', 'cuda', got 'gpu' (str)
+21: train: needs `objective`
+21: train: needs `steps`
+21: train.optimizer.params.foo: AdamW has no parameter 'foo' (it takes lr, betas,
+21: train.optimizer.params.params: 'params' is given to AdamW at run time; it cannot come from a config
+22: data.sources.0.repeat: no such key; did you mean 'repeats'?
+22: data: needs `width`
+22: data.augment.scale: expected a list of 2: float, float, got [1, 2, 3] (list)
+23: imports.0: 'os' belongs to Python itself
+23: imports.1: cannot import 'no_such_module': No module named 'no_such_module'; is its folder on PYTHONPATH?
+""".splitlines()
+
+
+def test_every_problem_is_told_at_once_with_its_line(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(BAD_YAML)
+    told = refused([DEBUG, bad])
+    for line in LINES:
+        assert [t for t in told if t.startswith(f"{bad}:{line}")], line
+    assert len(told) == len(LINES), [t for t in told if not any(t.startswith(f"{bad}:{line}") for line in LINES)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["sampling=null"], "sampling: expected a mapping of prompt, prompt_file"),
+        (["sampling.guider=null"], "sampling.guider: expected a component (`target` and `params`), got null"),
+        (["sampling.guider={params: {}}", "sampling.guider.target=3"], "expected a dotted name such as sat."),
+        (["model.target=CogView3Plus"], "expected a dotted name such as sat.package.module.Class"),
+        (["model.target=sat.models.cogview3_plis.CogView3Plus"], "did you mean sat.models.cogview3_plus?"),
+        (["model.target=sgm.modules.diffusionmodules.dit.DiffusionTransformer"], "is a class of the official code"),
+        (["model.target=sat.diffusion.schedule.ZeroSNR"], "expected Module, got sat.diffusion.schedule.ZeroSNR"),
+        (["model.target=sat.config.schema.Path"], "'sat.config.schema.Path' is defined in 'pathlib"),
+        (["model.target=sat.config.record.subprocess"], "'sat.config.record.subprocess' is not a class or function"),
+        (["model.target=sat.config.source._int"], "module 'sat.config.source' has no '_int'"),
+        (["diffusion.loss={target: sat.diffusion.loss.DenoisingLoss, params: {weighting: 3}}"],
+         "diffusion.loss.params.weighting: expected Weighting, got 3 (int)"),
+        (["diffusion.process={target: sat.diffusion.process.Process, params: {mixins: [a]}}"],
+         "diffusion.process.params.mixins: expected a mapping of Mixin, got ['a'] (list)"),
+        (["train={objective: {target: sat.train.objectives.first_stage.FirstStageObjective, params: {engine: 1}},"
+          " steps: 2}"], "'engine' is given to FirstStageObjective at run time"),
+        (["train={objective: {target: sat.diffusion.schedule.ZeroSNR}, steps: 2}"], "expected Objective, got"),
+        (["sampling.sizes.multiple=24", "sampling.width=48"], "not a multiple of 16, the pixels of one patch (8 x patch 2)"),
+        (["sampling.sizes={min: 16, max: 128, multiple: 16, max_area: 16384}"],
+         "128 pixels are 8 patches, more than the model's position table [4, 6]"),
+        (["model.params.text_len=9"], "text_len 9 of the model does not fit conditioning.max_length 8"),
+        (["conditioning.text.params.dim=32"], "text_dim 24 of the model does not fit conditioning.text.params.dim 32"),
+        (["conditioning.size.params.dim=4"], "size_dim 48 of the model does not fit 6 x conditioning.size.params.dim 24"),
+        (["first_stage.params.latent_channels=8"], "channels 4 of the model does not fit first_stage.params"),
+        (["model.params.heads=5"], "model: sat.models.cogview3_plus.CogView3Plus refuses these parameters: dim 32"),
+        (["diffusion.schedule.params.shift=-1"], "diffusion.schedule: sat.diffusion.schedule.ZeroSNR refuses"),
+        (["sampling.sizes={min: 64, max: 32}"], "sampling.sizes: "),
+    ],
+)  # fmt: skip
+def test_one_problem(overrides, what):
+    lines = refused([DEBUG], ["conditioning.tokenizer=null", *overrides])
+    assert len(lines) == 1, lines
+    assert what in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("sampling.steps=0", "expected 1 to 1000 steps, got 0"),
+        ("sampling.seed=-1", "image i uses seed + i), got -1"),
+        ("sampling.batch_size=0", "expected at least 1, got 0"),
+        ("conditioning.max_length=0", "expected at least 1 token, got 0"),
+        ("checkpoint.random=-3", "expected a seed of at least 0, got -3"),
+        ("memory.decode_batch=0", "expected at least 1 image, got 0"),
+        ("memory.decode_tile=2", "expected at least 8 latent cells, got 2"),
+        ("output.resume=true", "`resume` needs `output.dir`"),
+        ("parallel.sequence=2", "only 1 is possible yet, got 2"),
+        ("parallel.guidance=2", "only 1 is possible yet, got 2"),
+        ("parallel.timeout=0", "expected more than 0 seconds, got 0.0"),
+    ],
+)
+def test_rules_of_a_section(override, what):
+    (line,) = refused([DEBUG], ["conditioning.tokenizer=null", override])
+    assert line.startswith(f"override: {override.partition('=')[0]}: ")
+    assert what in line
+
+
+TRAIN = {"objective": {"target": "sat.train.objectives.first_stage.FirstStageObjective"}, "steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"warmup": 11}, "warmup"),
+        ({"lr": 0}, "lr"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"clip": 0}, "clip"),
+        ({"ema": 1.0}, "ema"),
+        ({"sample_every": 5}, "sample_prompts"),
+        ({"batch_size": 0, "accumulate": 0}, "accumulate"),
+        ({"dtype": "bf16", "zero": 0}, "zero"),
+        ({"steps": 0}, "steps"),
+        ({"zero": 3}, "zero"),
+    ],
+)
+def test_rules_of_training(values, key):
+    checker = Checker({})
+    assert checker.section(TrainConfig, {**TRAIN, **values}, ("train",)) is BAD
+    assert f"train.{key}" in [p.key for p in checker.problems]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"sources": []}, {"height": 0}, {"max_bad_share": 2}, {"workers": -1}, {"cache_views": -1},
+     {"sources": [{"path": ".", "repeats": 0}]}, {"augment": {"shift": 0.9}}, {"augment": {"scale": [1.0, 0.5]}}],
+)  # fmt: skip
+def test_rules_of_data(values):
+    checker = Checker({})
+    good = {"sources": [{"path": "."}], "height": 8, "width": 8}
+    assert checker.section(DataConfig, good, ()) is not BAD
+    assert checker.section(DataConfig, {**good, **values}, ()) is BAD
+
+
+def test_a_section_made_in_python_keeps_its_rules():
+    with pytest.raises(ValueError, match=r"parallel\.tensor: only 1 is possible yet, got 2; .*parallel\.timeout"):
+        ParallelConfig(tensor=2, timeout=-1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value", "made"),
+    [
+        (float, 3, 3.0),
+        (float, True, BAD),
+        (float, "3", BAD),
+        (int, True, BAD),
+        (int, 3.0, BAD),
+        (int, 2**70, 2**70),
+        (bool, 1, BAD),
+        (str, 1, BAD),
+        (tuple[int, int], [1, 2], (1, 2)),
+        (tuple[int, int], [1], BAD),
+        (list[str], ["a"], ["a"]),
+        (list[str], "ab", BAD),
+        (int | None, None, None),
+        (Path | None, "a/b", Path("a/b")),
+        (float, float("inf"), float("inf")),
+    ],
+)
+def test_plain_values_are_taken_strictly(wanted, value, made):
+    got = fit(wanted, value)
+    assert got is BAD if made is BAD else (got == made and type(got) is type(made))
+
+
+@pytest.mark.parametrize(
+    ("params", "problem"),
+    [
+        ({"pair": [1, 2], "span": {"low": 0}, "folder": "x", "brush": None, "names": ["a"]}, None),
+        ({"brush": {"target": "tests.configs.Wide", "params": {"ratio": 2}}}, None),
+        ({"brushes": {"a": {"target": "tests.configs.Brush"}}, "several": [{"target": "tests.configs.Brush"}]}, None),
+        ({"engine": 1}, "params.engine: 'engine' is given to Wide at run time"),
+        ({"span": {"low": 2}}, "params.span: low 2.0 is above high 1.0"),
+        ({"span": {}}, "params.span: needs `low`"),
+        ({"span": {"low": 0, "hihg": 1}}, "params.span.hihg: no such key; did you mean 'high'?"),
+        ({"span": 3}, "params.span: expected a mapping of low, high, got 3 (int)"),
+        ({"pair": [1, 2, 3]}, "params.pair: expected a list of 2: int, int"),
+        ({"names": "abc"}, "params.names: expected a list of str, got 'abc' (str)"),
+        ({"brush": {"target": "tests.configs.Range", "params": {"low": 0}}}, "expected Brush or null, got tests"),
+        ({"brush": {"target": "tests.configs.Greedy"}}, "Greedy takes **options"),
+        ({"brush": {"target": "tests.configs.helper"}}, "expected Brush or null, got tests.configs.helper"),
+        ({"brushes": {"a": {"target": "tests.configs.Wide", "params": {"ratio": "x"}}}},
+         "params.brushes.a.params.ratio: expected float, got 'x' (str)"),
+        ({"several": [{"target": "tests.configs.Brush", "params": {"x": 1}}]},
+         "params.several.0.params.x: Brush has no parameter 'x' (it takes none)"),
+        ({"mode": "c"}, "params.mode: expected one of 'a', 'b', got 'c' (str)"),
+    ],
+)  # fmt: skip
+def test_parameters_are_checked_against_the_signature(params, problem):
+    checker = Checker({})
+    checker.allow(["tests.configs"])
+    made = checker.component({"target": "tests.configs.Wide", "params": params}, ("c",), Brush)
+    told = [str(p) for p in checker.problems]
+    assert (made is BAD) == (problem is not None), told
+    assert (not told) if problem is None else (len(told) == 1 and problem in told[0]), told
+
+
+def test_a_target_outside_needs_its_module_among_the_imports():
+    with pytest.raises(TargetError, match=re.escape("list its module in `imports` to allow it: imports: [tests.configs]")):
+        resolve("tests.configs.Wide")
+    assert resolve("tests.configs.Wide", ["tests.configs"]) is Wide
+    assert allowed("torch.optim.adamw", [])
+    assert not allowed("torch.optimum", [])
+    assert not allowed("satellite", [])
+
+
+@pytest.mark.parametrize("name", ["os", "subprocess", "builtins", "importlib.util", "sys"])
+def test_python_itself_cannot_be_imported_by_a_config(name):
+    with pytest.raises(TargetError, match="belongs to Python itself"):
+        check_import(name)
+
+
+def test_what_a_signature_says():
+    takes = signature(Wide)
+    assert takes.runtime == ("engine",)
+    assert "engine" not in takes.params
+    assert takes.defaults["ratio"] == 1.0
+    with pytest.raises(TargetError, match=r"Greedy takes \*\*options, whose names cannot be checked"):
+        signature(Greedy)
+
+
+def test_what_a_target_makes():
+    assert produces(ClassifierFree, Guider)  # a Protocol is met by its members
+    assert not produces(ZeroSNR, Guider)
+    assert produces(Wide, Brush | None)
+    assert not produces(helper, Brush)
+    assert produces(helper, str)
+    assert produces(helper, Any)
+
+
+def test_names_of_types_in_messages():
+    assert show(Annotated[int, "note"] | None) == "int or null"
+    assert show(dict[str, Brush]) == "a mapping of Brush"
+    assert show(Range) == "a mapping of low, high"
+
+
+def test_imports_of_a_config_open_its_modules():
+    e = debug("imports=[tests.configs]")
+    assert e.imports == ["tests.configs"]
