@@ -76,7 +76,7 @@ class AutoencoderKL(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The weights' type; inputs are cast to it."""
-        return self.encoder.stem.weight.dtype
+        return next(self.parameters()).dtype
 
     def encode(self, image: Tensor) -> Posterior:
         """Distribution of the unscaled latents (B, C, H/f, W/f) of images (B, 3, H, W) in [-1, 1]."""

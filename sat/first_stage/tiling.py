@@ -1,8 +1,8 @@
 """Encoding and decoding in pieces: memory is bounded by the piece, not by the batch and the picture.
 
 Slicing takes some images at a time and changes nothing. Tiling also cuts each image into overlapping squares
-and crossfades where they meet. A tile sees neither what lies beyond its border nor the normalisation statistics
-of the whole picture, so the result is near the plain one, not equal. One tile is the plain path exactly.
+and crossfades where they meet. A tile sees neither what lies beyond its border nor the statistics by which
+the whole picture is normalised: the result is near the plain one, not equal. One tile is the plain path.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Tiling:
     def windows(self, cells: int, scale: int = 1) -> list[Window]:
         """Tiles along an axis of ``cells`` latent cells, with weights per 1/``scale`` of a cell.
 
-        All have the tile's length (or the axis', if that is shorter) and are spread evenly. At every place the
-        weights of the tiles there add up to one; towards a neighbour they fall linearly.
+        All have the tile's length (or the axis', if that is shorter) and are spread evenly. The weights
+        of the tiles at a place add up to one; towards a neighbour they fall linearly.
         """
         length = min(self.tile, cells)
         count = 1 + -(-(cells - length) // (self.tile - self.shared))
