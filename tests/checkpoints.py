@@ -23,10 +23,12 @@ MODEL: dict[str, Any] = {
     "size_dim": 48, "table_size": [12, 12],
 }  # fmt: skip
 FIRST_STAGE: dict[str, Any] = {
-    "width": 8, "multipliers": [1, 2, 3], "res_blocks": 1, "latent_channels": 4, "groups": 4, "scale_factor": 0.7,
+    "width": 8, "multipliers": [1, 2, 3], "res_blocks": 1, "latent_channels": 4, "groups": 4,
+    "scale_factor": 0.7,
 }  # fmt: skip
 TEXT: dict[str, Any] = {
-    "dim": 24, "heads": 2, "head_dim": 8, "mlp_dim": 40, "depth": 2, "vocab": 120, "buckets": 8, "max_distance": 16,
+    "dim": 24, "heads": 2, "head_dim": 8, "mlp_dim": 40, "depth": 2, "vocab": 120, "buckets": 8,
+    "max_distance": 16,
 }  # fmt: skip
 
 CONFIG: dict[str, Any] = {
@@ -84,7 +86,7 @@ def tokenizer(path: Path) -> Path:
     """A sentencepiece model of about 100 pieces with T5's ids for padding, end and unknown."""
     import sentencepiece
 
-    words = "red green blue apple pear plum car bus ship cat dog bird tree house sun moon star".split()
+    words = ["red", "green", "blue", "apple", "pear", "car", "ship", "cat", "dog", "tree", "house", "sun"]
     lines = [f"a {a} {b} with the {c}" for a in words for b in words for c in words[:4]]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -1,4 +1,4 @@
-"""Conversion: every pair of formats, bit for bit; what is not stored is computed; the command and its messages."""
+"""Conversion: every pair of formats bit for bit, what is not stored is computed, the command's messages."""
 
 import shutil
 import signal
@@ -185,7 +185,8 @@ def test_an_interrupted_conversion_leaves_nothing(written, tmp_path):
         "import sys, time, sat.checkpoint.save as save\n"
         "write = save.write_safetensors\n"
         "def slow(path, infos, read, metadata):\n"
-        "    done = write(path, infos, read, metadata); print('half', flush=True); time.sleep(60); return done\n"
+        "    done = write(path, infos, read, metadata); print('half', flush=True)\n"
+        "    time.sleep(60); return done\n"
         "save.write_safetensors = slow\n"
         "from sat.cli.convert import main\n"
         "sys.exit(main(sys.argv[1:]))\n"

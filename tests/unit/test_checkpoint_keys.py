@@ -12,7 +12,8 @@ from sat.models.t5 import T5Encoder
 from tests.checkpoints import spec
 
 VAE4 = {
-    "multipliers": (1, 2, 4, 4), "res_blocks": 2, "latent_channels": 4, "mid_attention": True, "quant_convs": True,
+    "multipliers": (1, 2, 4, 4), "res_blocks": 2, "latent_channels": 4, "mid_attention": True,
+    "quant_convs": True,
 }  # fmt: skip
 
 CASES = [

@@ -1,4 +1,4 @@
-"""Strict loading: every name once, everything that does not fit in one line, values cast and placed as asked."""
+"""Strict loading: every name once, all that does not fit in one line, values cast and placed as asked."""
 
 import pytest
 import torch

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from sat.checkpoint import (
-    WRITERS, CheckpointError, Options, detect, digest, find_part, find_tokenizer, load, open_part, save_native,
-)  # fmt: skip
+    WRITERS,
+    CheckpointError,
+    Options,
+    detect,
+    digest,
+    find_part,
+    find_tokenizer,
+    load,
+    open_part,
+    save_native,
+)
 from sat.checkpoint.format import PARTS
 from tests.checkpoints import CONFIG, build, same, tensors, tokenizer
 
