@@ -72,8 +72,9 @@ class Record:
         try:
             import wandb
 
+            quiet = wandb.Settings(silent=True, console="off", save_code=False)
             self._wandb = wandb.init(
-                project=project, dir=str(folder), mode=mode, config=dict(config), resume="allow"
+                project=project, dir=str(folder), mode=mode, config=dict(config), settings=quiet
             )
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a training run
             log.warning(

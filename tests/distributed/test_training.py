@@ -1,0 +1,124 @@
+"""Training on two gloo ranks: equal to one process, exact to resume, sure to stop."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.training_ranks import STAGES
+from tests.tolerances import BF16, EXACT, F32
+
+ROOT = Path(__file__).parents[2]
+FLOAT32 = ("zero0", "zero1", "zero2")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.distributed.training_ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def value(results: dict[str, list[dict[str, Any]]], case: str, rank: int = 0) -> Any:
+    end = results[case][rank]
+    assert end["code"] == 0, end
+    return end["value"]
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+@pytest.mark.parametrize("stage", FLOAT32)
+def test_two_ranks_train_as_one_process_with_two_micro_batches(results, stage) -> None:
+    one, two = value(results, "single")["weights"], value(results, f"{stage}/run")["weights"]
+    assert difference(one, two) <= F32
+
+
+@pytest.mark.parametrize("stage", ("bf16", "bf16_zero2", "autocast"))
+def test_half_precision_stays_near_float32(results, stage) -> None:
+    full, half = value(results, "zero0/run")["weights"], value(results, f"{stage}/run")["weights"]
+    assert 0 < difference(full, half) <= BF16
+
+
+def test_zero_1_and_2_are_one_run_in_bf16(results) -> None:
+    one, two = (value(results, f"{stage}/run")["weights"] for stage in ("bf16", "bf16_zero2"))
+    assert difference(one, two) <= EXACT
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_hold_the_same_weights(results, stage) -> None:
+    ours, theirs = (value(results, f"{stage}/run", rank)["weights"] for rank in (0, 1))
+    assert difference(ours, theirs) <= EXACT
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, stage) -> None:
+    end = value(results, f"{stage}/resumed")
+    assert end["start"] == 3
+    assert difference(end["weights"], value(results, f"{stage}/run")["weights"]) <= EXACT
+    assert end["position"] == {"position": 36}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_with_a_nan_loss_on_one_rank_changes_nothing_anywhere(results, stage) -> None:
+    for rank in (0, 1):
+        (first, _), (second, skipped), (third, _) = value(results, f"{stage}/poisoned", rank)["history"]
+        assert skipped == 1
+        assert torch.equal(first, second)
+        assert not torch.equal(second, third)
+        assert torch.isfinite(third).all()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_averages_stand_in_for_the_weights_and_leave_no_trace(results, stage) -> None:
+    end = value(results, f"{stage}/swapped")
+    for name, inside in end["inside"].items():
+        average = end["before"][f"ema.{name}"]
+        assert torch.equal(inside, average.to(inside.dtype)), name
+        assert not torch.equal(inside, end["before"][name]), name
+        assert torch.equal(end["masters"][name].to(inside.dtype), end["before"][name]), name
+    assert difference(end["before"], end["after"]) <= EXACT
+
+
+@pytest.mark.parametrize("stage", ("bf16", "bf16_zero2"))
+def test_averages_are_of_the_float32_masters(results, stage) -> None:
+    end = value(results, f"{stage}/swapped")
+    for name, master in end["masters"].items():
+        assert end["before"][name].dtype == torch.bfloat16
+        assert not torch.equal(master, end["before"][name].float()), name
+
+
+def test_tables_keep_their_precision_in_bf16(results) -> None:
+    assert value(results, "bf16/run")["table"].item() == torch.tensor(1 / 3).item()
+
+
+@pytest.mark.parametrize(("case", "words"), [("world", "number of processes 2, this run has 1"),
+                                             ("stage", "train.zero 0, this run has 1")])  # fmt: skip
+def test_a_checkpoint_of_another_layout_is_refused(results, case, words) -> None:
+    assert words in results[case][0]["error"]
+
+
+def test_a_streak_of_nan_losses_ends_the_run_on_all_ranks(results) -> None:
+    for end in results["hopeless"]:
+        assert end["code"] == 1
+        assert "3 steps in a row" in end["error"]
+        assert "lower train.lr" in end["error"]
+
+
+def test_a_dead_rank_ends_the_others_with_a_reason(results) -> None:
+    assert results["dying"][1]["code"] == 7
+    assert "another rank died" in value(results, "dying")
+
+
+def test_one_rank_asked_to_stop_stops_all_at_one_step_and_saves(results) -> None:
+    for rank in (0, 1):
+        assert value(results, "stopping", rank) == {"step": 2, "saved": [2]}

@@ -1,0 +1,152 @@
+"""Cases of training on one and two ranks, all run from one process so that DeepSpeed is imported once.
+
+``python -m tests.distributed.training_ranks FOLDER`` writes FOLDER/results.pt; test_training.py reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sat.config.schema import TrainConfig
+from sat.parallel.collectives import explain, gather
+from sat.parallel.launch import Runtime
+from sat.train.ema import masters
+from tests.training import CONFIG, Toy, changed, ranks, trainer, weights
+
+STAGES: dict[str, dict[str, Any]] = {
+    "zero0": {"zero": 0},
+    "zero1": {"zero": 1},
+    "zero2": {"zero": 2},
+    "bf16": {"zero": 1, "dtype": "bf16"},
+    "bf16_zero2": {"zero": 2, "dtype": "bf16"},
+    "autocast": {"zero": 0, "autocast": "bf16"},
+}
+
+
+def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """A run from beginning to end."""
+    run = trainer(folder / "run", config, runtime)
+    run.fit()
+    return {"weights": weights(run), "table": run.engine.objective.get_buffer("table").clone()}
+
+
+def resumed(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The second half of a run whose first half is in the folder."""
+    run = trainer(folder / "run", config, runtime)
+    for p in run.engine.parameters.values():
+        p.data.add_(1.0)  # whatever is not restored shows
+    run.resume(run.folder.saved()[0])
+    start = run.step
+    run.fit()
+    return {"weights": weights(run), "start": start, "position": run.source.state_dict()}
+
+
+def poisoned(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """A run whose loss is NaN at its second step, on rank 0 only."""
+    run = trainer(folder / "run", config, runtime, Toy(poison=(1,), rank=runtime.rank))
+    before: list[Any] = []
+    for _ in range(3):
+        run._train_step(iter(run.source))
+        before.append((weights(run)["net.0.weight"], run.skipped))
+    return {"history": before}
+
+
+def hopeless(runtime: Runtime, folder: Path, config: TrainConfig) -> None:
+    """A run whose loss is always NaN."""
+    trainer(folder / "run", config, runtime, Toy(poison=tuple(range(100)), rank=runtime.rank)).fit()
+
+
+def swapped(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The averages in the module, and the module after it; the masters against the weights."""
+    run = trainer(folder / "run", config, runtime)
+    run.fit()
+    assert run.ema is not None
+    before = weights(run)
+    with run.ema.swapped():
+        inside = {name: p.detach().clone() for name, p in run.engine.parameters.items()}
+    return {"before": before, "inside": inside, "after": weights(run), "masters": dict(masters(run.engine))}
+
+
+def dying(runtime: Runtime, folder: Path, config: TrainConfig) -> str | None:
+    """Rank 1 dies at its third step; what rank 0 says."""
+    run = trainer(folder / "run", config, runtime)
+    batches = iter(run.source)
+    try:
+        for step in range(6):
+            if step == 2 and runtime.rank == 1:
+                os._exit(7)
+            run._train_step(batches)
+    except RuntimeError as error:
+        return explain(error)
+    return "did not notice"
+
+
+def stopping(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """Only rank 1 is asked to stop, in its second step."""
+    import signal
+
+    run = trainer(folder / "run", config, runtime)
+    step = run._train_step
+
+    def watched(batches: Any) -> None:
+        step(batches)
+        if run.step == 2 and runtime.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run._train_step = watched  # type: ignore[method-assign]
+    run.fit()
+    return {"step": run.step, "saved": [saved.step for saved in run.folder.saved()]}
+
+
+
+
+def main(folder: Path) -> None:
+    """All cases."""
+    import deepspeed  # noqa: F401 - once, before the forks
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    results: dict[str, Any] = {}
+
+    def case(name: str, world: int, work: Any, **options: Any) -> None:
+        config = changed(CONFIG, **options)
+        results[name] = ranks(world, folder / name, functools.partial(work, config=config))
+
+    case("single", 1, whole, accumulate=2)
+    for name, options in STAGES.items():
+        case(f"{name}/run", 2, whole, **options)
+        case(f"{name}/resumed", 2, _copied(folder / f"{name}/run", resumed), **options)
+        case(f"{name}/poisoned", 2, poisoned, **options)
+        case(f"{name}/swapped", 2, swapped, **options)
+    case("world", 1, _copied(folder / "zero0/run", resumed), zero=0)
+    case("stage", 2, _copied(folder / "zero0/run", resumed), zero=1)
+    case("hopeless", 2, hopeless, max_bad_steps=3)
+    case("dying", 2, dying)
+    case("stopping", 2, stopping)
+    torch.save(results, folder / "results.pt")
+
+
+def _copied(source: Path, work: Any) -> Any:
+    """``work`` in a folder that holds the first checkpoint of the run in ``source``."""
+
+    def act(runtime: Runtime, folder: Path, config: TrainConfig) -> Any:
+        import shutil
+
+        target = folder / "run" / "checkpoints" / "step_00000003"
+        if runtime.is_main:
+            shutil.copytree(source / "run" / "checkpoints" / "step_00000003", target)
+        gather(None)
+        return work(runtime, folder, config)
+
+    return act
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

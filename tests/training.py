@@ -1,0 +1,179 @@
+"""A toy objective and data for the training loop, and ranks that are forked to run it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sat.config.schema import Component, TrainConfig
+from sat.data.batch import Batch, Sample, collate
+from sat.parallel.launch import Runtime, launch
+from sat.parallel.mesh import Mesh
+from sat.train import optim
+from sat.train.deepspeed import TrainEngine
+from sat.train.log import Record
+from sat.train.loop import Extras, Trainer
+from sat.train.objectives import Objective
+from sat.train.resume import RunFolder
+
+CONFIG = TrainConfig(
+    objective=Component("tests.training.Toy"), steps=6, batch_size=3, lr=1e-2, ema=0.9, clip=0.05,
+    weight_decay=0.1, schedule="cosine", warmup=2, log_every=2, save_every=3, keep_last=10, wandb="disabled",
+)  # fmt: skip
+"""Six steps; the clip is below the gradient norm, so it acts at every step."""
+
+
+class Toy(Objective):
+    """A denoiser of vectors with a frozen layer and a table; ``poison`` makes the loss of those steps NaN."""
+
+    def __init__(self, poison: tuple[int, ...] = (), rank: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 33), nn.GELU(), nn.Linear(33, 8))
+        self.norm = nn.LayerNorm(8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.register_buffer("table", torch.tensor([1 / 3]))
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+        self.poison, self.rank, self.calls = poison, rank, 0
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Mapping[str, Tensor]:
+        assert batch.latent_moments is not None
+        x = batch.latent_moments.flatten(1)
+        noise = torch.randn(x.shape, generator=generator)
+        seen = self.frozen((x + noise).to(self.frozen.weight.dtype))
+        error = self.norm(self.net(seen)).float() - x
+        loss = error.square().mean() * self.table.float().sum()
+        if self.calls in self.poison and self.rank == 0 and self.training:
+            loss = loss * float("nan")
+        self.calls += self.training
+        return {"loss": loss, "twice": 2 * loss}
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"model": self.net}
+
+
+class Numbers:
+    """Endless batches of vectors that depend on the position in the stream alone."""
+
+    def __init__(self, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.position = 0
+
+    @property
+    def epoch(self) -> float:
+        return self.position / 10
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.position = state["position"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            start = self.position + self.rank * self.batch_size
+            self.position += self.world * self.batch_size
+            yield collate([_sample(place) for place in range(start, start + self.batch_size)])
+
+
+def _sample(place: int) -> Sample:
+    moments = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(place))
+    return Sample(f"{place}", (8, 8), (0, 0), (8, 8), latent_moments=moments)
+
+
+def trainer(
+    folder: Path, config: TrainConfig, runtime: Runtime, objective: Objective | None = None, **extras: Any
+) -> Trainer:
+    """A trainer of the toy (or of ``objective``) in ``folder``."""
+    mesh = Mesh(runtime)
+    objective = objective or Toy(rank=mesh.data_rank)
+    groups = optim.groups(objective, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=1e-4, fused=True)
+    engine = TrainEngine(objective, optimizer, config, runtime, mesh)
+    source = Numbers(config.batch_size, mesh.data_rank, mesh.data_ranks)
+    record = Record(folder) if runtime.is_main else None
+    return Trainer(engine, source, RunFolder(folder), Extras(record=record, **extras))
+
+
+def weights(run: Trainer) -> dict[str, Tensor]:
+    """Every parameter, and every average under ``ema.``; whole on rank 0, the averages only there."""
+    found = {name: p.detach().clone() for name, p in run.engine.objective.named_parameters()}
+    if run.ema is not None:
+        averages = dict(run.ema.gather())
+        found |= {f"ema.{name}": value.clone() for name, value in averages.items()}
+    return found
+
+
+def changed(config: TrainConfig, **values: Any) -> TrainConfig:
+    """``config`` with other values."""
+    return replace(config, **values)
+
+
+# ---------------------------------------------------------------------- ranks
+
+Work = Callable[[Runtime, Path], Any]
+
+
+def ranks(world: int, folder: Path, work: Work, timeout: float = 60.0) -> list[dict[str, Any]]:
+    """What ``work(runtime, folder)`` returns or raises on each of ``world`` forked ranks.
+
+    A fork of a process that has imported everything starts in a tenth of a second. Call it from a process
+    that has not computed with several threads.
+    """
+    import torch.multiprocessing as mp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    context = mp.get_context("fork")
+    processes = [context.Process(target=_rank, args=(rank, world, folder, work)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+    ends = []
+    for rank, process in enumerate(processes):
+        file = folder / f"end_{rank}.pt"
+        end = torch.load(file, weights_only=False) if file.exists() else {}
+        ends.append({"code": process.exitcode, **end})
+    return ends
+
+
+def _rank(rank: int, world: int, folder: Path, work: Work) -> None:
+    """The life of one rank; what it returns or raises goes to a file."""
+    import os
+    import signal
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    if world > 1:
+        store = dist.FileStore(str(folder / "store"), world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    runtime = launch("cpu", 20, group=True)
+    try:
+        end = {"value": work(runtime, folder)}
+    except Exception as error:
+        traceback.print_exc()
+        end = {"error": f"{type(error).__name__}: {error}"}
+    torch.save(end, folder / f"end_{rank}.pt")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if "value" in end else 1)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
