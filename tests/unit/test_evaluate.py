@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sat.cli import evaluate
 from sat.data.records import DataError
+from sat.data.transforms import to_tensor
 from sat.evaluate.augment import Strength, augment
 from sat.evaluate.classifier import Card, Classifier, embed, frechet, statistics, top_shares
 from sat.evaluate.retrieval import collect, score, wanted
@@ -57,6 +59,10 @@ def test_a_trained_judge_knows_real_pictures_and_says_how_well(trained):
     assert model.card.scores["augmented_top1"] > 0.9
     assert model.card.scores["heldout_top1"] == 1  # another blue cross
     assert model.card.training["pictures"] == 6
+    real = [drawing(colour, style) for colour in COLOURS.values() for style in ("plain", "cross")]
+    pixels = torch.stack([to_tensor(np.asarray(picture)) for picture in real])
+    expected = embed(model, augment(pixels.repeat(40, 1, 1, 1), Strength(), torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(model.real_mean, expected.features.mean(0), rtol=0.2, atol=0.2)
     assert model.real_cov.diagonal().min() >= 0
 
 
@@ -119,6 +125,7 @@ def test_a_caption_asks_for_the_longest_label_in_it(caption, concept, style):
 
 def test_a_caption_without_known_words_asks_for_nothing():
     assert wanted("hearty soup", CARD) is None
+    assert wanted("sweetheart", CARD) is None
 
 
 def test_unknown_captions_are_left_out_and_listed():
