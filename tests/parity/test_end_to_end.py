@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
@@ -23,7 +21,7 @@ STEPS = 10  # the peer rounds timesteps where the original truncates: equal for 
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[CogView3PlusPipeline, Pipeline]:
     """The same random weights as a diffusers folder in their pipeline and as a native one in ours.
 
-    Theirs rescales the schedule before it picks the steps and normalises once before the head: so does ours here.
+    Theirs rescales the schedule before it picks the steps and normalises once before the head: so does ours.
     """
     root = tmp_path_factory.mktemp("pair")
     spiece, weights = tokenizer(root / "spiece.model"), tensors()
@@ -49,9 +47,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[CogView3PlusPipeline
 def both(pair: tuple[CogView3PlusPipeline, Pipeline], negative: str | None) -> tuple[Tensor, Tensor]:
     """Pictures (1, 3, H, W) in [0, 1] of the same latents, theirs and ours."""
     theirs, ours = pair
-    noise = torch.randn(
-        1, *ours.drawer.engine.latent_shape(HEIGHT, WIDTH), generator=torch.Generator().manual_seed(3)
-    )
+    shape = ours.drawer.engine.latent_shape(HEIGHT, WIDTH)
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
     their_image = theirs(
         PROMPT, negative, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
         latents=noise.clone(), max_sequence_length=ours.experiment.conditioning.max_length, output_type="pt",
