@@ -18,7 +18,7 @@ from sat.checkpoint.formats.hf_t5 import T5
 from sat.checkpoint.load import Computes, match
 from sat.checkpoint.save import WRITERS, Options, refuse_occupied
 
-#: Builds the network that a component (``target`` and ``params``) describes.
+#: Builds the network that a component (``target`` and ``params``) describes; on the meta device where it can.
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
 #: What parts that carry no config, as in official folders, are tried as: the published networks.

@@ -91,7 +91,8 @@ def _convert(args: argparse.Namespace) -> int:
     most = size(args.max_shard)
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
-    from sat.config.build import build
+    from sat.config.build import build_empty
+    from sat.config.schema import Component
 
     config, imports = _config(args.base)
     sources = Sources(args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only))
@@ -101,7 +102,7 @@ def _convert(args: argparse.Namespace) -> int:
             sources,
             args.dst,
             args.to,
-            lambda component: build(component, imports=imports),
+            lambda component: build_empty(Component(**component), imports),
             config=config,
             options=Options(dtype=DTYPES[args.dtype] if args.dtype else None, max_shard_bytes=most),
             allow_pickle=args.allow_pickle,

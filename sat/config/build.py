@@ -166,6 +166,7 @@ class _Fill:
             device=self.device,
             dtype=self._dtype(part),
             allow_missing=self.weights.allow_missing,
+            allow_unexpected=self.weights.allow_unexpected,
             allow_pickle=self.weights.allow_pickle,
         )
         return module

@@ -157,6 +157,7 @@ class CheckpointConfig(Section):
     """Where weights are read: ``path`` is one folder with every part, the other three name one part each and win over it.
 
     ``random`` is a seed: parts that no path covers are then drawn at random from it. Without it they are an error.
+    ``allow_missing`` are shell patterns over our tensor names, ``allow_unexpected`` over the names in the file.
     """
 
     section = "checkpoint"
@@ -166,6 +167,7 @@ class CheckpointConfig(Section):
     text: Annotated[Path | None, MustExist(WEIGHTS)] = None
     random: int | None = None
     allow_missing: list[str] = field(default_factory=list)
+    allow_unexpected: list[str] = field(default_factory=list)
     allow_pickle: bool = False
 
     def source(self, part: Literal["model", "first_stage", "text"]) -> Path | None:

@@ -55,7 +55,8 @@ def write(file, to):
         else:
             _sharded(folder, "out", tensors, options, index=False)
 
-load(nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2)}, "model", dtype=torch.bfloat16)  # first-use costs
+# costs of the first use
+load(nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2)}, "model", dtype=torch.bfloat16)
 found = {}
 for file in sys.argv[2:]:
     for dtype in ("float32", "bfloat16"):

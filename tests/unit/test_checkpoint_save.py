@@ -239,6 +239,12 @@ def test_an_empty_folder_says_so(tmp_path):
     assert "it holds nothing" in message(tmp_path)
 
 
+def test_a_checkpoint_one_folder_further_down_is_pointed_at(copy, tmp_path):
+    """As in the checkpoints of a training run, which hold the engine's state beside native/."""
+    folder = copy("native")
+    assert f"did you mean '{folder}'" in message(tmp_path)
+
+
 def test_a_part_that_is_not_there_is_named(tmp_path):
     save_native(tmp_path / "out", {"model": tensors()["model"]}, CONFIG)
     assert "holds no text weights, only ['model']" in message(tmp_path / "out", "text")

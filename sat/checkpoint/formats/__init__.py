@@ -87,6 +87,9 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
+MARKS = ("manifest.json", "model_index.json", "latest", "config.json")
+
+
 def detect(path: Path) -> Format:
     """The format that ``path`` is in; one clear line where it is in none."""
     if not path.exists():
@@ -97,10 +100,12 @@ def detect(path: Path) -> Format:
         if found.detects(path):
             return found
     inside = sorted(entry.name for entry in path.iterdir())
+    nested = [name for name in inside if any((path / name / mark).is_file() for mark in MARKS)]
+    hint = f"; did you mean {str(path / nested[0])!r}?" if nested else ""
     raise CheckpointError(
         f"{path}: no known checkpoint format: expected manifest.json (native), model_index.json or "
         f"config.json (diffusers, Hugging Face), `latest` (SAT) or weight files; it "
-        f"holds {listing(inside) or 'nothing'}"
+        f"holds {listing(inside) or 'nothing'}{hint}"
     )
 
 
