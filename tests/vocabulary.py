@@ -9,17 +9,18 @@ from pathlib import Path
 import sentencepiece
 
 _LINES = (
-    "a red green blue apple cat dog sits on the mountain photo of small large old wooden house river under sky",
-    "full café naïve über garçon Straße ế e\u0301 tree — emoji style sun flower rocket heart person running, waving;",
-    "night day 2024 12 3d render quality < > / s pad unk extra_id_0 </s> <pad>",
+    "a red green blue apple cat dog sits on the mountain photo of small large old wooden house river under",
+    "sky full café naïve über garçon Straße ế e\u0301 tree — emoji style sun flower rocket heart person",
+    "running, waving; night day 2024 12 3d render quality < > / s pad unk extra_id_0 </s> <pad>",
     "각 한국 Ω привет й न क का ² ½ km² ™ 中 文字",
 )
 _ODD_LINES = (
-    "</s> <pad> <unk> <extra_id_0> <extra_id_99> <extra_id_100> <extra_id_1 x</s>y ＜/s＞ ＜extra_id_3＞ <s>",
-    "e\u0301 e\u0302\u0301 a\u0308\u0304 o\u0323\u0302 ﬁ ﬁ\u0302 \u2122\u0301 \u212b \u1e9b\u0323 \u0600a \u0e33",
+    "</s> <pad> <unk> <extra_id_0> <extra_id_99> <extra_id_100> <extra_id_1 x</s>y ＜/s＞ ＜extra_id_3＞",
+    "<s> e\u0301 e\u0302\u0301 a\u0308\u0304 o\u0323\u0302 ﬁ ﬁ\u0302",
+    "\u2122\u0301 \u212b \u1e9b\u0323 \u0600a \u0e33",
     "① ㎏ ｆｕｌｌ ﷺ ½ ² Ⅷ ㌢ 각 \u1100\u1161\u11a8 中文 一只猫，在山上 \uff9e \u0301 \u0301a ▁ ▁▁a a▁b",
-    "😀 👩\u200d🚀 🇩🇪 👍🏽 ❤\ufe0f \u200d \u200b \ufeff \xad \x00 \x01 \x07 \x1b[0m \x7f \ufffd \ue000 \U000f0000",
-    "a\x85b a\u2028b a\x9fb",
+    "😀 👩\u200d🚀 🇩🇪 👍🏽 ❤\ufe0f \u200d \u200b \ufeff \xad \x00 \x01 \x07 \x1b[0m",
+    "\x7f \ufffd \ue000 \U000f0000 a\x85b a\u2028b a\x9fb",
 )
 _WORDS = [word for line in _LINES for word in line.split(" ")]
 _ODD = [word for line in _ODD_LINES for word in line.split(" ")]

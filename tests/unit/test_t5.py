@@ -179,7 +179,8 @@ def test_heads_and_hidden_units_can_be_shared_out_by_the_plan(encoder, ids):
 
 CONFIG = {
     "model_type": "t5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": EPS, "d_model": 24,
-    "d_kv": 8, "num_heads": 3, "d_ff": 40, "num_layers": 2, "vocab_size": 50, "relative_attention_num_buckets": 32,
+    "d_kv": 8, "num_heads": 3, "d_ff": 40, "num_layers": 2, "vocab_size": 50,
+    "relative_attention_num_buckets": 32,
 }  # fmt: skip
 
 
