@@ -80,21 +80,21 @@ def test_a_step_with_a_nan_loss_on_one_rank_changes_nothing_anywhere(results, st
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_averages_stand_in_for_the_weights_and_leave_no_trace(results, stage) -> None:
-    end = value(results, f"{stage}/swapped")
+    end = value(results, f"{stage}/run")
     for name, inside in end["inside"].items():
-        average = end["before"][f"ema.{name}"]
+        average = end["weights"][f"ema.{name}"]
         assert torch.equal(inside, average.to(inside.dtype)), name
-        assert not torch.equal(inside, end["before"][name]), name
-        assert torch.equal(end["masters"][name].to(inside.dtype), end["before"][name]), name
-    assert difference(end["before"], end["after"]) <= EXACT
+        assert not torch.equal(inside, end["weights"][name]), name
+        assert torch.equal(end["masters"][name].to(inside.dtype), end["weights"][name]), name
+    assert difference(end["weights"], end["after"]) <= EXACT
 
 
 @pytest.mark.parametrize("stage", ("bf16", "bf16_zero2"))
 def test_averages_are_of_the_float32_masters(results, stage) -> None:
-    end = value(results, f"{stage}/swapped")
+    end = value(results, f"{stage}/run")
     for name, master in end["masters"].items():
-        assert end["before"][name].dtype == torch.bfloat16
-        assert not torch.equal(master, end["before"][name].float()), name
+        assert end["weights"][name].dtype == torch.bfloat16
+        assert not torch.equal(master, end["weights"][name].float()), name
 
 
 def test_tables_keep_their_precision_in_bf16(results) -> None:

@@ -30,10 +30,20 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """A run from beginning to end."""
+    """A run from beginning to end, then with the averages swapped in and out."""
     run = trainer(folder / "run", config, runtime)
     run.fit()
-    return {"weights": weights(run), "table": run.engine.objective.get_buffer("table").clone()}
+    before = weights(run)
+    assert run.ema is not None
+    with run.ema.swapped():
+        inside = {name: p.detach().clone() for name, p in run.engine.parameters.items()}
+    return {
+        "weights": before,
+        "inside": inside,
+        "after": weights(run),
+        "masters": {name: value.clone() for name, value in masters(run.engine)},
+        "table": run.engine.objective.get_buffer("table").clone(),
+    }
 
 
 def resumed(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
@@ -60,17 +70,6 @@ def poisoned(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, A
 def hopeless(runtime: Runtime, folder: Path, config: TrainConfig) -> None:
     """A run whose loss is always NaN."""
     trainer(folder / "run", config, runtime, Toy(poison=tuple(range(100)), rank=runtime.rank)).fit()
-
-
-def swapped(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """The averages in the module, and the module after it; the masters against the weights."""
-    run = trainer(folder / "run", config, runtime)
-    run.fit()
-    assert run.ema is not None
-    before = weights(run)
-    with run.ema.swapped():
-        inside = {name: p.detach().clone() for name, p in run.engine.parameters.items()}
-    return {"before": before, "inside": inside, "after": weights(run), "masters": dict(masters(run.engine))}
 
 
 def dying(runtime: Runtime, folder: Path, config: TrainConfig) -> str | None:
@@ -123,7 +122,6 @@ def main(folder: Path) -> None:
         case(f"{name}/run", 2, whole, **options)
         case(f"{name}/resumed", 2, _copied(folder / f"{name}/run", resumed), **options)
         case(f"{name}/poisoned", 2, poisoned, **options)
-        case(f"{name}/swapped", 2, swapped, **options)
     case("world", 1, _copied(folder / "zero0/run", resumed), zero=0)
     case("stage", 2, _copied(folder / "zero0/run", resumed), zero=1)
     case("hopeless", 2, hopeless, max_bad_steps=3)

@@ -1,0 +1,70 @@
+"""The noise and precision of a step, and asking to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from sat.parallel.launch import Runtime
+from sat.train.deepspeed import settings
+from sat.train.step import computing, step_generator
+from sat.train.stop import stop_signals
+from tests.training import CONFIG, changed
+
+
+def draw(*place: int) -> tuple[float, float]:
+    generator = step_generator(*place)
+    return torch.rand((), generator=generator).item(), torch.rand(()).item()
+
+
+def test_noise_depends_on_seed_step_and_place_alone() -> None:
+    first = draw(0, 5, 2)
+    torch.rand(7)
+    assert draw(0, 5, 2) == first
+    others = [draw(1, 5, 2), draw(0, 6, 2), draw(0, 5, 3), draw(0, 52, 0), draw(5, 0, 2)]
+    assert len({first, *others}) == 6
+
+
+def test_autocast_computes_in_bf16_with_float32_weights() -> None:
+    runtime = Runtime(0, 1, 0, torch.device("cpu"))
+    layer = torch.nn.Linear(2, 2)
+    with computing(changed(CONFIG, autocast="bf16"), runtime):
+        assert layer(torch.ones(1, 2)).dtype == torch.bfloat16
+    with computing(CONFIG, runtime):
+        assert layer(torch.ones(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_sets_the_event_and_handlers_come_back(number, capfd) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), number)
+        assert stop.is_set()
+        os.kill(os.getpid(), number)  # torchrun's echo of it
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_a_later_second_signal_acts_as_before(monkeypatch, capfd) -> None:
+    monkeypatch.setattr("sat.train.stop._ECHO", -1.0)
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 0.1) if hasattr(signal, "sigtimedwait") else None
+
+
+def test_half_precision_weights_without_masters_are_refused() -> None:
+    config = changed(CONFIG, zero=1, dtype="bf16")
+    object.__setattr__(config, "zero", 0)  # as if the config's own rule were not there
+    with pytest.raises(ValueError, match="train.dtype bf16 needs train.zero 1 or 2"):
+        settings(config, 1)
+
+
+def test_the_batch_arithmetic_counts_ranks_and_accumulation() -> None:
+    made = settings(changed(CONFIG, batch_size=3, accumulate=4, zero=2), 5)
+    assert made["train_batch_size"] == 60
+    assert made["zero_optimization"] == {"stage": 2}
