@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim) float32, [cos | sin], frequencies 10000^(-k / half), k = 0 … half - 1; odd ``dim`` ends in a 0.
+    """(B,) -> (B, dim) float32, [cos | sin], frequencies 10000^(-k / half) for k = 0 … half - 1.
 
-    Source: official ``util.py:207``.
+    An odd ``dim`` ends in a 0. Source: official ``util.py:207``.
     """
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -21,13 +21,15 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 def guidance_sinusoid(w: Tensor, dim: int) -> Tensor:
-    """(B,) guidance strengths -> (B, dim) float32, [sin | cos] of 1000 w, frequencies 10000^(-k / (half - 1)).
+    """(B,) guidance strengths -> (B, dim) float32, [sin | cos] of 1000 w at 10000^(-k / (half - 1)).
 
     The order and the denominator differ from :func:`sinusoid`. Source: official ``sampling.py:24-50``.
     """
     half = dim // 2
-    # In this order: at angles of thousands of radians the rounding of the frequencies shows (5e-4 at w = 7.5).
-    freqs = torch.exp(torch.arange(half, dtype=torch.float32, device=w.device) * (-math.log(10000) / (half - 1)))
+    # In this order: at thousands of radians the rounding of the frequencies shows (5e-4 at w = 7.5).
+    freqs = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=w.device) * (-math.log(10000) / (half - 1))
+    )
     angles = 1000 * w.float()[:, None] * freqs
     return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2))
 

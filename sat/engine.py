@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.conditioning.conditioner import Conditioner
-from sat.diffusion.denoiser import Denoiser
+from sat.diffusion.denoiser import Denoiser, Network
 from sat.diffusion.guidance import Guider
 from sat.diffusion.level import Level
 from sat.diffusion.loss import DenoisingLoss
@@ -27,8 +29,8 @@ class NonFiniteError(ArithmeticError):
 class DiffusionEngine(nn.Module):
     """Samples images and computes training losses for any network of the family.
 
-    Latents are the network's: the first stage's times its ``scale_factor``. The schedule, the sampler's state and
-    guidance are float32 whatever the dtype of the weights.
+    Latents are the network's: the first stage's times its ``scale_factor``. The schedule, the sampler's state
+    and guidance are float32 whatever the dtype of the weights.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class DiffusionEngine(nn.Module):
     @property
     def denoiser(self) -> Denoiser:
         """The network behind the contract ``denoise(x, level, prepared) -> x0``."""
-        return Denoiser(self.network, self.parameterisation)
+        return Denoiser(cast(Network, self.network), self.parameterisation)
 
     @property
     def hooks(self) -> str:
@@ -80,8 +82,8 @@ class DiffusionEngine(nn.Module):
     ) -> Tensor:
         """Latents (B, C, h, w) float32 from unit noise of the same shape.
 
-        Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last step on
-        an accelerator, where looking earlier would stall the device.
+        Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
+        step on an accelerator, where looking earlier would stall the device.
         """
         levels = self.schedule.levels(steps)
         rows = guider.rows(cond, uncond)
@@ -165,6 +167,6 @@ class _FiniteWatch:
         }.get(self.dtype, "the weights or the initial latents hold values that are not finite")
         name = str(self.dtype).removeprefix("torch.")
         raise NonFiniteError(
-            f"the latent is not finite at step {step + 1} (timestep {self.seen[step][0].index:g}, {name}): {advice}"
+            f"the latent is not finite at step {step + 1} "
+            f"(timestep {self.seen[step][0].index:g}, {name}): {advice}"
         )
-

@@ -1,9 +1,9 @@
 """Named, typed extension points, and the table that says which mixin owns each of them.
 
-A *host* lists its extension points as a frozen dataclass of callables (``TransformerHooks``, ``ProcessHooks``).
-A *mixin* fills some of them with methods marked ``@replaces("attend")`` or ``@wraps("layer")``.
-:func:`resolve` turns the host's defaults and its mixins into one hooks instance, once, at construction;
-after that a hook call is a plain attribute call.
+A *host* lists its extension points as a frozen dataclass of callables (``TransformerHooks``,
+``ProcessHooks``). A *mixin* fills some of them with methods marked ``@replaces("attend")`` or
+``@wraps("layer")``. :func:`resolve` turns the host's defaults and its mixins into one hooks instance, once,
+at construction; after that a hook call is a plain attribute call.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def _check(cls: type[Mixin], method: str, hook: str, kind: Kind) -> None:
         near = difflib.get_close_matches(hook, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise HookError(
-            f"{cls.__name__}.{method}: {cls.host.__name__} has no hook {hook!r}{hint} (it has {sorted(known)})"
+            f"{cls.__name__}.{method}: {cls.host.__name__} has no hook {hook!r}{hint} "
+            f"(it has {sorted(known)})"
         )
     protocol = get_type_hints(cls.host)[hook]
     want = list(inspect.signature(protocol.__call__).parameters)[1:]
@@ -108,7 +109,7 @@ class Resolved(Generic[H]):
 
 
 def resolve(defaults: H, mixins: Mapping[str, Mixin]) -> Resolved[H]:
-    """Fill ``defaults`` from ``mixins``: replacements first, then wrappers in mixin order, the last outermost.
+    """``defaults`` filled from ``mixins``: replacements first, then wrappers in order, the last outermost.
 
     Raises :class:`HookError` for a mixin of another host and :class:`HookConflictError` for two owners.
     """
@@ -120,7 +121,8 @@ def resolve(defaults: H, mixins: Mapping[str, Mixin]) -> Resolved[H]:
     for name, mixin in mixins.items():
         if mixin.host is not host:
             raise HookError(
-                f"mixin {name!r} ({type(mixin).__name__}) plugs into {mixin.host.__name__}, not into {host.__name__}"
+                f"mixin {name!r} ({type(mixin).__name__}) plugs into {mixin.host.__name__}, "
+                f"not into {host.__name__}"
             )
         todo += [(kind, hook, name, getattr(mixin, m)) for m, (hook, kind) in type(mixin).declared.items()]
     for kind, hook, name, fn in todo:

@@ -18,7 +18,8 @@ class Network(Protocol):
     def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Any:
         """Everything that depends on the condition and the latent size (h, w) but not on the step.
 
-        ``indices`` are the timesteps that will follow, so that what depends on them alone is computed now too.
+        ``indices`` are the timesteps that will follow, so that what depends on them alone is computed now
+        too.
         """
         ...
 
@@ -28,7 +29,7 @@ class Network(Protocol):
 
 
 class Denoiser:
-    """Predicted x0 of a network under a parameterisation; float32 in, float32 out, whatever the network's dtype."""
+    """Predicted x0 of a network under a parameterisation; float32 in and out, whatever its dtype."""
 
     def __init__(self, network: Network, parameterisation: Parameterisation) -> None:
         self.network = network

@@ -13,15 +13,15 @@ Scalar = float | Tensor
 class Level(NamedTuple):
     """x_t = alpha x0 + sigma eps, and what the network is told about it.
 
-    ``index`` is the timestep the network sees, 0 … 999. ``net_alpha`` and ``net_sigma`` turn the network's output
-    into x0: officially they are those of the nearest of the 1000 training levels, which differ a little from
-    ``alpha`` and ``sigma`` wherever the schedule of a short run does (reference: traps 8). ``ratio`` is the relay
-    blend: 0 without relay, 1 at the low-resolution image.
+    ``index`` is the timestep the network sees, 0 … 999. ``net_alpha`` and ``net_sigma`` turn the network's
+    output into x0: officially they are those of the nearest of the 1000 training levels, which differ a
+    little from ``alpha`` and ``sigma`` wherever the schedule of a short run does (reference: traps 8).
+    ``ratio`` is the relay blend: 0 without relay, 1 at the low-resolution image.
     """
 
     alpha: Scalar
     sigma: Scalar
-    index: Scalar
+    index: Scalar  # type: ignore[assignment] # hides tuple.index, which nothing here needs
     net_alpha: Scalar
     net_sigma: Scalar
     ratio: Scalar = 0.0

@@ -16,16 +16,16 @@ from sat.diffusion.weighting import Uniform, Weighting
 class Draw(NamedTuple):
     """The random choices of one training batch."""
 
-    index: Tensor  # (B,) int64 timestep
+    index: Tensor  # type: ignore[assignment] # (B,) int64 timestep; hides tuple.index
     eps: Tensor  # (B, C, h, w) unit noise, plus the offset
 
 
 class DenoisingLoss:
     """Squared error between the network's output and its target at random noise levels, per image.
 
-    For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10 read
-    as an error in v); for eps prediction the official ``StandardDiffusionLoss``. ``offset_noise`` adds that much of
-    one normal draw per image to the noise (drawn after it).
+    For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10
+    read as an error in v); for eps prediction the official ``StandardDiffusionLoss``. ``offset_noise`` adds
+    that much of one normal draw per image to the noise (drawn after it).
     """
 
     def __init__(self, weighting: Weighting | None = None, offset_noise: float = 0.0) -> None:

@@ -42,9 +42,9 @@ class V:
 
 
 class Eps:
-    """The noise itself, for variance-exploding schedules: x0 = x - sigma eps; the input is scaled to unit variance.
+    """The noise itself, for variance-exploding schedules: x0 = x - sigma eps.
 
-    Source: official ``EpsScaling``.
+    The network's input is scaled to unit variance. Source: official ``EpsScaling``.
     """
 
     def scale_in(self, x: Tensor, level: Level) -> Tensor:

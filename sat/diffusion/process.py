@@ -40,12 +40,14 @@ class ProcessHooks:
 
 
 class Process(nn.Module):
-    """Plain diffusion: the mean is alpha x0. Variance preserving and exploding schedules differ only in their levels."""
+    """Plain diffusion: the mean is alpha x0, for variance-preserving and exploding schedules alike."""
 
     def __init__(self, mixins: Mapping[str, Mixin] | None = None) -> None:
         super().__init__()
         self.mixins = nn.ModuleDict(mixins or {})
-        self.resolved: Resolved[ProcessHooks] = resolve(ProcessHooks(mean=self._mean, start=self._start), mixins or {})
+        self.resolved: Resolved[ProcessHooks] = resolve(
+            ProcessHooks(mean=self._mean, start=self._start), mixins or {}
+        )
 
     @property
     def hooks(self) -> ProcessHooks:
@@ -63,7 +65,8 @@ class Process(nn.Module):
     def step(self, x: Tensor, x0: Tensor, now: Level, to: Level, ctx: ProcessContext) -> Tensor:
         """x at level ``to``: keep the predicted noise, move the predicted mean.
 
-        This is the official Euler, zero-SNR DDIM and relay step in one (DDIM, arXiv:2010.02502 eq. 12 with eta 0).
+        This is the official Euler, zero-SNR DDIM and relay step in one (DDIM, arXiv:2010.02502 eq. 12 with
+        eta 0).
         """
         keep = to.sigma / now.sigma
         return self.hooks.mean(x0, to, ctx) + keep * (x - self.hooks.mean(x0, now, ctx))

@@ -34,8 +34,8 @@ class Sampler(Protocol):
 class DDIM:
     """Deterministic: each step keeps the predicted noise and moves the predicted mean; the last returns x0.
 
-    Equals the official ``ZeroSNRDDIMSampler`` on a zero-SNR schedule and ``EulerEDMSampler`` on an exploding one.
-    Source: arXiv:2010.02502.
+    Equals the official ``ZeroSNRDDIMSampler`` on a zero-SNR schedule and ``EulerEDMSampler`` on an exploding
+    one. Source: arXiv:2010.02502.
     """
 
     def __call__(

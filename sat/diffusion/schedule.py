@@ -34,8 +34,8 @@ def scaled_linear_alphas(total: int = 1000, start: float = 0.00085, end: float =
 
     Source: latent diffusion, arXiv:2112.10752; official ``discretizer.py``.
     """
-    betas = np.linspace(start**0.5, end**0.5, total, dtype=np.float64) ** 2
-    return np.cumprod(1.0 - betas)
+    betas: Table = np.linspace(start**0.5, end**0.5, total, dtype=np.float64) ** 2
+    return np.cumprod(1.0 - betas, dtype=np.float64)
 
 
 def snr_shift(alphas_cumprod: Table, shift: float) -> Table:
@@ -47,23 +47,24 @@ def snr_shift(alphas_cumprod: Table, shift: float) -> Table:
 
 
 def zero_terminal(root: Table) -> Table:
-    """sqrt(alpha-bar), noise last, moved and stretched so that it ends at exactly 0 and still begins where it did.
+    """sqrt(alpha-bar), noise last, moved and stretched to end at exactly 0 and to begin where it did.
 
     Source: arXiv:2305.08891, algorithm 1. A table of one entry cannot be both: it becomes 0.
     """
     first, last = root[0], root[-1]
     if first == last:
         return np.zeros_like(root)
-    return (root - last) * (first / (first - last))
+    moved: Table = (root - last) * (first / (first - last))
+    return moved
 
 
 class ZeroSNR:
     """Variance preserving with zero terminal signal: alpha = sqrt(alpha-bar), sigma = sqrt(1 - alpha-bar).
 
-    ``rescale`` says when the terminal signal is removed: ``after_spacing`` (official: the steps of the run are picked
-    first and rescaled by their own end points, so alpha at a timestep depends on the number of steps) or
-    ``before_spacing`` (diffusers: the table of all ``total`` levels is rescaled once).
-    ``quantise`` (official): x0 is computed with the nearest of the 1000 training levels.
+    ``rescale`` says when the terminal signal is removed: ``after_spacing`` (official: the steps of the run
+    are picked first and rescaled by their own end points, so alpha at a timestep depends on the number of
+    steps) or ``before_spacing`` (diffusers: the table of all ``total`` levels is rescaled once). ``quantise``
+    (official): x0 is computed with the nearest of the 1000 training levels.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class ZeroSNR:
 
 
 class Discrete:
-    """Variance exploding over the 1000 levels of the latent-diffusion schedule: alpha = 1, sigma = sqrt((1 - a) / a).
+    """Variance exploding over the levels of the latent-diffusion schedule: alpha 1, sigma sqrt((1 - a) / a).
 
     The schedule of CogView3-Base and CogView3-Relay (eps prediction).
     """

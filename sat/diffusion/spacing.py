@@ -12,8 +12,8 @@ Spacing = Literal["trailing", "leading"]
 def timesteps(steps: int, total: int, spacing: Spacing = "trailing") -> list[int]:
     """``steps`` timesteps of 0 … total - 1, descending.
 
-    ``trailing`` always starts at total - 1: 50 of 1000 are 999, 979, …, 19. ``leading`` always ends at 0: 980, …, 0.
-    Source: arXiv:2305.08891, table 2; official ``discretizer.py:14``.
+    ``trailing`` always starts at total - 1: 50 of 1000 are 999, 979, …, 19. ``leading`` always ends at 0:
+    980, …, 0. Source: arXiv:2305.08891, table 2; official ``discretizer.py:14``.
     """
     if not 1 <= steps <= total:
         raise ValueError(f"steps must be between 1 and {total} (the training levels), got {steps}")
@@ -22,7 +22,9 @@ def timesteps(steps: int, total: int, spacing: Spacing = "trailing") -> list[int
     return [int(t) for t in (np.arange(steps) * (total // steps))[::-1]]
 
 
-def karras_sigmas(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> list[float]:
+def karras_sigmas(
+    steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+) -> list[float]:
     """``steps`` noise levels, descending, evenly spaced in sigma^(1 / rho).
 
     Source: arXiv:2206.00364, eq. 5; official ``discretizer.py`` (``EDMDiscretization``).

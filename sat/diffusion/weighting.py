@@ -1,4 +1,4 @@
-"""How much each noise level counts in the loss, as weights on the squared error of the network's own output."""
+"""How much each noise level counts in the loss, as weights on the squared error of the network's output."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from sat.transformer.points import TransformerHooks
 class FinalLayer(Mixin):
     """Image tokens of (B, L, D) -> (B, C, h, w); text tokens are dropped.
 
-    ``double_norm`` normalises twice (eps 1e-5, then 1e-6) as the original does through its transformer's own final
-    norm; diffusers normalises once. Both norms have no parameters. The adaLN rows are (shift, scale).
+    ``double_norm`` normalises twice (eps 1e-5, then 1e-6) as the original does through its transformer's own
+    final norm; diffusers normalises once. Both norms have no parameters. The adaLN rows are (shift, scale).
     Source: official ``dit.py:217``, reference notes on eps in ``docs/parity.md``.
     """
 

@@ -13,11 +13,11 @@ from sat.transformer.points import Prepare, TransformerHooks
 
 
 def rotary_angles(grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000.0) -> Tensor:
-    """(N, d) float32 angles: the first half of the rotated pairs turns with the row, the second with the column.
+    """(N, d) float32 angles: the first half of the pairs turns with the row, the second with the column.
 
-    Positions are scaled to the ``base`` grid (``row * base.h / grid.h``, rounded down), so that every size spans the
-    positions seen in training. The angle of pair k is shared by channels k and k + d / 2.
-    Source: CogView4 as published in diffusers (checked in ``tests/parity/test_rope.py``).
+    Positions are scaled to the ``base`` grid (``row * base.h / grid.h``, rounded down), so that every size
+    spans the positions seen in training. The angle of pair k is shared by channels k and k + d / 2. Source:
+    CogView4 as published in diffusers (checked in ``tests/parity/test_rope.py``).
     """
     if head_dim % 4:
         raise ValueError(f"2-D rotary embedding needs a head size that is a multiple of 4, got {head_dim}")
@@ -49,7 +49,9 @@ class Rope(Mixin):
     def prepare(self, inner: Prepare, ctx: Context) -> Context:
         ctx = inner(ctx)
         assert ctx.tokens is not None, "rotary embedding follows the patch embedding"
-        angles = rotary_angles(ctx.grid, self.head_dim, base=self.base, theta=self.theta).to(ctx.tokens.device)
+        angles = rotary_angles(ctx.grid, self.head_dim, base=self.base, theta=self.theta).to(
+            ctx.tokens.device
+        )
         return replace(ctx, rotary=(angles.cos(), angles.sin()))
 
     @replaces("rotate_qk")

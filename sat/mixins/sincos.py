@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.context import Context
@@ -14,8 +14,8 @@ from sat.transformer.points import TransformerHooks
 def sincos_table(height: int, width: int, dim: int) -> Tensor:
     """(height, width, dim) float32: the first half of the channels encodes the *column*, the second the row.
 
-    Each half is [sin | cos] at frequencies 10000^(-k / (dim / 4)). Source: official ``dit.py:95-113``, where the
-    width comes first.
+    Each half is [sin | cos] at frequencies 10000^(-k / (dim / 4)). Source: official ``dit.py:95-113``, where
+    the width comes first.
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine position table needs a width that is a multiple of 4, got {dim}")
@@ -32,7 +32,7 @@ def sincos_table(height: int, width: int, dim: int) -> Tensor:
 
 
 class SinCos2D(Mixin):
-    """Adds the top-left (grid.h, grid.w) corner of a (height, width, D) table to the image tokens, zeros to the text.
+    """Adds the top-left (grid.h, grid.w) corner of a (height, width, D) table to the image tokens only.
 
     The table is a buffer that checkpoints carry (the official file holds one; it is used when it is there).
     ``height`` and ``width`` count patches; a larger grid is refused.
@@ -46,7 +46,9 @@ class SinCos2D(Mixin):
         self.size = (height, width)
         # On the meta device nothing is computed: arithmetic there first imports sympy, for seconds.
         empty = torch.get_default_device().type == "meta"
-        self.register_buffer("table", torch.empty(height, width, dim) if empty else sincos_table(height, width, dim))
+        self.register_buffer(
+            "table", torch.empty(height, width, dim) if empty else sincos_table(height, width, dim)
+        )
 
     def computed(self) -> dict[str, Tensor]:
         """Values of the buffers a checkpoint may leave out, by local name."""
@@ -56,7 +58,9 @@ class SinCos2D(Mixin):
     def position(self, ctx: Context) -> Tensor | None:
         h, w = ctx.grid
         if h > self.size[0] or w > self.size[1]:
-            raise ValueError(f"{h} x {w} patches do not fit the {self.size[0]} x {self.size[1]} position table")
+            raise ValueError(
+                f"{h} x {w} patches do not fit the {self.size[0]} x {self.size[1]} position table"
+            )
         like = self.table if ctx.tokens is None else ctx.tokens
         image = self.table[:h, :w].reshape(1, h * w, -1).to(like.dtype)
         return F.pad(image, (0, 0, ctx.text_len, 0))

@@ -12,6 +12,7 @@ from sat.transformer.attention import Attention, FeedForward
 from sat.transformer.context import Context, Modulation
 from sat.transformer.points import TransformerHooks
 
+
 @dataclass(frozen=True)
 class BlockSpec:
     """What differs between the blocks of a diffusion transformer (the defaults) and those of T5."""
@@ -83,7 +84,9 @@ def modulated(x: Tensor, m: Modulation | None, text_len: int, dtype: torch.dtype
         return x.to(dtype)
     if torch.is_grad_enabled():
         streams = _streams(x, text_len)
-        x = torch.cat([torch.addcmul(m.shift[:, i : i + 1], s, 1 + m.scale[:, i : i + 1]) for i, s in streams], 1)
+        x = torch.cat(
+            [torch.addcmul(m.shift[:, i : i + 1], s, 1 + m.scale[:, i : i + 1]) for i, s in streams], 1
+        )
         return x.to(dtype)
     for i, stream in _streams(x, text_len):
         stream.mul_(1 + m.scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
@@ -96,13 +99,15 @@ def residual(x: Tensor, branch: Tensor, m: Modulation | None, text_len: int) -> 
         return x + branch
     if torch.is_grad_enabled():
         parts = zip(_streams(x, text_len), _streams(branch, text_len), strict=True)
-        return torch.cat([torch.addcmul(a, m.gate[:, i : i + 1].to(b.dtype), b) for (i, a), (_, b) in parts], 1)
+        return torch.cat(
+            [torch.addcmul(a, m.gate[:, i : i + 1].to(b.dtype), b) for (i, a), (_, b) in parts], 1
+        )
     for i, stream in _streams(branch, text_len):
         stream.mul_(m.gate[:, i : i + 1])
     return branch.add_(x)
 
 
 def _streams(x: Tensor, text_len: int) -> list[tuple[int, Tensor]]:
-    """The text and the image part of (B, L, D), with their row in a :class:`Modulation`; empty parts left out."""
+    """The non-empty ones of text and image part of (B, L, D), with their row in a :class:`Modulation`."""
     parts = [(0, x[:, :text_len]), (1, x[:, text_len:])]
     return [(i, part) for i, part in parts if part.shape[1]]

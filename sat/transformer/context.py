@@ -17,7 +17,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class Modulation:
-    """Shift, scale and gate of one branch, (B or 1, 2, D) each: row 0 for text tokens, row 1 for image tokens.
+    """Shift, scale and gate of one branch, (B or 1, 2, D) each: row 0 for text, row 1 for image tokens.
 
     Never expanded to (B, L, D): rows are applied to slices of the sequence.
     """
@@ -43,7 +43,7 @@ class Context:
     text: Tensor | None = None  # (B, T, C_text) encoder output
     image: Tensor | None = None  # (B, C, h, w) noisy latent
     ids: Tensor | None = None  # (B, T) token ids, for text encoders
-    grid: Grid = Grid(0, 0)
+    grid: Grid = Grid(0, 0)  # patches
     text_len: int = 0  # T
     text_mask: Tensor | None = None  # (B, T) true = real token; None = attend to all
 
@@ -52,4 +52,4 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, (N, d) each, float32
     bias: Tensor | None = None  # (1, H, L, L) added to the attention logits
     modulation: tuple[LayerModulation, ...] | None = None  # of this step, one entry a layer
-    prepared: bool = False
+    prepared: bool = False  # true once the fields above are filled

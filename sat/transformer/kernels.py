@@ -8,11 +8,18 @@ from torch import Tensor
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale + bias) v, (B, H, L, d). ``mask`` (B, 1 or H, 1 or L, L) is true where a key may be seen.
+    """softmax(q k^T * scale + bias) v, (B, H, L, d).
 
-    ``scale`` None is 1/sqrt(d). With neither bias nor mask no mask tensor is made, so the fast kernels apply.
+    ``mask`` (B, 1 or H, 1 or L, L) is true where a key may be seen. ``scale`` None is 1/sqrt(d). With neither
+    bias nor mask no mask tensor is made, so the fast kernels apply.
     """
     if mask is not None:
         hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))

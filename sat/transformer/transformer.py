@@ -69,12 +69,15 @@ class Transformer(nn.Module):
             x = x.float()
         layer = self.hooks.layer
         if self.checkpointing and torch.is_grad_enabled():
-            layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)  # nothing random inside
+            layer = partial(
+                checkpoint, layer, use_reentrant=False, preserve_rng_state=False
+            )  # nothing random inside
         for i in range(len(self.blocks)):
             x = layer(x, ctx, i)
         return self.hooks.final(x, ctx)
 
-    # Bound methods, not lambdas: a deep copy rebinds a bound method, a closure would keep the original's blocks.
+    # Bound methods, not lambdas: a deep copy rebinds a bound method, a closure would keep the original's
+    # blocks.
     def _defaults(self) -> TransformerHooks:
         return TransformerHooks(
             prepare=self._prepare,
@@ -92,7 +95,9 @@ class Transformer(nn.Module):
         return ctx
 
     def _embed(self, ctx: Context) -> Tensor:
-        raise NotImplementedError("no mixin provides the 'embed' hook: a transformer needs one (see sat/mixins)")
+        raise NotImplementedError(
+            "no mixin provides the 'embed' hook: a transformer needs one (see sat/mixins)"
+        )
 
     def _position(self, ctx: Context) -> Tensor | None:
         return None

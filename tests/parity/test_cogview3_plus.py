@@ -19,8 +19,9 @@ from tests.tolerances import F32, F64
 def small(*, double_norm: bool) -> tuple[CogView3PlusTransformer2DModel, CogView3Plus]:
     """The same random network twice: 2 layers, 4 heads of 8, patches of 2."""
     peer = CogView3PlusTransformer2DModel(
-        patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4, out_channels=4,
-        text_embed_dim=16, time_embed_dim=24, condition_dim=8, pos_embed_max_size=16, sample_size=16,
+        patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        out_channels=4, text_embed_dim=16, time_embed_dim=24, condition_dim=8, pos_embed_max_size=16,
+        sample_size=16,
     ).double().eval()  # fmt: skip
     fill(peer)
     ours = CogView3Plus(
@@ -61,8 +62,8 @@ def test_the_official_second_norm_is_a_small_difference() -> None:
 @pytest.mark.parametrize("grid", [Grid(6, 10), Grid(16, 8), Grid(5, 5)])
 def test_rotary_angles_equal_cogview4(grid: Grid) -> None:
     peer = CogView4Transformer2DModel(
-        patch_size=2, in_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2, out_channels=4,
-        text_embed_dim=16, time_embed_dim=24, condition_dim=8, rope_axes_dim=(16, 16),
+        patch_size=2, in_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        out_channels=4, text_embed_dim=16, time_embed_dim=24, condition_dim=8, rope_axes_dim=(16, 16),
     )  # fmt: skip
     cos, sin = peer.rope(torch.zeros(1, 4, 2 * grid.h, 2 * grid.w))
     angles = rotary_angles(grid, 16, base=Grid(16, 16))
@@ -72,8 +73,8 @@ def test_rotary_angles_equal_cogview4(grid: Grid) -> None:
 
 def test_rotated_attention_equals_cogview4() -> None:
     """One whole CogView4 attention, text first, against our block's attention with the rope mixin."""
-    from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
     from diffusers.models.attention_processor import Attention as PeerAttention
+    from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 
     from sat.mixins.qk_norm import QKNorm
     from sat.transformer import Context, Transformer

@@ -165,7 +165,10 @@ def test_masked_padding_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("size", "tokens", "message"),
-    [((5, 10), 7, "5 x 10 cells does not divide into patches of 2"), ((6, 10), 5, "takes 7 text tokens, got 5")],
+    [
+        ((5, 10), 7, "5 x 10 cells does not divide into patches of 2"),
+        ((6, 10), 5, "takes 7 text tokens, got 5"),
+    ],
 )
 def test_bad_shapes_are_named(size: tuple[int, int], tokens: int, message: str) -> None:
     cond = condition()

@@ -22,7 +22,11 @@ from sat.diffusion.spacing import timesteps
 from tests.tolerances import F32
 
 CTX = ProcessContext()
-SCHEDULES: list[Schedule] = [ZeroSNR(), ZeroSNR(shift=1.0, rescale="before_spacing", quantise=False), Discrete()]
+SCHEDULES: list[Schedule] = [
+    ZeroSNR(),
+    ZeroSNR(shift=1.0, rescale="before_spacing", quantise=False),
+    Discrete(),
+]
 
 
 def test_trailing_steps_start_at_the_last_level() -> None:
@@ -72,7 +76,9 @@ def test_rescaling_order_changes_alpha_by_what_the_facts_say() -> None:
 def test_quantised_level_is_the_nearest_trained_one() -> None:
     schedule = ZeroSNR()
     for level in schedule.levels(10)[:-1]:
-        assert abs(level.net_alpha - level.alpha) == pytest.approx(np.abs(schedule.trained - level.alpha).min())
+        assert abs(level.net_alpha - level.alpha) == pytest.approx(
+            np.abs(schedule.trained - level.alpha).min()
+        )
         assert level.net_alpha in schedule.trained
     exact = ZeroSNR(rescale="before_spacing").levels(10)
     assert all(level.net_alpha == level.alpha for level in exact)

@@ -40,7 +40,9 @@ def test_unknown_hook_is_refused_with_the_nearest_name() -> None:
 
 
 def test_wrong_parameters_are_refused_with_the_right_ones() -> None:
-    with pytest.raises(HookError, match=r"with parameters \['q', 'mask'\]; it must take \['q', 'k', 'v', 'ctx'\]"):
+    with pytest.raises(
+        HookError, match=r"with parameters \['q', 'mask'\]; it must take \['q', 'k', 'v', 'ctx'\]"
+    ):
 
         class Bad(Mixin):
             host = TransformerHooks
@@ -75,7 +77,9 @@ def test_wrappers_apply_in_order() -> None:
     once.load_state_dict(plain.state_dict())
     x = torch.randn(2, 4, 6, 10)
     t = torch.tensor([3.0, 900.0])
-    assert torch.equal(plain(x, t, plain.prepare(condition(), (6, 10))), once(x, t, once.prepare(condition(), (6, 10))))
+    assert torch.equal(
+        plain(x, t, plain.prepare(condition(), (6, 10))), once(x, t, once.prepare(condition(), (6, 10)))
+    )
 
 
 def test_a_mixin_takes_the_place_of_a_standard_one_by_name() -> None:

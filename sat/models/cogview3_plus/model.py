@@ -38,16 +38,17 @@ class Prepared:
 
 
 class CogView3Plus(nn.Module):
-    """Noisy latent (B, C, h, w), timestep, text (B, T, C_text), size vector (B, V) -> v prediction (B, C, h, w).
+    """Noisy latent (B, C, h, w), timestep, text (B, T, C_text), size vector (B, V) -> v (B, C, h, w).
 
-    ``patch`` counts latent cells, ``table_size`` (rows, columns) patches. ``mixins`` are added to the standard ones
-    (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place by name; to rotate
-    instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params: {…}}}``.
-    ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
-    Defaults are those of the published 3 B model. Source: official ``dit.py``, ``configs/cogview3_plus.yaml``.
+    ``patch`` counts latent cells, ``table_size`` (rows, columns) patches. ``mixins`` are added to the
+    standard ones (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place
+    by name; to rotate instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params:
+    {…}}}``. ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
+    Defaults are those of the published 3 B model. Source: official ``dit.py``,
+    ``configs/cogview3_plus.yaml``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the numbers that make a model, each with the published value
         self,
         dim: int = 2560,
         heads: int = 64,
@@ -89,13 +90,13 @@ class CogView3Plus(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and so of the matrix products."""
-        return self.time[0].weight.dtype  # type: ignore[union-attr,return-value]
+        return self.time[0].weight.dtype  # type: ignore[return-value]
 
     def _initialise(self, zero: bool) -> None:
         """Weights for training from scratch: Glorot matrices, no biases, small embeddings.
 
-        With ``zero``, adaLN and the head start at zero, so that every block is the identity and the output is 0.
-        Source: arXiv:2212.09748 (adaLN-zero).
+        With ``zero``, adaLN and the head start at zero, so that every block is the identity and the output is
+        0. Source: arXiv:2212.09748 (adaLN-zero).
         """
         for name, module in self.named_modules():
             if not isinstance(module, nn.Linear):
@@ -109,7 +110,7 @@ class CogView3Plus(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Prepared:
-        """``size`` is the latent's (h, w) in cells. ``indices``: the timesteps of a sampling run, if there is one."""
+        """``size`` is the latent's (h, w) in cells; ``indices`` the timesteps of a sampling run, if any."""
         h, w = size
         if h % self.patch or w % self.patch:
             raise ValueError(f"a latent of {h} x {w} cells does not divide into patches of {self.patch}")
@@ -145,5 +146,6 @@ class CogView3Plus(nn.Module):
         emb = self._time(torch.tensor(indices, dtype=torch.float32, device=size_emb.device)) + size_emb
         modulations = self.transformer.modulations(emb, self.text_len)
         return {
-            float(t): Step(emb[s : s + 1], modulations[s] if modulations else None) for s, t in enumerate(indices)
+            float(t): Step(emb[s : s + 1], modulations[s] if modulations else None)
+            for s, t in enumerate(indices)
         }
