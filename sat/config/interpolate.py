@@ -11,7 +11,7 @@ from typing import Any
 
 from sat.config.source import Key, Marks, Problem, dotted, where
 
-_REFERENCE = re.compile(r"(\\*)\$\{([^}]*)(\})?")
+_REFERENCE = re.compile(r"(\\*)\$\{(?:([^{}$\\]*)(\}))?")
 
 
 class _Failed(Exception):

@@ -17,7 +17,7 @@ import yaml
 Key = tuple[str, ...]
 """Where a value sits: the names from the top of the tree; list items are named by their index."""
 
-_MOST_KEYS = 100_000
+_MOST_KEYS = 20_000
 _TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 
@@ -119,6 +119,13 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
     return float(str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Line breaks of every kind and invisible characters as escapes in double quotes: plain styles fold them."""
+    style = '"' if re.search("[\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
