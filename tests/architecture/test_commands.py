@@ -16,7 +16,7 @@ from tests.architecture.tree import ROOT, files
 
 WRITTEN = commands("*.md", "docs/*.md", "data/*.md", "sample_scripts/*", "train_scripts/*")
 CHECKED = {"sample.py": "sat.cli.sample", "train.py": "sat.cli.train"}
-PARSED = {"convert.py": "sat.cli.convert", "sat.cli.prepare": "sat.cli.prepare"}
+PARSED = {"convert.py": "sat.cli.convert"}
 FIRST = (
     "pip install -r requirements.txt"
     ' && torchrun --standalone sample.py --base configs/tiny.yaml --prompt "a red apple"'
@@ -37,8 +37,9 @@ def accepted(command: Command) -> int:
     if command.program in CHECKED:
         arguments = [word for word in command.arguments if word not in ("--print-config",)]
         return int(importlib.import_module(CHECKED[command.program]).main([*arguments, "--check"]))
-    if command.program in PARSED:
-        importlib.import_module(PARSED[command.program]).parser().parse_args(list(command.arguments))
+    if command.program in PARSED or command.program.startswith("sat.cli."):
+        module = PARSED.get(command.program, command.program)
+        importlib.import_module(module).parser().parse_args(list(command.arguments))
         return 0
     if command.program == "pytest":
         done = subprocess.run(
