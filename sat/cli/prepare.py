@@ -101,11 +101,12 @@ def _tokenizer(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from sat.data.records import Record
     from sat.data.survey import sheet, survey
 
     height = args.height if args.height is not None else args.width
     width = args.width if args.width is not None else args.height
-    shown = []
+    shown: list[Record] = []
     wrong = 0
     for source in args.sources:
         found = survey(source, _over_limit(args.tokenizer, args.max_length) if args.tokenizer else None)
