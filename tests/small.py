@@ -21,7 +21,7 @@ def fill(module: nn.Module, std: float = 0.3, seed: int = 0) -> None:
 
 
 def plus(mixins: Mapping[str, Mixin] | None = None, *, double_norm: bool = True) -> CogView3Plus:
-    """Width 32, 4 heads of 8, 2 layers, 4 latent channels, patches of 2, 7 text tokens of 16, size vector 48."""
+    """Width 32, 4 heads of 8, 2 layers, 4 latent channels, patches of 2, 7 tokens of 16, size vector 48."""
     model = CogView3Plus(
         dim=32, heads=4, depth=2, channels=4, patch=2, text_dim=16, text_len=7, emb_dim=24, size_dim=48,
         table_size=(9, 11), double_norm=double_norm, mixins=mixins,

@@ -47,7 +47,7 @@ def _start(words: list[str], code: str = "", env: Mapping[str, str] | None = Non
 
 
 def _ranks(words: list[str], codes: tuple[str, ...], world: int = 2) -> list[tuple[int, str]]:
-    """Exit code and standard error of each rank, started without torchrun so that nobody cleans up after them."""
+    """Exit code and standard error of each rank, started without torchrun: nobody cleans up after them."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port(), "WORLD_SIZE": str(world)}
     processes = [
         _start(words, code, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -1,4 +1,4 @@
-"""Folders we write open in diffusers and transformers, folders they write open here, with the same numbers."""
+"""Folders we write open in diffusers and transformers, theirs open here, with the same numbers."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_their_classes_load_our_folders_without_a_word(ours, part):
 
 
 def test_the_whole_pipeline_opens_and_draws(ours, pipeline):
-    """Ours and theirs on the same inputs are compared in test_end_to_end.py; here the folder must hold it all."""
+    """The pictures are compared in test_end_to_end.py; here the folder must hold all that is needed."""
     assert isinstance(pipeline.scheduler, CogVideoXDDIMScheduler)
     out = pipeline(
         "a red apple", height=32, width=48, num_inference_steps=2, max_sequence_length=16, output_type="pt",
@@ -63,7 +63,7 @@ def test_their_scheduler_has_our_settings(pipeline):
 
 
 def test_their_transformer_gives_our_numbers(ours, pipeline):
-    """Float64; without the official second norm, which diffusers does not have (reference: final layer norms)."""
+    """Float64; without the official second norm before the head, which diffusers does not have."""
     config = {**CONFIG["model"], "params": {**CONFIG["model"]["params"], "double_norm": False}}
     with torch.device("meta"):
         module = build_component(config).double()
@@ -107,7 +107,9 @@ def test_their_tokenizer_gives_our_ids(ours):
     theirs = T5Tokenizer.from_pretrained(ours / "tokenizer")
     own = OurTokenizer(ours / "tokenizer" / "spiece.model", 16)
     captions = ["a red apple", "", "a green house with the sun", "blue  car, red ship!", "z" * 60]
-    wanted = theirs(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+    wanted = theirs(
+        captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+    ).input_ids
     assert torch.equal(own(captions).ids, wanted)
     assert theirs.model_max_length == 16
 
