@@ -1,1 +1,1 @@
-"""Experiments as YAML: what may be written (schema), reading it (load), checking it (check), building from it (build)."""
+"""Experiments as YAML: what may be written (schema), read (load), checked (check) and built (build)."""

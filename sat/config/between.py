@@ -1,4 +1,4 @@
-"""Rules between sections: the parts of a model must fit each other. Checked when every section is sound by itself."""
+"""Rules between sections: the parts of a model must fit each other. Checked once each is sound by itself."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def _sizes(e: Experiment) -> Iterator[tuple[Key, str]]:
     if rule.multiple % cell:
         yield (
             ("sampling", "sizes", "multiple"),
-            f"{rule.multiple} is not a multiple of {cell}, the pixels of one patch ({factor} x patch {patch})",
+            f"{rule.multiple} is not a multiple of {cell}, the pixels of a patch ({factor} x patch {patch})",
         )
     elif table is not _UNKNOWN and _has_table(e.model) and rule.max // cell > min(table):
         yield (
             ("sampling", "sizes", "max"),
-            f"{rule.max} pixels are {rule.max // cell} patches, more than the model's position table {list(table)}",
+            f"{rule.max} pixels are {rule.max // cell} patches, more than the position table {list(table)}",
         )
 
 
@@ -69,7 +69,7 @@ def _has_table(model: Component) -> bool:
 
 
 def _reader(e: Experiment, component: Component) -> Any:
-    """A function from a parameter's name to its value, as written or the default; _UNKNOWN when there is none."""
+    """A function from a parameter's name to its value, written or default; _UNKNOWN when there is none."""
     takes = signature(resolve(component.target, e.imports))
 
     def read(name: str) -> Any:

@@ -30,7 +30,7 @@ _VOCABULARY = "spiece.model"
 
 
 def build(component: Component | Mapping[str, Any], *, imports: Collection[str] = (), **runtime: Any) -> Any:
-    """The object that ``component`` names. ``runtime`` are the arguments that only the caller has (``engine``, ``params``)."""
+    """The object that ``component`` names; ``runtime`` are the arguments that only the caller has."""
     target, params = _parts(component)
     made = resolve(target, imports)
     takes = signature(made)
@@ -49,7 +49,7 @@ def _parts(component: Component | Mapping[str, Any]) -> tuple[Any, Mapping[str, 
 
 
 def _argument(wanted: Any, value: Any, imports: Collection[str]) -> Any:
-    """``value`` of YAML as an argument: components built, lists turned into the tuples that were asked for."""
+    """``value`` of YAML as an argument: components built, lists turned into tuples where asked for."""
     wanted, _ = split(wanted)
     if isinstance(value, Component) or (isinstance(value, Mapping) and "target" in value):
         return build(value, imports=imports)
@@ -97,12 +97,12 @@ def build_engine(
     load_weights: bool = True,
     checkpoint: CheckpointConfig | None = None,
 ) -> DiffusionEngine:
-    """The engine on ``device``, its weights in ``dtype``, read from ``checkpoint`` (default: the experiment's).
+    """The engine on ``device``, its weights in ``dtype``, read from ``checkpoint`` (None: the experiment's).
 
-    Parts are built on the meta device and filled tensor by tensor. A part without a path is drawn at random only when
-    ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current seed: for
-    training from scratch. With float16 the text encoder is bfloat16 and the first stage float32: their activations
-    leave float16's range.
+    Parts are built on the meta device and filled tensor by tensor. A part without a path is drawn at random
+    only when ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current
+    seed: for training from scratch. With float16 the text encoder is bfloat16 and the first stage float32:
+    their activations leave float16's range.
     """
     from sat.conditioning.conditioner import Conditioner
     from sat.engine import DiffusionEngine
@@ -177,7 +177,7 @@ class _Fill:
         return wider.get(part, self.dtype) if self.dtype == torch.float16 else self.dtype
 
     def _seed(self, part: Part) -> int:
-        """Each part has its own, so that one part's weights do not depend on which others are read from files."""
+        """Each part has its own: its weights do not depend on which others are read from files."""
         return (self.weights.random or 0) + {"model": 0, "first_stage": 1, "text": 2}[part]
 
     def _random(self, component: Component, part: Part) -> nn.Module:
@@ -194,7 +194,7 @@ def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Modul
 
 
 def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
-    """(key, why) of the components whose classes refuse their values, found by making them on the meta device."""
+    """(key, why) of components whose classes refuse their values, found by making them without memory."""
     c, d, s = experiment.conditioning, experiment.diffusion, experiment.sampling
     components: dict[Key, Component | None] = {
         ("model",): experiment.model,
@@ -216,7 +216,7 @@ def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
 
 
 class _NoFill(TorchFunctionMode):
-    """Skips ``torch.nn.init``: without effect on the meta device, where it first imports sympy, for seconds."""
+    """Skips ``torch.nn.init``: no effect on the meta device, where it first imports sympy, for seconds."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -231,7 +231,7 @@ class _NoFill(TorchFunctionMode):
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``module`` with its floating-point parameters in ``dtype``; buffers keep theirs (tables stay float32)."""
+    """``module`` with its floating-point parameters in ``dtype``; buffers keep theirs (float32 tables)."""
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -239,7 +239,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5Tokenizer | None:
-    """The tokenizer named by the config or found beside the text encoder's weights; None when there is neither."""
+    """The tokenizer of the config, or the one beside the text encoder's weights; None without either."""
     from sat.models.t5 import T5Tokenizer
 
     if config.tokenizer is not None:

@@ -1,18 +1,19 @@
-"""Checks a merged tree against the schema and the signatures of the classes it names, and makes the typed sections.
+"""Checks a merged tree against the schema and the signatures of the classes it names; makes typed sections.
 
-Every problem is found in one go. Plain values are checked by pydantic, strictly: a quoted number is not a number, a
-bool is not an int, an int is fine where a float is asked for.
+Every problem is found in one go. Plain values are checked by pydantic, strictly: a quoted number is not a
+number, a bool is not an int, an int is fine where a float is asked for.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import operator
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import MISSING, fields, is_dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
@@ -79,11 +80,11 @@ class Checker:
                     values[name] = made
             elif f.default is MISSING and f.default_factory is MISSING:
                 bad.append(name)
-                self.report((*key, name) if not key else key, _needs(name, key))
+                self.report(key or (name,), _needs(name, key))
         return self._make(cls, values, bad, key)
 
     def _make(self, cls: type, values: dict[str, Any], bad: list[str], key: Key) -> Any:
-        """The section itself; a bad field is left to its default so that the rules of the others are still checked."""
+        """The section; a bad field is left to its default, so that the others' rules are still checked."""
         known = {f.name: f for f in fields(cls)}
         plain_default = [known[n].default is not MISSING for n in bad]
         if not all(plain_default):  # needed keys, and whole sections, whose defaults would not fit the rest
@@ -101,7 +102,7 @@ class Checker:
         return BAD if bad else made
 
     def value(self, wanted: Any, value: Any, key: Key) -> Any:
-        """``value`` as ``wanted`` (an annotation) asks, components left as written; BAD when it does not fit."""
+        """``value`` as the annotation ``wanted`` asks, components as written; BAD when it does not fit."""
         wanted, notes = split(wanted)
         for note in notes:
             if isinstance(note, MustExist) and isinstance(value, str):
@@ -201,7 +202,7 @@ class Checker:
         return Path(value)
 
     def _optional(self, wanted: Any, value: Any, key: Key, makes: Any) -> Any:
-        """A component where one is asked for (``wanted`` may be a Component, a class or an alternative of them)."""
+        """A component where one is asked for: ``wanted`` is Component, a class, or alternatives of them."""
         arms = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
         if value is None and type(None) in arms:
             return None
@@ -209,7 +210,7 @@ class Checker:
             self.report(key, f"expected a component (`target` and `params`), got {shown(value)}")
             return BAD
         if Component not in arms:
-            return self.component(value, key, Union[tuple(arms)])
+            return self.component(value, key, _either(arms))
         return self.component(value, key, makes)
 
     def component(self, tree: Mapping[str, Any], key: Key, makes: Any) -> Any:
@@ -271,7 +272,7 @@ class Checker:
 
 
 def fit(wanted: Any, value: Any) -> Any:
-    """``value`` of YAML as the plain annotation ``wanted``, or BAD. Strict, but lists become tuples and texts paths."""
+    """``value`` of YAML as the plain annotation ``wanted``, or BAD; lists become tuples and texts paths."""
     if isinstance(value, Path):
         value = str(value)
     try:
@@ -280,7 +281,7 @@ def fit(wanted: Any, value: Any) -> Any:
         return BAD
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def _adapter(wanted: Any) -> TypeAdapter[Any]:
     return TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
 
@@ -293,12 +294,17 @@ def split(wanted: Any) -> tuple[Any, tuple[Any, ...]]:
     if get_origin(wanted) in (Union, types.UnionType):
         arms = [split(a) for a in get_args(wanted)]
         notes = [n for _, found in arms for n in found]
-        return (Union[tuple(a for a, _ in arms)], tuple(notes)) if notes else (wanted, ())
+        return (_either(a for a, _ in arms), tuple(notes)) if notes else (wanted, ())
     return (Any if wanted is inspect.Parameter.empty else wanted), ()
 
 
+def _either(arms: Iterable[Any]) -> Any:
+    """The annotation ``A | B | …`` of its alternatives."""
+    return functools.reduce(operator.or_, arms)
+
+
 def is_plain(wanted: Any) -> bool:
-    """Is ``wanted`` made of scalars, choices and lists of them only?"""
+    """Whether ``wanted`` is made of scalars, choices and lists of them only."""
     wanted, _ = split(wanted)
     origin = get_origin(wanted)
     if origin is Literal or wanted is ...:
@@ -348,7 +354,7 @@ def _wrong_kind(makes: Any, target: str) -> str:
 def _needs(name: str, key: Key) -> str:
     if key:
         return f"needs `{name}`"
-    return f"this section is needed; put a model file such as configs/tiny.yaml first in --base"
+    return "this section is needed; put a model file such as configs/tiny.yaml first in --base"
 
 
 def _advice(wanted: Any, value: Any) -> str:

@@ -1,4 +1,4 @@
-r"""``${section.key}`` in a YAML value: the value of another key. Nothing else is looked up: no environment, no functions.
+r"""``${section.key}`` in a YAML value: the value of another key. No environment, no functions.
 
 ``\${`` is a plain ``${``; before a ``${`` a backslash is written ``\\``.
 """

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checked experiment. ``missing`` lists inputs that do not exist; ``notices`` what an official file asked in vain."""
+    """A checked experiment, the inputs that do not exist (yet), and what an official file asks in vain."""
 
     experiment: Experiment
     missing: list[Problem]
@@ -35,7 +35,7 @@ class Loaded:
 
 
 def load(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -> Experiment:
-    """The checked experiment of YAML files ``bases`` and ``overrides``; :class:`ConfigError` lists all problems."""
+    """The checked experiment of files and overrides; :class:`ConfigError` lists all problems."""
     loaded = load_full(bases, overrides)
     for notice in loaded.notices:
         log.warning("%s", notice)

@@ -1,4 +1,4 @@
-"""Laying one config over another: mappings merge, lists and scalars replace, another ``target`` drops the old params."""
+"""Laying one config over another: mappings merge, the rest replaces, another ``target`` drops old params."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _lay_mapping(tree: dict[str, Any], new: Mapping[str, Any], key: Key, marks: 
 
 
 def plain_merge(old: Any, new: Any) -> Any:
-    """``new`` over ``old``, mappings merged, everything else replaced: how the official code composes its files."""
+    """``new`` over ``old``, mappings merged, all else replaced: how the official code composes its files."""
     if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
         return copy.deepcopy(new)
     return {**old, **{name: plain_merge(old.get(name), value) for name, value in new.items()}}
@@ -89,7 +89,7 @@ def plain_merge(old: Any, new: Any) -> Any:
 def latest_prompt(tree: dict[str, Any], sampling: Any) -> None:
     """A layer that gives one of ``prompt`` and ``prompt_file`` drops the other, given by an earlier layer.
 
-    ``sampling`` is what the layer says of that section. A layer that gives both is left for the check to refuse.
+    ``sampling`` is what the layer says of that section. A layer that gives both is left to the check.
     """
     given = {n for n in PROMPTS if isinstance(sampling, Mapping) and sampling.get(n) is not None}
     if len(given) == 1 and isinstance(tree.get("sampling"), dict):

@@ -1,6 +1,6 @@
 """Official CogView3 configs (``args`` and ``model`` with ``sgm.*`` targets) as experiments of this project.
 
-Every official key is either translated, refused with its line, or named in a notice: nothing is dropped silently.
+Every official key is translated, refused with its line, or named in a notice: nothing is dropped silently.
 Facts about the official keys are from ``sat/configs/cogview3_plus.yaml``, ``sample_dit.py`` and ``dit.py``.
 """
 
@@ -95,7 +95,7 @@ NOTHING: dict[str, Any] = {
     "model.*.dropout": 0.0,
     "model.loss_fn_config.target": "torch.nn.Identity",
     "model.first_stage_config.params.loss*config.target": "torch.nn.Identity",
-    "model.network_config.params.modules.pos_embed_config.params.max_length": 4096,  # the official code ignores it
+    "model.network_config.params.modules.pos_embed_config.params.max_length": 4096,  # officially unused
 }
 
 # Keys that are not honoured, with what happens instead.
@@ -107,8 +107,8 @@ INSTEAD = {
     "model.sampler_config.params.verbose": "progress is shown on a terminal",
     "model.sampler_config.params.*": "this sampler has no such option",
     "model.network_config.params.use_*": "memory and kernels are not part of the model here",
-    "model.loss_fn_config*": "only for training, which takes its loss from diffusion.loss",
-    "model.denoiser_config.params.weighting_config*": "only for training, which takes its loss from diffusion.loss",
+    "model.loss_fn_config*": "only for training, which takes diffusion.loss",
+    "model.denoiser_config.params.weighting_config*": "only for training, which takes diffusion.loss",
     "model.first_stage_config.params.loss*config*": "only for training",
     "args.deepspeed_config*": "train.py writes DeepSpeed's settings from the train section",
     "deepspeed*": "train.py writes DeepSpeed's settings from the train section",
@@ -127,7 +127,7 @@ class Translated(NamedTuple):
 
 
 def is_official(tree: Mapping[str, Any]) -> bool:
-    """Does ``tree`` look like an official config (rather than one of ours)?"""
+    """Whether ``tree`` looks like an official config rather than one of ours."""
     model = tree.get("model")
     configs = isinstance(model, Mapping) and any(str(k).endswith("_config") for k in model)
     return configs or ("args" in tree and set(tree) <= {"args", "model", "data", "deepspeed"})
@@ -136,8 +136,8 @@ def is_official(tree: Mapping[str, Any]) -> bool:
 def translate(sources: list[Source], t5: Mapping[str, Any] | None = None) -> Translated:
     """Official files, merged left to right, as one native source.
 
-    ``t5`` is the Hugging Face ``config.json`` of the text encoder; None reads it beside the weights, and takes
-    T5-XXL's shape when there is none.
+    ``t5`` is the Hugging Face ``config.json`` of the text encoder; None reads it beside the weights, and
+    takes T5-XXL's shape when there is none.
     """
     tree: dict[str, Any] = {}
     marks: Marks = {}
@@ -153,7 +153,7 @@ def translate(sources: list[Source], t5: Mapping[str, Any] | None = None) -> Tra
 
 
 class Official:
-    """An official tree being read: remembers which keys were used, collects the native tree and the problems."""
+    """An official tree being read: remembers the keys used, collects the native tree and the problems."""
 
     def __init__(self, tree: Mapping[str, Any], marks: Marks) -> None:
         self.tree = tree
@@ -183,7 +183,7 @@ class Official:
         return default if found is None else found
 
     def put(self, native: str, value: Any, key: str) -> None:
-        """Write ``value`` at the dotted ``native`` key; messages about it will point to the official ``key``."""
+        """Write ``value`` at the dotted ``native`` key; messages about it point to the official ``key``."""
         path: Key = tuple(native.split("."))
         node = self.out
         for part in path[:-1]:
@@ -258,7 +258,7 @@ class Official:
 
 
 def _engine(o: Official, t5: Mapping[str, Any] | None) -> None:
-    """The ``model`` section: network, diffusion, conditioning and first stage, as far as the config has them."""
+    """The ``model`` section: network, diffusion, conditioning, first stage, as far as they are there."""
     parts: dict[str, Callable[[], None]] = {
         "network_config": lambda: _network(o),
         "denoiser_config": lambda: _diffusion(o),
@@ -277,8 +277,8 @@ def _network(o: Official) -> None:
     if target.endswith("UNetModel"):
         o.refuse(
             "model.network_config.target",
-            "the UNet models (CogView3-Base, CogView3-Relay and their distilled versions) are not supported yet; "
-            "CogView3-Plus is",
+            "the UNet models (CogView3-Base, CogView3-Relay and their distilled versions) are not supported "
+            "yet; CogView3-Plus is",
         )
         raise ConfigError(o.problems)
     if not target.endswith("DiffusionTransformer"):

@@ -13,8 +13,8 @@ _SIGNS = ("pyproject.toml", ".git")
 def find(path: str | Path, folder: Path | None = None) -> Path | None:
     """The existing file or folder that ``path`` names, absolute; None when there is none.
 
-    A relative path is looked up from the current folder, then from the project that ``folder`` (the YAML file's)
-    belongs to, then from this one.
+    A relative path is looked up from the current folder, then from the project that ``folder`` (the YAML
+    file's) belongs to, then from this one.
     """
     path = Path(path).expanduser()
     roots = [Path.cwd(), *([project(folder)] if folder else []), HOME]
@@ -29,5 +29,5 @@ def _exists(path: Path) -> bool:
 
 
 def project(folder: Path) -> Path:
-    """The nearest folder at or above ``folder`` that looks like the top of a project; ``folder`` itself if none does."""
+    """The nearest folder at or above ``folder`` that looks like the top of a project, else ``folder``."""
     return next((p for p in (folder, *folder.parents) if any((p / s).exists() for s in _SIGNS)), folder)

@@ -34,8 +34,8 @@ def record(
 ) -> None:
     """Write ``resolved.yaml`` (``--base`` reads it) and ``run.json`` into ``folder``; call it on one rank.
 
-    ``hooks`` is the printed table of hook owners, ``weights`` a digest per checkpoint part, ``command`` the program
-    with its arguments (None: this process's).
+    ``hooks`` is the printed table of hook owners, ``weights`` a digest per checkpoint part, ``command`` the
+    program with its arguments (None: this process's).
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "resolved.yaml", dump(experiment))
@@ -58,7 +58,7 @@ def record(
 
 
 def commit(root: Path = HOME) -> dict[str, Any] | None:
-    """The commit that the code at ``root`` is from and whether tracked files were changed; None outside a checkout."""
+    """The commit of the code at ``root``, and whether tracked files were changed; None outside a checkout."""
     if not (root / ".git").exists():
         return None
     found = _git(root, "rev-parse", "HEAD")

@@ -1,8 +1,8 @@
-"""Every section of an experiment, as frozen dataclasses: an unknown section or key is an error, a default is written here once.
+"""Every section of an experiment as a frozen dataclass: unknown keys are errors, defaults are written once.
 
 Nothing heavy is imported, so any layer may use these types. Sizes are (height, width) in pixels unless a
-field says otherwise. Rules that concern several fields of a section are its ``_rules``; rules between sections are in
-``check.py``.
+field says otherwise. Rules about several fields of a section are its ``_rules``; rules between sections are
+in ``between.py``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ Broken = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Makes:
-    """Marks a component field with what its target must build: a dotted class or Protocol name, imported when checked."""
+    """Marks a component field with the dotted name of what its target must build, imported when checked."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class MustExist:
-    """Marks a path that is read, with what to do when it is missing. Such paths are looked up from the current folder
-    first, then from the folder of the project that the YAML file belongs to."""
+    """Marks a path that is read, with what to do when it is missing.
+
+    Such paths are looked up from the current folder first, then from the top of the YAML file's project.
+    """
 
     advice: str
 
@@ -48,7 +50,7 @@ class RuleError(ValueError):
 
 
 class Section:
-    """A part of the experiment. Subclasses list their cross-field rules in ``_rules``; all that fail are raised together."""
+    """A part of the experiment. Subclasses list their ``_rules``; all that fail are raised together."""
 
     section: ClassVar[str] = "section"
 
@@ -60,10 +62,17 @@ class Section:
         """(field, what is wrong) for every broken rule."""
         yield from ()
 
+    def _at_least_1(self, *names: str) -> Broken:
+        """The rule that counts which are given are at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield name, f"expected at least 1, got {value}"
+
 
 @dataclass(frozen=True)
 class Component:
-    """A class or function named by ``target`` and the keyword arguments written for it; ``build`` makes the object."""
+    """A class or function named by ``target``, and arguments written for it; ``build`` makes the object."""
 
     target: str
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -106,8 +115,8 @@ class ConditioningConfig(Section):
 class SamplingConfig(Section):
     """What to draw and how. ``batch_size`` is images per prompt; image ``i`` uses seed ``seed + i``.
 
-    ``at_once`` images go through the network together: with 1, a picture does not depend on how many are asked
-    for, to the last bit; with more, large devices are used better.
+    ``at_once`` images go through the network together: with 1, a picture does not depend on how many are
+    asked for, to the last bit; with more, large devices are used better.
     """
 
     section = "sampling"
@@ -142,10 +151,7 @@ class SamplingConfig(Section):
             yield "steps", f"expected 1 to 1000 steps, got {self.steps}"
         if not 0 <= self.seed <= 2**32 - self.batch_size:
             yield "seed", f"expected 0 to 2^32 - `batch_size` (image i uses seed + i), got {self.seed}"
-        for name in ("batch_size", "at_once", "grid_columns"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield name, f"expected at least 1, got {value}"
+        yield from self._at_least_1("batch_size", "at_once", "grid_columns")
         try:
             self.sizes.check(self.height, self.width)
         except SizeError as error:
@@ -154,10 +160,10 @@ class SamplingConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """Where weights are read: ``path`` is one folder with every part, the other three name one part each and win over it.
+    """Where weights are read: ``path`` has every part, the other three name one part each and win over it.
 
-    ``random`` is a seed: parts that no path covers are then drawn at random from it. Without it they are an error.
-    ``allow_missing`` are shell patterns over our tensor names, ``allow_unexpected`` over the names in the file.
+    ``random`` is a seed: parts that no path covers are drawn at random from it. Without it they are an error.
+    ``allow_missing`` are shell patterns over our tensor names, ``allow_unexpected`` over those in the file.
     """
 
     section = "checkpoint"
@@ -182,7 +188,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class MemoryConfig(Section):
-    """Trading time for memory. ``decode_batch`` images are decoded at a time; ``decode_tile`` is a side in latent cells."""
+    """Time for memory. ``decode_batch`` images are decoded at a time; ``decode_tile`` is in latent cells."""
 
     section = "memory"
     text_encoder: Literal["keep", "free", "cpu"] = "keep"
@@ -225,7 +231,7 @@ class ParallelConfig(Section):
             if getattr(self, name) != 1:
                 yield (
                     name,
-                    f"only 1 is possible yet, got {getattr(self, name)}; ranks share out the work as data parallel",
+                    f"only 1 is possible yet, got {getattr(self, name)}; ranks share out the images",
                 )
         if not self.timeout > 0:
             yield "timeout", f"expected more than 0 seconds, got {self.timeout}"
@@ -233,11 +239,11 @@ class ParallelConfig(Section):
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """One training run. ``batch_size`` is per rank and step of accumulation; rates follow ``schedule`` after ``warmup`` steps.
+    """One training run; ``batch_size`` is per rank and accumulation step, ``warmup`` in optimizer steps.
 
-    ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` 1 or 2); ``autocast``
-    computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early; ``max_bad_steps`` steps in
-    a row with a loss that is not finite end the run.
+    ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` 1 or 2);
+    ``autocast`` computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early;
+    ``max_bad_steps`` steps in a row with a loss that is not finite end the run.
     """
 
     section = "train"
@@ -272,43 +278,32 @@ class TrainConfig(Section):
     init_from: CheckpointConfig | None = None
 
     def _rules(self) -> Broken:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "log_every",
-            "save_every",
-            "keep_last",
-            "sample_every",
-            "validate_every",
-            "max_bad_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield name, f"expected at least 1, got {value}"
-        if not 0 <= self.warmup <= self.steps:
-            yield "warmup", f"expected 0 to `steps` ({self.steps}), got {self.warmup}"
-        if not self.lr > 0:
-            yield "lr", f"expected more than 0, got {self.lr}"
-        if not 0 <= self.min_lr_ratio <= 1:
-            yield "min_lr_ratio", f"expected 0 to 1, got {self.min_lr_ratio}"
-        if self.weight_decay < 0:
-            yield "weight_decay", f"expected at least 0, got {self.weight_decay}"
-        if self.clip is not None and not self.clip > 0:
-            yield "clip", f"expected more than 0 or null, got {self.clip}"
-        if self.ema is not None and not 0 <= self.ema < 1:
-            yield "ema", f"expected a decay of at least 0 and below 1, or null, got {self.ema}"
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            yield "max_minutes", f"expected more than 0 minutes or null, got {self.max_minutes}"
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last")
+        yield from self._at_least_1(*counts, "sample_every", "validate_every", "max_bad_steps")
+        yield from self._ranges()
         if self.autocast is not None and self.dtype != "fp32":
             yield "autocast", f"computes in bf16 with `dtype` fp32 weights, but `dtype` is {self.dtype}"
         if self.dtype != "fp32" and self.zero == 0:
             yield (
                 "zero",
-                f"`dtype` {self.dtype} needs ZeRO 1 or 2, which keep float32 masters of the weights; got 0",
+                f"`dtype` {self.dtype} needs 1 or 2, which keep float32 masters of the weights; got 0",
             )
         if self.sample_every is not None and not self.sample_prompts:
             yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
+
+    def _ranges(self) -> Broken:
+        ranges = {
+            "warmup": (0 <= self.warmup <= self.steps, f"0 to `steps` ({self.steps})"),
+            "lr": (self.lr > 0, "more than 0"),
+            "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "0 to 1"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "clip": (self.clip is None or self.clip > 0, "more than 0 or null"),
+            "ema": (self.ema is None or 0 <= self.ema < 1, "a decay of at least 0 and below 1, or null"),
+            "max_minutes": (self.max_minutes is None or self.max_minutes > 0, "more than 0 minutes or null"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                yield name, f"expected {expected}, got {getattr(self, name)}"
 
 
 @dataclass(frozen=True)
@@ -326,7 +321,7 @@ class SourceConfig(Section):
 
 @dataclass(frozen=True)
 class AugmentConfig(Section):
-    """Mild random placement on white: ``shift`` as a share of the side, ``scale`` as the smallest and largest factor."""
+    """Mild random placement on white: ``shift`` is a share of the side, ``scale`` the range of the factor."""
 
     section = "data.augment"
     shift: float = 0.0

@@ -1,7 +1,7 @@
 """YAML as experiments use it: read with the line of every key, written so that it reads back the same.
 
-Scalars follow YAML 1.2: ``1e-4`` is a number, ``yes``, ``on`` and ``12:30`` are text. A key given twice is an error.
-No tag builds a Python object.
+Scalars follow YAML 1.2: ``1e-4`` is a number, ``yes``, ``on`` and ``12:30`` are text. A key given twice is an
+error. No tag builds a Python object.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEFAULT = Where("config")
 
 
 def where(marks: Marks, key: Key) -> Where:
-    """The place of ``key``, or of the nearest value above it that was written somewhere, or of the first below it."""
+    """The place of ``key``, or of the nearest written value above it, or of the first below it."""
     for end in range(len(key), 0, -1):
         if (found := marks.get(key[:end])) is not None and found is not DEFAULT:
             return found
@@ -120,7 +120,7 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    """Line breaks of every kind and invisible characters as escapes in double quotes: plain styles fold them."""
+    """Line breaks and invisible characters go in double quotes, escaped: other styles fold them."""
     style = '"' if re.search("[\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -174,14 +174,8 @@ def parse(text: str, label: str) -> tuple[Any, Marks]:
 def _walk(node: yaml.Node, key: Key, label: str, marks: Marks, above: tuple[int, ...]) -> None:
     """Record the line of everything under ``node``; refuse what has no sensible reading."""
     here = f"{label}:{node.start_mark.line + 1}"
-    if id(node) in above:
-        raise ConfigError([Problem(here, dotted(key), "an alias that contains itself")])
-    if len(marks) > _MOST_KEYS:
-        raise ConfigError([Problem(label, "", f"more than {_MOST_KEYS} keys after aliases are written out")])
-    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
-        raise ConfigError(
-            [Problem(here, dotted(key), f"tag {node.tag!r} is not possible here: plain values only")]
-        )
+    if wrong := _unreadable(node, marks, above):
+        raise ConfigError([Problem(here, dotted(key), wrong)])
     marks.setdefault(key, Where(here))
     inside = (*above, id(node))
     if isinstance(node, yaml.MappingNode):
@@ -203,6 +197,17 @@ def _walk(node: yaml.Node, key: Key, label: str, marks: Marks, above: tuple[int,
     elif isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             _walk(child, (*key, str(index)), label, marks, inside)
+
+
+def _unreadable(node: yaml.Node, marks: Marks, above: tuple[int, ...]) -> str | None:
+    """Why ``node`` is refused, if it is."""
+    if id(node) in above:
+        return "an alias that contains itself"
+    if len(marks) > _MOST_KEYS:
+        return f"more than {_MOST_KEYS} keys after aliases are written out"
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+        return f"tag {node.tag!r} is not possible here: plain values only"
+    return None
 
 
 def write(tree: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True)
 class Signature:
-    """What a target takes: ``params`` from YAML (name -> annotation), ``runtime`` objects from the caller only."""
+    """What a target takes: ``params`` from YAML (name -> annotation), ``runtime`` objects from the caller."""
 
     name: str
     params: Mapping[str, Any]
@@ -39,7 +39,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def load_name(name: str) -> Any:
-    """The object that ``name`` (``package.module.object``) names. For names written in this code, not in YAML."""
+    """The object that ``name`` (``package.module.object``) names, as written in this code, never in YAML."""
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
@@ -58,7 +58,7 @@ def check_import(name: str) -> None:
 
 
 def resolve(target: Any, imports: Collection[str] = ()) -> Any:
-    """The class or function named by a YAML ``target``; it must be defined in ``sat``, ``torch.optim`` or ``imports``."""
+    """The class or function named by ``target``: of ``sat``, ``torch.optim`` or one of ``imports``."""
     if not isinstance(target, str):
         raise TargetError(f"expected a dotted name such as sat.package.module.Class, got {target!r}")
     module, _, name = target.rpartition(".")
@@ -70,7 +70,8 @@ def resolve(target: Any, imports: Collection[str] = ()) -> Any:
         )
     if not allowed(module, imports):
         raise TargetError(
-            f"{target!r} is outside sat and torch.optim; list its module in `imports` to allow it: imports: [{module}]"
+            f"{target!r} is outside sat and torch.optim; "
+            f"list its module in `imports` to allow it: imports: [{module}]"
         )
     return _import(target, tuple(imports))
 
@@ -100,7 +101,7 @@ def _import(target: str, imports: tuple[str, ...]) -> Any:
 
 
 def allowed(module: str, imports: Collection[str]) -> bool:
-    """May a target live in ``module``?"""
+    """Whether a target may live in ``module``."""
     return any(module == root or module.startswith(f"{root}.") for root in ("sat", "torch.optim", *imports))
 
 
@@ -139,7 +140,7 @@ def signature(made: Any) -> Signature:
 
 
 def _runtime(made: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
-    """Parameters that only the caller gives: keyword-only ones; for torch's optimizers, the parameters to optimise."""
+    """Parameters that only the caller gives: keyword-only ones; for torch's optimizers, what to optimise."""
     if made.__module__.startswith("torch."):
         return ("params",)
     return tuple(n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY)
@@ -153,7 +154,7 @@ class _Later(dict[str, Any]):
 
 
 def _hints(made: Any) -> dict[str, Any]:
-    """Annotations of the parameters of ``made``; one that cannot be evaluated is left out (any value passes)."""
+    """Annotations of the parameters of ``made``; one that cannot be evaluated is left out."""
     function = made.__init__ if inspect.isclass(made) else made
     try:
         return typing.get_type_hints(function, localns=_Later(), include_extras=True)

@@ -1,4 +1,5 @@
 """Configs: writing and reading are inverse, loading what was dumped changes nothing, order of disjoint files is free."""
+# ruff: noqa: E501 (tables of cases)
 
 from __future__ import annotations
 

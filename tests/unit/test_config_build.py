@@ -1,4 +1,5 @@
 """Objects from components, the engine from an experiment, and the record a run leaves."""
+# ruff: noqa: E501 (tables of cases)
 
 from __future__ import annotations
 
@@ -75,13 +76,17 @@ def test_random_weights_come_from_their_seed_alone():
 
 
 def test_without_weights_nothing_is_built_unless_asked_for():
-    with pytest.raises(ConfigError, match=r"checkpoint: .*no weights are named: .*checkpoint\.random=SEED draws them"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint: .*no weights are named: .*checkpoint\.random=SEED draws them"
+    ):
         engine("checkpoint.random=null")
     assert engine("checkpoint.random=null", load_weights=False).network is not None
 
 
 def test_a_missing_folder_is_one_line_with_what_to_do():
-    with pytest.raises(ConfigError, match=r"^checkpoint: .*there is no 'weights/nowhere'; see docs/checkpoints\.md[^\n]*$"):
+    with pytest.raises(
+        ConfigError, match=r"^checkpoint: .*there is no 'weights/nowhere'; see docs/checkpoints\.md[^\n]*$"
+    ):
         engine("checkpoint.path=weights/nowhere")
 
 
@@ -117,7 +122,10 @@ def test_float16_keeps_what_would_overflow_wider():
 
 def test_the_full_model_is_built_without_memory():
     e = load([Path(__file__).parents[2] / "configs" / "plus.yaml"])
-    sizes = [sum(p.numel() for p in build_empty(c).parameters()) for c in (e.model, e.first_stage, e.conditioning.text)]
+    sizes = [
+        sum(p.numel() for p in build_empty(c).parameters())
+        for c in (e.model, e.first_stage, e.conditioning.text)
+    ]
     assert sizes == [2_890_779_712 - 41_943_040, 406_100_643, 4_762_310_656]
 
 

@@ -1,4 +1,5 @@
 """What a config may not say, each with the line that tells it."""
+# ruff: noqa: E501 (tables of cases)
 
 from __future__ import annotations
 
@@ -81,7 +82,9 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
     told = refused([DEBUG, bad])
     for line in LINES:
         assert [t for t in told if t.startswith(f"{bad}:{line}")], line
-    assert len(told) == len(LINES), [t for t in told if not any(t.startswith(f"{bad}:{line}") for line in LINES)]
+    assert len(told) == len(LINES), [
+        t for t in told if not any(t.startswith(f"{bad}:{line}") for line in LINES)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +107,9 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         (["train={objective: {target: sat.train.objectives.first_stage.FirstStageObjective, params: {engine: 1}},"
           " steps: 2}"], "'engine' is given to FirstStageObjective at run time"),
         (["train={objective: {target: sat.diffusion.schedule.ZeroSNR}, steps: 2}"], "expected Objective, got"),
-        (["sampling.sizes.multiple=24", "sampling.width=48"], "not a multiple of 16, the pixels of one patch (8 x patch 2)"),
+        (["sampling.sizes.multiple=24", "sampling.width=48"], "not a multiple of 16, the pixels of a patch (8 x patch 2)"),
         (["sampling.sizes={min: 16, max: 128, multiple: 16, max_area: 16384}"],
-         "128 pixels are 8 patches, more than the model's position table [4, 6]"),
+         "128 pixels are 8 patches, more than the position table [4, 6]"),
         (["model.params.text_len=9"], "text_len 9 of the model does not fit conditioning.max_length 8"),
         (["conditioning.text.params.dim=32"], "text_dim 24 of the model does not fit conditioning.text.params.dim 32"),
         (["conditioning.size.params.dim=4"], "size_dim 48 of the model does not fit 6 x conditioning.size.params.dim 24"),
@@ -182,7 +185,9 @@ def test_rules_of_data(values):
 
 
 def test_a_section_made_in_python_keeps_its_rules():
-    with pytest.raises(ValueError, match=r"parallel\.tensor: only 1 is possible yet, got 2; .*parallel\.timeout"):
+    with pytest.raises(
+        ValueError, match=r"parallel\.tensor: only 1 is possible yet, got 2; .*parallel\.timeout"
+    ):
         ParallelConfig(tensor=2, timeout=-1)
 
 
@@ -244,7 +249,9 @@ def test_parameters_are_checked_against_the_signature(params, problem):
 
 
 def test_a_target_outside_needs_its_module_among_the_imports():
-    with pytest.raises(TargetError, match=re.escape("list its module in `imports` to allow it: imports: [tests.configs]")):
+    with pytest.raises(
+        TargetError, match=re.escape("list its module in `imports` to allow it: imports: [tests.configs]")
+    ):
         resolve("tests.configs.Wide")
     assert resolve("tests.configs.Wide", ["tests.configs"]) is Wide
     assert allowed("torch.optim.adamw", [])

@@ -1,4 +1,5 @@
 """Composition of configs: files left to right, overrides, references, paths, and what YAML values mean."""
+# ruff: noqa: E501 (tables of cases)
 
 from __future__ import annotations
 
@@ -225,7 +226,9 @@ def test_a_shipped_config_is_found_from_anywhere(tmp_path, monkeypatch):
 def test_missing_inputs_are_listed_with_what_to_do_and_no_error(write):
     more = write("checkpoint: {path: weights/nowhere}\nsampling:\n  prompt_file: nothing.txt")
     first, second = sorted(str(m) for m in load_full([DEBUG, more], ["conditioning.tokenizer=null"]).missing)
-    assert first.startswith(f"{more}:1: checkpoint.path: there is no 'weights/nowhere'; see docs/checkpoints.md")
+    assert first.startswith(
+        f"{more}:1: checkpoint.path: there is no 'weights/nowhere'; see docs/checkpoints.md"
+    )
     assert second.startswith(f"{more}:3: sampling.prompt_file: there is no 'nothing.txt'; name a text file")
 
 
@@ -235,7 +238,20 @@ def test_a_name_too_long_for_the_file_system_is_just_missing():
 
 
 def test_the_dump_reads_back_equal_even_with_odd_texts(tmp_path):
-    odd = ["${a.b}", "\\${x", "yes", "1e-4", "null", "", " # ", "a: b", "- x", "é 中 🙂", "line\nbreak", "\\\\${z}"]
+    odd = [
+        "${a.b}",
+        "\\${x",
+        "yes",
+        "1e-4",
+        "null",
+        "",
+        " # ",
+        "a: b",
+        "- x",
+        "é 中 🙂",
+        "line\nbreak",
+        "\\\\${z}",
+    ]
     e = debug(("sampling.prompt", odd), "train.objective={target: sat.train.objectives.first_stage.FirstStageObjective}",
               "train.steps=3", "data={sources: [{path: ../x}], height: 8, width: 8, augment: {scale: [0.5, 1]}}")  # fmt: skip
     assert e.sampling.prompt == odd

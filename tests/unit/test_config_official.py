@@ -1,4 +1,5 @@
 """Official configs: accepted as they are, translated key by key, what cannot be honoured is named."""
+# ruff: noqa: E501 (tables of cases)
 
 from __future__ import annotations
 
@@ -62,7 +63,9 @@ def test_args_become_keys():
 
 
 def test_missing_inputs_point_to_the_official_lines():
-    lines = {str(m).rpartition("official/")[2].partition(": there is no")[0] for m in load_full([PLUS]).missing}
+    lines = {
+        str(m).rpartition("official/")[2].partition(": there is no")[0] for m in load_full([PLUS]).missing
+    }
     assert lines == {
         "cogview3_plus.yaml:5: checkpoint.model",
         "cogview3_plus.yaml:9: sampling.prompt_file",
@@ -83,7 +86,9 @@ def test_what_is_not_honoured_is_named():
 
 def test_an_unknown_key_is_named_not_dropped(official):
     path = official("args.my_own_flag", 3)
-    assert any("args.my_own_flag" in notice and "without effect" in notice for notice in load_full([path]).notices)
+    assert any(
+        "args.my_own_flag" in notice and "without effect" in notice for notice in load_full([path]).notices
+    )
 
 
 def test_our_files_and_overrides_go_over_it(tmp_path):
@@ -97,7 +102,12 @@ def test_official_files_compose_among_themselves(official, tmp_path):
     more = tmp_path / "args.yaml"
     more.write_text("args: {batch_size: 1, fp16: true, bf16: false, seed: 5, sampling_image_size_x: 512}")
     e = load([official(), more])
-    assert (e.sampling.batch_size, e.sampling.dtype, e.sampling.seed, e.sampling.height) == (1, "fp16", 5, 512)
+    assert (e.sampling.batch_size, e.sampling.dtype, e.sampling.seed, e.sampling.height) == (
+        1,
+        "fp16",
+        5,
+        512,
+    )
 
 
 def test_interactive_input_names_no_prompts(official):
@@ -166,7 +176,9 @@ def test_what_would_change_the_model_is_refused_with_its_line(official, key, val
 
 def test_several_refusals_are_told_together(official, tmp_path):
     more = tmp_path / "more.yaml"
-    more.write_text("args: {relay_model: true, sdedit: true}\nmodel: {denoiser_config: {params: {num_idx: 10}}}")
+    more.write_text(
+        "args: {relay_model: true, sdedit: true}\nmodel: {denoiser_config: {params: {num_idx: 10}}}"
+    )
     assert len(refused([official(), more])) == 3
 
 
@@ -189,7 +201,11 @@ def test_the_four_channel_autoencoder(official):
     params = load([path]).first_stage.params
     assert params["mid_attention"] is True
     assert params["quant_convs"] is True
-    assert (params["latent_channels"], params["scale_factor"], params["multipliers"]) == (4, 0.13025, [1, 2, 4, 4])
+    assert (params["latent_channels"], params["scale_factor"], params["multipliers"]) == (
+        4,
+        0.13025,
+        [1, 2, 4, 4],
+    )
 
 
 def test_ours_are_not_taken_for_official_ones():
