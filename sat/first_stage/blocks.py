@@ -7,6 +7,7 @@ Source: official ``sgm/modules/diffusionmodules/model.py``.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,23 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
+class Pointwise(nn.Conv2d):
+    """1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w).
+
+    For float32 pictures on the CPU it is a matrix product: oneDNN's 1x1 convolution rounds differently with the
+    number of threads, and a picture must not depend on that.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, h, w)."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+
+
 class ResBlock(nn.Module):
     """(B, C_in, h, w) -> (B, C_out, h, w): two normalised 3x3 convolutions added to the input.
 
@@ -35,7 +53,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
+        self.shortcut = Pointwise(channels, out_channels) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) -> (B, C_out, h, w)."""

@@ -58,8 +58,7 @@ class Posterior:
         if noise is not None and generator is not None:
             raise ValueError("give noise or a generator, not both")
         if noise is None:
-            device = generator.device if generator is not None else self.mean.device
-            noise = torch.randn(self.mean.shape, generator=generator, device=device)
+            noise = normal_like(self.mean, generator)
         if noise.shape != self.mean.shape:
             raise ValueError(f"noise is {tuple(noise.shape)}, the latent {tuple(self.mean.shape)}")
         return self.mean + self.std * noise.to(self.mean)
@@ -69,3 +68,9 @@ class Posterior:
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+
+
+def normal_like(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of the shape, type and device of ``like``, drawn on the generator's device."""
+    device = generator.device if generator is not None else like.device
+    return torch.randn(like.shape, generator=generator, device=device).to(like)

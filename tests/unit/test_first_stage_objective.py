@@ -13,10 +13,10 @@ from sat.train.objectives.first_stage import FirstStageObjective, edge_error, pe
 from tests.tolerances import F32
 
 
-def objective(**weights: float) -> FirstStageObjective:
+def objective(**weights: float | bool) -> FirstStageObjective:
     """Over a first stage of factor 4 with 3 latent channels."""
     net = AutoencoderKL(4, (1, 2, 2), 1, 3, 2)
-    return FirstStageObjective(engine=SimpleNamespace(first_stage=net), **weights)
+    return FirstStageObjective(engine=SimpleNamespace(first_stage=net), **weights)  # type: ignore[arg-type]
 
 
 def batch(image: torch.Tensor | None, count: int = 2) -> Batch:
@@ -90,12 +90,33 @@ def test_it_saves_the_first_stage_alone() -> None:
     assert len(list(trained.parameters())) == len(list(trained.first_stage.parameters()))
 
 
+def test_a_frozen_encoder_keeps_its_latents_while_the_decoder_learns() -> None:
+    trained = objective(freeze_encoder=True)
+    trained(batch(images()), generator())["loss"].backward()
+    with_gradient = {name.split(".")[1] for name, p in trained.named_parameters() if p.grad is not None}
+    assert with_gradient == {"decoder"}
+    assert {name.split(".")[1] for name, p in trained.named_parameters() if not p.requires_grad} == {
+        "encoder"
+    }
+
+
+def test_noise_disturbs_the_latent_in_training_only() -> None:
+    plain, noisy = objective(), objective(noise=3.0)
+    noisy.first_stage = plain.first_stage
+    terms = [one(batch(images()), generator()) for one in (plain, noisy)]
+    assert terms[1]["latent_std"] > terms[0]["latent_std"] + 1
+    terms = [one.evaluate(batch(images()), generator()) for one in (plain, noisy)]
+    assert terms[0]["latent_std"] == terms[1]["latent_std"]
+
+
 def test_a_batch_without_images_is_refused() -> None:
     with pytest.raises(ValueError, match="the batch has only latents .*data.cache_views"):
         objective()(batch(None), generator())
 
 
-@pytest.mark.parametrize("weights", [{"kl": -1.0}, {"edge": -0.1}, {"pixel": 0.0, "edge": 0.0}])
+@pytest.mark.parametrize(
+    "weights", [{"kl": -1.0}, {"edge": -0.1}, {"noise": -1.0}, {"pixel": 0.0, "edge": 0.0}]
+)
 def test_weights_that_train_nothing_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must not be negative, and pixel or edge must be positive"):
         objective(**weights)
