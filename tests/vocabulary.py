@@ -17,7 +17,7 @@ _LINES = (
 _ODD_LINES = (
     "</s> <pad> <unk> <extra_id_0> <extra_id_99> <extra_id_100> <extra_id_1 x</s>y ＜/s＞ ＜extra_id_3＞",
     "<s> e\u0301 e\u0302\u0301 a\u0308\u0304 o\u0323\u0302 ﬁ ﬁ\u0302",
-    "\u2122\u0301 \u212b \u1e9b\u0323 \u0600a \u0e33",
+    "\u2122\u0301 \u212b \u1e9b\u0323 \u0600a \u0600e\u0301 \u0e33",
     "① ㎏ ｆｕｌｌ ﷺ ½ ² Ⅷ ㌢ 각 \u1100\u1161\u11a8 中文 一只猫，在山上 \uff9e \u0301 \u0301a ▁ ▁▁a a▁b",
     "😀 👩\u200d🚀 🇩🇪 👍🏽 ❤\ufe0f \u200d \u200b \ufeff \xad \x00 \x01 \x07 \x1b[0m",
     "\x7f \ufffd \ue000 \U000f0000 a\x85b a\u2028b a\x9fb",
