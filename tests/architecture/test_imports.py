@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,14 +56,15 @@ def test_help_needs_no_torch(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", ENTRY_POINTS)
-def test_help_is_printed_within_a_second(script: str) -> None:
-    """The best of a few: the machine may be busy."""
+def test_help_takes_less_than_a_second(script: str) -> None:
+    """Of processor time, the best of a few: the machine may be busy with something else."""
     best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, check=False)
-        best = min(best, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr.decode()
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if best < 1.0:
             return
     pytest.fail(f"{script} --help took {best:.2f} s")
