@@ -89,7 +89,7 @@ class DiffusionEngine(nn.Module):
         rows = guider.rows(cond, uncond)
         indices = [float(level.index) for level in levels[:-1]]
         prepared = self.network.prepare(rows, tuple(noise.shape[2:]), indices)  # type: ignore[operator]
-        watch = _FiniteWatch(noise.device, rows.text.dtype)
+        watch = _FiniteWatch(noise.device, next(self.network.parameters(), noise).dtype)
         denoiser = self.denoiser
 
         def predict(x: Tensor, level: Level) -> Tensor:

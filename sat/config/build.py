@@ -172,9 +172,12 @@ class _Fill:
         return module
 
     def _dtype(self, part: Part) -> torch.dtype:
-        """The dtype of a part; T5 and the autoencoder overflow in float16."""
-        wider = {"text": torch.bfloat16, "first_stage": torch.float32}
-        return wider.get(part, self.dtype) if self.dtype == torch.float16 else self.dtype
+        """The dtype of a part: float32 for an autoencoder that would run, and overflow, in float16.
+
+        The transformers of the other parts guard themselves (:mod:`sat.transformer.attention`).
+        """
+        narrow = part == "first_stage" and self.dtype == torch.float16
+        return torch.float32 if narrow else self.dtype
 
     def _seed(self, part: Part) -> int:
         """Each part has its own: its weights do not depend on which others are read from files."""

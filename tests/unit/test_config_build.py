@@ -116,7 +116,7 @@ def test_half_precision_reaches_the_weights_and_not_the_position_table():
 def test_float16_keeps_what_would_overflow_wider():
     made = engine(dtype=torch.float16)
     assert {p.dtype for p in made.network.parameters()} == {torch.float16}
-    assert {p.dtype for p in made.conditioner.text.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in made.conditioner.text.parameters()} == {torch.float16}
     assert {p.dtype for p in made.first_stage.parameters()} == {torch.float32}
 
 
