@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from sat.cli.guard import guard
 from sat.sampling.prompts import check_text
+from sat.util import threads
 
 DESCRIPTION = """\
 Draw pictures for prompts with the model that --base describes.
@@ -127,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
 
     def work() -> int:
+        threads.prepare()
         from sat.cli import sample_work  # torch and all: only once the arguments are good
 
         return sample_work.work(args, settings(args))

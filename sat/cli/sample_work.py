@@ -60,11 +60,12 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     if args.print_config:
         print(dump(experiment), end="")
         return 0
-    prompts = _prompts(experiment)
+    if loaded.missing and not args.check:
+        raise ConfigError(loaded.missing)
+    absent = any(problem.key == "sampling.prompt_file" for problem in loaded.missing)
+    prompts = None if absent else _prompts(experiment)
     if args.check:
         return _check(loaded, prompts)
-    if loaded.missing:
-        raise ConfigError(loaded.missing)
     for notice in loaded.notices:
         log.warning("%s", notice)
     if prompts is None:
@@ -270,9 +271,11 @@ def _ask(session: _Session) -> None:
 
 
 def _question() -> str | None:
-    """One line from the terminal, None at its end."""
+    """One line from the terminal; None at its end or on Ctrl-C."""
     try:
         return input("prompt> ")
-    except EOFError:
+    except Stopped:
+        raise
+    except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)
         return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sat.first_stage.blocks import Pointwise
 from sat.first_stage.decoder import Decoder
 from sat.first_stage.encoder import Encoder
 from sat.first_stage.posterior import Posterior
@@ -70,8 +71,8 @@ class AutoencoderKL(nn.Module):
             image_channels=image_channels,
             mid_attention=mid_attention,
         )
-        self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_convs else nn.Identity()
-        self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1) if quant_convs else nn.Identity()
+        self.quant = Pointwise(2 * latent_channels, 2 * latent_channels) if quant_convs else nn.Identity()
+        self.post_quant = Pointwise(latent_channels, latent_channels) if quant_convs else nn.Identity()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,8 +27,8 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 class Pointwise(nn.Conv2d):
     """1x1 convolution (B, C_in, h, w) -> (B, C_out, h, w).
 
-    For float32 pictures on the CPU it is a matrix product: oneDNN's 1x1 convolution rounds differently with the
-    number of threads, and a picture must not depend on that.
+    For float32 pictures on the CPU it is a matrix product: oneDNN's 1x1 convolution rounds differently with
+    the number of threads, and a picture must not depend on that.
     """
 
     def __init__(self, channels: int, out_channels: int) -> None:
@@ -38,7 +38,11 @@ class Pointwise(nn.Conv2d):
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
         if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
             return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+        weight = self.weight[:, :, 0, 0]
+        if x.is_contiguous():  # either way the memory format stays
+            out = torch.matmul(weight, x.flatten(2)).view(len(x), len(weight), *x.shape[2:])
+            return out if self.bias is None else out + self.bias[:, None, None]
+        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
 
 
 class ResBlock(nn.Module):

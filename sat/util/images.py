@@ -110,8 +110,8 @@ def write_text(path: Path, text: str) -> None:
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a hidden file beside ``path``, then move it there in one step.
 
-    A run that is killed at any moment leaves no half file under ``path``, and a reader never sees one. The disk
-    is not waited for: after a power cut, reading back what was just written is what tells.
+    A run that is killed at any moment leaves no half file under ``path``, and a reader never sees one. The
+    disk is not waited for: after a power cut, only reading a file back tells.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:

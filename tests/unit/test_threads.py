@@ -1,0 +1,62 @@
+"""Threads of a CPU run: what is set, what is left alone, and that results do not depend on their number."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sat.util import threads
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def environment(monkeypatch) -> None:
+    """No settings, and restored afterwards whatever the test does."""
+    for name in threads.SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_threads_sleep_while_they_wait_and_products_are_reproducible(environment, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    threads.prepare()
+    assert {name: os.environ.get(name) for name in threads.SETTINGS} == threads.SETTINGS
+
+
+def test_a_setting_of_the_user_stays(environment, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    threads.prepare()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_nothing_is_claimed_once_torch_is_there(environment) -> None:
+    assert "torch" in sys.modules
+    threads.prepare()
+    assert not set(threads.SETTINGS) & set(os.environ)
+
+
+def test_float32_results_do_not_depend_on_the_number_of_threads() -> None:
+    """Shapes at which MKL's products and oneDNN's 1x1 convolutions did depend on it."""
+    code = """
+from sat.util import threads
+threads.prepare()
+import torch
+from sat.first_stage.blocks import ResBlock
+torch.manual_seed(0)
+time, image = torch.randn(6, 256), torch.randn(1, 128, 16, 16)
+linear, block = torch.nn.Linear(256, 64), ResBlock(128, 64, 8)
+found = []
+with torch.inference_mode():
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        rows = image.to(memory_format=torch.channels_last)
+        found.append((linear(time), block(image), block(rows)))
+print(all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other)))
+"""
+    env = {name: value for name, value in os.environ.items() if name not in threads.SETTINGS}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
