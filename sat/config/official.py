@@ -13,107 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sat.config.merge import plain_merge
+from sat.config.official_keys import (
+    FIRST_STAGE,
+    FIXED,
+    GUIDERS,
+    INSTEAD,
+    MIXINS,
+    NETWORK,
+    NOTHING,
+    PARAMETERISATIONS,
+    SAMPLERS,
+    SCHEDULES,
+    T5,
+)
 from sat.config.paths import find
 from sat.config.source import ConfigError, Key, Marks, Problem, Source, Where, dotted, shown, where
-
-NETWORK = {
-    "hidden_size": "dim",
-    "num_attention_heads": "heads",
-    "num_layers": "depth",
-    "in_channels": "channels",
-    "patch_size": "patch",
-    "modules.patch_embed_config.params.text_hidden_size": "text_dim",
-    "text_length": "text_len",
-    "time_embed_dim": "emb_dim",
-    "adm_in_channels": "size_dim",
-}
-"""Official key of the transformer -> our parameter."""
-
-FIRST_STAGE = {
-    "ch": "width",
-    "ch_mult": "multipliers",
-    "num_res_blocks": "res_blocks",
-    "z_channels": "latent_channels",
-    "in_channels": "image_channels",
-}
-"""Official key of an autoencoder's encoder -> our parameter."""
-
-T5 = {
-    "d_model": "dim",
-    "num_heads": "heads",
-    "d_kv": "head_dim",
-    "d_ff": "mlp_dim",
-    "num_layers": "depth",
-    "vocab_size": "vocab",
-    "relative_attention_num_buckets": "buckets",
-    "relative_attention_max_distance": "max_distance",
-}
-"""Key of a Hugging Face T5 ``config.json`` -> our parameter."""
-
-SCHEDULES = {
-    "ZeroSNRDDPMDiscretization": "sat.diffusion.schedule.ZeroSNR",
-    "LegacyDDPMDiscretization": "sat.diffusion.schedule.Discrete",
-}
-PARAMETERISATIONS = {
-    "ZeroSNRScaling": "sat.diffusion.parameterisation.V",
-    "EpsScaling": "sat.diffusion.parameterisation.Eps",
-}
-SAMPLERS = {
-    "ZeroSNRDDIMSampler": "sat.diffusion.sampler.DDIM",
-    "EulerEDMSampler": "sat.diffusion.sampler.DDIM",
-}
-GUIDERS = {
-    "VanillaCFG": "sat.diffusion.guidance.ClassifierFree",
-    "IdentityGuider": "sat.diffusion.guidance.Unguided",
-}
-
-# Keys whose only supported value is the official default; another one changes the model, so it is refused.
-FIXED: dict[str, Any] = {
-    "model.network_config.params.num_classes": "sequential",
-    "model.network_config.params.layernorm_order": "pre",
-    "model.network_config.params.elementwise_affine": False,
-    "model.network_config.params.modules.attention_config.params.qk_ln": True,
-    "model.network_config.params.modules.*.params.elementwise_affine": False,
-    "model.network_config.params.modules.patch_embed_config.params.do_rearrange": True,
-    "model.network_config.params.modules.final_layer_config.params.do_unpatchify": True,
-    "model.denoiser_config.params.num_idx": 1000,
-    "model.first_stage_config.params*.double_z": True,
-    "model.first_stage_config.params*.attn_resolutions": [],
-    "model.first_stage_config.params*.out_ch": 3,
-    "model.first_stage_config.params*.tanh_out": False,
-    "args.sampling_f": 8,
-    "args.relay_model": False,
-    "args.sdedit": False,
-    "args.ip2p": False,
-    "args.model_parallel_size": 1,
-}
-
-# Values that ask for what happens anyway.
-NOTHING: dict[str, Any] = {
-    "args.mode": "inference",
-    "args.force_inference": False,
-    "model.*.dropout": 0.0,
-    "model.loss_fn_config.target": "torch.nn.Identity",
-    "model.first_stage_config.params.loss*config.target": "torch.nn.Identity",
-    "model.network_config.params.modules.pos_embed_config.params.max_length": 4096,  # officially unused
-}
-
-# Keys that are not honoured, with what happens instead.
-INSTEAD = {
-    "args.force_inference": "missing weights are an error here; list exceptions in checkpoint.allow_missing",
-    "args.mode": "the command decides: sample.py samples, train.py trains",
-    "args.device": "parallel.device decides",
-    "model.*.device": "parallel.device decides",
-    "model.sampler_config.params.verbose": "progress is shown on a terminal",
-    "model.sampler_config.params.*": "this sampler has no such option",
-    "model.network_config.params.use_*": "memory and kernels are not part of the model here",
-    "model.loss_fn_config*": "only for training, which takes diffusion.loss",
-    "model.denoiser_config.params.weighting_config*": "only for training, which takes diffusion.loss",
-    "model.first_stage_config.params.loss*config*": "only for training",
-    "args.deepspeed_config*": "train.py writes DeepSpeed's settings from the train section",
-    "deepspeed*": "train.py writes DeepSpeed's settings from the train section",
-    "data*": "training data is named in the data section",
-}
 
 _SIDES = (512, 2048, 32)
 """Smallest and largest side and their multiple in pixels. Source: official ``sample_dit.py:140-143``."""
@@ -301,23 +215,15 @@ def _network(o: Official) -> None:
     if isinstance(patch, int) and block != 8 * patch:
         o.refuse(f"{at}.block_size", f"expected {8 * patch} pixels (8 x patch_size {patch}), got {block}")
     for name in ("pos_embed", "patch_embed", "attention", "final_layer"):
-        o.choose(f"{at}.modules.{name}_config", _MIXINS[name], "mixin")
+        o.choose(f"{at}.modules.{name}_config", MIXINS[name], "mixin")
     if (dtype := o.take(f"{at}.dtype")) is not None:
         o.put("sampling.dtype", dtype, f"{at}.dtype")
-
-
-_MIXINS: dict[str, dict[str, str]] = {
-    "pos_embed": {"PositionEmbeddingMixin": ""},
-    "patch_embed": {"ImagePatchEmbeddingMixin": ""},
-    "attention": {"AdalnAttentionMixin": ""},
-    "final_layer": {"FinalLayerMixin": ""},
-}
 
 
 def _same(o: Official, key: str, as_key: str) -> None:
     """Two official keys that are one parameter here."""
     value, other = o.take(key), o.subtree(as_key)
-    if value is not None and value != other:
+    if None not in (value, other) and value != other:
         o.refuse(key, f"expected {other!r} as in {as_key}, got {shown(value)}")
 
 
