@@ -161,7 +161,9 @@ def _rank(rank: int, world: int, folder: Path, work: Work) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     if world > 1:
         store = dist.FileStore(str(folder / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
+        )
     runtime = launch("cpu", 20, group=True)
     try:
         end = {"value": work(runtime, folder)}

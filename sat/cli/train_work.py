@@ -79,7 +79,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         if (line := explain(error)) is not None:
             raise LostRankError(line) from error
         raise
-    runtime.close()
+    if runtime.world > 1:  # alone, the group stays for another run in this process: DeepSpeed remembers it
+        runtime.close()
     return 0
 
 

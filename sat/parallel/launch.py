@@ -105,7 +105,7 @@ def keep_freed_memory(top_pad: int = 512 << 20) -> bool:
 def _identity() -> tuple[int, int, int]:
     """(rank, world, local rank) from the launcher's environment; (0, 1, 0) without one."""
     values = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if all(value is None for value in values.values()):
+    if values["RANK"] is None and values["WORLD_SIZE"] is None:
         return 0, 1, 0
     missing = [name for name, value in values.items() if value is None]
     if missing:

@@ -111,6 +111,8 @@ class Trainer:
         batches = iter(self.source)
         self._window = _Window()
         remaining = self.config.steps - self.step
+        if remaining < 1:
+            log.info("step %d of %d is done: raise train.steps to go on", self.step, self.config.steps)
         with stop_signals() as stop, progress(remaining, rank=self.runtime.rank) as bar:
             while self.step < self.config.steps:
                 self._train_step(batches)

@@ -103,8 +103,6 @@ def stopping(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, A
     return {"step": run.step, "saved": [saved.step for saved in run.folder.saved()]}
 
 
-
-
 def main(folder: Path) -> None:
     """All cases."""
     import deepspeed  # noqa: F401 - once, before the forks

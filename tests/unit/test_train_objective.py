@@ -25,7 +25,9 @@ def spiece(tmp_path_factory):
 def engine(spiece) -> DiffusionEngine:
     from sat.config.load import load
 
-    made = build_engine(load([DEBUG], [f"conditioning.tokenizer={spiece}"]), device="cpu", dtype=torch.float32)
+    made = build_engine(
+        load([DEBUG], [f"conditioning.tokenizer={spiece}"]), device="cpu", dtype=torch.float32
+    )
     fill(made.network)
     return made
 
@@ -46,7 +48,9 @@ def test_only_the_network_learns(engine) -> None:
     objective(batch(), seeded())["loss"].backward()
     assert {name.split(".")[0] for name, _ in objective.named_parameters()} == {"network"}
     assert all(p.grad is not None for p in engine.network.parameters() if p.requires_grad)
-    assert not any(p.requires_grad for p in [*engine.conditioner.parameters(), *engine.first_stage.parameters()])
+    assert not any(
+        p.requires_grad for p in [*engine.conditioner.parameters(), *engine.first_stage.parameters()]
+    )
     assert list(objective.parts()) == ["model"]
 
 

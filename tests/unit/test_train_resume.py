@@ -76,7 +76,11 @@ def test_other_folders_are_let_alone(folder) -> None:
     (folder.checkpoints / "step_12.bak").mkdir()
     save(folder, 3)
     folder.prune(1)
-    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best", "step_00000003", "step_12.bak"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "best",
+        "step_00000003",
+        "step_12.bak",
+    ]
 
 
 def test_writing_a_step_again_starts_from_an_empty_folder(folder) -> None:

@@ -1,0 +1,280 @@
+"""train.py on the toy model: what a run leaves behind, resuming to the bit, stopping, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sat.cli.train import main
+from sat.config.load import load
+from sat.train.resume import RunFolder, torn
+from tests.checkpoints import tokenizer
+from tests.configs import DEBUG, ROOT
+from tests.smoke.training_runs import write
+from tests.training import rows
+
+pytestmark = pytest.mark.timeout(600)  # the fixture below is a dozen runs
+
+
+class Ran(NamedTuple):
+    """The folder of all runs, and how each ended."""
+
+    folder: Path
+    ends: dict[str, dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Ran:
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-m", "tests.smoke.training_runs", str(folder), str(spiece)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr
+    return Ran(folder, json.loads((folder / "ends.json").read_text()))
+
+
+def good(ran: Ran, name: str) -> str:
+    """What a run that ended well said."""
+    end = ran.ends[name]
+    assert end["code"] == 0, end["err"]
+    return str(end["out"]) + str(end["err"])
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, the optimizer's included."""
+    place = run / "checkpoints" / f"step_{step:08d}"
+    saved = torch.load(place / "state" / "mp_rank_00_model_states.pt", weights_only=True)
+    found = {f"module.{name}": value for name, value in saved["module"].items()}
+    for index, moments in saved["optimizer"]["state"].items():
+        found |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    found |= {f"ema.{name}": value for name, value in load_file(place / "state" / "ema.safetensors").items()}
+    for part in ("model", "text"):
+        found |= {f"{part}.{n}": v for n, v in load_file(place / "native" / f"{part}.safetensors").items()}
+    return found
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_leaves_its_config_record_metrics_samples_and_checkpoints(ran) -> None:
+    good(ran, "whole")
+    run = ran.folder / "whole"
+    assert {path.name for path in run.iterdir()} == {
+        "resolved.yaml", "run.json", "metrics.jsonl", "samples", "checkpoints",
+    }  # fmt: skip
+    assert load([run / "resolved.yaml"]).train.steps == 6
+    record = json.loads((run / "run.json").read_text())
+    assert (record["world"], record["seeds"]["train"]) == (1, 0)
+    with Image.open(run / "samples" / "step_00000006" / "00_red_apple.png") as image:
+        assert (image.height, image.width) == (48, 64)
+    assert [saved.step for saved in RunFolder(run).saved()] == [3, 6]
+    steps = [row for row in rows(run) if "lr" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    assert set(steps[0]) >= {
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "data_wait",
+        "memory_gb",
+        "epoch",
+    }
+    assert [row["step"] for row in rows(run) if "validation/shuffled" in row] == [3, 6]
+    assert steps[-1]["images"] == 48
+
+
+def test_a_run_cut_in_three_is_the_uninterrupted_one_bit_for_bit(ran) -> None:
+    good(ran, "half")
+    good(ran, "rest")
+    assert same(state(ran.folder / "half", 6), state(ran.folder / "whole", 6))
+    losses = [[r["loss"] for r in rows(ran.folder / name) if "lr" in r] for name in ("half", "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_minutes_end_a_run_with_a_checkpoint(ran) -> None:
+    assert "minutes of train.max_minutes are over: saving at step 1 of 6" in good(ran, "half")
+
+
+def test_a_run_folder_with_checkpoints_is_not_trained_over(ran) -> None:
+    end = ran.ends["again"]
+    assert end["code"] == 2
+    assert "holds checkpoints up to step 1: --resume goes on from there" in end["err"]
+
+
+def test_a_finished_run_says_so(ran) -> None:
+    assert "step 6 of 6 is done: raise train.steps to go on" in good(ran, "done")
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_taken(ran) -> None:
+    said = good(ran, "torn")
+    assert "step_00000006 is torn (no COMPLETE file" in said
+    assert "resumed from" in said
+    assert "at step 3 of 6" in said
+    assert same(state(ran.folder / "half", 6), state(ran.folder / "whole", 6))
+
+
+def test_the_native_checkpoint_holds_the_averages_and_samples(ran, tmp_path) -> None:
+    from sat.cli.sample import main as sample
+
+    native = ran.folder / "whole" / "checkpoints" / "step_00000006" / "native"
+    averages = load_file(native.parent / "state" / "ema.safetensors")
+    weights = load_file(native / "model.safetensors")
+    trained = {
+        name.removeprefix("network."): v for name, v in averages.items() if name.startswith("network.")
+    }
+    assert trained
+    assert all(torch.equal(weights[name], value) for name, value in trained.items())
+    code = sample([
+        "--base", str(DEBUG), "--prompt", "a dog", "--output-dir", str(tmp_path / "out"), "parallel.device=cpu",
+        f"checkpoint.model={native}", f"checkpoint.text={native}", "conditioning.tokenizer=null",
+    ])  # fmt: skip
+    assert code == 0
+
+
+def test_cached_latents_are_trained_on(ran) -> None:
+    assert "encoding 44 images 2 times" in good(ran, "cached")
+    native = ran.folder / "cached" / "checkpoints" / "step_00000002"
+    assert (native / "native" / "model.safetensors").is_file()
+    assert not (native / "state" / "ema.safetensors").exists()
+
+
+def test_bf16_weights_train_validate_sample_and_save(ran) -> None:
+    good(ran, "bf16")
+    run = ran.folder / "bf16"
+    assert (run / "samples" / "step_00000002" / "01_a_dog.png").is_file()
+    tensors = load_file(run / "checkpoints" / "step_00000002" / "native" / "model.safetensors")
+    assert tensors["time.0.weight"].dtype == torch.bfloat16
+
+
+def test_bf16_weights_need_sharded_masters(ran) -> None:
+    end = ran.ends["lonely_bf16"]
+    assert end["code"] == 2
+    assert "train.zero: `dtype` bf16 needs 1 or 2" in end["err"]
+
+
+def test_the_first_stage_trains_by_the_same_loop(ran) -> None:
+    assert "psnr" in good(ran, "vae")
+    place = ran.folder / "vae" / "checkpoints" / "step_00000002" / "native"
+    assert [file.name for file in place.glob("*.safetensors")] == ["first_stage.safetensors"]
+
+
+def test_a_streak_of_nan_losses_ends_the_run(ran) -> None:
+    end = ran.ends["nan"]
+    assert end["code"] == 1
+    assert "not finite in 2 steps in a row" in end["err"]
+    assert "lower train.lr (1e+38)" in end["err"]
+
+
+def test_missing_data_is_told_before_anything_is_built(ran) -> None:
+    end = ran.ends["no_data"]
+    assert end["code"] == 2
+    assert "data.sources.0.path: there is no '/nowhere'" in end["err"]
+    assert not (ran.folder / "no_data").exists()
+
+
+def test_check_and_print_config_build_nothing(ran) -> None:
+    said = good(ran, "check")
+    assert "config ok: 6 steps of 4 x 2 images a rank at 48 x 64 (height x width), fp32, ZeRO 0" in said
+    assert "objective:" in good(ran, "config")
+    assert not (ran.folder / "check").exists()
+
+
+def test_a_config_without_training_is_refused(capsys, tmp_path) -> None:
+    assert main(["--base", str(DEBUG), "--output-dir", str(tmp_path)]) == 2
+    assert "the config has no `train` section" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- processes of their own
+
+
+def start(
+    base: list[str], out: Path, *arguments: str, launcher: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """A process of train.py that saves at every step."""
+    command = [sys.executable, *launcher, "train.py", *base, "--output-dir", str(out), *arguments]
+    quick = [
+        "train.save_every=1",
+        "train.sample_every=null",
+        "train.validate_every=null",
+        "train.keep_last=100",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *quick],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until ``condition`` holds; an error if the process ends before."""
+    for _ in range(6000):
+        if condition():
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[1])
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError("the run made no progress")
+
+
+def steps(run: Path) -> list[int]:
+    return [saved.step for saved in RunFolder(run).saved()]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(ran, spiece, tmp_path) -> None:
+    base, out = write(tmp_path, spiece), tmp_path / "run"
+    process = start(base, out)
+    wait_for(lambda: any((out / "checkpoints").glob("*2/state/*")), process)  # step 2 is being written
+    process.kill()
+    process.communicate()
+    whole = steps(out)
+    assert whole[0] == 1
+    assert len(whole) < 6
+    process = start(base, out, "--resume")
+    assert process.wait(240) == 0, process.communicate()[1]
+    process.communicate()
+    assert same(state(out, 6), state(ran.folder / "whole", 6))
+    assert not any(torn(path) for path in (out / "checkpoints").iterdir())
+
+
+def test_sigterm_under_torchrun_saves_and_ends(spiece, tmp_path) -> None:
+    out = tmp_path / "run"
+    launcher = ("-m", "torch.distributed.run", "--standalone")
+    process = start(write(tmp_path, spiece), out, "--steps", "100000", launcher=launcher)
+    wait_for(lambda: bool(steps(out)), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=240)[1]
+    assert "asked to stop: saving at step" in said  # torchrun itself returns 1 after a signal
+    (last,) = steps(out)[-1:]
+    assert f"saving at step {last} of 100000" in said
+
+
+def test_ctrl_c_saves_and_exits_without_an_error(spiece, tmp_path) -> None:
+    out = tmp_path / "run"
+    process = start(write(tmp_path, spiece), out, "--steps", "100000")
+    wait_for(lambda: bool(steps(out)), process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    assert f"saving at step {steps(out)[-1]} of 100000" in said
