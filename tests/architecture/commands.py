@@ -50,7 +50,7 @@ def _lines(path: Path) -> list[str]:
 def _parse(path: Path, line: str) -> list[Command]:
     """The project's commands in one shell line."""
     line = re.sub(r"^\s*[$>] ", "", line)
-    words = _words(line)
+    words = [word for word in _words(line) if word != "$@"]  # what the user adds to a script
     found: list[Command] = []
     for part in _split(words):
         while part and re.fullmatch(r"[A-Z_]+=.*", part[0]):
