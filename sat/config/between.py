@@ -20,6 +20,7 @@ def between(experiment: Experiment, marks: Marks) -> list[Problem]:
 def _broken(e: Experiment) -> Iterator[tuple[Key, str]]:
     yield from _equal(e)
     yield from _sizes(e)
+    yield from _pictures(e)
 
 
 def _equal(e: Experiment) -> Iterator[tuple[Key, str]]:
@@ -61,6 +62,17 @@ def _sizes(e: Experiment) -> Iterator[tuple[Key, str]]:
             ("sampling", "sizes", "max"),
             f"{rule.max} pixels are {rule.max // cell} patches, more than the position table {list(table)}",
         )
+
+
+def _pictures(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """Training pictures must divide into latent cells."""
+    multipliers = _reader(e, e.first_stage)("multipliers")
+    if e.data is None or multipliers is _UNKNOWN:
+        return
+    factor = 2 ** (len(multipliers) - 1)
+    for name, side in (("height", e.data.height), ("width", e.data.width)):
+        if side % factor:
+            yield ("data", name), f"{side} is not a multiple of {factor}, the pixels of one latent cell"
 
 
 def _has_table(model: Component) -> bool:

@@ -117,6 +117,8 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         (["model.params.heads=5"], "model: sat.models.cogview3_plus.CogView3Plus refuses these parameters: dim 32"),
         (["diffusion.schedule.params.shift=-1"], "diffusion.schedule: sat.diffusion.schedule.ZeroSNR refuses"),
         (["sampling.sizes={min: 64, max: 32}"], "sampling.sizes: "),
+        (["data={sources: [{path: tests}], height: 64, width: 60}"],
+         "data.width: 60 is not a multiple of 8, the pixels of one latent cell"),
     ],
 )  # fmt: skip
 def test_one_problem(overrides, what):
