@@ -160,7 +160,9 @@ def _sections(sources: Sources, config: Mapping[str, Any] | None) -> dict[str, A
     """The config sections, by rising weight: of the main path, of a part's own path, of ``config``."""
     found = dict(detect(sources.path).config(sources.path))
     if sources.first_stage is not None:
-        found.update(detect(sources.first_stage).config(sources.first_stage))
+        own = detect(sources.first_stage).config(sources.first_stage)
+        if own.get("first_stage") is not None:
+            found["first_stage"] = own["first_stage"]
     if sources.text is not None:
         text = (detect(sources.text).config(sources.text).get("conditioning") or {}).get("text")
         if text is not None:
