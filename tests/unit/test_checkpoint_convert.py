@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from sat.checkpoint import WRITERS, CheckpointError, detect, find_tokenizer, load, open_part
+from sat.checkpoint import WRITERS, CheckpointError, detect, find_tokenizer, load, open_part, save_native
 from sat.checkpoint.convert import Sources, convert
 from sat.checkpoint.format import PARTS
 from sat.cli.convert import main, size
@@ -94,6 +94,19 @@ def test_parts_may_come_from_their_own_places(written, tmp_path):
         module = build(part, meta=True)
         load(module, tmp_path / "out", part)
         assert same(module.state_dict(), build(part).state_dict())
+
+
+def test_a_first_stage_of_its_own_changes_its_own_section_alone(written, tmp_path):
+    """It may have been trained beside another network, which its manifest still names."""
+    elsewhere = {**CONFIG, "model": {**CONFIG["model"], "params": {**CONFIG["model"]["params"], "depth": 5}}}
+    first_stage = {**CONFIG["first_stage"], "params": {**CONFIG["first_stage"]["params"], "scale_factor": 0.3}}
+    own = {"first_stage": tensors()["first_stage"]}
+    save_native(tmp_path / "vae", own, {**elsewhere, "first_stage": first_stage})
+    sources = Sources(written / "native", first_stage=tmp_path / "vae")
+    convert(sources, tmp_path / "out", "native", build_component)
+    config = detect(tmp_path / "out").config(tmp_path / "out")
+    assert config["model"]["params"]["depth"] == CONFIG["model"]["params"]["depth"]
+    assert config["first_stage"]["params"]["scale_factor"] == 0.3
 
 
 def test_a_text_encoder_without_tokenizer_is_noted(written, tmp_path):
