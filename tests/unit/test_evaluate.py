@@ -10,11 +10,12 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from sat.cli import evaluate
+from sat.data.emoji.concepts import core_labels
 from sat.data.records import DataError
 from sat.data.transforms import to_tensor
 from sat.evaluate.augment import Strength, augment
 from sat.evaluate.classifier import Card, Classifier, embed, frechet, statistics, top_shares
-from sat.evaluate.retrieval import collect, score, wanted
+from sat.evaluate.retrieval import collect, score, score_folder, wanted
 from sat.evaluate.training import Recipe, train
 
 COLOURS = {"red apple": "#e01010", "lime": "#20c020", "blue heart": "#2030e0"}
@@ -258,6 +259,16 @@ def test_a_judge_that_is_too_weak_is_not_believed(data, tmp_path, capsys):
     assert evaluate.main(["retrieval", "--images", str(data), "--captions", str(data / "metadata.jsonl"),
                           "--classifier", str(tmp_path)]) == 0  # fmt: skip
     assert "do not believe it" in capsys.readouterr().out
+
+
+def test_the_judge_that_ships_knows_the_sample_and_the_style_it_has_never_seen(pytestconfig):
+    root = pytestconfig.rootpath
+    judge = Classifier.load(root / "checkpoints/tiny_classifier")
+    assert judge.card.scores["augmented_top1"] >= 0.9
+    assert set(judge.card.concepts) == set(core_labels())
+    for folder, least in (("emoji_sample", 1.0), ("emoji_sample_3d", 0.8)):
+        table = root / "data" / folder / "metadata.jsonl"
+        assert score_folder(table.parent, table, judge).top1 >= least
 
 
 def test_pictures_without_labels_cannot_train_a_judge(tmp_path):
