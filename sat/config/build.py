@@ -101,8 +101,7 @@ def build_engine(
 
     Parts are built on the meta device and filled tensor by tensor. A part without a path is drawn at random
     only when ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current
-    seed: for training from scratch. With float16 the text encoder is bfloat16 and the first stage float32:
-    their activations leave float16's range.
+    seed: for training from scratch. With float16 the first stage stays float32, whose range it needs.
     """
     from sat.conditioning.conditioner import Conditioner
     from sat.engine import DiffusionEngine
