@@ -63,7 +63,7 @@ def fit(
         for prefix in prefixes
         for layout, rules in distinct.values()
     ]
-    return max(tried, key=lambda found: (len(found.view), -len(found.unexpected), -len(found.missing)))
+    return max(tried, key=lambda found: len(found.view))
 
 
 def _try(

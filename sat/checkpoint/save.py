@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +37,7 @@ from sat.checkpoint.load import Overflow
 from sat.checkpoint.rules import as_theirs
 from sat.checkpoint.safetensors_file import Written, write_safetensors
 from sat.checkpoint.torch_file import write_torch
+from sat.checkpoint.whole import whole_folder
 
 Parts = Mapping[Part, Mapping[str, Tensor]]
 SHARD_BYTES = 5_000_000_000
@@ -67,7 +66,7 @@ def save_native(
     into the manifest, so that the folder can be converted and checked without a YAML file.
     """
     options = options or Options()
-    with _whole(Path(folder), parts, options) as place:
+    with whole_folder(Path(folder), _bytes(parts, options)) as place:
         files: dict[str, Any] = {}
         for part in PARTS:
             if part in parts:
@@ -92,7 +91,7 @@ def save_sat(
     published.
     """
     options = options or Options()
-    with _whole(Path(folder), parts, options) as place:
+    with whole_folder(Path(folder), _bytes(parts, options)) as place:
         if "model" in parts:
             tensors = _theirs(parts["model"], "model", "SAT", config)
             (place / "1").mkdir()
@@ -127,7 +126,7 @@ def save_diffusers(
         "first_stage": vae_config(_params(config, "first_stage")),
     }
     scheduler = scheduler_config(config.get("diffusion", {}))
-    with _whole(Path(folder), parts, options) as place:
+    with whole_folder(Path(folder), _bytes(parts, options)) as place:
         for part in ("model", "first_stage"):
             if part in parts:
                 target = place / FOLDERS[part]
@@ -154,6 +153,18 @@ WRITERS: dict[str, Callable[..., Path]] = {
 
 
 # -- parts
+
+
+def _bytes(parts: Parts, options: Options) -> int:
+    """How much will be written, roughly: all tensors."""
+    if not parts:
+        raise CheckpointError("nothing to write: no parts given")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise CheckpointError(f"unknown parts {unknown}, known are {list(PARTS)}")
+    lazy = [as_lazy(tensors) for tensors in parts.values()]
+    return sum(_info(tensors, name, options).nbytes for tensors in lazy for name in tensors)
+
+
 #
 #
 
@@ -318,60 +329,3 @@ def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """``content`` as indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-# -- all or nothing
-
-
-@contextmanager
-def _whole(folder: Path, parts: Parts, options: Options) -> Iterator[Path]:
-    """A folder beside ``folder`` to write in, which takes its name at the end; a failure leaves nothing."""
-    refuse_occupied(folder)
-    if not parts:
-        raise CheckpointError(f"{folder}: nothing to write: no parts given")
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise CheckpointError(f"{folder}: unknown parts {unknown}, known are {list(PARTS)}")
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _room(folder.parent, parts, options)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        if folder.exists():
-            folder.rmdir()  # empty: checked above
-        partial.rename(folder)
-        _sync(folder.parent)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot write: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_occupied(folder: Path) -> None:
-    """An error if ``folder`` is a file or holds anything."""
-    if folder.is_dir() and next(folder.iterdir(), None) is None:
-        return
-    if folder.exists() or folder.is_symlink():
-        raise CheckpointError(
-            f"{folder}: exists and is not an empty folder; give a new destination or empty it first"
-        )
-
-
-def _room(folder: Path, parts: Parts, options: Options) -> None:
-    lazy = [as_lazy(tensors) for tensors in parts.values()]
-    needed = sum(_info(tensors, name, options).nbytes for tensors in lazy for name in tensors)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(f"{folder}: needs {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free")
-
-
-def _sync(folder: Path) -> None:
-    """Make the new name durable, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -99,7 +99,10 @@ def test_parts_may_come_from_their_own_places(written, tmp_path):
 def test_a_first_stage_of_its_own_changes_its_own_section_alone(written, tmp_path):
     """It may have been trained beside another network, which its manifest still names."""
     elsewhere = {**CONFIG, "model": {**CONFIG["model"], "params": {**CONFIG["model"]["params"], "depth": 5}}}
-    first_stage = {**CONFIG["first_stage"], "params": {**CONFIG["first_stage"]["params"], "scale_factor": 0.3}}
+    first_stage = {
+        **CONFIG["first_stage"],
+        "params": {**CONFIG["first_stage"]["params"], "scale_factor": 0.3},
+    }
     own = {"first_stage": tensors()["first_stage"]}
     save_native(tmp_path / "vae", own, {**elsewhere, "first_stage": first_stage})
     sources = Sources(written / "native", first_stage=tmp_path / "vae")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sat.checkpoint import (
     WRITERS,
@@ -283,6 +284,13 @@ def test_a_truncated_native_shard_is_named(copy):
     file = next(folder.glob("model-00002*"))
     file.write_bytes(file.read_bytes()[:-8])
     assert f"{file}: truncated" in message(folder)
+
+
+def test_a_native_file_that_was_exchanged_is_named(copy):
+    folder = copy("native")
+    file = next(folder.glob("text-00001*"))
+    save_file({"other": torch.ones(30_000)}, file)
+    assert f"{file}: not the file that was written" in message(folder, "text")
 
 
 @pytest.mark.parametrize(

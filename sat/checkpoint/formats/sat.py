@@ -68,10 +68,10 @@ class Sat:
             return _T5.open(found, part, allow_pickle=allow_pickle)
         tensors = open_file(found, allow_pickle=allow_pickle)
         if (
-            found.name == ENGINE_FILE and part != "model"
-        ):  # the model's own names are matched, and left-overs refused
-            return Prefixed(tensors, ENGINE_PREFIXES[part])
-        return tensors
+            found.name != ENGINE_FILE or part == "model"
+        ):  # what the model leaves over must be seen and refused
+            return tensors
+        return Prefixed(tensors, ENGINE_PREFIXES[part])
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """The sections our writer adds; official folders carry none, except for T5."""
