@@ -103,6 +103,16 @@ def test_a_negative_prompt_is_used(pipe) -> None:
     assert not torch.equal(pipe("a dog", negative_prompt="the sun").latents, pipe("a dog").latents)
 
 
+def test_the_size_vector_is_that_of_an_uncropped_picture_height_first(pipe) -> None:
+    (encoded,) = pipe.drawer.encode(["a dog"])
+    cond, uncond = pipe.drawer.condition(encoded, 32, 64, batch=2)
+    size, corner = torch.tensor([[32, 64]] * 2), torch.zeros(2, 2)
+    assert torch.equal(cond.vector, pipe.drawer.engine.conditioner.size(size, corner, size))
+    assert torch.equal(uncond.vector, cond.vector)
+    assert not uncond.text.any()
+    assert cond.text.any()
+
+
 def test_dtypes_may_be_named_or_given(spiece) -> None:
     for dtype in ("bf16", torch.bfloat16):
         pipe = sat.Pipeline.from_config(DEBUG, [("conditioning.tokenizer", str(spiece))], "cpu", dtype)

@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sat.cli import sample_work
+from sat.cli.sample import main
+from sat.config.load import load
 from sat.sampling.output import OutputFolder
 from sat.util.images import read_png_text
 from sat.util.rng import image_noise
@@ -110,17 +112,13 @@ def test_images_drawn_together_differ_by_rounding_only(sample, tmp_path) -> None
 def test_the_resolved_config_repeats_the_run(sample, tmp_path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     prompt = "costs ${5}: 'q' # no comment\n🍎"
-    assert sample("--prompt", prompt, "--negative-prompt", "a: [b]", "--output-dir", first).code == 0
-    code = sample_main_with(first / "resolved.yaml", again)
-    assert code == 0
+    assert (
+        sample("--prompt", prompt, "--negative-prompt", "a: [b]", "--output-dir", first, "--resume").code == 0
+    )
+    assert load([first / "resolved.yaml"]).output.resume is False
+    assert main(["--base", str(first / "resolved.yaml"), "--output-dir", str(again)]) == 0
     assert files(first) == files(again) != {}
     assert read_png_text(next(again.rglob("0*.png")))["prompt"] == prompt
-
-
-def sample_main_with(config: Path, out: Path) -> int:
-    from sat.cli.sample import main
-
-    return main(["--base", str(config), "--output-dir", str(out)])
 
 
 def test_resume_draws_only_what_is_not_there(sample, tmp_path, three) -> None:
