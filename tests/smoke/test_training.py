@@ -142,8 +142,9 @@ def test_the_native_checkpoint_holds_the_averages_and_samples(ran, tmp_path) -> 
     assert trained
     assert all(torch.equal(weights[name], value) for name, value in trained.items())
     code = sample([
-        "--base", str(DEBUG), "--prompt", "a dog", "--output-dir", str(tmp_path / "out"), "parallel.device=cpu",
-        f"checkpoint.model={native}", f"checkpoint.text={native}", "conditioning.tokenizer=null",
+        "--base", str(DEBUG), "--prompt", "a dog", "--output-dir", str(tmp_path / "out"),
+        "parallel.device=cpu", "conditioning.tokenizer=null",
+        f"checkpoint.model={native}", f"checkpoint.text={native}",
     ])  # fmt: skip
     assert code == 0
 

@@ -93,8 +93,10 @@ def everything(folder: Path, spiece: Path) -> None:
     )
     run("lonely_bf16", "--dtype", "bf16")
     run("vae", "--base", str(folder / "vae.yaml"), "--steps", "2")
-    run("nan", "--lr", "1e38", "train.optimizer.target=torch.optim.SGD", "train.clip=null", "train.max_bad_steps=2",
-        "--steps", "30", "train.accumulate=1", "train.validate_every=null", "train.sample_every=null")  # fmt: skip
+    run(
+        "nan", "--lr", "1e38", "--steps", "30", "train.optimizer.target=torch.optim.SGD", "train.clip=null",
+        "train.max_bad_steps=2", "train.accumulate=1", "train.validate_every=null", "train.sample_every=null",
+    )  # fmt: skip
     run("no_data", "data.sources.0.path=/nowhere")
     (folder / "ends.json").write_text(json.dumps(ends))
 
