@@ -29,6 +29,8 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         spec = spec or BlockSpec()
+        if min(dim, heads, depth) < 1:
+            raise ValueError(f"dim {dim}, heads {heads} and depth {depth} must all be at least 1")
         if spec.head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         self.spec = spec

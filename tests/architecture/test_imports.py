@@ -13,7 +13,7 @@ import pytest
 from tests.architecture.tree import ROOT, sources, tree
 
 ENTRY_POINTS = [name for name in ("sample.py", "train.py", "convert.py") if (ROOT / name).exists()]
-HEAVY = ("torch", "deepspeed", "numpy", "omegaconf", "pydantic", "wandb", "PIL", "sentencepiece")
+HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "wandb", "PIL", "sentencepiece")
 
 
 def test_layers_import_only_what_lies_below_them() -> None:

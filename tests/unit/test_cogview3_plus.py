@@ -181,6 +181,12 @@ def test_heads_must_divide_the_width() -> None:
         CogView3Plus(dim=30, heads=4, depth=1)
 
 
+@pytest.mark.parametrize("wrong", [{"depth": 0}, {"depth": -1}, {"patch": 0}, {"text_len": 0}, {"heads": 0}])
+def test_sizes_must_be_positive(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        CogView3Plus(**{"dim": 32, "heads": 4, "depth": 1, "text_dim": 16, **wrong})
+
+
 def test_a_fresh_model_predicts_zero() -> None:
     shape = {"dim": 32, "heads": 4, "depth": 2, "channels": 4, "text_dim": 16, "text_len": 7, "emb_dim": 24}
     model = CogView3Plus(**shape, size_dim=48, table_size=(9, 11))
