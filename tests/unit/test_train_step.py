@@ -68,3 +68,10 @@ def test_the_batch_arithmetic_counts_ranks_and_accumulation() -> None:
     made = settings(changed(CONFIG, batch_size=3, accumulate=4, zero=2), 5)
     assert made["train_batch_size"] == 60
     assert made["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.slow
+def test_deepspeed_still_has_the_switch_that_stops_its_build() -> None:
+    import deepspeed
+
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
