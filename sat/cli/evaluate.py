@@ -40,6 +40,14 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--classifier", type=Path, default=CLASSIFIER, help=f"its folder ({CLASSIFIER})")
     judge.add_argument("--json", type=Path, help="file to write the scores to")
     judge.add_argument("--list", action="store_true", help="print what each picture was taken for")
+    sheet = commands.add_parser("sheet", help="all pictures of a folder on one, in the order of the prompts")
+    sheet.add_argument(
+        "--images", type=Path, required=True, help="folder of images, e.g. what sample.py wrote"
+    )
+    sheet.add_argument("--captions", type=Path, help=".jsonl table, or prompts one a line")
+    sheet.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    sheet.add_argument("--columns", type=int, default=8)
+    sheet.add_argument("--scale", type=int, default=1, help="enlarge this many times")
     return top
 
 
@@ -47,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = {"train-classifier": _train, "retrieval": _retrieval}[args.command]
+    command = {"train-classifier": _train, "retrieval": _retrieval, "sheet": _sheet}[args.command]
     return guard(lambda: command(args), debug=args.debug)
 
 
@@ -106,6 +114,19 @@ def _retrieval(args: argparse.Namespace) -> int:
         print(f"note: the classifier itself is right on only {own:.1%} of real pictures: do not believe it")
     if args.json is not None:
         args.json.write_text(json.dumps(scores.as_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return 0
+
+
+def _sheet(args: argparse.Namespace) -> int:
+    from sat.evaluate.retrieval import collect, open_all
+    from sat.util.images import grid, write_png
+
+    pictures = open_all(collect(args.images, args.captions))
+    made = grid(pictures, columns=args.columns)
+    write_png(
+        args.out, made.resize((made.width * args.scale, made.height * args.scale), resample=1)
+    )  # Lanczos
+    print(f"{args.out}: {len(pictures)} pictures")
     return 0
 
 

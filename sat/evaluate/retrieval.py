@@ -202,9 +202,8 @@ def _from_lines(images: Path, prompts: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def score_folder(images: Path, captions: Path | None, classifier: Classifier) -> Scores:
-    """:func:`score` of what :func:`collect` finds."""
-    found = collect(images, captions)
+def open_all(found: Sequence[tuple[Path, str]]) -> list[PIL.Image.Image]:
+    """The pictures of :func:`collect`, on white."""
     pictures = []
     for path, _ in found:
         try:
@@ -212,5 +211,11 @@ def score_folder(images: Path, captions: Path | None, classifier: Classifier) ->
                 pictures.append(on_white(file))
         except OSError as error:
             raise DataError(f"{path}: {error}") from error
+    return pictures
+
+
+def score_folder(images: Path, captions: Path | None, classifier: Classifier) -> Scores:
+    """:func:`score` of what :func:`collect` finds."""
+    found = collect(images, captions)
     names = [str(path.relative_to(images)) for path, _ in found]
-    return score(pictures, [caption for _, caption in found], classifier, names)
+    return score(open_all(found), [caption for _, caption in found], classifier, names)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import pytest
 import torch
 from PIL.PngImagePlugin import PngInfo
@@ -210,6 +211,21 @@ def test_the_command_reads_a_sampling_folder_in_three_ways(trained, tmp_path, ca
         scores = json.loads((tmp_path / "scores.json").read_text())
         assert scores["top1"] == pytest.approx(2 / 3)
         assert [one["seen"][0] for one in scores["missed"]] == ["blue heart"]
+
+
+def test_a_sheet_shows_the_prompts_in_their_order(tmp_path):
+    out = tmp_path / "OUT"
+    colours = ["red", "lime", "blue"]
+    prompts = [f"thing {i}" for i in range(11)]
+    for index, prompt in enumerate(prompts):
+        sampled(out, index, prompt, colours[index % 3], "plain")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    command = ["sheet", "--images", str(out), "--captions", str(tmp_path / "prompts.txt"), "--columns", "11"]
+    assert evaluate.main([*command, "--out", str(tmp_path / "sheet.png")]) == 0
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        side = (sheet.width - 2) // 11
+        seen = [sheet.getpixel((2 + side // 2 + side * i, sheet.height // 2)) for i in range(11)]
+    assert seen == [PIL.ImageColor.getrgb(colours[i % 3]) for i in range(11)]
 
 
 def test_a_missing_prompt_folder_is_named(tmp_path):
