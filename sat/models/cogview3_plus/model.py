@@ -68,7 +68,9 @@ class CogView3Plus(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         if min(patch, channels, text_len) < 1:
-            raise ValueError(f"patch {patch}, channels {channels} and text_len {text_len} must all be at least 1")
+            raise ValueError(
+                f"patch {patch}, channels {channels} and text_len {text_len} must all be at least 1"
+            )
         if len(table_size) != 2:
             raise ValueError(f"table_size is (rows, columns) in patches, got {list(table_size)}")
         self.dim, self.patch, self.channels, self.text_len = dim, patch, channels, text_len
