@@ -115,13 +115,11 @@ class TrainEngine:
 
     def _plain_step(self) -> StepResult:
         """ZeRO 0, float32: every rank holds the averaged gradients, so each decides the same alone."""
-        held = [p for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
+        limit = float("inf") if self.config.clip is None else self.config.clip
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         if not bool(torch.isfinite(norm)):
             self.engine.zero_grad()
             return StepResult(False, norm)
-        if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(held, self.config.clip, norm)
         self.engine.step()
         return StepResult(True, norm)
 
