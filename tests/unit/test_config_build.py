@@ -129,6 +129,7 @@ def test_the_full_model_is_built_without_memory():
     assert sizes == [2_890_779_712 - 41_943_040, 406_100_643, 4_762_310_656]
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="this torch imports them for any meta tensor")
 def test_building_empty_does_not_import_the_symbolic_shapes():
     code = (
         "import sys; from sat.config.load import load_full; load_full(['configs/tiny.yaml']);"
