@@ -59,7 +59,8 @@ def good(ran: Ran, name: str) -> str:
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, the optimizer's included."""
     place = run / "checkpoints" / f"step_{step:08d}"
-    saved = torch.load(place / "state" / "mp_rank_00_model_states.pt", weights_only=False)  # DeepSpeed 0.16 keeps a set
+    file = place / "state" / "mp_rank_00_model_states.pt"
+    saved = torch.load(file, weights_only=False)  # DeepSpeed 0.16 keeps a set in it
     found = {f"module.{name}": value for name, value in saved["module"].items()}
     for index, moments in saved["optimizer"]["state"].items():
         found |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
