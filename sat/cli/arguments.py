@@ -17,6 +17,28 @@ class Setting(NamedTuple):
     value: object
 
 
+def reader(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with what every command over configs takes: ``--base``, overrides, ``--check`` and the like.
+
+    Options get no defaults: those are the config's.
+    """
+    out = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    files = "config files, laid over one another left to right"
+    out.add_argument("--base", nargs="+", action="extend", metavar="YAML", help=files)
+    overrides = "config keys to set after the files"
+    out.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
+    out.add_argument("--check", action="store_true", help="check the config and exit")
+    out.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")
+    out.add_argument("--debug", action="store_true", help="debug log; tracebacks of errors")
+    return out
+
+
 def parse(reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: str) -> argparse.Namespace:
     """``reader``'s arguments, with overrides told apart from the files of ``--base`` wherever they stand.
 

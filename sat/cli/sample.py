@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from sat.cli.arguments import Setting, parse, reader, settings
 from sat.cli.guard import guard
 from sat.sampling.prompts import check_text
 from sat.util import threads
@@ -26,16 +25,6 @@ the options above only set such keys. A run writes its whole config to OUT/resol
 130 interrupted.
 """
 
-_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
-
-
-class Setting(NamedTuple):
-    """One config key and the value that an option gave it."""
-
-    key: str
-    value: object
-
-
 _OPTIONS = {
     "negative_prompt": "sampling.negative_prompt",
     "output_dir": "output.dir",
@@ -49,23 +38,9 @@ _OPTIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments; defaults are the config's, so none are set here."""
-    out = argparse.ArgumentParser(
-        prog="sample.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """The arguments."""
+    out = reader("sample.py", DESCRIPTION, EPILOG)
     add = out.add_argument
-    add(
-        "--base",
-        nargs="+",
-        action="extend",
-        metavar="YAML",
-        help="config files, laid over one another left to right",
-    )
-    add("overrides", nargs="*", metavar="section.key=value", help="config keys to set after the files")
     add("--prompt", action="append", metavar="TEXT", help="what to draw; repeat for several")
     add("--prompt-file", metavar="FILE", help="a UTF-8 text file with one prompt a line")
     add("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
@@ -81,37 +56,24 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="skip what is already in the output folder with the same settings",
     )
-    add("--check", action="store_true", help="check the config and exit")
-    add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
-    add("--debug", action="store_true", help="debug log; tracebacks of errors")
     return out
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments, with overrides told apart from config files wherever they stand."""
-    reader = parser()
-    args = reader.parse_intermixed_args(argv)
-    bases = list(args.base or [])
-    args.base = [item for item in bases if not _OVERRIDE.match(item)]
-    args.overrides = [item for item in bases if _OVERRIDE.match(item)] + list(args.overrides)
-    for item in args.overrides:
-        if not _OVERRIDE.match(item):
-            reader.error(f"unexpected argument {item!r}: expected section.key=value, or --base {item}")
-    if not args.base:
-        reader.error("--base is needed: the config of the model, such as configs/tiny.yaml")
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed arguments."""
+    options = parser()
+    args = parse(options, argv, "configs/tiny.yaml")
     if args.prompt and args.prompt_file:
-        reader.error("--prompt and --prompt-file exclude each other")
+        options.error("--prompt and --prompt-file exclude each other")
     return args
 
 
-def settings(args: argparse.Namespace) -> list[Setting]:
+def given(args: argparse.Namespace) -> list[Setting]:
     """The config keys that the options set; text in another encoding than UTF-8 is refused."""
     for index, prompt in enumerate(args.prompt or []):
         check_text(prompt, f"prompt {index}")
     check_text(args.negative_prompt or "", "the negative prompt")
-    out = [
-        Setting(key, getattr(args, name)) for name, key in _OPTIONS.items() if getattr(args, name) is not None
-    ]
+    out = settings(args, _OPTIONS)
     if args.prompt:
         out += [Setting("sampling.prompt", list(args.prompt)), Setting("sampling.prompt_file", None)]
     if args.prompt_file:
@@ -125,12 +87,12 @@ def settings(args: argparse.Namespace) -> list[Setting]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, draw; the exit code."""
-    args = parse(argv)
+    args = arguments(argv)
 
     def work() -> int:
         threads.prepare()
         from sat.cli import sample_work  # torch and all: only once the arguments are good
 
-        return sample_work.work(args, settings(args))
+        return sample_work.work(args, given(args))
 
     return guard(work, debug=args.debug, on_stop="run the same command with --resume to draw the rest")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.cli.arguments import Setting, parse, settings
+from sat.cli.arguments import Setting, parse, reader, settings
 from sat.cli.guard import guard
 
 DESCRIPTION = """\
@@ -33,23 +33,9 @@ _OPTIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments; defaults are the config's, so none are set here."""
-    out = argparse.ArgumentParser(
-        prog="train.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    """The arguments."""
+    out = reader("train.py", DESCRIPTION, EPILOG)
     add = out.add_argument
-    add(
-        "--base",
-        nargs="+",
-        action="extend",
-        metavar="YAML",
-        help="config files, laid over one another left to right",
-    )
-    add("overrides", nargs="*", metavar="section.key=value", help="config keys to set after the files")
     add("--output-dir", metavar="RUN", help="the run folder (default: runs/<name of the last config file>)")
     add("--steps", type=int, help="optimizer steps in all")
     add("--batch-size", type=int, metavar="N", help="images per rank and step of accumulation")
@@ -58,9 +44,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of the order of the data, its augmentation and the noise")
     add("--max-minutes", type=float, metavar="M", help="save and stop after so long")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint of the run folder")
-    add("--check", action="store_true", help="check the config and exit")
-    add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
-    add("--debug", action="store_true", help="debug log; tracebacks of errors")
     return out
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from sat.cli.sample import parse, settings
+from sat.cli.sample import arguments, given
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_options_only_set_config_keys() -> None:
-    args = parse(
+    args = arguments(
         ["--base", "a.yaml", "b.yaml", "--prompt-file", "p.txt", "--negative-prompt", "blurry", "--resume"]
         + ["--output-dir", "OUT", "--seed", "3", "--height", "64", "--width", "96", "--steps", "5"]
         + ["--guidance", "2", "--batch-size", "4"]
     )
     assert args.base == ["a.yaml", "b.yaml"]
-    assert dict(settings(args)) == {
+    assert dict(given(args)) == {
         "sampling.prompt": None,
         "sampling.prompt_file": "p.txt",
         "sampling.negative_prompt": "blurry",
@@ -35,20 +35,20 @@ def test_options_only_set_config_keys() -> None:
 
 
 def test_nothing_is_set_that_was_not_asked_for() -> None:
-    assert settings(parse(["--base", "a.yaml"])) == []
+    assert given(arguments(["--base", "a.yaml"])) == []
 
 
 def test_prompts_add_up_and_replace_a_prompt_file_of_the_config() -> None:
-    args = parse(["--base", "a.yaml", "--prompt", "a cat", "--prompt", "${x}: 'y'\n🍎"])
-    assert dict(settings(args)) == {
+    args = arguments(["--base", "a.yaml", "--prompt", "a cat", "--prompt", "${x}: 'y'\n🍎"])
+    assert dict(given(args)) == {
         "sampling.prompt": ["a cat", "${x}: 'y'\n🍎"],
         "sampling.prompt_file": None,
     }
 
 
 def test_zero_and_empty_values_are_values() -> None:
-    args = parse(["--base", "a.yaml", "--seed", "0", "--negative-prompt", "", "--guidance", "0"])
-    assert dict(settings(args)) == {
+    args = arguments(["--base", "a.yaml", "--seed", "0", "--negative-prompt", "", "--guidance", "0"])
+    assert dict(given(args)) == {
         "sampling.seed": 0,
         "sampling.negative_prompt": "",
         "sampling.guider.params.scale": 0.0,
@@ -65,15 +65,15 @@ def test_zero_and_empty_values_are_values() -> None:
     ],
 )
 def test_overrides_may_stand_anywhere(line: str) -> None:
-    args = parse(line.split())
+    args = arguments(line.split())
     assert args.base == ["a.yaml"]
     assert sorted(args.overrides) == ["model.params.dim=8", "sampling.steps=3"]
 
 
 def test_resume_without_a_folder_continues_the_default_one() -> None:
-    assert dict(settings(parse(["--base", "a.yaml", "--resume"])))["output.dir"] == "outputs"
-    args = parse(["--base", "a.yaml", "--resume", "output.dir=X"])
-    assert "output.dir" not in dict(settings(args))
+    assert dict(given(arguments(["--base", "a.yaml", "--resume"])))["output.dir"] == "outputs"
+    args = arguments(["--base", "a.yaml", "--resume", "output.dir=X"])
+    assert "output.dir" not in dict(given(args))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_resume_without_a_folder_continues_the_default_one() -> None:
 )
 def test_wrong_arguments_are_refused_with_code_2(capsys, line: str, message: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(line.split())
+        arguments(line.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
