@@ -68,6 +68,11 @@ class Completed(LazyStateDict):
         """Where the stored tensors come from."""
         return self._inner.source
 
+    @property
+    def exact(self) -> frozenset[str]:
+        """The network's buffers."""
+        return frozenset(name for name, _ in self._module.named_buffers())
+
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
         return self._infos[key] if key in self._infos else self._inner.info(key)

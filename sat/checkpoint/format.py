@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -73,6 +73,11 @@ class LazyStateDict(Mapping[str, Tensor]):
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``, without reading it."""
 
+    @property
+    def exact(self) -> frozenset[str]:
+        """Names that a native writer never narrows: the buffers of their module, such as position tables."""
+        return frozenset()
+
     def release(self, key: str) -> None:  # noqa: B027 (a hint; most sources hold nothing)
         """Hint that ``key`` has been used: memory that reading it took may go back to the system."""
 
@@ -95,14 +100,22 @@ class LazyStateDict(Mapping[str, Tensor]):
 class InMemory(LazyStateDict):
     """A state dict that is already in memory."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], source: str = "memory") -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], source: str = "memory", exact: Iterable[str] = ()
+    ) -> None:
         self._tensors = tensors
         self._source = source
+        self._exact = frozenset(exact)
 
     @property
     def source(self) -> str:
         """A name for messages."""
         return self._source
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """As given."""
+        return self._exact
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""

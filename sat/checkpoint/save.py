@@ -237,7 +237,7 @@ def _huggingface(
 def _info(tensors: LazyStateDict, name: str, options: Options) -> TensorInfo:
     """What ``name`` is when written: floating-point tensors in the wanted type."""
     info = tensors.info(name)
-    if options.dtype is None or not info.dtype.is_floating_point:
+    if options.dtype is None or not info.dtype.is_floating_point or name in tensors.exact:
         return info
     return TensorInfo(info.shape, options.dtype)
 
@@ -254,9 +254,8 @@ class _Reader:
         self.done()
         self._last = name
         tensor = self._tensors[name]
-        if self._options.dtype is None or not tensor.dtype.is_floating_point:
-            return tensor
-        return self._overflow.cast(name, tensor, self._options.dtype)
+        wanted = _info(self._tensors, name, self._options).dtype
+        return self._overflow.cast(name, tensor, wanted)
 
     def done(self) -> None:
         """Release the tensor read last."""

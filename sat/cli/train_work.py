@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat.checkpoint.digest import digest
-from sat.checkpoint.format import PARTS
+from sat.checkpoint.format import PARTS, InMemory
 from sat.checkpoint.save import Options, save_native
 from sat.cli.guard import UsageError
 from sat.config.build import build, build_engine, build_guider, build_sampler
@@ -236,13 +236,14 @@ def _exporter(
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
 
     def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
-        parts: dict[Any, dict[str, Tensor]] = {}
+        parts: dict[Any, InMemory] = {}
         for part, module in objective.parts().items():
             state = module.state_dict(keep_vars=True)
-            parts[part] = {
+            tensors = {
                 key: weights.get(names.get(id(value), ""), value.detach()).cpu()
                 for key, value in state.items()
             }
+            parts[part] = InMemory(tensors, exact=[name for name, _ in module.named_buffers()])
         save_native(
             folder,
             parts,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -9,9 +11,11 @@ from diffusers import CogView3PlusPipeline
 from torch import Tensor
 
 from sat.checkpoint import save_diffusers, save_native
+from sat.cli.convert import main as convert_main
 from sat.pipeline import Pipeline
 from tests.checkpoints import CONFIG, tensors, tokenizer
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "a red apple"
 HEIGHT, WIDTH, GUIDANCE = 32, 48, 3.0
 STEPS = 10  # the peer rounds timesteps where the original truncates: equal for counts that divide 1000
@@ -69,3 +73,32 @@ def test_the_negative_prompt_counts(pair: tuple[CogView3PlusPipeline, Pipeline])
     _, plain = both(pair, None)
     _, against = both(pair, "a blue box")
     assert (plain - against).abs().max() > 1e-2
+
+
+def test_the_small_model_that_ships_draws_the_same_through_diffusers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert convert_main(["checkpoints/tiny", str(tmp_path / "theirs"), "--to", "diffusers"]) == 0
+    theirs = CogView3PlusPipeline.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    extra = [
+        "model.params.double_norm=false",
+        "diffusion.schedule.params.rescale=before_spacing",
+        "diffusion.schedule.params.quantise=false",
+    ]
+    ours = Pipeline.from_config(["configs/tiny.yaml"], extra, device="cpu", dtype="fp32")
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    their_image = theirs(
+        "rocket, noto style",
+        height=64,
+        width=64,
+        num_inference_steps=20,
+        guidance_scale=GUIDANCE,
+        latents=noise.clone(),
+        max_sequence_length=16,
+        output_type="pt",
+    ).images
+    out = ours(["rocket, noto style"], steps=20, guidance=GUIDANCE, latents=noise)
+    assert their_image.std() > 0.1
+    assert (their_image - ours.drawer.engine.decode(out.latents)).abs().max() < 1e-3

@@ -21,7 +21,9 @@ from sat.checkpoint import (
     open_part,
     save_native,
 )
-from sat.checkpoint.format import PARTS
+from sat.checkpoint.convert import Sources, convert
+from sat.checkpoint.format import PARTS, InMemory
+from sat.config.build import build as build_component
 from tests.checkpoints import CONFIG, build, same, tensors, tokenizer
 
 FORMATS = sorted(WRITERS)
@@ -449,3 +451,23 @@ def test_a_digest_of_a_large_file_reads_little(tmp_path):
 def test_a_digest_of_nothing_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no such file or folder"):
         digest(tmp_path / "x")
+
+
+def test_position_tables_are_not_narrowed_with_the_weights(tmp_path):
+    """They are not weights: rounded to float16, the picture moves by 2.6e-3 of the range."""
+    state = build("model").state_dict()
+    table = "transformer.mixins.position.table"
+    save_native(
+        tmp_path / "out", {"model": InMemory(state, exact=[table])}, CONFIG, options=Options(torch.float16)
+    )
+    written = dict(open_part(tmp_path / "out", "model"))
+    assert torch.equal(written.pop(table), state[table])
+    assert {t.dtype for t in written.values()} == {torch.float16}
+    convert(
+        Sources(tmp_path / "out"),
+        tmp_path / "again",
+        "native",
+        build_component,
+        options=Options(torch.bfloat16),
+    )
+    assert torch.equal(open_part(tmp_path / "again", "model")[table], state[table])
