@@ -32,6 +32,7 @@ from sat.engine import DiffusionEngine
 from sat.parallel.collectives import LostRankError, barrier, explain, from_main
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
+from sat.pipeline import DTYPES
 from sat.sampling.draw import Drawer, Look
 from sat.sampling.output import safe_name
 from sat.train import optim
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from sat.train.loop import Draw
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:

@@ -75,9 +75,7 @@ class Run:
             for number, (prompt, images) in enumerate(open_, 1):
                 bar.note(f"[{number}/{len(open_)}] {title(prompt.text)}")
                 if images:
-                    encoded = (
-                        early.get(prompt.index) or self.drawer.encode([prompt.text], self.negative_prompt)[0]
-                    )
+                    encoded = early.get(prompt.index) or self._encode_one(prompt)
                     self._draw(prompt, images, encoded, bar)
                 written += self.folder.finish(prompt)
         return Report(written, skipped)
