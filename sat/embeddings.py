@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,34 @@ def guidance_sinusoid(w: Tensor, dim: int) -> Tensor:
     )
     angles = 1000 * w.float()[:, None] * freqs
     return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, dim % 2))
+
+
+class GuidanceEmbedding(nn.Linear):
+    """Guidance strengths (B,) -> (B, width), added to a timestep's features; zeros until it is trained.
+
+    Source: arXiv:2210.03142; official ``openaimodel.py:1023`` (``w_proj``).
+    """
+
+    def __init__(self, inputs: int, width: int) -> None:
+        if inputs < 4:
+            raise ValueError(f"guidance_dim {inputs}: expected at least 4 features, or null for none")
+        super().__init__(inputs, width, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Zeros: a model that learns to take the strength starts as the one that does not."""
+        nn.init.zeros_(self.weight)
+
+    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take the number of features that a checkpoint's ``weight`` has."""
+        shape = shapes.get("weight", ())
+        if len(shape) == 2 and shape[1] != self.in_features:
+            self.in_features = shape[1]
+            self.weight = nn.Parameter(self.weight.new_zeros(self.out_features, shape[1]))
+
+    def forward(self, strength: Tensor) -> Tensor:
+        """(B,) -> (B, width)."""
+        features = guidance_sinusoid(strength, self.in_features)
+        return super().forward(features.to(self.weight.dtype))
 
 
 def mlp(inputs: int, hidden: int) -> nn.Sequential:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from sat.diffusion.level import Level
 from sat.diffusion.loss import DenoisingLoss
 from sat.diffusion.parameterisation import Parameterisation
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.sampler import Sampler, StepCallback
+from sat.diffusion.sampler import Sampler, StepCallback, Trajectory
 from sat.diffusion.schedule import Schedule
 from sat.first_stage.autoencoder import AutoencoderKL
 from sat.first_stage.posterior import Posterior
@@ -78,29 +81,44 @@ class DiffusionEngine(nn.Module):
         guider: Guider,
         sampler: Sampler,
         low: Tensor | None = None,
+        fresh: Callable[[], Tensor] | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) float32 from unit noise of the same shape.
 
+        ``low``: the low-resolution image's latent, for relay. ``fresh`` draws unit noise like ``noise``, for
+        samplers that need more of it.
+
         Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
         step on an accelerator, where looking earlier would stall the device.
         """
-        levels = self.schedule.levels(steps)
+        levels = self.process.hooks.levels(self.schedule, steps)
         rows = guider.rows(cond, uncond)
         indices = [float(level.index) for level in levels[:-1]]
-        prepared = self.network.prepare(rows, tuple(noise.shape[2:]), indices)  # type: ignore[operator]
+        size = (noise.shape[2], noise.shape[3])
+        prepared: dict[int, Any] = {}  # by number of rows: all, or those with the condition
+
+        def ready(count: int) -> Any:
+            if count not in prepared:
+                part = rows.rows(slice(len(rows) - count, None))
+                prepared[count] = self.network.prepare(part, size, indices)  # type: ignore[operator]
+            return prepared[count]
+
         watch = _FiniteWatch(noise.device, next(self.network.parameters(), noise).dtype)
         denoiser = self.denoiser
 
         def predict(x: Tensor, level: Level) -> Tensor:
-            return denoiser(x, level, prepared)
+            return denoiser(x, level, ready(len(x)))
 
         def guided(x: Tensor, level: Level) -> Tensor:
             x0 = guider(predict, x, level)
             watch.see(x0, level)
             return x0
 
-        out = sampler(guided, noise.float(), levels, self.process, ProcessContext(low), callback)
+        path = Trajectory(levels, self.process, ProcessContext(low), partial(self.process.hooks.near, self.schedule))
+        if fresh is not None:
+            path = replace(path, fresh=fresh)
+        out = sampler(guided, noise.float(), path, callback)
         watch.finish()
         return out
 
@@ -134,7 +152,7 @@ class DiffusionEngine(nn.Module):
 
         ``index`` (B,) fixes the timesteps, for validation at given noise levels; otherwise they are drawn.
         """
-        draw = self.denoising_loss.draw(latents, self.schedule, generator)
+        draw = self.denoising_loss.draw(latents, self.process.hooks.span(self.schedule), generator)
         if index is not None:
             draw = draw._replace(index=index)
         prepared = self.network.prepare(cond, tuple(latents.shape[2:]))  # type: ignore[operator]

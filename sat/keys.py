@@ -55,6 +55,14 @@ class Fuse:
 
 
 @dataclass(frozen=True)
+class Split:
+    """One tensor of theirs is several of ours of equal shape, one after the other on dim 0 (value, gate)."""
+
+    theirs: str
+    ours: Sequence[str]
+
+
+@dataclass(frozen=True)
 class SwapHalves:
     """Their first and second half of dim 0 are our second and first (scale, shift against shift, scale)."""
 
@@ -102,5 +110,5 @@ class Computed:
     why: str
 
 
-Rule: TypeAlias = Rename | Fuse | SwapHalves | ConvToLinear | LinearToConv | Tie | Drop | Computed
+Rule: TypeAlias = Rename | Fuse | Split | SwapHalves | ConvToLinear | LinearToConv | Tie | Drop | Computed
 Rules: TypeAlias = Sequence[Rule]

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo, listing
-from sat.keys import Computed, ConvToLinear, Drop, Fuse, LinearToConv, Rename, Rule, Rules, SwapHalves, Tie
+from sat.keys import (
+    Computed,
+    ConvToLinear,
+    Drop,
+    Fuse,
+    LinearToConv,
+    Rename,
+    Rule,
+    Rules,
+    Split,
+    SwapHalves,
+    Tie,
+)
 
 _TOKEN = re.compile(r"\{~?\}|\*\*|\*")
 _GROUP = {"{}": r"(\d+)", "{~}": r"(\d+)", "*": r"([^.]+)", "**": r"(.+)"}
@@ -50,7 +62,6 @@ def read_map(names: Collection[str], rules: Rules) -> KeyMap:
     found = KeyMap()
     used: dict[str, Rule] = {}
     names = list(names)
-    present = set(names)
     for rule in rules:
         if isinstance(rule, Computed):
             continue
@@ -58,18 +69,10 @@ def read_map(names: Collection[str], rules: Rules) -> KeyMap:
             dropped = [name for name in names if _match(rule.theirs, name) is not None]
             _use(used, dropped, rule)
             found.ignored.extend(dropped)
-            continue
-        theirs = _theirs(rule)
-        groups = {g: None for pattern in theirs for name in names if (g := _match(pattern, name)) is not None}
-        for group in groups:
-            members = tuple(_fill(pattern, group) for pattern in theirs)
-            there = tuple(name for name in members if name in present)
-            _use(used, there, rule)
-            if isinstance(rule, Fuse) and len(there) < len(members):
-                found.incomplete.extend(name for name in members if name not in present)
-                continue
-            ours = _fill(rule.ours, _turn(group, theirs[0], rule.ours, names, theirs[0]))
-            _put(found.sources, ours, Source(there, rule))
+        elif isinstance(rule, Split):
+            _cut(found, used, rule, names, rule.theirs, rule.ours)
+        else:
+            _join(found, used, rule, names, _several(rule.theirs), rule.ours)
     found.unmatched.extend(name for name in names if name not in used)
     return found
 
@@ -82,21 +85,46 @@ def write_map(names: Collection[str], rules: Rules) -> KeyMap:
     for rule in rules:
         if isinstance(rule, Drop):
             continue
-        hits = [(name, group) for name in names if (group := _match(rule.ours, name)) is not None]
-        _use(used, [name for name, _ in hits], rule)
         if isinstance(rule, Computed):
-            found.ignored.extend(name for name, _ in hits)
-            continue
-        theirs = _theirs(rule)
-        for name, group in hits:
-            turned = _turn(group, theirs[0], rule.ours, names, rule.ours)
-            if isinstance(rule, Fuse):
-                for index, pattern in enumerate(theirs):
-                    _put(found.sources, _fill(pattern, turned), Source((name,), rule, index))
-            else:
-                _put(found.sources, _fill(theirs[0], turned), Source((name,), rule))
+            ours = [name for name in names if _match(rule.ours, name) is not None]
+            _use(used, ours, rule)
+            found.ignored.extend(ours)
+        elif isinstance(rule, Split):
+            _join(found, used, rule, names, rule.ours, rule.theirs)
+        else:
+            several = _several(rule.theirs)
+            _cut(found, used, rule, names, rule.ours, several if isinstance(rule, Fuse) else several[:1])
     found.unmatched.extend(name for name in names if name not in used)
     return found
+
+
+def _join(
+    found: KeyMap, used: dict[str, Rule], rule: Rule, names: list[str], many: Sequence[str], one: str
+) -> None:
+    """Names that match the patterns ``many`` make one name each; a part that is missing makes none."""
+    present = set(names)
+    groups = {g: None for pattern in many for name in names if (g := _match(pattern, name)) is not None}
+    for group in groups:
+        members = tuple(_fill(pattern, group) for pattern in many)
+        there = tuple(name for name in members if name in present)
+        _use(used, there, rule)
+        if isinstance(rule, Fuse | Split) and len(there) < len(members):
+            found.incomplete.extend(name for name in members if name not in present)
+            continue
+        _put(found.sources, _fill(one, _turn(group, many[0], one, names, many[0])), Source(there, rule))
+
+
+def _cut(
+    found: KeyMap, used: dict[str, Rule], rule: Rule, names: list[str], one: str, many: Sequence[str]
+) -> None:
+    """Names that match the pattern ``one`` make a name for each of ``many``, of which there may be one."""
+    hits = [(name, group) for name in names if (group := _match(one, name)) is not None]
+    _use(used, [name for name, _ in hits], rule)
+    for name, group in hits:
+        turned = _turn(group, many[0], one, names, one)
+        for index, pattern in enumerate(many):
+            part = index if isinstance(rule, Fuse | Split) else None
+            _put(found.sources, _fill(pattern, turned), Source((name,), rule, part))
 
 
 class Mapped(LazyStateDict):
@@ -205,8 +233,8 @@ def _count(pattern: str, index: int, names: tuple[str, ...]) -> int:
     return 1 + max((int(found.groups()[-1]) for name in names if (found := head.match(name))), default=-1)
 
 
-def _theirs(rule: Rename | Fuse | SwapHalves | ConvToLinear | LinearToConv | Tie) -> tuple[str, ...]:
-    return (rule.theirs,) if isinstance(rule.theirs, str) else tuple(rule.theirs)
+def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _use(used: dict[str, Rule], names: Collection[str], rule: Rule) -> None:
@@ -228,15 +256,16 @@ _Shape = tuple[int, ...]
 
 def _shape(source: Source, shapes: list[_Shape], key: str, write: bool) -> _Shape:
     first, rule = shapes[0], source.rule
-    if isinstance(rule, Fuse | Tie) and any(shape != first for shape in shapes):
+    if isinstance(rule, Fuse | Split | Tie) and any(shape != first for shape in shapes):
         raise CheckpointError(f"{', '.join(source.names)}: shapes {shapes} should be equal to make {key!r}")
-    if isinstance(rule, Fuse):
-        count = len(rule.theirs)
-        if not first or (write and first[0] % count):
+    if isinstance(rule, Fuse | Split):
+        count = len(_pieces(rule))
+        cuts = source.part is not None
+        if not first or (cuts and first[0] % count):
             raise CheckpointError(
                 f"{source.names[0]}: shape {list(first)} does not split into {count} equal parts"
             )
-        return (first[0] // count if write else first[0] * count, *first[1:])
+        return (first[0] // count if cuts else first[0] * count, *first[1:])
     if isinstance(rule, SwapHalves) and (not first or first[0] % 2):
         raise CheckpointError(f"{source.names[0]}: shape {list(first)} has no two halves")
     if _squeezes(rule, write) and len(first) == 4 and first[2:] == (1, 1):
@@ -248,8 +277,8 @@ def _shape(source: Source, shapes: list[_Shape], key: str, write: bool) -> _Shap
 
 def _value(source: Source, tensors: list[Tensor], write: bool) -> Tensor:
     first, rule = tensors[0], source.rule
-    if isinstance(rule, Fuse):
-        return first.chunk(len(rule.theirs))[source.part or 0] if write else torch.cat(tensors)
+    if isinstance(rule, Fuse | Split):
+        return torch.cat(tensors) if source.part is None else first.chunk(len(_pieces(rule)))[source.part]
     if isinstance(rule, Tie) and any(not torch.equal(first, other) for other in tensors[1:]):
         names = " and ".join(repr(name) for name in source.names)
         raise CheckpointError(f"{names} should hold the same tensor, but their values differ")
@@ -260,6 +289,11 @@ def _value(source: Source, tensors: list[Tensor], write: bool) -> Tensor:
     if _unsqueezes(rule, write) and first.dim() == 2:
         return first[:, :, None, None]
     return first
+
+
+def _pieces(rule: Fuse | Split) -> Sequence[str]:
+    """The patterns of the side with several tensors."""
+    return rule.theirs if isinstance(rule, Fuse) else rule.ours
 
 
 def _squeezes(rule: Rule, write: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,31 +16,42 @@ class Condition:
     text: Tensor  # (B, T, C_text)
     vector: Tensor  # (B, V)
     text_mask: Tensor | None = None  # (B, T) true = real token; None = all attended, as officially
+    guidance: Tensor | None = None  # (B,) guidance strength as an input, for distilled networks
 
     def __len__(self) -> int:
         return self.text.shape[0]
 
     def null(self) -> Condition:
         """The unconditional counterpart: text zeros, sizes kept (official ``force_uc_zero_embeddings``)."""
-        return Condition(torch.zeros_like(self.text), self.vector, self.text_mask)
+        return replace(self, text=torch.zeros_like(self.text))
 
     def dropped(self, drop: Tensor) -> Condition:
         """Text of the rows where ``drop`` (B,) is true replaced by zeros."""
-        return Condition(self.text.masked_fill(drop[:, None, None], 0), self.vector, self.text_mask)
+        return replace(self, text=self.text.masked_fill(drop[:, None, None], 0))
 
     def rows(self, index: slice) -> Condition:
         """A part of the batch."""
         mask = None if self.text_mask is None else self.text_mask[index]
-        return Condition(self.text[index], self.vector[index], mask)
+        guidance = None if self.guidance is None else self.guidance[index]
+        return Condition(self.text[index], self.vector[index], mask, guidance)
+
+    def guided(self, strength: float | Tensor) -> Condition:
+        """The same with a guidance strength as an input: one for all, or (B,)."""
+        device = self.text.device
+        rows = torch.as_tensor(strength, dtype=torch.float32, device=device).expand(len(self))
+        return replace(self, guidance=rows)
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """Batches one after the other; a mask is kept only if every part has one."""
+        """Batches one after the other; a mask or guidance strength has either every part or none."""
         masks = [p.text_mask for p in parts if p.text_mask is not None]
-        if masks and len(masks) != len(parts):
-            raise ValueError("either every condition has a text mask or none has")
+        strengths = [p.guidance for p in parts if p.guidance is not None]
+        for what, found in (("text mask", masks), ("guidance strength", strengths)):
+            if found and len(found) != len(parts):
+                raise ValueError(f"either every condition has a {what} or none has")
         return Condition(
             torch.cat([p.text for p in parts]),
             torch.cat([p.vector for p in parts]),
             torch.cat(masks) if masks else None,
+            torch.cat(strengths) if strengths else None,
         )

@@ -25,3 +25,7 @@ class Level(NamedTuple):
     net_alpha: Scalar
     net_sigma: Scalar
     ratio: Scalar = 0.0
+
+
+CLEAN = Level(1.0, 0.0, 0.0, 1.0, 0.0)
+"""Where sampling ends: no noise."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sat.diffusion.denoiser import Denoiser
+from sat.diffusion.level import Level
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Schedule
 from sat.diffusion.weighting import Uniform, Weighting
@@ -23,8 +24,9 @@ class Draw(NamedTuple):
 class DenoisingLoss:
     """Squared error between the network's output and its target at random noise levels, per image.
 
-    For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10
-    read as an error in v); for eps prediction the official ``StandardDiffusionLoss``. ``offset_noise`` adds
+    With relay the target is what gives the clean image. For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10
+    read as an error in v); for eps prediction the official ``StandardDiffusionLoss``, with relay
+    ``LinearRelayDiffusionLoss``. ``offset_noise`` adds
     that much of one normal draw per image to the noise (drawn after it).
     """
 
@@ -32,10 +34,10 @@ class DenoisingLoss:
         self.weighting: Weighting = weighting or Uniform()
         self.offset_noise = offset_noise
 
-    def draw(self, x0: Tensor, schedule: Schedule, generator: torch.Generator | None = None) -> Draw:
-        """Uniform timesteps and unit noise, from ``generator`` (on its own device) or torch's own."""
+    def draw(self, x0: Tensor, span: int, generator: torch.Generator | None = None) -> Draw:
+        """Uniform timesteps below ``span`` and unit noise, from ``generator`` (on its device) or torch's own."""
         device = x0.device if generator is None else generator.device
-        index = torch.randint(0, schedule.total, (x0.shape[0],), generator=generator, device=device)
+        index = torch.randint(0, span, (x0.shape[0],), generator=generator, device=device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
         if self.offset_noise:
             offset = torch.randn(x0.shape[:1], generator=generator, device=device)
@@ -53,8 +55,13 @@ class DenoisingLoss:
         ctx: ProcessContext,
     ) -> Tensor:
         """(B,) float32 loss of the clean latents ``x0`` (B, C, h, w) float32."""
-        level = schedule.at(draw.index)
+        level = process.hooks.at(schedule, draw.index)
         x = process.noise(x0, draw.eps, level, ctx)
         out = denoiser.output(x, level, prepared)
-        target = denoiser.parameterisation.target(x0, draw.eps, level)
-        return (self.weighting(level) * (out - target) ** 2).mean((1, 2, 3))
+        seen = process.noise_seen(x0, draw.eps, level, ctx)
+        return self.error(out, denoiser.parameterisation.target(x0, seen, level), level, denoiser)
+
+    def error(self, out: Tensor, target: Tensor, level: Level, denoiser: Denoiser) -> Tensor:
+        """(B,) weighted squared error of the network's output."""
+        weight = self.weighting(level, denoiser.parameterisation.gain(level))
+        return (weight * (out - target) ** 2).mean((1, 2, 3))

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sat.diffusion.level import Level
+from sat.diffusion.level import Level, Scalar
 
 
 class Parameterisation(Protocol):
@@ -21,7 +21,11 @@ class Parameterisation(Protocol):
         ...
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-        """What the network's output should be."""
+        """What the network's output should be, for x_t = alpha x0 + sigma eps."""
+        ...
+
+    def gain(self, level: Level) -> Scalar:
+        """How a squared error of the output becomes one of x0: the factor."""
         ...
 
 
@@ -40,6 +44,9 @@ class V:
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         return level.net_alpha * eps - level.net_sigma * x0
 
+    def gain(self, level: Level) -> Scalar:
+        return level.net_sigma**2
+
 
 class Eps:
     """The noise itself, for variance-exploding schedules: x0 = x - sigma eps.
@@ -55,3 +62,6 @@ class Eps:
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         return eps
+
+    def gain(self, level: Level) -> Scalar:
+        return (level.net_sigma / level.net_alpha) ** 2

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from sat.diffusion.level import Level
+from sat.diffusion.schedule import Schedule
 from sat.mixin import Mixin, Resolved, resolve
 
 
@@ -20,7 +21,7 @@ class ProcessContext:
 
 
 class Mean(Protocol):
-    """-> the noise-free part of x_t, (B, C, h, w)."""
+    """-> the noise-free part of x_t, (B, C, h, w); linear in x0."""
 
     def __call__(self, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor: ...
 
@@ -31,12 +32,40 @@ class Start(Protocol):
     def __call__(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor: ...
 
 
+class Levels(Protocol):
+    """-> the ``steps`` + 1 levels that sampling visits, from noise to data."""
+
+    def __call__(self, schedule: Schedule, steps: int) -> list[Level]: ...
+
+
+class Near(Protocol):
+    """-> the level whose sigma / alpha is ``noise``, for samplers that look between two levels."""
+
+    def __call__(self, schedule: Schedule, noise: float) -> Level: ...
+
+
+class Span(Protocol):
+    """-> how many training timesteps the process covers, counted from the clean end."""
+
+    def __call__(self, schedule: Schedule) -> int: ...
+
+
+class At(Protocol):
+    """-> the training levels of integer timesteps (B,), as (B, 1, 1, 1) float32 tensors."""
+
+    def __call__(self, schedule: Schedule, index: Tensor) -> Level: ...
+
+
 @dataclass(frozen=True)
 class ProcessHooks:
     """The extension points of a process."""
 
     mean: Mean
     start: Start
+    levels: Levels
+    near: Near
+    span: Span
+    at: At
 
 
 class Process(nn.Module):
@@ -46,7 +75,15 @@ class Process(nn.Module):
         super().__init__()
         self.mixins = nn.ModuleDict(mixins or {})
         self.resolved: Resolved[ProcessHooks] = resolve(
-            ProcessHooks(mean=self._mean, start=self._start), mixins or {}
+            ProcessHooks(
+                mean=self._mean,
+                start=self._start,
+                levels=self._levels,
+                near=self._near,
+                span=self._span,
+                at=self._at,
+            ),
+            mixins or {},
         )
 
     @property
@@ -57,6 +94,13 @@ class Process(nn.Module):
     def noise(self, x0: Tensor, eps: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
         """x_t of training."""
         return self.hooks.mean(x0, level, ctx) + level.sigma * eps
+
+    def noise_seen(self, x0: Tensor, eps: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
+        """(x_t - alpha x0) / sigma: everything in x_t that is not x0, as if it were noise.
+
+        ``eps`` itself in plain diffusion. A network that predicts this predicts x0.
+        """
+        return eps + (self.hooks.mean(x0, level, ctx) - level.alpha * x0) / level.sigma
 
     def start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
         """x at the first level of sampling."""
@@ -76,3 +120,15 @@ class Process(nn.Module):
 
     def _start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
         return noise * (level.alpha**2 + level.sigma**2) ** 0.5
+
+    def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
+        return schedule.levels(steps)
+
+    def _near(self, schedule: Schedule, noise: float) -> Level:
+        return schedule.near(noise)
+
+    def _span(self, schedule: Schedule) -> int:
+        return schedule.total
+
+    def _at(self, schedule: Schedule, index: Tensor) -> Level:
+        return schedule.at(index)

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sat.diffusion.level import Level
-from sat.diffusion.spacing import Spacing, timesteps
+from sat.diffusion.level import CLEAN, Level
+from sat.diffusion.spacing import Spacing, karras, timesteps
 
 Table = NDArray[np.float64]
 
@@ -26,6 +26,14 @@ class Schedule(Protocol):
 
     def at(self, index: Tensor) -> Level:
         """The training levels of integer timesteps (B,), as (B, 1, 1, 1) float32 tensors."""
+        ...
+
+    def near(self, noise: float) -> Level:
+        """The level whose sigma / alpha is ``noise``; the network sees the nearest training level."""
+        ...
+
+    def noise(self, index: float) -> float:
+        """sigma / alpha of a training timestep, interpolated between two."""
         ...
 
 
@@ -85,13 +93,25 @@ class ZeroSNR:
         self.trained: Table = zero_terminal(self.root)
 
     def levels(self, steps: int) -> list[Level]:
+        if self.spacing == "karras":  # the terminal level has infinite noise: it comes first, by itself
+            last = self._level(float(self.trained[-1]), self.total - 1)
+            rest = karras(steps - 1, self.noise(0), self.noise(self.total - 2)) if steps > 1 else []
+            return [last, *(self.near(s) for s in rest), CLEAN]
         indices = timesteps(steps, self.total, self.spacing)
         if self.rescale == "after_spacing":
             alphas = zero_terminal(self.root[indices][::-1])[::-1]
         else:
             alphas = self.trained[indices]
         out = [self._level(float(a), i) for a, i in zip(alphas, indices, strict=True)]
-        return [*out, Level(1.0, 0.0, 0.0, 1.0, 0.0)]
+        return [*out, CLEAN]
+
+    def near(self, noise: float) -> Level:
+        alpha = (1 + noise**2) ** -0.5
+        return self._level(alpha, int(np.abs(self.trained - alpha).argmin()))
+
+    def noise(self, index: float) -> float:
+        alpha = float(np.interp(index, np.arange(self.total), self.trained))
+        return float("inf") if alpha == 0 else (1 - alpha**2) ** 0.5 / alpha
 
     def _level(self, alpha: float, index: int) -> Level:
         net = float(self.trained[np.abs(self.trained - alpha).argmin()]) if self.quantise else alpha
@@ -116,11 +136,18 @@ class Discrete:
         self.trained: Table = np.sqrt((1 - cumulative) / cumulative)
 
     def levels(self, steps: int) -> list[Level]:
-        out = []
-        for i in timesteps(steps, self.total, self.spacing):
-            sigma = float(self.trained[i])
-            out.append(Level(1.0, sigma, float(i), 1.0, sigma))
-        return [*out, Level(1.0, 0.0, 0.0, 1.0, 0.0)]
+        if self.spacing == "karras":
+            sigmas = karras(steps, float(self.trained[0]), float(self.trained[-1]))
+        else:
+            sigmas = [float(self.trained[i]) for i in timesteps(steps, self.total, self.spacing)]
+        return [*(self.near(s) for s in sigmas), CLEAN]
+
+    def near(self, noise: float) -> Level:
+        index = int(np.abs(self.trained - noise).argmin())
+        return Level(1.0, noise, float(index), 1.0, float(self.trained[index]))
+
+    def noise(self, index: float) -> float:
+        return float(np.interp(index, np.arange(self.total), self.trained))
 
     def at(self, index: Tensor) -> Level:
         sigma = torch.from_numpy(self.trained).to(index.device)[index]

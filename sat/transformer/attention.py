@@ -22,10 +22,10 @@ class Attention(nn.Module):
     only its share and nothing here changes.
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int, *, bias: bool) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, *, bias: bool, qkv_bias: bool) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads * head_dim, dim, bias=bias)
 
     def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
@@ -35,21 +35,22 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two-layer MLP with tanh-approximated GELU; ``gated`` multiplies by a second projection (GEGLU).
+    """Two-layer MLP with GELU, ``gelu`` its approximation; ``gated`` multiplies by a second projection.
 
-    Plain: down(gelu(up(x))). Gated: down(gelu(gate(x)) * up(x)).
+    Plain: down(gelu(up(x))). Gated (GEGLU): down(gelu(gate(x)) * up(x)).
     """
 
-    def __init__(self, dim: int, hidden: int, *, gated: bool, bias: bool) -> None:
+    def __init__(self, dim: int, hidden: int, *, gated: bool, bias: bool, gelu: str = "tanh") -> None:
         super().__init__()
+        self.gelu = gelu
         self.gate = nn.Linear(dim, hidden, bias=bias) if gated else None
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.down = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return expand(self.down, shrink(F.gelu(self.up(x), approximate="tanh")))
-        return expand(self.down, shrink(F.gelu(self.gate(x), approximate="tanh")) * self.up(x))
+            return expand(self.down, shrink(F.gelu(self.up(x), approximate=self.gelu)))
+        return expand(self.down, shrink(F.gelu(self.gate(x), approximate=self.gelu)) * self.up(x))
 
 
 def shrink(h: Tensor) -> Tensor:

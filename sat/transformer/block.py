@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.transformer.attention import Attention, FeedForward
@@ -15,15 +16,17 @@ from sat.transformer.points import TransformerHooks
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What differs between the blocks of a diffusion transformer (the defaults) and those of T5."""
+    """What differs between the blocks of a diffusion transformer (the defaults), of T5 and of a UNet."""
 
     norm: Literal["layer", "rms"] = "layer"
     eps: float = 1e-5
     affine: bool = False
     bias: bool = True
+    qkv_bias: bool | None = None  # None: as ``bias``
     head_dim: int | None = None  # None: dim / heads
     mlp_dim: int | None = None  # None: 4 * dim
     mlp: Literal["gelu", "geglu"] = "gelu"
+    gelu: Literal["tanh", "none"] = "tanh"  # how GELU is approximated
     scale: float | None = None  # of the attention logits; None: 1 / sqrt(head_dim)
 
 
@@ -58,9 +61,12 @@ class Block(nn.Module):
         super().__init__()
         head_dim = spec.head_dim or dim // heads
         self.norm1 = _norm(dim, spec)
-        self.attn = Attention(dim, heads, head_dim, bias=spec.bias)
+        qkv_bias = spec.bias if spec.qkv_bias is None else spec.qkv_bias
+        self.attn = Attention(dim, heads, head_dim, bias=spec.bias, qkv_bias=qkv_bias)
         self.norm2 = _norm(dim, spec)
-        self.mlp = FeedForward(dim, spec.mlp_dim or 4 * dim, gated=spec.mlp == "geglu", bias=spec.bias)
+        self.mlp = FeedForward(
+            dim, spec.mlp_dim or 4 * dim, gated=spec.mlp == "geglu", bias=spec.bias, gelu=spec.gelu
+        )
 
     def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
         modulation = ctx.modulation[layer] if ctx.modulation is not None else hooks.modulate(ctx, layer)
@@ -68,14 +74,24 @@ class Block(nn.Module):
         dtype = self.attn.qkv.weight.dtype
         h = self.attn(modulated(self.norm1(x), first, ctx.text_len, dtype), ctx, layer, hooks)
         x = residual(x, h, first, ctx.text_len)
+        if (crossed := hooks.cross(x, ctx, layer)) is not None:
+            x = x + crossed
         h = self.mlp(modulated(self.norm2(x), second, ctx.text_len, dtype))
         return residual(x, h, second, ctx.text_len)
+
+
+class AffineLayerNorm(nn.LayerNorm):
+    """Layer norm with weight and bias; takes the float32 residual stream of a float16 model as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def _norm(dim: int, spec: BlockSpec) -> nn.Module:
     if spec.norm == "rms":
         return RMSNorm(dim, spec.eps)
-    return nn.LayerNorm(dim, eps=spec.eps) if spec.affine else LayerNorm(dim, spec.eps)
+    return AffineLayerNorm(dim, eps=spec.eps) if spec.affine else LayerNorm(dim, spec.eps)
 
 
 def modulated(x: Tensor, m: Modulation | None, text_len: int, dtype: torch.dtype) -> Tensor:

@@ -52,4 +52,5 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, (N, d) each, float32
     bias: Tensor | None = None  # (1, H, L, L) added to the attention logits
     modulation: tuple[LayerModulation, ...] | None = None  # of this step, one entry a layer
+    text_kv: tuple[tuple[Tensor, Tensor], ...] | None = None  # (B, H, T, d) keys and values of each layer
     prepared: bool = False  # true once the fields above are filled

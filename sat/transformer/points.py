@@ -49,6 +49,12 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor: ...
 
 
+class Cross(Protocol):
+    """What a block adds between its attention and its MLP, (B, L, D), or None for nothing."""
+
+    def __call__(self, x: Tensor, ctx: Context, layer: int) -> Tensor | None: ...
+
+
 class Layer(Protocol):
     """One whole block, (B, L, D) -> (B, L, D)."""
 
@@ -72,5 +78,6 @@ class TransformerHooks:
     norm_qk: QK
     rotate_qk: QK
     attend: Attend
+    cross: Cross
     layer: Layer
     final: Final

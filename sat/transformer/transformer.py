@@ -89,6 +89,7 @@ class Transformer(nn.Module):
             norm_qk=self._same,
             rotate_qk=self._same,
             attend=self._attend,
+            cross=self._cross,
             layer=self._layer,
             final=self._final,
         )
@@ -113,6 +114,9 @@ class Transformer(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         mask = None if ctx.text_mask is None else kernels.key_mask(ctx.text_mask, k.shape[2])
         return kernels.attend(q, k, v, bias=ctx.bias, mask=mask, scale=self.spec.scale)
+
+    def _cross(self, x: Tensor, ctx: Context, layer: int) -> Tensor | None:
+        return None
 
     def _layer(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
         out: Tensor = self.blocks[layer](x, ctx, layer, self.hooks)

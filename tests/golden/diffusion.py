@@ -17,7 +17,7 @@ from sat.diffusion.parameterisation import V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.sampler import DDIM
 from sat.diffusion.schedule import Discrete, ZeroSNR
-from sat.diffusion.spacing import karras_sigmas, timesteps
+from sat.diffusion.spacing import karras, timesteps
 from tests.golden.file import Golden, GoldenError
 from tests.golden.report import Report
 from tests.golden.toy import condition, toy_network
@@ -169,7 +169,7 @@ _TABLES = {
     rf"{_ALL}{_SHIFT}\.quantised_idx{_N}": lambda s, n: _nearest(ZeroSNR(s).trained, _zero_quantised(s, n)),
     rf"{_ALL}legacy_ddpm\.sigmas_append0{_N}": _sigmas,
     rf"{_ALL}legacy_ddpm\.quantised_idx{_N}": lambda n: _nearest(Discrete().trained, _sigmas(n)[:-1]),
-    rf"{_ALL}edm\.sigmas_append0{_N}": lambda n: [*karras_sigmas(n), 0.0],
+    rf"{_ALL}edm\.sigmas_append0{_N}": lambda n: [*karras(n, 0.002, 80.0), 0.0],
     rf"{_ALL}denoiser_table\.eps_legacy": lambda: Discrete().trained,
     rf"{_ALL}denoiser_table\.zerosnr_shift([\d.]+)": lambda s: ZeroSNR(s).trained,
 }

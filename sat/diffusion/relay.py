@@ -1,0 +1,138 @@
+"""Relay diffusion: start from a noised low-resolution image instead of from noise alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sat.diffusion.level import Level
+from sat.diffusion.process import At, Levels, Mean, Near, ProcessContext, ProcessHooks, Span
+from sat.diffusion.schedule import Schedule
+from sat.mixin import Mixin, replaces, wraps
+
+Blend = Literal["linear", "sigma", "exp"]
+"""How the low-resolution image fades: with the timestep, with the noise, or along 1 - exp(-sin^4)."""
+
+
+class RelayNoise(Mixin):
+    """The mean moves from the image to ``ctx.low``, the latent of the upsampled low-resolution image.
+
+    x_t = alpha ((1 - r) x0 + r low) + sigma eps over the first ``partial`` training timesteps; r is 0 at the
+    image and 1 where relay starts. Sampling starts there, from low and noise, and its steps are those that a
+    run over all timesteps would take in that part: 12 steps at ``partial`` 500 of 1000 are the last 12 of 24.
+    Training draws timesteps below ``partial``. Works over any schedule and any network. ``factor`` is the
+    enlargement: training makes its low-resolution image by shrinking and enlarging the image by it.
+
+    Source: CogView3, arXiv:2403.05121, section 3.3; official ``loss.py:98-130``, ``sampling.py:455-506``.
+    """
+
+    host = ProcessHooks
+
+    def __init__(self, partial: float = 500.0, blend: Blend = "linear", factor: int = 2) -> None:
+        super().__init__()
+        if not partial > 0:
+            raise ValueError(f"relay: partial is {partial:g} timesteps, expected more than 0")
+        if factor < 2:
+            raise ValueError(f"relay: factor is {factor}, expected an enlargement of at least 2")
+        self.partial, self.blend, self.factor = partial, blend, factor
+
+    @wraps("mean")
+    def mean(self, inner: Mean, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
+        low = _low(ctx)
+        return inner(x0 + level.ratio * (low - x0), level, ctx)
+
+    @replaces("start")
+    def start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
+        return level.alpha * _low(ctx) + level.sigma * noise
+
+    @wraps("levels")
+    def levels(self, inner: Levels, schedule: Schedule, steps: int) -> list[Level]:
+        if getattr(schedule, "spacing", None) == "karras":
+            raise ValueError("relay takes trailing or leading spacing: karras has no steps to leave out")
+        whole = steps_of_whole(steps, self.partial, schedule.total)
+        taken = inner(schedule, whole)[-(steps + 1) :]
+        first = _noise(taken[0])
+        shares = [(steps - i) / steps for i in range(steps + 1)]
+        return [
+            level._replace(ratio=self._ratio(share, _noise(level) / first))
+            for level, share in zip(taken, shares, strict=True)
+        ]
+
+    @wraps("near")
+    def near(self, inner: Near, schedule: Schedule, noise: float) -> Level:
+        grid = [schedule.noise(i) for i in range(self.span_of(schedule))]
+        share = (float(np.interp(noise, grid, np.arange(len(grid)))) + 1) / self.partial
+        ratio = self._ratio(min(share, 1.0), min(noise / grid[-1], 1.0))
+        return inner(schedule, noise)._replace(ratio=ratio)
+
+    @wraps("span")
+    def span(self, inner: Span, schedule: Schedule) -> int:
+        return min(inner(schedule), self.span_of(schedule))
+
+    @wraps("at")
+    def at(self, inner: At, schedule: Schedule, index: Tensor) -> Level:
+        level = inner(schedule, index)
+        t = index.float()[:, None, None, None]
+        if self.blend == "linear":
+            ratio = t / self.partial
+        elif self.blend == "exp":
+            ratio = _fade((t + 1) / self.partial)
+        else:
+            end = schedule.noise(min(self.partial, schedule.total - 1))
+            ratio = torch.as_tensor(level.sigma) / torch.as_tensor(level.alpha) / end
+        return level._replace(ratio=ratio.clamp(max=1.0))
+
+    def span_of(self, schedule: Schedule) -> int:
+        """Training timesteps that relay covers."""
+        return min(math.ceil(self.partial), schedule.total)
+
+    def _ratio(self, share: float, noise: float) -> float:
+        """r where ``share`` of the relayed timesteps, or ``noise`` of its first level's, is still to go."""
+        if self.blend == "linear":
+            return share
+        return noise if self.blend == "sigma" else float(_fade(share))
+
+
+def relay_of(process: Any) -> RelayNoise | None:
+    """The relay mixin of a process, or None for plain diffusion."""
+    return next((m for m in process.mixins.values() if isinstance(m, RelayNoise)), None)
+
+
+def steps_of_whole(steps: int, partial: float, total: int) -> int:
+    """Steps over all ``total`` timesteps of which ``steps`` fall below ``partial``; an error if none fit."""
+    whole = round(steps * total / partial)
+    if steps > partial or abs(whole * partial / total - steps) > 1e-3 or whole > total:
+        fits = [
+            k
+            for k in range(1, min(int(partial), 64) + 1)
+            if abs(round(k * total / partial) * partial / total - k) <= 1e-3
+        ]
+        shown = ", ".join(map(str, fits[:12])) or "none"
+        raise ValueError(
+            f"{steps} steps do not fit the {partial:g} of {total} timesteps that relay covers: a run over all "
+            f"timesteps must take a whole number of steps, at most one each (these fit: {shown}, …)"
+        )
+    return whole
+
+
+def _fade(share: Any) -> Any:
+    """(1 - exp(-sin^4(share pi / 2))) / (1 - 1/e), 0 at 0 and 1 at 1."""
+    if isinstance(share, Tensor):
+        return (1 - torch.exp(-(torch.sin(share * (math.pi / 2)) ** 4))) / (1 - math.exp(-1))
+    return (1 - math.exp(-(math.sin(share * math.pi / 2) ** 4))) / (1 - math.exp(-1))
+
+
+def _noise(level: Level) -> float:
+    """sigma / alpha of a sampling level."""
+    assert not isinstance(level.alpha, Tensor) and not isinstance(level.sigma, Tensor), "levels hold floats"
+    return level.sigma / level.alpha if level.alpha else math.inf
+
+
+def _low(ctx: ProcessContext) -> Tensor:
+    if ctx.low is None:
+        raise ValueError("relay needs the low-resolution image's latent: give one (sampling.input_dir)")
+    return ctx.low

@@ -1,0 +1,211 @@
+"""The UNet of CogView3-Base, CogView3-Relay and their distilled versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sat.conditioning.condition import Condition
+from sat.diffusion.level import Scalar
+from sat.embeddings import GuidanceEmbedding, mlp, sinusoid
+from sat.models.cogview3_unet.blocks import Downsample, ResBlock, Upsample, group_norm, spatial_transformer
+from sat.transformer import Context, Transformer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about a batch that no step changes; made by :meth:`CogView3UNet.prepare`."""
+
+    contexts: Mapping[str, Context]  # a transformer's name -> the keys and values of its layers
+    size_emb: Tensor  # (B, E), or (1, E) where all rows are alike
+    guidance: Tensor | None  # (B or 1, D) features of the guidance strength
+    steps: Mapping[float, Tensor]  # timestep -> (B or 1, E) its activated embedding
+
+
+class CogView3UNet(nn.Module):
+    """Noisy latent (B, C, h, w), timestep, text (B, T, C_text), size vector (B, V) -> noise (B, C, h, w).
+
+    Level i is ``width * multipliers[i]`` wide and holds ``blocks`` residual blocks on the way down, one more on
+    the way up; levels whose downsampling factor is in ``attention`` have a transformer of ``depths[i]`` layers
+    after each, and the middle has one of the last depth. ``guidance_dim`` is the number of features of a
+    guidance strength that the network takes as an input (distilled models); a checkpoint's own number wins.
+    ``zero_init``: whether fresh weights predict 0. Defaults are those of the published 3 B models.
+    Source: official ``openaimodel.py``, ``configs/cogview3_base.yaml``.
+    """
+
+    def __init__(  # noqa: PLR0913 - the numbers that make a model, each with the published value
+        self,
+        channels: int = 4,
+        width: int = 320,
+        multipliers: Sequence[int] = (1, 2, 4),
+        blocks: int = 2,
+        attention: Sequence[int] = (2, 4),
+        depths: Sequence[int] = (1, 2, 10),
+        head_dim: int = 64,
+        text_dim: int = 4096,
+        text_len: int = 225,
+        size_dim: int = 1536,
+        groups: int = 32,
+        guidance_dim: int | None = None,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(depths) != len(multipliers) or not multipliers:
+            raise ValueError(
+                f"depths {list(depths)} must give one number for each of the multipliers {list(multipliers)}"
+            )
+        if min(channels, width, blocks, head_dim, text_len, groups, *multipliers, *depths) < 1:
+            raise ValueError("channels, width, multipliers, blocks, depths, head_dim and groups are at least 1")
+        self.width, self.channels, self.text_len = width, channels, text_len
+        self.factor = 2 ** (len(multipliers) - 1)
+        emb_dim = 4 * width
+        self.time = mlp(width, emb_dim)
+        self.size = mlp(size_dim, emb_dim)
+        self.guidance = None if guidance_dim is None else GuidanceEmbedding(guidance_dim, width)
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+
+        def residual(inputs: int, level: int) -> list[nn.Module]:
+            out = width * multipliers[level]
+            layers: list[nn.Module] = [ResBlock(inputs, out, emb_dim, groups)]
+            if 2**level in attention:
+                layers.append(spatial_transformer(out, depths[level], head_dim, text_dim, groups))
+            return layers
+
+        last = len(multipliers) - 1
+        # The stem has place 0, so that ``down.{i}`` is the official ``input_blocks.{i}``.
+        down: list[list[nn.Module]] = [[]]
+        skips, wide = [width], width
+        for level in range(len(multipliers)):
+            for _ in range(blocks):
+                down.append(residual(wide, level))
+                wide = width * multipliers[level]
+                skips.append(wide)
+            if level < last:
+                down.append([Downsample(wide)])
+                skips.append(wide)
+        self.down = nn.ModuleList(nn.ModuleList(layers) for layers in down)
+        self.middle = nn.ModuleList(
+            [
+                ResBlock(wide, wide, emb_dim, groups),
+                spatial_transformer(wide, depths[-1], head_dim, text_dim, groups),
+                ResBlock(wide, wide, emb_dim, groups),
+            ]
+        )
+        up: list[list[nn.Module]] = []
+        for level in reversed(range(len(multipliers))):
+            for block in range(blocks + 1):
+                up.append(residual(wide + skips.pop(), level))
+                wide = width * multipliers[level]
+                if level and block == blocks:
+                    up[-1].append(Upsample(wide))
+        self.up = nn.ModuleList(nn.ModuleList(layers) for layers in up)
+        self.head = nn.Sequential(
+            group_norm(width, groups), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
+        )
+        if zero_init:
+            self._zero()
+
+    @property
+    def hooks(self) -> str:
+        """The table of hook owners, the same for all transformers, for printing."""
+        return str(next(m.resolved for m in self.modules() if isinstance(m, Transformer)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the convolutions and matrix products."""
+        return self.stem.weight.dtype
+
+    def _zero(self) -> None:
+        """Every residual branch and the head start at zero."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)  # type: ignore[arg-type]
+        for name, parameter in self.named_parameters():
+            if ".mixins.map.leave." in name or name.startswith("head.2."):
+                nn.init.zeros_(parameter)
+
+    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take from a checkpoint's shapes what a config need not know: the guidance embedding's width."""
+        if self.guidance is not None:
+            self.guidance.adopt({"weight": shapes.get("guidance.weight", ())})
+
+    def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Prepared:
+        """``size`` is the latent's (h, w) in cells; ``indices`` the timesteps of a sampling run, if any."""
+        h, w = size
+        if h % self.factor or w % self.factor:
+            raise ValueError(
+                f"a latent of {h} x {w} cells does not halve {self.factor.bit_length() - 1} times: "
+                f"expected multiples of {self.factor} cells"
+            )
+        if cond.text.shape[1] != self.text_len:
+            raise ValueError(f"the network takes {self.text_len} text tokens, got {cond.text.shape[1]}")
+        context = Context(text=cond.text, text_mask=cond.text_mask)
+        contexts = {
+            name: module.prepare(context)
+            for name, module in self.named_modules()
+            if isinstance(module, Transformer)
+        }
+        vector, strength = cond.vector, cond.guidance
+        if indices:
+            vector = _one_row(vector)
+            strength = None if strength is None else _one_row(strength)
+        guidance = self._guidance(strength)
+        prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {})
+        return replace(prepared, steps={float(t): self._embedding(float(t), prepared) for t in indices})
+
+    def forward(self, x: Tensor, index: Scalar, prepared: Prepared) -> Tensor:
+        emb = prepared.steps.get(index) if isinstance(index, float) else None
+        if emb is None:
+            emb = self._embedding(index, prepared)
+        h = self.stem(x.to(self.dtype))
+        skips = [h]
+        for place, layers in enumerate(self.down):
+            if place:
+                h = self._run(h, emb, prepared, layers, f"down.{place}")
+                skips.append(h)
+        h = self._run(h, emb, prepared, self.middle, "middle")
+        for place, layers in enumerate(self.up):
+            h = self._run(torch.cat([h, skips.pop()], 1), emb, prepared, layers, f"up.{place}")
+        out: Tensor = self.head(h)
+        return out
+
+    def _run(self, h: Tensor, emb: Tensor, prepared: Prepared, layers: nn.Module, name: str) -> Tensor:
+        """One place of the way: its layers in order."""
+        for j, layer in enumerate(layers):  # type: ignore[arg-type]
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, Transformer):
+                h = layer(replace(prepared.contexts[f"{name}.{j}"], image=h))
+            else:
+                h = layer(h)
+        return h
+
+    def _guidance(self, strength: Tensor | None) -> Tensor | None:
+        """Features (B or 1, D) of the guidance strengths; None for a network or a run without."""
+        if strength is None:
+            return None
+        if self.guidance is None:
+            raise ValueError(
+                "a guidance strength is given as an input, but this network takes none (guidance_dim is null)"
+            )
+        out: Tensor = self.guidance(strength)
+        return out
+
+    def _embedding(self, index: Scalar, prepared: Prepared) -> Tensor:
+        """(B or 1, E): timestep, guidance strength and size, activated for the residual blocks."""
+        device = prepared.size_emb.device
+        t = torch.as_tensor(index, dtype=torch.float32, device=device).reshape(-1)
+        features = sinusoid(t, self.width).to(self.dtype)
+        if prepared.guidance is not None:
+            features = features + prepared.guidance
+        return F.silu(self.time(features) + prepared.size_emb)
+
+
+def _one_row(rows: Tensor) -> Tensor:
+    """The first of ``rows`` where all are alike, else all."""
+    return rows[:1] if bool((rows == rows[:1]).all()) else rows
