@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import sat.diffusion  # noqa: E402
 import sat.mixins  # noqa: E402
 from sat.diffusion.process import ProcessContext, ProcessHooks  # noqa: E402
 from sat.mixin import Mixin  # noqa: E402
@@ -88,8 +89,9 @@ def _host(host: Any) -> str:
 
 def _owners(host: Any) -> dict[str, list[str]]:
     """Hook -> the package's mixins that fill it."""
-    for module in pkgutil.iter_modules(sat.mixins.__path__, "sat.mixins."):
-        importlib.import_module(module.name)
+    for package in (sat.mixins, sat.diffusion):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
     found: dict[str, list[str]] = {}
     for mixin in sorted(Mixin.__subclasses__(), key=lambda cls: cls.__name__):
         if mixin.__module__.startswith("sat.") and mixin.host is host:

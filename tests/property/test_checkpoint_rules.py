@@ -9,11 +9,13 @@ from sat.checkpoint.rules import as_ours, as_theirs
 from sat.first_stage import keys as vae_keys
 from sat.keys import Computed
 from sat.models.cogview3_plus import keys as plus_keys
+from sat.models.cogview3_unet import keys as unet_keys
 from sat.models.t5 import keys as t5_keys
 
 LISTS = {
     "plus sat": plus_keys.SAT,
     "plus diffusers": plus_keys.DIFFUSERS,
+    "unet sat": unet_keys.SAT,
     "vae sat": vae_keys.SAT,
     "vae diffusers": vae_keys.DIFFUSERS,
     "t5": t5_keys.HF,
@@ -30,9 +32,11 @@ def ours(draw):
         pattern = getattr(rule, "ours", None)
         if pattern is None or isinstance(rule, Computed):
             continue
+        patterns = [pattern] if isinstance(pattern, str) else pattern
         for suffix in ("weight", "bias"):
             for i in range(depth):
-                names.add(pattern.replace("**", "*").replace("*", suffix).replace("{}", str(i)))
+                for one in patterns:
+                    names.add(one.replace("**", "*").replace("*", suffix).replace("{}", str(i)))
     order = draw(st.permutations(sorted(names)))
     return rules, {
         name: torch.arange(6.0 * rows * 2).reshape(6 * rows, 2) + hash(name) % 97 for name in order

@@ -5,7 +5,7 @@ import torch
 
 from sat.checkpoint.format import CheckpointError, InMemory
 from sat.checkpoint.rules import KeyMappingError, as_ours, as_theirs, read_map, write_map
-from sat.keys import Computed, ConvToLinear, Drop, Fuse, LinearToConv, Rename, SwapHalves, Tie
+from sat.keys import Computed, ConvToLinear, Drop, Fuse, LinearToConv, Rename, Split, SwapHalves, Tie
 
 
 def test_a_star_is_one_name_and_two_stars_are_the_rest():
@@ -66,6 +66,34 @@ def test_parts_of_a_fusion_must_have_equal_shapes():
     theirs = InMemory({"q.w": torch.ones(2, 2), "k.w": torch.ones(3, 2)})
     with pytest.raises(CheckpointError, match="should be equal"):
         as_ours(theirs, [Fuse(["q.w", "k.w"], "f.w")]).info("f.w")
+
+
+def test_a_split_tensor_is_cut_in_the_order_of_the_rule():
+    rules = [Split("ff.{}.*", ["mlp.{}.up.*", "mlp.{}.gate.*"])]
+    theirs = InMemory({"ff.3.weight": torch.arange(12.0).reshape(6, 2), "ff.3.bias": torch.arange(6.0)})
+    ours = as_ours(theirs, rules)
+    assert set(ours) == {f"mlp.3.{name}.{kind}" for name in ("up", "gate") for kind in ("weight", "bias")}
+    assert ours["mlp.3.up.bias"].tolist() == [0, 1, 2] and ours["mlp.3.gate.bias"].tolist() == [3, 4, 5]
+    assert ours.info("mlp.3.gate.weight").shape == ours["mlp.3.gate.weight"].shape == (3, 2)
+    back = as_theirs(ours, rules)
+    assert set(back) == set(theirs)
+    assert all(torch.equal(back[n], theirs[n]) and back.info(n) == theirs.info(n) for n in theirs)
+
+
+def test_a_tensor_that_does_not_split_evenly_is_refused():
+    with pytest.raises(CheckpointError, match=r"a: shape \[5, 2\] does not split into 2 equal parts"):
+        as_ours(InMemory({"a": torch.ones(5, 2)}), [Split("a", ["b", "c"])]).info("b")
+
+
+def test_halves_of_unequal_shape_are_not_joined_when_written():
+    ours = InMemory({"b": torch.ones(2, 2), "c": torch.ones(3, 2)})
+    with pytest.raises(CheckpointError, match="should be equal to make 'a'"):
+        as_theirs(ours, [Split("a", ["b", "c"])]).info("a")
+
+
+def test_a_half_missing_from_a_split_is_named_when_written():
+    with pytest.raises(KeyMappingError, match=r"1 names missing: 'c\.w'"):
+        as_theirs(InMemory({"b.w": torch.ones(2)}), [Split("a.*", ["b.*", "c.*"])])
 
 
 def test_a_fused_tensor_that_does_not_split_is_refused():
