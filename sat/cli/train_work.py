@@ -125,7 +125,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     _warn_of_random(experiment, train, objective)
     if train.activation_checkpointing:
         _recompute(objective)
-    items, validation = _data(data, train, engine, runtime, mesh)
+    items, validation = _data(data, train, engine, objective, runtime, mesh)
     loader = Loader(items, train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks, data.workers)
     trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
     extras = Extras(
@@ -193,7 +193,12 @@ def _optimizer(train: TrainConfig, objective: nn.Module, experiment: Experiment)
 
 
 def _data(
-    data: DataConfig, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime, mesh: Mesh
+    data: DataConfig,
+    train: TrainConfig,
+    engine: DiffusionEngine,
+    objective: Objective,
+    runtime: Runtime,
+    mesh: Mesh,
 ) -> tuple[Items, list[Batch]]:
     """What is trained on, and the held-out batches."""
     augment = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
@@ -214,7 +219,16 @@ def _data(
             with computing(train, runtime):
                 return engine.first_stage.encode(images.to(runtime.device)).moments
 
-        return LatentCache(dataset, encode, views, train.seed)
+        degrade = objective.degrade()
+
+        def degraded(images: Tensor) -> Tensor:
+            assert degrade is not None, "only called with one"
+            with computing(train, runtime):
+                return degrade(images.to(runtime.device))
+
+        return LatentCache(
+            dataset, encode, views, train.seed, degrade=None if degrade is None else degraded
+        )
 
     validation = []
     if train.validate_every and data.validation:

@@ -19,6 +19,7 @@ class Sample:
     target_size: tuple[int, int]  # of the picture as trained on
     image: Tensor | None = None  # (3, H, W) float32 in [-1, 1]
     latent_moments: Tensor | None = None  # (2C, h, w) float32: mean and log variance, unscaled
+    low_moments: Tensor | None = None  # the same of the low-resolution image, enlarged, for relay
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Batch:
     target_size: Tensor  # (B, 2) int64 height, width
     image: Tensor | None = None  # (B, 3, H, W) float32 in [-1, 1]
     latent_moments: Tensor | None = None  # (B, 2C, h, w) float32: mean and log variance, unscaled
+    low_moments: Tensor | None = None  # the same of the low-resolution images, enlarged, for relay
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -44,16 +46,12 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(
-            caption=self.caption,
-            original_size=moved(self.original_size),
-            crop=moved(self.crop),
-            target_size=moved(self.target_size),
-            image=None if self.image is None else moved(self.image),
-            latent_moments=None if self.latent_moments is None else moved(self.latent_moments),
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
         )
 
 
@@ -66,6 +64,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         raise ValueError(f"samples of one batch must have one shape, got {sorted(map(str, shapes))}")
     images = [sample.image for sample in samples if sample.image is not None]
     moments = [sample.latent_moments for sample in samples if sample.latent_moments is not None]
+    low = [sample.low_moments for sample in samples if sample.low_moments is not None]
     return Batch(
         caption=[sample.caption for sample in samples],
         original_size=torch.tensor([sample.original_size for sample in samples]),
@@ -73,4 +72,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         target_size=torch.tensor([sample.target_size for sample in samples]),
         image=torch.stack(images) if images else None,
         latent_moments=torch.stack(moments) if moments else None,
+        low_moments=torch.stack(low) if low else None,
     )

@@ -125,6 +125,7 @@ class LatentCache:
 
     ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled. The
     view that an epoch shows is drawn from (seed, epoch, index); captions are drawn as without the cache.
+    ``degrade``: the images -> what low-resolution images look like, whose moments are kept too, for relay.
     """
 
     def __init__(
@@ -134,12 +135,14 @@ class LatentCache:
         views: int,
         seed: int,
         batch_size: int = 64,
+        degrade: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if views < 1:
             raise ValueError(f"data.cache_views {views}: expected at least 1 to cache latents")
         self.dataset, self.views = dataset, views
         jobs = [(index, view) for view in range(views) for index in range(len(dataset))]
         made: list[Tensor] = []
+        low: list[Tensor] = []
         geometry = []
         with torch.no_grad():
             for start in range(0, len(jobs), batch_size):
@@ -147,16 +150,20 @@ class LatentCache:
                 batch = collate(samples)
                 assert batch.image is not None, "a dataset gives images"
                 made.append(encode(batch.image).detach().float().cpu())
+                if degrade is not None:
+                    low.append(encode(degrade(batch.image)).detach().float().cpu())
                 geometry += [(sample.original_size, sample.crop, sample.target_size) for sample in samples]
         self.moments = torch.cat(made)  # (views * items, 2C, h, w)
+        self.low = torch.cat(low) if low else None
         self.geometry = geometry
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def get(self, index: int, epoch: int, seed: int) -> Sample:
-        """Item ``index`` of ``epoch`` with ``latent_moments`` instead of an image."""
+        """Item ``index`` of ``epoch`` with ``latent_moments`` (and ``low_moments``) instead of an image."""
         view = int(item_random(seed, epoch, index, "view").random() * self.views)
         place = view * len(self) + index
         caption = self.dataset.record(index).caption(item_random(seed, epoch, index, "caption").random())
-        return Sample(caption, *self.geometry[place], latent_moments=self.moments[place])
+        low = None if self.low is None else self.low[place]
+        return Sample(caption, *self.geometry[place], latent_moments=self.moments[place], low_moments=low)

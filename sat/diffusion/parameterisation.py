@@ -48,6 +48,22 @@ class V:
         return level.net_sigma**2
 
 
+class X0:
+    """The clean image itself, for any schedule; the network sees x_t at unit variance."""
+
+    def scale_in(self, x: Tensor, level: Level) -> Tensor:
+        return x / (level.net_alpha**2 + level.net_sigma**2) ** 0.5
+
+    def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
+        return out
+
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        return x0
+
+    def gain(self, level: Level) -> Scalar:
+        return 1.0
+
+
 class Eps:
     """The noise itself, for variance-exploding schedules: x0 = x - sigma eps.
 

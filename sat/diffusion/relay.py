@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sat.diffusion.level import Level
@@ -95,6 +96,16 @@ class RelayNoise(Mixin):
         if self.blend == "linear":
             return share
         return noise if self.blend == "sigma" else float(_fade(share))
+
+
+def enlarged(image: Tensor, factor: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, factor H, factor W), bilinear. Source: official ``sample_unet.py:188``."""
+    return F.interpolate(image, scale_factor=float(factor), mode="bilinear", align_corners=False)
+
+
+def shrunk(image: Tensor, factor: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bilinear."""
+    return F.interpolate(image, scale_factor=1 / factor, mode="bilinear", align_corners=False)
 
 
 def relay_of(process: Any) -> RelayNoise | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,10 @@ class Objective(nn.Module):
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Scalars by name on held-out data, without gradients; by default those of ``forward``."""
         return self.forward(batch, generator)
+
+    def degrade(self) -> Callable[[Tensor], Tensor] | None:
+        """What turns images (B, 3, H, W) into the low-resolution ones that this training needs, or None."""
+        return None
 
     def parts(self) -> dict[str, nn.Module]:
         """The trained modules by their part of a checkpoint: ``model``, ``text``, ``first_stage``."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sat.conditioning.condition import Condition
 from sat.conditioning.size import Sizes
 from sat.data.batch import Batch
+from sat.diffusion.relay import enlarged, relay_of, shrunk
 from sat.engine import DiffusionEngine
 from sat.first_stage.posterior import Posterior
 from sat.train.objectives.base import Objective
@@ -24,6 +26,10 @@ class DiffusionObjective(Objective):
     run without gradients. ``levels``: noise levels that validation looks at, as shares of the schedule's
     timesteps (0 nearly clean, 1 nearly pure noise).
 
+    Relay is trained where the engine's process has it: the low-resolution image is the image itself, shrunk
+    and enlarged. ``low_from`` ``first_stage`` lets the shrunk image pass the autoencoder, so that it looks like
+    what a base model draws.
+
     Validation gives the loss at each level with the right captions (``loss``, ``loss_500`` …) and with the
     captions of other images of the batch (``shuffled``, …): the gap says how much the text is used.
     """
@@ -33,6 +39,7 @@ class DiffusionObjective(Objective):
         caption_dropout: float = 0.1,
         train_text: bool = False,
         levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        low_from: Literal["image", "first_stage"] = "image",
         *,
         engine: DiffusionEngine,
     ) -> None:
@@ -47,6 +54,7 @@ class DiffusionObjective(Objective):
         self.text: nn.Module | None = engine.conditioner.text.requires_grad_(True) if train_text else None
         self.caption_dropout = caption_dropout
         self.levels = tuple(levels)
+        self.low_from = low_from
 
     @property
     def engine(self) -> DiffusionEngine:
@@ -64,23 +72,25 @@ class DiffusionObjective(Objective):
         if self.caption_dropout:
             drop = torch.rand(len(batch), generator=generator) < self.caption_dropout
             cond = cond.dropped(drop.to(latents.device))
-        return {"loss": self.engine.loss(latents, cond, generator=generator).mean()}
+        low = self.low(batch, generator)
+        return {"loss": self.engine.loss(latents, cond, generator=generator, low=low).mean()}
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Losses at fixed levels, with right and with shuffled captions and the same noise."""
-        latents = self.latents(batch, generator)
+        latents, low = self.latents(batch, generator), self.low(batch, generator)
         cond = self.condition(batch, latents.device)
+        span = self.engine.process.hooks.span(self.engine.schedule)
         mask = None if cond.text_mask is None else cond.text_mask.roll(1, 0)
         shuffled = Condition(cond.text.roll(1, 0), cond.vector, mask)
         seed = int(torch.randint(2**31, (), generator=generator))
         losses: dict[str, Tensor] = {}
         for name, text in (("loss", cond), ("shuffled", shuffled)):
             for level in self.levels:
-                timestep = int(level * self.engine.schedule.total)
+                timestep = int(level * span)
                 index = torch.full((len(batch),), timestep, device=latents.device)
                 noise = torch.Generator().manual_seed(seed + timestep)
                 losses[f"{name}_{timestep}"] = self.engine.loss(
-                    latents, text, generator=noise, index=index
+                    latents, text, generator=noise, index=index, low=low
                 ).mean()
             losses[name] = torch.stack([v for k, v in losses.items() if k.startswith(f"{name}_")]).mean()
         return losses
@@ -93,6 +103,33 @@ class DiffusionObjective(Objective):
         if batch.image is None:
             raise ValueError("a batch holds neither images nor latent moments")
         return self.engine.latents(self.engine.first_stage.encode(batch.image), generator)
+
+    def low(self, batch: Batch, generator: torch.Generator | None) -> Tensor | None:
+        """Scaled latents (B, C, h, w) of the low-resolution images, for relay; None for plain diffusion."""
+        degrade = self.degrade()
+        if degrade is None:
+            return None
+        with torch.no_grad():
+            if batch.low_moments is not None:
+                return self.engine.latents(Posterior.from_moments(batch.low_moments), generator)
+            if batch.image is None:
+                raise ValueError("relay needs images, or a cache with low-resolution moments")
+            return self.engine.latents(self.engine.first_stage.encode(degrade(batch.image)), generator)
+
+    def degrade(self) -> Callable[[Tensor], Tensor] | None:
+        """The relay's shrinking and enlarging of images (B, 3, H, W), by the factor of its mixin."""
+        relay = relay_of(self.engine.process)
+        if relay is None:
+            return None
+
+        def degraded(images: Tensor) -> Tensor:
+            small = shrunk(images, relay.factor)
+            if self.low_from == "first_stage":
+                first_stage = self.engine.first_stage
+                small = first_stage.decode(first_stage.encode(small).mode()).to(small.dtype).clamp(-1, 1)
+            return enlarged(small, relay.factor)
+
+        return degraded
 
     def condition(self, batch: Batch, device: torch.device) -> Condition:
         """Text and sizes of the batch; gradients reach the text encoder only if it learns."""
