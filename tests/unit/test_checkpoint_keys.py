@@ -73,7 +73,7 @@ def test_the_published_unets_have_the_published_number_of_parameters():
 
 @pytest.mark.parametrize(("features", "count"), [(512, 2_906_776_324), (256, 2_906_694_404)])
 def test_distilled_unets_have_one_name_more_and_bring_its_width(features, count):
-    """Four-step Base takes 512 features of the guidance strength, one-step Relay 256; a config may say either."""
+    """Four-step Base takes 512 features of the guidance strength, one-step Relay 256; either loads."""
     base = spec("unet_sat")
     extra = {"model.diffusion_model.w_proj.weight": torch.empty(320, features, device="meta")}
     theirs = InMemory({**{key: base[key] for key in base}, **extra})
