@@ -63,6 +63,23 @@ class GuidanceEmbedding(nn.Linear):
         return super().forward(features.to(self.weight.dtype))
 
 
+def embedded(embedding: GuidanceEmbedding | None, strength: Tensor | None) -> Tensor | None:
+    """Features of guidance strengths (B,); None where a network is given none."""
+    if strength is None:
+        return None
+    if embedding is None:
+        raise ValueError(
+            "a guidance strength is given as an input, but this network takes none (guidance_dim is null)"
+        )
+    out: Tensor = embedding(strength)
+    return out
+
+
+def one_row(rows: Tensor) -> Tensor:
+    """The first of ``rows`` where all are alike, else all."""
+    return rows[:1] if bool((rows == rows[:1]).all()) else rows
+
+
 def mlp(inputs: int, hidden: int) -> nn.Sequential:
     """Linear, SiLU, Linear: (…, inputs) -> (…, hidden)."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden))

@@ -20,9 +20,10 @@ from sat.diffusion.parameterisation import Parameterisation
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.sampler import Sampler, StepCallback, Trajectory
 from sat.diffusion.schedule import Schedule
+from sat.diffusion.tiles import Tiled, tile_size
 from sat.first_stage.autoencoder import AutoencoderKL
 from sat.first_stage.posterior import Posterior
-from sat.first_stage.tiling import Tiling, decode_sliced, decode_tiled
+from sat.first_stage.tiling import Tiling, decode_sliced, decode_tiled, encode_sliced, encode_tiled
 
 
 class NonFiniteError(ArithmeticError):
@@ -82,12 +83,14 @@ class DiffusionEngine(nn.Module):
         sampler: Sampler,
         low: Tensor | None = None,
         fresh: Callable[[], Tensor] | None = None,
+        tile: int | None = None,
         callback: StepCallback | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) float32 from unit noise of the same shape.
 
         ``low``: the low-resolution image's latent, for relay. ``fresh`` draws unit noise like ``noise``, for
-        samplers that need more of it.
+        samplers that need more of it. ``tile``: the side, in latent cells, of the overlapping squares that a
+        larger latent is denoised by; the conditions are then those of one square.
 
         Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
         step on an accelerator, where looking earlier would stall the device.
@@ -96,6 +99,9 @@ class DiffusionEngine(nn.Module):
         rows = guider.rows(cond, uncond)
         indices = [float(level.index) for level in levels[:-1]]
         size = (noise.shape[2], noise.shape[3])
+        tiles = tile is not None and max(size) > tile
+        if tile is not None:
+            size = tile_size(size, tile)
         prepared: dict[int, Any] = {}  # by number of rows: all, or those with the condition
 
         def ready(count: int) -> Any:
@@ -110,12 +116,16 @@ class DiffusionEngine(nn.Module):
         def predict(x: Tensor, level: Level) -> Tensor:
             return denoiser(x, level, ready(len(x)))
 
+        seen = Tiled(predict, tile) if tiles and tile is not None else predict
+
         def guided(x: Tensor, level: Level) -> Tensor:
-            x0 = guider(predict, x, level)
+            x0 = guider(seen, x, level)
             watch.see(x0, level)
             return x0
 
-        path = Trajectory(levels, self.process, ProcessContext(low), partial(self.process.hooks.near, self.schedule))
+        path = Trajectory(
+            levels, self.process, ProcessContext(low), partial(self.process.hooks.near, self.schedule)
+        )
         if fresh is not None:
             path = replace(path, fresh=fresh)
         out = sampler(guided, noise.float(), path, callback)
@@ -134,6 +144,18 @@ class DiffusionEngine(nn.Module):
         else:
             images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch))
         return images.float().add(1).div_(2).clamp_(0, 1)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor, noise: Tensor, *, tile: int | None = None) -> Tensor:
+        """Latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1], sampled with unit ``noise``.
+
+        ``tile`` as in :meth:`decode`. The official relay samples its input's latent too.
+        """
+        if tile is None:
+            posterior = encode_sliced(self.first_stage, images)
+        else:
+            posterior = encode_tiled(self.first_stage, images, Tiling(tile))
+        return posterior.sample(noise.to(posterior.mean)).float() * self.first_stage.scale_factor
 
     def latents(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
         """A scaled sample (B, C, h, w) float32 of the first stage's posterior."""

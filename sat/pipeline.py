@@ -15,12 +15,15 @@ from sat.config.build import build_engine, build_guider, build_sampler
 from sat.config.load import load
 from sat.config.schema import Experiment, Precision, SamplingConfig
 from sat.diffusion.guidance import Guider
+from sat.diffusion.relay import RelayNoise
 from sat.diffusion.sampler import StepCallback
 from sat.parallel.launch import pick_device
 from sat.sampling.draw import Drawer, Look, with_strength
+from sat.sampling.inputs import InputFolder
 from sat.sampling.latents import checked_latents
 from sat.sampling.prompts import check_text, checked_prompts
 from sat.sampling.run import Noise
+from sat.util.images import from_pil
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``sampling.dtype`` names."""
@@ -84,12 +87,14 @@ class Pipeline:
         negative_prompt: str | None = None,
         batch_size: int = 1,
         latents: Tensor | None = None,
+        images: Sequence[Image.Image] | None = None,
         callback: StepCallback | None = None,
     ) -> Output:
         """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. What is None is the config's.
 
         ``height`` and ``width`` are pixels. ``latents`` is unit noise to start from instead of the seed's:
         (B, C, h, w) with B = ``batch_size``, used for every prompt, or one for each image.
+        ``images`` are what a relay model enlarges: one for each picture to draw, prompt by prompt.
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
@@ -99,13 +104,21 @@ class Pipeline:
             raise ValueError("no prompt: give at least one")
         negative = asked.negative_prompt if negative_prompt is None else negative_prompt
         check_text(negative, "the negative prompt")
-        look = Look(asked.height, asked.width, asked.steps, with_strength(self.guider, guidance))
+        guider = with_strength(self.guider, guidance)
+        look = Look(asked.height, asked.width, asked.steps, guider, asked.tile)
+        low = None if images is None else _low(images, len(texts) * batch_size)
         shape = self.drawer.engine.latent_shape(look.height, look.width)
         given = None if latents is None else checked_latents(latents, shape, len(texts), batch_size)
         noise = Noise(asked.seed, shape, batch_size, given)
         report = _counted(callback, len(texts) * -(-batch_size // self.drawer.at_once) * look.steps)
         drawn = [
-            self.drawer.latents(encoded, noise.of(prompt, range(batch_size)), look, report)
+            self.drawer.latents(
+                encoded,
+                noise.of(prompt, range(batch_size)),
+                look,
+                report,
+                None if low is None else low[prompt.index * batch_size : (prompt.index + 1) * batch_size],
+            )
             for prompt, encoded in zip(
                 texts, self.drawer.encode([t.text for t in texts], negative), strict=True
             )
@@ -141,6 +154,33 @@ def open_drawer(experiment: Experiment, device: torch.device) -> tuple[Drawer, G
         decode_tile=memory.decode_tile,
     )
     return drawer, build_guider(experiment)
+
+
+def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFolder | None:
+    """The pictures that ``relay`` enlarges; None without a relay. An error where one is there and not the other."""
+    if relay is None:
+        if sampling.input_dir is not None:
+            raise ValueError(
+                f"sampling.input_dir is {sampling.input_dir}, but this model draws from noise alone: "
+                f"only a relay model enlarges pictures"
+            )
+        return None
+    if sampling.input_dir is None:
+        raise ValueError(
+            "this model enlarges pictures: name the output folder of a base model's run in sampling.input_dir, "
+            "or draw both with a cascade (configs/cascade.yaml)"
+        )
+    height, width = sampling.height // relay.factor, sampling.width // relay.factor
+    return InputFolder(sampling.input_dir, height, width, sampling.batch_size)
+
+
+def _low(images: Sequence[Image.Image], count: int) -> Tensor:
+    """(count, 3, h, w) in [-1, 1]."""
+    if len(images) != count:
+        raise ValueError(
+            f"{len(images)} images are given to enlarge, expected one for each of {count} pictures"
+        )
+    return torch.stack([from_pil(image) for image in images])
 
 
 def precision(dtype: Precision | torch.dtype) -> Precision:

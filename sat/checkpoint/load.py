@@ -28,6 +28,19 @@ class Computes(Protocol):
         ...
 
 
+@runtime_checkable
+class Adopts(Protocol):
+    """A module that takes some sizes from the checkpoint it is filled with."""
+
+    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Change to the ``shapes`` of the tensors found, by our names, before they are compared."""
+        ...
+
+
+GUIDANCE = "guidance.weight"
+"""The tensor that distilled weights have and others have not."""
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What happened when a part was loaded. Lists hold our names, except ``ignored``: names in the file."""
@@ -106,6 +119,11 @@ def match(
         name: TensorInfo(tuple(t.shape), t.dtype) for name, t in module.state_dict(keep_vars=True).items()
     }
     found = fit(theirs, expected, family_rules(type(module)), part)
+    if isinstance(module, Adopts):
+        module.adopt({name: found.view.info(name).shape for name in found.view})
+        expected = {
+            n: TensorInfo(tuple(t.shape), t.dtype) for n, t in module.state_dict(keep_vars=True).items()
+        }
     missing = [name for name in found.missing if not _any(name, allow_missing)]
     unexpected = [name for name in found.unexpected if not _any(name, allow_unexpected)]
     misshapen = [
@@ -131,8 +149,19 @@ def match(
     if problems:
         raise CheckpointError(
             f"{theirs.source}: does not fit {what} ({found.layout} names): {'; '.join(problems)}"
+            f"{_distilled(missing, unexpected)}"
         )
     return found
+
+
+def _distilled(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What it means when all that is wrong is the guidance strength's embedding."""
+    extra = [name for name in unexpected if name.endswith((GUIDANCE, "w_proj.weight"))]
+    if extra and len(extra) == len(unexpected) and not missing:
+        return "; these are distilled weights: use a distilled model's config (model.params.guidance_dim)"
+    if not unexpected and list(missing) == [GUIDANCE]:
+        return "; these weights are not distilled: use the undistilled model's config (no guidance_dim)"
+    return ""
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

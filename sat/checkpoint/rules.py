@@ -22,7 +22,6 @@ from sat.keys import (
     Drop,
     Fuse,
     LinearToConv,
-    Rename,
     Rule,
     Rules,
     Split,

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,20 +17,24 @@ from torch import Tensor
 
 from sat.checkpoint import PARTS, digest
 from sat.cli.guard import Stopped, UsageError, describe
-from sat.config.load import Loaded, dump, load_full
+from sat.config.build import build, build_guider
+from sat.config.cascade import Cascade, dump_cascade, load_cascade
+from sat.config.load import dump
 from sat.config.record import record
 from sat.config.schema import Experiment, plain
 from sat.config.source import ConfigError
+from sat.diffusion.relay import relay_of
 from sat.parallel.collectives import LostRankError
 from sat.parallel.launch import Runtime, launch
 from sat.parallel.watch import Watch
-from sat.pipeline import open_drawer
+from sat.pipeline import input_folder, open_drawer
 from sat.sampling.draw import Drawer, Look, strength
 from sat.sampling.latents import checked_latents, read_latents
-from sat.sampling.output import Label, OutputFolder, settings_digest
+from sat.sampling.output import STAGES, Label, OutputFolder, folder_name, settings_digest
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
 from sat.sampling.run import Noise, Run
 from sat.util import log as logs
+from sat.util.images import write_text
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,7 @@ _UNSEEN = frozenset(
         "latents",
         "grid_columns",
         "sizes",
+        "input_dir",
     }
 )
 """Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""
@@ -55,31 +61,30 @@ _UNSEEN = frozenset(
 def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:
     """What ``sample.py`` does with parsed arguments; the exit code."""
     logs.setup(debug=args.debug)
-    loaded = load_full(args.base, [*args.overrides, *settings])
-    experiment = loaded.experiment
+    cascade = load_cascade(args.base, [*args.overrides, *settings])
+    first = cascade.stages[0].experiment
     if args.print_config:
-        print(dump(experiment), end="")
+        _print(cascade)
         return 0
-    if loaded.missing and not args.check:
-        raise ConfigError(loaded.missing)
-    absent = any(problem.key == "sampling.prompt_file" for problem in loaded.missing)
-    prompts = None if absent else _prompts(experiment)
+    missing = [problem for stage in cascade.stages for problem in stage.loaded.missing]
+    if missing and not args.check:
+        raise ConfigError(missing)
+    absent = any(problem.key in ("sampling.prompt_file", "sampling.input_dir") for problem in missing)
+    prompts = None if absent else _prompts(first)
     if args.check:
-        return _check(loaded, prompts)
-    for notice in loaded.notices:
+        return _check(cascade, prompts)
+    for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.loaded.notices):
         log.warning("%s", notice)
     if prompts is None:
-        _refuse_to_ask()
-        experiment = _keep_encoder(experiment)
-    runtime = launch(experiment.parallel.device, experiment.parallel.timeout)
+        _refuse_to_ask(cascade)
+    runtime = launch(first.parallel.device, first.parallel.timeout)
     logs.setup(runtime.rank, debug=args.debug)
-    watch = Watch(runtime.rank, runtime.world, experiment.parallel.timeout)
+    watch = Watch(runtime.rank, runtime.world, first.parallel.timeout)
     try:
-        session = _open(experiment, runtime, watch, len(prompts or [""]))
         if prompts is None:
-            _ask(session)
+            _ask(_open(Place.alone(_keep_encoder(first)), runtime, watch, 1))
         else:
-            _draw(session, prompts)
+            _draw_all(cascade, prompts, runtime, watch)
         watch.finish()
     except LostRankError:
         raise
@@ -92,6 +97,21 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
 
 
 @dataclass(frozen=True)
+class Place:
+    """One stage of a run: its config, where its pictures go, and where its records do."""
+
+    experiment: Experiment
+    pictures: Path
+    records: Path
+
+    @classmethod
+    def alone(cls, experiment: Experiment) -> Place:
+        """Of a run of one model."""
+        root = experiment.output.dir or OUTPUT
+        return cls(experiment, root, root)
+
+
+@dataclass(frozen=True)
 class _Session:
     """A loaded model, its output folder, and a run over them."""
 
@@ -101,6 +121,64 @@ class _Session:
     resume: bool
 
 
+def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime, watch: Watch) -> None:
+    """Draw ``prompts`` stage by stage; each stage's weights are there only while it draws."""
+    places = _places(cascade)
+    mine = share(prompts, runtime.rank, runtime.world)
+    _check_inputs(places[0].experiment, mine)
+    if len(places) > 1 and places[-1].experiment.output.resume:
+        final = places[-1]
+        done = OutputFolder(
+            final.pictures, _label(final.experiment, None), final.experiment.sampling.batch_size
+        )
+        mine = [prompt for prompt in mine if not done.finished(prompt)]
+    for number, place in enumerate(places):
+        if len(places) > 1 and runtime.is_main:
+            log.info("stage %d of %d: %s", number + 1, len(places), place.records.name)
+        result = number + 1 == len(places)
+        _draw(_open(place, runtime, watch, len(prompts)), prompts, mine, result=result)
+        runtime.free_memory()
+    if len(places) > 1:
+        _finish(cascade, places, mine, runtime)
+
+
+def _places(cascade: Cascade) -> list[Place]:
+    """Where each stage draws: the last into the output folder, those before into OUT/stages/NAME."""
+    if len(cascade.stages) == 1:
+        return [Place.alone(cascade.stages[0].experiment)]
+    root = cascade.stages[-1].experiment.output.dir or OUTPUT
+    places: list[Place] = []
+    for stage in cascade.stages:
+        experiment, records = stage.experiment, root / STAGES / stage.name
+        if places:
+            sampling = replace(experiment.sampling, input_dir=places[-1].pictures)
+            experiment = replace(experiment, sampling=sampling)
+        is_last = stage is cascade.stages[-1]
+        places.append(Place(experiment, root if is_last else records, records))
+    return places
+
+
+def _finish(cascade: Cascade, places: Sequence[Place], mine: Sequence[Prompt], runtime: Runtime) -> None:
+    """Write the cascade that repeats the run, and drop this rank's pictures between the stages."""
+    root = places[-1].pictures
+    if runtime.is_main:
+        files = {place.records.name: place.records / "resolved.yaml" for place in places}
+        write_text(root / "resolved.yaml", dump_cascade(files, cascade.keep))
+    if cascade.keep:
+        return
+    for place in places[:-1]:
+        for prompt in mine:
+            shutil.rmtree(place.pictures / folder_name(prompt), ignore_errors=True)
+
+
+def _check_inputs(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
+    """Look at the pictures that relay is to enlarge before anything is loaded."""
+    relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))
+    inputs = input_folder(experiment.sampling, relay)
+    if inputs is not None:
+        inputs.check(prompts)
+
+
 def _prompts(experiment: Experiment) -> list[Prompt] | None:
     """The prompts that the config gives; None when it gives none and they are to be asked for."""
     sampling = experiment.sampling
@@ -108,28 +186,50 @@ def _prompts(experiment: Experiment) -> list[Prompt] | None:
     if sampling.prompt_file is not None:
         return checked_prompts(read_prompt_file(sampling.prompt_file))
     if sampling.prompt is None:
-        return None
+        return _prompts_of_inputs(experiment)
     prompts = checked_prompts([sampling.prompt] if isinstance(sampling.prompt, str) else sampling.prompt)
     if not prompts:
         raise UsageError("sampling.prompt is an empty list: give at least one prompt")
     return prompts
 
 
-def _check(loaded: Loaded, prompts: Sequence[Prompt] | None) -> int:
+def _prompts_of_inputs(experiment: Experiment) -> list[Prompt] | None:
+    """The prompts that the pictures to enlarge were drawn for, where no others are given."""
+    relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))
+    if relay is None or experiment.sampling.input_dir is None:
+        return None
+    inputs = input_folder(experiment.sampling, relay)
+    return None if inputs is None else inputs.prompts()
+
+
+def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
     """Say that the config is good, and what it still needs."""
-    for line in [*loaded.notices, *map(str, loaded.missing)]:
+    lines = [str(n) for stage in cascade.stages for n in (*stage.loaded.notices, *stage.loaded.missing)]
+    for line in dict.fromkeys(lines):
         print(f"note: {line}")
-    sampling = loaded.experiment.sampling
     count = "no prompts yet" if prompts is None else f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
-    print(
-        f"config ok: {count}, {sampling.batch_size} x {sampling.height} x {sampling.width} "
-        f"(images x height x width), {sampling.steps} steps, {sampling.dtype}"
-    )
+    for stage in cascade.stages:
+        sampling = stage.experiment.sampling
+        name = f"{stage.name}: " if stage.name else ""
+        print(
+            f"config ok: {name}{count}, {sampling.batch_size} x {sampling.height} x {sampling.width} "
+            f"(images x height x width), {sampling.steps} steps, {sampling.dtype}"
+        )
     return 0
 
 
-def _refuse_to_ask() -> None:
-    """An error unless there is somebody to ask for prompts."""
+def _print(cascade: Cascade) -> None:
+    """The resolved config; of a cascade, one YAML document a stage."""
+    for number, stage in enumerate(cascade.stages):
+        if stage.name:
+            print(f"{'---' + chr(10) if number else ''}# stage {stage.name}")
+        print(dump(stage.experiment), end="")
+
+
+def _refuse_to_ask(cascade: Cascade) -> None:
+    """An error unless there is somebody to ask for prompts, and one model to draw them."""
+    if len(cascade.stages) > 1:
+        raise UsageError("a cascade loads its stages one after the other: give --prompt or --prompt-file")
     if not sys.stdin.isatty():
         raise UsageError(
             "no prompt: give --prompt or --prompt-file, or run on a terminal to be asked for prompts"
@@ -144,31 +244,34 @@ def _keep_encoder(experiment: Experiment) -> Experiment:
     return replace(experiment, memory=replace(experiment.memory, text_encoder="cpu"))
 
 
-def _open(experiment: Experiment, runtime: Runtime, watch: Watch, prompts: int) -> _Session:
+def _open(place: Place, runtime: Runtime, watch: Watch, prompts: int) -> _Session:
     """Prepare the output folder, load the model, write the records."""
     started = time.monotonic()
-    sampling, root = experiment.sampling, experiment.output.dir or OUTPUT
+    experiment = place.experiment
+    sampling = experiment.sampling
     drawer, guider = open_drawer(experiment, runtime.device)
-    look = Look(sampling.height, sampling.width, sampling.steps, guider)
+    look = Look(sampling.height, sampling.width, sampling.steps, guider, sampling.tile)
     shape = drawer.engine.latent_shape(look.height, look.width)
     given = None if sampling.latents is None else read_latents(sampling.latents)
     if given is not None:
         given = checked_latents(given, shape, prompts, sampling.batch_size)
     noise = Noise(sampling.seed, shape, sampling.batch_size, given)
-    folder = OutputFolder(root, _label(experiment, look, given), sampling.batch_size, sampling.grid_columns)
+    label = _label(experiment, given)
+    folder = OutputFolder(place.pictures, label, sampling.batch_size, sampling.grid_columns)
     folder.prepare()
     if runtime.is_main:
-        _record(experiment, drawer, root, runtime)
+        _record(experiment, drawer, place, runtime)
         log.info("loaded in %.1f s on %s", time.monotonic() - started, runtime.device)
-    run = Run(drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, watch.beat)
+    inputs = input_folder(sampling, drawer.relay)
+    run = Run(drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, watch.beat, inputs)
     return _Session(run, folder, runtime, experiment.output.resume)
 
 
-def _record(experiment: Experiment, drawer: Drawer, root: Path, runtime: Runtime) -> None:
+def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runtime) -> None:
     """``resolved.yaml`` and ``run.json``; the config is a fresh run's, so that it draws everything again."""
-    fresh = replace(experiment, output=replace(experiment.output, dir=root, resume=False))
+    fresh = replace(experiment, output=replace(experiment.output, dir=place.pictures, resume=False))
     record(
-        root,
+        place.records,
         fresh,
         hooks=drawer.engine.hooks,
         world=runtime.world,
@@ -178,8 +281,9 @@ def _record(experiment: Experiment, drawer: Drawer, root: Path, runtime: Runtime
     )
 
 
-def _label(experiment: Experiment, look: Look, given: Tensor | None) -> Label:
+def _label(experiment: Experiment, given: Tensor | None) -> Label:
     """What the pictures of this run say about themselves."""
+    asked = experiment.sampling
     tree = plain(experiment)
     sampling = {key: value for key, value in tree["sampling"].items() if key not in _UNSEEN}
     settings = settings_digest(
@@ -193,10 +297,10 @@ def _label(experiment: Experiment, look: Look, given: Tensor | None) -> Label:
         }
     )
     return Label(
-        height=look.height,
-        width=look.width,
-        steps=look.steps,
-        guidance=strength(look.guider),
+        height=asked.height,
+        width=asked.width,
+        steps=asked.steps,
+        guidance=strength(build_guider(experiment)),
         negative_prompt=experiment.sampling.negative_prompt,
         seed=experiment.sampling.seed,
         model=_model_name(experiment),
@@ -223,8 +327,8 @@ def _model_name(experiment: Experiment) -> str:
     return kind if source is None else f"{kind} {source.name}"
 
 
-def _draw(session: _Session, prompts: Sequence[Prompt]) -> None:
-    """Draw this rank's share of ``prompts`` and say where the pictures are."""
+def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], *, result: bool) -> None:
+    """Draw this rank's share ``mine`` of ``prompts`` and, for a ``result``, say where the pictures are."""
     main, started = session.runtime.is_main, time.monotonic()
     if main and (others := session.folder.strangers(prompts)):
         log.warning(
@@ -233,9 +337,8 @@ def _draw(session: _Session, prompts: Sequence[Prompt]) -> None:
             len(others),
             others[0],
         )
-    mine = share(prompts, session.runtime.rank, session.runtime.world)
     report = session.run(mine, resume=session.resume)
-    if not main:
+    if not main or not result:
         return
     log.info("%d files written in %.1f s", len(report.written), time.monotonic() - started)
     if len(prompts) == 1:

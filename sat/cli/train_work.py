@@ -32,9 +32,10 @@ from sat.engine import DiffusionEngine
 from sat.parallel.collectives import LostRankError, barrier, explain, from_main
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
-from sat.pipeline import DTYPES
+from sat.pipeline import DTYPES, input_folder
 from sat.sampling.draw import Drawer, Look
 from sat.sampling.output import safe_name
+from sat.sampling.prompts import Prompt
 from sat.train import optim
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Record
@@ -44,7 +45,7 @@ from sat.train.resume import RunFolder
 from sat.train.step import computing
 from sat.util import log as logs
 from sat.util.images import grid, write_png
-from sat.util.rng import image_noise
+from sat.util.rng import ImageRng
 
 if TYPE_CHECKING:
     from sat.train.checkpoints import Export
@@ -226,9 +227,7 @@ def _data(
             with computing(train, runtime):
                 return degrade(images.to(runtime.device))
 
-        return LatentCache(
-            dataset, encode, views, train.seed, degrade=None if degrade is None else degraded
-        )
+        return LatentCache(dataset, encode, views, train.seed, degrade=None if degrade is None else degraded)
 
     validation = []
     if train.validate_every and data.validation:
@@ -276,14 +275,18 @@ def _drawer(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine,
     )
     look = Look(sampling.height, sampling.width, sampling.steps, build_guider(experiment))
     shape = engine.latent_shape(look.height, look.width)
+    inputs = input_folder(sampling, drawer.relay)
+    if inputs is not None:
+        inputs.check([Prompt(index, text) for index, text in enumerate(train.sample_prompts)])
 
     def draw(folder: Path) -> None:
         mine = range(runtime.rank, len(train.sample_prompts), runtime.world)
         pictures = []
         for index in mine:
             prompt = train.sample_prompts[index]
-            noise = image_noise(sampling.seed, index, shape).unsqueeze(0)
-            picture = drawer.images(drawer.latents(drawer.encode([prompt])[0], noise, look))[0]
+            rng = ImageRng.of(sampling.seed, [index], shape)
+            low = None if inputs is None else inputs.read(Prompt(index, prompt), [0])
+            picture = drawer.images(drawer.latents(drawer.encode([prompt])[0], rng, look, low=low))[0]
             folder.mkdir(parents=True, exist_ok=True)
             write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
             pictures.append(picture)

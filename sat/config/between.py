@@ -21,6 +21,8 @@ def _broken(e: Experiment) -> Iterator[tuple[Key, str]]:
     yield from _equal(e)
     yield from _sizes(e)
     yield from _pictures(e)
+    yield from _steps(e)
+    yield from _guidance(e)
 
 
 def _equal(e: Experiment) -> Iterator[tuple[Key, str]]:
@@ -47,17 +49,25 @@ def _equal(e: Experiment) -> Iterator[tuple[Key, str]]:
 def _sizes(e: Experiment) -> Iterator[tuple[Key, str]]:
     """The network and the autoencoder must be able to make every size the rule allows."""
     model, first = _reader(e, e.model), _reader(e, e.first_stage)
-    patch, table, multipliers = model("patch"), model("table_size"), first("multipliers")
-    if _UNKNOWN in (patch, multipliers):
+    patch, table, multipliers = _granule(model), model("table_size"), first("multipliers")
+    if patch is None or multipliers is _UNKNOWN:
         return
     factor = 2 ** (len(multipliers) - 1)
     cell, rule = factor * patch, e.sampling.sizes
     if rule.multiple % cell:
         yield (
             ("sampling", "sizes", "multiple"),
-            f"{rule.multiple} is not a multiple of {cell}, the pixels of a patch ({factor} x patch {patch})",
+            f"{rule.multiple} is not a multiple of {cell}, the pixels of the network's smallest unit "
+            f"({factor} x {patch} latent cells)",
         )
-    elif table is not _UNKNOWN and _has_table(e.model) and rule.max // cell > min(table):
+    if e.sampling.tile is not None and e.sampling.tile % patch:
+        yield ("sampling", "tile"), f"{e.sampling.tile} is not a multiple of {patch} latent cells"
+    if (
+        rule.multiple % cell == 0
+        and table is not _UNKNOWN
+        and _has_table(e.model)
+        and rule.max // cell > min(table)
+    ):
         yield (
             ("sampling", "sizes", "max"),
             f"{rule.max} pixels are {rule.max // cell} patches, more than the position table {list(table)}",
@@ -73,6 +83,48 @@ def _pictures(e: Experiment) -> Iterator[tuple[Key, str]]:
     for name, side in (("height", e.data.height), ("width", e.data.width)):
         if side % factor:
             yield ("data", name), f"{side} is not a multiple of {factor}, the pixels of one latent cell"
+
+
+def _granule(model: Any) -> int | None:
+    """Latent cells, a side, of the network's smallest unit: a patch, or a cell of a UNet's lowest level."""
+    patch, levels = model("patch"), model("multipliers")
+    if isinstance(patch, int):
+        return patch
+    return None if levels is _UNKNOWN else 2 ** (len(levels) - 1)
+
+
+def _steps(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """The schedule and the process must have the steps that are asked for."""
+    from sat.config.build import build
+
+    try:
+        process = build(e.diffusion.process, imports=e.imports)
+        schedule = build(e.diffusion.schedule, imports=e.imports)
+    except (ValueError, TypeError):
+        return  # said with the component itself
+    try:
+        process.hooks.levels(schedule, e.sampling.steps)
+    except ValueError as error:
+        yield ("sampling", "steps"), str(error)
+
+
+def _guidance(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """A network that takes the guidance strength as an input is guided by it alone, and no other is."""
+    takes = _reader(e, e.model)("guidance_dim") not in (_UNKNOWN, None)
+    guider = resolve(e.sampling.guider.target, e.imports)
+    embedded, unguided = (resolve(f"sat.diffusion.guidance.{n}", ()) for n in ("Embedded", "Unguided"))
+    if takes and guider not in (embedded, unguided):
+        yield (
+            ("sampling", "guider"),
+            f"the model takes the guidance strength as an input (guidance_dim), as distilled models do: use "
+            f"sat.diffusion.guidance.Embedded instead of {e.sampling.guider.target}, which would guide twice",
+        )
+    if not takes and guider is embedded:
+        yield (
+            ("sampling", "guider"),
+            "sat.diffusion.guidance.Embedded hands the guidance strength to the network, but this model takes "
+            "none (model.params.guidance_dim is null): use ClassifierFree, or a distilled model's config",
+        )
 
 
 def _has_table(model: Component) -> bool:

@@ -92,7 +92,7 @@ def _merge_files(bases: Sequence[str | Path]) -> tuple[dict[str, Any], Marks, li
     problems: list[Problem] = []
     for base in bases:
         try:
-            sources.append(_read(base))
+            sources.append(read_base(base))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -108,7 +108,7 @@ def _merge_files(bases: Sequence[str | Path]) -> tuple[dict[str, Any], Marks, li
     return tree, marks, notices
 
 
-def _read(base: str | Path) -> Source:
+def read_base(base: str | Path) -> Source:
     """The YAML file ``base``, from the current folder or from the project's."""
     path = find(base)
     if path is None or not path.is_file():

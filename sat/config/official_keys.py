@@ -17,6 +17,37 @@ NETWORK = {
 }
 """Official key of the transformer -> our parameter."""
 
+UNET = {
+    "in_channels": "channels",
+    "model_channels": "width",
+    "channel_mult": "multipliers",
+    "num_res_blocks": "blocks",
+    "attention_resolutions": "attention",
+    "num_head_channels": "head_dim",
+    "context_dim": "text_dim",
+    "adm_in_channels": "size_dim",
+    "cfg_cond_embed_dim": "guidance_dim",
+}
+"""Official key of the UNet -> our parameter. ``transformer_depth`` may be one number for all levels."""
+
+UNET_FIXED: dict[str, tuple[Any, Any]] = {
+    "num_classes": ("sequential", None),
+    "use_spatial_transformer": (True, False),
+    "use_linear_in_transformer": (True, False),
+    "legacy": (False, True),
+    "dims": (2, 2),
+    "conv_resample": (True, True),
+    "num_heads": (-1, -1),
+    "use_scale_shift_norm": (False, False),
+    "resblock_updown": (False, False),
+    "use_new_attention_order": (False, False),
+    "disable_middle_self_attn": (False, False),
+    "disable_self_attentions": (None, None),
+    "num_attention_blocks": (None, None),
+    "n_embed": (None, None),
+}
+"""Official key of the UNet -> its only supported value, and the official default."""
+
 FIRST_STAGE = {
     "ch": "width",
     "ch_mult": "multipliers",
@@ -46,10 +77,31 @@ PARAMETERISATIONS = {
     "ZeroSNRScaling": "sat.diffusion.parameterisation.V",
     "EpsScaling": "sat.diffusion.parameterisation.Eps",
 }
+RELAY = "LinearRelayEDMSampler"
 SAMPLERS = {
     "ZeroSNRDDIMSampler": "sat.diffusion.sampler.DDIM",
-    "EulerEDMSampler": "sat.diffusion.sampler.DDIM",
+    "EulerEDMSampler": "sat.diffusion.sampler.DDIM",  # Euler where the noise is churned
+    RELAY: "sat.diffusion.sampler.DDIM",
+    "HeunEDMSampler": "sat.diffusion.sampler.Heun",
+    "DDIMSampler": "sat.diffusion.sampler.DDIM",
+    "EulerAncestralSampler": "sat.diffusion.sampler.EulerAncestral",
+    "DPMPP2SAncestralSampler": "sat.diffusion.sampler.DPMSolver2SAncestral",
+    "DPMPP2MSampler": "sat.diffusion.sampler.DPMSolver2M",
+    "LinearMultistepSampler": "sat.diffusion.sampler.LinearMultistep",
 }
+CHURN = {"s_churn": "churn", "s_tmin": "lowest", "s_tmax": "highest", "s_noise": "noise"}
+SAMPLER_PARAMS: dict[str, dict[str, str]] = {
+    "EulerEDMSampler": CHURN,
+    RELAY: CHURN,
+    "HeunEDMSampler": CHURN,
+    "DDIMSampler": {"s_noise": "share"},
+    "EulerAncestralSampler": {"eta": "eta", "s_noise": "noise"},
+    "DPMPP2SAncestralSampler": {"eta": "eta", "s_noise": "noise"},
+    "LinearMultistepSampler": {"order": "order"},
+}
+"""Official sampler -> its official option -> our parameter."""
+LOSSES = {"StandardDiffusionLoss": "", "ZeroSNRDiffusionLoss": "", "LinearRelayDiffusionLoss": ""}
+BLENDS = ("linear", "sigma", "exp")
 GUIDERS = {
     "VanillaCFG": "sat.diffusion.guidance.ClassifierFree",
     "IdentityGuider": "sat.diffusion.guidance.Unguided",
@@ -70,7 +122,6 @@ FIXED: dict[str, Any] = {
     "model.first_stage_config.params*.out_ch": 3,
     "model.first_stage_config.params*.tanh_out": False,
     "args.sampling_f": 8,
-    "args.relay_model": False,
     "args.sdedit": False,
     "args.ip2p": False,
     "args.model_parallel_size": 1,
@@ -90,12 +141,13 @@ NOTHING: dict[str, Any] = {
 INSTEAD = {
     "args.force_inference": "missing weights are an error here; list exceptions in checkpoint.allow_missing",
     "args.mode": "the command decides: sample.py samples, train.py trains",
+    "args.input_dir": "only relay models enlarge pictures",
     "args.device": "parallel.device decides",
     "model.*.device": "parallel.device decides",
     "model.sampler_config.params.verbose": "progress is shown on a terminal",
     "model.sampler_config.params.*": "this sampler has no such option",
     "model.network_config.params.use_*": "memory and kernels are not part of the model here",
-    "model.loss_fn_config*": "only for training, which takes diffusion.loss",
+    "model.loss_fn_config.*": "this loss has no such option",
     "model.denoiser_config.params.weighting_config*": "only for training, which takes diffusion.loss",
     "model.first_stage_config.params.loss*config*": "only for training",
     "args.deepspeed_config*": "train.py writes DeepSpeed's settings from the train section",

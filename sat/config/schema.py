@@ -115,6 +115,8 @@ class ConditioningConfig(Section):
 class SamplingConfig(Section):
     """What to draw and how. ``batch_size`` is images per prompt; image ``i`` uses seed ``seed + i``.
 
+    ``input_dir`` is an earlier run's output folder, whose pictures relay enlarges. ``tile`` (latent cells)
+    denoises larger pictures by overlapping squares of that side.
     ``at_once`` images go through the network together: with 1, a picture does not depend on how many are
     asked for, to the last bit; with more, large devices are used better.
     """
@@ -143,6 +145,10 @@ class SamplingConfig(Section):
         None
     )
     grid_columns: int | None = None
+    input_dir: Annotated[
+        Path | None, MustExist("name the output folder of a base model's run, which relay enlarges")
+    ] = None
+    tile: int | None = None
 
     def _rules(self) -> Broken:
         if self.prompt is not None and self.prompt_file is not None:
@@ -152,6 +158,8 @@ class SamplingConfig(Section):
         if not 0 <= self.seed <= 2**32 - self.batch_size:
             yield "seed", f"expected 0 to 2^32 - `batch_size` (image i uses seed + i), got {self.seed}"
         yield from self._at_least_1("batch_size", "at_once", "grid_columns")
+        if self.tile is not None and self.tile < 8:
+            yield "tile", f"expected at least 8 latent cells, got {self.tile}"
         try:
             self.sizes.check(self.height, self.width)
         except SizeError as error:

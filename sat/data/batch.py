@@ -45,7 +45,6 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
-
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(
             **{

@@ -91,7 +91,9 @@ class _Stepwise:
         x = path.process.start(noise, path.levels[0], path.ctx)
         for i in range(path.steps):
             now, to = path.levels[i], path.levels[i + 1]
-            x, x0 = self.advance(denoise, x, now, to, path) if now.alpha else _plain(denoise, x, now, to, path)
+            x, x0 = (
+                self.advance(denoise, x, now, to, path) if now.alpha else _plain(denoise, x, now, to, path)
+            )
             if callback is not None:
                 callback(i + 1, path.steps, x0)
         return x
@@ -177,9 +179,11 @@ class _Churned(_Stepwise):
 
     def advance(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
         level = _noise(now)
-        gamma = min(self.churn / path.steps, math.sqrt(2) - 1) if self.lowest <= level <= self.highest else 0.0
+        gamma = (
+            min(self.churn / path.steps, math.sqrt(2) - 1) if self.lowest <= level <= self.highest else 0.0
+        )
         if gamma > 0:
-            raised = path.between(level * (1 + gamma))
+            raised = path.between(level * (1 + gamma))._replace(ratio=now.ratio)  # noise leaves relay's blend
             keep = _number(raised.alpha) / _number(now.alpha)
             added = math.sqrt(max(_number(raised.sigma) ** 2 - (keep * _number(now.sigma)) ** 2, 0.0))
             x = keep * x + added * self.noise * path.fresh()

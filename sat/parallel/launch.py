@@ -7,6 +7,7 @@ Works the same under plain ``python`` (one process) and under ``torchrun`` (``RA
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import sys
@@ -49,6 +50,12 @@ class Runtime:
         """Wait for the device's queued work (for timing); nothing to wait for on the CPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def free_memory(self) -> None:
+        """Give what nothing refers to any more back, to the device's allocator and beyond."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def peak_memory(self) -> float:
         """Peak memory in GB: of the device's allocator, or of the process's resident set on the CPU."""

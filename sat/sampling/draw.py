@@ -15,9 +15,11 @@ from torch import Tensor
 from sat.conditioning.condition import Condition
 from sat.conditioning.size import Sizes
 from sat.diffusion.guidance import Guider
+from sat.diffusion.relay import RelayNoise, enlarged, relay_of
 from sat.diffusion.sampler import Sampler, StepCallback
 from sat.engine import DiffusionEngine, NonFiniteError
 from sat.util.images import to_pil
+from sat.util.rng import ImageRng
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +64,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Look:
-    """What is the same for every picture of a call. Pixels for ``height`` and ``width``."""
+    """What is the same for every picture of a call. Pixels for ``height`` and ``width``.
+
+    ``tile``: the side, in latent cells, of the squares that a larger picture is denoised by; None is whole.
+    """
 
     height: int
     width: int
     steps: int
     guider: Guider
+    tile: int | None = None
 
 
 class Drawer:
@@ -126,25 +132,69 @@ class Drawer:
             return cond, cond.null()
         return cond, whole(encoded.negative, encoded.negative_mask)
 
+    @property
+    def relay(self) -> RelayNoise | None:
+        """The relay of the engine's process, or None for a model that draws from noise alone."""
+        return relay_of(self.engine.process)
+
     def latents(
-        self, encoded: Encoded, noise: Tensor, look: Look, callback: StepCallback | None = None
+        self,
+        encoded: Encoded,
+        rng: ImageRng,
+        look: Look,
+        callback: StepCallback | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) float32 on the CPU from unit ``noise`` of the same shape, for one prompt."""
+        """Latents (B, C, h, w) float32 on the CPU for the B images of ``rng``, for one prompt.
+
+        ``low`` (B, 3, H / factor, W / factor) in [-1, 1] are the low-resolution images that relay starts from.
+        """
         parts = []
-        for start in range(0, len(noise), self.at_once):
-            part = noise[start : start + self.at_once]
-            cond, uncond = self.condition(encoded, look.height, look.width, len(part))
+        for start in range(0, len(rng), self.at_once):
+            rows = slice(start, start + self.at_once)
+            part = rng.part(rows)
+            cond, uncond = self.condition(encoded, *self._seen(look), len(part))
+            low_latent = self._low(None if low is None else low[rows], part, look)
             out = self.engine.sample(
                 cond,
                 uncond,
-                part.to(self.device),
+                part.start().to(self.device),
                 steps=look.steps,
                 guider=look.guider,
                 sampler=self.sampler,
+                low=low_latent,
+                fresh=lambda part=part: part.unit().to(self.device),  # type: ignore[misc]
+                tile=look.tile,
                 callback=callback,
             )
             parts.append(out.float().cpu())
         return torch.cat(parts)
+
+    def _seen(self, look: Look) -> tuple[int, int]:
+        """Height and width, in pixels, of what the network sees at once: the picture, or a tile of it."""
+        if look.tile is None:
+            return look.height, look.width
+        factor = self.engine.first_stage.factor
+        return min(look.height, look.tile * factor), min(look.width, look.tile * factor)
+
+    def _low(self, images: Tensor | None, rng: ImageRng, look: Look) -> Tensor | None:
+        """The latent (B, C, h, w) of the enlarged low-resolution images; None for plain diffusion."""
+        relay = self.relay
+        if relay is None or images is None:
+            if relay is not None or images is not None:
+                raise ValueError(
+                    "relay starts from low-resolution images, and only relay does: "
+                    + ("none are given" if images is None else "this model has no relay")
+                )
+            return None
+        expected = (look.height // relay.factor, look.width // relay.factor)
+        if tuple(images.shape[2:]) != expected:
+            raise ValueError(
+                f"low-resolution images are {images.shape[2]} x {images.shape[3]} pixels, expected "
+                f"{expected[0]} x {expected[1]} for {look.height} x {look.width} (height x width)"
+            )
+        large = enlarged(images.to(self.device), relay.factor)
+        return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile)
 
     def images(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of ``latents`` (B, C, h, w)."""

@@ -20,12 +20,16 @@ from PIL import Image
 from sat.sampling.prompts import Prompt
 from sat.util import images
 
+STAGES = "stages"
+"""Where a cascade keeps the records, and perhaps the pictures, of its stages."""
+
 NAME_LENGTH = 20
 """Characters of the prompt in a folder's name."""
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-")
 _NUMBERED = re.compile(r"(\d+)_")
-_IMAGE = re.compile(r"\d{9}\.png")
+IMAGE = re.compile(r"\d{9}\.png")
+"""Names of the pictures in a prompt's folder."""
 
 
 class OutputError(OSError):
@@ -137,7 +141,7 @@ class OutputFolder:
         """Draw the grid of several images and drop an earlier run's leftovers; the files of ``prompt``."""
         folder = self.folder(prompt)
         paths = [self.image_path(prompt, i) for i in range(self.batch_size)]
-        stale = {p for p in folder.glob("*.png") if _IMAGE.fullmatch(p.name)} - set(paths)
+        stale = {p for p in folder.glob("*.png") if IMAGE.fullmatch(p.name)} - set(paths)
         stale.update(folder.glob(f".*{images.TEMPORARY}"))
         if self.batch_size > 1:
             sheet = folder / "grid.png"
@@ -154,12 +158,7 @@ class OutputFolder:
 
     def numbered(self) -> dict[int, list[str]]:
         """Names of the prompt folders that are there, by number."""
-        found: dict[int, list[str]] = {}
-        if self.root.is_dir():
-            for entry in sorted(self.root.iterdir()):
-                if (match := _NUMBERED.match(entry.name)) and entry.is_dir():
-                    found.setdefault(int(match[1]), []).append(entry.name)
-        return found
+        return numbered(self.root)
 
     def strangers(self, prompts: Sequence[Prompt]) -> list[str]:
         """Prompt folders that are there but belong to none of ``prompts``: left by another run."""
@@ -185,6 +184,16 @@ class OutputFolder:
             images.write_png(path, image, fields)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def numbered(root: Path) -> dict[int, list[str]]:
+    """Names of the prompt folders in ``root``, by number."""
+    found: dict[int, list[str]] = {}
+    if root.is_dir():
+        for entry in sorted(root.iterdir()):
+            if (match := _NUMBERED.match(entry.name)) and entry.is_dir():
+                found.setdefault(int(match[1]), []).append(entry.name)
+    return found
 
 
 def _opened(path: Path) -> Image.Image:

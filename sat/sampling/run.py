@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sat.sampling.draw import Drawer, Encoded, Look
+from sat.sampling.inputs import InputFolder
 from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt
 from sat.util.progress import Progress, progress
-from sat.util.rng import image_noise
+from sat.util.rng import ImageRng
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ class Noise:
     batch_size: int
     given: Tensor | None = None
 
-    def of(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
-        """Unit noise (len(images), C, h, w) float32 on the CPU for the images of one prompt."""
+    def of(self, prompt: Prompt, images: Sequence[int]) -> ImageRng:
+        """The random numbers of some images of one prompt."""
+        given = None
         if self.given is not None:
-            rows = [(prompt.index * self.batch_size + i) % len(self.given) for i in images]
-            return self.given[rows]
-        return torch.stack([image_noise(self.seed, i, self.shape) for i in images])
+            given = self.given[[(prompt.index * self.batch_size + i) % len(self.given) for i in images]]
+        return ImageRng.of(self.seed, images, self.shape, given)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that is the same for all prompts of a run. ``beat`` is called at every step."""
+    """Everything that is the same for all prompts of a run. ``beat`` is called at every step.
+
+    ``inputs`` are the low-resolution pictures that relay starts from.
+    """
 
     drawer: Drawer
     look: Look
@@ -61,6 +64,7 @@ class Run:
     negative_prompt: str = ""
     rank: int = 0
     beat: Callable[[], None] = lambda: None
+    inputs: InputFolder | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, resume: bool = False) -> Report:
         """Draw ``prompts`` one after the other; with ``resume``, only what is not there yet."""
@@ -108,7 +112,8 @@ class Run:
 
         for start in range(0, len(images), self.drawer.at_once):
             part = images[start : start + self.drawer.at_once]
-            latents = self.drawer.latents(encoded, self.noise.of(prompt, part), self.look, step)
+            low = None if self.inputs is None else self.inputs.read(prompt, part)
+            latents = self.drawer.latents(encoded, self.noise.of(prompt, part), self.look, step, low)
             for index, image in zip(part, self.drawer.images(latents), strict=True):
                 self.folder.write_image(prompt, index, image)
             self.beat()

@@ -34,6 +34,11 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
+def from_pil(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [-1, 1] of a picture."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
 def grid(images: Sequence[Image.Image], columns: int | None = None, padding: int = 2) -> Image.Image:
     """One sheet of equally large ``images``, row by row, on black with ``padding`` pixels around each.
 

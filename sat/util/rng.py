@@ -11,14 +11,55 @@ SEED_LIMIT = 2**32
 """torch's CPU generator looks at 32 bits of a seed: 2**32 would silently repeat seed 0."""
 
 
-def image_noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
-    """Unit normal noise of image ``index``: ``shape`` (C, h, w) float32 on the CPU, from ``seed + index``.
+class ImageRng:
+    """Unit normal noise of some images, (n, C, h, w) float32 on the CPU: each row from its image's generator.
 
-    Drawn on the CPU whatever the device, so one seed means one picture everywhere; equal for every batch
-    size, order of prompts and number of ranks because each image has its own generator.
+    What is asked for first comes first from every generator, so the rows are the same whatever images are
+    drawn together. ``given`` latents take the place of the noise that sampling starts from.
     """
-    generator = torch.Generator(device="cpu").manual_seed(checked_seed(seed + index))
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+
+    def __init__(
+        self, generators: Sequence[torch.Generator], shape: Sequence[int], given: Tensor | None = None
+    ) -> None:
+        self._generators, self._shape, self._given = list(generators), tuple(shape), given
+
+    @classmethod
+    def of(
+        cls, seed: int, images: Sequence[int], shape: Sequence[int], given: Tensor | None = None
+    ) -> ImageRng:
+        """Of images numbered ``images``: image i uses ``seed`` + i."""
+        return cls([image_generator(seed, i) for i in images], shape, given)
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def part(self, rows: slice) -> ImageRng:
+        """Of some of the images; their generators go on from where they are."""
+        given = None if self._given is None else self._given[rows]
+        return ImageRng(self._generators[rows], self._shape, given)
+
+    def start(self) -> Tensor:
+        """The noise that sampling starts from."""
+        return self.unit() if self._given is None else self._given
+
+    def unit(self) -> Tensor:
+        """Noise that has not been given out before."""
+        return torch.stack(
+            [torch.randn(self._shape, generator=g, dtype=torch.float32) for g in self._generators]
+        )
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of image ``index``, seeded with ``seed + index``.
+
+    On the CPU whatever the device, so one seed means one picture everywhere.
+    """
+    return torch.Generator(device="cpu").manual_seed(checked_seed(seed + index))
+
+
+def image_noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
+    """The first unit normal noise of image ``index``: ``shape`` (C, h, w) float32 on the CPU."""
+    return ImageRng.of(seed, [index], shape).unit()[0]
 
 
 def checked_seed(seed: int) -> int:

@@ -28,6 +28,7 @@ from sat.config.source import Source
 from sat.engine import DiffusionEngine
 from sat.first_stage.autoencoder import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
+from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
 
 
@@ -44,17 +45,20 @@ def network(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> CogView
     return fill(net, {prefix + name: tensor for name, tensor in weights.items()}, "model")
 
 
+def unet(config: Mapping[str, Any], weights: Mapping[str, Tensor], text_len: int) -> CogView3UNet:
+    """The network of a ``UNetModel`` config, which does not say how long the text is."""
+    target = "sgm.modules.diffusionmodules.openaimodel.UNetModel"
+    component = native({"network_config": {"target": target, "params": dict(config)}})["model"]
+    component["params"]["text_len"] = text_len
+    prefix = ENGINE_PREFIXES["model"]
+    return fill(build(component), {prefix + name: tensor for name, tensor in weights.items()}, "model")
+
+
 def first_stage(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> AutoencoderKL:
     """The autoencoder of a ``first_stage_config``, its weights in a file of their own as officially."""
     vae = build(native({"first_stage_config": dict(config)})["first_stage"])
     with tempfile.TemporaryDirectory() as folder:
-        if str(config["target"]).endswith("AutoencodingEngine"):
-            path = Path(folder, "imagekl_ch16.pt")
-            torch.save({"state_dict": dict(weights)}, path)
-        else:
-            path = Path(folder, "sdxl_vae.safetensors")
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
-        load(vae, path, "first_stage", dtype=torch.float32)
+        load(vae, write_first_stage(Path(folder), config, weights), "first_stage", dtype=torch.float32)
     return vae.eval()
 
 
@@ -84,10 +88,10 @@ def engine(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Di
         (folder / "engine").mkdir()
         prefix = ENGINE_PREFIXES["model"]
         write_engine(folder / "engine", {prefix + key: tensor for key, tensor in parts["model"].items()})
-        torch.save({"state_dict": parts["first_stage"]}, folder / "imagekl_ch16.pt")
+        autoencoder = write_first_stage(folder, config["first_stage_config"], parts["first_stage"])
         write_t5(folder / "t5", parts["text"], infer_t5(parts["text"]))
         model = json.loads(json.dumps(config))
-        model["first_stage_config"]["params"]["ckpt_path"] = str(folder / "imagekl_ch16.pt")
+        model["first_stage_config"]["params"]["ckpt_path"] = str(autoencoder)
         for embedder in model["conditioner_config"]["params"]["emb_models"]:
             if embedder["input_key"] == "txt":
                 embedder["params"]["model_dir"] = str(folder / "t5")
@@ -118,6 +122,17 @@ def engine(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Di
 
 def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def write_first_stage(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Path:
+    """An autoencoder's own file, in the format it is published in."""
+    if str(config["target"]).endswith("AutoencodingEngine"):
+        path = folder / "imagekl_ch16.pt"
+        torch.save({"state_dict": dict(weights)}, path)
+    else:
+        path = folder / "sdxl_vae.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    return path
 
 
 def write_t5(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:

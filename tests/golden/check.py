@@ -31,13 +31,14 @@ from tests.golden.report import Report  # noqa: E402
 #: Beginning of a file's name -> module and function that check it.
 KINDS = {
     "dit_": "network:check",
+    "unet_": "unet:check",
     "vae": "first_stage:check",
-    "e2e_plus": "end_to_end:check",
-    "sampler_zerosnr_": "diffusion:check_sampler",
-    "loss_zerosnr": "diffusion:check_loss",
+    "e2e_": "end_to_end:check",
+    "sampler_": "samplers:check",
+    "loss_": "losses:check",
     "embeddings": "embeddings:check",
     "conditioner": "conditioning:check",
-    "tables_": "diffusion:check_tables",
+    "tables_": "tables:check_tables",
 }
 
 

@@ -1,4 +1,4 @@
-"""Schedules, the process, parameterisations, guidance, the sampler and the loss."""
+"""Schedules, spacings, the process, parameterisations, weightings and the loss."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.denoiser import Denoiser
-from sat.diffusion.guidance import ClassifierFree, Unguided
-from sat.diffusion.level import Level
 from sat.diffusion.loss import DenoisingLoss
-from sat.diffusion.parameterisation import Eps, Parameterisation, V
+from sat.diffusion.parameterisation import X0, Eps, Parameterisation, V
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.sampler import DDIM
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR, scaled_linear_alphas, snr_shift
-from sat.diffusion.spacing import timesteps
+from sat.diffusion.spacing import karras, timesteps
+from sat.diffusion.weighting import MinSNR, SNRPlusOne, TruncatedSNR, Uniform, Weighting
 from tests.tolerances import F32
 
 CTX = ProcessContext()
@@ -39,6 +37,77 @@ def test_trailing_steps_start_at_the_last_level() -> None:
 def test_an_impossible_number_of_steps_is_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps must be between 1 and 1000 .*, got {steps}"):
         timesteps(steps, 1000)
+
+
+def test_leading_steps_are_evenly_spaced_and_end_at_the_first_level() -> None:
+    for steps in (1, 3, 7, 24, 999, 1000):
+        chosen = timesteps(steps, 1000, "leading")
+        assert len(chosen) == steps and chosen[-1] == 0
+        assert {a - b for a, b in zip(chosen, chosen[1:], strict=False)} <= {1000 // steps}
+
+
+def test_karras_levels_follow_equation_5() -> None:
+    """(max^(1/7) + i / (n - 1) (min^(1/7) - max^(1/7)))^7."""
+    got = karras(5, 0.03, 14.0)
+    for i, sigma in enumerate(got):
+        root = (4 - i) / 4 * 14.0 ** (1 / 7) + i / 4 * 0.03 ** (1 / 7)
+        assert sigma == pytest.approx(root**7, rel=1e-12)
+    assert karras(1, 0.03, 14.0) == [pytest.approx(14.0)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [(0, 0.1, 1.0, 7.0), (3, 0.0, 1.0, 7.0), (3, 2.0, 1.0, 7.0), (3, 0.1, 1.0, 0.0)]
+)
+def test_impossible_karras_levels_are_refused(wrong: tuple[int, float, float, float]) -> None:
+    with pytest.raises(ValueError, match=f"0 < smallest <= largest and rho > 0; got steps {wrong[0]}"):
+        karras(*wrong)
+
+
+def test_karras_spacing_has_no_timesteps() -> None:
+    with pytest.raises(ValueError, match="karras spacing gives noise levels, not timesteps"):
+        timesteps(5, 1000, "karras")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_karras_spacing_spans_the_schedule(steps: int) -> None:
+    exploding = Discrete(spacing="karras").levels(steps)
+    table = Discrete().trained
+    assert [level.sigma for level in exploding[:-1]] == karras(steps, table[0], table[-1])
+    preserving = ZeroSNR(spacing="karras").levels(steps)
+    assert len(preserving) == steps + 1 and preserving[0].alpha == 0 and preserving[0].index == 999
+    noise = [level.sigma / level.alpha for level in preserving[1:-1]]
+    schedule = ZeroSNR()
+    want = karras(steps - 1, schedule.noise(0), schedule.noise(998)) if steps > 1 else []
+    assert noise == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_level_near_a_noise_has_it_exactly_and_shows_the_nearest_timestep(schedule: Schedule) -> None:
+    for index in (3, 500, 998):
+        noise = 1.0001 * schedule.noise(index)
+        level = schedule.near(noise)
+        assert level.sigma / level.alpha == pytest.approx(noise, rel=1e-12)
+        assert level.index == index
+        inside = schedule.at(torch.tensor([index]))
+        net = level.net_sigma / level.net_alpha
+        quantised = not (isinstance(schedule, ZeroSNR) and not schedule.quantise)
+        want = float(inside.sigma / inside.alpha) if quantised else noise
+        assert net == pytest.approx(want, rel=1e-5)
+
+
+def test_noise_is_interpolated_between_timesteps_and_infinite_at_the_last_of_a_zero_snr_schedule() -> None:
+    table = Discrete().trained
+    assert Discrete().noise(7.25) == pytest.approx(0.75 * table[7] + 0.25 * table[8], rel=1e-12)
+    assert ZeroSNR().noise(999) == math.inf
+    assert ZeroSNR().noise(0) == pytest.approx((1 - ZeroSNR().trained[0] ** 2) ** 0.5 / ZeroSNR().trained[0])
+
+
+def test_exploding_levels_are_those_of_latent_diffusion() -> None:
+    """14.6146 down to 0.0292: original_behaviour.md, section 7."""
+    levels = Discrete().levels(4)
+    assert levels[0].sigma == pytest.approx(14.6146, abs=1e-4) and levels[0].index == 999
+    assert Discrete().trained[0] == pytest.approx(0.0292, abs=1e-4)
+    assert all(level.alpha == level.net_alpha == 1 and level.net_sigma == level.sigma for level in levels)
 
 
 def test_shift_divides_the_signal_to_noise_ratio() -> None:
@@ -99,11 +168,34 @@ def test_x0_follows_from_the_target(schedule: Schedule, parameterisation: Parame
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("steps", [1, 2, 13])
-def test_a_perfect_denoiser_is_sampled_exactly(schedule: Schedule, steps: int) -> None:
-    x0 = torch.randn(2, 3, 4, 5)
-    out = DDIM()(lambda x, level: x0, torch.randn(2, 3, 4, 5), schedule.levels(steps), Process(), CTX)
-    assert torch.equal(out, x0)
+def test_x0_prediction_is_the_clean_image_seen_at_unit_variance(schedule: Schedule) -> None:
+    x0, eps = torch.randn(3, 4, 40, 50), torch.randn(3, 4, 40, 50)
+    level = schedule.at(torch.tensor([999, 400, 17]))
+    x = Process().noise(x0, eps, level, CTX)
+    assert torch.equal(X0().to_x0(x0, x, level), x0) and torch.equal(X0().target(x0, eps, level), x0)
+    assert (X0().scale_in(x, level).std((1, 2, 3)) - 1).abs().max() < 0.03
+
+
+def test_noise_is_shown_to_an_eps_network_at_unit_variance() -> None:
+    level = Discrete().at(torch.tensor([999, 17]))
+    x = torch.randn(2, 3, 4, 5)
+    want = x / (1 + level.sigma**2).sqrt()
+    assert (Eps().scale_in(x, level) - want).abs().max() < F32
+    assert torch.equal(V().scale_in(x, level), x)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_seen_as_noise_is_the_noise_without_relay(schedule: Schedule) -> None:
+    x0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    level = schedule.at(torch.tensor([999, 17]))
+    assert torch.equal(Process().noise_seen(x0, eps, level, CTX), eps)
+
+
+def test_the_start_has_the_variance_of_the_first_level() -> None:
+    noise = torch.randn(2, 3, 4, 5)
+    assert torch.equal(Process().start(noise, ZeroSNR().levels(5)[0], CTX), noise)
+    level = Discrete().levels(5)[0]
+    assert (Process().start(noise, level, CTX) - noise * (1 + level.sigma**2) ** 0.5).abs().max() < 1e-5
 
 
 def test_the_step_keeps_the_noise_of_the_data() -> None:
@@ -112,44 +204,6 @@ def test_the_step_keeps_the_noise_of_the_data() -> None:
     for now, to in zip(levels, levels[1:], strict=False):
         moved = process.step(process.noise(x0, eps, now, CTX), x0, now, to, CTX)
         assert (moved - process.noise(x0, eps, to, CTX)).abs().max() < F32
-
-
-def test_the_callback_hears_every_step() -> None:
-    heard: list[tuple[int, int]] = []
-    DDIM()(
-        lambda x, level: 0 * x, torch.randn(1, 1, 2, 2), ZeroSNR().levels(3), Process(), CTX,
-        lambda done, total, x0: heard.append((done, total)),
-    )  # fmt: skip
-    assert heard == [(1, 3), (2, 3), (3, 3)]
-
-
-def rows() -> tuple[Condition, Condition]:
-    cond = Condition(torch.ones(2, 3, 4), torch.ones(2, 6))
-    return cond, cond.null()
-
-
-def test_unconditional_rows_come_first() -> None:
-    both = ClassifierFree(5.0).rows(*rows())
-    assert both.text[:2].abs().max() == 0 and both.text[2:].min() == 1
-    assert both.vector.min() == 1  # sizes stay
-
-
-def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
-    level = ZeroSNR().levels(2)[0]
-    x = torch.zeros(2, 1, 1, 1)
-
-    def denoise(x: Tensor, level: Level) -> Tensor:
-        return torch.tensor([1.0, 2.0, 4.0, 8.0]).reshape(4, 1, 1, 1)
-
-    out = ClassifierFree(3.0)(denoise, x, level)
-    assert out.flatten().tolist() == [1 + 3 * (4 - 1), 2 + 3 * (8 - 2)]
-
-
-def test_scale_one_is_unguided() -> None:
-    cond, uncond = rows()
-    assert ClassifierFree(1.0).rows(cond, uncond) is Unguided().rows(cond, uncond)
-    x = torch.randn(2, 1, 2, 2)
-    assert torch.equal(ClassifierFree(1.0)(lambda x, level: 2 * x, x, ZeroSNR().levels(2)[0]), 2 * x)
 
 
 class Fixed:
@@ -169,7 +223,7 @@ def test_the_loss_is_the_weighted_error_of_x0(schedule: Schedule, parameterisati
     """The official statement: x0 error weighted by 1 / sigma^2."""
     x0, out = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
     loss = DenoisingLoss()
-    draw = loss.draw(x0, schedule, torch.Generator().manual_seed(0))
+    draw = loss.draw(x0, 1000, torch.Generator().manual_seed(0))
     denoiser = Denoiser(Fixed(out), parameterisation)
     mine = loss(denoiser, x0, None, draw, schedule, Process(), CTX)
     level = schedule.at(draw.index)
@@ -181,8 +235,8 @@ def test_the_loss_is_the_weighted_error_of_x0(schedule: Schedule, parameterisati
 
 def test_offset_noise_shifts_whole_images() -> None:
     x0 = torch.zeros(3, 2, 8, 9)
-    plain = DenoisingLoss().draw(x0, ZeroSNR(), torch.Generator().manual_seed(0))
-    offset = DenoisingLoss(offset_noise=0.5).draw(x0, ZeroSNR(), torch.Generator().manual_seed(0))
+    plain = DenoisingLoss().draw(x0, 1000, torch.Generator().manual_seed(0))
+    offset = DenoisingLoss(offset_noise=0.5).draw(x0, 1000, torch.Generator().manual_seed(0))
     moved = offset.eps - plain.eps
     assert torch.equal(plain.index, offset.index)
     assert moved.std((1, 2, 3)).max() < F32 and moved.mean((1, 2, 3)).abs().min() > 0
@@ -190,5 +244,56 @@ def test_offset_noise_shifts_whole_images() -> None:
 
 def test_draws_come_from_the_generator() -> None:
     x0 = torch.zeros(3, 2, 4, 5)
-    a, b = (DenoisingLoss().draw(x0, ZeroSNR(), torch.Generator().manual_seed(7)) for _ in range(2))
+    a, b = (DenoisingLoss().draw(x0, 1000, torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(a.eps, b.eps) and torch.equal(a.index, b.index)
+
+
+SNR_CASES: list[tuple[Weighting, object]] = [
+    (MinSNR(5.0), lambda snr: min(snr, 5.0)),
+    (MinSNR(1.5), lambda snr: min(snr, 1.5)),
+    (TruncatedSNR(), lambda snr: max(snr, 1.0)),
+    (SNRPlusOne(), lambda snr: snr + 1),
+]
+NOISY = torch.tensor([998, 700, 400, 120, 3])
+
+
+@pytest.mark.parametrize(("weighting", "on_x0"), SNR_CASES, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    ("schedule", "parameterisation"), [(ZeroSNR(), V()), (Discrete(), Eps()), (ZeroSNR(), X0())]
+)
+def test_weightings_are_their_formula_on_the_error_of_x0(
+    weighting: Weighting, on_x0: object, schedule: Schedule, parameterisation: Parameterisation
+) -> None:
+    x0, out = torch.randn(5, 2, 4, 5), torch.randn(5, 2, 4, 5)
+    draw = DenoisingLoss().draw(x0, 1000)._replace(index=NOISY)
+    denoiser = Denoiser(Fixed(out), parameterisation)
+    got = DenoisingLoss(weighting)(denoiser, x0, None, draw, schedule, Process(), CTX)
+    level = schedule.at(NOISY)
+    x = level.alpha * x0 + level.sigma * draw.eps
+    error = ((denoiser(x, level, None) - x0) ** 2).mean((1, 2, 3))
+    for i, index in enumerate(NOISY.tolist()):
+        snr = 1 / schedule.noise(index) ** 2
+        assert float(got[i]) == pytest.approx(on_x0(snr) * float(error[i]), rel=2e-3)  # float32 x0 error
+
+
+def test_snr_plus_one_is_uniform_in_v() -> None:
+    level = ZeroSNR().at(NOISY)
+    weight = torch.as_tensor(SNRPlusOne()(level, V().gain(level)))
+    assert weight.flatten().tolist() == pytest.approx([1.0] * 5, rel=1e-5)
+    assert Uniform()(level, V().gain(level)) == 1
+
+
+def test_truncated_snr_learns_at_the_level_without_signal_where_min_snr_does_not() -> None:
+    level = ZeroSNR().at(torch.tensor([999]))
+    assert float(torch.as_tensor(TruncatedSNR()(level, V().gain(level)))) == 1
+    assert float(torch.as_tensor(MinSNR()(level, V().gain(level)))) == 0
+
+
+def test_min_snr_needs_a_positive_gamma() -> None:
+    with pytest.raises(ValueError, match="MinSNR: gamma is 0, expected more than 0"):
+        MinSNR(0)
+
+
+def test_timesteps_are_drawn_below_the_span() -> None:
+    drawn = DenoisingLoss().draw(torch.zeros(400, 1, 2, 3), 7, torch.Generator().manual_seed(0))
+    assert set(drawn.index.tolist()) == set(range(7))

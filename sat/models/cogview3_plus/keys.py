@@ -22,6 +22,7 @@ SAT: Rules = [
     Rename("mixins.patch_embed.text_proj.*", _MIXINS + "patch_embed.text.*"),
     Rename("time_embed.{}.*", "time.{}.*"),
     Rename("label_emb.0.{}.*", "size.{}.*"),
+    Rename("w_proj.*", "guidance.*"),  # of distilled models, as the UNets name it
     # image then text, each (shift, scale, gate) of attention and of the MLP: the same order in all three
     Rename("mixins.adaln.adaln_modules.{}.1.*", _MIXINS + "adaln.layers.{}.1.*"),
     Rename(_SAT + "attention.query_key_value.*", _OURS + "attn.qkv.*"),

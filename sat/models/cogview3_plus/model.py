@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.level import Scalar
-from sat.embeddings import mlp, sinusoid
+from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
 from sat.mixin import Mixin
 from sat.mixins.adaln import AdaLN
 from sat.mixins.final_layer import FinalLayer
@@ -34,6 +34,7 @@ class Prepared:
 
     context: Context
     size_emb: Tensor  # (B, E), or (1, E) where all rows are alike
+    guidance: Tensor | None  # (B or 1, D) features of the guidance strength
     steps: Mapping[float, Step]  # timestep -> its embedding and modulations
 
 
@@ -44,6 +45,7 @@ class CogView3Plus(nn.Module):
     standard ones (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place
     by name; to rotate instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params:
     {…}}}``. ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
+    ``guidance_dim``: features of a guidance strength that the network takes as an input, for distilled models.
     Defaults are those of the published 3 B model. Source: official ``dit.py``,
     ``configs/cogview3_plus.yaml``.
     """
@@ -62,6 +64,7 @@ class CogView3Plus(nn.Module):
         table_size: Sequence[int] = (128, 128),
         double_norm: bool = True,
         zero_init: bool = True,
+        guidance_dim: int | None = None,
         mixins: Mapping[str, Mixin] | None = None,
     ) -> None:
         super().__init__()
@@ -84,6 +87,7 @@ class CogView3Plus(nn.Module):
         self.transformer = Transformer(dim, heads, depth, {**standard, **(mixins or {})})
         self.time = mlp(dim, emb_dim)
         self.size = mlp(size_dim, emb_dim)
+        self.guidance = None if guidance_dim is None else GuidanceEmbedding(guidance_dim, dim)
         self._initialise(zero_init)
 
     @property
@@ -103,7 +107,7 @@ class CogView3Plus(nn.Module):
         0. Source: arXiv:2212.09748 (adaLN-zero).
         """
         for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, nn.Linear) or isinstance(module, GuidanceEmbedding):
                 continue
             nn.init.zeros_(module.bias)
             if zero and (".adaln." in name or name.endswith("final_layer.linear")):
@@ -126,28 +130,39 @@ class CogView3Plus(nn.Module):
             text_len=cond.text.shape[1],
             text_mask=cond.text_mask,
         )
-        vector = cond.vector
-        if indices and bool((vector == vector[:1]).all()):
-            vector = vector[:1]
+        vector, strength = cond.vector, cond.guidance
+        if indices:
+            vector, strength = one_row(vector), None if strength is None else one_row(strength)
         size_emb = self.size(vector.to(self.dtype))
-        steps = self._steps(indices, size_emb) if indices and len(vector) == 1 else {}
-        return Prepared(self.transformer.prepare(context), size_emb, steps)
+        guidance = embedded(self.guidance, strength)
+        alike = len(vector) == 1 and (guidance is None or len(guidance) == 1)
+        steps = self._steps(indices, size_emb, guidance) if indices and alike else {}
+        return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
+
+    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Take from a checkpoint's shapes what a config need not know: the guidance embedding's width."""
+        if self.guidance is not None:
+            self.guidance.adopt({"weight": shapes.get("guidance.weight", ())})
 
     def forward(self, x: Tensor, index: Scalar, prepared: Prepared) -> Tensor:
         step = prepared.steps.get(index) if isinstance(index, float) else None
         if step is None:
             t = torch.as_tensor(index, dtype=torch.float32, device=x.device).reshape(-1)
-            step = Step(self._time(t) + prepared.size_emb, None)
+            step = Step(self._time(t, prepared.guidance) + prepared.size_emb, None)
         ctx = replace(prepared.context, image=x.to(self.dtype), emb=step.emb, modulation=step.modulation)
         return self.transformer(ctx)  # type: ignore[no-any-return]
 
-    def _time(self, t: Tensor) -> Tensor:
-        out: Tensor = self.time(sinusoid(t, self.dim).to(self.dtype))
+    def _time(self, t: Tensor, guidance: Tensor | None) -> Tensor:
+        features = sinusoid(t, self.dim).to(self.dtype)
+        out: Tensor = self.time(features if guidance is None else features + guidance)
         return out
 
-    def _steps(self, indices: Sequence[float], size_emb: Tensor) -> dict[float, Step]:
+    def _steps(
+        self, indices: Sequence[float], size_emb: Tensor, guidance: Tensor | None
+    ) -> dict[float, Step]:
         """Embedding and modulations of each timestep, for a batch whose rows have one size vector (1, E)."""
-        emb = self._time(torch.tensor(indices, dtype=torch.float32, device=size_emb.device)) + size_emb
+        times = torch.tensor(indices, dtype=torch.float32, device=size_emb.device)
+        emb = self._time(times, guidance) + size_emb
         modulations = self.transformer.modulations(emb, self.text_len)
         return {
             float(t): Step(emb[s : s + 1], modulations[s] if modulations else None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.level import Scalar
-from sat.embeddings import GuidanceEmbedding, mlp, sinusoid
+from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
 from sat.models.cogview3_unet.blocks import Downsample, ResBlock, Upsample, group_norm, spatial_transformer
 from sat.transformer import Context, Transformer
 
@@ -59,7 +59,9 @@ class CogView3UNet(nn.Module):
                 f"depths {list(depths)} must give one number for each of the multipliers {list(multipliers)}"
             )
         if min(channels, width, blocks, head_dim, text_len, groups, *multipliers, *depths) < 1:
-            raise ValueError("channels, width, multipliers, blocks, depths, head_dim and groups are at least 1")
+            raise ValueError(
+                "channels, width, multipliers, blocks, depths, head_dim and groups are at least 1"
+            )
         self.width, self.channels, self.text_len = width, channels, text_len
         self.factor = 2 ** (len(multipliers) - 1)
         emb_dim = 4 * width
@@ -152,9 +154,8 @@ class CogView3UNet(nn.Module):
         }
         vector, strength = cond.vector, cond.guidance
         if indices:
-            vector = _one_row(vector)
-            strength = None if strength is None else _one_row(strength)
-        guidance = self._guidance(strength)
+            vector, strength = one_row(vector), None if strength is None else one_row(strength)
+        guidance = embedded(self.guidance, strength)
         prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {})
         return replace(prepared, steps={float(t): self._embedding(float(t), prepared) for t in indices})
 
@@ -185,17 +186,6 @@ class CogView3UNet(nn.Module):
                 h = layer(h)
         return h
 
-    def _guidance(self, strength: Tensor | None) -> Tensor | None:
-        """Features (B or 1, D) of the guidance strengths; None for a network or a run without."""
-        if strength is None:
-            return None
-        if self.guidance is None:
-            raise ValueError(
-                "a guidance strength is given as an input, but this network takes none (guidance_dim is null)"
-            )
-        out: Tensor = self.guidance(strength)
-        return out
-
     def _embedding(self, index: Scalar, prepared: Prepared) -> Tensor:
         """(B or 1, E): timestep, guidance strength and size, activated for the residual blocks."""
         device = prepared.size_emb.device
@@ -204,8 +194,3 @@ class CogView3UNet(nn.Module):
         if prepared.guidance is not None:
             features = features + prepared.guidance
         return F.silu(self.time(features) + prepared.size_emb)
-
-
-def _one_row(rows: Tensor) -> Tensor:
-    """The first of ``rows`` where all are alike, else all."""
-    return rows[:1] if bool((rows == rows[:1]).all()) else rows
