@@ -16,7 +16,7 @@ from sat.config.between import between
 from sat.config.check import BAD, Checker
 from sat.config.interpolate import escape, interpolate
 from sat.config.merge import PROMPTS, Override, latest_prompt, lay, override, start
-from sat.config.official import is_official, translate
+from sat.config.official import is_official, override_official, translate
 from sat.config.paths import HOME, find
 from sat.config.schema import Experiment, plain
 from sat.config.source import ConfigError, Marks, Problem, Source, dotted, read, where, write
@@ -48,7 +48,7 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
         raise ConfigError(
             [Problem("", "", "no config is named; give at least one: --base configs/tiny.yaml")]
         )
-    tree, marks, notices = _merge_files(bases)
+    tree, marks, notices, overrides = _merge_files(bases, overrides)
     problems: list[Problem] = []
     for given in overrides:
         try:
@@ -84,8 +84,13 @@ def trial(experiment: Experiment, marks: Marks) -> list[Problem]:
     return [Problem(str(where(marks, key)), dotted(key), what) for key, what in refusals(experiment)]
 
 
-def _merge_files(bases: Sequence[str | Path]) -> tuple[dict[str, Any], Marks, list[str]]:
-    """The files laid over the defaults, left to right; official ones are translated first."""
+def _merge_files(
+    bases: Sequence[str | Path], overrides: Sequence[Override]
+) -> tuple[dict[str, Any], Marks, list[str], list[Override]]:
+    """The files laid over the defaults, left to right, and the overrides that are left to do.
+
+    Official files are translated first; before that, overrides of official keys are laid over the last.
+    """
     tree, marks = start()
     notices: list[str] = []
     sources: list[Source] = []
@@ -97,6 +102,8 @@ def _merge_files(bases: Sequence[str | Path]) -> tuple[dict[str, Any], Marks, li
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    official = [source for source in sources if is_official(source.tree)]
+    ours = [given for given in overrides if not (official and override_official(given, official[-1]))]
     for theirs, group in itertools.groupby(sources, lambda source: is_official(source.tree)):
         if theirs:
             translated = translate(list(group))
@@ -105,7 +112,7 @@ def _merge_files(bases: Sequence[str | Path]) -> tuple[dict[str, Any], Marks, li
         for source in group:
             lay(tree, marks, source)
             latest_prompt(tree, source.tree.get("sampling"))
-    return tree, marks, notices
+    return tree, marks, notices, ours
 
 
 def read_base(base: str | Path) -> Source:

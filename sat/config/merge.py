@@ -102,15 +102,7 @@ def _other_target(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def override(given: Override, tree: dict[str, Any], marks: Marks, files: str) -> None:
     """Set what ``given`` says in ``tree``, in place; ``files`` names the configs in messages."""
-    if isinstance(given, str):
-        name, equals, text = given.partition("=")
-        if not equals:
-            raise ConfigError([Problem("override", "", f"{given!r} is not of the form section.key=value")])
-        value, mark = _value(text), Where("override", raw=text)
-    else:
-        name, value = given
-        value, mark = escape(plain(value)), Where("override")
-    key = tuple(name.strip().split("."))
+    key, value, mark = read_override(given)
     parent = _parent(key, tree)
     if parent is None:
         known = [dotted(k) for k in (*_keys(tree), *((name,) for name in defaults(Experiment)))]
@@ -127,6 +119,17 @@ def override(given: Override, tree: dict[str, Any], marks: Marks, files: str) ->
         parent[index] = slot[key[-1]]
     else:
         _lay_mapping(parent, {key[-1]: value}, key[:-1], marks, theirs)
+
+
+def read_override(given: Override) -> tuple[Key, Any, Where]:
+    """The key, value and place of ``given``."""
+    if not isinstance(given, str):
+        name, value = given
+        return tuple(name.strip().split(".")), escape(plain(value)), Where("override")
+    name, equals, text = given.partition("=")
+    if not equals:
+        raise ConfigError([Problem("override", "", f"{given!r} is not of the form section.key=value")])
+    return tuple(name.strip().split(".")), _value(text), Where("override", raw=text)
 
 
 def _value(text: str) -> Any:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sat.config import official_diffusion as diffusion
-from sat.config.merge import plain_merge
+from sat.config.merge import Override, plain_merge, read_override
 from sat.config.official_keys import FIRST_STAGE, MIXINS, NETWORK, T5, UNET, UNET_FIXED
 from sat.config.official_tree import Official
 from sat.config.paths import find
-from sat.config.source import ConfigError, Marks, Problem, Source, Where, shown
+from sat.config.source import ConfigError, Marks, Problem, Source, Where, dotted, shown
 
 _SIDES = (512, 2048, 32)
 """Smallest and largest side and their multiple in pixels. Source: official ``sample_dit.py:140-143``."""
@@ -38,6 +38,41 @@ def is_official(tree: Mapping[str, Any]) -> bool:
     model = tree.get("model")
     configs = isinstance(model, Mapping) and any(str(k).endswith("_config") for k in model)
     return configs or ("args" in tree and set(tree) <= {"args", "model", "data", "deepspeed"})
+
+
+def override_official(given: Override, source: Source) -> bool:
+    """Set an official key of ``source``, in place; False, and nothing is done, when the key is one of ours.
+
+    Official are all of ``args`` and what our ``model`` section does not have:
+    ``model.first_stage_config.params.ddconfig.in_channels=3``.
+    """
+    key, value, mark = read_override(given)
+    section, name = [*key, "", ""][:2]
+    if not name or not (section == "args" or (section == "model" and name not in ("target", "params"))):
+        return False
+    node: Any = source.tree
+    for name in key[:-1]:
+        inside = _inside(node, name)
+        if inside is None and isinstance(node, dict):
+            inside = node[name] = {}
+        node = inside
+    if isinstance(node, list) and _inside(node, key[-1]) is not None:
+        node[int(key[-1])] = value
+    elif isinstance(node, dict):
+        node[key[-1]] = value
+    else:
+        raise ConfigError([Problem("override", dotted(key), "names no key of the official config")])
+    for known in [k for k in source.marks if k[: len(key)] == key]:
+        del source.marks[known]
+    source.marks[key] = mark
+    return True
+
+
+def _inside(node: Any, name: str) -> Any:
+    """What a mapping or a list holds under ``name``; None where it holds nothing."""
+    if isinstance(node, list):
+        return node[int(name)] if name.isdigit() and int(name) < len(node) else None
+    return node.get(name) if isinstance(node, dict) else None
 
 
 def translate(sources: list[Source], t5: Mapping[str, Any] | None = None) -> Translated:

@@ -6,6 +6,7 @@ they are read.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,10 +59,24 @@ def scaled(name: str, factor: float) -> Change:
     [
         ("dit_plus_square", "out.output", 1 + 3e-4),
         ("dit_plus_square", "w.transformer.layers.1.mlp.dense_h_to_4h.bias", 1.1),
+        ("unet_base", "out.output", 1 + 3e-4),
+        ("unet_base", "mid.output_block4_mean_abs", 1 + 3e-4),
+        ("unet_base", "w.middle_block.1.transformer_blocks.0.attn2.to_v.weight", 1.1),
         ("vae16", "out.decode_z", 1 + 3e-4),
+        ("vae4", "out.sample", 1 + 3e-4),
+        ("vae4", "in.posterior_noise", 1.1),
         ("conditioner", "out.c.crossattn", 1 + 3e-4),
         ("sampler_zerosnr_ddim_10", "in.noise", 1 + 1e-2),
+        ("sampler_euler_edm_10", "in.noise", 1 + 1e-2),
+        ("sampler_euler_edm_10", "mid.denoiser_sigma", 1 + 3e-6),
+        ("sampler_euler_edm_distill_4", "mid.network_kw.scale_emb", 1 + 3e-6),
+        ("sampler_heun_edm_10", "mid.x_after_step", 1 + 3e-4),
+        ("sampler_dpmpp2m_10", "mid.denoised_before_guider", 1 + 3e-4),
+        ("sampler_relay_12of24", "in.image", 1 + 1e-2),
         ("loss_zerosnr", "out.loss_per_sample", 1 + 3e-4),
+        ("loss_standard_eps", "in.rng1.randn_like", 1 + 1e-2),
+        ("loss_relay_linear", "in.lr_input", 1 + 1e-2),
+        ("loss_relay_linear", "in.rng3.randn", 2.0),
         ("tables_discretization", "out.zerosnr_shift4.alpha_sqrt_append0.n50", 1 + 3e-6),
         ("embeddings", "out.timestep_embedding.dim320", 1 + 3e-6),
     ],
@@ -102,24 +117,94 @@ def test_other_schedules_than_the_stored_one_are_computed_from_the_names(tmp_pat
     assert main([str(changed(DATA / "tables_discretization.safetensors", tmp_path, rename))]) == 1
 
 
-def test_another_guidance_scale_is_read_from_the_file(tmp_path: Path) -> None:
-    path = changed(
-        DATA / "sampler_zerosnr_ddim_10.safetensors", tmp_path, lambda tensors: None, {"cfg_scale": "4"}
-    )
+@pytest.mark.parametrize(
+    ("stem", "entry", "value"),
+    [
+        ("sampler_zerosnr_ddim_10", "cfg_scale", "4"),
+        ("sampler_euler_edm_distill_4", "cfg_cond_scale", "7"),
+        ("sampler_euler_edm_10", "num_steps", "11"),
+        ("sampler_heun_edm_10", "sampler", "EulerEDMSampler"),
+        ("sampler_relay_12of24", "partial_num_steps", "11"),
+        ("loss_relay_linear", "offset_noise_level", "0.1"),
+        ("loss_relay_linear", "partial_num_steps", "400"),
+        ("loss_relay_linear", "blurring_schedule", "exp"),
+    ],
+)
+def test_what_the_metadata_says_is_what_is_run(stem: str, entry: str, value: str, tmp_path: Path) -> None:
+    path = changed(DATA / f"{stem}.safetensors", tmp_path, lambda tensors: None, {entry: value})
     assert main([str(path)]) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("unet_base.safetensors", "kind not supported yet; supported names begin with dit_"),
-        ("sampler_heun_edm_10.safetensors", "kind not supported yet"),
+        ("lpips.safetensors", "kind not supported yet; supported names begin with dit_, unet_"),
         ("dit_missing.safetensors", "not a readable safetensors file"),
     ],
 )
 def test_what_cannot_be_checked_is_said(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name]) == 2
     assert message in capsys.readouterr().out
+
+
+def without(*names: str) -> Change:
+    """Take tensors out."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in names:
+            del tensors[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("stem", "change", "metadata", "message"),
+    [
+        ("sampler_euler_edm_10", without(), {"sampler": "MadeUp"}, "sampler 'MadeUp' is not supported"),
+        ("sampler_euler_edm_10", without(), {"s_churn": "2"}, "more noise than in.randn_like_draws holds"),
+        ("sampler_euler_edm_10", without(), {"num_steps": "many"}, "no number 'num_steps', but 'many'"),
+        ("sampler_relay_12of24", without("in.image"), {}, "relay needs one latent, in.image*, in.lr*"),
+        ("loss_relay_linear", without("in.lr_input"), {}, "a relay loss needs in.lr_input"),
+        (
+            "loss_relay_linear",
+            without(),
+            {"blurring_schedule": "x"},
+            "blurring_schedule 'x' is not supported",
+        ),
+        ("loss_standard_eps", without(), {"rng_calls": '["randn_like"]'}, "lack randint"),
+        ("unet_base", without("in.y"), {}, "has no tensor 'in.y'"),
+    ],
+)
+def test_what_a_kind_lacks_is_said(
+    stem: str,
+    change: Change,
+    metadata: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([str(changed(DATA / f"{stem}.safetensors", tmp_path, change, metadata))]) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_stored_guidance_features_reach_the_unet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero weights: the output is that of the network without; others: it is not."""
+    with safe_open(DATA / "unet_base.safetensors", "pt") as opened:
+        config = json.loads(opened.metadata()["config"])
+    metadata = {"config": json.dumps({**config, "cfg_cond_embed_dim": 24})}
+
+    def told(share: float, width: int = 24) -> Change:
+        def change(tensors: dict[str, Tensor]) -> None:
+            tensors["w.w_proj.weight"] = share * torch.ones(32, 24)
+            tensors["in.scale_emb"] = torch.linspace(-1, 2, 2 * width).reshape(2, width)
+
+        return change
+
+    path = DATA / "unet_base.safetensors"
+    assert main([str(changed(path, tmp_path, told(0.0), metadata))]) == 0
+    assert main([str(changed(path, tmp_path, told(0.1), metadata))]) == 1
+    assert main([str(changed(path, tmp_path, told(0.1, 30), metadata))]) == 2
+    assert "in.scale_emb is 30 wide, w_proj 24" in capsys.readouterr().out
 
 
 def test_the_command_runs_from_anywhere_and_prints_a_line_a_check(tmp_path: Path) -> None:
