@@ -2,7 +2,7 @@
 
 All are written in the process's own terms, x = mean(x0, level) + sigma eps, so each works with every schedule
 (exploding, preserving, zero-SNR) and with relay. Where alpha is 1 they are the k-diffusion samplers of the
-official code. From a first level without any signal the step to the second is exact for every sampler.
+official code. From a first level without any signal every sampler's step is the plain one of first order.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def _plain(denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory)
 class DDIM(_Stepwise):
     """Each step keeps the predicted noise and moves the predicted mean; the last returns x0.
 
-    ``eta`` 0 is deterministic: the official ``ZeroSNRDDIMSampler`` on a zero-SNR schedule, ``EulerEDMSampler``
-    on an exploding one, ``LinearRelayEDMSampler`` with relay. ``eta`` up to 1 draws part of the noise anew.
+    ``eta`` 0 is deterministic: the official ``ZeroSNRDDIMSampler`` on a zero-SNR schedule, the
+    ``EulerEDMSampler`` on an exploding one, ``LinearRelayEDMSampler`` with relay. ``eta`` up to 1 draws part of the noise anew.
     Source: arXiv:2010.02502, eq. 12 and 16. ``share`` draws that share of the next level's noise anew
     instead: the official ``DDIMSampler``, whose default is 0.1.
     """
@@ -196,7 +196,10 @@ class _Churned(_Stepwise):
 
 
 class Euler(_Churned):
-    """First order, deterministic at ``churn`` 0, where it equals DDIM. Source: official ``EulerEDMSampler``."""
+    """First order, deterministic at ``churn`` 0, where it equals DDIM.
+
+    Source: official ``EulerEDMSampler``.
+    """
 
     def correct(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
         return _plain(denoise, x, now, to, path)
@@ -244,10 +247,10 @@ class DPMSolver2M:
 
 
 class LinearMultistep:
-    """Adams-Bashforth in sigma over the last ``order`` predicted noises: one look a step, deterministic.
+    """Adams-Bashforth in sigma / alpha over the last ``order`` predicted noises: one look a step.
 
-    Exact for polynomials of the noise where alpha is constant; elsewhere x0 is extrapolated alike.
-    Source: official ``LinearMultistepSampler``.
+    Deterministic. Exact for polynomials of that noise; with relay x0 is extrapolated alike. A first level without any signal
+    is left out of the memory. Source: official ``LinearMultistepSampler``.
     """
 
     def __init__(self, order: int = 4) -> None:
@@ -259,21 +262,34 @@ class LinearMultistep:
         self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
     ) -> Tensor:
         x = path.process.start(noise, path.levels[0], path.ctx)
-        sigmas = [_number(level.sigma) for level in path.levels]
-        seen: list[tuple[Tensor, Tensor]] = []  # the newest first: x0 and noise
+        seen: list[_Look] = []  # the newest first
         for i in range(path.steps):
             now, to = path.levels[i], path.levels[i + 1]
             x0 = denoise(x, now)
-            seen = [(x0, path.eps(x, x0, now)), *seen[: self.order - 1]]
-            weights = _adams(sigmas[i], sigmas[i + 1], sigmas[max(0, i + 1 - len(seen)) : i + 1][::-1])
-            mixed_x0, mixed_eps = (
-                sum((w * pair[part] for w, pair in zip(weights, seen, strict=True)), torch.zeros_like(x))
-                for part in (0, 1)
-            )
-            x = path.move(x, mixed_x0, mixed_eps, now, to)
+            if now.alpha:
+                seen = [_Look(_noise(now), x0, path.eps(x, x0, now)), *seen[: self.order - 1]]
+                x = self.advance(x, seen, now, to, path)
+            else:
+                x = path.step(x, x0, now, to)
             if callback is not None:
                 callback(i + 1, path.steps, x0)
         return x
+
+    def advance(self, x: Tensor, seen: list[_Look], now: Level, to: Level, path: Trajectory) -> Tensor:
+        """One step in the scale where alpha is 1."""
+        weights = _adams(_noise(now), _noise(to), [look.noise for look in seen])
+        x0 = torch.stack([w * look.x0 for w, look in zip(weights, seen, strict=True)]).sum(0)
+        eps = torch.stack([w * look.eps for w, look in zip(weights, seen, strict=True)]).sum(0)
+        ones = [level._replace(alpha=1.0, sigma=_noise(level)) for level in (now, to)]
+        return _number(to.alpha) * path.move(x / now.alpha, x0, eps, *ones)
+
+
+class _Look(NamedTuple):
+    """What a multistep sampler remembers of a step."""
+
+    noise: float  # sigma / alpha
+    x0: Tensor
+    eps: Tensor
 
 
 def _adams(start: float, end: float, nodes: Sequence[float]) -> list[float]:

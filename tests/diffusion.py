@@ -1,0 +1,75 @@
+"""Gaussian data, for which the perfect denoiser and every path of the deterministic samplers are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sat.diffusion.level import Level
+from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.sampler import Trajectory
+
+SHAPE = (2, 3, 4, 5)
+
+
+def level(alpha: float, sigma: float, ratio: float = 0.0) -> Level:
+    """A level that the network sees as it is; its index is of no consequence."""
+    return Level(alpha, sigma, 0.0, alpha, sigma, ratio)
+
+
+def exploding(noise: float) -> Level:
+    """The level of alpha 1."""
+    return level(1.0, noise)
+
+
+def preserving(noise: float) -> Level:
+    """The level of alpha^2 + sigma^2 = 1."""
+    alpha = (1 + noise**2) ** -0.5
+    return level(alpha, noise * alpha)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """x0 of independent normal values with mean ``mean`` and deviation ``deviation``; ``low`` with relay."""
+
+    mean: float = 0.6
+    deviation: float = 0.7
+    low: float = 0.0
+
+    def split(self, at: Level) -> tuple[float, float, float]:
+        """Mean of x_t, the factor of x0 in it, and its deviation."""
+        factor = at.alpha * (1 - at.ratio)
+        offset = at.alpha * at.ratio * self.low + factor * self.mean
+        return offset, factor, math.hypot(factor * self.deviation, at.sigma)
+
+    def denoise(self, x: Tensor, at: Level) -> Tensor:
+        """E[x0 | x_t]."""
+        offset, factor, deviation = self.split(at)
+        return self.mean + factor * self.deviation**2 / deviation**2 * (x - offset)
+
+    def flow(self, x: Tensor, now: Level, to: Level) -> Tensor:
+        """Where the probability flow carries x from ``now`` to ``to``: it keeps the quantile."""
+        offset, _, deviation = self.split(now)
+        there, _, spread = self.split(to)
+        return there + spread * (x - offset) / deviation
+
+
+def drawn(seed: int = 3, shape: tuple[int, ...] = SHAPE) -> Callable[[], Tensor]:
+    """Unit noise from a generator of its own, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def path(
+    levels: list[Level],
+    between: Callable[[float], Level] = exploding,
+    process: Process | None = None,
+    low: Tensor | None = None,
+    shape: tuple[int, ...] = SHAPE,
+) -> Trajectory:
+    """A walk along ``levels`` with everything that any sampler asks for."""
+    return Trajectory(levels, process or Process(), ProcessContext(low), between, drawn(shape=shape))
