@@ -37,6 +37,7 @@ from sat.sampling.draw import Drawer, Look
 from sat.sampling.output import safe_name
 from sat.sampling.prompts import Prompt
 from sat.train import optim
+from sat.train.checkpoints import NATIVE
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Record
 from sat.train.loop import Extras, Trainer
@@ -74,7 +75,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     if train.allocator and runtime.device.type == "cpu" and keep_freed_memory():
         log.debug("glibc keeps freed memory (train.allocator)")
     try:
-        _train(experiment, train, data, runtime)
+        _train_rounds(experiment, train, data, runtime)
     except RuntimeError as error:
         if (line := explain(error)) is not None:
             raise LostRankError(line) from error
@@ -106,8 +107,40 @@ def _check(loaded: Loaded, train: TrainConfig, data: DataConfig) -> int:
     return 0
 
 
-def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> None:
-    """Build everything and run the loop."""
+def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> None:
+    """One training, or the objective's rounds in a row, each in a folder of its own under the run's."""
+    rounds = resolve(train.objective.target, experiment.imports).rounds(train.objective.params)
+    if not rounds:
+        _train(experiment, train, data, runtime)
+        return
+    assert experiment.output.dir is not None, "the command sets it"
+    root = experiment.output.dir
+    folders = [RunFolder(root / stage.name) for stage in rounds]
+    begun = from_main([bool(folder.saved()) for folder in folders] if runtime.is_main else None)
+    if any(begun) and not experiment.output.resume:
+        raise UsageError(
+            f"{root} holds rounds already: --resume goes on from there; for a new run choose another --output-dir"
+        )
+    weights = _weights(experiment, train)
+    for stage, folder, there in zip(rounds, folders, begun, strict=True):
+        log.info("round %s: %d sampling steps", stage.name, stage.steps)
+        objective = replace(train.objective, params={**train.objective.params, **stage.params})
+        own = replace(train, objective=objective, init_from=weights)
+        part = replace(
+            experiment,
+            train=own,
+            output=replace(experiment.output, dir=folder.root, resume=there),
+            sampling=replace(experiment.sampling, steps=stage.steps),
+        )
+        if not _train(part, own, data, runtime):
+            return
+        runtime.free_memory()
+        last = from_main(folder.saved()[-1].path if runtime.is_main else None)
+        weights = replace(weights, model=last / NATIVE, allow_missing=[])
+
+
+def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> bool:
+    """Build everything and run the loop; whether it came to the last step."""
     assert experiment.output.dir is not None, "the command sets it"
     folder = RunFolder(experiment.output.dir)
     saved = from_main(folder.saved() if runtime.is_main else None)
@@ -154,6 +187,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     finally:
         if trainer.extras.record is not None:
             trainer.extras.record.close()
+    return trainer.step >= train.steps
 
 
 def _weights(experiment: Experiment, train: TrainConfig) -> CheckpointConfig:

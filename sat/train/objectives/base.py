@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sat.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class Round:
+    """One of several trainings in a row, each from the weights of the one before.
+
+    ``params`` are laid over the objective's; ``steps`` are the sampling steps of what comes out.
+    """
+
+    name: str
+    params: Mapping[str, Any]
+    steps: int
 
 
 class Objective(nn.Module):
@@ -29,6 +42,11 @@ class Objective(nn.Module):
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Scalars by name on held-out data, without gradients; by default those of ``forward``."""
         return self.forward(batch, generator)
+
+    @classmethod
+    def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
+        """The trainings in a row that an objective of these ``params`` asks for; none is the usual one."""
+        return []
 
     def degrade(self) -> Callable[[Tensor], Tensor] | None:
         """What turns images (B, 3, H, W) into the low-resolution ones that this training needs, or None."""

@@ -1,0 +1,61 @@
+"""Progressive distillation: the x0 with which one step arrives where a teacher's two steps did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat.diffusion.level import Level
+from sat.diffusion.process import Process, ProcessContext
+
+SMALLEST_GAIN = 1e-4
+"""A step that moves with x0 less than this teaches nothing: its target would be rounding errors."""
+
+
+class LevelTable:
+    """Sampling levels as tensors, to look up one for each image of a batch."""
+
+    def __init__(self, levels: Sequence[Level]) -> None:
+        self._table = torch.tensor([[float(value) for value in level] for level in levels], dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def at(self, places: Tensor, dtype: torch.dtype = torch.float32) -> Level:
+        """The levels at ``places`` (B,), each field (B, 1, 1, 1) but the index, which is (B,)."""
+        rows = self._table.to(places.device)[places].to(dtype)
+        fields: Any = {name: rows[:, i, None, None, None] for i, name in enumerate(Level._fields)}
+        return Level(**{**fields, "index": rows[:, Level._fields.index("index")]})
+
+
+def student_target(
+    process: Process, x: Tensor, arrived: Tensor, now: Level, to: Level, ctx: ProcessContext
+) -> Tensor:
+    """The x0 (B, C, h, w) with which one step from ``x`` at ``now`` reaches ``arrived`` at ``to``.
+
+    The sampler's step is affine in x0, step(x, x0) = gain x0 + rest, whatever the process (plain or relay,
+    exploding or preserving): both are read off the step itself. In float64, since the gain falls as steps
+    get short. Source: arXiv:2202.00512, section 3; CogView3, arXiv:2403.05121, eq. 8 and 9.
+    """
+    wide = replace(ctx, low=None if ctx.low is None else ctx.low.double())
+    now, to = _double(now), _double(to)
+    x, arrived = x.double(), arrived.double()
+    rest = process.step(x, torch.zeros_like(x), now, to, wide)
+    gain = process.step(x, torch.ones_like(x), now, to, wide) - rest
+    return (arrived - rest) / gain
+
+
+def step_gain(process: Process, now: Level, to: Level) -> float:
+    """How much of a change of x0 one step from ``now`` to ``to`` passes on."""
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    ctx = ProcessContext(nothing)
+    rest = process.step(nothing, nothing, now, to, ctx)
+    return float(process.step(nothing, nothing + 1, now, to, ctx) - rest)
+
+
+def _double(level: Level) -> Level:
+    return Level(*(value.double() if isinstance(value, Tensor) else value for value in level))

@@ -1,0 +1,145 @@
+"""Progressive distillation: a student that takes one step where its teacher takes two, round by round."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from sat.data.batch import Batch
+from sat.diffusion.denoiser import Denoiser, Network
+from sat.diffusion.distillation import SMALLEST_GAIN, LevelTable, step_gain, student_target
+from sat.diffusion.level import Level
+from sat.diffusion.loss import DenoisingLoss
+from sat.diffusion.process import ProcessContext
+from sat.diffusion.weighting import TruncatedSNR, Weighting
+from sat.conditioning.condition import Condition
+from sat.engine import DiffusionEngine
+from sat.train.objectives.base import Round
+from sat.train.objectives.diffusion import DiffusionObjective
+
+
+class Distillation(DiffusionObjective):
+    """One round: the student of ``rounds[round]`` steps learns to arrive where two teacher steps do.
+
+    ``teacher_steps`` are those of the undistilled model, ``rounds`` the students' steps, each at least half of
+    those before. The teacher is the network as the round begins. In the first round it is guided: strengths
+    are drawn from ``guidance`` (smallest, largest) and both teacher and student see the same, the student as
+    an input (``guidance_dim`` of the model); from the second on the teacher takes it as an input too. Noise
+    levels are exactly those that the student samples with. For plain diffusion and relay, any schedule,
+    parameterisation and network.
+
+    Source: arXiv:2202.00512, algorithm 2; arXiv:2210.03142; CogView3, arXiv:2403.05121, section 3.4.
+    """
+
+    def __init__(
+        self,
+        teacher_steps: int = 50,
+        rounds: Sequence[int] = (25, 16, 8, 4),
+        guidance: tuple[float, float] = (1.0, 8.0),
+        weighting: Weighting | None = None,
+        low_from: Literal["image", "first_stage"] = "image",
+        round: int = 0,
+        *,
+        engine: DiffusionEngine,
+    ) -> None:
+        super().__init__(caption_dropout=0.0, low_from=low_from, engine=engine)
+        _check(teacher_steps, rounds, guidance)
+        if not 0 <= round < len(rounds):
+            raise ValueError(f"distillation: round is {round}, expected 0 to {len(rounds) - 1}")
+        if getattr(engine.network, "guidance", None) is None:
+            raise ValueError(
+                "distillation embeds the guidance strength: set model.params.guidance_dim, as "
+                "configs/distill.yaml does"
+            )
+        self.steps = rounds[round]
+        self.guided = round == 0
+        self.guidance = guidance
+        self.loss = DenoisingLoss(weighting or TruncatedSNR())
+        # Out of the module tree, like the engine: neither trained nor saved.
+        self._teacher = (copy.deepcopy(engine.network).requires_grad_(False),)
+        hooks = engine.process.hooks
+        levels = hooks.levels(engine.schedule, self.steps)
+        between = hooks.levels(engine.schedule, 2 * self.steps)[1::2]
+        for now, to in zip(levels, levels[1:], strict=False):
+            if abs(step_gain(engine.process, now, to)) < SMALLEST_GAIN:
+                raise ValueError(f"distillation: the step from timestep {now.index:g} to {to.index:g} is too short")
+        self._levels, self._between = LevelTable(levels), LevelTable(between)
+
+    @classmethod
+    def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
+        """One round for each number of steps."""
+        steps = params.get("rounds", (25, 16, 8, 4))
+        _check(params.get("teacher_steps", 50), steps, params.get("guidance", (1.0, 8.0)))
+        return [Round(f"steps_{count}", {"round": i}, count) for i, count in enumerate(steps)]
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """``loss``: mean over the batch."""
+        engine = self.engine
+        x0, low = self.latents(batch, generator), self.low(batch, generator)
+        cond, ctx = self.condition(batch, x0.device), ProcessContext(low)
+        place = torch.randint(0, self.steps, (len(batch),), generator=generator).to(x0.device)
+        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        low_w, high_w = self.guidance
+        strength = (low_w + (high_w - low_w) * torch.rand(len(batch), generator=generator)).to(x0.device)
+        now, to = self._levels.at(place), self._levels.at(place + 1)
+        x = engine.process.noise(x0, eps, now, ctx)
+        arrived = self._two_steps(x, place, cond, strength, ctx)
+        target_x0 = student_target(engine.process, x, arrived, now, to, ctx).float()
+        denoiser = engine.denoiser
+        prepared = engine.network.prepare(cond.guided(strength), _size(x))  # type: ignore[operator]
+        out = denoiser.output(x, now, prepared)
+        target = denoiser.parameterisation.target(target_x0, (x - now.alpha * target_x0) / now.sigma, now)
+        return {"loss": self.loss.error(out, target, now, denoiser).mean()}
+
+    def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """The same on held-out data."""
+        return self.forward(batch, generator)
+
+    @torch.no_grad()
+    def _two_steps(
+        self, x: Tensor, place: Tensor, cond: Condition, strength: Tensor, ctx: ProcessContext
+    ) -> Tensor:
+        """Where the teacher arrives from ``x`` at the student's ``place``, through the level in the middle."""
+        process = self.engine.process
+        network = cast(Network, self._teacher[0])
+        teacher = Denoiser(network, self.engine.parameterisation)
+        rows = Condition.cat([cond.null(), cond]) if self.guided else cond.guided(strength)
+        prepared = network.prepare(rows, _size(x))
+
+        def predict(x: Tensor, level: Level) -> Tensor:
+            if not self.guided:
+                return teacher(x, level, prepared)
+            uncond, with_text = teacher(torch.cat([x, x]), _twice(level), prepared).chunk(2)
+            return uncond + strength[:, None, None, None] * (with_text - uncond)
+
+        now, middle, to = self._levels.at(place), self._between.at(place), self._levels.at(place + 1)
+        x = process.step(x, predict(x, now), now, middle, ctx)
+        return process.step(x, predict(x, middle), middle, to, ctx)
+
+
+def _check(teacher_steps: int, rounds: Sequence[int], guidance: Sequence[float]) -> None:
+    before = teacher_steps
+    if not rounds:
+        raise ValueError("distillation: rounds is empty, expected the students' steps, such as [25, 16, 8, 4]")
+    for steps in rounds:
+        if not before / 2 <= steps < before or steps < 1:
+            raise ValueError(
+                f"distillation: a round goes from {before} steps to {steps}; expected {-(-before // 2)} to "
+                f"{before - 1}: a student takes one step where its teacher takes at most two"
+            )
+        before = steps
+    if not 0 <= guidance[0] <= guidance[1]:
+        raise ValueError(f"distillation: guidance is {list(guidance)}, expected 0 <= smallest <= largest")
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[2], x.shape[3]
+
+
+def _twice(level: Level) -> Level:
+    """The levels of a batch for that batch twice over."""
+    return Level(*(torch.cat([value, value]) if isinstance(value, Tensor) else value for value in level))
