@@ -9,7 +9,6 @@ from typing import Any
 
 from sat.config.official_keys import (
     BLENDS,
-    CHURN,
     GUIDERS,
     LOSSES,
     PARAMETERISATIONS,
@@ -77,9 +76,6 @@ def sampler(o: Official) -> None:
         _relay_sampler(o, params)
     else:
         o.move(f"{_SAMPLER}.params.num_steps", "sampling.steps")
-    if SAMPLER_PARAMS.get(name) == CHURN and target.endswith("DDIM"):
-        # Without churn, which is the rule, Euler's step is DDIM's.
-        target, params = ("sat.diffusion.sampler.Euler", params) if params.get("churn") else (target, {})
     o.put("sampling.sampler", {"target": target, "params": params}, f"{_SAMPLER}.target")
     _same_schedule(o, f"{_SAMPLER}.params.discretization_config")
     _guider(o, name)

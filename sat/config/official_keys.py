@@ -80,8 +80,8 @@ PARAMETERISATIONS = {
 RELAY = "LinearRelayEDMSampler"
 SAMPLERS = {
     "ZeroSNRDDIMSampler": "sat.diffusion.sampler.DDIM",
-    "EulerEDMSampler": "sat.diffusion.sampler.DDIM",  # Euler where the noise is churned
-    RELAY: "sat.diffusion.sampler.DDIM",
+    "EulerEDMSampler": "sat.diffusion.sampler.Euler",
+    RELAY: "sat.diffusion.sampler.Euler",
     "HeunEDMSampler": "sat.diffusion.sampler.Heun",
     "DDIMSampler": "sat.diffusion.sampler.DDIM",
     "EulerAncestralSampler": "sat.diffusion.sampler.EulerAncestral",

@@ -64,16 +64,16 @@ class Recorder:
     def __init__(self, process: Process, sampler: Sampler) -> None:
         self.seen: list[Tensor] = []
         self._last: Tensor | None = None
-        self._listen(process, "step", lambda made: made)
+        self._listen(process, "step")
         if hasattr(sampler, "advance"):
-            self._listen(sampler, "advance", lambda made: made.x)
+            self._listen(sampler, "advance")
 
-    def _listen(self, owner: Any, name: str, x_of: Callable[[Any], Tensor]) -> None:
+    def _listen(self, owner: Any, name: str) -> None:
         made = getattr(owner, name)
 
         def heard(*args: Any) -> Any:
             out = made(*args)
-            self._last = x_of(out)
+            self._last = out if isinstance(out, Tensor) else out.x
             return out
 
         setattr(owner, name, heard)
