@@ -112,9 +112,9 @@ class DDIM(_Stepwise):
     """Each step keeps the predicted noise and moves the predicted mean; the last returns x0.
 
     ``eta`` 0 is deterministic: the official ``ZeroSNRDDIMSampler`` on a zero-SNR schedule, the
-    ``EulerEDMSampler`` on an exploding one, ``LinearRelayEDMSampler`` with relay. ``eta`` up to 1 draws part of the noise anew.
-    Source: arXiv:2010.02502, eq. 12 and 16. ``share`` draws that share of the next level's noise anew
-    instead: the official ``DDIMSampler``, whose default is 0.1.
+    ``EulerEDMSampler`` on an exploding one, ``LinearRelayEDMSampler`` with relay. ``eta`` up to 1 draws part
+    of the noise anew. Source: arXiv:2010.02502, eq. 12 and 16. ``share`` draws that share of the next level's
+    noise anew instead: the official ``DDIMSampler``, whose default is 0.1.
     """
 
     def __init__(self, eta: float = 0.0, share: float = 0.0) -> None:
@@ -249,8 +249,8 @@ class DPMSolver2M:
 class LinearMultistep:
     """Adams-Bashforth in sigma / alpha over the last ``order`` predicted noises: one look a step.
 
-    Deterministic. Exact for polynomials of that noise; with relay x0 is extrapolated alike. A first level without any signal
-    is left out of the memory. Source: official ``LinearMultistepSampler``.
+    Deterministic. Exact for polynomials of that noise; with relay x0 is extrapolated alike. A first level
+    without any signal is left out of the memory. Source: official ``LinearMultistepSampler``.
     """
 
     def __init__(self, order: int = 4) -> None:
