@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sat.config.build import build_engine, build_guider, build_sampler
+from sat.config.cascade import Cascade, Stage, load_cascade
 from sat.config.load import load
 from sat.config.schema import Experiment, Precision, SamplingConfig
 from sat.diffusion.guidance import Guider
@@ -138,6 +139,80 @@ class Pipeline:
             seed=sampling.seed if seed is None else seed,
             batch_size=batch_size,
         )
+
+
+@dataclass(frozen=True)
+class CascadeOutput:
+    """Pictures of every stage by its name, in order; ``images`` are the last stage's."""
+
+    stages: dict[str, list[Image.Image]]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures of the last stage."""
+        return list(self.stages.values())[-1]
+
+
+class CascadePipeline:
+    """Several models in a row, each enlarging the pictures of the one before.
+
+    >>> draw = CascadePipeline.from_config("configs/tiny_cascade.yaml", device="cpu")
+    >>> draw(["a red apple"], seed=0).images[0].save("apple.png")
+
+    A stage's weights are loaded when it draws and freed after, unless ``keep_loaded``.
+    """
+
+    def __init__(
+        self, cascade: Cascade, device: torch.device | str | None = None, *, keep_loaded: bool = False
+    ) -> None:
+        self.cascade, self.device, self.keep_loaded = cascade, device, keep_loaded
+        self._loaded: dict[str, Pipeline] = {}
+
+    @classmethod
+    def from_config(
+        cls,
+        bases: str | Path | Sequence[str | Path],
+        overrides: Sequence[str | tuple[str, Any]] = (),
+        device: str | torch.device | None = None,
+        *,
+        keep_loaded: bool = False,
+    ) -> CascadePipeline:
+        """The cascade that the YAML files describe; ``overrides`` as on the command line."""
+        paths = [bases] if isinstance(bases, (str, Path)) else list(bases)
+        return cls(load_cascade(paths, list(overrides)), device, keep_loaded=keep_loaded)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | None = None,
+        negative_prompt: str | None = None,
+        batch_size: int = 1,
+    ) -> CascadeOutput:
+        """``batch_size`` pictures of each prompt, drawn by all stages in turn; image i uses ``seed`` + i."""
+        drawn: dict[str, list[Image.Image]] = {}
+        for stage in self.cascade.stages:
+            before = list(drawn.values())[-1] if drawn else None
+            pipeline = self._open(stage)
+            out = pipeline(
+                prompts, seed=seed, negative_prompt=negative_prompt, batch_size=batch_size, images=before
+            )
+            drawn[stage.name] = out.images
+            if not self.keep_loaded:
+                del pipeline
+        return CascadeOutput(drawn)
+
+    def _open(self, stage: Stage) -> Pipeline:
+        if stage.name in self._loaded:
+            return self._loaded[stage.name]
+        experiment = stage.experiment
+        place = (
+            pick_device(experiment.parallel.device) if self.device is None else torch.device(self.device)
+        )
+        pipeline = Pipeline(*open_drawer(experiment, place), experiment)
+        if self.keep_loaded:
+            self._loaded[stage.name] = pipeline
+        return pipeline
 
 
 def open_drawer(experiment: Experiment, device: torch.device) -> tuple[Drawer, Guider]:

@@ -56,7 +56,7 @@ class RelayNoise(Mixin):
             raise ValueError("relay takes trailing or leading spacing: karras has no steps to leave out")
         whole = steps_of_whole(steps, self.partial, schedule.total)
         taken = inner(schedule, whole)[-(steps + 1) :]
-        first = _noise(taken[0])
+        first = self._fades_from(_noise(taken[0]))
         shares = [(steps - i) / steps for i in range(steps + 1)]
         return [
             level._replace(ratio=self._ratio(share, _noise(level) / first))
@@ -83,13 +83,22 @@ class RelayNoise(Mixin):
         elif self.blend == "exp":
             ratio = _fade((t + 1) / self.partial)
         else:
-            end = schedule.noise(min(self.partial, schedule.total - 1))
+            end = self._fades_from(schedule.noise(min(self.partial, schedule.total - 1)))
             ratio = torch.as_tensor(level.sigma) / torch.as_tensor(level.alpha) / end
         return level._replace(ratio=ratio.clamp(max=1.0))
 
     def span_of(self, schedule: Schedule) -> int:
         """Training timesteps that relay covers."""
         return min(math.ceil(self.partial), schedule.total)
+
+    def _fades_from(self, noise: float) -> float:
+        """``noise`` of the first level; infinite noise cannot be faded along."""
+        if self.blend == "sigma" and math.isinf(noise):
+            raise ValueError(
+                f"relay: the sigma blend needs some signal where it starts, and partial {self.partial:g} reaches "
+                f"the timestep without any: take a smaller partial, or blend linear or exp"
+            )
+        return noise
 
     def _ratio(self, share: float, noise: float) -> float:
         """r where ``share`` of the relayed timesteps, or ``noise`` of its first level's, is still to go."""
@@ -124,8 +133,8 @@ def steps_of_whole(steps: int, partial: float, total: int) -> int:
         ]
         shown = ", ".join(map(str, fits[:12])) or "none"
         raise ValueError(
-            f"{steps} steps do not fit the {partial:g} of {total} timesteps that relay covers: a run over all "
-            f"timesteps must take a whole number of steps, at most one each (these fit: {shown}, …)"
+            f"{steps} steps do not fit the {partial:g} of {total} timesteps that relay covers: a run over "
+            f"all timesteps must take a whole number of steps, at most one each (these fit: {shown}, …)"
         )
     return whole
 
