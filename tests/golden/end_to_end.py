@@ -76,7 +76,7 @@ def check(golden: Golden, report: Report) -> None:
     if recorder.seen:
         ours["mid.x_after_step"] = (report.network, torch.stack(recorder.seen))
     if low is not None:
-        ours |= _low_comparisons(golden, report, low)
+        ours = _low_comparisons(golden, report, low) | ours
     for name, condition in (("cond", cond), ("uncond", uncond)):
         if f"in.{name}.crossattn" in golden:
             report.network(f"in.{name}.crossattn", condition.text, golden[f"in.{name}.crossattn"])
@@ -102,7 +102,7 @@ def low_image(golden: Golden, whole: DiffusionEngine) -> Low:
 
     It is the file's three-channel input: at half the size, or at the result's size if only that is there.
     """
-    height, width = int(number(golden, "height")), int(number(golden, "width"))
+    height, width = _size(golden, whole)
     relay = relay_of(whole.process)
     assert relay is not None, "only asked for with relay"
     small = (height // relay.factor, width // relay.factor)
@@ -137,14 +137,14 @@ def signed(image: Tensor) -> Tensor:
     return image if bool((image < 0).any()) else image * 2 - 1
 
 
-_LOW = r"(?:mid|out)\.(?:lr|low|image|input|relay|z)\w*"
+_LOW = r"\.lr|low|image|input|relay|encod|upsampl|posterior|\.z"
 
 
 def _low_comparisons(golden: Golden, report: Report, low: Low) -> dict[str, Comparison]:
     """Stored tensors on the image's way, under the names such files use: the latent may be scaled or not."""
     found: dict[str, Comparison] = {}
     for name in golden.names("mid.", "out."):
-        if not re.fullmatch(_LOW, name) or name == "out.image01" or "uint8" in name:
+        if not re.search(_LOW, name) or name == "out.image01" or "uint8" in name:
             continue
         stored = golden[name]
         network: Callable[..., None] = report.network
@@ -153,13 +153,20 @@ def _low_comparisons(golden: Golden, report: Report, low: Low) -> dict[str, Comp
         elif stored.shape == low.latent.shape and re.search(r"mode|mean", name):
             found[name] = (network, low.mean)
         elif stored.shape == low.latent.shape:
-            unscaled = "unscaled" in name or "sample" in name
-            found[name] = (network, low.sample if unscaled else low.latent)
+            size = stored.abs().mean()
+            nearest = min((low.latent, low.sample), key=lambda z: float((z.abs().mean() - size).abs()))
+            found[name] = (network, nearest)
     return found
+
+
+def _size(golden: Golden, whole: DiffusionEngine) -> tuple[int, int]:
+    """Height and width in pixels: the metadata's, or those of the noise."""
+    h, w = (int(n) * whole.first_stage.factor for n in golden["in.noise"].shape[2:])
+    return int(number(golden, "height", h)), int(number(golden, "width", w))
 
 
 def _condition(golden: Golden, whole: DiffusionEngine) -> Condition:
     """From the token ids and the picture's size, as the official sampler conditions: nothing cropped."""
     ids = golden["in.input_ids"]
-    sizes = Sizes.uncropped(int(number(golden, "height")), int(number(golden, "width")), len(ids))
+    sizes = Sizes.uncropped(*_size(golden, whole), len(ids))
     return Condition(whole.conditioner.text(ids), whole.conditioner.size(*sizes))
