@@ -95,8 +95,8 @@ class RelayNoise(Mixin):
         """``noise`` of the first level; infinite noise cannot be faded along."""
         if self.blend == "sigma" and math.isinf(noise):
             raise ValueError(
-                f"relay: the sigma blend needs some signal where it starts, and partial {self.partial:g} reaches "
-                f"the timestep without any: take a smaller partial, or blend linear or exp"
+                f"relay: the sigma blend needs some signal where it starts, and partial {self.partial:g} "
+                f"reaches the timestep without any: take a smaller partial, or blend linear or exp"
             )
         return noise
 

@@ -1,0 +1,266 @@
+"""Relay: where it starts, which steps it takes, its blends, training, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sat.diffusion.denoiser import Denoiser
+from sat.diffusion.level import CLEAN, Level
+from sat.diffusion.loss import DenoisingLoss
+from sat.diffusion.parameterisation import X0, Eps, Parameterisation, V
+from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.relay import RelayNoise, enlarged, relay_of, shrunk, steps_of_whole
+from sat.diffusion.sampler import DDIM, Trajectory
+from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from tests.tolerances import EXACT, F32, F64
+
+SHAPE = (2, 3, 4, 5)
+
+
+def drawn(seed: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+CLEAR, LOW, NOISE = drawn(1), drawn(2), drawn(3)
+CTX = ProcessContext(LOW)
+SCHEDULES: dict[str, Schedule] = {"exploding": Discrete(), "zero-snr": ZeroSNR()}
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+
+def relay(partial: float = 500.0, blend: Any = "linear") -> Process:
+    return Process({"relay": RelayNoise(partial, blend)})
+
+
+def fade(share: float) -> float:
+    """1 - exp(-sin^4) of a quarter turn, scaled to end at 1."""
+    return math.expm1(-(math.sin(share * math.pi / 2) ** 4)) / math.expm1(-1)
+
+
+@each_schedule
+def test_without_any_ratio_relay_is_plain(schedule: Schedule) -> None:
+    levels = [level._replace(ratio=0.0) for level in schedule.levels(6)]
+    for now, to in zip(levels, levels[1:], strict=False):
+        plain = Process().step(NOISE, CLEAR, now, to, ProcessContext())
+        assert (relay().step(NOISE, CLEAR, now, to, CTX) - plain).abs().max() == EXACT
+        assert torch.equal(relay().noise(CLEAR, NOISE, now, CTX), Process().noise(CLEAR, NOISE, now, CTX))
+
+
+@each_schedule
+def test_sampling_starts_at_the_noised_low_resolution_image(schedule: Schedule) -> None:
+    """Unscaled noise on the low-resolution latent: original_behaviour.md, section 7."""
+    first = relay().hooks.levels(schedule, 12)[0]
+    assert first.ratio == 1
+    start = relay().start(NOISE, first, CTX)
+    assert (start - (first.alpha * LOW + first.sigma * NOISE)).abs().max() < F64
+    assert (start - relay().noise(CLEAR, NOISE, first, CTX)).abs().max() < F64  # x0 has no part
+
+
+@each_schedule
+@pytest.mark.parametrize(
+    ("steps", "partial", "whole"), [(12, 500.0, 24), (1, 200.0, 5), (3, 750.0, 4), (4, 1000.0, 4)]
+)
+def test_its_steps_are_the_last_of_a_run_over_all_timesteps(
+    schedule: Schedule, steps: int, partial: float, whole: int
+) -> None:
+    """12 steps of 500 are 499, 457, …; 1 of 200 is a single look at 199."""
+    levels = relay(partial).hooks.levels(schedule, steps)
+    plain = schedule.levels(whole)[-(steps + 1) :]
+    assert [level._replace(ratio=0.0) for level in levels] == plain
+    if steps == 12:
+        assert [level.index for level in levels[:2]] == [499, 457]
+    if steps == 1:
+        assert [level.index for level in levels[:-1]] == [199]
+
+
+@each_schedule
+@pytest.mark.parametrize("blend", ["linear", "sigma", "exp"])
+def test_the_ratio_of_a_sampling_level_is_its_blend(schedule: Schedule, blend: str) -> None:
+    levels = relay(500.0, blend).hooks.levels(schedule, 12)
+    noise = [level.sigma / level.alpha for level in levels]
+    for done, level in enumerate(levels):
+        left = (12 - done) / 12
+        want = {"linear": left, "sigma": noise[done] / noise[0], "exp": fade(left)}[blend]
+        assert level.ratio == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert levels[-1].ratio == 0 and levels[-1]._replace(ratio=0.0) == CLEAN
+
+
+@each_schedule
+@pytest.mark.parametrize("blend", ["linear", "sigma", "exp"])
+def test_the_ratio_of_a_training_level_is_its_blend(schedule: Schedule, blend: str) -> None:
+    index = torch.tensor([0, 3, 250, 499])
+    level = relay(500.0, blend).hooks.at(schedule, index)
+    plain = schedule.at(index)
+    assert all(torch.equal(a, b) for a, b in zip(level[:5], plain[:5], strict=True))
+    for row, t in enumerate(index.tolist()):
+        want = {
+            "linear": t / 500,
+            "sigma": schedule.noise(t) / schedule.noise(500),
+            "exp": fade((t + 1) / 500),
+        }[blend]
+        assert float(level.ratio[row]) == pytest.approx(want, rel=1e-4, abs=1e-6)  # float32
+
+
+@each_schedule
+@pytest.mark.parametrize("blend", ["linear", "sigma", "exp"])
+def test_a_level_between_two_has_a_ratio_between_theirs(schedule: Schedule, blend: str) -> None:
+    process = relay(500.0, blend)
+    levels = process.hooks.levels(schedule, 12)
+    for now, to in zip(levels[:-2], levels[1:-1], strict=True):
+        noise = math.sqrt(now.sigma * to.sigma / (now.alpha * to.alpha))
+        middle = process.hooks.near(schedule, noise)
+        assert now.ratio > middle.ratio > to.ratio
+        again = process.hooks.near(schedule, now.sigma / now.alpha)
+        assert again.ratio == pytest.approx(now.ratio, abs=6e-3)  # traps 8
+
+
+def test_a_step_is_the_official_one() -> None:
+    """x <- r x + (1 - r + beta) D - beta image, beta = r k / p - (k - 1) / p, k counting down from p."""
+    process, steps = relay(), 12
+    levels = process.hooks.levels(Discrete(), steps)
+    x = LOW + levels[0].sigma * NOISE
+    for i, (now, to) in enumerate(zip(levels, levels[1:], strict=False)):
+        r, k = to.sigma / now.sigma, steps - i
+        beta = r * k / steps - (k - 1) / steps
+        x = r * x + (1 - r + beta) * torch.tanh(x + i) - beta * LOW
+    index = {level.index: i for i, level in enumerate(levels)}
+    out = DDIM()(lambda x, level: torch.tanh(x + index[level.index]), NOISE, Trajectory(levels, process, CTX))
+    assert (out - x).abs().max() < F64
+
+
+@each_schedule
+def test_x_is_a_blend_under_noise(schedule: Schedule) -> None:
+    level = relay().hooks.at(schedule, torch.tensor([430, 20]))
+    a, s, r = (t.double() for t in (level.alpha, level.sigma, level.ratio))
+    want = a * (CLEAR * (1 - r) + LOW * r) + s * NOISE
+    assert (relay().noise(CLEAR, NOISE, level, CTX) - want).abs().max() < F32
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parameterisation"),
+    [(Discrete(), Eps()), (ZeroSNR(), V()), (Discrete(), X0()), (ZeroSNR(), X0())],
+    ids=["eps", "v", "x0 exploding", "x0 zero-snr"],
+)
+def test_a_network_that_meets_its_target_gives_the_clean_image(
+    schedule: Schedule, parameterisation: Parameterisation
+) -> None:
+    """The blend counts as noise, so that the target is for the clean image and not for the blend."""
+    process = relay()
+    level = Level(*(t.double() for t in process.hooks.at(schedule, torch.tensor([499, 60]))))
+    x = process.noise(CLEAR, NOISE, level, CTX)
+    seen = process.noise_seen(CLEAR, NOISE, level, CTX)
+    assert (level.alpha * CLEAR + level.sigma * seen - x).abs().max() < F64
+    out = parameterisation.target(CLEAR, seen, level)
+    # The levels are float32: alpha^2 + sigma^2, which v relies on, is 1 to seven digits.
+    assert (parameterisation.to_x0(out, x, level) - CLEAR).abs().max() < F32
+
+
+class Meets:
+    """A network that returns a given output."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+
+    def prepare(self, cond: object, size: tuple[int, int], indices: object = ()) -> None: ...
+
+    def __call__(self, x: Tensor, index: object, prepared: object) -> Tensor:
+        return self.out
+
+
+@each_schedule
+def test_the_loss_is_the_error_of_the_clean_image(schedule: Schedule) -> None:
+    """Official ``LinearRelayDiffusionLoss``: weight sigma^-2 on x0, the target is the clean x."""
+    parameterisation: Parameterisation = Eps() if isinstance(schedule, Discrete) else V()
+    x0, low, out = CLEAR.float(), LOW.float(), NOISE.float()
+    loss, process, ctx = DenoisingLoss(), relay(), ProcessContext(LOW.float())
+    draw = loss.draw(x0, process.hooks.span(schedule), torch.Generator().manual_seed(0))
+    got = loss(Denoiser(Meets(out), parameterisation), x0, None, draw, schedule, process, ctx)
+    plain = schedule.at(draw.index)
+    r = (draw.index / 500)[:, None, None, None]
+    x = plain.alpha * ((1 - r) * x0 + r * low) + plain.sigma * draw.eps
+    theirs = ((parameterisation.to_x0(out, x, plain) - x0) ** 2 / plain.sigma**2).mean((1, 2, 3))
+    assert torch.allclose(got, theirs, rtol=1e-4)
+
+
+@each_schedule
+@pytest.mark.parametrize(("partial", "span"), [(500.0, 500), (200.0, 200), (0.5, 1), (1500.0, 1000)])
+def test_training_draws_below_where_relay_starts(schedule: Schedule, partial: float, span: int) -> None:
+    assert relay(partial).hooks.span(schedule) == span
+    drawn_ = DenoisingLoss().draw(torch.zeros(2000, 1, 1, 1), span, torch.Generator().manual_seed(0))
+    assert drawn_.index.max() == span - 1 or span == 1000
+
+
+@pytest.mark.parametrize(
+    ("steps", "partial", "fits"),
+    [(3, 200.5, "none"), (13, 500.3, "1, …"), (501, 500.0, "1, 2, 3"), (1, 300.0, "3, 6, 9")],
+)
+def test_steps_that_do_not_fit_are_refused_with_those_that_do(steps: int, partial: float, fits: str) -> None:
+    message = rf"{steps} steps do not fit the {partial:g} of 1000 timesteps.*\(these fit: {fits}"
+    with pytest.raises(ValueError, match=message):
+        relay(partial).hooks.levels(Discrete(), steps)
+
+
+def test_every_step_count_it_offers_fits() -> None:
+    for partial in (500.0, 200.0, 300.0, 125.0):
+        with pytest.raises(ValueError) as caught:
+            steps_of_whole(int(partial) + 1, partial, 1000)
+        offered = str(caught.value).split("these fit: ")[1].rstrip(")").split(", ")[:-1]
+        assert offered
+        for steps in map(int, offered):
+            assert steps_of_whole(steps, partial, 1000) * partial / 1000 == steps
+
+
+def test_karras_spacing_is_refused() -> None:
+    with pytest.raises(ValueError, match="relay takes trailing or leading spacing"):
+        relay().hooks.levels(Discrete(spacing="karras"), 4)
+
+
+@pytest.mark.parametrize("use", ["start", "mean"])
+def test_a_missing_low_resolution_image_is_named(use: str) -> None:
+    level = relay().hooks.levels(Discrete(), 12)[0]
+    with pytest.raises(
+        ValueError, match=r"relay needs the low-resolution image's latent.*sampling.input_dir"
+    ):
+        getattr(relay().hooks, use)(NOISE, level, ProcessContext())
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [({"partial": 0.0}, "partial is 0 timesteps"), ({"factor": 1}, "factor is 1, expected an enlargement")],
+)
+def test_impossible_settings_are_named(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RelayNoise(**params)
+
+
+@pytest.mark.parametrize("blend", ["linear", "exp", "sigma"])
+def test_relay_over_all_timesteps_of_a_zero_snr_schedule_is_finite_or_refused(blend: str) -> None:
+    """At the last timestep noise is infinite: a blend along the noise has no meaning there."""
+    process = relay(1000.0, blend)
+    if blend == "sigma":
+        with pytest.raises(ValueError, match="sigma.*signal"):
+            process.hooks.levels(ZeroSNR(), 4)
+        with pytest.raises(ValueError, match="sigma.*signal"):
+            process.hooks.at(ZeroSNR(), torch.tensor([999, 3]))
+        return
+    levels = process.hooks.levels(ZeroSNR(), 4)
+    assert all(0 <= level.ratio <= 1 for level in levels)
+    out = DDIM()(lambda x, level: CLEAR, NOISE, Trajectory(levels, process, CTX))
+    assert (out - CLEAR).abs().max() < F64
+
+
+def test_the_mixin_is_found_in_its_process() -> None:
+    process = relay()
+    assert relay_of(process) is process.mixins["relay"]
+    assert relay_of(Process()) is None
+    assert "mean    relay -> default" in str(process.resolved)
+
+
+def test_a_flat_image_survives_shrinking_and_enlarging() -> None:
+    image = torch.rand(2, 3, 1, 1).expand(2, 3, 8, 12)
+    assert shrunk(image, 2).shape == (2, 3, 4, 6) and enlarged(image, 2).shape == (2, 3, 16, 24)
+    assert (enlarged(shrunk(image, 2), 2) - image).abs().max() < F32
