@@ -1,0 +1,141 @@
+"""train.py on the toy UNet: base and relay training, distillation in rounds, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.checkpoints import tokenizer
+from tests.configs import DEBUG, ROOT
+from tests.smoke.unet_runs import TOY
+from tests.training import rows
+
+pytestmark = pytest.mark.timeout(600)  # the fixture below is a dozen runs
+
+
+class Ran(NamedTuple):
+    """The folder of all runs, how each ended, and the tokenizer."""
+
+    folder: Path
+    ends: dict[str, dict[str, object]]
+    spiece: Path
+
+    def good(self, name: str) -> str:
+        """What a run that ended well said."""
+        end = self.ends[name]
+        assert end["code"] == 0, end["err"]
+        return str(end["out"]) + str(end["err"])
+
+    def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        """The exported weights of a run."""
+        return load_file(self.folder / name / "checkpoints" / f"step_{step:08d}" / "native" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("runs")
+    spiece = tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
+    command = [sys.executable, "-m", "tests.smoke.unet_runs", str(folder), str(spiece)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr
+    return Ran(folder, json.loads((folder / "ends.json").read_text()), spiece)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_base_trains_with_offset_noise_and_min_snr(ran: Ran) -> None:
+    ran.good("base")
+    losses = [row["loss"] for row in rows(ran.folder / "base") if "lr" in row]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+    assert any("validation/shuffled" in row for row in rows(ran.folder / "base"))
+
+
+def test_recomputing_the_transformers_changes_nothing(ran: Ran) -> None:
+    ran.good("recomputed")
+    assert "trains no transformer" not in ran.good("recomputed")
+    assert same(ran.weights("base", 4), ran.weights("recomputed", 4))
+
+
+def test_relay_trains_below_its_start_with_and_without_cached_latents(ran: Ran) -> None:
+    for name in ("relay", "relay_cached", "relay_plus"):
+        ran.good(name)
+    scored = next(row for row in rows(ran.folder / "relay") if "validation/loss" in row)
+    levels = {int(key.rpartition("_")[2]) for key in scored if key.startswith("validation/loss_")}
+    assert levels == {50, 150, 250, 350, 450}  # shares of relay's 500 timesteps, not of 1000
+    assert not same(ran.weights("relay", 4), ran.weights("base", 4))
+
+
+def test_distillation_goes_through_its_rounds_and_each_leaves_a_checkpoint(ran: Ran) -> None:
+    said = ran.good("distilled")
+    assert said.index("round steps_4: 4 sampling steps") < said.index("round steps_2: 2 sampling steps")
+    assert "guidance.weight" not in ran.weights("base", 4)
+    first, second = ran.weights("distilled/steps_4", 4), ran.weights("distilled/steps_2", 4)
+    assert first["guidance.weight"].abs().max() > 0  # learned, from zero
+    assert not same(first, second)
+
+
+def test_a_round_begins_with_the_weights_of_the_one_before(ran: Ran) -> None:
+    native = ran.folder / "distilled" / "steps_4" / "checkpoints" / "step_00000004" / "native"
+    record = json.loads((ran.folder / "distilled" / "steps_2" / "run.json").read_text())
+    own = json.loads((ran.folder / "distilled" / "steps_4" / "run.json").read_text())
+    assert record["weights"]["model"] and record["weights"]["model"] != own["weights"]["model"]
+    assert str(native) in (ran.folder / "distilled" / "steps_2" / "resolved.yaml").read_text()
+
+
+def test_rounds_cut_within_and_between_are_the_uninterrupted_ones(ran: Ran) -> None:
+    assert "minutes of train.max_minutes are over: saving at step 1 of 4" in ran.good("cut")
+    assert "round steps_2" not in ran.good("cut")
+    ran.good("rest")
+    for name in ("steps_4", "steps_2"):
+        assert same(ran.weights(f"cut/{name}", 4), ran.weights(f"distilled/{name}", 4))
+
+
+def test_rounds_are_not_trained_over(ran: Ran) -> None:
+    end = ran.ends["again"]
+    assert end["code"] == 2 and "holds rounds already: --resume goes on from there" in str(end["err"])
+
+
+def test_relay_and_plus_are_distilled_by_the_same_code(ran: Ran) -> None:
+    for name in ("relay_distilled", "plus_distilled"):
+        ran.good(name)
+        assert ran.weights(f"{name}/steps_2", 2)["guidance.weight"].abs().max() > 0
+
+
+def test_a_network_that_cannot_take_the_strength_is_refused(ran: Ran) -> None:
+    end = ran.ends["no_embedding"]
+    assert end["code"] != 0 and "set model.params.guidance_dim" in str(end["err"])
+
+
+def sample(ran: Ran, native: Path, out: Path, *words: str) -> tuple[int, str]:
+    """sample.py with trained weights."""
+    command = [
+        sys.executable, "sample.py", "--base", str(DEBUG), str(TOY / "base.yaml"), *words,
+        f"conditioning.tokenizer={ran.spiece}", f"checkpoint.model={native}", "checkpoint.random=0",
+        "parallel.device=cpu", "--prompt", "x", "--output-dir", str(out),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr
+
+
+def test_distilled_weights_sample_with_a_distilled_config_and_no_other(ran: Ran, tmp_path: Path) -> None:
+    distilled = ran.folder / "distilled" / "steps_2" / "checkpoints" / "step_00000004" / "native"
+    plain = ran.folder / "base" / "checkpoints" / "step_00000004" / "native"
+    takes = (
+        "model.params.guidance_dim=64",  # not the checkpoint's 16, which wins
+        "sampling.guider={target: sat.diffusion.guidance.Embedded, params: {scale: 2.0}}", "sampling.steps=2",
+    )  # fmt: skip
+    code, said = sample(ran, distilled, tmp_path / "a", *takes)
+    assert code == 0, said
+    code, said = sample(ran, distilled, tmp_path / "b")
+    assert code == 1 and "these are distilled weights: use a distilled model's config" in said
+    code, said = sample(ran, plain, tmp_path / "c", *takes)
+    assert code == 1 and "these weights are not distilled: use the undistilled model's config" in said
