@@ -33,4 +33,5 @@ class FeatureMap(Mixin):
     def final(self, x: Tensor, ctx: Context) -> Tensor:
         assert ctx.image is not None, "the caller gives the map"
         cells = self.leave(x.to(self.leave.weight.dtype)).transpose(1, 2)
-        return cells.reshape(ctx.image.shape) + ctx.image
+        out: Tensor = cells.reshape(ctx.image.shape) + ctx.image
+        return out

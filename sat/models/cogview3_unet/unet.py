@@ -177,7 +177,7 @@ class CogView3UNet(nn.Module):
 
     def _run(self, h: Tensor, emb: Tensor, prepared: Prepared, layers: nn.Module, name: str) -> Tensor:
         """One place of the way: its layers in order."""
-        for j, layer in enumerate(layers):  # type: ignore[arg-type]
+        for j, layer in enumerate(layers.children()):
             if isinstance(layer, ResBlock):
                 h = layer(h, emb)
             elif isinstance(layer, Transformer):
