@@ -9,7 +9,10 @@ from sat.transformer.context import Context
 from sat.transformer.points import TransformerHooks
 
 EPS = 1e-6
-"""Of the group norm in front of a transformer; the UNet's other norms use 1e-5. Source: official ``attention.py``."""
+"""Of the group norm in front of a transformer; the UNet's other norms use 1e-5.
+
+Source: official ``attention.py``.
+"""
 
 
 class FeatureMap(Mixin):

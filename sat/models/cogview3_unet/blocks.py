@@ -21,8 +21,8 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """Affine group norm with eps 1e-5."""
     if channels % groups:
         raise ValueError(
-            f"{channels} channels cannot be normalised in {groups} groups; width times every multiplier must be "
-            f"a multiple of groups"
+            f"{channels} channels cannot be normalised in {groups} groups; width times every multiplier "
+            f"must be a multiple of groups"
         )
     return nn.GroupNorm(groups, channels)
 

@@ -1,7 +1,8 @@
 """How official SAT files name the UNet's tensors: 1680 names, 1681 with the guidance embedding.
 
-Ours follow the official order: ``down.{i}``, ``middle`` and ``up.{i}`` are lists of layers, as are the official
-``input_blocks``, ``middle_block`` and ``output_blocks``. Source: official ``openaimodel.py``, ``attention.py``.
+Ours follow the official order: ``down.{i}``, ``middle`` and ``up.{i}`` are lists of layers, as are the
+official ``input_blocks``, ``middle_block`` and ``output_blocks``. Source: official ``openaimodel.py`` and
+``attention.py``.
 """
 
 from __future__ import annotations

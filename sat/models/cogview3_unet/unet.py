@@ -29,9 +29,9 @@ class Prepared:
 class CogView3UNet(nn.Module):
     """Noisy latent (B, C, h, w), timestep, text (B, T, C_text), size vector (B, V) -> noise (B, C, h, w).
 
-    Level i is ``width * multipliers[i]`` wide and holds ``blocks`` residual blocks on the way down, one more on
-    the way up; levels whose downsampling factor is in ``attention`` have a transformer of ``depths[i]`` layers
-    after each, and the middle has one of the last depth. ``guidance_dim`` is the number of features of a
+    Level i is ``width * multipliers[i]`` wide and holds ``blocks`` residual blocks on the way down, one more
+    on the way up; levels whose downsampling factor is in ``attention`` have a transformer of ``depths[i]``
+    layers after each, and the middle has one of the last depth. ``guidance_dim`` is the number of features of a
     guidance strength that the network takes as an input (distilled models); a checkpoint's own number wins.
     ``zero_init``: whether fresh weights predict 0. Defaults are those of the published 3 B models.
     Source: official ``openaimodel.py``, ``configs/cogview3_base.yaml``.
@@ -54,14 +54,9 @@ class CogView3UNet(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        if len(depths) != len(multipliers) or not multipliers:
-            raise ValueError(
-                f"depths {list(depths)} must give one number for each of the multipliers {list(multipliers)}"
-            )
-        if min(channels, width, blocks, head_dim, text_len, groups, *multipliers, *depths) < 1:
-            raise ValueError(
-                "channels, width, multipliers, blocks, depths, head_dim and groups are at least 1"
-            )
+        _check_levels(multipliers, depths)
+        if min(channels, width, blocks, head_dim, text_len, groups) < 1:
+            raise ValueError("channels, width, blocks, head_dim, text_len and groups are at least 1")
         self.width, self.channels, self.text_len = width, channels, text_len
         self.factor = 2 ** (len(multipliers) - 1)
         emb_dim = 4 * width
