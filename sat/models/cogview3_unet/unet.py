@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,8 +31,8 @@ class CogView3UNet(nn.Module):
 
     Level i is ``width * multipliers[i]`` wide and holds ``blocks`` residual blocks on the way down, one more
     on the way up; levels whose downsampling factor is in ``attention`` have a transformer of ``depths[i]``
-    layers after each, and the middle has one of the last depth. ``guidance_dim`` is the number of features of a
-    guidance strength that the network takes as an input (distilled models); a checkpoint's own number wins.
+    layers after each, and the middle has one of the last depth. ``guidance_dim`` is the number of features
+    of a guidance strength that the network takes as an input (distilled models); a checkpoint's own wins.
     ``zero_init``: whether fresh weights predict 0. Defaults are those of the published 3 B models.
     Source: official ``openaimodel.py``, ``configs/cogview3_base.yaml``.
     """
@@ -54,9 +54,8 @@ class CogView3UNet(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        _check_levels(multipliers, depths)
-        if min(channels, width, blocks, head_dim, text_len, groups) < 1:
-            raise ValueError("channels, width, blocks, head_dim, text_len and groups are at least 1")
+        sizes = {"channels": channels, "width": width, "blocks": blocks, "head_dim": head_dim}
+        _check_levels(multipliers, depths, {**sizes, "text_len": text_len, "groups": groups})
         self.width, self.channels, self.text_len = width, channels, text_len
         self.factor = 2 ** (len(multipliers) - 1)
         emb_dim = 4 * width
@@ -72,18 +71,9 @@ class CogView3UNet(nn.Module):
                 layers.append(spatial_transformer(out, depths[level], head_dim, text_dim, groups))
             return layers
 
-        last = len(multipliers) - 1
-        # The stem has place 0, so that ``down.{i}`` is the official ``input_blocks.{i}``.
-        down: list[list[nn.Module]] = [[]]
-        skips, wide = [width], width
-        for level in range(len(multipliers)):
-            for _ in range(blocks):
-                down.append(residual(wide, level))
-                wide = width * multipliers[level]
-                skips.append(wide)
-            if level < last:
-                down.append([Downsample(wide)])
-                skips.append(wide)
+        widths = [width * multiplier for multiplier in multipliers]
+        down, skips = _way_down(width, widths, blocks, residual)
+        wide = widths[-1]
         self.down = nn.ModuleList(nn.ModuleList(layers) for layers in down)
         self.middle = nn.ModuleList(
             [
@@ -92,13 +82,7 @@ class CogView3UNet(nn.Module):
                 ResBlock(wide, wide, emb_dim, groups),
             ]
         )
-        up: list[list[nn.Module]] = []
-        for level in reversed(range(len(multipliers))):
-            for block in range(blocks + 1):
-                up.append(residual(wide + skips.pop(), level))
-                wide = width * multipliers[level]
-                if level and block == blocks:
-                    up[-1].append(Upsample(wide))
+        up = _way_up(skips, widths, blocks, residual)
         self.up = nn.ModuleList(nn.ModuleList(layers) for layers in up)
         self.head = nn.Sequential(
             group_norm(width, groups), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
@@ -189,3 +173,55 @@ class CogView3UNet(nn.Module):
         if prepared.guidance is not None:
             features = features + prepared.guidance
         return F.silu(self.time(features) + prepared.size_emb)
+
+
+def _check_levels(multipliers: Sequence[int], depths: Sequence[int], at_least_one: Mapping[str, int]) -> None:
+    """Refuse numbers of which no network can be made."""
+    if len(depths) != len(multipliers) or not multipliers:
+        raise ValueError(
+            f"depths {list(depths)} must give one number for each of the multipliers {list(multipliers)}"
+        )
+    if min(*multipliers, *depths) < 1:
+        raise ValueError(f"multipliers {list(multipliers)} and depths {list(depths)} are at least 1")
+    for name, number in at_least_one.items():
+        if number < 1:
+            raise ValueError(f"{name} is {number}, expected at least 1")
+
+
+_Residual = Callable[[int, int], list[nn.Module]]
+"""(width coming in, level) -> a residual block and perhaps a transformer."""
+
+
+def _way_down(
+    stem: int, widths: Sequence[int], blocks: int, residual: _Residual
+) -> tuple[list[list[nn.Module]], list[int]]:
+    """The layers of each place on the way down, and the width that each hands over to the way up.
+
+    The stem has place 0, so that ``down.{i}`` is the official ``input_blocks.{i}``.
+    """
+    places: list[list[nn.Module]] = [[]]
+    skips, wide = [stem], stem
+    for level, width in enumerate(widths):
+        for _ in range(blocks):
+            places.append(residual(wide, level))
+            wide = width
+            skips.append(wide)
+        if level + 1 < len(widths):
+            places.append([Downsample(wide)])
+            skips.append(wide)
+    return places, skips
+
+
+def _way_up(
+    skips: Sequence[int], widths: Sequence[int], blocks: int, residual: _Residual
+) -> list[list[nn.Module]]:
+    """The layers of each place on the way up, which takes over ``skips`` from the last to the first."""
+    places: list[list[nn.Module]] = []
+    left, wide = list(skips), widths[-1]
+    for level in reversed(range(len(widths))):
+        for block in range(blocks + 1):
+            places.append(residual(wide + left.pop(), level))
+            wide = widths[level]
+            if level and block == blocks:
+                places[-1].append(Upsample(wide))
+    return places
