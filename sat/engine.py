@@ -72,7 +72,7 @@ class DiffusionEngine(nn.Module):
         return self.first_stage.channels, height // factor, width // factor
 
     @torch.inference_mode()
-    def sample(
+    def sample(  # noqa: PLR0913 - all that one picture depends on
         self,
         cond: Condition,
         uncond: Condition,

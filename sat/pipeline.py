@@ -206,9 +206,7 @@ class CascadePipeline:
         if stage.name in self._loaded:
             return self._loaded[stage.name]
         experiment = stage.experiment
-        place = (
-            pick_device(experiment.parallel.device) if self.device is None else torch.device(self.device)
-        )
+        place = pick_device(experiment.parallel.device) if self.device is None else torch.device(self.device)
         pipeline = Pipeline(*open_drawer(experiment, place), experiment)
         if self.keep_loaded:
             self._loaded[stage.name] = pipeline
@@ -232,7 +230,7 @@ def open_drawer(experiment: Experiment, device: torch.device) -> tuple[Drawer, G
 
 
 def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFolder | None:
-    """The pictures that ``relay`` enlarges; None without a relay. An error where one is there and not the other."""
+    """The pictures that ``relay`` enlarges; None without one. An error where only one of the two is there."""
     if relay is None:
         if sampling.input_dir is not None:
             raise ValueError(
@@ -242,8 +240,8 @@ def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFol
         return None
     if sampling.input_dir is None:
         raise ValueError(
-            "this model enlarges pictures: name the output folder of a base model's run in sampling.input_dir, "
-            "or draw both with a cascade (configs/cascade.yaml)"
+            "this model enlarges pictures: name the output folder of a base model's run in "
+            "sampling.input_dir, or draw both with a cascade (configs/cascade.yaml)"
         )
     height, width = sampling.height // relay.factor, sampling.width // relay.factor
     return InputFolder(sampling.input_dir, height, width, sampling.batch_size)

@@ -119,7 +119,8 @@ def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, 
     begun = from_main([bool(folder.saved()) for folder in folders] if runtime.is_main else None)
     if any(begun) and not experiment.output.resume:
         raise UsageError(
-            f"{root} holds rounds already: --resume goes on from there; for a new run choose another --output-dir"
+            f"{root} holds rounds already: --resume goes on from there; "
+            f"for a new run choose another --output-dir"
         )
     weights = _weights(experiment, train)
     for stage, folder, there in zip(rounds, folders, begun, strict=True):

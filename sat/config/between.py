@@ -122,8 +122,8 @@ def _guidance(e: Experiment) -> Iterator[tuple[Key, str]]:
     if not takes and guider is embedded:
         yield (
             ("sampling", "guider"),
-            "sat.diffusion.guidance.Embedded hands the guidance strength to the network, but this model takes "
-            "none (model.params.guidance_dim is null): use ClassifierFree, or a distilled model's config",
+            "sat.diffusion.guidance.Embedded hands the guidance strength to the network, but this model "
+            "takes none (model.params.guidance_dim is null): use ClassifierFree, or a distilled config",
         )
 
 

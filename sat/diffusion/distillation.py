@@ -20,7 +20,9 @@ class LevelTable:
     """Sampling levels as tensors, to look up one for each image of a batch."""
 
     def __init__(self, levels: Sequence[Level]) -> None:
-        self._table = torch.tensor([[float(value) for value in level] for level in levels], dtype=torch.float64)
+        self._table = torch.tensor(
+            [[float(value) for value in level] for level in levels], dtype=torch.float64
+        )
 
     def __len__(self) -> int:
         return len(self._table)

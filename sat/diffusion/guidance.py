@@ -55,7 +55,7 @@ class ClassifierFree:
 
 
 class IntervalLimited(ClassifierFree):
-    """Classifier-free guidance at timesteps in [``lowest``, ``highest``], the conditional prediction elsewhere.
+    """Classifier-free guidance from timestep ``lowest`` to ``highest``, else the conditional prediction.
 
     Outside, only the conditional rows go through the network. Source: arXiv:2404.07724.
     """

@@ -24,10 +24,10 @@ class Draw(NamedTuple):
 class DenoisingLoss:
     """Squared error between the network's output and its target at random noise levels, per image.
 
-    With relay the target is what gives the clean image. For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10
-    read as an error in v); for eps prediction the official ``StandardDiffusionLoss``, with relay
-    ``LinearRelayDiffusionLoss``. ``offset_noise`` adds
-    that much of one normal draw per image to the noise (drawn after it).
+    For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10
+    read as an error in v); for eps prediction the official ``StandardDiffusionLoss``. With relay the target
+    is what gives the clean image: the official ``LinearRelayDiffusionLoss``. ``offset_noise`` adds that much
+    of one normal draw per image to the noise (drawn after it).
     """
 
     def __init__(self, weighting: Weighting | None = None, offset_noise: float = 0.0) -> None:
@@ -35,7 +35,7 @@ class DenoisingLoss:
         self.offset_noise = offset_noise
 
     def draw(self, x0: Tensor, span: int, generator: torch.Generator | None = None) -> Draw:
-        """Uniform timesteps below ``span`` and unit noise, from ``generator`` (on its device) or torch's own."""
+        """Uniform timesteps below ``span`` and unit noise, from ``generator`` (on its device) or torch's."""
         device = x0.device if generator is None else generator.device
         index = torch.randint(0, span, (x0.shape[0],), generator=generator, device=device)
         eps = torch.randn(x0.shape, generator=generator, device=device)

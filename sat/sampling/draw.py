@@ -147,7 +147,7 @@ class Drawer:
     ) -> Tensor:
         """Latents (B, C, h, w) float32 on the CPU for the B images of ``rng``, for one prompt.
 
-        ``low`` (B, 3, H / factor, W / factor) in [-1, 1] are the low-resolution images that relay starts from.
+        ``low`` (B, 3, H / factor, W / factor) in [-1, 1]: the low-resolution images that relay starts from.
         """
         parts = []
         for start in range(0, len(rng), self.at_once):

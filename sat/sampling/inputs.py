@@ -53,8 +53,8 @@ class InputFolder:
         if missing:
             shown = ", ".join(map(str, missing[:10])) + (" …" if len(missing) > 10 else "")
             raise InputError(
-                f"{self.root}: no folder for prompt {shown} (expected {missing[0]}_NAME; it holds the numbers "
-                f"{_ranges(sorted(folders))})"
+                f"{self.root}: no folder for prompt {shown} (expected {missing[0]}_NAME; it holds the "
+                f"numbers {_ranges(sorted(folders))})"
             )
         for prompt in prompts:
             folder = self._folder(prompt, folders)
@@ -85,8 +85,8 @@ class InputFolder:
             raise InputError(f"{path}: not a readable picture ({error})") from error
         if (height, width) != (self.height, self.width):
             raise InputError(
-                f"{path}: is {height} x {width} (height x width), expected {self.height} x {self.width}, which "
-                f"sampling.height and sampling.width are the enlargement of"
+                f"{path}: is {height} x {width} (height x width), expected {self.height} x {self.width}, "
+                f"which sampling.height and sampling.width are the enlargement of"
             )
 
     def _folders(self, *, quiet: bool = False) -> dict[int, list[str]]:

@@ -87,7 +87,9 @@ def test_a_cascade_repeats_from_what_it_wrote_and_resumes(sample: Command, tmp_p
 
 def test_relay_takes_its_prompts_from_the_pictures(sample: Command, tmp_path: Path) -> None:
     assert sample([DEBUG, BASE], "--prompt", "a cat", "--output-dir", tmp_path / "base").code == 0
-    done = sample([DEBUG, BASE, RELAY], f"sampling.input_dir={tmp_path / 'base'}", "--output-dir", tmp_path / "r")
+    done = sample(
+        [DEBUG, BASE, RELAY], f"sampling.input_dir={tmp_path / 'base'}", "--output-dir", tmp_path / "r"
+    )
     assert done.code == 0, done.err
     text = read_png_text(tmp_path / "r" / "0_a_cat" / "000000000.png")
     assert text is not None and text["prompt"] == "a cat" and text["size"] == "64x96"
@@ -137,10 +139,14 @@ def test_pictures_that_do_not_fit_end_the_run_before_a_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_relay_without_pictures_and_pictures_without_relay_are_refused(sample: Command, tmp_path: Path) -> None:
+def test_a_relay_without_pictures_and_pictures_without_relay_are_refused(
+    sample: Command, tmp_path: Path
+) -> None:
     done = sample([DEBUG, BASE, RELAY], "--prompt", "x", "--output-dir", tmp_path / "out")
     assert done.code != 0 and "this model enlarges pictures: name the output folder" in done.err
-    done = sample([DEBUG, BASE], "--prompt", "x", f"sampling.input_dir={tmp_path}", "--output-dir", tmp_path / "o")
+    done = sample(
+        [DEBUG, BASE], "--prompt", "x", f"sampling.input_dir={tmp_path}", "--output-dir", tmp_path / "o"
+    )
     assert done.code != 0 and "only a relay model enlarges pictures" in done.err
 
 
@@ -171,7 +177,12 @@ def test_tiles_draw_what_is_larger_than_the_model_sees(sample: Command, tmp_path
     words = ("--prompt", "x", "--height", 128, "--width", 192, f"sampling.input_dir={tmp_path / 'in'}")
     whole = sample([DEBUG, BASE, RELAY], *words, "--output-dir", tmp_path / "a")
     tiled = sample(
-        [DEBUG, BASE, RELAY], *words, "--output-dir", tmp_path / "b", "sampling.tile=8", "memory.decode_tile=8"
+        [DEBUG, BASE, RELAY],
+        *words,
+        "--output-dir",
+        tmp_path / "b",
+        "sampling.tile=8",
+        "memory.decode_tile=8",
     )
     assert whole.code == tiled.code == 0, whole.err + tiled.err
     a, b = (pixels(tmp_path / name / "0_x" / "000000000.png") for name in "ab")

@@ -35,7 +35,9 @@ class Ran(NamedTuple):
 
     def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
         """The exported weights of a run."""
-        return load_file(self.folder / name / "checkpoints" / f"step_{step:08d}" / "native" / "model.safetensors")
+        return load_file(
+            self.folder / name / "checkpoints" / f"step_{step:08d}" / "native" / "model.safetensors"
+        )
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,16 @@ def test_each_stage_is_its_own_files_and_later_ones_draw_the_enlarged_size() -> 
 
 def test_the_size_of_the_first_stage_decides_those_of_the_others() -> None:
     cascade = load_cascade([CASCADE], ["sampling.height=16", "sampling.width=32"])
-    assert (cascade.stages[1].experiment.sampling.height, cascade.stages[1].experiment.sampling.width) == (32, 64)
+    assert (cascade.stages[1].experiment.sampling.height, cascade.stages[1].experiment.sampling.width) == (
+        32,
+        64,
+    )
 
 
 def test_what_makes_one_picture_is_set_for_the_first_stage_alone_all_else_for_every_stage() -> None:
     cascade = load_cascade(
-        [CASCADE], ["sampling.steps=7", "sampling.guider.params.scale=9", "sampling.seed=5", ("sampling.prompt", "x")]
+        [CASCADE],
+        ["sampling.steps=7", "sampling.guider.params.scale=9", "sampling.seed=5", ("sampling.prompt", "x")],
     )
     base, relay = (stage.experiment.sampling for stage in cascade.stages)
     assert (base.steps, relay.steps) == (7, 3)
@@ -73,12 +77,16 @@ def test_a_written_cascade_reads_back(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("cascade: {stages: [{name: a, base: [configs/debug.yaml]}]}", "expected at least two stages, got 1"),
-        ("cascade: {stages: [{name: a b, base: [x.yaml]}, {name: c, base: [x.yaml]}]}", "letters, digits and _"),
+        (
+            "cascade: {stages: [{name: a b, base: [x.yaml]}, {name: c, base: [x.yaml]}]}",
+            "letters, digits and _",
+        ),
         ("cascade: {stages: [{name: a, base: []}, {name: c, base: [x.yaml]}]}", "at least one config file"),
         ("cascade: {stags: []}", "did you mean 'stages'"),
         ("cascade: {stages: [{name: a, base: [x.yaml]}, {name: a, base: [x.yaml]}]}", "different names"),
         (
-            "cascade: {stages: [{name: a, base: [configs/debug.yaml]}, {name: b, base: [configs/debug.yaml]}]}",
+            "cascade: {stages: [{name: a, base: [configs/debug.yaml]}, "
+            "{name: b, base: [configs/debug.yaml]}]}",
             "a later stage of a cascade needs a relay, this has none",
         ),
         (

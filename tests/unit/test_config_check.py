@@ -107,7 +107,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         (["train={objective: {target: sat.train.objectives.first_stage.FirstStageObjective, params: {engine: 1}},"
           " steps: 2}"], "'engine' is given to FirstStageObjective at run time"),
         (["train={objective: {target: sat.diffusion.schedule.ZeroSNR}, steps: 2}"], "expected Objective, got"),
-        (["sampling.sizes.multiple=24", "sampling.width=48"], "not a multiple of 16, the pixels of a patch (8 x patch 2)"),
+        (["sampling.sizes.multiple=24", "sampling.width=48"], "not a multiple of 16, the pixels of the network's smallest unit (8 x 2 latent cells)"),
         (["sampling.sizes={min: 16, max: 128, multiple: 16, max_area: 16384}"],
          "128 pixels are 8 patches, more than the position table [4, 6]"),
         (["model.params.text_len=9"], "text_len 9 of the model does not fit conditioning.max_length 8"),

@@ -72,7 +72,9 @@ def test_the_relay_target_is_that_of_the_paper() -> None:
     x, arrived, low = noise(0), noise(1), noise(2)
     keep, r, r2 = float(to.sigma) / float(now.sigma), float(now.ratio), float(to.ratio)
     expected = (arrived - r2 * low - keep * (x - r * low)) / ((1 - r2) - keep * (1 - r))
-    assert torch.allclose(student_target(process, x, arrived, now, to, ProcessContext(low)), expected, atol=1e-10)
+    assert torch.allclose(
+        student_target(process, x, arrived, now, to, ProcessContext(low)), expected, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)

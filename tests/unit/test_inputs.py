@@ -65,7 +65,9 @@ def test_strays_are_named_and_ignored(root: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_missing_prompts_are_named_with_what_is_there(root: Path) -> None:
-    with pytest.raises(InputError, match=r"no folder for prompt 3 \(expected 3_NAME; it holds the numbers 0, 7\)"):
+    with pytest.raises(
+        InputError, match=r"no folder for prompt 3 \(expected 3_NAME; it holds the numbers 0, 7\)"
+    ):
         folder(root).check([APPLE, Prompt(3, "x")])
 
 
@@ -84,7 +86,9 @@ def test_a_missing_picture_between_others_is_named(root: Path) -> None:
 
 def test_a_picture_of_the_wrong_size_is_refused_by_name(root: Path) -> None:
     write_png(root / "7_a_lion" / "000000001.png", picture(1, (8, 12)))
-    with pytest.raises(InputError, match=r"7_a_lion/000000001.png: is 12 x 8 \(height x width\), expected 8 x 12"):
+    with pytest.raises(
+        InputError, match=r"7_a_lion/000000001.png: is 12 x 8 \(height x width\), expected 8 x 12"
+    ):
         folder(root).check([LION])
 
 

@@ -45,7 +45,7 @@ class CogView3Plus(nn.Module):
     standard ones (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place
     by name; to rotate instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params:
     {…}}}``. ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
-    ``guidance_dim``: features of a guidance strength that the network takes as an input, for distilled models.
+    ``guidance_dim``: features of a guidance strength that the network takes as an input (distilled models).
     Defaults are those of the published 3 B model. Source: official ``dit.py``,
     ``configs/cogview3_plus.yaml``.
     """

@@ -27,8 +27,8 @@ class DiffusionObjective(Objective):
     timesteps (0 nearly clean, 1 nearly pure noise).
 
     Relay is trained where the engine's process has it: the low-resolution image is the image itself, shrunk
-    and enlarged. ``low_from`` ``first_stage`` lets the shrunk image pass the autoencoder, so that it looks like
-    what a base model draws.
+    and enlarged. ``low_from`` ``first_stage`` lets the shrunk image pass the autoencoder, so that it looks
+    like what a base model draws.
 
     Validation gives the loss at each level with the right captions (``loss``, ``loss_500`` …) and with the
     captions of other images of the batch (``shuffled``, …): the gap says how much the text is used.

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from sat.conditioning.condition import Condition
 from sat.data.batch import Batch
 from sat.diffusion.denoiser import Denoiser, Network
 from sat.diffusion.distillation import SMALLEST_GAIN, LevelTable, step_gain, student_target
@@ -16,7 +17,6 @@ from sat.diffusion.level import Level
 from sat.diffusion.loss import DenoisingLoss
 from sat.diffusion.process import ProcessContext
 from sat.diffusion.weighting import TruncatedSNR, Weighting
-from sat.conditioning.condition import Condition
 from sat.engine import DiffusionEngine
 from sat.train.objectives.base import Round
 from sat.train.objectives.diffusion import DiffusionObjective
@@ -25,12 +25,12 @@ from sat.train.objectives.diffusion import DiffusionObjective
 class Distillation(DiffusionObjective):
     """One round: the student of ``rounds[round]`` steps learns to arrive where two teacher steps do.
 
-    ``teacher_steps`` are those of the undistilled model, ``rounds`` the students' steps, each at least half of
-    those before. The teacher is the network as the round begins. In the first round it is guided: strengths
-    are drawn from ``guidance`` (smallest, largest) and both teacher and student see the same, the student as
-    an input (``guidance_dim`` of the model); from the second on the teacher takes it as an input too. Noise
-    levels are exactly those that the student samples with. For plain diffusion and relay, any schedule,
-    parameterisation and network.
+    ``teacher_steps`` are those of the undistilled model, ``rounds`` the students' steps, each at least half
+    of those before. The teacher is the network as the round begins. In the first round it is guided:
+    strengths are drawn from ``guidance`` (smallest, largest) and both teacher and student see the same, the
+    student as an input (``guidance_dim`` of the model); from the second on the teacher takes it as an input
+    too. Noise levels are exactly those that the student samples with. For plain diffusion and relay, any
+    schedule, parameterisation and network.
 
     Source: arXiv:2202.00512, algorithm 2; arXiv:2210.03142; CogView3, arXiv:2403.05121, section 3.4.
     """
@@ -66,7 +66,9 @@ class Distillation(DiffusionObjective):
         between = hooks.levels(engine.schedule, 2 * self.steps)[1::2]
         for now, to in zip(levels, levels[1:], strict=False):
             if abs(step_gain(engine.process, now, to)) < SMALLEST_GAIN:
-                raise ValueError(f"distillation: the step from timestep {now.index:g} to {to.index:g} is too short")
+                raise ValueError(
+                    f"distillation: the step from timestep {now.index:g} to {to.index:g} is too short"
+                )
         self._levels, self._between = LevelTable(levels), LevelTable(between)
 
     @classmethod
@@ -103,7 +105,7 @@ class Distillation(DiffusionObjective):
     def _two_steps(
         self, x: Tensor, place: Tensor, cond: Condition, strength: Tensor, ctx: ProcessContext
     ) -> Tensor:
-        """Where the teacher arrives from ``x`` at the student's ``place``, through the level in the middle."""
+        """Where the teacher arrives from ``x`` at the student's ``place``, through the middle level."""
         process = self.engine.process
         network = cast(Network, self._teacher[0])
         teacher = Denoiser(network, self.engine.parameterisation)
@@ -124,7 +126,9 @@ class Distillation(DiffusionObjective):
 def _check(teacher_steps: int, rounds: Sequence[int], guidance: Sequence[float]) -> None:
     before = teacher_steps
     if not rounds:
-        raise ValueError("distillation: rounds is empty, expected the students' steps, such as [25, 16, 8, 4]")
+        raise ValueError(
+            "distillation: rounds is empty, expected the students' steps, such as [25, 16, 8, 4]"
+        )
     for steps in rounds:
         if not before / 2 <= steps < before or steps < 1:
             raise ValueError(
