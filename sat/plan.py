@@ -23,3 +23,15 @@ class Row:
 
 Plan = Mapping[str, Column | Row]
 """Module-name pattern (``fnmatch``: ``transformer.blocks.*.attn.qkv``) -> style."""
+
+
+def of_factors(style: Column | Row | None) -> tuple[Column | Row | None, Column | Row | None]:
+    """How the low-rank factors (down, up) of a linear of ``style`` are split; None: whole on every rank.
+
+    Column: ``down`` is whole and each rank holds its rows of ``up``; row: each rank holds its columns of
+    ``down``, whose small outputs are summed, and ``up`` is whole. Each fused part has factors of its own, so
+    its ``up`` is an unfused column.
+    """
+    if isinstance(style, Column):
+        return None, Column()
+    return style, None

@@ -21,7 +21,8 @@ class Transformer(nn.Module):
     """``depth`` blocks of width ``dim`` between an ``embed`` and a ``final`` hook.
 
     ``print(transformer.resolved)`` shows who owns each hook. ``checkpointing`` recomputes each block in the
-    backward pass instead of keeping its activations.
+    backward pass instead of keeping its activations; ``draws``: a block draws random numbers (dropout), which
+    recomputing must repeat.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Transformer(nn.Module):
         if spec.head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         self.spec = spec
-        self.checkpointing = False
+        self.checkpointing = self.draws = False
         self.blocks = nn.ModuleList(Block(dim, heads, spec) for _ in range(depth))
         self.mixins = nn.ModuleDict(mixins)
         self.resolved: Resolved[TransformerHooks] = resolve(self._defaults(), mixins)
@@ -71,9 +72,7 @@ class Transformer(nn.Module):
             x = x.float()
         layer = self.hooks.layer
         if self.checkpointing and torch.is_grad_enabled():
-            layer = partial(
-                checkpoint, layer, use_reentrant=False, preserve_rng_state=False
-            )  # nothing random inside
+            layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=self.draws)
         for i in range(len(self.blocks)):
             x = layer(x, ctx, i)
         return self.hooks.final(x, ctx)
