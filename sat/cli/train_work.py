@@ -26,7 +26,7 @@ from sat.config.targets import resolve
 from sat.data.batch import Batch
 from sat.data.dataset import Dataset, Items, LatentCache
 from sat.data.loader import Loader, once
-from sat.data.records import read_sources
+from sat.data.sources import read_sources
 from sat.data.transforms import Augment, Transform
 from sat.engine import DiffusionEngine
 from sat.parallel.collectives import LostRankError, barrier, explain, from_main

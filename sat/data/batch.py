@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +21,7 @@ class Sample:
     image: Tensor | None = None  # (3, H, W) float32 in [-1, 1]
     latent_moments: Tensor | None = None  # (2C, h, w) float32: mean and log variance, unscaled
     low_moments: Tensor | None = None  # the same of the low-resolution image, enlarged, for relay
+    text: Tensor | None = None  # (T, C_text) hidden states of the caption, from a cache
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Batch:
     image: Tensor | None = None  # (B, 3, H, W) float32 in [-1, 1]
     latent_moments: Tensor | None = None  # (B, 2C, h, w) float32: mean and log variance, unscaled
     low_moments: Tensor | None = None  # the same of the low-resolution images, enlarged, for relay
+    text: Tensor | None = None  # (B, T, C_text) hidden states of the captions in the encoder's dtype
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,29 +48,42 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on ``device``."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def moved(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU copies from without waiting."""
+        return self._each(Tensor.pin_memory)
 
-        return Batch(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+    def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
+        def acted(value: Any) -> Any:
+            return act(value) if isinstance(value, Tensor) else value
+
+        return Batch(**{field.name: acted(getattr(self, field.name)) for field in fields(self)})
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """``samples``, all of one size, as a batch."""
     if not samples:
         raise ValueError("a batch needs at least one sample")
-    shapes = {None if sample.image is None else tuple(sample.image.shape) for sample in samples}
-    if len(shapes) > 1:
-        raise ValueError(f"samples of one batch must have one shape, got {sorted(map(str, shapes))}")
-    images = [sample.image for sample in samples if sample.image is not None]
-    moments = [sample.latent_moments for sample in samples if sample.latent_moments is not None]
-    low = [sample.low_moments for sample in samples if sample.low_moments is not None]
+
+    def stacked(name: str) -> Tensor | None:
+        values = [value for sample in samples if (value := getattr(sample, name)) is not None]
+        shapes = {tuple(value.shape) for value in values}
+        if len(shapes) > 1 or len(values) not in (0, len(samples)):
+            found = sorted(map(str, shapes))
+            raise ValueError(
+                f"samples of one batch must have one shape, got {found} in {len(values)} of {len(samples)} "
+                f"({name})"
+            )
+        return torch.stack(values) if values else None
+
     return Batch(
         caption=[sample.caption for sample in samples],
         original_size=torch.tensor([sample.original_size for sample in samples]),
         crop=torch.tensor([sample.crop for sample in samples]),
         target_size=torch.tensor([sample.target_size for sample in samples]),
-        image=torch.stack(images) if images else None,
-        latent_moments=torch.stack(moments) if moments else None,
-        low_moments=torch.stack(low) if low else None,
+        image=stacked("image"),
+        latent_moments=stacked("latent_moments"),
+        low_moments=stacked("low_moments"),
+        text=stacked("text"),
     )

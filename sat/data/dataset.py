@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sat.data.batch import Sample, collate
+from sat.data.buckets import Buckets
+from sat.data.order import groups
 from sat.data.records import Bad, DataError, Record, RecordSet, check_bad_share
 from sat.data.transforms import Draws, Fitted, Transform
 
@@ -38,8 +41,10 @@ def item_random(seed: int, epoch: int, index: int, what: str) -> random.Random:
 class Dataset:
     """Pictures and captions of ``records``, transformed. Safe to read from several threads.
 
-    Decoded pictures stay in memory up to ``keep_bytes``. An unreadable picture is logged, listed in ``bad``
-    and replaced by the next readable one; more than ``max_bad_share`` of the set raises :class:`DataError`.
+    With ``buckets`` each item is brought to the size of its bucket instead of the transform's. Decoded
+    pictures stay in memory up to ``keep_bytes``. An unreadable picture is logged, listed in ``bad`` and
+    replaced by the next readable one (of its bucket); more than ``max_bad_share`` of the set raises
+    :class:`DataError`.
     """
 
     def __init__(
@@ -48,18 +53,31 @@ class Dataset:
         transform: Transform,
         max_bad_share: float = 0.05,
         keep_bytes: int = KEEP_BYTES,
+        buckets: Buckets | None = None,
     ) -> None:
         if not records.records:
             raise DataError("the data set is empty")
         self.records = records.records
-        self.transform = transform
         self.max_bad_share = max_bad_share
         self.bad: list[Bad] = list(records.bad)
-        self._unreadable: set[str] = set()
-        self._kept: dict[str, Fitted] = {}
+        self.groups = groups(records, buckets)
         self._room = keep_bytes
+        self._kept: dict[str, Fitted] = {}
+        self._unreadable: set[str] = set()
         self._lock = threading.Lock()
-        self._files = len({str(record.path) for record in self.records})
+        self._files = len({record.name for record in self.records})
+        self._transforms = [transform]
+        self._buckets: Sequence[Sequence[int]] = [range(len(self.records))]
+        if buckets is not None:
+            self._transforms = [
+                replace(transform, height=height, width=width) for height, width in buckets.sizes
+            ]
+            self._buckets = buckets.items
+        self._places = {
+            index: (bucket, place)
+            for bucket, items in enumerate(self._buckets)
+            for place, index in enumerate(items)
+        }
 
     def __len__(self) -> int:
         return len(self.records)
@@ -68,56 +86,80 @@ class Dataset:
         """Item ``index`` of ``epoch``: its caption and picture drawn from (seed, epoch, index) alone."""
         record, fitted = self._readable(index)
         caption = record.caption(item_random(seed, epoch, index, "caption").random())
-        numbers = item_random(seed, epoch, index, "picture")
-        image, crop = self.transform.place(fitted, Draws(*(numbers.random() for _ in Draws._fields)))
-        target = (self.transform.height, self.transform.width)
-        return Sample(caption, fitted.original_size, crop, target, image=image)
+        return self._sample(index, fitted, caption, item_random(seed, epoch, index, "picture"))
+
+    def view(self, index: int, view: int) -> Sample | None:
+        """The picture of record ``index`` in a placement that depends on its name and ``view`` alone.
+
+        For caches, which outlive changes elsewhere in the data. The caption is the first; None: unreadable.
+        """
+        record = self.records[index]
+        fitted = self._load(record, self.transform(index))
+        if fitted is None:
+            return None
+        return self._sample(index, fitted, record.captions[0], random.Random(f"{record.name}/{view}/view"))
+
+    def _sample(self, index: int, fitted: Fitted, caption: str, numbers: random.Random) -> Sample:
+        transform = self.transform(index)
+        image, crop = transform.place(fitted, Draws(*(numbers.random() for _ in Draws._fields)))
+        return Sample(caption, fitted.original_size, crop, (transform.height, transform.width), image=image)
+
+    def transform(self, index: int) -> Transform:
+        """What is done to the picture of item ``index``, with the size of its bucket."""
+        return self._transforms[self._places[index][0]]
+
+    def shown(self, index: int) -> int:
+        """The record that ``get`` shows for item ``index``, going by the pictures found unreadable so far."""
+        for other in self._from(index):
+            if self.records[other].name not in self._unreadable:
+                return other
+        raise DataError("no picture of the data set can be read")
 
     def record(self, index: int) -> Record:
-        """The record that ``get`` shows for ``index``, going by the pictures found unreadable so far."""
-        for step in range(len(self.records)):
-            record = self.records[(index + step) % len(self.records)]
-            if str(record.path) not in self._unreadable:
-                return record
-        raise DataError("no picture of the data set can be read")
+        """The record that ``get`` shows for ``index``."""
+        return self.records[self.shown(index)]
+
+    def reject(self, record: Record, reason: str) -> None:
+        """Notes that the picture of ``record`` cannot be read; raises if that makes too many."""
+        with self._lock:
+            if record.name in self._unreadable:
+                return
+            self._unreadable.add(record.name)
+            self.bad.append(Bad(record.name, reason, "picture"))
+            log.warning("skipped %s: %s", record.name, reason)
+            total = self._files + len(self.bad) - len(self._unreadable)
+            check_bad_share(self.bad, total, self.max_bad_share, "data")
+
+    def _from(self, index: int) -> Iterator[int]:
+        """The items of a bucket from ``index`` on, cyclically."""
+        bucket, place = self._places[index]
+        items = self._buckets[bucket]
+        return (items[(place + step) % len(items)] for step in range(len(items)))
 
     def _readable(self, index: int) -> tuple[Record, Fitted]:
-        """The first readable record from ``index`` on, cyclically."""
-        for step in range(len(self.records)):
-            record = self.records[(index + step) % len(self.records)]
-            fitted = self._load(record)
+        """The first readable record from ``index`` on."""
+        for other in self._from(index):
+            fitted = self._load(self.records[other], self.transform(index))
             if fitted is not None:
-                return record, fitted
+                return self.records[other], fitted
         raise DataError("no picture of the data set can be read")
 
-    def _load(self, record: Record) -> Fitted | None:
-        key = str(record.path)
-        kept = self._kept.get(key)
+    def _load(self, record: Record, transform: Transform) -> Fitted | None:
+        kept = self._kept.get(record.name)
         if kept is not None:
             return kept
-        if key in self._unreadable:
+        if record.name in self._unreadable:
             return None
         try:
-            fitted = self.transform.load(record.path)
+            fitted = transform.load(record.file())
         except Exception as error:  # noqa: BLE001 - decoders raise anything: SyntaxError, struct.error, bomb errors
-            self._reject(key, f"{type(error).__name__}: {error}")
+            self.reject(record, f"{type(error).__name__}: {error}")
             return None
         with self._lock:
-            if key not in self._kept and fitted.pixels.nbytes <= self._room:
-                self._kept[key] = fitted
+            if record.name not in self._kept and fitted.pixels.nbytes <= self._room:
+                self._kept[record.name] = fitted
                 self._room -= fitted.pixels.nbytes
         return fitted
-
-    def _reject(self, key: str, reason: str) -> None:
-        with self._lock:
-            if key in self._unreadable:
-                return
-            self._unreadable.add(key)
-            self.bad.append(Bad(key, reason))
-            log.warning("skipped %s: %s", key, reason)
-            check_bad_share(
-                self.bad, self._files + len(self.bad) - len(self._unreadable), self.max_bad_share, "data"
-            )
 
 
 class LatentCache:
@@ -140,22 +182,29 @@ class LatentCache:
         if views < 1:
             raise ValueError(f"data.cache_views {views}: expected at least 1 to cache latents")
         self.dataset, self.views = dataset, views
-        jobs = [(index, view) for view in range(views) for index in range(len(dataset))]
-        made: list[Tensor] = []
-        low: list[Tensor] = []
-        geometry = []
+        self._made: dict[tuple[int, int], Sample] = {}  # by item and view
         with torch.no_grad():
-            for start in range(0, len(jobs), batch_size):
-                samples = [dataset.get(index, view, seed) for index, view in jobs[start : start + batch_size]]
-                batch = collate(samples)
+            for jobs in self._batches(batch_size):
+                batch = collate([dataset.get(index, view, seed) for index, view in jobs])
                 assert batch.image is not None, "a dataset gives images"
-                made.append(encode(batch.image).detach().float().cpu())
-                if degrade is not None:
-                    low.append(encode(degrade(batch.image)).detach().float().cpu())
-                geometry += [(sample.original_size, sample.crop, sample.target_size) for sample in samples]
-        self.moments = torch.cat(made)  # (views * items, 2C, h, w)
-        self.low = torch.cat(low) if low else None
-        self.geometry = geometry
+                made = encode(batch.image).detach().float().cpu()
+                low = None if degrade is None else encode(degrade(batch.image)).detach().float().cpu()
+                sizes = (batch.original_size.tolist(), batch.crop.tolist(), batch.target_size.tolist())
+                for row, (job, *geometry) in enumerate(zip(jobs, *sizes, strict=True)):
+                    places = [(top, left) for top, left in geometry]
+                    self._made[job] = Sample(
+                        "", *places, latent_moments=made[row], low_moments=None if low is None else low[row]
+                    )
+
+    def _batches(self, size: int) -> Iterator[list[tuple[int, int]]]:
+        """(item, view) of every picture to make, in batches of one size."""
+        jobs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for view in range(self.views):
+            for index in range(len(self.dataset)):
+                transform = self.dataset.transform(index)
+                jobs.setdefault((transform.height, transform.width), []).append((index, view))
+        for same in jobs.values():
+            yield from (same[start : start + size] for start in range(0, len(same), size))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -163,7 +212,5 @@ class LatentCache:
     def get(self, index: int, epoch: int, seed: int) -> Sample:
         """Item ``index`` of ``epoch`` with ``latent_moments`` (and ``low_moments``) instead of an image."""
         view = int(item_random(seed, epoch, index, "view").random() * self.views)
-        place = view * len(self) + index
         caption = self.dataset.record(index).caption(item_random(seed, epoch, index, "caption").random())
-        low = None if self.low is None else self.low[place]
-        return Sample(caption, *self.geometry[place], latent_moments=self.moments[place], low_moments=low)
+        return replace(self._made[index, view], caption=caption)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sat.data.batch import Batch, Sample, collate
 from sat.data.dataset import Items
+from sat.data.order import Group, Schedule, Stream, whole
 from sat.data.records import DataError
+
+AHEAD = 2  # batches that are read before they are asked for
 
 
 class Loader:
@@ -21,11 +21,23 @@ class Loader:
     All ranks walk one stream of items: the epochs' shuffles one after the other, so that every item comes
     once in an epoch over all ranks and a batch may span two epochs. Each step takes ``world * batch_size``
     items from it, the ranks in turn. The position is the number of items all ranks have taken; it means the
-    same for any number of ranks. ``workers``: threads that read ahead (0: none).
+    same for any number of ranks.
+
+    ``groups`` (aspect-ratio buckets; None: one group of all) have a stream each, and each step takes from
+    one of them, the same on all ranks. ``workers``: threads that read ahead (0: none). ``pin``: batches lie
+    in pinned memory, from which a GPU copies without waiting.
     """
 
     def __init__(
-        self, items: Items, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, workers: int = 0
+        self,
+        items: Items,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        groups: Sequence[Group] | None = None,
+        pin: bool = False,
     ) -> None:
         if len(items) < 1:
             raise DataError("the data set is empty")
@@ -34,87 +46,141 @@ class Loader:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: expected 0 <= rank < world")
         self.items, self.batch_size, self.seed = items, batch_size, seed
-        self.rank, self.world, self.workers = rank, world, workers
+        self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
+        groups = whole(len(items)) if groups is None else list(groups)
+        several = len(groups) > 1
+        self._streams = [
+            Stream(group, seed, place if several else None) for place, group in enumerate(groups)
+        ]
+        self._draws = [[share.draws for share in group] for group in groups]
         self.position = 0
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._begin(0, [0] * len(groups))
+
+    def _begin(self, since: int, taken: Sequence[int]) -> None:
+        """Schedule the groups anew from position ``since``, where ``taken`` items of each are gone."""
+        self._since, self._taken = since, list(taken)
+        sizes = [stream.size for stream in self._streams]
+        self._schedule = Schedule(sizes, self.stride, (self.seed, since, len(sizes)))
+
+    @property
+    def stride(self) -> int:
+        """Items that all ranks take in a step."""
+        return self.world * self.batch_size
 
     @property
     def epoch(self) -> float:
         """How many times the data has been seen."""
-        return self.position / len(self.items)
+        return self.position / sum(stream.size for stream in self._streams)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch given out."""
-        return {"position": self.position, "seed": self.seed, "items": len(self.items)}
+        state: dict[str, Any] = {"position": self.position, "seed": self.seed, "items": len(self.items)}
+        if self._plain:
+            return state
+        groups = {"since": self._since, "taken": self._taken, "stride": self.stride}
+        return state | {"draws": self._draws, "groups": groups}
+
+    @property
+    def _plain(self) -> bool:
+        return self._draws == [[len(self.items)]]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position; the data and the seed must be the same."""
-        for name, now in (("seed", self.seed), ("items", len(self.items))):
-            if state[name] != now:
+        """Goes to a position; the data, its weights and buckets, and the seed must be the same."""
+        now = self.state_dict()
+        for name in ("seed", "items", "draws"):
+            if state.get(name) != now.get(name):
+                what = "weights and buckets" if name == "draws" else name
                 raise ValueError(
-                    f"cannot go on in the data: it was left with {name} {state[name]}, now {name} is {now}; "
+                    f"cannot go on in the data: it was left with {what} {state.get(name)}, now {what} "
+                    f"{'are' if name == 'draws' else 'is'} {now.get(name)}; "
                     "use the same data and seed, or start a new run from the weights"
                 )
         self.position = int(state["position"])
+        if "groups" not in state:
+            return
+        since, taken, stride = (state["groups"][name] for name in ("since", "taken", "stride"))
+        if stride == self.stride:
+            self._begin(since, taken)
+            return
+        sizes = [stream.size for stream in self._streams]
+        left = Schedule(sizes, stride, (self.seed, since, len(sizes)))
+        given = left.given((self.position - since) // stride)
+        self._begin(self.position, [gone + stride * count for gone, count in zip(taken, given, strict=True)])
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position on."""
         if self.workers < 1:
             while True:
-                samples = [self._get(place) for place in self._places(self.position)]
-                self.position += self.world * self.batch_size
-                yield collate(samples)
+                samples = [self.items.get(*job, self.seed) for job in self._jobs(self.position)]
+                self.position += self.stride
+                yield self._batch(samples)
         else:
             yield from self._read_ahead()
 
     def _read_ahead(self) -> Iterator[Batch]:
-        """As above, the next two batches being read by threads meanwhile."""
-        stride = self.world * self.batch_size
+        """As above, the next batches being read and put together by threads meanwhile."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
-        waiting: deque[list[Future[Sample]]] = deque()
+        waiting: deque[Future[Batch]] = deque()
         start = self.position
+
+        def together(jobs: Sequence[Future[Sample]]) -> Batch:
+            return self._batch([job.result() for job in jobs])  # begun before, so never waited for in vain
+
         try:
             while True:
-                while len(waiting) < 2:
-                    jobs = [(self.index(place), place // len(self.items)) for place in self._places(start)]
-                    waiting.append(
-                        [pool.submit(self.items.get, index, epoch, self.seed) for index, epoch in jobs]
-                    )
-                    start += stride
-                samples = [job.result() for job in waiting.popleft()]
-                self.position += stride
-                yield collate(samples)
+                while len(waiting) < AHEAD:
+                    jobs = [pool.submit(self.items.get, *job, self.seed) for job in self._jobs(start)]
+                    waiting.append(pool.submit(together, jobs))
+                    start += self.stride
+                batch = waiting.popleft().result()
+                self.position += self.stride
+                yield batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _places(self, position: int) -> range:
-        """Places in the stream of this rank's batch that begins at ``position``."""
-        start = position + self.rank * self.batch_size
-        return range(start, start + self.batch_size)
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        return collate(samples).pinned() if self.pin else collate(samples)
 
-    def _get(self, place: int) -> Sample:
-        return self.items.get(self.index(place), place // len(self.items), self.seed)
+    def _jobs(self, position: int) -> list[tuple[int, int]]:
+        """(item, epoch) of this rank's batch that begins at ``position``."""
+        if len(self._streams) == 1:
+            stream, start = self._streams[0], position
+        else:
+            group, number = self._schedule.at((position - self._since) // self.stride)
+            stream, start = self._streams[group], self._taken[group] + number * self.stride
+        start += self.rank * self.batch_size
+        return [stream.at(place) for place in range(start, start + self.batch_size)]
 
     def index(self, place: int) -> int:
-        """The item at ``place`` of the stream."""
-        epoch, offset = divmod(place, len(self.items))
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-            self._order = (epoch, generator.permutation(len(self.items)))
-        return int(self._order[1][offset])
+        """The item at ``place`` of the stream (without groups)."""
+        return self._streams[0].at(place)[0]
 
 
-def once(items: Items, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
+def once(
+    items: Items,
+    batch_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    groups: Sequence[Group] | None = None,
+) -> list[Batch]:
     """Every item once and in order, as whole batches shared over the ranks in turn; the same each time.
 
-    For validation. All ranks get equally many batches of equal size, so up to one round of items is left out;
-    if there are too few items for one round, they are repeated to fill it.
+    For validation. All ranks get equally many batches of equal size, each of one group, so up to one round of
+    every group's items is left out; if no group has enough items for one round, those of the largest are
+    repeated to fill it.
     """
-    rounds = max(1, len(items) // (batch_size * world))
+    members = [
+        [int(item) for share in group for item in share.items] for group in (groups or whole(len(items)))
+    ]
+    stride = batch_size * world
+    rounds = [len(group) // stride for group in members]
+    if not any(rounds):
+        rounds[max(range(len(members)), key=lambda place: len(members[place]))] = 1
     batches = []
-    for round_ in range(rounds):
-        start = (round_ * world + rank) * batch_size
-        batches.append(
-            collate([items.get(place % len(items), 0, seed) for place in range(start, start + batch_size)])
-        )
+    for group, count in zip(members, rounds, strict=True):
+        for round_ in range(count):
+            start = round_ * stride + rank * batch_size
+            places = range(start, start + batch_size)
+            batches.append(collate([items.get(group[place % len(group)], 0, seed) for place in places]))
     return batches

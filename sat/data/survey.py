@@ -9,7 +9,8 @@ from pathlib import Path
 
 import PIL.Image
 
-from sat.data.records import Bad, Record, read_source
+from sat.data.records import Bad, Record
+from sat.data.sources import read_source
 from sat.data.transforms import Transform, on_white
 
 SHOWN = 5  # lines of a list that is printed

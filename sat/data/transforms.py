@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -67,9 +68,9 @@ class Transform:
         if self.crop not in ("center", "random"):
             raise ValueError(f"data.crop {self.crop!r}: expected 'center' or 'random'")
 
-    def load(self, path: Path) -> Fitted:
-        """The picture in ``path``, turned as its EXIF says, on white, resized to just cover the target."""
-        with PIL.Image.open(path) as file:
+    def load(self, source: Path | BytesIO) -> Fitted:
+        """The picture in a file, turned as its EXIF says, on white, resized to just cover the target."""
+        with PIL.Image.open(source) as file:
             picture = on_white(PIL.ImageOps.exif_transpose(file))
         return self.fit(picture)
 

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sat.data.records import HELD_OUT, read_source
+from sat.data.records import HELD_OUT
+from sat.data.sources import read_source
 
 log = logging.getLogger(__name__)
 

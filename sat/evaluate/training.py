@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sat.data.records import HELD_OUT, DataError, Record, read_source, read_sources
+from sat.data.records import HELD_OUT, DataError, Record
+from sat.data.sources import read_source, read_sources
 from sat.data.transforms import Transform, to_tensor
 from sat.evaluate.augment import Strength, augment
 from sat.evaluate.classifier import Card, Classifier, Logits, embed, statistics, top_shares

@@ -42,6 +42,11 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def pins(self) -> bool:
+        """True when copies to the device are faster out of pinned memory."""
+        return self.device.type == "cuda"
+
+    @property
     def grouped(self) -> bool:
         """True when a process group is up (always with more than one process)."""
         return dist.is_initialized()

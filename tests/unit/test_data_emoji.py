@@ -15,7 +15,7 @@ from sat.data.emoji.captions import captions, with_article
 from sat.data.emoji.concepts import Concept, code_points, core_labels, read_concepts, select, slug
 from sat.data.emoji.icons import IconSet, svg
 from sat.data.emoji.packages import LABELS, STYLES, TRAINING_STYLES, Archive, Package, PackageError, fetch
-from sat.data.records import read_source
+from sat.data.sources import read_source
 
 APPLE = Concept("red apple", "1f34e", ("diet", "food", "fruit"), 4)
 

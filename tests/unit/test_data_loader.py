@@ -10,7 +10,8 @@ import torch
 from sat.data.batch import Batch, Sample, collate
 from sat.data.dataset import Dataset, LatentCache
 from sat.data.loader import Loader, once
-from sat.data.records import DataError, Record, RecordSet, read_sources
+from sat.data.records import DataError, Record, RecordSet
+from sat.data.sources import read_sources
 from sat.data.transforms import Augment, Transform
 
 

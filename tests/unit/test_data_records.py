@@ -6,7 +6,8 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from sat.data.records import DataError, Record, read_source, read_sources
+from sat.data.records import DataError, Record
+from sat.data.sources import read_source, read_sources
 
 
 def picture(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
@@ -74,7 +75,7 @@ def test_every_bad_row_is_listed_with_its_line_and_cause(tmp_path):
     expected = (
         "gone.png: no such file", "no caption, expected one of text, prompt, caption",
         "Expecting property name", "expected a caption", "1 weights for 2 captions", "none negative",
-        "expected an object", "file_name is None",
+        "expected an object", "file_name: None",
     )  # fmt: skip
     for number, (reason, words) in enumerate(zip(reasons, expected, strict=True), 2):
         assert f"metadata.jsonl:{number}: " in reason
@@ -112,7 +113,7 @@ def test_repeats_multiply_a_source(tmp_path):
     ("make", "words"),
     [
         (lambda path: path / "none", "no such folder"),
-        (lambda path: picture(path / "a.png"), r"expected a folder or a \.jsonl file"),
+        (lambda path: picture(path / "a.png"), r"expected a folder, a \.jsonl, \.csv, \.tar or \.parquet file"),
         (lambda path: path, "no pairs of image and caption"),
     ],
 )

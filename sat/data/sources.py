@@ -1,0 +1,110 @@
+"""Reading what pairs of pictures and captions the data sources hold, without opening the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sat.data.parquet import read_parquet
+from sat.data.records import IMAGE_SUFFIXES, TABLE, Bad, DataError, Record, RecordSet, check_bad_share
+from sat.data.shards import expand, read_shard
+from sat.data.tables import read_csv, read_jsonl
+
+TABLES = (TABLE, "metadata.csv")
+_READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".tar": read_shard, ".parquet": read_parquet}
+_KNOWN = "a folder, a .jsonl, .csv, .tar or .parquet file"
+
+
+class Source(NamedTuple):
+    """One data source. ``repeats``: copies of it in an epoch; ``weight``: its share of the stream instead."""
+
+    path: Path
+    repeats: int = 1
+    weight: float | None = None
+
+
+def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: float = 0.05) -> RecordSet:
+    """The records of all ``sources``; raises if one has none or too many bad ones."""
+    if not sources:
+        raise DataError("no data sources (data.sources)")
+    records: list[Record] = []
+    bad: list[Bad] = []
+    shares: list[tuple[int, float]] = []
+    for source in (Source(*one) for one in sources):
+        found = read_source(source.path)
+        check_bad_share(found.bad, len(found) + len(found.bad), max_bad_share, str(source.path))
+        if not found.records:
+            raise DataError(
+                f"{source.path}: no pairs of image and caption; expected {' or '.join(TABLES)} with "
+                "file_name and text, .tar or .parquet shards, or images with .txt files of the same name"
+            )
+        records += found.records * source.repeats
+        bad += found.bad
+        if source.weight is not None:
+            shares.append((len(found.records) * source.repeats, source.weight))
+    if shares and len(shares) < len(sources):
+        raise DataError("data.sources: either every source has a weight or none has")
+    return RecordSet(tuple(records), tuple(bad), tuple(shares))
+
+
+def read_source(path: Path) -> RecordSet:
+    """The records of one folder, table, shard, or range of shards ``name-{000..012}.tar``.
+
+    A folder with ``metadata.jsonl`` or ``metadata.csv`` is read through it alone; else one with ``.tar`` or
+    ``.parquet`` files through these, in order of their names; else every image below it with a ``.txt`` file
+    of the same name counts, in order of their paths.
+    """
+    if path.is_dir():
+        return _read(_folder(path))
+    files = expand(path)
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file}: no such folder or file; expected {_KNOWN} (data.sources)")
+        if file.suffix.lower() not in _READERS:
+            raise DataError(f"{file}: expected {_KNOWN} (data.sources)")
+    return _read(item for file in files for item in _READERS[file.suffix.lower()](file))
+
+
+def _read(items: Iterator[Record | Bad]) -> RecordSet:
+    records: list[Record] = []
+    bad: list[Bad] = []
+    for item in items:
+        if isinstance(item, Bad):
+            bad.append(item)
+        else:
+            records.append(item)
+    return RecordSet(tuple(records), tuple(bad))
+
+
+def _folder(folder: Path) -> Iterator[Record | Bad]:
+    """One record or complaint for each row, member or image of ``folder``."""
+    tables = [folder / name for name in TABLES if (folder / name).is_file()]
+    if len(tables) > 1:
+        raise DataError(f"{folder}: holds {' and '.join(TABLES)}; name the one to read as the source")
+    for table in tables:
+        yield from _READERS[table.suffix](table)
+    if tables:
+        return
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".tar", ".parquet"))
+    for file in files:
+        yield from _READERS[file.suffix.lower()](file)
+    if not files:
+        yield from _pairs(folder)
+
+
+def _pairs(folder: Path) -> Iterator[Record | Bad]:
+    """One record or complaint for each image below ``folder``."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+            continue
+        text = path.with_suffix(".txt")
+        try:
+            caption = " ".join(text.read_text("utf-8").split())
+        except FileNotFoundError:
+            yield Bad(str(path), f"no caption file {text.name}", "caption")
+            continue
+        except (OSError, ValueError) as error:
+            yield Bad(str(text), str(error), "caption")
+            continue
+        yield Record(path, (caption,)) if caption else Bad(str(text), "empty caption", "caption")
