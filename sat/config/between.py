@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from sat.config.schema import Component, Experiment
+from sat.config.schema import BucketsConfig, Component, Experiment
 from sat.config.source import Key, Marks, Problem, dotted, where
 from sat.config.targets import resolve, signature
 
@@ -23,6 +23,7 @@ def _broken(e: Experiment) -> Iterator[tuple[Key, str]]:
     yield from _pictures(e)
     yield from _steps(e)
     yield from _guidance(e)
+    yield from _adapters(e)
 
 
 def _equal(e: Experiment) -> Iterator[tuple[Key, str]]:
@@ -81,8 +82,33 @@ def _pictures(e: Experiment) -> Iterator[tuple[Key, str]]:
         return
     factor = 2 ** (len(multipliers) - 1)
     for name, side in (("height", e.data.height), ("width", e.data.width)):
-        if side % factor:
+        if side is not None and side % factor:
             yield ("data", name), f"{side} is not a multiple of {factor}, the pixels of one latent cell"
+    if e.data.buckets is not None:
+        yield from _buckets(e, e.data.buckets, factor)
+
+
+def _buckets(e: Experiment, buckets: BucketsConfig, factor: int) -> Iterator[tuple[Key, str]]:
+    """Every bucket must divide into the network's smallest units, and fit its position table."""
+    from sat.data.buckets import BucketRule
+
+    model = _reader(e, e.model)
+    cell = factor * (_granule(model) or 1)
+    if buckets.step % cell:
+        yield (
+            ("data", "buckets", "step"),
+            f"{buckets.step} is not a multiple of {cell}, the pixels of the network's smallest unit",
+        )
+        return
+    rule = BucketRule(buckets.areas, buckets.step, buckets.max_ratio)
+    longest = max(max(size) for area in rule.areas for size in rule.sizes(area))
+    table = model("table_size")
+    if table is not _UNKNOWN and _has_table(e.model) and longest // cell > min(table):
+        yield (
+            ("data", "buckets"),
+            f"the longest side of a bucket, {longest} pixels, is {longest // cell} patches, more than the "
+            f"position table {list(table)}: lower area or max_ratio",
+        )
 
 
 def _granule(model: Any) -> int | None:
@@ -124,6 +150,37 @@ def _guidance(e: Experiment) -> Iterator[tuple[Key, str]]:
             ("sampling", "guider"),
             "sat.diffusion.guidance.Embedded hands the guidance strength to the network, but this model "
             "takes none (model.params.guidance_dim is null): use ClassifierFree, or a distilled config",
+        )
+
+
+def _adapters(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """LoRA trains the parts that the objective trains, and an objective that trains those LoRA adapts."""
+    lora = e.adapters.lora
+    if lora is None or e.train is None:
+        return
+    objective = _reader(e, e.train.objective)
+    trains = objective("train_text")
+    wants = any(groups.of_text(target) for target in lora.targets)
+    if trains is not _UNKNOWN and wants and not trains:
+        yield (
+            ("adapters", "lora", "targets"),
+            "the text encoder is targeted, but the objective does not train it: set "
+            "train.objective.params.train_text=true",
+        )
+    if trains is True and not wants:
+        yield (
+            ("adapters", "lora", "targets"),
+            f"the objective trains the text encoder (train_text), but no target is in it: add text_encoder, "
+            f"or set train_text to false (targets: {', '.join(lora.targets)})",
+        )
+    try:
+        rounds = resolve(e.train.objective.target, e.imports).rounds(e.train.objective.params)
+    except ValueError:
+        return  # said with the objective itself
+    if rounds:
+        yield (
+            ("adapters", "lora"),
+            "distillation gives the network a new input, which low-rank factors cannot: set it to null",
         )
 
 

@@ -33,6 +33,7 @@ from sat.config.targets import (
     resolve,
     signature,
 )
+from sat.data.shards import expand
 
 BAD: Final = object()
 _PLAIN = (str, int, float, bool, type(None), Path, object)
@@ -198,6 +199,10 @@ class Checker:
         mark = where(self.marks, key)
         if (found := find(value, mark.folder)) is not None:
             return found
+        if note.ranges and (first := expand(Path(value))[0]) != Path(value):
+            if (found := find(first, mark.folder)) is not None:
+                return found.with_name(Path(value).name)
+            value = str(first)
         self.missing.append(Problem(str(mark), dotted(key), f"there is no {value!r}; {note.advice}"))
         return Path(value)
 

@@ -7,11 +7,13 @@ in ``between.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from sat.adapters import groups
 from sat.sampling.sizes import SizeError, SizeRule
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class MustExist:
     """
 
     advice: str
+    ranges: bool = False  # ``a-{00..12}.tar`` stands for many files
 
 
 class RuleError(ValueError):
@@ -315,16 +318,89 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True)
-class SourceConfig(Section):
-    """One data set: a folder of images with captions; ``repeats`` copies of it in an epoch."""
+class LoraConfig(Section):
+    """Low-rank factors to train instead of the weights (docs/lora.md).
 
-    section = "data.sources"
-    path: Annotated[Path, MustExist("name a folder of images with captions (see docs/data.md)")]
-    repeats: int = 1
+    ``alpha`` is for layers of ``rank`` (null: equal to it, so that the factors count as they are); layers
+    that ``ranks`` gives another rank keep the ratio. ``targets`` are groups of layers (``sat/adapters/groups.py``)
+    or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter to go on from.
+    """
+
+    section = "adapters.lora"
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["attention"])
+    ranks: dict[str, int] = field(default_factory=dict)
+    dora: bool = False
+    start: Annotated[Path | None, MustExist("name an adapter to go on from, or null for a new one")] = None
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def _rules(self) -> Broken:
-        if self.repeats < 1:
-            yield "repeats", f"expected at least 1, got {self.repeats}"
+        yield from self._at_least_1("rank")
+        if self.alpha is not None and not self.alpha > 0:
+            yield "alpha", f"expected more than 0, or null for the rank, got {self.alpha}"
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"expected a share of 0 to below 1, got {self.dropout}"
+        if not self.targets:
+            yield "targets", f"expected at least one of {', '.join(groups.GROUPS)}, or a pattern"
+        for name in ("targets", "ranks"):
+            for target in groups.unknown(getattr(self, name)):
+                near = groups.hint(target, groups.GROUPS)
+                yield name, f"no group {target!r}{near} (there are {', '.join(groups.GROUPS)}, and patterns)"
+        for target, rank in self.ranks.items():
+            if rank < 1:
+                yield "ranks", f"expected at least 1, got {rank} for {target!r}"
+
+
+@dataclass(frozen=True)
+class LoadConfig(Section):
+    """A trained adapter to use; ``strength`` 0 is without it, 1 as trained."""
+
+    section = "adapters.load"
+    path: Annotated[Path, MustExist("name an adapter: a file, a folder, or a run's folder")]
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class AdaptersConfig(Section):
+    """Small additions to a model's linear layers. ``lora``: trained by ``train.py``; ``load``: used as they are.
+
+    ``merge`` folds the loaded ones into the weights: as fast as without any, but strengths are then fixed.
+    """
+
+    section = "adapters"
+    lora: LoraConfig | None = None
+    load: list[LoadConfig] = field(default_factory=list)
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class SourceConfig(Section):
+    """One data set: a folder, table or shards of images with captions (``name-{000..012}.tar`` is a range).
+
+    ``repeats``: copies of it in an epoch. ``weight``: its share of the stream instead, relative to the
+    weights of the other sources.
+    """
+
+    section = "data.sources"
+    path: Annotated[
+        Path,
+        MustExist("name a folder, table or shards of images with captions (see docs/data.md)", ranges=True),
+    ]
+    repeats: int = 1
+    weight: float | None = None
+
+    def _rules(self) -> Broken:
+        yield from self._at_least_1("repeats")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            yield "weight", f"expected more than 0 or null, got {self.weight}"
+        if self.weight is not None and self.repeats != 1:
+            yield "weight", f"`repeats` {self.repeats} is given too: one of them says how often it comes"
 
 
 @dataclass(frozen=True)
@@ -343,16 +419,50 @@ class AugmentConfig(Section):
 
 
 @dataclass(frozen=True)
+class BucketsConfig(Section):
+    """Sizes for pictures of different shapes: multiples of ``step`` pixels with at most ``area`` pixels.
+
+    ``area``: one or several; a picture goes to the largest that it fills. ``max_ratio``: of the longer to
+    the shorter side. ``min_images``: buckets with fewer are closed, their pictures go to the next best.
+    """
+
+    section = "data.buckets"
+    area: int | list[int]
+    step: int
+    max_ratio: float = 2.0
+    min_images: int = 1
+
+    @property
+    def areas(self) -> tuple[int, ...]:
+        """All areas in pixels."""
+        return (self.area,) if isinstance(self.area, int) else tuple(self.area)
+
+    def _rules(self) -> Broken:
+        yield from self._at_least_1("step", "min_images")
+        if not self.areas or min(self.areas) < self.step**2:
+            least = f"at least `step` x `step` ({self.step**2}) pixels"
+            yield "area", f"expected one or several areas of {least}, got {self.area}"
+        if not 1 <= self.max_ratio < math.inf:
+            yield "max_ratio", f"expected at least 1, got {self.max_ratio}"
+
+
+@dataclass(frozen=True)
 class DataConfig(Section):
-    """Image-caption pairs for training, brought to ``height`` x ``width`` pixels."""
+    """Image-caption pairs for training, brought to ``height`` x ``width`` pixels or to ``buckets``.
+
+    ``cache``: a folder that keeps latents and text embeddings over runs; ``cache_views``: differently placed
+    pictures of each item whose latents are kept there, or in memory without it.
+    """
 
     section = "data"
     sources: list[SourceConfig]
-    height: int
-    width: int
+    height: int | None = None
+    width: int | None = None
+    buckets: BucketsConfig | None = None
     crop: Literal["center", "random"] = "center"
     augment: AugmentConfig | None = None
     max_bad_share: float = 0.05
+    cache: Path | None = None
     cache_views: int = 0
     workers: int = 0
     validation: list[SourceConfig] = field(default_factory=list)
@@ -360,14 +470,26 @@ class DataConfig(Section):
     def _rules(self) -> Broken:
         if not self.sources:
             yield "sources", "expected at least one source"
-        for name in ("height", "width"):
-            if getattr(self, name) < 1:
-                yield name, f"expected at least 1 pixel, got {getattr(self, name)}"
+        for name in ("sources", "validation"):
+            weighted = [source.weight is not None for source in getattr(self, name)]
+            if any(weighted) and not all(weighted):
+                yield name, "either every source has a `weight` or none has"
+        yield from self._size_rules()
         if not 0 <= self.max_bad_share <= 1:
             yield "max_bad_share", f"expected a share of 0 to 1, got {self.max_bad_share}"
         for name in ("cache_views", "workers"):
             if getattr(self, name) < 0:
                 yield name, f"expected at least 0, got {getattr(self, name)}"
+
+    def _size_rules(self) -> Broken:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is None and self.buckets is None:
+                yield "", f"needs `{name}`, or `buckets` instead of height and width"
+            elif value is not None and self.buckets is not None:
+                yield name, "`buckets` is given too: set one of them to null"
+            elif value is not None and value < 1:
+                yield name, f"expected at least 1 pixel, got {value}"
 
 
 @dataclass(frozen=True)
@@ -384,6 +506,7 @@ class Experiment(Section):
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     train: TrainConfig | None = None
     data: DataConfig | None = None
     imports: list[str] = field(default_factory=list)

@@ -63,7 +63,7 @@ class Dataset:
         self.groups = groups(records, buckets)
         self._room = keep_bytes
         self._kept: dict[str, Fitted] = {}
-        self._unreadable: set[str] = set()
+        self._unreadable: dict[str, str] = {}  # by name, why
         self._lock = threading.Lock()
         self._files = len({record.name for record in self.records})
         self._transforms = [transform]
@@ -119,12 +119,16 @@ class Dataset:
         """The record that ``get`` shows for ``index``."""
         return self.records[self.shown(index)]
 
+    def why(self, index: int) -> str:
+        """Why the picture of record ``index`` cannot be read; nothing if it can."""
+        return self._unreadable.get(self.records[index].name, "")
+
     def reject(self, record: Record, reason: str) -> None:
         """Notes that the picture of ``record`` cannot be read; raises if that makes too many."""
         with self._lock:
             if record.name in self._unreadable:
                 return
-            self._unreadable.add(record.name)
+            self._unreadable[record.name] = reason
             self.bad.append(Bad(record.name, reason, "picture"))
             log.warning("skipped %s: %s", record.name, reason)
             total = self._files + len(self.bad) - len(self._unreadable)

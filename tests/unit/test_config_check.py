@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 
 from sat.config.check import BAD, Checker, fit, show
-from sat.config.schema import DataConfig, ParallelConfig, TrainConfig
+from sat.config.schema import DataConfig, ParallelConfig, SourceConfig, TrainConfig
 from sat.config.targets import TargetError, allowed, check_import, produces, resolve, signature
 from sat.diffusion.guidance import ClassifierFree, Guider
 from sat.diffusion.schedule import ZeroSNR
@@ -177,13 +177,42 @@ def test_rules_of_training(values, key):
 @pytest.mark.parametrize(
     "values",
     [{"sources": []}, {"height": 0}, {"max_bad_share": 2}, {"workers": -1}, {"cache_views": -1},
-     {"sources": [{"path": ".", "repeats": 0}]}, {"augment": {"shift": 0.9}}, {"augment": {"scale": [1.0, 0.5]}}],
+     {"sources": [{"path": ".", "repeats": 0}]}, {"width": None}, {"buckets": {"area": 64, "step": 8}},
+     {"sources": [{"path": ".", "repeats": 2, "weight": 1.0}]}, {"sources": [{"path": ".", "weight": 0.0}]},
+     {"sources": [{"path": ".", "weight": 1.0}, {"path": "."}]}, {"augment": {"shift": 0.9}},
+     {"augment": {"scale": [1.0, 0.5]}}],
 )  # fmt: skip
 def test_rules_of_data(values):
     checker = Checker({})
     good = {"sources": [{"path": "."}], "height": 8, "width": 8}
     assert checker.section(DataConfig, good, ()) is not BAD
     assert checker.section(DataConfig, {**good, **values}, ()) is BAD
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"area": 63}, "data.buckets.area: expected one or several areas of at least `step` x `step` (64) pixels"),
+     ({"area": []}, "data.buckets.area"), ({"step": 0}, "data.buckets.step: expected at least 1"),
+     ({"max_ratio": 0.5}, "data.buckets.max_ratio: expected at least 1, got 0.5"),
+     ({"min_images": 0}, "data.buckets.min_images: expected at least 1, got 0")],
+)  # fmt: skip
+def test_rules_of_buckets(values, words):
+    checker = Checker({})
+    data = {"sources": [{"path": "."}], "buckets": {"area": [64, 256], "step": 8}}
+    assert checker.section(DataConfig, data, ("data",)) is not BAD
+    data["buckets"] |= values
+    assert checker.section(DataConfig, data, ("data",)) is BAD
+    assert words in "\n".join(str(problem) for problem in checker.problems)
+
+
+def test_a_range_of_shards_is_looked_up_by_its_first(tmp_path):
+    checker = Checker({})
+    (tmp_path / "a-08.tar").touch()
+    section = {"path": str(tmp_path / "a-{08..10}.tar")}
+    assert checker.section(SourceConfig, section, ("data",)).path == tmp_path / "a-{08..10}.tar"
+    assert not checker.missing
+    checker.section(SourceConfig, {"path": str(tmp_path / "b-{08..10}.tar")}, ("data",))
+    assert f"there is no '{tmp_path}/b-08.tar'" in str(checker.missing[0])
 
 
 def test_a_section_made_in_python_keeps_its_rules():

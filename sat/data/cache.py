@@ -1,0 +1,330 @@
+"""Latents and text embeddings kept on disk: one small file for each, named by all that it was made from.
+
+A file is written beside its place and renamed into it, so that it is there whole or not at all, whoever else
+writes the same one. What is stale has another name and is made again; nothing needs deleting by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sat.data.batch import Sample, collate
+from sat.data.dataset import Dataset, item_random
+from sat.data.records import DataError, Record
+
+_OLD = 24 * 3600  # seconds, after which a partial file's writer is taken to be dead
+Kind = Literal["latents", "low", "text"]
+
+
+class CacheError(DataError):
+    """A cache file that cannot be used, or is missing."""
+
+
+class Store:
+    """Tensors by key under ``root``, apart from those made otherwise: ``facts`` is all that made them.
+
+    The facts are in the folder's name as a digest, and readable in its ``made_from.json``.
+    """
+
+    def __init__(self, root: Path, kind: Kind, facts: Mapping[str, object]) -> None:
+        text = json.dumps(facts, sort_keys=True, default=str, indent=1)
+        self.folder = root / f"{kind}-{_digest(text)[:16]}"
+        self.facts = text
+
+    def path(self, key: str) -> Path:
+        """Where the tensors of ``key`` are."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def whole(self, key: str) -> bool:
+        """Whether they are there, in a file of the length that its head tells."""
+        try:
+            with self.path(key).open("rb") as file:
+                head = int.from_bytes(file.read(8), "little")
+                tensors = json.loads(file.read(head))
+                end = max(one["data_offsets"][1] for name, one in tensors.items() if name != "__metadata__")
+                return bool(os.fstat(file.fileno()).st_size == 8 + head + end)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return False
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep ``tensors``, or replace what was kept of ``key``."""
+        data = safetensors.torch.save(
+            {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
+        )
+        self._place(self.path(key), data)
+        self._reason(key).unlink(missing_ok=True)
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The tensors of ``key``."""
+        try:
+            found: dict[str, Tensor] = safetensors.torch.load_file(self.path(key))
+        except Exception as error:  # safetensors has an error type of its own
+            raise CacheError(
+                f"{self.path(key)}: cannot be read ({error}); starting again makes it anew"
+            ) from error
+        return found
+
+    def reject(self, key: str, reason: str) -> None:
+        """Keep why there is nothing for ``key``."""
+        self._place(self._reason(key), reason.encode())
+
+    def rejected(self, key: str) -> str | None:
+        """Why there is nothing for ``key``, if that is so."""
+        try:
+            return self._reason(key).read_text("utf-8", "replace")
+        except OSError:
+            return None
+
+    def describe(self) -> None:
+        """Write down what the tensors are made from, and clear away what dead writers left."""
+        self._place(self.folder / "made_from.json", self.facts.encode())
+        for partial in self.folder.glob("*/.*.part"):
+            try:
+                if time.time() - partial.stat().st_mtime > _OLD:
+                    partial.unlink()
+            except OSError:  # somebody else was faster
+                continue
+
+    def _reason(self, key: str) -> Path:
+        return self.path(key).with_suffix(".unreadable")
+
+    def _place(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+        partial = path.with_name(f".{path.name}.{own}.part")
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class Stamps:
+    """What tells a picture from what it was before: its place, and its file's size and time of change."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, str] = {}
+
+    def of(self, record: Record) -> str:
+        """A line for the picture of ``record``."""
+        if record.path not in self._files:
+            path = record.path.resolve()
+            stat = path.stat()
+            self._files[record.path] = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
+        return f"{self._files[record.path]}|{record.inside or ''}"
+
+
+class Job(NamedTuple):
+    """A picture to encode: its record's index in the data set, and which of its placements."""
+
+    index: int
+    view: int
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The caches of one training. ``low`` is kept beside ``latents``; None: not cached."""
+
+    latents: Store | None = None
+    low: Store | None = None
+    text: Store | None = None
+
+
+class Cached:
+    """The items of ``dataset`` with latents, text embeddings or both out of ``stores``.
+
+    ``views`` placements of every picture are cached; which one an epoch shows is drawn from (seed, epoch,
+    index). Captions are drawn as without a cache.
+    """
+
+    def __init__(self, dataset: Dataset, stores: Stores, views: int) -> None:
+        if views < 1:
+            raise ValueError(f"data.cache_views {views}: expected at least 1 to cache latents")
+        self.dataset, self.stores, self.views = dataset, stores, views
+        self._stamps = Stamps()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def get(self, index: int, epoch: int, seed: int) -> Sample:
+        """Item ``index`` of ``epoch``."""
+        if self.stores.latents is None:
+            sample = self.dataset.get(index, epoch, seed)
+        else:
+            shown = self.dataset.shown(index)
+            drawn = item_random(seed, epoch, index, "view").random()
+            caption = self.dataset.records[shown].caption(item_random(seed, epoch, index, "caption").random())
+            sample = self._latents(Job(shown, int(drawn * self.views)), caption)
+        if self.stores.text is None:
+            return sample
+        text = self.stores.text.read(caption_key(sample.caption))["text"]
+        return Sample(**{**sample.__dict__, "text": text})
+
+    def _latents(self, job: Job, caption: str) -> Sample:
+        assert self.stores.latents is not None, "only called with one"
+        key = self.key(job)
+        made = self.stores.latents.read(key)
+        original, crop, target = ((int(a), int(b)) for a, b in made["sizes"].tolist())
+        low = None if self.stores.low is None else self.stores.low.read(key)["moments"].float()
+        return Sample(
+            caption, original, crop, target, latent_moments=made["moments"].float(), low_moments=low
+        )
+
+    def key(self, job: Job) -> str:
+        """What the latents of a picture are kept under."""
+        transform = self.dataset.transform(job.index)
+        stamp = self._stamps.of(self.dataset.records[job.index])
+        return _digest(f"{stamp}|{transform.height}x{transform.width}|{job.view}")[:32]
+
+    def jobs(self) -> dict[str, Job]:
+        """Every picture to encode by its key; the same on all ranks."""
+        made: dict[str, Job] = {}
+        for view in range(self.views):
+            for index in range(len(self.dataset)):
+                try:
+                    made.setdefault(self.key(Job(index, view)), Job(index, view))
+                except OSError as error:
+                    self.dataset.reject(self.dataset.records[index], str(error))
+        return made
+
+    def captions(self) -> dict[str, str]:
+        """Every different caption by its key."""
+        return {
+            caption_key(caption): caption for record in self.dataset.records for caption in record.captions
+        }
+
+    def settle(self, jobs: Mapping[str, Job]) -> None:
+        """Have the data set pass over the pictures that were found unreadable; raises if they are too many."""
+        if self.stores.latents is None:
+            return
+        for key, job in jobs.items():
+            reason = None if job.view else self.stores.latents.rejected(key)
+            if reason is not None and not self.stores.latents.path(key).exists():
+                self.dataset.reject(self.dataset.records[job.index], reason)
+
+
+def caption_key(caption: str) -> str:
+    """What the embedding of ``caption`` is kept under."""
+    return _digest(caption)[:32]
+
+
+def missing(store: Store, keys: Iterable[str]) -> list[str]:
+    """Of ``keys`` those that have neither tensors nor a reason why not."""
+    keys = list(keys)
+    with ThreadPoolExecutor(8, thread_name_prefix="cache") as pool:
+        there = pool.map(lambda key: store.whole(key) or store.rejected(key) is not None, keys, chunksize=64)
+        return [key for key, is_there in zip(keys, there, strict=True) if not is_there]
+
+
+def fill_latents(
+    cached: Cached,
+    jobs: Mapping[str, Job],
+    encode: Callable[[Tensor], Tensor],
+    degrade: Callable[[Tensor], Tensor] | None = None,
+    *,
+    batch_size: int = 8,
+    workers: int = 2,
+) -> Iterator[int]:
+    """Makes the latents (and low-resolution latents) of ``jobs``; yields after each batch how many it had.
+
+    ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled.
+    """
+    stores, dataset = cached.stores, cached.dataset
+    assert stores.latents is not None, "only called with one"
+    by_size: dict[tuple[int, int], list[str]] = {}
+    for key, job in jobs.items():
+        transform = dataset.transform(job.index)
+        by_size.setdefault((transform.height, transform.width), []).append(key)
+    chunks = [
+        keys[start : start + batch_size]
+        for keys in by_size.values()
+        for start in range(0, len(keys), batch_size)
+    ]
+
+    def opened(keys: Sequence[str]) -> list[tuple[str, Sample | None]]:
+        return [(key, dataset.view(*jobs[key])) for key in keys]
+
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="cache") as pool, torch.no_grad():
+        waiting = [pool.submit(opened, chunk) for chunk in chunks[: workers + 1]]
+        for number, chunk in enumerate(chunks):
+            pairs = waiting.pop(0).result()
+            if number + workers + 1 < len(chunks):
+                waiting.append(pool.submit(opened, chunks[number + workers + 1]))
+            for key, sample in pairs:
+                if sample is None:
+                    stores.latents.reject(key, dataset.why(jobs[key].index))
+            good = [(key, sample) for key, sample in pairs if sample is not None]
+            if good:
+                _encode(stores, good, encode, degrade)
+            yield len(chunk)
+
+
+def _encode(
+    stores: Stores,
+    pairs: Sequence[tuple[str, Sample]],
+    encode: Callable[[Tensor], Tensor],
+    degrade: Callable[[Tensor], Tensor] | None,
+) -> None:
+    batch = collate([sample for _, sample in pairs])
+    assert batch.image is not None and stores.latents is not None, "a data set gives images"
+    moments = encode(batch.image)
+    low = None if degrade is None else encode(degrade(batch.image))
+    sizes = torch.stack([batch.original_size, batch.crop, batch.target_size], dim=1)  # (B, 3, 2)
+    for row, (key, _) in enumerate(pairs):
+        if low is not None and stores.low is not None:
+            stores.low.write(key, {"moments": low[row]})
+        stores.latents.write(key, {"moments": moments[row], "sizes": sizes[row]})
+
+
+def fill_text(
+    store: Store,
+    captions: Mapping[str, str],
+    encode: Callable[[Sequence[str]], Tensor],
+    *,
+    batch_size: int = 32,
+) -> Iterator[int]:
+    """Makes the embeddings (T, C_text) of ``captions``; yields after each batch how many it had."""
+    keys = list(captions)
+    with torch.no_grad():
+        for start in range(0, len(keys), batch_size):
+            part = keys[start : start + batch_size]
+            for key, text in zip(part, encode([captions[key] for key in part]), strict=True):
+                store.write(key, {"text": text})
+            yield len(part)
+
+
+def prune(root: Path, used: Mapping[Path, frozenset[str]]) -> int:
+    """Delete what no store of ``used`` (its folder: its keys) needs; how many files that were."""
+    count = 0
+    for folder in root.glob("*-*"):
+        if not (folder / "made_from.json").is_file():
+            continue
+        keys = used.get(folder, frozenset())
+        for file in [*folder.glob("*/*.safetensors"), *folder.glob("*/*.unreadable")]:
+            if file.stem not in keys:
+                file.unlink(missing_ok=True)
+                count += 1
+        if not keys:
+            (folder / "made_from.json").unlink(missing_ok=True)
+        for left in [*(sub for sub in folder.iterdir() if sub.is_dir()), folder]:
+            if left.is_dir() and not any(left.iterdir()):
+                left.rmdir()
+    return count
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
