@@ -62,10 +62,8 @@ class Store:
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors``, or replace what was kept of ``key``."""
-        data = safetensors.torch.save(
-            {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
-        )
-        self._place(self.path(key), data)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._place(self.path(key), safetensors.torch.save(plain))
         self._reason(key).unlink(missing_ok=True)
 
     def read(self, key: str) -> dict[str, Tensor]:
@@ -131,7 +129,7 @@ class Stamps:
 class Job(NamedTuple):
     """A picture to encode: its record's index in the data set, and which of its placements."""
 
-    index: int
+    item: int
     view: int
 
 
@@ -186,8 +184,8 @@ class Cached:
 
     def key(self, job: Job) -> str:
         """What the latents of a picture are kept under."""
-        transform = self.dataset.transform(job.index)
-        stamp = self._stamps.of(self.dataset.records[job.index])
+        transform = self.dataset.transform(job.item)
+        stamp = self._stamps.of(self.dataset.records[job.item])
         return _digest(f"{stamp}|{transform.height}x{transform.width}|{job.view}")[:32]
 
     def jobs(self) -> dict[str, Job]:
@@ -201,6 +199,17 @@ class Cached:
                     self.dataset.reject(self.dataset.records[index], str(error))
         return made
 
+    def missing(self, jobs: Mapping[str, Job]) -> dict[str, Job]:
+        """Of ``jobs`` those to do: not there, and not pictures that still cannot be read."""
+        latents = self.stores.latents
+        assert latents is not None, "only called with one"
+        absent = missing([latents, self.stores.low], jobs)
+        return {
+            key: jobs[key]
+            for key in absent
+            if latents.rejected(key) is None or self.dataset.view(*jobs[key]) is not None
+        }
+
     def captions(self) -> dict[str, str]:
         """Every different caption by its key."""
         return {
@@ -208,13 +217,13 @@ class Cached:
         }
 
     def settle(self, jobs: Mapping[str, Job]) -> None:
-        """Have the data set pass over the pictures that were found unreadable; raises if they are too many."""
+        """Have the data set pass over the pictures found unreadable; raises if they are too many."""
         if self.stores.latents is None:
             return
         for key, job in jobs.items():
             reason = None if job.view else self.stores.latents.rejected(key)
             if reason is not None and not self.stores.latents.path(key).exists():
-                self.dataset.reject(self.dataset.records[job.index], reason)
+                self.dataset.reject(self.dataset.records[job.item], reason)
 
 
 def caption_key(caption: str) -> str:
@@ -222,12 +231,17 @@ def caption_key(caption: str) -> str:
     return _digest(caption)[:32]
 
 
-def missing(store: Store, keys: Iterable[str]) -> list[str]:
-    """Of ``keys`` those that have neither tensors nor a reason why not."""
-    keys = list(keys)
+def missing(stores: Sequence[Store | None], keys: Iterable[str]) -> list[str]:
+    """Of ``keys`` those that one of ``stores`` does not have whole."""
+    keys, given = list(keys), [store for store in stores if store is not None]
+
+    def there(key: str) -> bool:
+        return all(store.whole(key) for store in given)
+
     with ThreadPoolExecutor(8, thread_name_prefix="cache") as pool:
-        there = pool.map(lambda key: store.whole(key) or store.rejected(key) is not None, keys, chunksize=64)
-        return [key for key, is_there in zip(keys, there, strict=True) if not is_there]
+        return [
+            key for key, whole in zip(keys, pool.map(there, keys, chunksize=64), strict=True) if not whole
+        ]
 
 
 def fill_latents(
@@ -247,7 +261,7 @@ def fill_latents(
     assert stores.latents is not None, "only called with one"
     by_size: dict[tuple[int, int], list[str]] = {}
     for key, job in jobs.items():
-        transform = dataset.transform(job.index)
+        transform = dataset.transform(job.item)
         by_size.setdefault((transform.height, transform.width), []).append(key)
     chunks = [
         keys[start : start + batch_size]
@@ -266,7 +280,7 @@ def fill_latents(
                 waiting.append(pool.submit(opened, chunks[number + workers + 1]))
             for key, sample in pairs:
                 if sample is None:
-                    stores.latents.reject(key, dataset.why(jobs[key].index))
+                    stores.latents.reject(key, dataset.why(jobs[key].item))
             good = [(key, sample) for key, sample in pairs if sample is not None]
             if good:
                 _encode(stores, good, encode, degrade)

@@ -195,10 +195,11 @@ class LatentCache:
                 low = None if degrade is None else encode(degrade(batch.image)).detach().float().cpu()
                 sizes = (batch.original_size.tolist(), batch.crop.tolist(), batch.target_size.tolist())
                 for row, (job, *geometry) in enumerate(zip(jobs, *sizes, strict=True)):
-                    places = [(top, left) for top, left in geometry]
+                    original, crop, target = ((int(y), int(x)) for y, x in geometry)
                     self._made[job] = Sample(
-                        "", *places, latent_moments=made[row], low_moments=None if low is None else low[row]
-                    )
+                        "", original, crop, target, latent_moments=made[row],
+                        low_moments=None if low is None else low[row],
+                    )  # fmt: skip
 
     def _batches(self, size: int) -> Iterator[list[tuple[int, int]]]:
         """(item, view) of every picture to make, in batches of one size."""

@@ -53,7 +53,7 @@ LINES = """\
 9: sampling.sampler.target: expected Sampler, got sat.diffusion.schedule.ZeroSNR
 10: sampling.prompt: expected str or a list of str or null, got ['a', 3] (list)
 12: diffusion.schedule.params.shift: expected float, got '4' (str); remove the quotes
-12: diffusion.schedule.params.spacing: expected one of 'trailing', 'leading', got 'trailling' (str); did you mean
+12: diffusion.schedule.params.spacing: expected one of 'trailing', 'leading', 'karras', got 'trailling' (str); did you mean
 12: diffusion.schedule.params.rescal: ZeroSNR has no parameter 'rescal'; did you mean 'rescale'? (it takes shift,
 13: diffusion.parameterisation.target: 'os.system' is outside sat and torch.optim; list its module in `imports`
 14: first_stage.prams: a component has only `target` and `params`; did you mean 'params'?
