@@ -289,8 +289,7 @@ def attach(
         raise AdapterError(f"an adapter's name is letters and digits without a dot, got {name!r}")
     if name in names(model):
         raise AdapterError(f"the model has an adapter {name!r} already")
-    for path, layer in layers.items():
-        _check(model, path, layer)
+    check(model, layers)
     for path, layer in layers.items():
         module = model.get_submodule(path)
         if not isinstance(module, Adapted):
@@ -301,6 +300,12 @@ def attach(
     for module in model.modules():
         if isinstance(module, Transformer) and dropout:
             module.draws = True
+
+
+def check(model: nn.Module, layers: Layers) -> None:
+    """Refuse an adapter whose ``layers`` are not those of ``model``; the model may be on the meta device."""
+    for path, layer in layers.items():
+        _check(model, path, layer)
 
 
 def _check(model: nn.Module, path: str, layer: LayerFactors) -> None:

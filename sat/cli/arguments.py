@@ -60,3 +60,12 @@ def settings(args: argparse.Namespace, options: Mapping[str, str]) -> list[Setti
     """The config keys that the given ``options`` (argument: key) set."""
     pairs = ((key, getattr(args, name)) for name, key in options.items())
     return [Setting(key, value) for key, value in pairs if value is not None]
+
+
+def lora(text: str) -> dict[str, object]:
+    """``PATH[:STRENGTH]`` as an item of ``adapters.load``; what stands after the last colon may be part of PATH."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return {"path": path, "strength": float(strength)} if colon and path else {"path": text}
+    except ValueError:
+        return {"path": text}

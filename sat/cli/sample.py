@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sat.cli.arguments import Setting, parse, reader, settings
+from sat.cli.arguments import Setting, lora, parse, reader, settings
 from sat.cli.guard import guard
 from sat.sampling.prompts import check_text
 from sat.util import threads
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="denoising steps")
     add("--guidance", type=float, metavar="SCALE", help="strength of classifier-free guidance; 1 is none")
     add("--batch-size", type=int, metavar="N", help="images per prompt")
+    add("--lora", action="append", metavar="PATH[:STRENGTH]", help="use an adapter; repeat for several")
     add(
         "--resume",
         action="store_true",
@@ -78,6 +79,8 @@ def given(args: argparse.Namespace) -> list[Setting]:
         out += [Setting("sampling.prompt", list(args.prompt)), Setting("sampling.prompt_file", None)]
     if args.prompt_file:
         out += [Setting("sampling.prompt", None), Setting("sampling.prompt_file", args.prompt_file)]
+    if args.lora:
+        out.append(Setting("adapters.load", [lora(text) for text in args.lora]))
     if args.resume:
         out.append(Setting("output.resume", True))
         if args.output_dir is None and not any(item.startswith("output.dir=") for item in args.overrides):

@@ -317,7 +317,16 @@ def _weights(experiment: Experiment) -> dict[str, object]:
         if source is not None and source not in known:
             known[source] = digest(source)
         found[part] = None if source is None else known[source]
+    if loaded := experiment.adapters.load:
+        found["adapters"] = [[_adapter_digest(item.path), item.strength] for item in loaded]
     return found
+
+
+def _adapter_digest(path: Path) -> str:
+    """A fingerprint of the files of an adapter; of a run's folder, of its newest."""
+    from sat.adapters.files import locate
+
+    return " ".join(digest(file) for file in locate(path))
 
 
 def _model_name(experiment: Experiment) -> str:

@@ -40,6 +40,7 @@ from sat.train import optim
 from sat.train.checkpoints import NATIVE
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Record
+from sat.train.lora import AdapterExport, add_lora
 from sat.train.loop import Extras, Trainer
 from sat.train.objectives import Objective
 from sat.train.resume import RunFolder
@@ -158,6 +159,8 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     )
     objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
     _warn_of_random(experiment, train, objective)
+    if experiment.adapters.lora is not None:
+        add_lora(objective, experiment.adapters.lora, train.seed)
     if train.activation_checkpointing:
         _recompute(objective)
     items, validation = _data(data, train, engine, objective, runtime, mesh)
@@ -274,7 +277,12 @@ def _data(
 def _exporter(
     experiment: Experiment, engine: DiffusionEngine, objective: Objective, dtype: torch.dtype
 ) -> Export:
-    """Writes the trained parts as a native checkpoint folder, for sampling or another training."""
+    """Writes the trained parts as a native checkpoint folder, for sampling or another training.
+
+    Of LoRA only the adapter is written.
+    """
+    if experiment.adapters.lora is not None and experiment.train is not None:
+        return _adapter_exporter(experiment, experiment.train, objective, dtype)
     sections = {
         name: plain(getattr(experiment, name))
         for name in ("model", "diffusion", "conditioning", "first_stage")
@@ -300,6 +308,22 @@ def _exporter(
         )
 
     return export
+
+
+def _adapter_exporter(
+    experiment: Experiment, train: TrainConfig, objective: Objective, dtype: torch.dtype
+) -> Export:
+    """Writes the adapter, which names the model and the weights it belongs to."""
+    assert experiment.adapters.lora is not None, "the caller looked"
+    source = _weights(experiment, train)
+    paths = {"model": source.source("model"), "text": source.source("text")}
+    return AdapterExport(
+        objective,
+        experiment.adapters.lora,
+        {"model": plain(experiment.model), "text": plain(experiment.conditioning.text)},
+        {part: None if path is None else digest(path) for part, path in paths.items()},
+        dtype,
+    )
 
 
 def _drawer(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime) -> Draw:

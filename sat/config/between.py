@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
+from sat.adapters import groups
 from sat.config.schema import BucketsConfig, Component, Experiment
 from sat.config.source import Key, Marks, Problem, dotted, where
 from sat.config.targets import resolve, signature
@@ -156,6 +157,11 @@ def _guidance(e: Experiment) -> Iterator[tuple[Key, str]]:
 def _adapters(e: Experiment) -> Iterator[tuple[Key, str]]:
     """LoRA trains the parts that the objective trains, and an objective that trains those LoRA adapts."""
     lora = e.adapters.lora
+    if e.train is not None and lora is None and e.adapters.load and not e.adapters.merge:
+        yield (
+            ("adapters", "merge"),
+            "training whole weights with loaded adapters needs them merged: set it to true",
+        )
     if lora is None or e.train is None:
         return
     objective = _reader(e, e.train.objective)

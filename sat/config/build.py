@@ -14,7 +14,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sat.config.check import BAD, fit, is_plain, split
-from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, Experiment
+from sat.config.schema import (
+    WEIGHTS,
+    CheckpointConfig,
+    Component,
+    ConditioningConfig,
+    Experiment,
+    LoraConfig,
+)
 from sat.config.source import ConfigError, Key, Problem
 from sat.config.targets import resolve, signature
 
@@ -120,7 +127,18 @@ def build_engine(
         make(d.process),
         None if d.loss is None else make(d.loss),
     )
-    return engine.to(device)
+    engine = engine.to(device)
+    if experiment.adapters.load:
+        from sat.adapters.merge import Loading, load_adapters
+
+        wanted = [Loading(item.path, item.strength) for item in experiment.adapters.load]
+        load_adapters(adaptable(engine), wanted, fold=experiment.adapters.merge)
+    return engine
+
+
+def adaptable(engine: DiffusionEngine) -> dict[str, nn.Module]:
+    """The parts of an engine that adapters can be attached to, by their names in adapters."""
+    return {"model": engine.network, "text": engine.conditioner.text}
 
 
 @dataclass(frozen=True)
@@ -207,14 +225,28 @@ def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
         ("sampling", "guider"): s.guider,
         ("sampling", "sampler"): s.sampler,
     }
+    empty: dict[Key, nn.Module] = {}
     for key, component in components.items():
         try:
             if component is not None and key[0] != "diffusion":
-                build_empty(component, experiment.imports)
+                empty[key] = build_empty(component, experiment.imports)
             elif component is not None:  # schedules compute their tables
                 build(component, imports=experiment.imports)
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, AssertionError) as error:
             yield key, f"{component.target if component else ''} refuses these parameters: {error}"
+    if experiment.adapters.lora is not None and {("model",), ("conditioning", "text")} <= set(empty):
+        yield from _targets(experiment.adapters.lora, empty[("model",)], empty[("conditioning", "text")])
+
+
+def _targets(lora: LoraConfig, model: nn.Module, text: nn.Module) -> Iterator[tuple[Key, str]]:
+    """Targets of LoRA that the model has no layers for."""
+    from sat.adapters.lora import AdapterError
+    from sat.adapters.select import choose
+
+    try:
+        choose({"model": model, "text": text}, lora.targets, lora.rank, lora.ranks)
+    except AdapterError as error:
+        yield ("adapters", "lora", "targets"), str(error)
 
 
 class _NoFill(TorchFunctionMode):

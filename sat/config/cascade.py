@@ -34,6 +34,7 @@ FIRST_ONLY = (
     "sampling.latents",
     "sampling.input_dir",
     "sampling.tile",
+    "adapters",
 )
 """Keys, and what is under them, that an override without a stage's name sets for the first stage alone."""
 

@@ -1,0 +1,343 @@
+"""Adapter files: what is in them, and reading them in any layout. Writing is in ``write.py``.
+
+native     adapter.safetensors: names of our modules, fused parts numbered (``….qkv.lora_A.0.weight``)
+peft       adapter_model.safetensors and adapter_config.json; names of the peer's model, unfused
+diffusers  pytorch_lora_weights.safetensors: the same with ``transformer.`` or ``text_encoder.`` in front
+
+Every file we write says in its header what it is: rank, alpha, targets, the rank and alpha of each layer, and
+the model it was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sat.adapters.lora import AdapterError, LayerFactors, Pair, check
+from sat.adapters.names import Flat, Layout, layouts, to_ours
+from sat.adapters.select import Parts
+from sat.checkpoint.format import CheckpointError, listing
+from sat.checkpoint.safetensors_file import SafetensorsFile
+
+KIND = "cogview3-lora"
+NATIVE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter.safetensors", "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_FILE, DIFFUSERS_HEADER = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+
+_FACTOR = re.compile(
+    r"(?P<name>.+?)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora_magnitude_vector|magnitude|alpha)"
+    r"(?:\.(?P<which>(?!weight$)\w+))?(?:\.weight)?$"
+)
+_SIDES = {"lora_down": "lora_A", "lora_up": "lora_B", "lora_magnitude_vector": "magnitude"}
+_WRAPPERS = ("base_model.model.", "transformer.", "unet.", "diffusion_model.", "text_encoder.", "model.")
+
+
+@dataclass(frozen=True)
+class About:
+    """What an adapter says of itself. ``base``: part -> the config component it was trained on."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ()
+    dora: bool = False
+    base: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[str, str | None] = field(default_factory=dict)  # part -> fingerprint of its weights
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A read adapter: its layers by full name (``model.…``, ``text.…``)."""
+
+    layers: Mapping[str, LayerFactors]
+    about: About
+    layout: str  # native, peft, diffusers
+    source: str
+
+    def of(self, part: str) -> dict[str, LayerFactors]:
+        """The layers of one part, by their name in it."""
+        prefix = f"{part}."
+        return {n.removeprefix(prefix): v for n, v in self.layers.items() if n.startswith(prefix)}
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` holds an adapter, not a checkpoint. A run's folder counts if its checkpoints do."""
+    try:
+        files = locate(path)
+    except AdapterError:
+        return False
+    if path.is_dir():
+        return True
+    with SafetensorsFile(files[0]) as file:
+        return any(_FACTOR.fullmatch(name) for name in file)
+
+
+def locate(path: Path) -> list[Path]:
+    """The adapter files under ``path``: itself, a folder in any layout, or a training run's newest."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise AdapterError(f"{path}: an adapter is a .safetensors file or a folder with one")
+        return [path]
+    if not path.is_dir():
+        raise AdapterError(f"{path}: no such file or folder")
+    for place in (path, path / "native"):
+        for name in (NATIVE_FILE, PEFT_FILE, DIFFUSERS_FILE):
+            if (place / name).is_file():
+                return [place / name]
+    inside = [path / part / PEFT_FILE for part in ("transformer", "unet", "text_encoder")]
+    if found := [file for file in inside if file.is_file()]:
+        return found
+    steps = sorted(marker.parent for marker in path.glob("checkpoints/step_*/COMPLETE"))
+    if steps and (steps[-1] / "native" / NATIVE_FILE).is_file():
+        return [steps[-1] / "native" / NATIVE_FILE]
+    raise AdapterError(
+        f"{path}: holds no adapter: expected {NATIVE_FILE} (ours, or in a run's checkpoints), {PEFT_FILE} "
+        f"(PEFT) or {DIFFUSERS_FILE} (diffusers)"
+    )
+
+
+def read(path: Path, parts: Parts) -> Adapter:
+    """The adapter at ``path`` for the modules ``parts``, which may be on the meta device.
+
+    Whatever does not fit them, name by name and shape by shape, is refused.
+    """
+    found = [_read(file, parts) for file in locate(path)]
+    layers = {name: layer for one in found for name, layer in one.layers.items()}
+    adapter = Adapter(layers, found[0].about, found[0].layout, str(path))
+    for part, module in parts.items():
+        mine = adapter.of(part)
+        _same_kind(adapter, part, module, bool(mine))
+        try:
+            check(module, mine)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+    if strange := sorted({name.partition(".")[0] for name in layers} - set(parts)):
+        raise AdapterError(f"{path}: adapts the {strange[0]} part, of which this model has none")
+    return adapter
+
+
+def _same_kind(adapter: Adapter, part: str, module: nn.Module, used: bool) -> None:
+    """Refuse an adapter that says it is of another class of models."""
+    target = str((adapter.about.base.get(part) or {}).get("target", "")).rpartition(".")[2]
+    if used and target and target != type(module).__name__:
+        raise AdapterError(
+            f"{adapter.source}: is a LoRA of {target}, this model is {type(module).__name__}: another model"
+        )
+
+
+def _read(file: Path, parts: Parts) -> Adapter:
+    try:
+        opened = SafetensorsFile(file)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from error
+    with opened:
+        raw = _Raw(file, dict(opened), opened.metadata)
+    flats = raw.flats()
+    if raw.header.get("layout") == "native":
+        return Adapter(_numbered(flats, raw), raw.about(flats), "native", str(file))
+    layers = _placed(flats, parts, file)
+    layout = "peft" if (file.parent / PEFT_CONFIG).is_file() else "diffusers"
+    return Adapter(layers, raw.about(flats), layout, str(file))
+
+
+class _Raw:
+    """One file: tensors by linear and kind, and what header and side files say of ranks and alphas."""
+
+    def __init__(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        self.file = file
+        self.header = _header(file, metadata)
+        self.config = _config(file, metadata)
+        self.factors: dict[str, dict[str, Tensor]] = {}
+        strays = []
+        for name, tensor in tensors.items():
+            found = _FACTOR.fullmatch(name)
+            if found is None:
+                strays.append(name)
+                continue
+            kind = _SIDES.get(found["kind"], found["kind"])
+            which = found["which"] if (found["which"] or "").isdigit() else None
+            linear = found["name"] if which is None else f"{found['name']}#{which}"
+            self.factors.setdefault(linear, {})[kind] = tensor.clone()
+        if strays:
+            raise AdapterError(
+                f"{file}: {len(strays)} tensors are no LoRA factors of linears: {listing(strays, 3)}"
+            )
+        if not self.factors:
+            raise AdapterError(f"{file}: holds no tensors")
+
+    def flats(self) -> dict[str, Flat]:
+        """The factors of each linear; ``name#part`` in native files."""
+        out: dict[str, Flat] = {}
+        magnitudes = {n: k["magnitude"] for n, k in self.factors.items() if set(k) == {"magnitude"}}
+        for name, kinds in self.factors.items():
+            if name in magnitudes:
+                continue
+            for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+                if side not in kinds:
+                    raise AdapterError(f"{self.file}: {name!r} has {other} but no {side}: the file is incomplete")
+            down, up = kinds["lora_A"], kinds["lora_B"]
+            if down.dim() != 2 or up.dim() != 2:
+                raise AdapterError(f"{self.file}: {name!r} is a LoRA of a convolution, only linears have one")
+            if down.shape[0] != up.shape[1]:
+                raise AdapterError(
+                    f"{self.file}: {name!r}: lora_A has rank {down.shape[0]}, lora_B {up.shape[1]}: wrong rank"
+                )
+            out[name] = Flat(Pair(down, up, self._alpha(name, kinds, down.shape[0])), kinds.get("magnitude"))
+        for name, magnitude in magnitudes.items():
+            if f"{name}#0" not in out:
+                raise AdapterError(f"{self.file}: {name!r} has a magnitude but no factors: incomplete")
+            out[f"{name}#0"] = Flat(out[f"{name}#0"].pair, magnitude)
+        self._all_there(out)
+        return out
+
+    def _all_there(self, flats: Mapping[str, Flat]) -> None:
+        """Compare with the layers that the header lists."""
+        listed: dict[str, Any] = self.header.get("layers", {})
+        if missing := [name for name in listed if name not in flats]:
+            raise AdapterError(
+                f"{self.file}: {len(missing)} of its {len(listed)} layers are missing: {listing(missing, 3)}"
+            )
+        for name, says in listed.items():
+            if (there := flats[name].pair.rank) != says["rank"]:
+                raise AdapterError(
+                    f"{self.file}: {name!r} has rank {there}, its header says {says['rank']}: wrong rank"
+                )
+
+    def _alpha(self, name: str, kinds: Mapping[str, Tensor], rank: int) -> float:
+        """alpha of a linear: of the file, of its header, of PEFT's or diffusers' config; else its rank."""
+        if "alpha" in kinds:
+            return float(kinds["alpha"])
+        if name in self.header.get("layers", {}):
+            return float(self.header["layers"][name]["alpha"])
+        if not self.config:
+            return float(rank)
+        wanted = _pattern(self.config.get("rank_pattern"), name, self.config.get("r", rank))
+        if wanted != rank:
+            raise AdapterError(f"{self.file}: {name!r} has rank {rank}, its config says {wanted}: wrong rank")
+        alpha = float(_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", rank)))
+        return alpha * rank**0.5 if self.config.get("use_rslora") else alpha
+
+    def about(self, flats: Mapping[str, Flat]) -> About:
+        """What the file says of itself, else what its tensors show."""
+        ranks = Counter(flat.pair.rank for flat in flats.values())
+        rank = int(self.header.get("rank", ranks.most_common(1)[0][0]))
+        alphas = Counter(flat.pair.alpha for flat in flats.values() if flat.pair.rank == rank)
+        alpha = self.header.get("alpha", alphas.most_common(1)[0][0] if alphas else rank)
+        base: dict[str, Any] = self.header.get("base", {})
+        return About(
+            rank,
+            float(alpha),
+            tuple(self.header.get("targets", ())),
+            any(flat.magnitude is not None for flat in flats.values()),
+            {part: base[part]["component"] for part in base},
+            {part: base[part].get("digest") for part in base},
+        )
+
+
+def _header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our own part of the header, or nothing."""
+    if metadata.get("adapter") != KIND:
+        return {}
+    try:
+        if int(metadata["version"]) != 1:
+            raise AdapterError(f"{file}: version {metadata['version']}; this code reads version 1")
+        return {
+            "layout": metadata["layout"],
+            **{key: json.loads(metadata[key]) for key in ("rank", "alpha", "targets", "dora", "layers", "base")},
+        }
+    except (KeyError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{file}: its header is damaged: {error}") from error
+
+
+def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's adapter_config.json beside the file, or what diffusers keeps of it in the header."""
+    side = file.parent / PEFT_CONFIG
+    try:
+        if side.is_file():
+            config: dict[str, Any] = json.loads(side.read_text())
+        elif DIFFUSERS_HEADER in metadata:
+            given = json.loads(metadata[DIFFUSERS_HEADER])
+            prefixes = ("transformer.", "unet.", "text_encoder.")
+            config = {}
+            for key, value in given.items():
+                prefix = next((p for p in prefixes if key.startswith(p)), "")
+                config.setdefault(key.removeprefix(prefix), value)
+        else:
+            return {}
+    except ValueError as error:
+        raise AdapterError(f"{file}: its config is damaged: {error}") from error
+    kind = config.get("peft_type", "LORA")
+    extra = [key for key in ("modules_to_save", "layer_replication", "lora_bias") if config.get(key)]
+    if kind != "LORA" or config.get("bias", "none") != "none" or extra:
+        what = extra[0] if extra else f"bias {config.get('bias')!r}" if kind == "LORA" else str(kind)
+        raise AdapterError(f"{file}: PEFT's {what} is not supported, only plain LoRA and DoRA")
+    return config
+
+
+def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that ends the name, else ``default``."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _numbered(flats: Mapping[str, Flat], raw: _Raw) -> dict[str, LayerFactors]:
+    """Layers of a native file, whose names are ours."""
+    fused: dict[str, int] = {}
+    for name in raw.header["layers"]:
+        linear, _, _ = name.partition("#")
+        fused[linear] = raw.header["layers"][name].get("parts", 1)
+    return {
+        linear: LayerFactors(
+            tuple(flats[f"{linear}#{i}"].pair if f"{linear}#{i}" in flats else None for i in range(parts)),
+            next((flats[f"{linear}#{i}"].magnitude for i in range(parts) if f"{linear}#{i}" in flats), None),
+        )
+        for linear, parts in fused.items()
+    }
+
+
+def _placed(flats: Mapping[str, Flat], parts: Parts, file: Path) -> dict[str, LayerFactors]:
+    """Layers of a file in another program's names: each part's layout is the one that knows most of them."""
+    known = {part: layouts(module) for part, module in parts.items()}
+    best: dict[str, tuple[Layout, dict[str, Flat]]] = {}
+    for part, choices in known.items():
+        for layout in choices:
+            hits = {their: flat for name, flat in flats.items() if (their := _their(name, part, layout))}
+            if hits and (part not in best or len(hits) > len(best[part][1])):
+                best[part] = layout, hits
+    placed = {id(flat) for _, hits in best.values() for flat in hits.values()}
+    if left := [name for name, flat in flats.items() if id(flat) not in placed]:
+        kinds = " or ".join(type(module).__name__ for module in parts.values())
+        raise AdapterError(
+            f"{file}: {len(left)} of its {len(flats)} layers are none of {kinds}: {listing(left, 3)}; "
+            f"it is a LoRA of another model"
+        )
+    return {
+        f"{part}.{name}": layer
+        for part, (layout, hits) in best.items()
+        for name, layer in to_ours(hits, layout).items()
+    }
+
+
+def _their(name: str, part: str, layout: Layout) -> str | None:
+    """The name that ``layout`` has for the file's ``name``, without what programs put in front of it."""
+    return next((v for v in _variants(name, part) if v in layout.places), None)
+
+
+def _variants(name: str, part: str) -> Iterator[str]:
+    """``name`` and what is left of it as the prefixes are taken off; one part's prefix hides it from others."""
+    other = "text_encoder." if part == "model" else "transformer."
+    while not name.startswith(other):
+        yield name
+        prefix = next((p for p in _WRAPPERS if name.startswith(p)), None)
+        if prefix is None:
+            return
+        name = name.removeprefix(prefix)

@@ -1,0 +1,123 @@
+"""Adapters in use: on an engine's parts, and folded into a checkpoint as its tensors stream by."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+from sat.adapters.files import Adapter, read
+from sat.adapters.lora import LayerFactors, attach, merge, names, weight_change
+from sat.adapters.select import Parts
+from sat.checkpoint.format import LazyStateDict, Part, TensorInfo
+
+ADAPTABLE: tuple[Part, ...] = ("model", "text")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """An adapter to use, and how much it counts."""
+
+    path: Path
+    strength: float = 1.0
+
+
+def load_adapters(parts: Parts, wanted: Sequence[Loading], *, fold: bool = False) -> dict[str, Adapter]:
+    """Attach the adapters to ``parts``, each under a name made of its path; ``fold`` merges them at once."""
+    found: dict[str, Adapter] = {}
+    for item in wanted:
+        adapter = read(item.path, parts)
+        name = _name(item.path, [*found, *(n for module in parts.values() for n in names(module))])
+        for part, module in parts.items():
+            if layers := adapter.of(part):
+                attach(module, name, layers, strength=item.strength)
+        log.info(
+            "%s: LoRA of %d layers, rank %d, at strength %g (%s)",
+            item.path, len(adapter.layers), adapter.about.rank, item.strength, adapter.layout,
+        )  # fmt: skip
+        found[name] = adapter
+    if fold:
+        for module in parts.values():
+            merge(module)
+    return found
+
+
+def _name(path: Path, taken: Sequence[str]) -> str:
+    """A name for the adapter at ``path`` that is not ``taken``: of its file or folder."""
+    stem = path.name.removesuffix(".safetensors")
+    if stem in ("adapter", "adapter_model", "pytorch_lora_weights", "native"):
+        stem = path.absolute().parent.name
+    stem = re.sub(r"\W+", "_", stem) or "adapter"
+    number = 2
+    name = stem
+    while name in taken:
+        name, number = f"{stem}_{number}", number + 1
+    return name
+
+
+class Merged(LazyStateDict):
+    """``inner``, our names, with adapters folded into the weights they change as these are read."""
+
+    def __init__(self, inner: LazyStateDict, adapters: Sequence[tuple[dict[str, LayerFactors], float]]) -> None:
+        self._inner = inner
+        self._adapters = [({f"{n}.weight": v for n, v in layers.items()}, s) for layers, s in adapters]
+
+    @property
+    def source(self) -> str:
+        """Where the tensors come from."""
+        return self._inner.source
+
+    @property
+    def exact(self) -> frozenset[str]:
+        """As inside."""
+        return self._inner.exact
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape and dtype of ``key``."""
+        return self._inner.info(key)
+
+    def release(self, key: str) -> None:
+        """Pass the hint on."""
+        self._inner.release(key)
+
+    def close(self) -> None:
+        """Close the files behind."""
+        self._inner.close()
+
+    def __getitem__(self, key: str) -> Tensor:
+        weight = self._inner[key]
+        changes = [s * weight_change(weight, layers[key]) for layers, s in self._adapters if key in layers]
+        if not changes:
+            return weight
+        return (weight.to(changes[0].dtype) + sum(changes)).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inner)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+
+class HasModule(Protocol):
+    """A part of a checkpoint that knows the network it belongs to."""
+
+    module: nn.Module
+
+
+def folded(parts: Mapping[Part, LazyStateDict], wanted: Sequence[Loading]) -> dict[Part, LazyStateDict]:
+    """The ``parts`` of a checkpoint with the adapters in their weights; each part knows its ``module``."""
+    modules = {part: cast(HasModule, parts[part]).module for part in ADAPTABLE if part in parts}
+    adapters = [(read(item.path, modules), item.strength) for item in wanted]
+    return {
+        part: Merged(tensors, [(adapter.of(part), strength) for adapter, strength in adapters])
+        if part in modules
+        else tensors
+        for part, tensors in parts.items()
+    }

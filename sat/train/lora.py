@@ -1,0 +1,99 @@
+"""Training of low-rank factors: everything else is frozen, and what is written is the adapter alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sat.adapters.files import NATIVE_FILE, About, read
+from sat.adapters.lora import AdapterError, Adapted, LinearLike, attach, extract, fresh, with_magnitude
+from sat.adapters.select import choose
+from sat.adapters.write import write_native
+from sat.config.schema import LoraConfig
+from sat.train.objectives import Objective
+
+log = logging.getLogger(__name__)
+
+NAME = "trained"
+"""Of the adapter in the model while it is trained."""
+
+
+def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
+    """Attach fresh factors to the parts that ``objective`` trains, and freeze all else.
+
+    The factors are drawn from ``seed`` and a layer's name, so they do not depend on rank, device or order.
+    """
+    parts = {part: module for part, module in objective.parts().items() if part in ("model", "text")}
+    if not parts:
+        raise AdapterError(f"{type(objective).__name__} trains no part that LoRA adapts: set adapters.lora to null")
+    objective.requires_grad_(False)
+    if lora.start is not None:
+        found = read(lora.start, parts)
+        for part, module in parts.items():
+            attach(module, NAME, found.of(part), dropout=lora.dropout)
+        log.info("training goes on from the adapter %s (rank %d)", lora.start, found.about.rank)
+    else:
+        _attach_fresh(parts, lora, seed)
+    for module in objective.modules():
+        if isinstance(module, Adapted) and NAME in module.factors:
+            module.factors[NAME].requires_grad_(True)
+
+
+def _attach_fresh(parts: Mapping[str, nn.Module], lora: LoraConfig, seed: int) -> None:
+    chosen = choose(parts, lora.targets, lora.rank, lora.ranks)
+    for part, module in parts.items():
+        layers = {}
+        for name, (linear, rank) in chosen.items():
+            owner, _, path = name.partition(".")
+            if owner != part:
+                continue
+            base = cast(LinearLike, module.get_submodule(path))
+            count = linear.parts
+            layer = fresh(base, (rank,) * count, (lora.scale * rank,) * count, f"{seed} {name}")
+            layers[path] = with_magnitude(layer, base.weight) if lora.dora else layer
+        attach(module, NAME, layers, dropout=lora.dropout)
+
+
+@dataclass(frozen=True)
+class AdapterExport:
+    """Writes the adapter under training; see :class:`sat.train.checkpoints.Export`.
+
+    ``base`` and ``digests`` say, part by part, what it was trained on: the config component and a fingerprint
+    of the weights.
+    """
+
+    objective: Objective
+    lora: LoraConfig
+    base: Mapping[str, Any]
+    digests: Mapping[str, str | None]
+    dtype: torch.dtype
+
+    def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """``folder/adapter.safetensors`` of ``weights``: tensors by their name in the objective."""
+        names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
+
+        def value(parameter: nn.Parameter) -> Tensor:
+            return weights.get(names.get(id(parameter), ""), parameter.detach()).cpu()
+
+        layers = {
+            f"{part}.{name}": layer
+            for part, module in self.objective.parts().items()
+            for name, layer in extract(module, NAME, value).items()
+        }
+        used = {name.partition(".")[0] for name in layers}
+        about = About(
+            self.lora.rank,
+            self.lora.scale * self.lora.rank,
+            tuple(self.lora.targets),
+            self.lora.dora,
+            {part: component for part, component in self.base.items() if part in used},
+            {part: digest for part, digest in self.digests.items() if part in used},
+        )
+        folder.mkdir(parents=True)
+        write_native(folder / NATIVE_FILE, layers, about, self.dtype)
