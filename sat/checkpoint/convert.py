@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sat.checkpoint.fit import Fit
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo
 from sat.checkpoint.formats import detect, open_part
 from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, V, size_component
@@ -22,12 +23,39 @@ from sat.checkpoint.whole import refuse_occupied
 #: Builds the network that a component (``target`` and ``params``) describes; on the meta device where it can.
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
-#: What parts that carry no config, as in official folders, are tried as: the published networks.
-PUBLISHED: dict[Part, dict[str, Any]] = {
-    "model": {"target": PLUS, "params": {}},
-    "first_stage": {"target": AUTOENCODER, "params": {}},
-    "text": {"target": T5, "params": {}},
+UNET = "sat.models.cogview3_unet.CogView3UNet"
+#: What parts that carry no config, as in official folders, are tried as, in this order: the published networks.
+PUBLISHED: dict[Part, list[dict[str, Any]]] = {
+    "model": [
+        {"target": PLUS, "params": {}},
+        {"target": UNET, "params": {}},
+        {"target": UNET, "params": {"guidance_dim": 512}},  # distilled; the file's own number wins
+    ],
+    "first_stage": [
+        {"target": AUTOENCODER, "params": {}},
+        {
+            "target": AUTOENCODER,
+            "params": {
+                "multipliers": [1, 2, 4, 4],
+                "res_blocks": 2,
+                "latent_channels": 4,
+                "mid_attention": True,
+                "quant_convs": True,
+                "scale_factor": 0.13025,
+            },
+        },
+    ],
+    "text": [{"target": T5, "params": {}}],
 }
+#: Schedule and parameterisation of a published network.
+DIFFUSION: dict[str, dict[str, Any]] = {
+    PLUS: {"schedule": {"target": SCHEDULE, "params": {}}, "parameterisation": {"target": V, "params": {}}},
+    UNET: {
+        "schedule": {"target": "sat.diffusion.schedule.Discrete", "params": {}},
+        "parameterisation": {"target": "sat.diffusion.parameterisation.Eps", "params": {}},
+    },
+}
+TEXT_LENGTH = {PLUS: 224, UNET: 225}
 
 
 @dataclass(frozen=True)
@@ -185,18 +213,7 @@ def _open(
     theirs = stack.enter_context(open_part(path, part, allow_pickle=allow_pickle))
     section = sections.get("conditioning") or {} if part == "text" else sections
     given: Mapping[str, Any] | None = section.get(part)
-    component = given or PUBLISHED[part]
-    with torch.device("meta"):
-        module = build(component)
-    try:
-        found = match(module, theirs, part)
-    except CheckpointError as error:
-        if given is not None:
-            raise
-        raise CheckpointError(
-            f"{path}: its {part} part carries no config and is not the published network; give the YAML "
-            f"that describes it with --base (as published: …{str(error).partition('does not fit')[2][:200]})"
-        ) from error
+    component, module, found = _matched(path, theirs, part, given, build)
     if part == "text":
         sections["conditioning"] = {**section, "text": component}
     else:
@@ -204,18 +221,37 @@ def _open(
     return Completed(found.view, module, found.computed)
 
 
+def _matched(
+    path: Path, theirs: LazyStateDict, part: Part, given: Mapping[str, Any] | None, build: Build
+) -> tuple[Mapping[str, Any], nn.Module, Fit]:
+    """The network that ``theirs`` fits: the ``given`` one, else the first of the published ones."""
+    problems: list[CheckpointError] = []
+    for component in [given] if given is not None else PUBLISHED[part]:
+        with torch.device("meta"):
+            module = build(component)
+        try:
+            found = match(module, theirs, part)
+        except CheckpointError as error:
+            problems.append(error)
+        else:
+            return component, module, found
+    if given is not None:
+        raise problems[0]
+    raise CheckpointError(
+        f"{path}: its {part} part carries no config and is not a published network; give the YAML "
+        f"that describes it with --base (as published: …{str(problems[0]).partition('does not fit')[2][:200]})"
+    ) from problems[0]
+
+
 def _finished(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """``sections`` with what the published CogView3-Plus has where the source says nothing."""
+    """``sections`` with what the published network of the family has where the source says nothing."""
     out = dict(sections)
     if "model" in out:
-        params = out["model"].get("params") or {}
-        out.setdefault(
-            "diffusion",
-            {"schedule": {"target": SCHEDULE, "params": {}}, "parameterisation": {"target": V, "params": {}}},
-        )
+        params, target = out["model"].get("params") or {}, out["model"]["target"]
+        out.setdefault("diffusion", DIFFUSION.get(target, DIFFUSION[PLUS]))
         conditioning = dict(out.get("conditioning") or {})
         conditioning.setdefault("size", size_component(params.get("size_dim", 1536)))
-        conditioning.setdefault("max_length", params.get("text_len", 224))
+        conditioning.setdefault("max_length", params.get("text_len", TEXT_LENGTH.get(target, 224)))
         out["conditioning"] = conditioning
     if "conditioning" in out:  # a path on this machine; the copy lies beside the weights
         out["conditioning"] = {

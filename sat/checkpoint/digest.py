@@ -1,11 +1,14 @@
-"""A short fingerprint of the files of a checkpoint, for records of runs."""
+"""Short fingerprints of the files of a checkpoint, for records of runs, and of one part's weights, for caches."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from sat.checkpoint.format import CheckpointError
+import torch
+
+from sat.checkpoint.format import CheckpointError, Part
+from sat.checkpoint.formats import open_part
 
 _WHOLE = 64 << 20  # bytes; up to here a file is hashed whole
 _PIECE = 1 << 16
@@ -36,6 +39,24 @@ def digest(path: Path | str) -> str:
                 for index in range(_PIECES):
                     handle.seek((size - _PIECE) * index // (_PIECES - 1))
                     total.update(handle.read(_PIECE))
+    return total.hexdigest()[:16]
+
+
+def part_digest(path: Path | str, part: Part, *, allow_pickle: bool = False) -> str:
+    """16 hexadecimal digits for the weights of one ``part`` in ``path``, whatever else is beside them.
+
+    Names, shapes, types, and values: all of a tensor up to 64 kB, else 256 evenly spaced ones.
+    """
+    total = hashlib.sha256()
+    with open_part(path, part, allow_pickle=allow_pickle) as tensors:
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            total.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+            if tensor.numel() * tensor.element_size() > _PIECE:
+                places = torch.linspace(0, tensor.numel() - 1, 256, dtype=torch.float64).long()
+                tensor = tensor.flatten()[places]
+            total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            tensors.release(name)
     return total.hexdigest()[:16]
 
 

@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--classifier", type=Path, default=CLASSIFIER, help=f"its folder ({CLASSIFIER})")
     judge.add_argument("--json", type=Path, help="file to write the scores to")
     judge.add_argument("--list", action="store_true", help="print what each picture was taken for")
+    detail = commands.add_parser("detail", help="how near is fine detail to that of real pictures?")
+    detail.add_argument(
+        "--images", type=Path, required=True, help="folder of images, e.g. what sample.py wrote"
+    )
+    detail.add_argument("--real", type=Path, required=True, help="folder of real pictures of the same size")
+    detail.add_argument("--classifier", type=Path, default=CLASSIFIER, help=f"its folder ({CLASSIFIER})")
     sheet = commands.add_parser("sheet", help="all pictures of a folder on one, in the order of the prompts")
     sheet.add_argument(
         "--images", type=Path, required=True, help="folder of images, e.g. what sample.py wrote"
@@ -55,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = {"train-classifier": _train, "retrieval": _retrieval, "sheet": _sheet}[args.command]
+    command = {
+        "train-classifier": _train, "retrieval": _retrieval, "detail": _detail, "sheet": _sheet,
+    }[args.command]  # fmt: skip
     return guard(lambda: command(args), debug=args.debug)
 
 
@@ -114,6 +122,17 @@ def _retrieval(args: argparse.Namespace) -> int:
         print(f"note: the classifier itself is right on only {own:.1%} of real pictures: do not believe it")
     if args.json is not None:
         args.json.write_text(json.dumps(scores.as_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return 0
+
+
+def _detail(args: argparse.Namespace) -> int:
+    from sat.evaluate.classifier import Classifier
+    from sat.evaluate.detail import detail_of_folders
+    from sat.evaluate.retrieval import ENOUGH
+
+    distance, count = detail_of_folders(args.images, args.real, Classifier.load(args.classifier))
+    few = "" if count >= ENOUGH else f" (fewer than {ENOUGH} images: too few to compare)"
+    print(f"Frechet distance of the features of full-resolution crops, {count} images: {distance:.3f}{few}")
     return 0
 
 

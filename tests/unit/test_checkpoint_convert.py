@@ -65,7 +65,7 @@ def test_a_source_without_config_needs_one(written, tmp_path):
     folder = Path(shutil.copytree(written / "sat", tmp_path / "sat"))
     (folder / "config_sections.json").unlink()
     with pytest.raises(
-        CheckpointError, match="its model part carries no config and is not the published network.*--base"
+        CheckpointError, match="its model part carries no config and is not a published network.*--base"
     ):
         convert(Sources(folder), tmp_path / "out", "native", build_component)
     done = convert(Sources(folder), tmp_path / "out", "native", build_component, config=CONFIG)

@@ -1,0 +1,238 @@
+"""The paper's table at desk scale: base and what enlarges it, undistilled and distilled, on one machine in one run.
+
+    python benchmarks/bench_cascade.py [--runs runs] [--per-prompt 4] [--sheets OUT]
+
+Every row draws the 128 training captions (``configs/tiny_train_prompts.txt``), ``--per-prompt`` pictures each, to 128
+pixels, and is scored by the small classifier: retrieval top-1 and top-5, feature distance of the shrunk pictures, and
+feature distance of full-resolution crops against real pictures (``data/emoji/core128``). Seconds per picture are
+medians over single pictures, the rows interleaved, after a warm-up, weights loaded, two threads. Rows whose weights are
+not there are left out and named. Writes ``benchmarks/results/<machine>/cascade.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from benchmarks.machine import facts, results_folder  # noqa: E402
+from sat import Pipeline  # noqa: E402
+from sat.evaluate.classifier import Classifier  # noqa: E402
+from sat.evaluate.detail import detail_distance, real_pictures  # noqa: E402
+from sat.evaluate.retrieval import score  # noqa: E402
+from sat.sampling.prompts import read_prompt_file  # noqa: E402
+
+PROMPTS = ROOT / "configs" / "tiny_train_prompts.txt"
+REAL = ROOT / "data" / "emoji" / "core128"
+SIDE = 128
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model: its config, and overrides such as its weights."""
+
+    config: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Without a second stage the picture is enlarged by bicubic interpolation."""
+
+    name: str
+    base: Stage
+    relay: Stage | None = None
+    scored: bool = True
+
+
+@dataclass
+class Result:
+    """What a row came to."""
+
+    name: str
+    looks: str
+    seconds: list[float] = field(default_factory=list)
+    base_seconds: list[float] = field(default_factory=list)
+    top1: float | None = None
+    top5: float | None = None
+    distance: float | None = None
+    detail: float | None = None
+
+
+def rows(runs: Path) -> list[Row]:
+    """The table's rows; weights of intermediate rounds come from ``runs``."""
+    base = Stage("configs/tiny_base.yaml")
+    relay = Stage("configs/tiny_relay.yaml")
+    return [
+        Row("base 50 + bicubic", base),
+        Row("base 50 + plain super-resolution", base, Stage("configs/tiny_sr.yaml", weights(runs / "tiny_sr"))),
+        Row("base 50 + relay 12", base, relay),
+        Row(
+            "distilled 8 + 2",
+            Stage("configs/tiny_base_distill.yaml", ("sampling.steps=8", *weights(runs / "tiny_base_distill/steps_8"))),
+            Stage("configs/tiny_relay_distill.yaml", ("sampling.steps=2", *weights(runs / "tiny_relay_distill/steps_2"))),
+        ),
+        Row("distilled 4 + 1", Stage("configs/tiny_base_distill.yaml"), Stage("configs/tiny_relay_distill.yaml")),
+        Row("distilled 4 + bicubic", Stage("configs/tiny_base_distill.yaml")),
+        Row("Plus 50 + bicubic", Stage("configs/tiny.yaml")),
+        Row("Plus 20 by DPM-Solver++ 2M + bicubic", Stage(
+            "configs/tiny.yaml",
+            ("sampling.steps=20", "sampling.sampler.target=sat.diffusion.sampler.DPMSolver2M"),
+        )),
+        Row("Plus 20 by DDIM + bicubic", Stage("configs/tiny.yaml", ("sampling.steps=20",))),
+        # The time that relay saves: the base network at the full size, from noise. It was not trained there.
+        Row("base 50 at 128 pixels (time only)", Stage(
+            "configs/tiny_base.yaml",
+            ("sampling.sizes={min: 64, max: 128, multiple: 32, max_area: 16384}", "sampling.height=128",
+             "sampling.width=128"),
+        ), scored=False),
+    ]  # fmt: skip
+
+
+def weights(run: Path) -> tuple[str, ...]:
+    """The override that names a run's last checkpoint; a path that does not exist if there is none."""
+    found = sorted((run / "checkpoints").glob("step_*/native"))
+    return (f"checkpoint.model={found[-1] if found else run / 'checkpoints' / 'none'}",)
+
+
+class Drawn:
+    """A row with its models loaded."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.base = load(row.base)
+        self.relay = None if row.relay is None else load(row.relay)
+
+    def __call__(self, prompts: Sequence[str], batch: int) -> tuple[list[Image.Image], float]:
+        """Pictures of ``SIDE`` pixels, and the seconds that the base stage took."""
+        began = time.perf_counter()
+        small = self.base(prompts, seed=0, batch_size=batch).images
+        spent = time.perf_counter() - began
+        if self.relay is not None:
+            return self.relay(prompts, seed=0, batch_size=batch, images=small).images, spent
+        large = [
+            picture if picture.width == SIDE else picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            for picture in small
+        ]
+        return large, spent
+
+
+def load(stage: Stage) -> Pipeline:
+    """The stage's model."""
+    return Pipeline.from_config(ROOT / stage.config, stage.overrides, device="cpu")
+
+
+def looks(row: Row) -> str:
+    """How often a network looks at a picture, by stage; guidance doubles it."""
+
+    def count(stage: Stage) -> str:
+        pipeline = load(stage)
+        double = type(pipeline.guider).__name__ in ("ClassifierFree", "IntervalLimited")
+        return f"{pipeline.experiment.sampling.steps}{' x 2' if double else ''}"
+
+    return " + ".join([count(row.base), *([] if row.relay is None else [count(row.relay)])])
+
+
+def measure(drawn: Sequence[Drawn], results: Sequence[Result], prompts: Sequence[str], repeats: int) -> None:
+    """Seconds per single picture, the rows taking turns."""
+    for index in range(repeats + 1):
+        for one, result in zip(drawn, results, strict=True):
+            began = time.perf_counter()
+            _, base = one([prompts[index % len(prompts)]], 1)
+            if index:  # the first is a warm-up
+                result.seconds.append(time.perf_counter() - began)
+                result.base_seconds.append(base)
+
+
+def judge(
+    drawn: Drawn, result: Result, prompts: Sequence[str], per_prompt: int, real: Sequence[Image.Image],
+    keep: Callable[[str, list[Image.Image]], None],
+) -> None:  # fmt: skip
+    """Scores of a row."""
+    for pipeline in (drawn.base, drawn.relay):
+        if pipeline is not None:
+            pipeline.drawer.at_once = 16
+    made: list[Image.Image] = []
+    for prompt in prompts:
+        made += drawn([prompt], per_prompt)[0]
+    captions = [prompt for prompt in prompts for _ in range(per_prompt)]
+    classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
+    scores = score(made, captions, classifier)
+    result.top1, result.top5, result.distance = scores.top1, scores.top5, scores.distance
+    result.detail = detail_distance(made, real, classifier)
+    keep(result.name, made[::per_prompt])
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| stages | looks | top-1 | top-5 | feature distance | at full resolution | seconds a picture | of it, base |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        def share(value: float | None) -> str:
+            return "" if value is None else f"{value:.1%}".replace("%", " %")
+
+        def number(value: float | None) -> str:
+            return "" if value is None else f"{value:.2f}"
+
+        lines.append(
+            f"| {r.name} | {r.looks} | {share(r.top1)} | {share(r.top5)} | {number(r.distance)} | "
+            f"{number(r.detail)} | {statistics.median(r.seconds):.3f} | {statistics.median(r.base_seconds):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure, judge, print, write."""
+    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the rounds' checkpoints lie")
+    reader.add_argument("--per-prompt", type=int, default=4)
+    reader.add_argument("--repeats", type=int, default=9, help="timed pictures a row")
+    reader.add_argument("--sheets", type=Path, help="folder for a sheet of the first 32 pictures of each row")
+    args = reader.parse_args()
+    torch.set_num_threads(2)
+    prompts = read_prompt_file(PROMPTS)
+    drawn, results = [], []
+    for row in rows(args.runs):
+        try:
+            drawn.append(Drawn(row))
+            results.append(Result(row.name, looks(row)))
+        except ValueError as error:
+            print(f"left out: {row.name}: {error}", file=sys.stderr)
+    measure(drawn, results, prompts, args.repeats)
+
+    def keep(name: str, pictures: list[Image.Image]) -> None:
+        if args.sheets is not None:
+            from sat.util.images import grid, write_png
+
+            args.sheets.mkdir(parents=True, exist_ok=True)
+            safe = "".join(c if c.isalnum() else "_" for c in name)
+            write_png(args.sheets / f"{safe}.png", grid(pictures[:32], columns=8))
+
+    real = real_pictures(REAL, [(SIDE, SIDE)])
+    for one, result in zip(drawn, results, strict=True):
+        if one.row.scored:
+            print(f"judging {result.name}", file=sys.stderr, flush=True)
+            judge(one, result, prompts, args.per_prompt, real, keep)
+    print(table(results))
+    out = results_folder() / "cascade.json"
+    settings = {"prompts": len(prompts), "per_prompt": args.per_prompt, "repeats": args.repeats, "threads": 2}
+    out.write_text(json.dumps({**facts(settings), "rows": [asdict(r) for r in results]}, indent=1) + "\n")
+    print(f"written to {out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
