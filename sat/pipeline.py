@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sat.config.build import build_engine, build_guider, build_sampler
+from sat.adapters import lora
+from sat.config.build import adaptable, build_engine, build_guider, build_sampler
 from sat.config.cascade import Cascade, Stage, load_cascade
 from sat.config.load import load
 from sat.config.schema import Experiment, Precision, SamplingConfig
@@ -75,6 +76,20 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the network runs."""
         return self.drawer.device
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """The adapters in use (``adapters.load``) by name, with their strengths."""
+        parts = adaptable(self.drawer.engine).values()
+        return {n: s for part in parts for _, layer in lora.adapted(part) for n, s in layer.strengths.items()}
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """How much the adapter ``name`` counts in the next pictures: 0 not at all, 1 as trained."""
+        if name not in self.adapters:
+            raise ValueError(f"no adapter {name!r} is loaded; there are {', '.join(self.adapters) or 'none'}")
+        for part in adaptable(self.drawer.engine).values():
+            if name in lora.names(part):
+                lora.set_strength(part, name, strength)
 
     def __call__(  # noqa: PLR0913 - the arguments people vary from one cell of a notebook to the next
         self,

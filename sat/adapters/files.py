@@ -27,7 +27,11 @@ from sat.checkpoint.format import CheckpointError, listing
 from sat.checkpoint.safetensors_file import SafetensorsFile
 
 KIND = "cogview3-lora"
-NATIVE_FILE, PEFT_FILE, PEFT_CONFIG = "adapter.safetensors", "adapter_model.safetensors", "adapter_config.json"
+NATIVE_FILE, PEFT_FILE, PEFT_CONFIG = (
+    "adapter.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
 DIFFUSERS_FILE, DIFFUSERS_HEADER = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
 
 _FACTOR = re.compile(
@@ -99,6 +103,16 @@ def locate(path: Path) -> list[Path]:
         f"{path}: holds no adapter: expected {NATIVE_FILE} (ours, or in a run's checkpoints), {PEFT_FILE} "
         f"(PEFT) or {DIFFUSERS_FILE} (diffusers)"
     )
+
+
+def base_of(path: Path) -> dict[str, Any]:
+    """Part -> the config component that the adapter at ``path`` says it was trained on; of others nothing."""
+    found: dict[str, Any] = {}
+    for file in locate(path):
+        with SafetensorsFile(file) as opened:
+            base = _header(file, opened.metadata).get("base", {})
+        found |= {part: base[part]["component"] for part in base}
+    return found
 
 
 def read(path: Path, parts: Parts) -> Adapter:
@@ -179,7 +193,9 @@ class _Raw:
                 continue
             for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
                 if side not in kinds:
-                    raise AdapterError(f"{self.file}: {name!r} has {other} but no {side}: the file is incomplete")
+                    raise AdapterError(
+                        f"{self.file}: {name!r} has {other} but no {side}: the file is incomplete"
+                    )
             down, up = kinds["lora_A"], kinds["lora_B"]
             if down.dim() != 2 or up.dim() != 2:
                 raise AdapterError(f"{self.file}: {name!r} is a LoRA of a convolution, only linears have one")
@@ -248,7 +264,10 @@ def _header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             raise AdapterError(f"{file}: version {metadata['version']}; this code reads version 1")
         return {
             "layout": metadata["layout"],
-            **{key: json.loads(metadata[key]) for key in ("rank", "alpha", "targets", "dora", "layers", "base")},
+            **{
+                key: json.loads(metadata[key])
+                for key in ("rank", "alpha", "targets", "dora", "layers", "base")
+            },
         }
     except (KeyError, ValueError) as error:
         if isinstance(error, AdapterError):

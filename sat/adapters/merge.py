@@ -65,7 +65,9 @@ def _name(path: Path, taken: Sequence[str]) -> str:
 class Merged(LazyStateDict):
     """``inner``, our names, with adapters folded into the weights they change as these are read."""
 
-    def __init__(self, inner: LazyStateDict, adapters: Sequence[tuple[dict[str, LayerFactors], float]]) -> None:
+    def __init__(
+        self, inner: LazyStateDict, adapters: Sequence[tuple[dict[str, LayerFactors], float]]
+    ) -> None:
         self._inner = inner
         self._adapters = [({f"{n}.weight": v for n, v in layers.items()}, s) for layers, s in adapters]
 

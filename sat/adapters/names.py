@@ -152,5 +152,3 @@ def _stacked(layers: list[LayerFactors | None], theirs: str) -> Flat:
     assert down.shape[1] == inputs, "layers that are one of theirs read the same"
     pair = Pair(down, torch.cat(ups, 1), float(down.shape[0]))  # scales are in ``up``
     return Flat(pair, torch.cat(magnitudes) if magnitudes else None)
-
-

@@ -59,21 +59,25 @@ def choose(
 
     ``ranks`` are groups or patterns with a rank of their own; the last that matches a layer decides.
     """
-    known = {f"{part}.{name}": layer for part, module in parts.items() for name, layer in linears(module).items()}
+    known = {
+        f"{part}.{name}": layer for part, module in parts.items() for name, layer in linears(module).items()
+    }
     what = " and ".join(type(module).__name__ for module in parts.values())
     chosen: dict[str, tuple[Linear, int]] = {}
     for target in targets:
         hits = _hits(target, known)
         if not hits:
             raise AdapterError(
-                f"{target!r} matches no layer of {what}{hint(target, [*GROUPS, *known])} "
-                f"(groups: {', '.join(_there(known))})"
+                f"{target!r} matches no layer of {what}{hint(target, [*_there(known), *known])} "
+                f"(groups with layers: {', '.join(_there(known))})"
             )
         chosen |= {name: (known[name], rank) for name in hits}
     for target, other in ranks.items():
         hits = [name for name in _hits(target, known) if name in chosen]
         if not hits:
-            raise AdapterError(f"ranks: {target!r} matches no targeted layer{hint(target, [*targets, *chosen])}")
+            raise AdapterError(
+                f"ranks: {target!r} matches no targeted layer{hint(target, [*targets, *chosen])}"
+            )
         chosen |= {name: (known[name], other) for name in hits}
     order = [name for name in known if name in chosen]
     return {name: chosen[name] for name in order}

@@ -60,13 +60,17 @@ TEXT_LENGTH = {PLUS: 224, UNET: 225}
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the parts are read. ``path`` holds all, or those that the other fields do not name."""
+    """Where the parts are read. ``path`` holds all, or those that the other fields do not name.
+
+    ``change``: what is done to the parts on the way, such as folding adapters into their weights.
+    """
 
     path: Path
     first_stage: Path | None = None
     text: Path | None = None
     tokenizer: Path | None = None
     only: tuple[Part, ...] = PARTS
+    change: Callable[[dict[Part, LazyStateDict]], dict[Part, LazyStateDict]] | None = None
 
     def of(self, part: Part) -> Path:
         """Where ``part`` is read."""
@@ -85,10 +89,10 @@ class Converted:
 
 
 class Completed(LazyStateDict):
-    """``inner`` and the values that the network computes itself, made when asked for."""
+    """``inner`` and the values that its network ``module`` computes itself, made when asked for."""
 
     def __init__(self, inner: LazyStateDict, module: nn.Module, computed: list[str]) -> None:
-        self._inner, self._module = inner, module
+        self._inner, self.module = inner, module
         self._infos = {name: _computed_info(module, name) for name in computed}
 
     @property
@@ -99,7 +103,7 @@ class Completed(LazyStateDict):
     @property
     def exact(self) -> frozenset[str]:
         """The network's buffers."""
-        return frozenset(name for name, _ in self._module.named_buffers())
+        return frozenset(name for name, _ in self.module.named_buffers())
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
@@ -118,7 +122,7 @@ class Completed(LazyStateDict):
         if key not in self._infos:
             return self._inner[key]
         path, _, local = key.rpartition(".")
-        owner = self._module.get_submodule(path)
+        owner = self.module.get_submodule(path)
         assert isinstance(owner, Computes), "checked when the view was made"
         return owner.computed()[local]
 
@@ -169,6 +173,8 @@ def convert(
             raise CheckpointError(
                 f"{sources.path}: no part to convert: it holds none of {list(sources.only)}"
             )
+        if sources.change is not None:
+            parts = sources.change(parts)
         total = sum(info.nbytes for tensors in parts.values() for info in tensors.infos().values())
         advance = progress(total) if progress is not None else None
         tokenizer, notes = _tokenizer(sources, parts, to)

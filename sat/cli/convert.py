@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sat.cli.arguments import lora
 from sat.cli.guard import UsageError, guard
 
 DESCRIPTION = """\
@@ -18,6 +19,8 @@ Convert the checkpoint SRC to a new folder DST. The format of SRC is found by it
       --first-stage weights/imagekl_ch16.pt --text weights/t5-v1_1-xxl
   python convert.py checkpoints/tiny OUT --to diffusers
   python convert.py MINE OUT --to native --base configs/mine.yaml --dtype bf16
+  python convert.py checkpoints/tiny OUT --to native --merge-lora runs/lora:0.8
+  python convert.py runs/lora OUT --to peft
 
 Tensors pass through one at a time; DST appears whole or not at all.
 """
@@ -25,6 +28,8 @@ EPILOG = """\
 native     our own: manifest with the config, safetensors
 sat        official: latest, 1/mp_rank_00_model_states.pt, vae/*.pt, t5-v1_1-xxl/
 diffusers  a folder for CogView3PlusPipeline.from_pretrained
+If SRC is a LoRA (a file, its folder, or the folder of the run that trained it), so is DST: native, peft
+(adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
 """
 _PARTS = ("model", "first_stage", "text")
@@ -43,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("src", metavar="SRC", type=Path, help="folder or weight file to read")
     top.add_argument("dst", metavar="DST", type=Path, help="folder to write: new or empty")
-    top.add_argument("--to", required=True, choices=("native", "sat", "diffusers"), help="format to write")
+    top.add_argument(
+        "--to", required=True, choices=("native", "sat", "diffusers", "peft"), help="format to write"
+    )
     top.add_argument(
         "--base",
         nargs="+",
@@ -60,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument(
         "--only", nargs="+", choices=_PARTS, default=list(_PARTS), help="parts to convert (all there are)"
+    )
+    top.add_argument(
+        "--merge-lora",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="fold an adapter into the weights; repeat for several",
     )
     top.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type to write (as in SRC)")
     top.add_argument(
@@ -89,13 +103,20 @@ def size(text: str) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     most = size(args.max_shard)
+    from sat.adapters.files import is_adapter
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
     from sat.config.build import build_empty
     from sat.config.schema import Component
 
     config, imports = _config(args.base)
-    sources = Sources(args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only))
+    if is_adapter(args.src):
+        return _convert_adapter(args, config, imports)
+    if args.to == "peft":
+        raise UsageError(f"--to peft is for adapters, and {args.src} is none")
+    sources = Sources(
+        args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only), _folding(args.merge_lora)
+    )
     bar = _Bar()
     try:
         done = convert(
@@ -114,6 +135,45 @@ def _convert(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     parts = ", ".join(f"{part} {count} tensors" for part, count in done.tensors.items())
     print(f"{done.path}: {args.to}, {parts}, {done.nbytes / 1e9:.2f} GB read")
+    return 0
+
+
+def _folding(wanted: list[str]) -> Callable[[Any], Any] | None:
+    """What folds the adapters into the parts of a checkpoint; None without any."""
+    if not wanted:
+        return None
+    from functools import partial
+
+    from sat.adapters.merge import Loading, folded
+
+    items = [lora(text) for text in wanted]
+    return partial(
+        folded, wanted=[Loading(Path(str(i["path"])), float(i.get("strength", 1.0))) for i in items]
+    )  # type: ignore[arg-type]
+
+
+def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None, imports: list[str]) -> int:
+    """An adapter from one layout to another."""
+    from sat.adapters.convert import convert_adapter
+    from sat.checkpoint import DTYPES
+    from sat.config.build import build_empty
+    from sat.config.schema import Component
+
+    if args.merge_lora:
+        raise UsageError(
+            f"--merge-lora folds adapters into a checkpoint, and {args.src} is an adapter itself"
+        )
+    adapter, files = convert_adapter(
+        args.src,
+        args.dst,
+        args.to,
+        lambda component: build_empty(Component(**component), imports),
+        config=config,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+    )
+    print(
+        f"{args.dst}: LoRA of {len(adapter.layers)} layers as {args.to}: {', '.join(f.name for f in files)}"
+    )
     return 0
 
 

@@ -15,7 +15,7 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 # Raised far below by what the user typed or wrote; told by name so that a command imports only what it needs.
 _USER_ERRORS = frozenset(
-    {"ConfigError", "RuleError", "UsageError", "PromptError", "SizeError", "LatentsError"}
+    {"ConfigError", "RuleError", "UsageError", "PromptError", "SizeError", "LatentsError", "AdapterError"}
 )
 # Their text is a sentence for the user; anything else is shown with its kind.
 _PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)

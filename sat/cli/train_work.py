@@ -14,20 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat.checkpoint.digest import digest
-from sat.checkpoint.format import PARTS, InMemory
+from sat.checkpoint.format import PARTS, InMemory, Part
 from sat.checkpoint.save import Options, save_native
 from sat.cli.guard import UsageError
 from sat.config.build import build, build_engine, build_guider, build_sampler
 from sat.config.load import Loaded, dump, load_full
 from sat.config.record import record
-from sat.config.schema import CheckpointConfig, DataConfig, Experiment, SourceConfig, TrainConfig, plain
+from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainConfig, plain
 from sat.config.source import ConfigError
 from sat.config.targets import resolve
-from sat.data.batch import Batch
-from sat.data.dataset import Dataset, Items, LatentCache
+from sat.data.dataset import Items
 from sat.data.loader import Loader, once
-from sat.data.sources import read_sources
-from sat.data.transforms import Augment, Transform
 from sat.engine import DiffusionEngine
 from sat.parallel.collectives import LostRankError, barrier, explain, from_main
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
@@ -37,11 +34,13 @@ from sat.sampling.draw import Drawer, Look
 from sat.sampling.output import safe_name
 from sat.sampling.prompts import Prompt
 from sat.train import optim
+from sat.train.caches import Caches
 from sat.train.checkpoints import NATIVE
+from sat.train.data import DataSets, bucket_rule, in_memory, open_data
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Record
-from sat.train.lora import AdapterExport, add_lora
 from sat.train.loop import Extras, Trainer
+from sat.train.lora import AdapterExport, add_lora
 from sat.train.objectives import Objective
 from sat.train.resume import RunFolder
 from sat.train.step import computing
@@ -103,9 +102,17 @@ def _check(loaded: Loaded, train: TrainConfig, data: DataConfig) -> int:
     precision = train.dtype if train.autocast is None else f"{train.dtype} with {train.autocast} autocast"
     print(
         f"config ok: {train.steps} steps of {train.batch_size} x {train.accumulate} images a rank at "
-        f"{data.height} x {data.width} (height x width), {precision}, ZeRO {train.zero}"
+        f"{_sizes(data)}, {precision}, ZeRO {train.zero}"
     )
     return 0
+
+
+def _sizes(data: DataConfig) -> str:
+    """What the images are brought to."""
+    rule = bucket_rule(data)
+    if rule is None:
+        return f"{data.height} x {data.width} (height x width)"
+    return f"{sum(len(rule.sizes(area)) for area in rule.areas)} bucket sizes"
 
 
 def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> None:
@@ -154,8 +161,11 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     layout = experiment.parallel
     mesh = Mesh(runtime, tensor=layout.tensor, sequence=layout.sequence, guidance=layout.guidance)
     torch.manual_seed(train.seed)
+    weights = _weights(experiment, train)
+    sets = open_data(data, held_out=train.validate_every is not None, is_main=runtime.is_main)
+    cached, spare = _cached(experiment, train, data, sets, runtime)
     engine = build_engine(
-        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=_weights(experiment, train)
+        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare
     )
     objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
     _warn_of_random(experiment, train, objective)
@@ -163,8 +173,10 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         add_lora(objective, experiment.adapters.lora, train.seed)
     if train.activation_checkpointing:
         _recompute(objective)
-    items, validation = _data(data, train, engine, objective, runtime, mesh)
-    loader = Loader(items, train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks, data.workers)
+    items = cached or _items(sets, data, train, engine, objective, runtime)
+    place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
+    loader = Loader(items[0], *place, data.workers, sets.train.groups, pin=runtime.pins)
+    validation = [] if sets.held_out is None else once(items[1], *place, sets.held_out.groups)
     trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
     extras = Extras(
         export=_exporter(experiment, engine, objective, DTYPES[train.dtype]),
@@ -183,7 +195,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     count = sum(p.numel() for p in trained.parameters.values())
     log.info(
         "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s",
-        type(objective).__name__, count / 1e6, len(items), runtime.world, runtime.device.type,
+        type(objective).__name__, count / 1e6, len(sets.train), runtime.world, runtime.device.type,
     )  # fmt: skip
     barrier(runtime.device)
     try:
@@ -192,6 +204,19 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         if trainer.extras.record is not None:
             trainer.extras.record.close()
     return trainer.step >= train.steps
+
+
+def _cached(
+    experiment: Experiment, train: TrainConfig, data: DataConfig, sets: DataSets, runtime: Runtime
+) -> tuple[list[Items], frozenset[Part]]:
+    """The data sets out of the caches of ``data.cache``, now full, and the parts that they stand for."""
+    if data.cache is None:
+        return [], frozenset()
+    caches = Caches(data.cache, experiment, train, _weights(experiment, train), runtime)
+    views = [max(1, data.cache_views), 1]
+    cached = [caches.over(dataset, count) for dataset, count in zip(sets.both(), views, strict=False)]
+    caches.fill(cached, train.batch_size)
+    return [*cached], caches.spare
 
 
 def _weights(experiment: Experiment, train: TrainConfig) -> CheckpointConfig:
@@ -231,47 +256,31 @@ def _optimizer(train: TrainConfig, objective: nn.Module, experiment: Experiment)
     return optimizer
 
 
-def _data(
+def _items(
+    sets: DataSets,
     data: DataConfig,
     train: TrainConfig,
     engine: DiffusionEngine,
     objective: Objective,
     runtime: Runtime,
-    mesh: Mesh,
-) -> tuple[Items, list[Batch]]:
-    """What is trained on, and the held-out batches."""
-    augment = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
+) -> list[Items]:
+    """The data sets without caches on disk: pictures, or latents that are made now and kept in memory."""
+    degrade = objective.degrade()
 
-    def items(sources: Sequence[SourceConfig], views: int, *, moving: bool) -> Items:
-        records = read_sources([(source.path, source.repeats) for source in sources], data.max_bad_share)
-        for bad in records.bad[:20] if runtime.is_main else []:
-            log.warning("skipped %s", bad)
-        transform = Transform(
-            data.height, data.width, data.crop if moving else "center", augment if moving else None
-        )
-        dataset = Dataset(records, transform, data.max_bad_share)
-        if not views:
-            return dataset
-        log.info("encoding %d images %d times to keep their latents in memory", len(dataset), views)
+    def encode(images: Tensor) -> Tensor:
+        with computing(train, runtime):
+            return engine.first_stage.encode(images.to(runtime.device)).moments
 
-        def encode(images: Tensor) -> Tensor:
-            with computing(train, runtime):
-                return engine.first_stage.encode(images.to(runtime.device)).moments
+    def degraded(images: Tensor) -> Tensor:
+        assert degrade is not None, "only called with one"
+        with computing(train, runtime):
+            return degrade(images.to(runtime.device))
 
-        degrade = objective.degrade()
-
-        def degraded(images: Tensor) -> Tensor:
-            assert degrade is not None, "only called with one"
-            with computing(train, runtime):
-                return degrade(images.to(runtime.device))
-
-        return LatentCache(dataset, encode, views, train.seed, degrade=None if degrade is None else degraded)
-
-    validation = []
-    if train.validate_every and data.validation:
-        held_out = items(data.validation, min(data.cache_views, 1), moving=False)
-        validation = once(held_out, train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
-    return items(data.sources, data.cache_views, moving=True), validation
+    views = [data.cache_views, min(data.cache_views, 1)]
+    return [
+        in_memory(dataset, count, train.seed, encode, None if degrade is None else degraded)
+        for dataset, count in zip(sets.both(), views, strict=False)
+    ]
 
 
 def _exporter(

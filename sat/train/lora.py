@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.adapters.files import NATIVE_FILE, About, read
-from sat.adapters.lora import AdapterError, Adapted, LinearLike, attach, extract, fresh, with_magnitude
+from sat.adapters.lora import Adapted, AdapterError, LinearLike, attach, extract, fresh, with_magnitude
 from sat.adapters.select import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig
@@ -31,7 +31,9 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
     """
     parts = {part: module for part, module in objective.parts().items() if part in ("model", "text")}
     if not parts:
-        raise AdapterError(f"{type(objective).__name__} trains no part that LoRA adapts: set adapters.lora to null")
+        raise AdapterError(
+            f"{type(objective).__name__} trains no part that LoRA adapts: set adapters.lora to null"
+        )
     objective.requires_grad_(False)
     if lora.start is not None:
         found = read(lora.start, parts)
