@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
@@ -45,9 +46,7 @@ def parse(reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: 
     The reader has ``--base`` (a list) and the positional ``overrides``; ``example`` is a config to suggest.
     """
     args = reader.parse_intermixed_args(argv)
-    bases = list(args.base or [])
-    args.base = [item for item in bases if not _OVERRIDE.match(item)]
-    args.overrides = [item for item in bases if _OVERRIDE.match(item)] + list(args.overrides)
+    sort_overrides(args)
     for item in args.overrides:
         if not _OVERRIDE.match(item):
             reader.error(f"unexpected argument {item!r}: expected section.key=value, or --base {item}")
@@ -56,16 +55,30 @@ def parse(reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: 
     return args
 
 
+def sort_overrides(args: argparse.Namespace) -> None:
+    """Move what is an override from the files of ``--base``, which takes all that follows it."""
+    bases = list(args.base or [])
+    args.base = [item for item in bases if not _OVERRIDE.match(item)]
+    args.overrides = [item for item in bases if _OVERRIDE.match(item)] + list(args.overrides)
+
+
 def settings(args: argparse.Namespace, options: Mapping[str, str]) -> list[Setting]:
     """The config keys that the given ``options`` (argument: key) set."""
     pairs = ((key, getattr(args, name)) for name, key in options.items())
     return [Setting(key, value) for key, value in pairs if value is not None]
 
 
-def lora(text: str) -> dict[str, object]:
-    """``PATH[:STRENGTH]`` as an item of ``adapters.load``; what stands after the last colon may be part of PATH."""
+class Lora(NamedTuple):
+    """An adapter's file or folder, and how much it counts."""
+
+    path: Path
+    strength: float
+
+
+def lora(text: str) -> Lora:
+    """``PATH[:STRENGTH]``; a colon that no number follows belongs to PATH."""
     path, colon, strength = text.rpartition(":")
     try:
-        return {"path": path, "strength": float(strength)} if colon and path else {"path": text}
+        return Lora(Path(path), float(strength)) if colon and path else Lora(Path(text), 1.0)
     except ValueError:
-        return {"path": text}
+        return Lora(Path(text), 1.0)

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("tokenizer", help="train a sentencepiece vocabulary for T5 tokenizers")
     )
     _add_inspect(commands.add_parser("inspect", help="count what data sources hold, list what is wrong"))
+    _add_cache(commands.add_parser("cache", help="keep latents and text embeddings on disk for training"))
     return top
 
 
@@ -64,11 +65,23 @@ def _add_inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sheet-limit", type=int, default=256, help="pictures on the sheet (256)")
 
 
+def _add_cache(command: argparse.ArgumentParser) -> None:
+    files = "config files of the training, laid over one another left to right"
+    command.add_argument("--base", nargs="+", action="extend", metavar="YAML", help=files)
+    command.add_argument("--cache", type=Path, metavar="DIR", help="folder of the cache (data.cache)")
+    command.add_argument("--batch-size", type=int, metavar="N", help="pictures at a time (train.batch_size)")
+    command.add_argument("--check", action="store_true", help="only count; code 1 if anything is missing")
+    command.add_argument("--prune", action="store_true", help="delete what this config does not use")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="config keys to set")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = {"emoji": _emoji, "tokenizer": _tokenizer, "inspect": _inspect}[args.command]
+    if args.command != "cache":  # which has a log of its own, for several ranks
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    commands = {"emoji": _emoji, "tokenizer": _tokenizer, "inspect": _inspect, "cache": _cache}
+    command = commands[args.command]
     return guard(lambda: command(args), debug=args.debug)
 
 
@@ -118,6 +131,18 @@ def _inspect(args: argparse.Namespace) -> int:
         sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
         print(f"{args.sheet}: {len(shown)} pictures")
     return 1 if wrong else 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from sat.cli.arguments import sort_overrides
+    from sat.cli.cache_work import work
+
+    sort_overrides(args)
+    if not args.base:
+        raise UsageError("--base is needed: the config files of the training, such as configs/sft.yaml")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"--batch-size {args.batch_size}: expected at least 1")
+    return work(args)
 
 
 def _over_limit(model: Path, limit: int) -> Callable[[str], bool]:

@@ -160,10 +160,10 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         )
     layout = experiment.parallel
     mesh = Mesh(runtime, tensor=layout.tensor, sequence=layout.sequence, guidance=layout.guidance)
-    torch.manual_seed(train.seed)
     weights = _weights(experiment, train)
     sets = open_data(data, held_out=train.validate_every is not None, is_main=runtime.is_main)
     cached, spare = _cached(experiment, train, data, sets, runtime)
+    torch.manual_seed(train.seed)
     engine = build_engine(
         experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare
     )

@@ -103,25 +103,32 @@ def build_engine(
     dtype: torch.dtype,
     load_weights: bool = True,
     checkpoint: CheckpointConfig | None = None,
+    without: Collection[Part] = (),
 ) -> DiffusionEngine:
     """The engine on ``device``, its weights in ``dtype``, read from ``checkpoint`` (None: the experiment's).
 
     Parts are built on the meta device and filled tensor by tensor. A part without a path is drawn at random
     only when ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current
     seed: for training from scratch. With float16 the first stage stays float32, whose range it needs.
+    Parts ``without`` are not loaded; whatever calls them raises.
     """
     from sat.conditioning.conditioner import Conditioner
+    from sat.config.absent import Absent, AbsentAutoencoder
     from sat.engine import DiffusionEngine
 
     weights = checkpoint or experiment.checkpoint
-    fill = _Fill(weights, torch.device(device), dtype, experiment.imports, load_weights)
+    fill = _Fill(weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without))
     c, d = experiment.conditioning, experiment.diffusion
     make = partial(build, imports=experiment.imports)
     text = cast("T5Encoder", fill.part(c.text, "text"))  # the check made sure of the classes
+    conditioner = Conditioner(text, make(c.size), _tokenizer(c, weights), c.max_length)
+    first_stage = cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage"))
+    if "text" in without:
+        conditioner.text = Absent("text encoder")
     engine = DiffusionEngine(
-        fill.part(experiment.model, "model"),
-        Conditioner(text, make(c.size), _tokenizer(c, weights), c.max_length),
-        cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage")),
+        Absent("network") if "model" in without else fill.part(experiment.model, "model"),
+        conditioner,
+        AbsentAutoencoder(first_stage) if "first_stage" in without else first_stage,
         make(d.schedule),
         make(d.parameterisation),
         make(d.process),
@@ -150,9 +157,12 @@ class _Fill:
     dtype: torch.dtype
     imports: Collection[str]
     load: bool
+    without: frozenset[Part] = frozenset()
 
     def part(self, component: Component, part: Part) -> nn.Module:
-        """The module of one part, filled from its file or at random."""
+        """The module of one part, filled from its file or at random; those left out stay empty."""
+        if part in self.without:
+            return build_empty(component, self.imports)
         source = self.weights.source(part)
         if not self.load:
             return self._random(component, part)

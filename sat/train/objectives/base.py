@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sat.data.batch import Batch
+    from sat.engine import DiffusionEngine
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,13 @@ class Round:
     name: str
     params: Mapping[str, Any]
     steps: int
+
+
+class Degradation(NamedTuple):
+    """What makes low-resolution images: ``name`` tells it from others, for caches."""
+
+    name: str
+    apply: Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1], of the same size after it
 
 
 class Objective(nn.Module):
@@ -47,6 +55,19 @@ class Objective(nn.Module):
     def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
         """The trainings in a row that an objective of these ``params`` asks for; none is the usual one."""
         return []
+
+    @classmethod
+    def needs(cls, params: Mapping[str, Any]) -> frozenset[str]:
+        """The parts of the engine that such an objective runs even where caches hold what they give.
+
+        By default all of them. What is not needed is not loaded if ``data.cache`` is set.
+        """
+        return frozenset(("model", "first_stage", "text"))
+
+    @classmethod
+    def degradation(cls, params: Mapping[str, Any], engine: DiffusionEngine) -> Degradation | None:
+        """How such an objective makes the low-resolution images that it needs; None if it needs none."""
+        return None
 
     def degrade(self) -> Callable[[Tensor], Tensor] | None:
         """What turns images (B, 3, H, W) into the low-resolution ones that this training needs, or None."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from sat.data.batch import Batch
 from sat.diffusion.relay import enlarged, relay_of, shrunk
 from sat.engine import DiffusionEngine
 from sat.first_stage.posterior import Posterior
-from sat.train.objectives.base import Objective
+from sat.train.objectives.base import Degradation, Objective
 
 
 class DiffusionObjective(Objective):
@@ -118,21 +118,37 @@ class DiffusionObjective(Objective):
 
     def degrade(self) -> Callable[[Tensor], Tensor] | None:
         """The relay's shrinking and enlarging of images (B, 3, H, W), by the factor of its mixin."""
-        relay = relay_of(self.engine.process)
+        found = self.degradation({"low_from": self.low_from}, self.engine)
+        return None if found is None else found.apply
+
+    @classmethod
+    def needs(cls, params: Mapping[str, Any]) -> frozenset[str]:
+        """The network, and the text encoder if it learns."""
+        return frozenset(("model", "text") if params.get("train_text") else ("model",))
+
+    @classmethod
+    def degradation(cls, params: Mapping[str, Any], engine: DiffusionEngine) -> Degradation | None:
+        """As ``degrade``; ``params`` may have ``low_from``."""
+        relay = relay_of(engine.process)
         if relay is None:
             return None
+        by_first_stage = params.get("low_from") == "first_stage"
 
         def degraded(images: Tensor) -> Tensor:
             small = shrunk(images, relay.factor)
-            if self.low_from == "first_stage":
-                first_stage = self.engine.first_stage
+            if by_first_stage:
+                first_stage = engine.first_stage
                 small = first_stage.decode(first_stage.encode(small).mode()).to(small.dtype).clamp(-1, 1)
             return enlarged(small, relay.factor)
 
-        return degraded
+        return Degradation(f"relay {relay.factor} {'first_stage' if by_first_stage else 'image'}", degraded)
 
     def condition(self, batch: Batch, device: torch.device) -> Condition:
         """Text and sizes of the batch; gradients reach the text encoder only if it learns."""
         sizes = Sizes(batch.original_size, batch.crop, batch.target_size)
+        if batch.text is not None:
+            if self.text is not None:
+                raise ValueError("the text encoder learns (train_text): its embeddings cannot be cached")
+            return Condition(batch.text.to(device), self.engine.conditioner.size(*sizes).to(device))
         with nullcontext() if self.text is not None else torch.no_grad():
             return self.engine.conditioner.condition(batch.caption, sizes, device)
