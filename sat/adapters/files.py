@@ -109,7 +109,8 @@ def base_of(path: Path) -> dict[str, Any]:
     """Part -> the config component that the adapter at ``path`` says it was trained on; of others nothing."""
     found: dict[str, Any] = {}
     for file in locate(path):
-        with SafetensorsFile(file) as opened:
+        opened = SafetensorsFile(file)
+        with opened:
             base = _header(file, opened.metadata).get("base", {})
         found |= {part: base[part]["component"] for part in base}
     return found
@@ -201,7 +202,7 @@ class _Raw:
                 raise AdapterError(f"{self.file}: {name!r} is a LoRA of a convolution, only linears have one")
             if down.shape[0] != up.shape[1]:
                 raise AdapterError(
-                    f"{self.file}: {name!r}: lora_A has rank {down.shape[0]}, lora_B {up.shape[1]}: wrong rank"
+                    f"{self.file}: {name!r}: rank {down.shape[0]} of lora_A, {up.shape[1]} of lora_B"
                 )
             out[name] = Flat(Pair(down, up, self._alpha(name, kinds, down.shape[0])), kinds.get("magnitude"))
         for name, magnitude in magnitudes.items():
@@ -352,7 +353,7 @@ def _their(name: str, part: str, layout: Layout) -> str | None:
 
 
 def _variants(name: str, part: str) -> Iterator[str]:
-    """``name`` and what is left of it as the prefixes are taken off; one part's prefix hides it from others."""
+    """``name``, and what is left as prefixes are taken off; one part's prefix hides it from others."""
     other = "text_encoder." if part == "model" else "transformer."
     while not name.startswith(other):
         yield name

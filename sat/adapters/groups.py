@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "text.*.mlp.down",
     ),
 }
-"""Group -> shell patterns over ``model.`` or ``text.`` and a linear's name. ``attention`` is self and cross."""
+"""Group -> shell patterns over ``model.`` or ``text.`` and a linear's name; ``attention`` has all kinds."""
 
 
 def patterns(target: str) -> tuple[str, ...]:

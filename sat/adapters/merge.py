@@ -115,7 +115,9 @@ class HasModule(Protocol):
 
 def folded(parts: Mapping[Part, LazyStateDict], wanted: Sequence[Loading]) -> dict[Part, LazyStateDict]:
     """The ``parts`` of a checkpoint with the adapters in their weights; each part knows its ``module``."""
-    modules = {part: cast(HasModule, parts[part]).module for part in ADAPTABLE if part in parts}
+    modules: dict[str, nn.Module] = {
+        part: cast(HasModule, parts[part]).module for part in ADAPTABLE if part in parts
+    }
     adapters = [(read(item.path, modules), item.strength) for item in wanted]
     return {
         part: Merged(tensors, [(adapter.of(part), strength) for adapter, strength in adapters])

@@ -63,6 +63,7 @@ def _places(names: Mapping[str, int], rules: Rules) -> dict[str, Source]:
 def to_theirs(layers: Mapping[str, LayerFactors], layout: Layout) -> dict[str, Flat]:
     """``layers`` under the names of ``layout``."""
     out: dict[str, Flat] = {}
+    flat: Flat | None
     written: set[str] = set()
     for theirs, source in layout.places.items():
         mine = [layers[name] for name in source.names if name in layers]

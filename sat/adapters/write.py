@@ -1,4 +1,4 @@
-"""Writing adapters: our own file, PEFT's folder, diffusers' file. The layouts are described in ``files.py``."""
+"""Writing adapters: our own file, PEFT's folder, diffusers' file; ``files.py`` describes the layouts."""
 
 from __future__ import annotations
 

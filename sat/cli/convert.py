@@ -32,6 +32,7 @@ If SRC is a LoRA (a file, its folder, or the folder of the run that trained it),
 (adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
 """
+_FORMATS = ("native", "sat", "diffusers", "peft")
 _PARTS = ("model", "first_stage", "text")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -48,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("src", metavar="SRC", type=Path, help="folder or weight file to read")
     top.add_argument("dst", metavar="DST", type=Path, help="folder to write: new or empty")
-    top.add_argument(
-        "--to", required=True, choices=("native", "sat", "diffusers", "peft"), help="format to write"
-    )
+    top.add_argument("--to", required=True, choices=_FORMATS, help="format to write")
     top.add_argument(
         "--base",
         nargs="+",
@@ -146,10 +145,7 @@ def _folding(wanted: list[str]) -> Callable[[Any], Any] | None:
 
     from sat.adapters.merge import Loading, folded
 
-    items = [lora(text) for text in wanted]
-    return partial(
-        folded, wanted=[Loading(Path(str(i["path"])), float(i.get("strength", 1.0))) for i in items]
-    )  # type: ignore[arg-type]
+    return partial(folded, wanted=[Loading(*lora(text)) for text in wanted])
 
 
 def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None, imports: list[str]) -> int:

@@ -80,12 +80,18 @@ def given(args: argparse.Namespace) -> list[Setting]:
     if args.prompt_file:
         out += [Setting("sampling.prompt", None), Setting("sampling.prompt_file", args.prompt_file)]
     if args.lora:
-        out.append(Setting("adapters.load", [lora(text) for text in args.lora]))
+        out.append(Setting("adapters.load", [_loaded(text) for text in args.lora]))
     if args.resume:
         out.append(Setting("output.resume", True))
         if args.output_dir is None and not any(item.startswith("output.dir=") for item in args.overrides):
             out.append(Setting("output.dir", "outputs"))
     return out
+
+
+def _loaded(text: str) -> dict[str, object]:
+    """``PATH[:STRENGTH]`` as an item of ``adapters.load``."""
+    path, strength = lora(text)
+    return {"path": str(path), "strength": strength}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

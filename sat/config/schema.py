@@ -322,8 +322,9 @@ class LoraConfig(Section):
     """Low-rank factors to train instead of the weights (docs/lora.md).
 
     ``alpha`` is for layers of ``rank`` (null: equal to it, so that the factors count as they are); layers
-    that ``ranks`` gives another rank keep the ratio. ``targets`` are groups of layers (``sat/adapters/groups.py``)
-    or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter to go on from.
+    that ``ranks`` gives another rank keep the ratio. ``targets`` are groups of layers
+    (``sat/adapters/groups.py``) or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter to
+    go on from.
     """
 
     section = "adapters.lora"
@@ -368,7 +369,7 @@ class LoadConfig(Section):
 
 @dataclass(frozen=True)
 class AdaptersConfig(Section):
-    """Small additions to a model's linear layers. ``lora``: trained by ``train.py``; ``load``: used as they are.
+    """Small additions to linear layers: ``lora`` is trained by ``train.py``, ``load`` used as they are.
 
     ``merge`` folds the loaded ones into the weights: as fast as without any, but strengths are then fixed.
     """
