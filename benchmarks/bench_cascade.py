@@ -1,12 +1,13 @@
-"""The paper's table at desk scale: base and what enlarges it, undistilled and distilled, on one machine in one run.
+"""The paper's table at desk scale: base and what enlarges it, undistilled and distilled, in one run.
 
     python benchmarks/bench_cascade.py [--runs runs] [--per-prompt 4] [--sheets OUT]
 
-Every row draws the 128 training captions (``configs/tiny_train_prompts.txt``), ``--per-prompt`` pictures each, to 128
-pixels, and is scored by the small classifier: retrieval top-1 and top-5, feature distance of the shrunk pictures, and
-feature distance of full-resolution crops against real pictures (``data/emoji/core128``). Seconds per picture are
-medians over single pictures, the rows interleaved, after a warm-up, weights loaded, two threads. Rows whose weights are
-not there are left out and named. Writes ``benchmarks/results/<machine>/cascade.json``.
+Every row draws the 128 training captions (``configs/tiny_train_prompts.txt``), ``--per-prompt`` pictures
+each, to 128 pixels, and is scored by the small classifier: retrieval top-1 and top-5, feature distance of the
+shrunk pictures, and feature distance of full-resolution crops against real pictures
+(``data/emoji/core128``). Seconds per picture are medians over single pictures, the rows interleaved, after a
+warm-up, weights loaded, two threads. Rows whose weights are not there are left out and named. Writes
+``benchmarks/results/<machine>/cascade.json``.
 """
 
 from __future__ import annotations
@@ -72,32 +73,30 @@ class Result:
 
 def rows(runs: Path) -> list[Row]:
     """The table's rows; weights of intermediate rounds come from ``runs``."""
-    base = Stage("configs/tiny_base.yaml")
-    relay = Stage("configs/tiny_relay.yaml")
+    base, relay = Stage("configs/tiny_base.yaml"), Stage("configs/tiny_relay.yaml")
+    base4, relay1 = Stage("configs/tiny_base_distill.yaml"), Stage("configs/tiny_relay_distill.yaml")
+    base8 = Stage(base4.config, ("sampling.steps=8", *weights(runs / "tiny_base_distill/steps_8")))
+    relay2 = Stage(relay1.config, ("sampling.steps=2", *weights(runs / "tiny_relay_distill/steps_2")))
+    plus = "configs/tiny.yaml"
+    solver = "sampling.sampler.target=sat.diffusion.sampler.DPMSolver2M"
+    large = (
+        "sampling.sizes={min: 64, max: 128, multiple: 32, max_area: 16384}",
+        "sampling.height=128",
+        "sampling.width=128",
+    )
     return [
         Row("base 50 + bicubic", base),
-        Row("base 50 + plain super-resolution", base, Stage("configs/tiny_sr.yaml", weights(runs / "tiny_sr"))),
+        Row("base 50 + plain SR", base, Stage("configs/tiny_sr.yaml", weights(runs / "tiny_sr"))),
         Row("base 50 + relay 12", base, relay),
-        Row(
-            "distilled 8 + 2",
-            Stage("configs/tiny_base_distill.yaml", ("sampling.steps=8", *weights(runs / "tiny_base_distill/steps_8"))),
-            Stage("configs/tiny_relay_distill.yaml", ("sampling.steps=2", *weights(runs / "tiny_relay_distill/steps_2"))),
-        ),
-        Row("distilled 4 + 1", Stage("configs/tiny_base_distill.yaml"), Stage("configs/tiny_relay_distill.yaml")),
-        Row("distilled 4 + bicubic", Stage("configs/tiny_base_distill.yaml")),
-        Row("Plus 50 + bicubic", Stage("configs/tiny.yaml")),
-        Row("Plus 20 by DPM-Solver++ 2M + bicubic", Stage(
-            "configs/tiny.yaml",
-            ("sampling.steps=20", "sampling.sampler.target=sat.diffusion.sampler.DPMSolver2M"),
-        )),
-        Row("Plus 20 by DDIM + bicubic", Stage("configs/tiny.yaml", ("sampling.steps=20",))),
-        # The time that relay saves: the base network at the full size, from noise. It was not trained there.
-        Row("base 50 at 128 pixels (time only)", Stage(
-            "configs/tiny_base.yaml",
-            ("sampling.sizes={min: 64, max: 128, multiple: 32, max_area: 16384}", "sampling.height=128",
-             "sampling.width=128"),
-        ), scored=False),
-    ]  # fmt: skip
+        Row("distilled 8 + 2", base8, relay2),
+        Row("distilled 4 + 1", base4, relay1),
+        Row("distilled 4 + bicubic", base4),
+        Row("Plus 50 + bicubic", Stage(plus)),
+        Row("Plus 20, DPM-Solver++ 2M, + bicubic", Stage(plus, ("sampling.steps=20", solver))),
+        Row("Plus 20, DDIM, + bicubic", Stage(plus, ("sampling.steps=20",))),
+        # What relay saves: the base network at the full size, from noise. It was not trained there.
+        Row("base 50 at 128 pixels (time only)", Stage(base.config, large), scored=False),
+    ]
 
 
 def weights(run: Path) -> tuple[str, ...]:
@@ -177,10 +176,11 @@ def judge(
 def table(results: Sequence[Result]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| stages | looks | top-1 | top-5 | feature distance | at full resolution | seconds a picture | of it, base |",
+        "| stages | looks | top-1 | top-5 | features | at full resolution | s a picture | of it, base |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
+
         def share(value: float | None) -> str:
             return "" if value is None else f"{value:.1%}".replace("%", " %")
 
@@ -189,14 +189,17 @@ def table(results: Sequence[Result]) -> str:
 
         lines.append(
             f"| {r.name} | {r.looks} | {share(r.top1)} | {share(r.top5)} | {number(r.distance)} | "
-            f"{number(r.detail)} | {statistics.median(r.seconds):.3f} | {statistics.median(r.base_seconds):.3f} |"
+            f"{number(r.detail)} | {statistics.median(r.seconds):.3f} | "
+            f"{statistics.median(r.base_seconds):.3f} |"
         )
     return "\n".join(lines)
 
 
 def main() -> int:
     """Measure, judge, print, write."""
-    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     reader.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the rounds' checkpoints lie")
     reader.add_argument("--per-prompt", type=int, default=4)
     reader.add_argument("--repeats", type=int, default=9, help="timed pictures a row")

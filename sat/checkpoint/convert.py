@@ -24,7 +24,7 @@ from sat.checkpoint.whole import refuse_occupied
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
 UNET = "sat.models.cogview3_unet.CogView3UNet"
-#: What parts that carry no config, as in official folders, are tried as, in this order: the published networks.
+#: What parts that carry no config, as in official folders, are tried as: the published networks, in order.
 PUBLISHED: dict[Part, list[dict[str, Any]]] = {
     "model": [
         {"target": PLUS, "params": {}},
@@ -245,7 +245,8 @@ def _matched(
         raise problems[0]
     raise CheckpointError(
         f"{path}: its {part} part carries no config and is not a published network; give the YAML "
-        f"that describes it with --base (as published: …{str(problems[0]).partition('does not fit')[2][:200]})"
+        f"that describes it with --base "
+        f"(as published: …{str(problems[0]).partition('does not fit')[2][:200]})"
     ) from problems[0]
 
 

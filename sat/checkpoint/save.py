@@ -121,19 +121,19 @@ def save_diffusers(
 ) -> Path:
     """Write a folder that diffusers' ``CogView3PlusPipeline.from_pretrained`` opens."""
     options = options or Options()
+    images: tuple[Part, ...] = ("model", "first_stage")
+    theirs = {part: _theirs(parts[part], part, "DIFFUSERS", config) for part in images if part in parts}
     configs = {
         "model": transformer_config(_params(config, "model")),
         "first_stage": vae_config(_params(config, "first_stage")),
     }
     scheduler = scheduler_config(config.get("diffusion", {}))
     with whole_folder(Path(folder), _bytes(parts, options)) as place:
-        for part in ("model", "first_stage"):
-            if part in parts:
-                target = place / FOLDERS[part]
-                target.mkdir()
-                tensors = _theirs(parts[part], part, "DIFFUSERS", config)
-                _sharded(target, "diffusion_pytorch_model", tensors, options, index=True)
-                write_json(target / "config.json", configs[part])
+        for part, tensors in theirs.items():
+            target = place / FOLDERS[part]
+            target.mkdir()
+            _sharded(target, "diffusion_pytorch_model", tensors, options, index=True)
+            write_json(target / "config.json", configs[part])
         if "text" in parts:
             _huggingface(place / FOLDERS["text"], parts["text"], config, options, with_tokenizer_config=False)
             if tokenizer is not None:

@@ -52,7 +52,9 @@ def detail_of_folders(images: Path, real: Path, classifier: Classifier) -> tuple
     return detail_distance(made, there, classifier), len(made)
 
 
-def real_pictures(folder: Path, sizes: Sequence[tuple[int, int]] | set[tuple[int, int]]) -> list[PIL.Image.Image]:
+def real_pictures(
+    folder: Path, sizes: Sequence[tuple[int, int]] | set[tuple[int, int]]
+) -> list[PIL.Image.Image]:
     """Pictures below ``folder``, which must have one of ``sizes`` (width, height)."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not paths:
