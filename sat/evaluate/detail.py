@@ -1,8 +1,8 @@
-"""How fine detail compares: features of full-resolution crops, where the other scores look at shrunk pictures."""
+"""How fine detail compares: features of full-resolution crops; the other scores look at shrunk pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import PIL.Image
@@ -46,15 +46,13 @@ def detail_distance(
 
 
 def detail_of_folders(images: Path, real: Path, classifier: Classifier) -> tuple[float, int]:
-    """:func:`detail_distance` of generated pictures to those below the folder ``real``, and how many there are."""
+    """:func:`detail_distance` of generated pictures to those below ``real``, and how many there are."""
     made = open_all(collect(images))
     there = real_pictures(real, {picture.size for picture in made})
     return detail_distance(made, there, classifier), len(made)
 
 
-def real_pictures(
-    folder: Path, sizes: Sequence[tuple[int, int]] | set[tuple[int, int]]
-) -> list[PIL.Image.Image]:
+def real_pictures(folder: Path, sizes: Collection[tuple[int, int]]) -> list[PIL.Image.Image]:
     """Pictures below ``folder``, which must have one of ``sizes`` (width, height)."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not paths:
