@@ -10,8 +10,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from sat.cli.guard import UsageError, guard
+
+if TYPE_CHECKING:
+    from sat.data.buckets import BucketRule
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,11 +60,20 @@ def _add_tokenizer(command: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("sources", type=Path, nargs="+", help="folders or .jsonl files")
+    sources = "folders, tables (.jsonl, .csv) or shards (.tar, .parquet)"
+    command.add_argument("sources", type=Path, nargs="*", help=sources)
+    files = "config files of a training, whose data, sizes, buckets, tokenizer and batch are looked at"
+    command.add_argument("--base", nargs="+", action="extend", metavar="YAML", help=files)
     command.add_argument("--height", type=int, default=None, help="training height in pixels")
     command.add_argument("--width", type=int, default=None, help="training width in pixels (height)")
+    command.add_argument(
+        "--area", type=int, nargs="+", metavar="PIXELS", help="areas of aspect-ratio buckets"
+    )
+    command.add_argument("--step", type=int, default=32, help="their sides are multiples of this (32)")
+    command.add_argument("--max-ratio", type=float, default=2.0, help="longer to shorter side (2)")
+    command.add_argument("--batch", type=int, help="images of a batch over all ranks, for the table (1)")
     command.add_argument("--tokenizer", type=Path, help="spiece.model, to count captions over the limit")
-    command.add_argument("--max-length", type=int, default=224, help="token limit (224)")
+    command.add_argument("--max-length", type=int, help="token limit (224)")
     command.add_argument("--sheet", type=Path, help="PNG to write the first pictures to")
     command.add_argument("--sheet-limit", type=int, default=256, help="pictures on the sheet (256)")
 
@@ -114,23 +127,70 @@ def _tokenizer(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from sat.data.buckets import Buckets
     from sat.data.records import Record
-    from sat.data.survey import sheet, survey
+    from sat.data.survey import bucket_table, duplicates, sheet, survey
+
+    asked = _asked(args)
+    too_long = None if asked.tokenizer is None else _over_limit(asked.tokenizer, asked.max_length)
+    surveys = []
+    for source in asked.sources:
+        surveys.append(survey(source, too_long))
+        print("\n".join(surveys[-1].lines(asked.height, asked.width)))
+    print("\n".join(duplicates(surveys) or ["no duplicates"]))
+    if asked.rule is not None:
+        sizes = [picture.size for one in surveys for picture in one.pictures]
+        print("\n".join(bucket_table(Buckets.of(sizes, asked.rule), asked.batch)) if sizes else "no buckets")
+    shown: list[Record] = [record for one in surveys for record in one.readable][: args.sheet_limit]
+    if args.sheet is not None and shown:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        sheet(shown, min(16, len(shown)), asked.height or 64, asked.width or 64).save(args.sheet)
+        print(f"{args.sheet}: {len(shown)} pictures")
+    return 1 if any(one.bad for one in surveys) else 0
+
+
+class _Asked(NamedTuple):
+    """What ``inspect`` looks at: the options, and what a config says where they are silent."""
+
+    sources: list[Path]
+    height: int | None
+    width: int | None
+    rule: BucketRule | None
+    batch: int
+    tokenizer: Path | None
+    max_length: int
+
+
+def _asked(args: argparse.Namespace) -> _Asked:
+    from sat.data.buckets import BucketRule
 
     height = args.height if args.height is not None else args.width
     width = args.width if args.width is not None else args.height
-    shown: list[Record] = []
-    wrong = 0
-    for source in args.sources:
-        found = survey(source, _over_limit(args.tokenizer, args.max_length) if args.tokenizer else None)
-        print("\n".join(found.lines(height, width)))
-        shown += found.readable[: args.sheet_limit - len(shown)]
-        wrong += len(found.bad)
-    if args.sheet is not None and shown:
-        args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
-        print(f"{args.sheet}: {len(shown)} pictures")
-    return 1 if wrong else 0
+    try:
+        rule = None if args.area is None else BucketRule(tuple(args.area), args.step, args.max_ratio)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    given = _Asked(args.sources, height, width, rule, args.batch or 1, args.tokenizer, args.max_length or 224)
+    if not args.base:
+        if not args.sources:
+            raise UsageError("nothing to look at: name folders, tables or shards, or --base with a config")
+        return given
+    from sat.config.load import load
+    from sat.train.data import bucket_rule
+
+    experiment = load(args.base)
+    data, train = experiment.data, experiment.train
+    if data is None:
+        raise UsageError("the config of --base has no `data` section")
+    return _Asked(
+        args.sources or [source.path for source in (*data.sources, *data.validation)],
+        height or data.height,
+        width or data.width,
+        rule or bucket_rule(data),
+        args.batch or (1 if train is None else train.batch_size),
+        args.tokenizer or experiment.conditioning.tokenizer,
+        args.max_length or experiment.conditioning.max_length,
+    )
 
 
 def _cache(args: argparse.Namespace) -> int:

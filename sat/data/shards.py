@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -59,7 +59,7 @@ def read_shard(path: Path) -> Iterator[Record | Bad]:
         with tarfile.open(path, "r:") as shard:
             for key, members in itertools.groupby(_members(shard), lambda pair: pair[0]):
                 try:
-                    yield _sample(path, shard, {extension: info for _, (extension, info) in members})
+                    yield _sample(path, shard, _unique(pair for _, pair in members))
                 except FieldError as error:
                     yield Bad(f"{path}:{key}", str(error), error.kind)
     except (tarfile.TarError, EOFError) as error:
@@ -73,6 +73,16 @@ def _members(shard: tarfile.TarFile) -> Iterator[tuple[str, tuple[str, tarfile.T
         if match is not None and info.isreg():
             yield match[1], (match[2].lower(), info)
         shard.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+
+
+def _unique(pairs: Iterable[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
+    """The members of a sample by extension."""
+    found: dict[str, tarfile.TarInfo] = {}
+    for extension, info in list(pairs):
+        if extension in found:
+            raise FieldError(extension, "two members of this name in one sample")
+        found[extension] = info
+    return found
 
 
 def _sample(path: Path, shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Record:

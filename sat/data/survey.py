@@ -1,14 +1,19 @@
-"""What a data source holds: counts, sizes, captions, everything that is wrong with it."""
+"""What data sources hold: counts, sizes, captions, buckets, duplicates, everything that is wrong."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import PIL.Image
+import PIL.ImageOps
 
+from sat.data.buckets import Buckets, Size
 from sat.data.records import Bad, Record
 from sat.data.sources import read_source
 from sat.data.transforms import Transform, on_white
@@ -16,15 +21,23 @@ from sat.data.transforms import Transform, on_white
 SHOWN = 5  # lines of a list that is printed
 
 
+class Picture(NamedTuple):
+    """What is seen of a picture by opening it. ``size`` is (height, width) as shown."""
+
+    size: Size
+    kind: str  # of the file: PNG, JPEG …
+    file: str  # digest of the file
+    pixels: str  # digest of size and pixels, transparency on white
+
+
 @dataclass(frozen=True)
 class Survey:
-    """Counts over one source. Sizes are (height, width) pixels of the files."""
+    """Counts over one source."""
 
     source: Path
     readable: tuple[Record, ...]
+    pictures: tuple[Picture, ...]  # of the readable ones
     bad: tuple[Bad, ...]
-    sizes: Counter[tuple[int, int]]
-    formats: Counter[str]
     labels: dict[str, Counter[str]]  # by field of the table, e.g. style
     too_long: tuple[str, ...] = ()  # captions over the token limit
     captions: int = 0
@@ -32,10 +45,10 @@ class Survey:
 
     def lines(self, height: int | None = None, width: int | None = None) -> list[str]:
         """The survey in words; with a training size, how many pictures are smaller than it."""
-        sizes = Counter({f"{h}x{w}": count for (h, w), count in self.sizes.items()})
+        sizes = Counter(f"{picture.size[0]}x{picture.size[1]}" for picture in self.pictures)
         rows = [
-            f"{self.source}: {len(self.readable)} pairs, {len(self.bad)} that cannot be used",
-            f"formats: {_counts(self.formats)}",
+            f"{self.source}: {len(self.readable)} pairs, {len(self.bad)} that cannot be used{self._kinds()}",
+            f"formats: {_counts(Counter(picture.kind for picture in self.pictures))}",
             f"sizes (height x width): {_counts(sizes)}",
         ]
         if self.words:
@@ -44,52 +57,109 @@ class Survey:
                 f"captions: {self.captions}, {min(self.words)} to {max(self.words)} words, median {middle}"
             )
         if height is not None and width is not None:
-            small = sum(n for (h, w), n in self.sizes.items() if h < height or w < width)
+            small = sum(one.size[0] < height or one.size[1] < width for one in self.pictures)
             rows.append(f"smaller than {height}x{width}, so enlarged: {small}")
         rows += [
             f"{name}: {len(values)} different, {_counts(values)}" for name, values in self.labels.items()
         ]
         if self.too_long:
-            rows.append(f"captions over the token limit: {len(self.too_long)}, e.g. {self.too_long[0]!r}")
+            rows.append(f"captions over the token limit: {len(self.too_long)}")
+            rows += [f"over the token limit: {caption!r}" for caption in self.too_long[:SHOWN]]
         rows += [f"skipped: {bad}" for bad in self.bad[: SHOWN * 4]]
         if len(self.bad) > SHOWN * 4:
             rows.append(f"skipped: and {len(self.bad) - SHOWN * 4} more")
         return rows
 
+    def _kinds(self) -> str:
+        """How many of the bad ones lack what."""
+        names = {"caption": "without caption", "picture": "without readable picture", "row": "broken rows"}
+        kinds = Counter(bad.kind for bad in self.bad)
+        found = [f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind]]  # type: ignore[index]
+        return f" ({', '.join(found)})" if found else ""
 
-def survey(source: Path, too_long: Callable[[str], bool] | None = None) -> Survey:
+
+def survey(source: Path, too_long: Callable[[str], bool] | None = None, workers: int = 4) -> Survey:
     """Opens every picture of ``source`` once; ``too_long`` tells if a caption is over the token limit."""
     found = read_source(source)
-    bad, readable = list(found.bad), []
-    sizes: Counter[tuple[int, int]] = Counter()
-    formats: Counter[str] = Counter()
+    with ThreadPoolExecutor(workers, thread_name_prefix="survey") as pool:
+        seen = list(pool.map(look, found.records))
+    bad = [one for one in seen if isinstance(one, Bad)]
+    readable = tuple(r for r, one in zip(found.records, seen, strict=True) if not isinstance(one, Bad))
     labels: dict[str, Counter[str]] = {}
-    for record in found.records:
-        try:
-            with PIL.Image.open(record.path) as file:
-                kind = file.format or "?"
-                picture = on_white(file)
-        except Exception as error:  # noqa: BLE001 - decoders raise anything
-            bad.append(Bad(str(record.path), f"{type(error).__name__}: {error}"))
-            continue
-        readable.append(record)
-        sizes[picture.height, picture.width] += 1
-        formats[kind] += 1
+    for record in readable:
         for name, value in record.labels.items():
             labels.setdefault(name, Counter())[value] += 1
     captions = [caption for record in readable for caption in record.captions]
     long = () if too_long is None else tuple(caption for caption in captions if too_long(caption))
     return Survey(
         source,
-        tuple(readable),
-        tuple(bad),
-        sizes,
-        formats,
+        readable,
+        tuple(one for one in seen if not isinstance(one, Bad)),
+        (*found.bad, *bad),
         labels,
         long,
         len(captions),
         tuple(len(caption.split()) for caption in captions),
     )
+
+
+def look(record: Record) -> Picture | Bad:
+    """What is seen of a picture, or why it cannot be opened."""
+    try:
+        file = record.file()
+        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        with PIL.Image.open(record.file()) as opened:
+            kind = opened.format or "?"
+            shown = on_white(PIL.ImageOps.exif_transpose(opened))
+    except Exception as error:  # noqa: BLE001 - decoders raise anything
+        return Bad(record.name, f"{type(error).__name__}: {error}", "picture")
+    size = (shown.height, shown.width)
+    pixels = hashlib.sha256(f"{size}".encode() + shown.tobytes()).hexdigest()
+    return Picture(size, kind, hashlib.sha256(data).hexdigest(), pixels)
+
+
+def duplicates(surveys: Sequence[Survey]) -> list[str]:
+    """The identical files, and the files with identical pictures, of all sources; a line for each group."""
+    pairs = [(r.name, p) for one in surveys for r, p in zip(one.readable, one.pictures, strict=True)]
+    files, pixels = _same((p.file, name) for name, p in pairs), _same((p.pixels, name) for name, p in pairs)
+    known = {frozenset(names) for names in files}
+    again = [names for names in pixels if frozenset(names) not in known]
+    rows = []
+    for what, found in (("identical files", files), ("identical pictures in different files", again)):
+        if found:
+            rows.append(f"{what}: {sum(map(len, found)) - len(found)} more than needed")
+            rows += [f"{what}: {', '.join(_some(names))}" for names in found[:SHOWN]]
+    return rows
+
+
+def _same(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The different names of every digest that has several."""
+    names: dict[str, list[str]] = {}
+    for digest, name in pairs:
+        group = names.setdefault(digest, [])
+        if name not in group:
+            group.append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    return [*names[:3], *([f"and {len(names) - 3} others"] if len(names) > 3 else [])]
+
+
+def bucket_table(buckets: Buckets, batch: int) -> list[str]:
+    """The buckets with their images, and their batches of ``batch`` images (over all ranks) in an epoch."""
+    total = sum(map(len, buckets.items))
+    rows = [
+        f"{len(buckets.sizes)} buckets, {total} images, batches of {batch}",
+        f"{'height x width':>14}  {'ratio':>5}  {'images':>7}  {'share':>6}  {'batches an epoch':>16}",
+    ]
+    for (height, width), items in zip(buckets.sizes, buckets.items, strict=True):
+        note = "  fewer than a batch" if len(items) < batch else ""
+        rows.append(
+            f"{f'{height} x {width}':>14}  {width / height:5.2f}  {len(items):7d}  "
+            f"{len(items) / total:6.1%}  {len(items) / batch:16.2f}{note}"
+        )
+    return rows
 
 
 def sheet(records: Sequence[Record], columns: int, height: int, width: int) -> PIL.Image.Image:
@@ -98,7 +168,7 @@ def sheet(records: Sequence[Record], columns: int, height: int, width: int) -> P
     rows = -(-len(records) // columns)
     out = PIL.Image.new("RGB", (columns * (width + 2) + 2, rows * (height + 2) + 2), "#888888")
     for place, record in enumerate(records):
-        pixels = transform.load(record.path).pixels
+        pixels = transform.load(record.file()).pixels
         top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
         cut = PIL.Image.fromarray(pixels[top : top + height, left : left + width])
         out.paste(cut, (2 + place % columns * (width + 2), 2 + place // columns * (height + 2)))
