@@ -1,0 +1,70 @@
+"""Crops at full resolution, and their distance to real ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from sat.cli.evaluate import main
+from sat.data.records import DataError
+from sat.evaluate.classifier import Classifier
+from sat.evaluate.detail import crops, detail_distance, real_pictures
+from sat.util.images import from_pil
+from tests.configs import ROOT
+
+JUDGE = ROOT / "checkpoints" / "tiny_classifier"
+
+
+def pictures(count: int, side: int = 128) -> list[Image.Image]:
+    """Squares of noise that differ from one another."""
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_crops_cover_the_picture_and_overlap_by_half() -> None:
+    picture = pictures(1)[0]
+    parts = crops(picture, 64)
+    whole = from_pil(picture)
+    assert parts.shape == (9, 3, 64, 64)
+    assert torch.equal(parts[0], whole[:, :64, :64]) and torch.equal(parts[8], whole[:, 64:, 64:])
+    assert torch.equal(parts[4], whole[:, 32:96, 32:96])
+
+
+def test_a_picture_of_the_judges_size_is_one_crop_and_a_smaller_one_is_refused() -> None:
+    assert len(crops(pictures(1, 64)[0], 64)) == 1
+    with pytest.raises(DataError, match="60 x 60 is smaller than the classifier's 64 x 64"):
+        crops(pictures(1, 60)[0], 64)
+
+
+def test_the_more_a_picture_is_blurred_the_farther_it_is() -> None:
+    judge = Classifier.load(JUDGE)
+    real = real_pictures(ROOT / "data" / "emoji_sample", [(64, 64)])[:24]
+    far = [
+        detail_distance([p.filter(ImageFilter.GaussianBlur(radius)) for p in real], real, judge)
+        for radius in (0, 1, 2, 4)
+    ]
+    assert far[0] == pytest.approx(0, abs=1e-6) and far == sorted(far) and far[1] > 0.1
+
+
+def test_the_command_compares_folders_and_says_when_they_are_few(tmp_path: Path, capsys) -> None:
+    from sat.util.images import write_png
+
+    for name in ("made", "real"):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures(3)):
+            write_png(tmp_path / name / f"{i}.png", picture, {"prompt": "x"})
+    words = ["detail", "--images", str(tmp_path / "made"), "--real", str(tmp_path / "real")]
+    assert main([*words, "--classifier", str(JUDGE)]) == 0
+    assert "full-resolution crops, 3 images: 0.000 (fewer than 500" in capsys.readouterr().out
+
+
+def test_real_pictures_of_another_size_are_refused(tmp_path: Path) -> None:
+    pictures(1, 32)[0].save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a.png: is 32 x 32 \(height x width\), the pictures are 128 x 128"):
+        real_pictures(tmp_path, [(128, 128)])
+    with pytest.raises(DataError, match="holds no pictures"):
+        real_pictures(ROOT / "configs", [(128, 128)])
