@@ -194,9 +194,7 @@ class _Raw:
                 continue
             for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
                 if side not in kinds:
-                    raise AdapterError(
-                        f"{self.file}: {name!r} has {other} but no {side}: the file is incomplete"
-                    )
+                    raise AdapterError(f"{self.file}: {name!r} has {other} but no {side}: incomplete")
             down, up = kinds["lora_A"], kinds["lora_B"]
             if down.dim() != 2 or up.dim() != 2:
                 raise AdapterError(f"{self.file}: {name!r} is a LoRA of a convolution, only linears have one")

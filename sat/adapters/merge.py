@@ -18,6 +18,9 @@ from sat.checkpoint.format import LazyStateDict, Part, TensorInfo
 
 ADAPTABLE: tuple[Part, ...] = ("model", "text")
 
+_PLAIN = re.compile(r"adapter|adapter_model|pytorch_lora_weights|native|step_\d+|checkpoints")
+"""Names of files and folders that say nothing of what is in them."""
+
 log = logging.getLogger(__name__)
 
 
@@ -51,10 +54,11 @@ def load_adapters(parts: Parts, wanted: Sequence[Loading], *, fold: bool = False
 
 def _name(path: Path, taken: Sequence[str]) -> str:
     """A name for the adapter at ``path`` that is not ``taken``: of its file or folder."""
-    stem = path.name.removesuffix(".safetensors")
-    if stem in ("adapter", "adapter_model", "pytorch_lora_weights", "native"):
-        stem = path.absolute().parent.name
-    stem = re.sub(r"\W+", "_", stem) or "adapter"
+    places = (
+        place.name.removesuffix(".safetensors") for place in (path.absolute(), *path.absolute().parents)
+    )
+    stem = next((name for name in places if name and not _PLAIN.fullmatch(name)), "adapter")
+    stem = re.sub(r"\W+", "_", stem)
     number = 2
     name = stem
     while name in taken:

@@ -67,8 +67,9 @@ def choose(
     for target in targets:
         hits = _hits(target, known)
         if not hits:
+            near = "" if target in GROUPS else hint(target, [*_there(known), *known])
             raise AdapterError(
-                f"{target!r} matches no layer of {what}{hint(target, [*_there(known), *known])} "
+                f"{target!r} matches no layer of {what}{near} "
                 f"(groups with layers: {', '.join(_there(known))})"
             )
         chosen |= {name: (known[name], rank) for name in hits}

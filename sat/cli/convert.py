@@ -156,9 +156,7 @@ def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None,
     from sat.config.schema import Component
 
     if args.merge_lora:
-        raise UsageError(
-            f"--merge-lora folds adapters into a checkpoint, and {args.src} is an adapter itself"
-        )
+        raise UsageError(f"--merge-lora is for checkpoints, and {args.src} is an adapter itself")
     adapter, files = convert_adapter(
         args.src,
         args.dst,
