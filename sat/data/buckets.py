@@ -15,6 +15,7 @@ import PIL.Image
 from sat.data.records import Bad, DataError, Record, RecordSet, check_bad_share
 
 Size = tuple[int, int]
+MOST = 0.9  # of an area, that sizes at the ratio's limit must have
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on the picture lies on its side
 
 
@@ -42,14 +43,18 @@ class BucketRule:
             )
 
     def sizes(self, area: int) -> list[Size]:
-        """The sizes of one area, tall ones first; the longest sides that keep within it."""
-        found = set()
-        for short in range(self.step, math.isqrt(area) + 1, self.step):
-            long = area // short // self.step * self.step
-            if long <= self.max_ratio * short:
-                found |= {(long, short), (short, long)}
+        """The sizes of one area, tall ones first: the square, and to each shorter side the longest that fits.
+
+        Where ``max_ratio`` makes that side shorter, the size still has to have most of the area.
+        """
         side = math.isqrt(area) // self.step * self.step
-        return sorted(found or {(side, side)}, key=lambda size: (-size[0] / size[1], -size[0]))
+        found = {(side, side)}
+        for short in range(self.step, side + 1, self.step):
+            fits = area // short // self.step * self.step
+            long = min(fits, int(self.max_ratio * short) // self.step * self.step)
+            if long == fits or short * long >= MOST * area:
+                found |= {(long, short), (short, long)}
+        return sorted(found, key=lambda size: (-size[0] / size[1], -size[0]))
 
     def area(self, size: Size) -> int:
         """The largest of the areas that a picture fills without being enlarged, else the smallest."""

@@ -62,8 +62,17 @@ def read_shard(path: Path) -> Iterator[Record | Bad]:
                     yield _sample(path, shard, _unique(pair for _, pair in members))
                 except FieldError as error:
                     yield Bad(f"{path}:{key}", str(error), error.kind)
+            if not _ended(path, shard.offset):
+                raise tarfile.ReadError("it ends without an end mark, so samples may be missing")
     except (tarfile.TarError, EOFError) as error:
         yield Bad(str(path), f"not a whole, uncompressed tar file (pictures are read in place): {error}")
+
+
+def _ended(path: Path, offset: int) -> bool:
+    """Whether the end mark of a tar file is at ``offset``; tarfile takes a cut-off header for it too."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
 
 
 def _members(shard: tarfile.TarFile) -> Iterator[tuple[str, tuple[str, tarfile.TarInfo]]]:

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from sat.data.records import DataError, Record
-from sat.data.sources import read_source, read_sources
+from sat.data.sources import Source, read_source, read_sources
 
 
 def picture(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
@@ -113,7 +113,10 @@ def test_repeats_multiply_a_source(tmp_path):
     ("make", "words"),
     [
         (lambda path: path / "none", "no such folder"),
-        (lambda path: picture(path / "a.png"), r"expected a folder, a \.jsonl, \.csv, \.tar or \.parquet file"),
+        (
+            lambda path: picture(path / "a.png"),
+            r"expected a folder, a \.jsonl, \.csv, \.tar or \.parquet file",
+        ),
         (lambda path: path, "no pairs of image and caption"),
     ],
 )
@@ -128,3 +131,82 @@ def test_captions_are_drawn_by_weight():
     assert [drawn.count(caption) for caption in "abc"] == [250, 0, 750]
     alike = Record(Path("x"), ("a", "b"))
     assert [alike.caption(step / 4) for step in range(4)] == ["a", "a", "b", "b"]
+
+
+# ---------------------------------------------------------------------- comma-separated tables
+
+
+def csv_table(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    path = folder / "metadata.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+@pytest.mark.parametrize("key", ["text", "prompt", "caption"])
+def test_a_csv_table_is_read_as_the_other_one(tmp_path, key):
+    picture(tmp_path / "sub" / "a.png")
+    csv_table(tmp_path, f'file_name,{key},style\nsub/a.png,"red, round\napple",flat\n', "utf-8-sig")
+    (record,) = read_source(tmp_path).records
+    assert (record.path, record.captions) == (tmp_path / "sub" / "a.png", ("red, round\napple",))
+    assert record.labels == {"style": "flat"}
+    assert len(read_source(tmp_path / "metadata.csv")) == 1
+
+
+def test_bad_csv_rows_are_listed_with_line_and_field(tmp_path):
+    picture(tmp_path / "a.png")
+    csv_table(tmp_path, "file_name,text\na.png,fine\ngone.png,x\na.png,\n,x\n")
+    found = read_source(tmp_path)
+    assert len(found) == 1
+    assert [str(bad) for bad in found.bad] == [
+        f"{tmp_path}/metadata.csv:3: file_name: gone.png: no such file",
+        f"{tmp_path}/metadata.csv:4: text: no caption, expected one of text, prompt, caption",
+        f"{tmp_path}/metadata.csv:5: file_name: None, expected the path of an image",
+    ]
+    assert [bad.kind for bad in found.bad] == ["picture", "caption", "picture"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name,text\na.png,x\n", "metadata.csv:1: file_name: no column file_name (there are: name, text)"),
+        ("file_name,words\na.png,x\n", "metadata.csv:1: text: no column text or prompt or caption"),
+        ("file_name,text\na.png,\xff\n", "row: not a comma-separated table in UTF-8"),
+    ],
+)
+def test_a_csv_table_without_its_columns_is_told_by_name(tmp_path, text, words):
+    csv_table(tmp_path, text, "latin-1")
+    assert words in str(read_source(tmp_path).bad[0])
+
+
+def test_two_tables_in_one_folder_are_ambiguous(tmp_path):
+    table(tmp_path, {})
+    csv_table(tmp_path, "")
+    with pytest.raises(DataError, match=r"metadata\.jsonl and metadata\.csv; name the one to read"):
+        read_source(tmp_path)
+
+
+def test_fields_are_named_in_complaints(tmp_path):
+    picture(tmp_path / "a.png")
+    table(
+        tmp_path,
+        {"file_name": "a.png", "prompt": [1]},
+        {"file_name": "a.png", "text": "x", "weights": "heavy"},
+        "{",
+    )
+    reasons = [bad.reason for bad in read_source(tmp_path).bad]
+    assert reasons[0] == "prompt: [1], expected a caption or a list of captions"
+    assert reasons[1] == "weights: 'heavy', expected a list of numbers"
+    assert reasons[2].startswith("row: not JSON")
+
+
+# ---------------------------------------------------------------------- weights of sources
+
+
+def test_weights_of_sources_are_kept_beside_their_records(tmp_path):
+    for name, count in (("a", 3), ("b", 1)):
+        for number in range(count):
+            picture(tmp_path / name / f"{number}.png").with_suffix(".txt").write_text("x")
+    found = read_sources([Source(tmp_path / "a", weight=1.0), Source(tmp_path / "b", weight=2.0)])
+    assert found.shares == ((3, 1.0), (1, 2.0))
+    with pytest.raises(DataError, match="either every source has a weight or none"):
+        read_sources([Source(tmp_path / "a", weight=1.0), Source(tmp_path / "b")])
