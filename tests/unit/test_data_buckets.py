@@ -116,7 +116,7 @@ def test_pictures_get_the_size_and_the_conditions_of_their_bucket(tmp_path):
     assert seen["c"] == ((16, 8), (0, 0), (16, 8))
     assert seen["e"] == ((8, 17), (0, 0), (8, 16))  # half a pixel off the middle is 0
     assert seen["f"] == ((32, 32), (0, 0), (8, 8))
-    assert seen["g"] == ((15, 8), (0, 0), (16, 8))
+    assert seen["g"] == ((15, 8), (3, 0), (8, 8))  # too small for the larger area
 
 
 def test_batches_hold_one_size_which_is_the_same_on_all_ranks(tmp_path):
