@@ -207,7 +207,7 @@ QKV = "model.transformer.blocks.0.attn.qkv"
             lambda t: [t.pop(n) for n in list(t) if n.startswith(f"{QKV}.")],
             r"3 of its 15 layers are missing: 'model.transformer.blocks.0.attn.qkv#0'",
         ),
-        (lambda t: t.update({"model.time.0.weight": torch.zeros(2)}), "1 tensors are no LoRA factors of linears"),
+        (lambda t: t.update({"model.time.0.weight": torch.zeros(2)}), "1 tensors are no LoRA factors"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused_by_name(saved, change: Any, said: str) -> None:

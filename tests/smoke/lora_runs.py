@@ -1,0 +1,81 @@
+"""LoRA trainings, one after the other in one process so that DeepSpeed is imported once.
+
+``python -m tests.smoke.lora_runs FOLDER SPIECE`` writes FOLDER/ends.json; test_lora.py reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sat.cli.train import main
+from tests.configs import DEBUG, ROOT
+
+TOY = ROOT / "tests" / "assets" / "toy"
+LORA = ROOT / "configs" / "lora.yaml"
+TRAIN = """\
+adapters:
+  lora: {{rank: 4, alpha: 8, dropout: 0.2, targets: [attention, mlp], ranks: {{mlp: 2}}}}
+train:
+  objective: {{target: sat.train.objectives.diffusion.DiffusionObjective}}
+  steps: 4
+  batch_size: 4
+  accumulate: 2
+  dtype: fp32
+  zero: 0
+  lr: 1.0e-2
+  warmup: 1
+  ema: 0.9
+  log_every: 1
+  save_every: 2
+  keep_last: 10
+  wandb: disabled
+data:
+  sources: [{{path: {root}/data/emoji_sample}}]
+  height: 32
+  width: 48
+  workers: 0
+conditioning: {{tokenizer: {spiece}}}
+parallel: {{device: cpu}}
+"""
+
+
+def everything(folder: Path, spiece: Path) -> None:
+    """All runs."""
+    (folder / "train.yaml").write_text(TRAIN.format(root=ROOT, spiece=spiece))
+    ends = {}
+
+    def run(name: str, files: list[Path], *arguments: object, to: str = "") -> None:
+        out, err = io.StringIO(), io.StringIO()
+        words = ["--base", *map(str, [DEBUG, *files]), "--output-dir", str(folder / (to or name))]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([*words, *map(str, arguments)])
+            logging.shutdown()
+        ends[name] = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+    train = [LORA, folder / "train.yaml"]
+    text = (
+        "train.objective.params.train_text=true",
+        "adapters.lora.targets=[attention, mlp, adaln, text_encoder]",
+    )
+    run("whole", train, *text)
+    run("half", train, *text, "train.max_minutes=1e-9")
+    run("rest", train, *text, "--resume", to="half")
+    run("plain", train, *text, "train.activation_checkpointing=false")
+    run("bf16", train, "train.dtype=bf16", "train.zero=2", "--steps", 3, "adapters.lora.dora=true")
+    run("unet", [TOY / "base.yaml", *train], "adapters.lora.targets=[attention, mlp, adaln]", "--steps", 3)
+    run("again", train, *text, f"adapters.lora.start={folder / 'whole'}", "--steps", 1, "--lr", "1e-12")
+    over = f"adapters.load=[{{path: {folder / 'bf16'}, strength: 0.5}}]"
+    run("over", train, over, "--steps", 1)
+    run("wrong_start", train, f"adapters.lora.start={folder / 'unet'}", "--steps", 1)
+    first = "train.objective.target=sat.train.objectives.first_stage.FirstStageObjective"
+    run("first_stage", train, first, "--steps", 1)
+    (folder / "ends.json").write_text(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    everything(Path(sys.argv[1]), Path(sys.argv[2]))

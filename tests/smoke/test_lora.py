@@ -1,0 +1,211 @@
+"""LoRA from train.py to sample.py: what is trained and written, exact resumption, strengths, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sat.adapters.files import NATIVE_FILE, locate
+from sat.cli.convert import main as convert
+from sat.cli.sample import main as sample
+from sat.pipeline import Pipeline
+from tests.checkpoints import tokenizer
+from tests.configs import DEBUG, ROOT
+from tests.smoke.test_training import Ran, good, rows
+
+pytestmark = pytest.mark.timeout(600)  # the fixture below is ten runs
+
+
+@pytest.fixture(scope="module")
+def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Ran:
+    folder = tmp_path_factory.mktemp("lora")
+    command = [sys.executable, "-m", "tests.smoke.lora_runs", str(folder), str(spiece)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr
+    return Ran(folder, json.loads((folder / "ends.json").read_text()))
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint: what DeepSpeed keeps, the averages, the adapter."""
+    place = run / "checkpoints" / f"step_{step:08d}"
+    saved = torch.load(place / "state" / "mp_rank_00_model_states.pt", weights_only=False)
+    found = {f"module.{name}": value for name, value in saved["module"].items()}
+    for index, moments in (saved["optimizer"] or {"state": {}})["state"].items():
+        found |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    found |= {f"ema.{name}": value for name, value in load_file(place / "state" / "ema.safetensors").items()}
+    return found | load_file(place / "native" / NATIVE_FILE)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def header(path: Path) -> dict[str, str]:
+    with safe_open(locate(path)[0], "pt") as file:
+        return file.metadata()
+
+
+# ---------------------------------------------------------------------- training
+
+
+def test_only_factors_are_trained_and_written(ran) -> None:
+    good(ran, "whole")
+    found = state(ran.folder / "whole", 4)
+    module = [name for name in found if name.startswith("module.") and "." in name[7:]]
+    trained = [name for name in module if ".factors." in name]
+    assert trained and all(".factors." in name or "table" in name for name in module)
+    assert any(name.startswith("module.text.") for name in trained)
+    place = ran.folder / "whole" / "checkpoints" / "step_00000004" / "native"
+    assert [file.name for file in place.iterdir()] == [NATIVE_FILE]
+    moved = [v for n, v in found.items() if n.startswith(("model.", "text.")) and ".lora_B." in n]
+    assert moved and all(value.abs().max() > 0 for value in moved)
+
+
+def test_the_adapter_says_what_it_is(ran) -> None:
+    about = header(ran.folder / "whole")
+    assert (about["rank"], about["alpha"], about["layout"]) == ("4", "8.0", "native")
+    layers = json.loads(about["layers"])
+    assert layers["model.transformer.blocks.0.mlp.up#0"] == {"rank": 2, "alpha": 4.0, "parts": 1}
+    base = json.loads(about["base"])
+    assert base["model"]["component"]["params"]["dim"] == 32
+    assert set(base) == {"model", "text"}
+    assert set(json.loads(header(ran.folder / "unet")["base"])) == {"model"}
+
+
+def test_a_run_cut_in_two_is_the_uninterrupted_one_bit_for_bit(ran) -> None:
+    """Dropout included: it is drawn anew for each step from the step's own seed."""
+    good(ran, "half")
+    good(ran, "rest")
+    assert same(state(ran.folder / "half", 4), state(ran.folder / "whole", 4))
+
+
+def test_recomputing_activations_changes_nothing(ran) -> None:
+    """configs/lora.yaml asks for it; with dropout the same masks must come again."""
+    good(ran, "plain")
+    losses = [[r["loss"] for r in rows(ran.folder / name) if "lr" in r] for name in ("whole", "plain")]
+    assert losses[0] == losses[1]
+    assert same(state(ran.folder / "plain", 4), state(ran.folder / "whole", 4))
+
+
+def test_bf16_weights_train_dora_with_sharded_masters(ran) -> None:
+    good(ran, "bf16")
+    found = load_file(locate(ran.folder / "bf16")[0])
+    kinds = {name.rpartition("attn.qkv.")[2]: tensor.dtype for name, tensor in found.items() if "qkv" in name}
+    assert kinds["lora_A.0.weight"] == torch.bfloat16
+    assert kinds["magnitude"] == torch.float32
+    assert json.loads(header(ran.folder / "bf16")["dora"]) is True
+
+
+def test_unets_train_too(ran) -> None:
+    good(ran, "unet")
+    names = set(load_file(locate(ran.folder / "unet")[0]))
+    assert any(".mixins.cross.layers.0.kv.lora_B.1." in name for name in names)
+    assert any(".emb.lora_B.0." in name for name in names)
+
+
+def test_training_goes_on_from_an_adapter(ran) -> None:
+    assert "training goes on from the adapter" in good(ran, "again")
+    before, after = (load_file(locate(ran.folder / name)[0]) for name in ("whole", "again"))
+    assert before.keys() == after.keys()
+    assert all((after[n] - before[n]).abs().max() < 1e-6 for n in before)  # the rate is 1e-12
+
+
+def test_factors_are_trained_over_a_loaded_adapter(ran) -> None:
+    said = good(ran, "over")
+    assert "at strength 0.5 (native)" in said
+    assert not any(".magnitude" in name for name in load_file(locate(ran.folder / "over")[0]))
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line(ran) -> None:
+    start = ran.ends["wrong_start"]
+    assert start["code"] == 2
+    assert "is a LoRA of CogView3UNet, this model is CogView3Plus: another model" in start["err"]
+    first = ran.ends["first_stage"]
+    assert first["code"] == 2
+    assert "FirstStageObjective trains no part that LoRA adapts: set adapters.lora to null" in first["err"]
+
+
+# ---------------------------------------------------------------------- use
+
+
+def draw(out: Path, *arguments: str) -> np.ndarray:
+    """The pixels of one picture of the toy."""
+    words = ["--base", str(DEBUG), "--prompt", "a dog", "--output-dir", str(out), "parallel.device=cpu"]
+    assert sample([*words, *arguments]) == 0
+    (file,) = out.glob("*/*.png")
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_strength_weighs_an_adapter_in_a_picture(ran, tmp_path) -> None:
+    run = ran.folder / "whole"
+    plain, none, half, full = (
+        draw(tmp_path / name, *arguments)
+        for name, arguments in {
+            "plain": (),
+            "none": ("--lora", f"{run}:0"),
+            "half": ("--lora", f"{run}:0.5"),
+            "full": ("--lora", str(run)),
+        }.items()
+    )
+    assert (plain == none).all()
+    assert (half != plain).any() and (full != half).any()
+    assert abs(half - plain).sum() < abs(full - plain).sum()
+
+
+def test_merged_and_converted_adapters_draw_the_same(ran, tmp_path) -> None:
+    run = str(ran.folder / "whole")
+    wanted = draw(tmp_path / "lora", "--lora", run)
+    for to in ("peft", "diffusers"):
+        assert convert([run, str(tmp_path / to), "--to", to]) == 0
+        assert abs(draw(tmp_path / f"by_{to}", "--lora", str(tmp_path / to)) - wanted).max() <= 1
+    assert abs(draw(tmp_path / "merged", "--lora", run, "adapters.merge=true") - wanted).max() <= 1
+
+
+def test_two_adapters_and_strengths_from_python(ran) -> None:
+    load = [{"path": str(ran.folder / "whole")}, {"path": str(ran.folder / "bf16"), "strength": 0.5}]
+    pipe = Pipeline.from_config(DEBUG, [("adapters.load", load)], device="cpu")
+    assert pipe.adapters == {"whole": 1.0, "bf16": 0.5}
+    both = pipe("a dog", seed=0).latents
+    pipe.set_strength("bf16", 0.0)
+    one = pipe("a dog", seed=0).latents
+    pipe.set_strength("whole", 0.0)
+    assert torch.equal(
+        pipe("a dog", seed=0).latents, Pipeline.from_config(DEBUG, device="cpu")("a dog", seed=0).latents
+    )
+    assert not torch.equal(both, one)
+    with pytest.raises(ValueError, match="no adapter 'hole' is loaded; there are whole, bf16"):
+        pipe.set_strength("hole", 1.0)
+
+
+def test_pictures_of_another_strength_are_drawn_anew(ran, tmp_path, capsys) -> None:
+    """--resume skips only what was drawn with the same adapters."""
+    run = ran.folder / "whole"
+    first = draw(tmp_path / "out", "--lora", str(run))
+    second = draw(tmp_path / "out", "--lora", f"{run}:0.1", "--resume")
+    assert (first != second).any()
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    ((digest, strength),) = facts["weights"]["adapters"]
+    assert (len(digest), strength) == (16, 0.1)
+
+
+def test_a_lora_of_another_model_is_refused_by_sample(ran, tmp_path, capsys) -> None:
+    words = ["--base", str(DEBUG), "--prompt", "a dog", "--output-dir", str(tmp_path), "parallel.device=cpu"]
+    assert sample([*words, "--lora", str(ran.folder / "unet")]) == 2
+    assert "is a LoRA of CogView3UNet, this model is CogView3Plus: another model" in capsys.readouterr().err
+    assert sample([*words, "--lora", str(tmp_path / "nothing")]) == 2
+    assert "there is no" in capsys.readouterr().err
