@@ -1,0 +1,57 @@
+"""Factors on 2 gloo processes: trained under ZeRO as on one, and split by the plan as whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.configs import ROOT
+from tests.distributed.lora_ranks import STAGES
+from tests.tolerances import BF16, F32
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.distributed.lora_ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_the_factors_of_one(results: dict[str, Any], stage: str) -> None:
+    (single,) = results["single"]
+    for end in results[stage]:
+        assert end["code"] == 0, end.get("error")
+        value, wanted = end["value"], single["value"]
+        assert value["trained"] == wanted["trained"]
+        assert all(".factors." in name for name in value["trained"])
+        for name in value["trained"]:
+            close = BF16 if stage == "bf16" else F32
+            assert (value["weights"][name] - wanted["weights"][name]).abs().max() < close, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_frozen_stays_what_it_was(results: dict[str, Any], stage: str) -> None:
+    for end in results[stage]:
+        for name, before in end["value"]["frozen"].items():
+            after = end["value"]["weights"][name]
+            assert torch.equal(after, before.to(torch.bfloat16).float() if stage == "bf16" else before), name
+        moved = [n for n in end["value"]["trained"] if ".up." in n and end["value"]["weights"][n].any()]
+        assert len(moved) == 2
+
+
+def test_split_by_its_plan_the_adapted_model_is_the_whole_one(results: dict[str, Any]) -> None:
+    """Output and every gradient, of the factors too."""
+    for end in results["split"]:
+        assert end["code"] == 0, end.get("error")
+        assert end["value"]["output"] < 1e-12
+        worst = end["value"]["gradients"]
+        assert sum(".factors." in name for name in worst) == 24
+        assert max(worst.values()) < 1e-10
