@@ -122,11 +122,12 @@ def build_engine(
     make = partial(build, imports=experiment.imports)
     text = cast("T5Encoder", fill.part(c.text, "text"))  # the check made sure of the classes
     conditioner = Conditioner(text, make(c.size), _tokenizer(c, weights), c.max_length)
+    network = fill.part(experiment.model, "model")
     first_stage = cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage"))
     if "text" in without:
         conditioner.text = Absent("text encoder")
     engine = DiffusionEngine(
-        Absent("network") if "model" in without else fill.part(experiment.model, "model"),
+        Absent("network") if "model" in without else network,
         conditioner,
         AbsentAutoencoder(first_stage) if "first_stage" in without else first_stage,
         make(d.schedule),

@@ -45,6 +45,12 @@ class Store:
         self.folder = root / f"{kind}-{_digest(text)[:16]}"
         self.facts = text
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and other.folder == self.folder
+
+    def __hash__(self) -> int:
+        return hash(self.folder)
+
     def path(self, key: str) -> Path:
         """Where the tensors of ``key`` are."""
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -140,33 +140,38 @@ class Caches:
 
     # ------------------------------------------------------------------ what is missing
 
-    def _missing(self, sets: Sequence[Cached]) -> list[_Absent]:
+    def _missing(self, sets: Sequence[Cached]) -> list[_Work]:
         """What this rank has to make for each set; the ranks take turns."""
-        absent, seen = [], set[str]()
-        for cached in sets:
-            jobs = cached.missing(self._own(cached.jobs())) if self.latents else {}
-            captions = {k: v for k, v in cached.captions().items() if self.text and k not in seen}
-            seen |= captions.keys()
-            own = missing([cached.stores.text], self._own(captions))
-            absent.append(_Absent(jobs, {key: captions[key] for key in own}))
+        absent = []
+        for cached, work in zip(sets, self._work(sets), strict=True):
+            jobs = cached.missing(self._own(work.jobs)) if self.latents else {}
+            text = missing([cached.stores.text], self._own(work.captions))
+            absent.append(_Work(jobs, {key: work.captions[key] for key in text}))
         return absent
+
+    def _work(self, sets: Sequence[Cached]) -> list[_Work]:
+        """All there is to keep for each set, without what an earlier set keeps in the same place."""
+        work, seen = [], set[tuple[Store | None, str]]()
+        for cached in sets:
+            every = cached.jobs() if self.latents else {}
+            jobs = {k: v for k, v in every.items() if (cached.stores.latents, k) not in seen}
+            captions = {k: v for k, v in cached.captions().items() if (cached.stores.text, k) not in seen}
+            seen |= {(cached.stores.latents, k) for k in jobs} | {(cached.stores.text, k) for k in captions}
+            work.append(_Work(jobs, captions if self.text else {}))
+        return work
 
     def _own(self, work: Mapping[str, T]) -> dict[str, T]:
         return dict(itertools.islice(work.items(), self.runtime.rank, None, self.runtime.world))
 
-    def _count(self, sets: Sequence[Cached], absent: Sequence[_Absent]) -> Count:
+    def _count(self, sets: Sequence[Cached], absent: Sequence[_Work]) -> Count:
         everyone = gather([sum(len(a.jobs) for a in absent), sum(len(a.captions) for a in absent)])
         latents, text = (sum(counts) for counts in zip(*everyone, strict=True))
-        return Count(
-            sum(len(cached.jobs()) for cached in sets) if self.latents else 0,
-            len({key for cached in sets for key in cached.captions()}) if self.text else 0,
-            latents,
-            text,
-        )
+        work = self._work(sets)
+        return Count(sum(len(w.jobs) for w in work), sum(len(w.captions) for w in work), latents, text)
 
     # ------------------------------------------------------------------ making it
 
-    def _make(self, sets: Sequence[Cached], absent: Sequence[_Absent], count: Count, batch_size: int) -> None:
+    def _make(self, sets: Sequence[Cached], absent: Sequence[_Work], count: Count, batch_size: int) -> None:
         if self.runtime.is_main:
             for store in {s for c in sets for s in (c.stores.latents, c.stores.low, c.stores.text) if s}:
                 store.describe()
@@ -193,7 +198,7 @@ class Caches:
         return without
 
     def _filling(
-        self, engine: DiffusionEngine, cached: Cached, absent: _Absent, batch_size: int
+        self, engine: DiffusionEngine, cached: Cached, absent: _Work, batch_size: int
     ) -> Iterator[int]:
         device = self.runtime.device
         low = self._degradation(engine)
@@ -254,8 +259,8 @@ class Caches:
 
 
 @dataclass(frozen=True)
-class _Absent:
-    """What one rank has to make for one data set."""
+class _Work:
+    """What is to be made for one data set."""
 
     jobs: Mapping[str, Job]
     captions: Mapping[str, str]
