@@ -64,7 +64,7 @@ def read_labelled(
         r for r in records if r.labels.get("concept") in number and r.labels.get("style") in style_number
     ]
     transform = Transform(size, size)
-    images = [to_tensor(transform.load(record.path).pixels[:size, :size]) for record in known]
+    images = [to_tensor(transform.load(record.file()).pixels[:size, :size]) for record in known]
     return Labelled(
         torch.stack(images) if images else torch.empty(0, 3, size, size),
         torch.tensor([number[record.labels["concept"]] for record in known], dtype=torch.long),
@@ -91,7 +91,7 @@ def train(
         raise DataError(f"{data}: {unlabelled.path.name} has no concept and style; a classifier needs both")
     concepts = tuple(dict.fromkeys(record.labels["concept"] for record in records))
     styles = tuple(dict.fromkeys(record.labels["style"] for record in records))
-    size = Transform(1, 1).load(records[0].path).original_size[0]
+    size = Transform(1, 1).load(records[0].file()).original_size[0]
     known = read_labelled(records, size, concepts, styles)
     unseen = data / HELD_OUT
     others = read_labelled(read_source(unseen).records if unseen.is_file() else (), size, concepts, styles)
