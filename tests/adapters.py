@@ -17,7 +17,7 @@ from sat.models.t5 import T5Encoder
 from tests.small import fill
 
 RANK, ALPHA = 4, 6.0
-"""Ranks in tests are 4, of MLPs 2; alpha is neither, so that a scale that is forgotten shows."""
+"""Of MLPs the rank is 2 and alpha 5: no two alike, so that a scale that is forgotten shows."""
 EVERYTHING = ("attention", "mlp", "adaln")
 
 
@@ -59,9 +59,9 @@ def start(
     layers = {}
     for full, (linear, rank) in chosen.items():
         name = full.removeprefix(f"{part}.")
-        rank = 2 if ".mlp." in name else rank
+        rank, alpha = (2, 5.0) if ".mlp." in name else (rank, ALPHA)
         base = cast(LinearLike, model.get_submodule(name))
-        layer = fresh(base, (rank,) * linear.parts, (ALPHA,) * linear.parts, name)
+        layer = fresh(base, (rank,) * linear.parts, (alpha,) * linear.parts, name)
         layers[name] = with_magnitude(layer, base.weight) if dora else layer
     return layers
 

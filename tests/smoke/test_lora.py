@@ -75,6 +75,14 @@ def test_only_factors_are_trained_and_written(ran) -> None:
     assert moved and all(value.abs().max() > 0 for value in moved)
 
 
+def test_the_averages_are_what_is_written(ran) -> None:
+    found = state(ran.folder / "whole", 4)
+    name = "transformer.blocks.1.attn.proj"
+    average = found[f"ema.network.{name}.factors.trained.up.0.weight"]
+    assert torch.equal(found[f"model.{name}.lora_B.0.weight"], average)
+    assert not torch.equal(found[f"module.network.{name}.factors.trained.up.0.weight"], average)
+
+
 def test_the_adapter_says_what_it_is(ran) -> None:
     about = header(ran.folder / "whole")
     assert (about["rank"], about["alpha"], about["layout"]) == ("4", "8.0", "native")

@@ -86,7 +86,7 @@ def test_names_and_header_of_our_own_file(saved) -> None:
     assert {f"{block}mlp.up.lora_A.0.weight"} <= names
     assert (header["adapter"], header["rank"], header["alpha"]) == ("cogview3-lora", "4", "6.0")
     assert json.loads(header["targets"]) == list(EVERYTHING)
-    assert json.loads(header["layers"])[f"{block}mlp.up#0"] == {"rank": 2, "alpha": 6.0, "parts": 1}
+    assert json.loads(header["layers"])[f"{block}mlp.up#0"] == {"rank": 2, "alpha": 5.0, "parts": 1}
 
 
 def test_names_of_peft_and_diffusers_are_unfused(saved) -> None:
@@ -98,6 +98,7 @@ def test_names_of_peft_and_diffusers_are_unfused(saved) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 6.0)
     assert config["rank_pattern"]["transformer_blocks.0.ff.net.2"] == 2
+    assert config["alpha_pattern"]["transformer_blocks.0.ff.net.2"] == 5.0
     assert "transformer_blocks.0.attn1.to_v" in config["target_modules"]
 
 
