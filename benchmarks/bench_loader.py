@@ -2,10 +2,10 @@
 
     python benchmarks/bench_loader.py [--images 128] [--size 512] [--batch 16] [--workers 0 2 4]
 
-The pictures are made for the occasion, half as large again as they are trained at; the cache holds moments
-and text embeddings of CogView3-Plus's shapes in bf16, without running either model. Each case is repeated over
-whole epochs after a warm-up of one; nothing is kept in memory between them but what the system keeps of the
-files. Writes ``benchmarks/results/<machine>/loader.json``.
+Pictures are made for the occasion, half as large again as they are trained at. The cache holds moments and
+text embeddings of CogView3-Plus's shapes in bf16, without running either model. Each case is repeated over
+whole epochs after a warm-up of one; nothing is kept between them but what the system keeps of the files.
+Writes ``benchmarks/results/<machine>/loader.json``.
 """
 
 from __future__ import annotations

@@ -119,6 +119,10 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         (["sampling.sizes={min: 64, max: 32}"], "sampling.sizes: "),
         (["data={sources: [{path: tests}], height: 64, width: 60}"],
          "data.width: 60 is not a multiple of 8, the pixels of one latent cell"),
+        (["data={sources: [{path: tests}], buckets: {area: 4096, step: 24}}"],
+         "data.buckets.step: 24 is not a multiple of 16, the pixels of the network's smallest unit"),
+        (["data={sources: [{path: tests}], buckets: {area: [1024, 8192], step: 16}}"],
+         "data.buckets: the longest side of a bucket, 128 pixels, is 8 patches, more than the position table [4, 6]"),
     ],
 )  # fmt: skip
 def test_one_problem(overrides, what):

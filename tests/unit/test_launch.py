@@ -30,6 +30,7 @@ def test_plain_python_is_one_process_without_a_group() -> None:
     assert (runtime.rank, runtime.world, runtime.device.type) == (0, 1, "cpu")
     assert runtime.is_main
     assert not runtime.grouped
+    assert not runtime.pins
 
 
 def test_a_group_of_one_is_made_when_asked_for() -> None:
