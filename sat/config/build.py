@@ -140,7 +140,8 @@ def build_engine(
         from sat.adapters.merge import Loading, load_adapters
 
         wanted = [Loading(item.path, item.strength) for item in experiment.adapters.load]
-        load_adapters(adaptable(engine), wanted, fold=experiment.adapters.merge)
+        adapted = {"model": network, "text": text}  # parts left out are on the meta device, and go unused
+        load_adapters(adapted, wanted, fold=experiment.adapters.merge)
     return engine
 
 

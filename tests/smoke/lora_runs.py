@@ -71,6 +71,7 @@ def everything(folder: Path, spiece: Path) -> None:
     run("again", train, *text, f"adapters.lora.start={folder / 'whole'}", "--steps", 1, "--lr", "1e-12")
     over = f"adapters.load=[{{path: {folder / 'bf16'}, strength: 0.5}}]"
     run("over", train, over, "--steps", 1)
+    run("cached", train, over, f"data.cache={folder / 'cache'}", "--steps", 1)
     run("wrong_start", train, f"adapters.lora.start={folder / 'unet'}", "--steps", 1)
     first = "train.objective.target=sat.train.objectives.first_stage.FirstStageObjective"
     run("first_stage", train, first, "--steps", 1)

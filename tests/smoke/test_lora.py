@@ -138,6 +138,13 @@ def test_factors_are_trained_over_a_loaded_adapter(ran) -> None:
     assert not any(".magnitude" in name for name in load_file(locate(ran.folder / "over")[0]))
 
 
+def test_caches_go_with_loaded_adapters(ran) -> None:
+    """Embeddings may be kept, and the parts that are left out take no adapter."""
+    assert "text embeddings" in good(ran, "cached")
+    files = [load_file(locate(ran.folder / name)[0]) for name in ("over", "cached")]
+    assert files[0].keys() == files[1].keys()
+
+
 def test_what_cannot_be_trained_is_refused_in_one_line(ran) -> None:
     start = ran.ends["wrong_start"]
     assert start["code"] == 2
