@@ -118,3 +118,23 @@ def test_a_missing_rank_ends_the_run_with_a_message(words, tmp_path) -> None:
     ((code, err),) = _ranks([*words, *out], ("",))
     assert code == 1
     assert "error: rank 0 of 2 could not join the process group within 3 s (parallel.timeout)" in err
+
+
+def test_a_cascade_on_two_ranks_writes_the_files_of_one_process(words, tmp_path) -> None:
+    """Each rank enlarges the pictures it drew; what lies between the stages is gone afterwards."""
+    cascade = str(ROOT / "tests" / "assets" / "toy" / "cascade.yaml")
+    words = [cascade if word == str(DEBUG) else word for word in words]
+    single = _start([*words, "--output-dir", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
+    both = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    _, err = single.communicate(timeout=180)
+    assert single.returncode == 0, err
+    assert both.returncode == 0, both.stderr
+    assert len(files(tmp_path / "one")) == 9  # two pictures and a grid for each of three prompts
+    assert files(tmp_path / "two") == files(tmp_path / "one")

@@ -208,3 +208,16 @@ def test_the_python_face_draws_what_the_command_draws(sample: Command, spiece: P
     assert list(out.stages) == ["base", "relay"] and len(out.images) == 1
     # The command hands 8-bit pictures on, and so does this.
     assert np.array_equal(np.asarray(out.images[0]), pixels(tmp_path / "out" / "0_a_cat" / "000000000.png"))
+
+
+def test_relay_samples_over_the_plus_transformer(sample: Command, tmp_path: Path) -> None:
+    """Zero-SNR schedule and v prediction under the same mixin; no original has it."""
+    folder = tmp_path / "in" / "0_x"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 24), (200, 40, 40)).save(folder / "000000000.png")
+    done = sample(
+        [DEBUG], "--prompt", "x", f"sampling.input_dir={tmp_path / 'in'}", "--output-dir", tmp_path / "out",
+        "diffusion.process.params.mixins={relay: {target: sat.diffusion.relay.RelayNoise}}",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert pixels(tmp_path / "out" / "0_x" / "000000000.png").shape == (48, 64, 3)

@@ -274,3 +274,14 @@ def test_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert (compiled(X, T, prepared) - model(X, T, prepared)).abs().max() < F64
+
+
+@pytest.mark.parametrize("cells", [(64, 64), (128, 128), (48, 96)], ids=str)
+def test_the_published_size_gives_the_latents_shape_on_the_meta_device(cells: tuple[int, int]) -> None:
+    """512 pixels for the base, 1024 for relay, and a size that is not square; 2.9 B parameters, no memory."""
+    with torch.device("meta"):
+        net = CogView3UNet(guidance_dim=512)
+        cond = Condition(torch.empty(2, 225, 4096), torch.empty(2, 1536)).guided(7.5)
+        prepared = net.prepare(cond, cells)
+        out = net(torch.empty(2, 4, *cells), torch.empty(2, 1, 1, 1), prepared)
+    assert out.shape == (2, 4, *cells)
