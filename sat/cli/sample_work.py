@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,29 +16,25 @@ from torch import Tensor
 
 from sat.checkpoint import PARTS, digest
 from sat.cli.guard import Stopped, UsageError, describe
-from sat.config.build import build, build_guider
-from sat.config.cascade import Cascade, dump_cascade, load_cascade
+from sat.cli.stages import Place, finish, inputs_of, places
+from sat.config.build import build_guider
+from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import dump
 from sat.config.record import record
 from sat.config.schema import Experiment, plain
 from sat.config.source import ConfigError
-from sat.diffusion.relay import relay_of
 from sat.parallel.collectives import LostRankError
 from sat.parallel.launch import Runtime, launch
 from sat.parallel.watch import Watch
 from sat.pipeline import input_folder, open_drawer
 from sat.sampling.draw import Drawer, Look, strength
 from sat.sampling.latents import checked_latents, read_latents
-from sat.sampling.output import STAGES, Label, OutputFolder, folder_name, settings_digest
+from sat.sampling.output import Label, OutputFolder, settings_digest
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
 from sat.sampling.run import Noise, Run
 from sat.util import log as logs
-from sat.util.images import write_text
 
 log = logging.getLogger(__name__)
-
-OUTPUT = Path("outputs")
-"""Where pictures go when ``output.dir`` is null."""
 
 _UNSEEN = frozenset(
     {
@@ -97,21 +92,6 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
 
 
 @dataclass(frozen=True)
-class Place:
-    """One stage of a run: its config, where its pictures go, and where its records do."""
-
-    experiment: Experiment
-    pictures: Path
-    records: Path
-
-    @classmethod
-    def alone(cls, experiment: Experiment) -> Place:
-        """Of a run of one model."""
-        root = experiment.output.dir or OUTPUT
-        return cls(experiment, root, root)
-
-
-@dataclass(frozen=True)
 class _Session:
     """A loaded model, its output folder, and a run over them."""
 
@@ -123,60 +103,25 @@ class _Session:
 
 def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime, watch: Watch) -> None:
     """Draw ``prompts`` stage by stage; each stage's weights are there only while it draws."""
-    places = _places(cascade)
+    stages = places(cascade)
     mine = share(prompts, runtime.rank, runtime.world)
-    _check_inputs(places[0].experiment, mine)
-    if len(places) > 1 and places[-1].experiment.output.resume:
-        final = places[-1]
+    inputs = inputs_of(stages[0].experiment)
+    if inputs is not None:  # before anything is loaded
+        inputs.check(mine)
+    if len(stages) > 1 and stages[-1].experiment.output.resume:
+        final = stages[-1]
         done = OutputFolder(
             final.pictures, _label(final.experiment, None), final.experiment.sampling.batch_size
         )
         mine = [prompt for prompt in mine if not done.finished(prompt)]
-    for number, place in enumerate(places):
-        if len(places) > 1 and runtime.is_main:
-            log.info("stage %d of %d: %s", number + 1, len(places), place.records.name)
-        result = number + 1 == len(places)
+    for number, place in enumerate(stages):
+        if len(stages) > 1 and runtime.is_main:
+            log.info("stage %d of %d: %s", number + 1, len(stages), place.records.name)
+        result = number + 1 == len(stages)
         _draw(_open(place, runtime, watch, len(prompts)), prompts, mine, result=result)
         runtime.free_memory()
-    if len(places) > 1:
-        _finish(cascade, places, mine, runtime)
-
-
-def _places(cascade: Cascade) -> list[Place]:
-    """Where each stage draws: the last into the output folder, those before into OUT/stages/NAME."""
-    if len(cascade.stages) == 1:
-        return [Place.alone(cascade.stages[0].experiment)]
-    root = cascade.stages[-1].experiment.output.dir or OUTPUT
-    places: list[Place] = []
-    for stage in cascade.stages:
-        experiment, records = stage.experiment, root / STAGES / stage.name
-        if places:
-            sampling = replace(experiment.sampling, input_dir=places[-1].pictures)
-            experiment = replace(experiment, sampling=sampling)
-        is_last = stage is cascade.stages[-1]
-        places.append(Place(experiment, root if is_last else records, records))
-    return places
-
-
-def _finish(cascade: Cascade, places: Sequence[Place], mine: Sequence[Prompt], runtime: Runtime) -> None:
-    """Write the cascade that repeats the run, and drop this rank's pictures between the stages."""
-    root = places[-1].pictures
-    if runtime.is_main:
-        files = {place.records.name: place.records / "resolved.yaml" for place in places}
-        write_text(root / "resolved.yaml", dump_cascade(files, cascade.keep))
-    if cascade.keep:
-        return
-    for place in places[:-1]:
-        for prompt in mine:
-            shutil.rmtree(place.pictures / folder_name(prompt), ignore_errors=True)
-
-
-def _check_inputs(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
-    """Look at the pictures that relay is to enlarge before anything is loaded."""
-    relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))
-    inputs = input_folder(experiment.sampling, relay)
-    if inputs is not None:
-        inputs.check(prompts)
+    if len(stages) > 1:
+        finish(cascade, stages, mine, runtime)
 
 
 def _prompts(experiment: Experiment) -> list[Prompt] | None:
@@ -186,20 +131,12 @@ def _prompts(experiment: Experiment) -> list[Prompt] | None:
     if sampling.prompt_file is not None:
         return checked_prompts(read_prompt_file(sampling.prompt_file))
     if sampling.prompt is None:
-        return _prompts_of_inputs(experiment)
+        inputs = None if sampling.input_dir is None else inputs_of(experiment)
+        return None if inputs is None else inputs.prompts()
     prompts = checked_prompts([sampling.prompt] if isinstance(sampling.prompt, str) else sampling.prompt)
     if not prompts:
         raise UsageError("sampling.prompt is an empty list: give at least one prompt")
     return prompts
-
-
-def _prompts_of_inputs(experiment: Experiment) -> list[Prompt] | None:
-    """The prompts that the pictures to enlarge were drawn for, where no others are given."""
-    relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))
-    if relay is None or experiment.sampling.input_dir is None:
-        return None
-    inputs = input_folder(experiment.sampling, relay)
-    return None if inputs is None else inputs.prompts()
 
 
 def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
