@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from sat.adapters.files import NATIVE_FILE, About, read
-from sat.adapters.lora import Adapted, AdapterError, LinearLike, attach, extract, fresh, with_magnitude
+from sat.adapters.lora import (
+    Adapted,
+    AdapterError,
+    LayerFactors,
+    LinearLike,
+    attach,
+    extract,
+    fresh,
+    with_magnitude,
+)
 from sat.adapters.select import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig
@@ -27,7 +37,7 @@ NAME = "trained"
 def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
     """Attach fresh factors to the parts that ``objective`` trains, and freeze all else.
 
-    The factors are drawn from ``seed`` and a layer's name, so they do not depend on rank, device or order.
+    The factors are drawn from ``seed`` and a layer's name, so they do not depend on device, order or processes.
     """
     parts = {part: module for part, module in objective.parts().items() if part in ("model", "text")}
     if not parts:
@@ -90,12 +100,19 @@ class AdapterExport:
         }
         used = {name.partition(".")[0] for name in layers}
         about = About(
-            self.lora.rank,
-            self.lora.scale * self.lora.rank,
-            tuple(self.lora.targets),
-            self.lora.dora,
+            *self._shape(layers),
             {part: component for part, component in self.base.items() if part in used},
             {part: digest for part, digest in self.digests.items() if part in used},
         )
         folder.mkdir(parents=True)
         write_native(folder / NATIVE_FILE, layers, about, self.dtype)
+
+    def _shape(self, layers: Mapping[str, LayerFactors]) -> tuple[int, float, tuple[str, ...], bool]:
+        """Rank, alpha, targets and whether it is DoRA: the config's, or those of the adapter it began as."""
+        lora = self.lora
+        if lora.start is None:
+            return lora.rank, lora.scale * lora.rank, tuple(lora.targets), lora.dora
+        pairs = [pair for layer in layers.values() for pair in layer.parts if pair is not None]
+        (rank, alpha), _ = Counter((pair.rank, pair.alpha) for pair in pairs).most_common(1)[0]
+        dora = any(layer.magnitude is not None for layer in layers.values())
+        return rank, alpha, tuple(layers), dora

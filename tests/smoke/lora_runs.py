@@ -68,7 +68,8 @@ def everything(folder: Path, spiece: Path) -> None:
     run("plain", train, *text, "train.activation_checkpointing=false")
     run("bf16", train, "train.dtype=bf16", "train.zero=2", "--steps", 3, "adapters.lora.dora=true")
     run("unet", [TOY / "base.yaml", *train], "adapters.lora.targets=[attention, mlp, adaln]", "--steps", 3)
-    run("again", train, *text, f"adapters.lora.start={folder / 'whole'}", "--steps", 1, "--lr", "1e-12")
+    run("again", train, *text, f"adapters.lora.start={folder / 'whole'}", "--steps", 1, "--lr", "1e-12",
+        "adapters.lora.rank=9")  # fmt: skip
     over = f"adapters.load=[{{path: {folder / 'bf16'}, strength: 0.5}}]"
     run("over", train, over, "--steps", 1)
     run("cached", train, over, f"data.cache={folder / 'cache'}", "--steps", 1)

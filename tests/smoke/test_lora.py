@@ -129,6 +129,7 @@ def test_training_goes_on_from_an_adapter(ran) -> None:
     assert "training goes on from the adapter" in good(ran, "again")
     before, after = (load_file(locate(ran.folder / name)[0]) for name in ("whole", "again"))
     assert before.keys() == after.keys()
+    assert (header(ran.folder / "again")["rank"], header(ran.folder / "again")["alpha"]) == ("4", "8.0")
     assert all((after[n] - before[n]).abs().max() < 1e-6 for n in before)  # the rate is 1e-12
 
 
