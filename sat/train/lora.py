@@ -37,7 +37,7 @@ NAME = "trained"
 def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
     """Attach fresh factors to the parts that ``objective`` trains, and freeze all else.
 
-    The factors are drawn from ``seed`` and a layer's name, so they do not depend on device, order or processes.
+    The factors are drawn from ``seed`` and a layer's name, not from the device or the order.
     """
     parts = {part: module for part, module in objective.parts().items() if part in ("model", "text")}
     if not parts:
