@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,7 @@ class CogView3UNet(nn.Module):
         self.head = nn.Sequential(
             group_norm(width, groups), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
         )
+        self._spatial = [name for name, module in self.named_modules() if isinstance(module, Transformer)]
         if zero_init:
             self._zero()
 
@@ -126,10 +128,8 @@ class CogView3UNet(nn.Module):
         if cond.text.shape[1] != self.text_len:
             raise ValueError(f"the network takes {self.text_len} text tokens, got {cond.text.shape[1]}")
         context = Context(text=cond.text, text_mask=cond.text_mask)
-        contexts = {
-            name: module.prepare(context)
-            for name, module in self.named_modules()
-            if isinstance(module, Transformer)
+        contexts: dict[str, Context] = {
+            name: cast(Transformer, self.get_submodule(name)).prepare(context) for name in self._spatial
         }
         vector, strength = cond.vector, cond.guidance
         if indices:
