@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sat.adapters.factors import LayerFactors, LinearLike, Pair, fresh, with_magnitude
 from sat.adapters.files import About, Adapter
-from sat.adapters.lora import LayerFactors, LinearLike, Pair, attach, fresh, with_magnitude
+from sat.adapters.lora import attach
 from sat.adapters.select import choose
 from sat.conditioning.condition import Condition
 from sat.models.cogview3_unet import CogView3UNet

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sat.adapters.factors import AdapterError
 from sat.adapters.files import Adapter, base_of, read
-from sat.adapters.lora import AdapterError
 from sat.adapters.write import LAYOUTS, write
 from sat.checkpoint.formats.diffusers import PLUS
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sat.adapters.lora import AdapterError, LayerFactors, Pair, check
+from sat.adapters.factors import AdapterError, LayerFactors, Pair
+from sat.adapters.lora import check
 from sat.adapters.names import Flat, Layout, layouts, to_ours
 from sat.adapters.select import Parts
 from sat.checkpoint.format import CheckpointError, listing

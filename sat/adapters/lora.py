@@ -8,98 +8,25 @@ Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353.
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from sat.adapters.factors import (
+    AdapterError,
+    LayerFactors,
+    Layers,
+    LinearLike,
+    Pair,
+    row_norms,
+    weight_change,
+    widened,
+)
 from sat.plan import Plan, of_factors
 from sat.transformer import Transformer
-
-
-class AdapterError(ValueError):
-    """An adapter that does not fit the model, or a file that holds none. One line a user can act on."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The low-rank change of one part: ``alpha`` / r * ``up`` @ ``down``."""
-
-    down: Tensor  # (r, I)
-    up: Tensor  # (O / P, r)
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        """What multiplies the product of the factors."""
-        return self.alpha / self.rank
-
-
-@dataclass(frozen=True)
-class LayerFactors:
-    """One linear's share of an adapter: a pair for each part, or None for a part that stays as it is.
-
-    ``magnitude`` (O,), of DoRA: the norms that the rows of the changed weight are brought to.
-    """
-
-    parts: tuple[Pair | None, ...]
-    magnitude: Tensor | None = None
-
-    @property
-    def inputs(self) -> int:
-        """I."""
-        return next(pair.down.shape[1] for pair in self.parts if pair is not None)
-
-    @property
-    def part_outputs(self) -> int:
-        """O / P."""
-        return next(pair.up.shape[0] for pair in self.parts if pair is not None)
-
-
-Layers = Mapping[str, LayerFactors]
-"""An adapter's layers by the linear's name in its model."""
-
-
-def row_norms(weight: Tensor) -> Tensor:
-    """(O,) Euclidean norms of the rows of ``weight`` (O, I), at least float32."""
-    return _wide(weight).square().sum(1).sqrt()
-
-
-def weight_change(weight: Tensor, factors: LayerFactors) -> Tensor:
-    """(O, I) what an adapter at strength 1 adds to ``weight``, at least float32."""
-    wide = _wide(weight)
-    change = torch.zeros_like(wide)
-    for rows, pair in zip(change.chunk(len(factors.parts)), factors.parts, strict=True):
-        if pair is not None:
-            rows += pair.scale * (pair.up.to(wide) @ pair.down.to(wide))
-    if factors.magnitude is None:
-        return change
-    changed = wide + change
-    norms = row_norms(changed).clamp_min(torch.finfo(wide.dtype).tiny)
-    return (factors.magnitude.to(wide) / norms)[:, None] * changed - wide
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-class LinearLike(Protocol):
-    """What an adapter asks of the layer it wraps: nn.Linear, and later its sharded and quantised versions."""
-
-    weight: Tensor
-    bias: Tensor | None
-    in_features: int
-    out_features: int
 
 
 class Factors(nn.Module):
@@ -157,7 +84,7 @@ class Factors(nn.Module):
         """
         assert self.gain is not None, "only DoRA asks"
         with torch.no_grad():
-            wide = _wide(weight)
+            wide = widened(weight)
             squares = wide.square().sum(1)
             norms = squares.sqrt()
             for i in self.down:
@@ -238,36 +165,49 @@ class Adapted(nn.Module):
 
     def add(self, name: str, layer: LayerFactors, dropout: float, strength: float) -> None:
         """Add the adapter ``name``."""
-        self.factors[name] = Factors(layer, self.weight, dropout)
+        self.factors[_slot(name)] = Factors(layer, self.weight, dropout)
         self.strengths[name] = strength
+
+    def remove(self, name: str) -> None:
+        """Take the adapter ``name`` away."""
+        del self.factors[_slot(name)], self.strengths[name]
+
+    def named(self, name: str) -> Factors:
+        """The factors of the adapter ``name``."""
+        factors = self.factors[_slot(name)]
+        assert isinstance(factors, Factors), "add puts nothing else there"
+        return factors
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) -> (…, O)."""
         out: Tensor = self.base(x)
         plain = out
-        for name, factors in self.factors.items():
-            if strength := self.strengths[name]:
-                change = factors(x, plain, self.linear)
+        for name, strength in self.strengths.items():
+            if strength:
+                change = self.named(name)(x, plain, self.linear)
                 out = out + (change if strength == 1 else strength * change)
         return out
 
     def merged(self) -> nn.Module:
         """The base with every adapter folded into its weight, at its strength."""
         weight = self.weight
-        total = _wide(weight.detach())
+        total = widened(weight.detach())
         total = total + sum(
             strength * weight_change(weight.detach(), layer)
-            for strength, layer in ((self.strengths[n], self.layer(n)) for n in self.factors)
+            for strength, layer in ((s, self.layer(name)) for name, s in self.strengths.items())
         )
         with torch.no_grad():
             weight.copy_(total)
         return self.base
 
     def layer(self, name: str, value: Callable[[nn.Parameter], Tensor] = torch.Tensor.detach) -> LayerFactors:
-        """The factors of the adapter ``name``."""
-        factors = self.factors[name]
-        assert isinstance(factors, Factors), "add puts nothing else there"
-        return factors.layer(self.weight, value)
+        """The factors of the adapter ``name`` as data."""
+        return self.named(name).layer(self.weight, value)
+
+
+def _slot(name: str) -> str:
+    """The key of an adapter among modules, which may not be called as one of their methods (``half``)."""
+    return f"{name}_" if hasattr(nn.ModuleDict, name) else name
 
 
 # -- attaching and removing
@@ -342,7 +282,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
 
 def names(model: nn.Module) -> list[str]:
     """The adapters that ``model`` has, each once, in the order they came."""
-    return list(dict.fromkeys(name for _, module in adapted(model) for name in module.factors))
+    return list(dict.fromkeys(name for _, module in adapted(model) for name in module.strengths))
 
 
 def set_strength(model: nn.Module, name: str, strength: float) -> None:
@@ -350,7 +290,7 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
     if name not in (known := names(model)):
         raise AdapterError(f"there is no adapter {name!r}; there are {', '.join(known) or 'none'}")
     for _, module in adapted(model):
-        if name in module.factors:
+        if name in module.strengths:
             module.strengths[name] = strength
 
 
@@ -363,9 +303,9 @@ def merge(model: nn.Module) -> None:
 def detach(model: nn.Module, name: str) -> None:
     """Take the adapter ``name`` off; the model is as if it had never been there."""
     for path, module in adapted(model):
-        if name in module.factors:
-            del module.factors[name], module.strengths[name]
-        if not module.factors:
+        if name in module.strengths:
+            module.remove(name)
+        if not module.strengths:
             _put(model, path, module.base)
 
 
@@ -373,32 +313,7 @@ def extract(
     model: nn.Module, name: str, value: Callable[[nn.Parameter], Tensor] = torch.Tensor.detach
 ) -> dict[str, LayerFactors]:
     """The adapter ``name`` as data; ``value`` gives a parameter's tensor."""
-    return {path: module.layer(name, value) for path, module in adapted(model) if name in module.factors}
-
-
-def fresh(linear: LinearLike, ranks: tuple[int, ...], alphas: tuple[float, ...], seed: str) -> LayerFactors:
-    """Factors that change nothing yet: random ``down``, zero ``up``. ``seed`` is any text.
-
-    ``down`` is uniform in +-1 / sqrt(I). Source: arXiv:2106.09685, section 4.1.
-    """
-    number = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
-    generator = torch.Generator().manual_seed(number)
-    bound = 1 / math.sqrt(linear.in_features)
-    rows = linear.out_features // len(ranks)
-    pairs = [
-        Pair(
-            bound * (2 * torch.rand(rank, linear.in_features, generator=generator) - 1),
-            torch.zeros(rows, rank),
-            alpha,
-        )
-        for rank, alpha in zip(ranks, alphas, strict=True)
-    ]
-    return LayerFactors(tuple(pairs))
-
-
-def with_magnitude(layer: LayerFactors, weight: Tensor) -> LayerFactors:
-    """``layer`` as DoRA that changes nothing yet: the rows of ``weight`` keep their norms."""
-    return replace(layer, magnitude=row_norms(weight.detach()))
+    return {path: module.layer(name, value) for path, module in adapted(model) if name in module.strengths}
 
 
 def sharding(model: nn.Module, plan: Plan) -> Plan:
@@ -417,9 +332,9 @@ def sharding(model: nn.Module, plan: Plan) -> Plan:
             continue
         out[f"{path}.base"] = style
         down, up = of_factors(style)
-        for name, factors in module.factors.items():
+        for slot, factors in module.factors.items():
             assert isinstance(factors, Factors), "add puts nothing else there"
             for side, kind in (("down", down), ("up", up)):
                 if kind is not None:
-                    out.update({f"{path}.factors.{name}.{side}.{part}": kind for part in factors.down})
+                    out.update({f"{path}.factors.{slot}.{side}.{part}": kind for part in factors.down})
     return out

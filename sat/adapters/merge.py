@@ -11,8 +11,9 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
+from sat.adapters.factors import LayerFactors, weight_change
 from sat.adapters.files import Adapter, read
-from sat.adapters.lora import LayerFactors, attach, merge, names, weight_change
+from sat.adapters.lora import attach, merge, names
 from sat.adapters.select import Parts
 from sat.checkpoint.format import LazyStateDict, Part, TensorInfo
 

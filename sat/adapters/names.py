@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sat.adapters.lora import AdapterError, LayerFactors, Pair
+from sat.adapters.factors import AdapterError, LayerFactors, Pair
 from sat.adapters.select import linears
 from sat.checkpoint.fit import family_rules
 from sat.checkpoint.rules import Source, write_map

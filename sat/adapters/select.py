@@ -11,8 +11,9 @@ from typing import cast
 
 from torch import nn
 
+from sat.adapters.factors import AdapterError, LinearLike
 from sat.adapters.groups import GROUPS, hint, patterns
-from sat.adapters.lora import AdapterError, LinearLike, adapted, is_linear
+from sat.adapters.lora import adapted, is_linear
 from sat.plan import Column, Plan
 
 Parts = Mapping[str, nn.Module]

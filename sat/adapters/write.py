@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sat.adapters.factors import AdapterError, LayerFactors
 from sat.adapters.files import (
     DIFFUSERS_FILE,
     DIFFUSERS_HEADER,
@@ -20,7 +21,6 @@ from sat.adapters.files import (
     About,
     Adapter,
 )
-from sat.adapters.lora import AdapterError, LayerFactors
 from sat.adapters.names import Flat, layouts, to_theirs
 from sat.adapters.select import Parts
 from sat.checkpoint.format import TensorInfo

@@ -252,7 +252,7 @@ def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
 
 def _targets(lora: LoraConfig, model: nn.Module, text: nn.Module) -> Iterator[tuple[Key, str]]:
     """Targets of LoRA that the model has no layers for."""
-    from sat.adapters.lora import AdapterError
+    from sat.adapters.factors import AdapterError
     from sat.adapters.select import choose
 
     try:

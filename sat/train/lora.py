@@ -12,17 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sat.adapters.factors import AdapterError, LayerFactors, LinearLike, fresh, with_magnitude
 from sat.adapters.files import NATIVE_FILE, About, read
-from sat.adapters.lora import (
-    Adapted,
-    AdapterError,
-    LayerFactors,
-    LinearLike,
-    attach,
-    extract,
-    fresh,
-    with_magnitude,
-)
+from sat.adapters.lora import Adapted, attach, extract
 from sat.adapters.select import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig
@@ -53,8 +45,8 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
     else:
         _attach_fresh(parts, lora, seed)
     for module in objective.modules():
-        if isinstance(module, Adapted) and NAME in module.factors:
-            module.factors[NAME].requires_grad_(True)
+        if isinstance(module, Adapted) and NAME in module.strengths:
+            module.named(NAME).requires_grad_(True)
 
 
 def _attach_fresh(parts: Mapping[str, nn.Module], lora: LoraConfig, seed: int) -> None:

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sat.adapters import lora
-from sat.adapters.lora import (
-    Adapted,
-    AdapterError,
-    LayerFactors,
-    Pair,
-    attach,
-    detach,
-    extract,
-    merge,
-    set_strength,
-    weight_change,
-)
+from sat.adapters.factors import AdapterError, LayerFactors, Pair, weight_change
+from sat.adapters.lora import Adapted, attach, detach, extract, merge, set_strength
 from sat.adapters.select import choose, family_plan, linears
 from sat.plan import Column, Row
 from sat.transformer import Transformer
@@ -144,6 +134,17 @@ def test_detached_the_model_is_what_it_was() -> None:
     assert lora.names(model) == ["style"]
     detach(model, "style")
     assert str(model) == modules
+    assert torch.equal(output(model), before)
+
+
+def test_an_adapter_may_be_called_as_a_method_of_modules() -> None:
+    model = plus()
+    before = output(model)
+    layers = noisy(start(model, ["attention"]))
+    attach(model, "half", layers)
+    assert lora.names(model) == ["half"]
+    assert extract(model, "half").keys() == layers.keys()
+    detach(model, "half")
     assert torch.equal(output(model), before)
 
 

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sat.adapters.factors import AdapterError, LayerFactors, weight_change
 from sat.adapters.files import NATIVE_FILE, is_adapter, locate, read
-from sat.adapters.lora import AdapterError, LayerFactors, attach, detach, merge, weight_change
+from sat.adapters.lora import attach, detach, merge
 from sat.adapters.merge import Loading, load_adapters
 from sat.adapters.names import layouts, to_ours, to_theirs
 from sat.adapters.write import LAYOUTS, write
