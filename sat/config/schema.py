@@ -366,6 +366,10 @@ class LoadConfig(Section):
     path: Annotated[Path, MustExist("name an adapter: a file, a folder, or a run's folder")]
     strength: float = 1.0
 
+    def _rules(self) -> Broken:
+        if not math.isfinite(self.strength):
+            yield "strength", f"expected a number, got {self.strength}"
+
 
 @dataclass(frozen=True)
 class AdaptersConfig(Section):
