@@ -66,7 +66,10 @@ def everything(folder: Path, spiece: Path) -> None:
     run("half", train, *text, "train.max_minutes=1e-9")
     run("rest", train, *text, "--resume", to="half")
     run("plain", train, *text, "train.activation_checkpointing=false")
-    run("bf16", train, "train.dtype=bf16", "train.zero=2", "--steps", 3, "adapters.lora.dora=true")
+    bf16 = ("train.dtype=bf16", "train.zero=2", "--steps", 3, "adapters.lora.dora=true")
+    run("bf16", train, *bf16)
+    run("bf16_half", train, *bf16, "train.max_minutes=1e-9")
+    run("bf16_rest", train, *bf16, "--resume", to="bf16_half")
     run("unet", [TOY / "base.yaml", *train], "adapters.lora.targets=[attention, mlp, adaln]", "--steps", 3)
     run("again", train, *text, f"adapters.lora.start={folder / 'whole'}", "--steps", 1, "--lr", "1e-12",
         "adapters.lora.rank=9")  # fmt: skip

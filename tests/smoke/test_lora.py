@@ -99,6 +99,9 @@ def test_a_run_cut_in_two_is_the_uninterrupted_one_bit_for_bit(ran) -> None:
     good(ran, "half")
     good(ran, "rest")
     assert same(state(ran.folder / "half", 4), state(ran.folder / "whole", 4))
+    good(ran, "bf16_rest")
+    assert "saving at step 1 of 3" in good(ran, "bf16_half")
+    assert same(state(ran.folder / "bf16_half", 3), state(ran.folder / "bf16", 3))
 
 
 def test_recomputing_activations_changes_nothing(ran) -> None:

@@ -62,7 +62,10 @@ def test_what_is_written_out_reads_back_the_same(tmp_path: Path) -> None:
         (["adapters.lora.rnak=4"], "did you mean 'adapters.lora.rank'?"),
         (["adapters.lora.targets=[attention, text_mlp]"], "set train.objective.params.train_text=true"),
         (["train.objective.params.train_text=true"], "add text_encoder, or set train_text to false"),
-        (["adapters.load=[{path: x, strength: .inf}]"], "adapters.load.0.strength: expected a number, got inf"),
+        (
+            ["adapters.load=[{path: x, strength: .inf}]"],
+            "adapters.load.0.strength: expected a number, got inf",
+        ),
         (["adapters.load=[{pth: x}]"], "adapters.load.0.pth: no such key; did you mean 'path'?"),
     ],
 )
