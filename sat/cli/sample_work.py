@@ -30,7 +30,7 @@ from sat.pipeline import input_folder, open_drawer
 from sat.sampling.draw import Drawer, Look, strength
 from sat.sampling.latents import checked_latents, read_latents
 from sat.sampling.output import Label, OutputFolder, settings_digest
-from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
+from sat.sampling.prompts import Prompt, check_text, checked_prompts, parse_share, read_prompt_file, share
 from sat.sampling.run import Noise, Run
 from sat.util import log as logs
 
@@ -40,6 +40,7 @@ _UNSEEN = frozenset(
     {
         "prompt",
         "prompt_file",
+        "share",
         "negative_prompt",
         "seed",
         "batch_size",
@@ -104,7 +105,7 @@ class _Session:
 def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime, watch: Watch) -> None:
     """Draw ``prompts`` stage by stage; each stage's weights are there only while it draws."""
     stages = places(cascade)
-    mine = share(prompts, runtime.rank, runtime.world)
+    mine = share(_wanted(stages[0].experiment, prompts), runtime.rank, runtime.world)
     inputs = inputs_of(stages[0].experiment)
     if inputs is not None:  # before anything is loaded
         inputs.check(mine)
@@ -139,12 +140,17 @@ def _prompts(experiment: Experiment) -> list[Prompt] | None:
     return prompts
 
 
+def _wanted(experiment: Experiment, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Those of ``prompts`` that this run draws: ``sampling.share``, else all."""
+    return share(prompts, *parse_share(experiment.sampling.share or "0/1"))
+
+
 def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
     """Say that the config is good, and what it still needs."""
     lines = [str(n) for stage in cascade.stages for n in (*stage.loaded.notices, *stage.loaded.missing)]
     for line in dict.fromkeys(lines):
         print(f"note: {line}")
-    count = "no prompts yet" if prompts is None else f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+    count = "no prompts yet" if prompts is None else _count(cascade.stages[0].experiment, prompts)
     for stage in cascade.stages:
         sampling = stage.experiment.sampling
         name = f"{stage.name}: " if stage.name else ""
@@ -153,6 +159,14 @@ def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
             f"(images x height x width), {sampling.steps} steps, {sampling.dtype}"
         )
     return 0
+
+
+def _count(experiment: Experiment, prompts: Sequence[Prompt]) -> str:
+    """How many prompts are drawn and, of a share, out of how many."""
+    whole = f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+    if experiment.sampling.share is None:
+        return whole
+    return f"{len(_wanted(experiment, prompts))} of {whole}"
 
 
 def _print(cascade: Cascade) -> None:
@@ -167,6 +181,8 @@ def _refuse_to_ask(cascade: Cascade) -> None:
     """An error unless there is somebody to ask for prompts, and one model to draw them."""
     if len(cascade.stages) > 1:
         raise UsageError("a cascade loads its stages one after the other: give --prompt or --prompt-file")
+    if cascade.stages[0].experiment.sampling.share is not None:
+        raise UsageError("sampling.share is a share of given prompts: give --prompt-file")
     if not sys.stdin.isatty():
         raise UsageError(
             "no prompt: give --prompt or --prompt-file, or run on a terminal to be asked for prompts"
@@ -205,8 +221,10 @@ def _open(place: Place, runtime: Runtime, watch: Watch, prompts: int) -> _Sessio
 
 
 def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runtime) -> None:
-    """``resolved.yaml`` and ``run.json``; the config is a fresh run's, so that it draws everything again."""
-    fresh = replace(experiment, output=replace(experiment.output, dir=place.pictures, resume=False))
+    """``resolved.yaml`` and ``run.json``; the config is a fresh, whole run's: it draws everything again."""
+    sampling = replace(experiment.sampling, share=None)
+    output = replace(experiment.output, dir=place.pictures, resume=False)
+    fresh = replace(experiment, sampling=sampling, output=output)
     record(
         place.records,
         fresh,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from sat.adapters import groups
+from sat.sampling.prompts import PromptError, parse_share
 from sat.sampling.sizes import SizeError, SizeRule
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class SamplingConfig(Section):
     denoises larger pictures by overlapping squares of that side.
     ``at_once`` images go through the network together: with 1, a picture does not depend on how many are
     asked for, to the last bit; with more, large devices are used better.
+    ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     """
 
     section = "sampling"
@@ -129,6 +131,7 @@ class SamplingConfig(Section):
     prompt_file: Annotated[
         Path | None, MustExist("name a text file with one prompt per line, or use --prompt")
     ] = None
+    share: str | None = None
     negative_prompt: str = ""
     height: int = 1024
     width: int = 1024
@@ -163,6 +166,10 @@ class SamplingConfig(Section):
         yield from self._at_least_1("batch_size", "at_once", "grid_columns")
         if self.tile is not None and self.tile < 8:
             yield "tile", f"expected at least 8 latent cells, got {self.tile}"
+        try:
+            parse_share("0/1" if self.share is None else self.share)
+        except PromptError as error:
+            yield "share", str(error)
         try:
             self.sizes.check(self.height, self.width)
         except SizeError as error:

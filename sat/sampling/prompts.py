@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 class PromptError(ValueError):
@@ -59,6 +61,24 @@ def check_text(text: str, what: str) -> None:
         ) from error
 
 
-def share(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:
-    """The prompts that ``rank`` draws: number i goes to rank i modulo ``world``, as officially."""
-    return [prompt for prompt in prompts if prompt.index % world == rank]
+class Share(NamedTuple):
+    """Part ``part`` (from 0) of a run that is cut into ``parts``."""
+
+    part: int
+    parts: int
+
+
+def parse_share(text: str) -> Share:
+    """``K/N``: of N parts the one with prompts K, K + N, K + 2 N and so on, each under its own number."""
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise PromptError(f"expected K/N with K from 0 to N - 1, such as 0/4, got {text!r}")
+    return Share(int(match[1]), int(match[2]))
+
+
+def share(prompts: Sequence[Prompt], part: int, parts: int) -> list[Prompt]:
+    """Every ``parts``-th prompt; of a whole file number i goes to rank i modulo the world, as officially.
+
+    It goes by place, not number, so that ranks can share what is a share of a file already.
+    """
+    return list(prompts[part::parts])

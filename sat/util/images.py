@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     A run that is killed at any moment leaves no half file under ``path``, and a reader never sees one. The
     disk is not waited for: after a power cut, only reading a file back tells.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")  # its own on every machine
     try:
         with draft.open("wb") as file:
             write(file)

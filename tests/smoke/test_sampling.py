@@ -171,6 +171,28 @@ def test_an_interrupted_run_leaves_whole_files_and_continues(sample, tmp_path, t
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
+def test_shares_draw_the_files_of_one_run_between_them(sample, tmp_path, three) -> None:
+    arguments = ("--prompt-file", three, "--batch-size", 2)
+    assert sample(*arguments, "--output-dir", tmp_path / "whole").code == 0
+    for share, count in (("0/2", 6), ("1/2", 3)):
+        done = sample(*arguments, f"sampling.share={share}", "--output-dir", tmp_path / "shares")
+        assert done.code == 0, done.err
+        assert f"{count} files written" in done.err
+        assert "of another run" not in done.err
+    assert files(tmp_path / "shares") == files(tmp_path / "whole")
+    assert load([tmp_path / "shares" / "resolved.yaml"]).sampling.share is None
+
+
+def test_a_share_may_be_empty(sample, tmp_path, three) -> None:
+    for name, more in {"keep": (), "free": ("memory.text_encoder=free",)}.items():
+        words = ("--prompt-file", three, "sampling.share=4/5", "--output-dir", tmp_path / name, *more)
+        done = sample(*words)
+        assert done.code == 0, done.err
+        assert files(tmp_path / name) == {}
+    checked = sample("--prompt-file", three, "sampling.share=1/2", "--check")
+    assert checked.out.startswith("config ok: 1 of 3 prompts, ")
+
+
 def test_another_runs_folders_are_named(sample, tmp_path) -> None:
     assert sample("--prompt", "a dog", "--output-dir", tmp_path).code == 0
     done = sample("--prompt", "a cat", "--output-dir", tmp_path)
@@ -239,6 +261,8 @@ def test_latents_of_another_size_are_refused(sample, tmp_path) -> None:
         (["--prompt", "caf\udce9"], "prompt 0 is not valid UTF-8"),
         (["--prompt", "a dog", "--negative-prompt", "\udce9"], "the negative prompt is not valid UTF-8"),
         (["sampling.prompt=[]"], "give at least one prompt"),
+        (["--prompt", "a dog", "sampling.share=2/2"], "sampling.share: expected K/N with K from 0 to N - 1"),
+        (["sampling.share=0/2"], "sampling.share is a share of given prompts: give --prompt-file"),
         (["--prompt", "a dog", "--batch-size", "0"], "batch_size"),
         (["--prompt", "a dog", "--seed", "-1"], "seed"),
         (["--prompt", "a dog", "--seed", str(2**32 - 1), "--batch-size", "2"], "image i uses seed + i"),

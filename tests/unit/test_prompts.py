@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file, share
+from sat.sampling.prompts import Prompt, PromptError, checked_prompts, parse_share, read_prompt_file, share
 
 
 def _file(tmp_path: Path, data: bytes) -> Path:
@@ -58,3 +58,17 @@ def test_ranks_share_every_prompt_exactly_once_by_its_number() -> None:
     shares = [share(prompts, rank, 3) for rank in range(3)]
     assert shares[1] == [Prompt(1, "b"), Prompt(4, "e")]
     assert sorted((p for s in shares for p in s), key=lambda p: p.index) == prompts
+
+
+def test_a_share_keeps_the_numbers_and_is_shared_by_ranks_evenly() -> None:
+    prompts = checked_prompts("abcdefghi")
+    part = share(prompts, *parse_share("1/2"))
+    assert [prompt.index for prompt in part] == [1, 3, 5, 7]
+    assert [len(share(part, rank, 2)) for rank in range(2)] == [2, 2]
+    assert share(prompts[:1], *parse_share("1/2")) == []
+
+
+@pytest.mark.parametrize("text", ["", "3/3", "-1/3", "1", "1/", "0/0", "1/2/3", "a/b", " 1/2", "\u0661/2"])
+def test_a_share_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(PromptError, match="expected K/N with K from 0 to N - 1"):
+        parse_share(text)
