@@ -1,4 +1,4 @@
-"""Asking a run to stop: the first Ctrl-C or SIGTERM lets the step end and the state be saved."""
+"""Asking a run to stop: the first Ctrl-C, SIGTERM or SIGUSR1 lets the step end and the state be saved."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ _ECHO = 2.0
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event set by SIGINT or SIGTERM; a later second one acts as before. Old handlers return after.
+    """An event set by SIGINT, SIGTERM or SIGUSR1; a later second one acts as before. Old handlers return.
 
-    Outside the main thread no signal arrives, so the event stays clear.
+    SIGUSR1 is what SLURM is mostly told to send before a job's time is over. Outside the main thread no
+    signal arrives, so the event stays clear.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -38,7 +39,7 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, old[signal.Signals(number)])
             os.kill(os.getpid(), number)
 
-    for wanted in (signal.SIGINT, signal.SIGTERM):
+    for wanted in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         old[wanted] = signal.signal(wanted, handle)
     try:
         yield event

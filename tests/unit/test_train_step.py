@@ -37,7 +37,7 @@ def test_autocast_computes_in_bf16_with_float32_weights() -> None:
         assert layer(torch.ones(1, 2)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_sets_the_event_and_handlers_come_back(number, capfd) -> None:
     before = signal.getsignal(number)
     with stop_signals() as stop:
