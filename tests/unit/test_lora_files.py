@@ -19,12 +19,16 @@ from sat.adapters.files import NATIVE_FILE, is_adapter, locate, read
 from sat.adapters.lora import attach, detach, merge
 from sat.adapters.merge import Loading, load_adapters
 from sat.adapters.names import layouts, to_ours, to_theirs
+from sat.adapters.select import choose
 from sat.adapters.write import LAYOUTS, write
 from sat.checkpoint import load, open_part, save_native
+from sat.checkpoint.format import ENGINE_PREFIXES
 from sat.cli.convert import main as convert
 from sat.models.cogview3_plus import CogView3Plus
+from sat.models.cogview3_unet import CogView3UNet
+from sat.models.t5 import T5Encoder
 from tests.adapters import EVERYTHING, about, adapter, noisy, output, start, t5, unet
-from tests.checkpoints import CONFIG, MODEL, build, tensors
+from tests.checkpoints import CONFIG, MODEL, build, spec, tensors
 from tests.small import plus
 from tests.tolerances import F32
 
@@ -101,6 +105,32 @@ def test_names_of_peft_and_diffusers_are_unfused(saved) -> None:
     assert config["rank_pattern"]["transformer_blocks.0.ff.net.2"] == 2
     assert config["alpha_pattern"]["transformer_blocks.0.ff.net.2"] == 5.0
     assert "transformer_blocks.0.attn1.to_v" in config["target_modules"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "layout", "layers"),
+    [
+        (CogView3Plus, "plus_diffusers", "DIFFUSERS", 30 * (3 + 1 + 2 + 1) + 1),
+        (CogView3UNet, "unet_sat", "SAT", None),
+        (T5Encoder, "t5_xxl_hf", "HF", 24 * 7),
+    ],
+)
+def test_at_full_size_every_layer_has_a_published_name(
+    kind: type[nn.Module], file: str, layout: str, layers: int | None
+) -> None:
+    with torch.device("meta"):
+        model = kind()
+    part, targets = ("text", ["text_encoder"]) if kind is T5Encoder else ("model", list(EVERYTHING))
+    prefix = ENGINE_PREFIXES[part]
+    published = {name.removeprefix(prefix) for name in spec(file)}
+    chosen = choose({part: model}, targets, 4, {})
+    names = {n.partition(".")[2]: linear for n, (linear, _) in chosen.items()}
+    found = next(one for one in layouts(model) if one.name == layout or layout == "HF")
+    places = {theirs for theirs, source in found.places.items() if set(source.names) & names.keys()}
+    assert {f"{theirs}.weight" for theirs in places} <= published
+    reached = {name for theirs in places for name in found.places[theirs].names}
+    assert names.keys() <= reached
+    assert layers is None or len(places) == layers
 
 
 def test_halves_of_the_final_modulation_are_swapped_for_diffusers() -> None:
