@@ -41,6 +41,9 @@ def test_a_picture_goes_to_the_nearest_ratio_whichever_side_is_longer():
     assert nearest((100, 149), sizes) == (64, 96)
     assert nearest((149, 100), sizes) == (96, 64)
     assert nearest((10, 1000), sizes) == (64, 96)
+    far = [(64, 64), (64, 128), (128, 64)]
+    assert nearest((145, 100), far) == (128, 64)  # 1.45 is as much above 1 as 2 is above 1.38
+    assert nearest((100, 145), far) == (64, 128)
 
 
 def test_a_picture_goes_to_the_largest_area_that_it_fills():

@@ -65,12 +65,13 @@ def test_a_half_file_is_not_there(store, cut):
         store.read(KEY)
 
 
-def test_a_writer_that_dies_leaves_nothing_that_counts(store, monkeypatch):
+@pytest.mark.parametrize("moment", ["write_bytes", "replace"])
+def test_a_writer_that_dies_leaves_nothing_that_counts(store, monkeypatch, moment):
     def die(self, data):
         self.touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", die)
+    monkeypatch.setattr(Path, moment, die)
     with pytest.raises(KeyboardInterrupt):
         store.write(KEY, {"moments": torch.zeros(8)})
     assert not store.whole(KEY)
@@ -184,6 +185,10 @@ def test_views_do_not_change_when_other_pictures_come(folder, tmp_path):
     PIL.Image.new("RGB", (9, 9)).save(folder / "0.png")
     after = Cached(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
     assert fill(after) == 2 * 2 + 1
+    anew = Cached(dataset(folder, moving=True), stores(tmp_path / "d"), views=2)
+    fill(anew)
+    for index in range(6):
+        assert torch.equal(after.get(index, 0, 0).latent_moments, anew.get(index, 0, 0).latent_moments)
 
 
 def test_only_what_changed_is_made_again(folder, tmp_path):

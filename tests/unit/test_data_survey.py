@@ -78,6 +78,7 @@ def test_duplicates_are_found_over_sources_and_many_are_shortened(folder, tmp_pa
     prepare.main(["inspect", str(folder), str(other)])
     out = capsys.readouterr().out
     assert "identical files: 5 more than needed" in out
+    assert "identical pictures" not in out
     assert "and 3 others" in out
     prepare.main(["inspect", str(folder)])
     assert "no duplicates" in capsys.readouterr().out
