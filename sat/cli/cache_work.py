@@ -31,7 +31,7 @@ def work(args: argparse.Namespace) -> int:
         raise ConfigError(loaded.missing)
     runtime = launch(experiment.parallel.device, experiment.parallel.timeout)
     logs.setup(runtime.rank, debug=args.debug)
-    sets = open_data(data, held_out=bool(data.validation), is_main=runtime.is_main)
+    sets = open_data(data, runtime, held_out=bool(data.validation))
     caches = Caches(data.cache, experiment, train, train.init_from or experiment.checkpoint, runtime)
     views = [max(1, data.cache_views), 1]
     cached = [caches.over(dataset, count) for dataset, count in zip(sets.both(), views, strict=False)]

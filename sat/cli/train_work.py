@@ -161,7 +161,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     layout = experiment.parallel
     mesh = Mesh(runtime, tensor=layout.tensor, sequence=layout.sequence, guidance=layout.guidance)
     weights = _weights(experiment, train)
-    sets = open_data(data, held_out=train.validate_every is not None, is_main=runtime.is_main)
+    sets = open_data(data, runtime, held_out=train.validate_every is not None)
     cached, spare = _cached(experiment, train, data, sets, runtime)
     torch.manual_seed(train.seed)
     engine = build_engine(

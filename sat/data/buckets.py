@@ -104,10 +104,8 @@ def measure(record: Record) -> Size:
         return (picture.width, picture.height) if sideways else (picture.height, picture.width)
 
 
-def measured(
-    records: RecordSet, max_bad_share: float = 0.05, workers: int = 8
-) -> tuple[RecordSet, list[Size]]:
-    """The records whose pictures can be measured, and their sizes; the others are among its bad ones."""
+def measure_all(records: Sequence[Record], workers: int = 8) -> list[Size | Bad]:
+    """(height, width) of every picture, or why it cannot be measured."""
 
     def look(record: Record) -> Size | Bad:
         try:
@@ -116,8 +114,17 @@ def measured(
             return Bad(record.name, f"{type(error).__name__}: {error}", "picture")
 
     with ThreadPoolExecutor(workers, thread_name_prefix="measure") as pool:
-        seen = list(pool.map(look, records.records, chunksize=64))
-    bad = [one for one in dict.fromkeys(one for one in seen if isinstance(one, Bad))]
+        return list(pool.map(look, records))
+
+
+def measured(
+    records: RecordSet, seen: Sequence[Size | Bad], max_bad_share: float = 0.05
+) -> tuple[RecordSet, list[Size]]:
+    """The records whose pictures could be measured, and their sizes; the others are among its bad ones.
+
+    ``seen`` is what ``measure_all`` says of the records.
+    """
+    bad = list(dict.fromkeys(one for one in seen if isinstance(one, Bad)))
     check_bad_share(bad, len(records), max_bad_share, "data")
     kept = [(r, one) for r, one in zip(records.records, seen, strict=True) if not isinstance(one, Bad)]
     if not kept:

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from sat.data.buckets import BucketRule, Buckets, measure, measured, nearest
+from sat.data.buckets import BucketRule, Buckets, measure, measure_all, measured, nearest
 from sat.data.dataset import Dataset, LatentCache
 from sat.data.loader import Loader, once
 from sat.data.records import DataError, Record, RecordSet
@@ -101,8 +101,12 @@ def folder(root: Path, sizes: dict[str, tuple[int, int]]) -> Path:
 SIZES = {"a": (8, 8), "b": (8, 16), "c": (16, 8), "d": (9, 9), "e": (8, 17), "f": (32, 32), "g": (15, 8)}
 
 
+def sized(records: RecordSet, share: float) -> tuple[RecordSet, list[tuple[int, int]]]:
+    return measured(records, measure_all(records.records), share)
+
+
 def dataset(root: Path, **options) -> Dataset:
-    records, sizes = measured(read_sources([(root, 1)], 1.0), 1.0)
+    records, sizes = sized(read_sources([(root, 1)], 1.0), 1.0)
     buckets = Buckets.of(sizes, BucketRule((64, 128), 4, 2.0))
     return Dataset(records, Transform(8, 8, **options), 1.0, buckets=buckets)
 
@@ -144,12 +148,12 @@ def test_pictures_that_cannot_be_measured_are_left_out_with_their_weight(tmp_pat
     found = read_sources([(tmp_path, 1)])
     records = RecordSet(found.records, (), ((1, 2.0), (1, 1.0)))
     with pytest.raises(DataError, match="no picture of one of data.sources"):
-        measured(records, 1.0)
-    left, sizes = measured(RecordSet(found.records, (), ((2, 1.0),)), 1.0)
+        sized(records, 1.0)
+    left, sizes = sized(RecordSet(found.records, (), ((2, 1.0),)), 1.0)
     assert (len(left), sizes, left.shares) == (1, [(8, 8)], ((1, 1.0),))
     assert "UnidentifiedImageError" in str(left.bad[0])
     with pytest.raises(DataError, match="1 of 2 items"):
-        measured(found, 0.1)
+        sized(found, 0.1)
 
 
 def test_latents_are_cached_in_memory_for_each_bucket(tmp_path):
