@@ -90,12 +90,7 @@ class Caches:
     @property
     def spare(self) -> frozenset[Part]:
         """Parts of the engine that training can do without, once the caches are full."""
-        if self.train.sample_every is not None:
-            return frozenset()
-        spare: set[Part] = {"first_stage"} if self.latents else set()
-        if self.text and not self.experiment.adapters.load:
-            spare.add("text")
-        return frozenset(spare)
+        return spare_parts(self.experiment, self.train)
 
     def over(self, dataset: Dataset, views: int) -> Cached:
         """The items of ``dataset`` out of the caches, which need not be full yet."""
@@ -189,11 +184,11 @@ class Caches:
         self.runtime.free_memory()
 
     def _without(self, count: Count) -> Collection[Part]:
-        """Parts that nothing is to be made with. Adapters may belong to the network and the text encoder."""
-        without: set[Part] = set() if self.experiment.adapters.load else {"model"}
+        """Parts that nothing is to be made with."""
+        without: set[Part] = {"model"}
         if not count.latents_missing:
             without.add("first_stage")
-        if not count.text_missing and not self.experiment.adapters.load:
+        if not count.text_missing:
             without.add("text")
         return without
 
@@ -256,6 +251,18 @@ class Caches:
         if source is None:
             return f"random {self.weights.random}"
         return part_digest(source, part, allow_pickle=self.weights.allow_pickle)
+
+
+def spare_parts(experiment: Experiment, train: TrainConfig) -> frozenset[Part]:
+    """Parts of the engine that full caches make unnecessary. Sampling during the training needs them all."""
+    kind: type[Objective] = resolve(train.objective.target, experiment.imports)
+    needs = kind.needs(train.objective.params)
+    if train.sample_every is not None:
+        return frozenset()
+    spare: set[Part] = set() if "first_stage" in needs else {"first_stage"}
+    if "text" not in needs:
+        spare.add("text")
+    return frozenset(spare)
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,11 @@ def everything(folder: Path, spiece: Path) -> None:
     train("buckets_rest", cache, *BUCKETS, "--resume", to="buckets_half")
     weights = f"data.sources=[{{path: {folder}/data, weight: 1.0}}, {{path: {folder}/data, weight: 3.0}}]"
     train("weights", cache, weights)
+    train("lora", cache, "adapters.lora={rank: 2}")
+    adapter = folder / "lora" / "checkpoints" / "step_00000004" / "native" / "adapter.safetensors"
+    adapted = (f"adapters.load=[{{path: {adapter}, strength: 0.5}}]", "adapters.merge=true")
+    train("adapted", cache, *adapted)
+    train("adapted_again", cache, *adapted)
     fill_cache("pruned", cache, "--prune")
     fill_cache("nowhere")
     run("no_train", prepare.main, "cache", "--base", str(DEBUG))

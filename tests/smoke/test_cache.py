@@ -127,6 +127,15 @@ def test_sources_can_be_weighted(ran) -> None:
     assert "30 images an epoch" in ran.good("weights")
 
 
+def test_adapters_are_trained_from_a_cache_and_embeddings_know_theirs(ran) -> None:
+    ran.good("lora")
+    assert ran.ends["lora"]["loaded"] == ["model"]
+    assert "15 latents, 0 of them to make; 15 text embeddings, 15 of them to make" in ran.good("adapted")
+    assert ran.ends["adapted"]["loaded"] == ["text", "model"]
+    ran.good("adapted_again")
+    assert ran.ends["adapted_again"]["loaded"] == ["model"]
+
+
 def test_pruning_leaves_one_cache(ran) -> None:
     assert "files deleted that this config does not use" in ran.good("pruned")
     left = sorted(path.name.partition("-")[0] for path in (ran.folder / "cache").iterdir())
