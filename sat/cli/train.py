@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,9 @@ Train the model that --base describes; a later file is laid over the earlier one
 """
 EPILOG = """\
 section.key=value sets any key of the config, for example train.dtype=bf16 or data.workers=2; the options
-above only set such keys. A run folder holds resolved.yaml, run.json, metrics.jsonl, samples/ and
-checkpoints/. Ctrl-C and SIGTERM save and exit; the same command with --resume goes on exactly.
+above only set such keys. --plan --fit 24GB says what a run takes, and what makes it fit. A run folder holds
+resolved.yaml, run.json, metrics.jsonl, samples/ and checkpoints/. Ctrl-C and SIGTERM save and exit; the same
+command with --resume goes on exactly.
 Exit codes: 0 done or saved on request, 1 failed, 2 wrong arguments or config.
 """
 _OPTIONS = {
@@ -44,12 +46,28 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of the order of the data, its augmentation and the noise")
     add("--max-minutes", type=float, metavar="M", help="save and stop after so long")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint of the run folder")
+    add("--plan", action="store_true", help="print the memory, tokens and FLOPs that it will take, and exit")
+    add("--ranks", type=int, metavar="N", help="with --plan: as if started on N ranks")
+    add("--fit", type=size, metavar="SIZE", help="with --plan: what to change to fit, for example 24GB")
     return out
+
+
+def size(text: str) -> int:
+    """Bytes of ``24GB`` (1e9 each) or ``24GiB``."""
+    units = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GB or 80GiB, got {text!r}")
+    return int(float(found[1]) * units[found[2]])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, train; the exit code."""
     args = parse(parser(), argv, "configs/tiny.yaml configs/tiny_train.yaml")
+    if not args.plan and (args.ranks is not None or args.fit is not None):
+        parser().error("--ranks and --fit go with --plan")
+    if args.ranks is not None and args.ranks < 1:
+        parser().error(f"--ranks: expected at least 1, got {args.ranks}")
     given = settings(args, _OPTIONS)
     if args.output_dir is None and not any(item.startswith("output.dir=") for item in args.overrides):
         given.append(Setting("output.dir", str(Path("runs") / Path(args.base[-1]).stem)))

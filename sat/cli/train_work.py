@@ -66,6 +66,11 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     train, data = _sections(experiment)
     if args.check:
         return _check(loaded, train, data)
+    if args.plan:
+        from sat.cli.plan import plan
+
+        plan(experiment, args.ranks, args.fit)
+        return 0
     if loaded.missing:
         raise ConfigError(loaded.missing)
     runtime = launch(experiment.parallel.device, experiment.parallel.timeout, group=True)

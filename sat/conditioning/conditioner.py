@@ -40,6 +40,7 @@ class Conditioner(nn.Module):
                 "rows (conditioning.text.params.vocab): they do not belong together"
             )
         self.text: nn.Module = text
+        self.text_dim = text.dim  # C_text, also when the encoder is gone
         self.size = size
         self.tokenizer = tokenizer
         self.max_length = max_length

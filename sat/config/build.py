@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin
@@ -112,29 +113,15 @@ def build_engine(
     seed: for training from scratch. With float16 the first stage stays float32, whose range it needs.
     Parts ``without`` are not loaded; whatever calls them raises.
     """
-    from sat.conditioning.conditioner import Conditioner
-    from sat.config.absent import Absent, AbsentAutoencoder
-    from sat.engine import DiffusionEngine
-
     weights = checkpoint or experiment.checkpoint
     fill = _Fill(weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without))
-    c, d = experiment.conditioning, experiment.diffusion
-    make = partial(build, imports=experiment.imports)
-    text = cast("T5Encoder", fill.part(c.text, "text"))  # the check made sure of the classes
-    conditioner = Conditioner(text, make(c.size), _tokenizer(c, weights), c.max_length)
+    text = cast(
+        "T5Encoder", fill.part(experiment.conditioning.text, "text")
+    )  # the check made sure of classes
     network = fill.part(experiment.model, "model")
     first_stage = cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage"))
-    if "text" in without:
-        conditioner.text = Absent("text encoder")
-    engine = DiffusionEngine(
-        Absent("network") if "model" in without else network,
-        conditioner,
-        AbsentAutoencoder(first_stage) if "first_stage" in without else first_stage,
-        make(d.schedule),
-        make(d.parameterisation),
-        make(d.process),
-        None if d.loss is None else make(d.loss),
-    )
+    tokenizer = _tokenizer(experiment.conditioning, weights)
+    engine = _assemble(experiment, network, text, first_stage, tokenizer, without)
     engine = engine.to(device)
     if experiment.adapters.load:
         from sat.adapters.merge import Loading, load_adapters
@@ -143,6 +130,60 @@ def build_engine(
         adapted = {"model": network, "text": text}  # parts left out are on the meta device, and go unused
         load_adapters(adapted, wanted, fold=experiment.adapters.merge)
     return engine
+
+
+def build_shapes(
+    experiment: Experiment,
+    dtype: torch.dtype,
+    mode: AbstractContextManager[None],
+    without: Collection[Part] = (),
+) -> DiffusionEngine:
+    """An engine whose parts are made inside ``mode``, which gives tensors no data; without a tokenizer.
+
+    For measuring (:mod:`sat.train.trace`): no file is read, and no memory taken.
+    """
+    made: dict[Part, nn.Module] = {}
+    parts: dict[Part, Component] = {
+        "model": experiment.model, "text": experiment.conditioning.text, "first_stage": experiment.first_stage
+    }  # fmt: skip
+    fill = _Fill(experiment.checkpoint, torch.device("meta"), dtype, experiment.imports, load=False)
+    with mode, _NoFill():
+        for part, component in parts.items():
+            if part in without:
+                made[part] = build_empty(component, experiment.imports)
+            else:
+                made[part] = _cast(build(component, imports=experiment.imports), fill.dtype_of(part))
+    text, first_stage = cast("T5Encoder", made["text"]), cast("AutoencoderKL", made["first_stage"])
+    return _assemble(experiment, made["model"], text, first_stage, None, without)
+
+
+def _assemble(
+    experiment: Experiment,
+    network: nn.Module,
+    text: T5Encoder,
+    first_stage: AutoencoderKL,
+    tokenizer: T5Tokenizer | None,
+    without: Collection[Part],
+) -> DiffusionEngine:
+    """The engine of these parts; something that raises stands where one of them was left out."""
+    from sat.conditioning.conditioner import Conditioner
+    from sat.config.absent import Absent, AbsentAutoencoder
+    from sat.engine import DiffusionEngine
+
+    c, d = experiment.conditioning, experiment.diffusion
+    make = partial(build, imports=experiment.imports)
+    conditioner = Conditioner(text, make(c.size), tokenizer, c.max_length)
+    if "text" in without:
+        conditioner.text = Absent("text encoder")
+    return DiffusionEngine(
+        Absent("network") if "model" in without else network,
+        conditioner,
+        AbsentAutoencoder(first_stage) if "first_stage" in without else first_stage,
+        make(d.schedule),
+        make(d.parameterisation),
+        make(d.process),
+        None if d.loss is None else make(d.loss),
+    )
 
 
 def adaptable(engine: DiffusionEngine) -> dict[str, nn.Module]:
@@ -193,14 +234,14 @@ class _Fill:
             source,
             part,
             device=self.device,
-            dtype=self._dtype(part),
+            dtype=self.dtype_of(part),
             allow_missing=self.weights.allow_missing,
             allow_unexpected=self.weights.allow_unexpected,
             allow_pickle=self.weights.allow_pickle,
         )
         return module
 
-    def _dtype(self, part: Part) -> torch.dtype:
+    def dtype_of(self, part: Part) -> torch.dtype:
         """The dtype of a part: float32 for an autoencoder that would run, and overflow, in float16.
 
         The transformers of the other parts guard themselves (:mod:`sat.transformer.attention`).
@@ -215,7 +256,7 @@ class _Fill:
     def _random(self, component: Component, part: Part) -> nn.Module:
         """Made on the CPU, so that a seed means the same weights on every device."""
         module: nn.Module = build(component, imports=self.imports)
-        return _cast(module, self._dtype(part)).to(self.device)
+        return _cast(module, self.dtype_of(part)).to(self.device)
 
 
 def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,3 +76,7 @@ class Objective(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """The trained modules by their part of a checkpoint: ``model``, ``text``, ``first_stage``."""
         raise NotImplementedError
+
+    def beside(self) -> Sequence[nn.Module]:
+        """Modules that it runs and that are neither trained nor of the engine, such as a teacher."""
+        return ()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.data.batch import Batch
@@ -77,6 +77,10 @@ class Distillation(DiffusionObjective):
         steps = params.get("rounds", (25, 16, 8, 4))
         _check(params.get("teacher_steps", 50), steps, params.get("guidance", (1.0, 8.0)))
         return [Round(f"steps_{count}", {"round": i}, count) for i, count in enumerate(steps)]
+
+    def beside(self) -> Sequence[nn.Module]:
+        """The teacher."""
+        return self._teacher
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``loss``: mean over the batch."""
