@@ -19,8 +19,8 @@ Train the model that --base describes; a later file is laid over the earlier one
 EPILOG = """\
 section.key=value sets any key of the config, for example train.dtype=bf16 or data.workers=2; the options
 above only set such keys. --plan --fit 24GB says what a run takes, and what makes it fit. A run folder holds
-resolved.yaml, run.json, metrics.jsonl, samples/ and checkpoints/. Ctrl-C and SIGTERM save and exit; the same
-command with --resume goes on exactly.
+resolved.yaml, run.json, metrics.jsonl, samples/ and checkpoints/. Ctrl-C, SIGTERM and SIGUSR1 save and
+exit; the same command with --resume goes on exactly.
 Exit codes: 0 done or saved on request, 1 failed, 2 wrong arguments or config.
 """
 _OPTIONS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def commands(*patterns: str) -> list[Command]:
     found = []
     for path in files():
         if any(path.relative_to(ROOT).match(pattern) for pattern in patterns):
-            found += [command for line in _lines(path) for command in _parse(path, line)]
+            found += [command for line in _lines(path) for command in parsed(path, line)]
     return found
 
 
@@ -44,10 +45,12 @@ def _lines(path: Path) -> list[str]:
         text = _COMMENT.sub("", head.group())
         text = text.replace("\\\n", " ")  # prose stands between the commands: keep the lines that start one
         text = "\n".join(line for line in text.splitlines() if re.match(r"(torchrun|python)\b", line))
+    elif path.suffix == ".sbatch":
+        text = re.sub(r"^# (?=([A-Z_]+=\S+ )*sbatch )", "", text, flags=re.MULTILINE)  # how to submit it
     return text.replace("\\\n", " ").splitlines()
 
 
-def _parse(path: Path, line: str) -> list[Command]:
+def parsed(path: Path, line: str) -> list[Command]:
     """The project's commands in one shell line."""
     line = re.sub(r"^\s*[$>] ", "", line)
     words = [word for word in _words(line) if word != "$@"]  # what the user adds to a script
@@ -85,6 +88,10 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
     if not words:
         return "", []
     launcher, rest = words[0], words[1:]
+    if launcher == "sbatch":
+        return _submitted(list(dropwhile(lambda word: word.startswith("-"), rest)))  # each --name=value
+    if launcher == "on_nodes":  # of train_scripts/slurm.sh
+        launcher, rest = "torchrun", [word for word in rest if "$" not in word]
     if launcher in ("python", "python3", "torchrun"):
         while rest and rest[0].startswith("-") and rest[0] != "-m":
             # torchrun takes --name=value, --name value and switches
@@ -99,3 +106,13 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
     if launcher.startswith("./") or launcher == ".ci/run":
         return launcher.removeprefix("./"), rest
     return "", []
+
+
+def _submitted(words: list[str]) -> tuple[str, list[str]]:
+    """What a SLURM script runs with the arguments that follow its name."""
+    script, arguments = words[0], words[1:]
+    if not (ROOT / script).is_file():
+        return script, arguments
+    (runs,) = re.findall(r"^on_nodes .*$", (ROOT / script).read_text(), re.MULTILINE)
+    place = _words(runs).index("$@")
+    return _program([*_words(runs)[:place], *arguments, *_words(runs)[place + 1 :]])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.commands import Command, commands
+from tests.architecture.commands import Command, commands, parsed
 from tests.architecture.tree import ROOT, files
 
 WRITTEN = commands("*.md", "docs/*.md", "data/*.md", "sample_scripts/*", "train_scripts/*")
@@ -61,6 +61,23 @@ def test_a_wrong_command_is_noticed(
     wrong = Command(ROOT / "README.md", "sample.py", ("--base", "configs/debug.yaml", "sampling.stepz=3"))
     assert accepted(wrong) == 2
     assert "did you mean 'sampling.steps'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("sbatch --nodes=2 train_scripts/sft.sbatch convert.py --help-me", 2),
+        ("sbatch train_scripts/lora.sbatch --setps 3", 2),
+        ("sbatch train_scripts/gone.sbatch train.py --base configs/tiny.yaml", 1),
+    ],
+)
+def test_a_wrong_job_is_noticed(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (wrong,) = parsed(ROOT / "README.md", line)
+    try:
+        assert accepted(wrong) == code
+    except SystemExit as stop:
+        assert stop.code == code
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
