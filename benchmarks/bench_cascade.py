@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from sat.evaluate.classifier import Classifier  # noqa: E402
 from sat.evaluate.detail import detail_distance, real_pictures  # noqa: E402
 from sat.evaluate.retrieval import score  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
+from sat.util.images import grid, write_png  # noqa: E402
 
 PROMPTS = ROOT / "configs" / "tiny_train_prompts.txt"
 REAL = ROOT / "data" / "emoji" / "core128"
@@ -113,18 +114,18 @@ class Drawn:
         self.base = load(row.base)
         self.relay = None if row.relay is None else load(row.relay)
 
-    def __call__(self, prompts: Sequence[str], batch: int) -> tuple[list[Image.Image], float]:
-        """Pictures of ``SIDE`` pixels, and the seconds that the base stage took."""
-        began = time.perf_counter()
-        small = self.base(prompts, seed=0, batch_size=batch).images
-        spent = time.perf_counter() - began
+    def small(self, prompts: Sequence[str], batch: int) -> list[Image.Image]:
+        """The base model's pictures."""
+        return self.base(prompts, seed=0, batch_size=batch).images
+
+    def large(self, small: Sequence[Image.Image], prompts: Sequence[str], batch: int) -> list[Image.Image]:
+        """``small`` pictures brought to ``SIDE`` pixels."""
         if self.relay is not None:
-            return self.relay(prompts, seed=0, batch_size=batch, images=small).images, spent
-        large = [
+            return self.relay(prompts, seed=0, batch_size=batch, images=small).images
+        return [
             picture if picture.width == SIDE else picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             for picture in small
         ]
-        return large, spent
 
 
 def load(stage: Stage) -> Pipeline:
@@ -146,31 +147,42 @@ def looks(row: Row) -> str:
 def measure(drawn: Sequence[Drawn], results: Sequence[Result], prompts: Sequence[str], repeats: int) -> None:
     """Seconds per single picture, the rows taking turns."""
     for index in range(repeats + 1):
+        prompt = [prompts[index % len(prompts)]]
         for one, result in zip(drawn, results, strict=True):
             began = time.perf_counter()
-            _, base = one([prompts[index % len(prompts)]], 1)
+            small = one.small(prompt, 1)
+            between = time.perf_counter()
+            one.large(small, prompt, 1)
             if index:  # the first is a warm-up
                 result.seconds.append(time.perf_counter() - began)
-                result.base_seconds.append(base)
+                result.base_seconds.append(between - began)
 
 
-def judge(
-    drawn: Drawn, result: Result, prompts: Sequence[str], per_prompt: int, real: Sequence[Image.Image],
-    keep: Callable[[str, list[Image.Image]], None],
-) -> None:  # fmt: skip
-    """Scores of a row."""
-    for pipeline in (drawn.base, drawn.relay):
-        if pipeline is not None:
-            pipeline.drawer.at_once = 16
-    made: list[Image.Image] = []
-    for prompt in prompts:
-        made += drawn([prompt], per_prompt)[0]
-    captions = [prompt for prompt in prompts for _ in range(per_prompt)]
-    classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
-    scores = score(made, captions, classifier)
-    result.top1, result.top5, result.distance = scores.top1, scores.top5, scores.distance
-    result.detail = detail_distance(made, real, classifier)
-    keep(result.name, made[::per_prompt])
+class Judge:
+    """Scores rows; pictures of a base stage are drawn once for all rows that have it."""
+
+    def __init__(self, prompts: Sequence[str], per_prompt: int) -> None:
+        self.prompts, self.per_prompt = prompts, per_prompt
+        self.classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
+        self.real = real_pictures(REAL, [(SIDE, SIDE)])
+        self._small: dict[Stage, list[list[Image.Image]]] = {}
+
+    def __call__(self, drawn: Drawn, result: Result) -> list[Image.Image]:
+        """Fill in the scores of a row; its first picture of every prompt."""
+        for pipeline in (drawn.base, drawn.relay):
+            if pipeline is not None:
+                pipeline.drawer.at_once = 16
+        base, count = drawn.row.base, self.per_prompt
+        if base not in self._small:
+            self._small[base] = [drawn.small([prompt], count) for prompt in self.prompts]
+        made: list[Image.Image] = []
+        for prompt, small in zip(self.prompts, self._small[base], strict=True):
+            made += drawn.large(small, [prompt], count)
+        captions = [prompt for prompt in self.prompts for _ in range(count)]
+        scores = score(made, captions, self.classifier)
+        result.top1, result.top5, result.distance = scores.top1, scores.top5, scores.distance
+        result.detail = detail_distance(made, self.real, self.classifier)
+        return made[::count]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -216,19 +228,16 @@ def main() -> int:
             print(f"left out: {row.name}: {error}", file=sys.stderr)
     measure(drawn, results, prompts, args.repeats)
 
-    def keep(name: str, pictures: list[Image.Image]) -> None:
-        if args.sheets is not None:
-            from sat.util.images import grid, write_png
-
-            args.sheets.mkdir(parents=True, exist_ok=True)
-            safe = "".join(c if c.isalnum() else "_" for c in name)
-            write_png(args.sheets / f"{safe}.png", grid(pictures[:32], columns=8))
-
-    real = real_pictures(REAL, [(SIDE, SIDE)])
+    judge = Judge(prompts, args.per_prompt)
     for one, result in zip(drawn, results, strict=True):
-        if one.row.scored:
-            print(f"judging {result.name}", file=sys.stderr, flush=True)
-            judge(one, result, prompts, args.per_prompt, real, keep)
+        if not one.row.scored:
+            continue
+        print(f"judging {result.name}", file=sys.stderr, flush=True)
+        first = judge(one, result)
+        if args.sheets is not None:
+            args.sheets.mkdir(parents=True, exist_ok=True)
+            name = "".join(c if c.isalnum() else "_" for c in result.name)
+            write_png(args.sheets / f"{name}.png", grid(first[:32], columns=8))
     print(table(results))
     out = results_folder() / "cascade.json"
     settings = {"prompts": len(prompts), "per_prompt": args.per_prompt, "repeats": args.repeats, "threads": 2}
