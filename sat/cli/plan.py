@@ -63,7 +63,7 @@ def _table(now: Plan) -> Iterator[str]:
     yield _row("float32 masters", now.masters, part)
     yield _row("optimizer state", now.optimizer, part)
     yield _row("moving average (EMA)", now.average, part)
-    yield _row("gradients", now.gradients, "of which 1/" + str(now.ranks) if now.zero > 1 < now.ranks else "")
+    yield _row("gradients", now.gradients, part if now.zero > 1 else "")
     if now.zero and not now.host:
         yield _row("gradient buffer", now.bucket, "DeepSpeed's")
     yield _row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")

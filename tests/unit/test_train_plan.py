@@ -26,7 +26,8 @@ SETTINGS = (
 )  # fmt: skip
 LORA = "adapters.lora={rank: 2, targets: [attention]}"
 DISTILLATION = (
-    "train.objective={target: sat.train.objectives.distillation.Distillation}", "model.params.guidance_dim=8"
+    "train.objective={target: sat.train.objectives.distillation.Distillation}", "model.params.guidance_dim=8",
+    "sampling.guider={target: sat.diffusion.guidance.Embedded, params: {scale: 1.0}}",
 )  # fmt: skip
 FIRST_STAGE = "train.objective={target: sat.train.objectives.first_stage.FirstStageObjective, params: {}}"
 

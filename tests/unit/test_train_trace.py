@@ -14,7 +14,7 @@ F32 = 4
 def traced(dtype: torch.dtype = torch.float32) -> Trace:
     ledger = Ledger()
     with ledger.without_data():
-        net = nn.Sequential(nn.Linear(I, H), nn.Tanh(), nn.Linear(H, O)).to(dtype)
+        net = nn.Sequential(nn.Linear(I, H, dtype=dtype), nn.Tanh(), nn.Linear(H, O, dtype=dtype))
 
         def loss() -> Tensor:
             return net(torch.empty(B, I, dtype=dtype)).sum()
