@@ -49,11 +49,11 @@ class Trace:
         return max(int(s.live + per_gradient * s.gradients) for s in self.segments)
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps account of the storages that live, and of the FLOPs of what runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
@@ -100,9 +100,9 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet is _CPU_ATTENTION:
-        return int(sdpa_flop_count(*(x.shape for x in args[:3])))
+        return int(sdpa_flop_count(*(x.shape for x in args[:3])))  # type: ignore[no-untyped-call]
     if packet is _CPU_ATTENTION_BACKWARD:
-        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))
+        return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))  # type: ignore[no-untyped-call]
     return 0
 
 
@@ -123,7 +123,7 @@ def trace(ledger: Ledger, module: nn.Module, loss: Callable[[], Tensor]) -> Trac
         ledger.mark()
 
     trained = [p for p in module.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(finished) for p in trained]
+    hooks = [p.register_post_accumulate_grad_hook(finished) for p in trained]  # type: ignore[no-untyped-call]
     try:
         value = loss()
         kept = ledger.live - base
