@@ -12,15 +12,19 @@ import torch
 import yaml
 
 from sat.checkpoint import WRITERS, CheckpointError, detect, find_tokenizer, load, open_part, save_native
-from sat.checkpoint.convert import Sources, convert
-from sat.checkpoint.format import PARTS
+from sat.checkpoint.convert import DIFFUSION, UNET, Sources, _matched, convert
+from sat.checkpoint.format import PARTS, InMemory
 from sat.cli.convert import main, size
 from sat.cli.guard import UsageError
 from sat.config.build import build as build_component
-from tests.checkpoints import CONFIG, build, same, tensors, tokenizer
+from tests.checkpoints import CONFIG, build, same, spec, tensors, tokenizer
 
 ROOT = Path(__file__).parents[2]
 FORMATS = sorted(WRITERS)
+UNET_PARAMS = {
+    "channels": 4, "width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "depths": [1, 1],
+    "head_dim": 8, "text_dim": 24, "text_len": 8, "size_dim": 48, "groups": 4, "guidance_dim": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +222,39 @@ def test_an_interrupted_conversion_leaves_nothing(written, tmp_path):
     assert process.returncode == 130
     assert "nothing was left at the destination" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "features", "target"),
+    [
+        ("plus_sat", "model", None, "sat.models.cogview3_plus.CogView3Plus"),
+        ("unet_sat", "model", None, "sat.models.cogview3_unet.CogView3UNet"),
+        ("unet_sat", "model", 256, "sat.models.cogview3_unet.CogView3UNet"),
+        ("vae16_sat", "first_stage", None, "sat.first_stage.autoencoder.AutoencoderKL"),
+        ("vae4_sat", "first_stage", None, "sat.first_stage.autoencoder.AutoencoderKL"),
+    ],
+)
+def test_published_networks_are_recognised_without_a_config(name, part, features, target):
+    """By their full lists of names and shapes; a distilled network's own width of the guidance is taken."""
+    tensors = dict(spec(name))
+    if features is not None:
+        tensors["model.diffusion_model.w_proj.weight"] = torch.empty(320, features, device="meta")
+    component, module, found = _matched(Path(name), InMemory(tensors), part, None, build_component)
+    assert component["target"] == target and not found.missing and not found.unexpected
+    if features is not None:
+        assert module.guidance.in_features == features
+
+
+def test_a_unet_goes_to_the_official_layout_and_back_exactly_and_not_to_diffusers(tmp_path):
+    net = build_component({"target": UNET, "params": UNET_PARAMS})
+    config = {
+        "model": {"target": UNET, "params": UNET_PARAMS},
+        "diffusion": DIFFUSION[UNET],
+        "conditioning": {"max_length": 8},
+    }
+    save_native(tmp_path / "native", {"model": net.state_dict()}, config)
+    convert(Sources(tmp_path / "native"), tmp_path / "sat", "sat", build_component)
+    convert(Sources(tmp_path / "sat"), tmp_path / "again", "native", build_component)
+    assert same(dict(open_part(tmp_path / "again", "model")), dict(open_part(tmp_path / "native", "model")))
+    with pytest.raises(CheckpointError, match="CogView3UNet has no DIFFUSERS names"):
+        convert(Sources(tmp_path / "native"), tmp_path / "out", "diffusers", build_component)

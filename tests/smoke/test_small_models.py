@@ -1,0 +1,26 @@
+"""The small models that ship: what they draw is what was asked for, and they stay small."""
+
+from __future__ import annotations
+
+import pytest
+
+from sat import CascadePipeline
+from sat.evaluate.classifier import Classifier
+from sat.evaluate.retrieval import score
+from tests.configs import ROOT
+
+WEIGHTS = ROOT / "checkpoints"
+PROMPTS = ["red apple", "blue heart", "lion", "cactus", "rocket", "house", "star", "sunflower"]
+
+
+@pytest.mark.parametrize("config", ["tiny_cascade.yaml", "tiny_cascade_distill.yaml"])
+def test_the_judge_finds_in_the_cascades_pictures_what_was_asked_for(config: str) -> None:
+    draw = CascadePipeline.from_config(ROOT / "configs" / config, device="cpu", keep_loaded=True)
+    out = draw(PROMPTS, seed=0)
+    assert {image.size for image in out.images} == {(128, 128)}
+    found = score(out.images, PROMPTS, Classifier.load(WEIGHTS / "tiny_classifier"))
+    assert not found.unknown and found.top1 >= 7 / 8, found.as_dict()
+
+
+def test_all_weights_that_ship_stay_under_40_megabytes() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 40e6
