@@ -47,7 +47,7 @@ def test_a_job_of_two_nodes_saves_in_time_is_queued_again_and_goes_on(spiece, tm
     slurm, run, number = Slurm(tmp_path), tmp_path / "run", free_job()
     words = ("train_scripts/sft.sbatch", "train.py", *write(tmp_path, spiece), "--output-dir", run, *QUICK)
     place = {"number": number, "nodes": NODES, "SIGNALS": "all"}
-    job = slurm.job(*words, "--steps", "100000", **place)
+    job = slurm.job(*words, "--steps", "100000", "--max-minutes", "5", **place)
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.1)
