@@ -1,4 +1,4 @@
-"""The SLURM scripts with the real torchrun: two nodes train, stop in time and go on; an array draws a file."""
+"""The SLURM scripts with the real torchrun: two nodes train, stop, go on; an array draws a file."""
 
 from __future__ import annotations
 

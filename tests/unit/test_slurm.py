@@ -17,7 +17,9 @@ TORCHRUN = """#!/bin/bash
 echo "$SLURMD_NODENAME $*" >>"$CALLS"
 [[ -z $CODE ]] || exit "$CODE"
 trap 'echo agent >>"$CALLS"; exit 1' TERM
-bash -c 'trap "echo saved >>$CALLS; exit 0" TERM; echo started >>$CALLS; for _ in {1..600}; do sleep 0.05; done' &
+bash -c 'trap "echo saved >>$CALLS; exit 0" TERM
+    echo started >>$CALLS
+    for _ in {1..600}; do sleep 0.05; done' &
 wait $!
 """
 TRAIN = ("train_scripts/sft.sbatch", "train.py", "--base", "a.yaml")
