@@ -67,6 +67,8 @@ def _table(now: Plan) -> Iterator[str]:
     if now.zero and not now.host:
         yield _row("gradient buffer", now.bucket, "DeepSpeed's")
     yield _row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")
+    if now.host:
+        yield _row("batches being read", now.loading)
     phases = ", ".join(f"{phase.name} {_gb(now.lasting + phase.extra)}" for phase in now.phases)
     yield _row("most at a time", now.total, phases)
 

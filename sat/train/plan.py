@@ -22,6 +22,7 @@ from sat.config.build import build, build_shapes
 from sat.config.schema import DataConfig, Experiment, TrainConfig
 from sat.config.targets import resolve
 from sat.data.batch import Batch
+from sat.data.loader import AHEAD
 from sat.engine import DiffusionEngine
 from sat.models.t5.tokenizer import T5Tokenizer, Tokens
 from sat.train import optim
@@ -60,6 +61,7 @@ class Measured:
 
     weights: Weights
     trace: Trace
+    batch: int  # bytes of the data of a micro-batch, which are in the trace too
     size: tuple[int, int]  # pixels
     image_tokens: int  # of one image: patches, or latent cells of a network without patches
     text_tokens: int
@@ -92,7 +94,8 @@ class Plan:
     accumulate: int
     batch_size: int
     averaged: bool
-    host: bool  # on the CPU: memory that is never written takes none, and checkpoints are gathered in it
+    host: bool  # on the CPU: unwritten memory takes none; batches and checkpoints are there too
+    waiting: int  # batches that are read ahead
 
     @property
     def gradient(self) -> int:
@@ -135,7 +138,12 @@ class Plan:
     @property
     def lasting(self) -> int:
         """What is there throughout."""
-        return self.weights.total + self.masters + self.optimizer + self.average
+        return self.weights.total + self.masters + self.optimizer + self.average + self.loading
+
+    @property
+    def loading(self) -> int:
+        """The samples of the batch, and batches read ahead; with a GPU they are not in its memory."""
+        return self.measured.batch * (1 + self.waiting) if self.host else 0
 
     @property
     def gradients(self) -> int:
@@ -210,16 +218,16 @@ class Planner:
 
     def plan(self, experiment: Experiment, ranks: int, zero: int | None = None) -> Plan:
         """The plan of ``experiment`` on ``ranks`` ranks, at its own ZeRO stage or at another."""
-        train, _ = sections(experiment)
+        train, data = sections(experiment)
         measured = self.measured(experiment)
         stage = train.zero if zero is None else zero
-        host = experiment.parallel.device == "cpu"
+        host = on_host(experiment)
         key = repr((train.optimizer, train.weight_decay))
         if key not in self._states:
             self._states[key] = optimizer_state(train, tuple(experiment.imports))
         return Plan(
             measured, self._states[key], ranks, stage, train.accumulate, train.batch_size,
-            train.ema is not None, host,
+            train.ema is not None, host, AHEAD if data.workers else 0,
         )  # fmt: skip
 
     def measured(self, experiment: Experiment) -> Measured:
@@ -242,6 +250,11 @@ def sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
     return experiment.train, experiment.data
 
 
+def on_host(experiment: Experiment) -> bool:
+    """Whether the run is planned for the CPU: if it says so; anything else is planned for a GPU."""
+    return experiment.parallel.device == "cpu"
+
+
 def measure(experiment: Experiment) -> Measured:
     """Build ``experiment`` without data and run one micro-batch."""
     train, data = sections(experiment)
@@ -253,7 +266,7 @@ def measure(experiment: Experiment) -> Measured:
     params = train.objective.params
     for stage in kind.rounds(params)[:1]:  # the first is the largest: its teacher is guided
         params = {**params, **stage.params}
-    ledger = Ledger()
+    ledger = Ledger(blocked=on_host(experiment))
     engine = build_shapes(experiment, DTYPES[train.dtype], ledger.without_data(), spare)
     engine.conditioner.tokenizer = _AnyText(experiment.conditioning.max_length)
     with warnings.catch_warnings():
@@ -270,18 +283,23 @@ def measure(experiment: Experiment) -> Measured:
     moments = (cached or bool(data.cache_views)) and "first_stage" not in needs
     text = cached and "text" not in needs
 
+    def batch() -> Batch:
+        return _batch(engine, objective, train, size, moments=moments, text=text)
+
     def loss() -> Tensor:
-        batch = _batch(engine, objective, train, size, moments=moments, text=text)
         with _autocast(train):
-            return objective(batch, torch.Generator())["loss"]  # type: ignore[no-any-return]
+            return objective(batch(), torch.Generator())["loss"]  # type: ignore[no-any-return]
 
     with ledger.without_data():
         if experiment.adapters.lora is not None:
             add_lora(objective, replace(experiment.adapters.lora, start=None), train.seed)
         weights = _weights(engine, objective)
         found = trace(ledger, objective, loss)
+        data_bytes = sum(
+            x.numel() * x.element_size() for x in vars(batch()).values() if isinstance(x, Tensor)
+        )
     text_tokens = experiment.conditioning.max_length if "model" in objective.parts() else 0
-    return Measured(weights, found, size, _image_tokens(engine, size), text_tokens)
+    return Measured(weights, found, data_bytes, size, _image_tokens(engine, size), text_tokens)
 
 
 def largest_size(data: DataConfig) -> tuple[int, int]:

@@ -24,6 +24,9 @@ _ATEN = torch.ops.aten
 _CPU_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
+_CONVOLUTIONS = (_ATEN.convolution, _ATEN.convolution_backward)
+_BLOCK = 16
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -50,13 +53,18 @@ class Trace:
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps account of the storages that live, and of the FLOPs of what runs."""
+    """Keeps account of the storages that live, and of the FLOPs of what runs.
 
-    def __init__(self) -> None:
+    ``blocked``: convolutions make their output twice, as they do on a CPU: oneDNN writes it with channels in
+    blocks of 16, and torch copies that (so the peaks of processes showed). Not so for channels-last.
+    """
+
+    def __init__(self, *, blocked: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
+        self._blocked = blocked
 
     @contextmanager
     def without_data(self) -> Iterator[None]:
@@ -77,6 +85,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, Tensor):
                 self._enter(value)
         self.flops += _flops(func, args, kwargs or {}, out)
+        if self._blocked and getattr(func, "_overloadpacket", None) in _CONVOLUTIONS:
+            self.peak = max(self.peak, self.live + _in_blocks(out))
         return out
 
     def _enter(self, tensor: Tensor) -> None:
@@ -93,6 +103,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _in_blocks(out: Any) -> int:
+    """Bytes of a map (B, C, h, w), the first of ``out``, with C rounded up to blocks."""
+    made = next((x for x in tree_iter(out) if isinstance(x, Tensor) and x.ndim == 4), None)
+    if made is None or made.is_contiguous(memory_format=torch.channels_last):
+        return 0
+    return made.element_size() * made.numel() // made.shape[1] * (-(-made.shape[1] // _BLOCK) * _BLOCK)
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:

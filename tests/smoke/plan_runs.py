@@ -1,8 +1,8 @@
 """A short training beside its plan: ``python -m tests.smoke.plan_runs FOLDER ARGUMENTS`` prints both peaks.
 
-The same training at batch size 2 runs first, so that libraries are loaded and their kernels built: what the
-process holds then is not the training's. Large buffers come from the system and go back to it (the environment's
-``MALLOC_MMAP_THRESHOLD_``, ``train.allocator=false``), so that none is counted that is not in use.
+The same training runs first for a step, so that libraries are loaded, their kernels built and their scratch
+space taken: what the process holds then is not the training's. Large buffers come from the system and go back
+to it (the environment's ``MALLOC_MMAP_THRESHOLD_``, ``train.allocator=false``): what is in use counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def resident(name: str) -> int:
 def measured(folder: Path, base: list[str], settings: list[str]) -> int:
     """The most bytes of a run beside what the process holds before it."""
     words = ["--base", *base, *SAME, *settings]
-    assert main([*words, "train.batch_size=2", "--output-dir", str(folder / "warm")]) == 0
+    assert main([*words, "train.steps=1", "--output-dir", str(folder / "warm")]) == 0
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
