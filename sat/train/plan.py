@@ -43,7 +43,7 @@ FULL = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters and tables of what a rank holds. ``frozen`` is by part; ``tables`` belong to all parts."""
+    """Bytes of what a rank holds; ``frozen`` by part, the tables of trained parts included."""
 
     trained: int
     trained_elements: int
