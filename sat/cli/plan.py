@@ -93,7 +93,7 @@ def _work(now: Plan) -> Iterator[str]:
     yield (
         f"each optimizer step: {images} images, {images * tokens:,} tokens "
         f"({measured.image_tokens:,} image + {measured.text_tokens} text each), "
-        f"{images * flops / 1e12:,.2f} TFLOP ({flops / 1e12:,.3f} an image)"
+        f"{images * flops / 1e12:,.4g} TFLOP ({flops / 1e12:,.4g} an image)"
     )
     process = "the process with its libraries" if now.host else "the device's context, libraries' workspaces"
     yield f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters"
