@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 from sat.cli.evaluate import main
 from sat.data.records import DataError
 from sat.evaluate.classifier import Classifier
-from sat.evaluate.detail import crops, detail_distance, real_pictures
+from sat.evaluate.detail import crops, detail_distance, fine_energy, real_pictures
 from sat.util.images import from_pil
 from tests.configs import ROOT
 
@@ -68,3 +68,28 @@ def test_real_pictures_of_another_size_are_refused(tmp_path: Path) -> None:
         real_pictures(tmp_path, [(128, 128)])
     with pytest.raises(DataError, match="holds no pictures"):
         real_pictures(ROOT / "configs", [(128, 128)])
+
+
+def test_fine_energy_is_1_of_like_pictures_and_falls_with_blur() -> None:
+    some, others = pictures(40)[:20], pictures(40)[20:]
+    assert fine_energy(some, some) == pytest.approx(1)
+    assert fine_energy(some, others) == pytest.approx(1, abs=0.1)
+    blurred = [fine_energy([p.filter(ImageFilter.GaussianBlur(r)) for p in some], some) for r in (0.5, 1, 2)]
+    assert 1 > blurred[0] > blurred[1] > blurred[2] > 0
+
+
+def test_fine_energy_sees_only_what_a_picture_of_half_the_size_cannot_hold() -> None:
+    """Waves below a quarter cycle a pixel do not count, waves above do, with the square of their height."""
+
+    def wave(cycles: int, height: float) -> Image.Image:
+        x = np.arange(128) * 2 * np.pi / 128
+        rows = 127.5 + 20 * np.random.default_rng(1).standard_normal((128, 128)) + height * np.sin(cycles * x)
+        return Image.fromarray(np.repeat(rows.clip(0, 255).astype(np.uint8)[..., None], 3, 2))
+
+    assert fine_energy([wave(20, 60)], [wave(20, 0)]) == pytest.approx(1, rel=0.02)
+    assert fine_energy([wave(50, 60)], [wave(50, 0)]) > 1.02
+
+
+def test_fine_energy_of_other_shapes_is_refused() -> None:
+    with pytest.raises(DataError, match="squares of one size"):
+        fine_energy(pictures(1, 64) + pictures(1), pictures(1))
