@@ -121,6 +121,12 @@ def save_diffusers(
 ) -> Path:
     """Write a folder that diffusers' ``CogView3PlusPipeline.from_pretrained`` opens."""
     options = options or Options()
+    process = (config.get("diffusion") or {}).get("process") or {}
+    if mixins := (process.get("params") or {}).get("mixins"):
+        raise CheckpointError(
+            f"diffusers has no place for the noising process of this model ({', '.join(mixins)}): "
+            f"write it as native or SAT"
+        )
     images: tuple[Part, ...] = ("model", "first_stage")
     theirs = {part: _theirs(parts[part], part, "DIFFUSERS", config) for part in images if part in parts}
     configs = {

@@ -258,3 +258,11 @@ def test_a_unet_goes_to_the_official_layout_and_back_exactly_and_not_to_diffuser
     assert same(dict(open_part(tmp_path / "again", "model")), dict(open_part(tmp_path / "native", "model")))
     with pytest.raises(CheckpointError, match="CogView3UNet has no DIFFUSERS names"):
         convert(Sources(tmp_path / "native"), tmp_path / "out", "diffusers", build_component)
+
+
+def test_a_model_trained_with_relay_is_not_written_as_a_plain_diffusers_one(tmp_path):
+    process = {"target": "sat.diffusion.process.Process", "params": {"mixins": {"relay": {"target": "x"}}}}
+    config = {**CONFIG, "diffusion": {**CONFIG["diffusion"], "process": process}}
+    with pytest.raises(CheckpointError, match=r"no place for the noising process of this model \(relay\)"):
+        WRITERS["diffusers"](tmp_path / "out", tensors(), config)
+    assert not (tmp_path / "out").exists()
