@@ -1,4 +1,4 @@
-"""Short fingerprints: of the files of a checkpoint, for records of runs; of one part's weights, for caches."""
+"""Short fingerprints: of a checkpoint's files, for records of runs; of one part's weights, for caches."""
 
 from __future__ import annotations
 
