@@ -103,8 +103,8 @@ class Pipeline:
         negative_prompt: str | None = None,
         batch_size: int = 1,
         latents: Tensor | None = None,
-        images: Sequence[Image.Image] | None = None,
         callback: StepCallback | None = None,
+        images: Sequence[Image.Image] | None = None,
     ) -> Output:
         """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. What is None is the config's.
 

@@ -34,7 +34,7 @@ def test_the_signature_is_the_documented_one() -> None:
     call = inspect.signature(sat.Pipeline.__call__).parameters
     assert list(call)[1:] == [
         "prompts", "seed", "height", "width", "steps", "guidance",
-        "negative_prompt", "batch_size", "latents", "callback",
+        "negative_prompt", "batch_size", "latents", "callback", "images",
     ]  # fmt: skip
     assert all(p.kind is p.KEYWORD_ONLY for name, p in call.items() if name not in ("self", "prompts"))
     assert list(inspect.signature(sat.Pipeline.from_config).parameters) == [
