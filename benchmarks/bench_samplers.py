@@ -70,11 +70,12 @@ def main() -> int:
     reader.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny.yaml")
     reader.add_argument("--prompts", type=int, default=32, help="how many of the 128 training captions")
     reader.add_argument("--reference", type=int, default=500, help="DDIM steps that count as converged")
+    reader.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = reader.parse_args()
     torch.set_num_threads(2)
     prompts = read_prompt_file(PROMPTS)[:: max(1, 128 // args.prompts)][: args.prompts]
     classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
-    pipe = Pipeline.from_config(args.config, device="cpu")
+    pipe = Pipeline.from_config(args.config, args.overrides, device="cpu")
     pipe(prompts[:1], steps=2)  # a warm-up
     reference, _ = draw(pipe, DDIM(), args.reference, prompts)
     spread = reference.latents.std()
