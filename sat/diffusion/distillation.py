@@ -24,9 +24,6 @@ class LevelTable:
             [[float(value) for value in level] for level in levels], dtype=torch.float64
         )
 
-    def __len__(self) -> int:
-        return len(self._table)
-
     def at(self, places: Tensor, dtype: torch.dtype = torch.float32) -> Level:
         """The levels at ``places`` (B,), each field (B, 1, 1, 1) but the index, which is (B,)."""
         rows = self._table.to(places.device)[places].to(dtype)

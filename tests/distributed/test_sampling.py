@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +70,8 @@ OutputFolder.write_image = act
 """
 
 
-def test_two_ranks_under_torchrun_write_the_files_of_one_process(words, tmp_path) -> None:
+def _same_on_two_ranks(words: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """What torchrun said on two ranks; their nine files are those of one process."""
     single = _start([*words, "--output-dir", str(tmp_path / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
     both = subprocess.run(
@@ -82,8 +84,13 @@ def test_two_ranks_under_torchrun_write_the_files_of_one_process(words, tmp_path
     _, err = single.communicate(timeout=180)
     assert single.returncode == 0, err
     assert both.returncode == 0, both.stderr
-    assert len(files(tmp_path / "one")) == 9
+    assert len(files(tmp_path / "one")) == 9  # two pictures and a grid for each of three prompts
     assert files(tmp_path / "two") == files(tmp_path / "one")
+    return both
+
+
+def test_two_ranks_under_torchrun_write_the_files_of_one_process(words, tmp_path) -> None:
+    both = _same_on_two_ranks(words, tmp_path)
     assert both.stdout.strip() == str(tmp_path / "two")  # rank 0 speaks alone
     assert both.stderr.count("loaded in") == 1
 
@@ -123,18 +130,4 @@ def test_a_missing_rank_ends_the_run_with_a_message(words, tmp_path) -> None:
 def test_a_cascade_on_two_ranks_writes_the_files_of_one_process(words, tmp_path) -> None:
     """Each rank enlarges the pictures it drew; what lies between the stages is gone afterwards."""
     cascade = str(ROOT / "tests" / "assets" / "toy" / "cascade.yaml")
-    words = [cascade if word == str(DEBUG) else word for word in words]
-    single = _start([*words, "--output-dir", str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
-    both = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "two")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    _, err = single.communicate(timeout=180)
-    assert single.returncode == 0, err
-    assert both.returncode == 0, both.stderr
-    assert len(files(tmp_path / "one")) == 9  # two pictures and a grid for each of three prompts
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+    _same_on_two_ranks([cascade if word == str(DEBUG) else word for word in words], tmp_path)
