@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from sat.sampling.latents import checked_latents
 from sat.sampling.prompts import check_text, checked_prompts
 from sat.sampling.run import Noise
 from sat.util.images import from_pil
+
+log = logging.getLogger(__name__)
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``sampling.dtype`` names."""
@@ -69,6 +72,11 @@ class Pipeline:
         if dtype is not None:
             extra.append(("sampling.dtype", precision(dtype)))
         experiment = load(paths, extra)
+        return cls.open(experiment, device)
+
+    @classmethod
+    def open(cls, experiment: Experiment, device: str | torch.device | None = None) -> Pipeline:
+        """The model of a loaded config, with its weights; ``device`` wins over ``parallel.device``."""
         place = torch.device(device) if device is not None else pick_device(experiment.parallel.device)
         return cls(*open_drawer(experiment, place), experiment)
 
@@ -220,12 +228,18 @@ class CascadePipeline:
     def _open(self, stage: Stage) -> Pipeline:
         if stage.name in self._loaded:
             return self._loaded[stage.name]
-        experiment = stage.experiment
-        place = pick_device(experiment.parallel.device) if self.device is None else torch.device(self.device)
-        pipeline = Pipeline(*open_drawer(experiment, place), experiment)
+        pipeline = Pipeline.open(stage.experiment, self.device)
         if self.keep_loaded:
             self._loaded[stage.name] = pipeline
         return pipeline
+
+
+def asked_again(experiment: Experiment) -> Experiment:
+    """``experiment`` for prompts that come one by one: the text encoder waits on the CPU instead of going."""
+    if experiment.memory.text_encoder != "free":
+        return experiment
+    log.info("asking for prompts needs the text encoder again: memory.text_encoder is cpu instead of free")
+    return replace(experiment, memory=replace(experiment.memory, text_encoder="cpu"))
 
 
 def open_drawer(experiment: Experiment, device: torch.device) -> tuple[Drawer, Guider]:

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from torch import Tensor
-
-from sat.checkpoint import PARTS, digest
 from sat.cli.guard import Stopped, UsageError, describe
 from sat.cli.stages import Place, finish, inputs_of, places
-from sat.config.build import build_guider
 from sat.config.cascade import Cascade, load_cascade
+from sat.config.label import label, weight_digests
 from sat.config.load import dump
 from sat.config.record import record
-from sat.config.schema import Experiment, plain
+from sat.config.schema import Experiment
 from sat.config.source import ConfigError
 from sat.parallel.collectives import LostRankError
 from sat.parallel.launch import Runtime, launch
 from sat.parallel.watch import Watch
-from sat.pipeline import input_folder, open_drawer
-from sat.sampling.draw import Drawer, Look, strength
+from sat.pipeline import asked_again, input_folder, open_drawer
+from sat.sampling.draw import Drawer, Look
 from sat.sampling.latents import checked_latents, read_latents
-from sat.sampling.output import Label, OutputFolder, settings_digest
+from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, parse_share, read_prompt_file, share
 from sat.sampling.run import Noise, Run
 from sat.util import log as logs
 
 log = logging.getLogger(__name__)
-
-_UNSEEN = frozenset(
-    {
-        "prompt",
-        "prompt_file",
-        "share",
-        "negative_prompt",
-        "seed",
-        "batch_size",
-        "at_once",
-        "latents",
-        "grid_columns",
-        "sizes",
-        "input_dir",
-    }
-)
-"""Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""
 
 
 def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:
@@ -78,7 +56,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     watch = Watch(runtime.rank, runtime.world, first.parallel.timeout)
     try:
         if prompts is None:
-            _ask(_open(Place.alone(_keep_encoder(first)), runtime, watch, 1))
+            _ask(_open(Place.alone(asked_again(first)), runtime, watch, 1))
         else:
             _draw_all(cascade, prompts, runtime, watch)
         watch.finish()
@@ -111,9 +89,7 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime, wat
         inputs.check(mine)
     if len(stages) > 1 and stages[-1].experiment.output.resume:
         final = stages[-1]
-        done = OutputFolder(
-            final.pictures, _label(final.experiment, None), final.experiment.sampling.batch_size
-        )
+        done = OutputFolder(final.pictures, label(final.experiment), final.experiment.sampling.batch_size)
         mine = [prompt for prompt in mine if not done.finished(prompt)]
     for number, place in enumerate(stages):
         if len(stages) > 1 and runtime.is_main:
@@ -189,14 +165,6 @@ def _refuse_to_ask(cascade: Cascade) -> None:
         )
 
 
-def _keep_encoder(experiment: Experiment) -> Experiment:
-    """Prompts that are asked for need the text encoder again: it waits on the CPU instead of going."""
-    if experiment.memory.text_encoder != "free":
-        return experiment
-    log.info("asking for prompts needs the text encoder again: memory.text_encoder is cpu instead of free")
-    return replace(experiment, memory=replace(experiment.memory, text_encoder="cpu"))
-
-
 def _open(place: Place, runtime: Runtime, watch: Watch, prompts: int) -> _Session:
     """Prepare the output folder, load the model, write the records."""
     started = time.monotonic()
@@ -209,8 +177,8 @@ def _open(place: Place, runtime: Runtime, watch: Watch, prompts: int) -> _Sessio
     if given is not None:
         given = checked_latents(given, shape, prompts, sampling.batch_size)
     noise = Noise(sampling.seed, shape, sampling.batch_size, given)
-    label = _label(experiment, given)
-    folder = OutputFolder(place.pictures, label, sampling.batch_size, sampling.grid_columns)
+    about = label(experiment, given)
+    folder = OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns)
     folder.prepare()
     if runtime.is_main:
         _record(experiment, drawer, place, runtime)
@@ -231,64 +199,9 @@ def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runti
         hooks=drawer.engine.hooks,
         world=runtime.world,
         seeds={"sampling": experiment.sampling.seed},
-        weights=_weights(experiment),
+        weights=weight_digests(experiment),
         device=str(runtime.device),
     )
-
-
-def _label(experiment: Experiment, given: Tensor | None) -> Label:
-    """What the pictures of this run say about themselves."""
-    asked = experiment.sampling
-    tree = plain(experiment)
-    sampling = {key: value for key, value in tree["sampling"].items() if key not in _UNSEEN}
-    settings = settings_digest(
-        {
-            "parts": {key: tree[key] for key in ("model", "diffusion", "first_stage")},
-            "conditioning": {key: tree["conditioning"][key] for key in ("text", "size", "max_length")},
-            "sampling": sampling,
-            "weights": _weights(experiment),
-            "decode_tile": experiment.memory.decode_tile,
-            "latents": None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest(),
-        }
-    )
-    return Label(
-        height=asked.height,
-        width=asked.width,
-        steps=asked.steps,
-        guidance=strength(build_guider(experiment)),
-        negative_prompt=experiment.sampling.negative_prompt,
-        seed=experiment.sampling.seed,
-        model=_model_name(experiment),
-        digest=settings,
-    )
-
-
-def _weights(experiment: Experiment) -> dict[str, object]:
-    """What tells the weights of this run from others: their contents, or the seed of random ones."""
-    known: dict[Path, str] = {}
-    found: dict[str, object] = {"random": experiment.checkpoint.random}
-    for part in PARTS:
-        source = experiment.checkpoint.source(part)
-        if source is not None and source not in known:
-            known[source] = digest(source)
-        found[part] = None if source is None else known[source]
-    if loaded := experiment.adapters.load:
-        found["adapters"] = [[_adapter_digest(item.path), item.strength] for item in loaded]
-    return found
-
-
-def _adapter_digest(path: Path) -> str:
-    """A fingerprint of the files of an adapter; of a run's folder, of its newest."""
-    from sat.adapters.files import locate
-
-    return " ".join(digest(file) for file in locate(path))
-
-
-def _model_name(experiment: Experiment) -> str:
-    """The class of the network and the name of the folder its weights are from."""
-    kind = experiment.model.target.rpartition(".")[2]
-    source = experiment.checkpoint.source("model")
-    return kind if source is None else f"{kind} {source.name}"
 
 
 def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], *, result: bool) -> None:
