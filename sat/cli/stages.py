@@ -16,7 +16,7 @@ from sat.pipeline import input_folder
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import STAGES, folder_name
 from sat.sampling.prompts import Prompt
-from sat.util.images import write_text
+from sat.util.files import write_text
 
 OUTPUT = Path("outputs")
 """Where pictures go when ``output.dir`` is null."""

@@ -15,7 +15,7 @@ from typing import Any
 from sat.config.load import dump
 from sat.config.paths import HOME
 from sat.config.schema import Experiment
-from sat.util.images import write_text
+from sat.util.files import write_text
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece", "pydantic", "pillow")
 """Distributions whose versions may change the numbers of a run."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from sat.sampling.prompts import Prompt
-from sat.util import images
+from sat.util import files, images
 
 STAGES = "stages"
 """Where a cascade keeps the records, and perhaps the pictures, of its stages."""
@@ -107,7 +107,7 @@ class OutputFolder:
         """Make the folder and prove that it can be written."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            images.write_text(self.root / ".writable", "")
+            files.write_text(self.root / ".writable", "")
             (self.root / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(
@@ -142,7 +142,7 @@ class OutputFolder:
         folder = self.folder(prompt)
         paths = [self.image_path(prompt, i) for i in range(self.batch_size)]
         stale = {p for p in folder.glob("*.png") if IMAGE.fullmatch(p.name)} - set(paths)
-        stale.update(folder.glob(f".*{images.TEMPORARY}"))
+        stale.update(folder.glob(f".*{files.TEMPORARY}"))
         if self.batch_size > 1:
             sheet = folder / "grid.png"
             self._write(

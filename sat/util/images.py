@@ -1,16 +1,12 @@
-"""Images in and out: uint8 conversion, contact sheets, PNG files with text, files that appear whole."""
+"""Images in and out: uint8 conversion, contact sheets, PNG files with text."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -18,10 +14,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+from sat.util.files import write_atomic
 
-TEMPORARY = ".partial"
-"""Ending of a file that is still being written."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -106,25 +101,3 @@ def _whole_png(data: bytes) -> bool:
             return True
         at += 12 + length
     return False
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 ``text`` to ``path``, which appears whole or not at all."""
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a hidden file beside ``path``, then move it there in one step.
-
-    A run that is killed at any moment leaves no half file under ``path``, and a reader never sees one. The
-    disk is not waited for: after a power cut, only reading a file back tells.
-    """
-    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")  # its own on every machine
-    try:
-        with draft.open("wb") as file:
-            write(file)
-        os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
