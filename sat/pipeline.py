@@ -21,6 +21,7 @@ from sat.diffusion.guidance import Guider
 from sat.diffusion.relay import RelayNoise
 from sat.diffusion.sampler import StepCallback
 from sat.parallel.launch import pick_device
+from sat.parallel.mesh import Mesh, data_ranks
 from sat.sampling.draw import Drawer, Look, with_strength
 from sat.sampling.inputs import InputFolder
 from sat.sampling.latents import checked_latents
@@ -242,9 +243,16 @@ def asked_again(experiment: Experiment) -> Experiment:
     return replace(experiment, memory=replace(experiment.memory, text_encoder="cpu"))
 
 
-def open_drawer(experiment: Experiment, device: torch.device) -> tuple[Drawer, Guider]:
-    """The engine of ``experiment`` with its weights on ``device``, ready to draw, and its guider."""
+def open_drawer(
+    experiment: Experiment, device: torch.device, mesh: Mesh | None = None
+) -> tuple[Drawer, Guider]:
+    """The engine of ``experiment`` with its weights on ``device``, ready to draw, and its guider.
+
+    ``mesh``: the ranks that share the work; None is this process alone, which must be all that is asked for.
+    """
     sampling, memory = experiment.sampling, experiment.memory
+    if mesh is None:
+        data_ranks(1, **experiment.parallel.sizes)
     engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype])
     drawer = Drawer(
         engine,

@@ -16,6 +16,7 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 # Raised far below by what the user typed or wrote; told by name so that a command imports only what it needs.
 _USER_ERRORS = frozenset(
     {"ConfigError", "RuleError", "UsageError", "PromptError", "SizeError", "LatentsError", "AdapterError"}
+    | {"LayoutError"}
 )
 # Their text is a sentence for the user; anything else is shown with its kind.
 _PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)
@@ -33,8 +34,8 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
     """Run ``work`` and return its exit code; an error becomes one line on standard error and code 1 or 2.
 
     2 stands for a mistake in the command line or the config, 1 for everything else, 130 for Ctrl-C and
-    SIGTERM. A mistake is the same on every rank, so only rank 0 tells it. ``debug`` prints the traceback too;
-    ``on_stop`` says how to go on after an interruption.
+    SIGTERM. A mistake is the same on every rank, so only rank 0 tells it; of a rank's failure only that rank
+    and rank 0 tell. ``debug`` prints the traceback too; ``on_stop`` says how to go on after an interruption.
     """
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us keeps the signal
         signal.signal(signal.SIGTERM, _stop)
@@ -52,8 +53,9 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
     except Exception as error:
         if debug:
             traceback.print_exc()
-        mistake = bool(_USER_ERRORS & {kind.__name__ for kind in type(error).__mro__})
-        if not mistake or _rank() == 0:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        mistake = bool(_USER_ERRORS & kinds)
+        if not (mistake or "ToldError" in kinds) or _rank() == 0:
             _tell(f"error: {describe(error)}" + ("" if debug or mistake else " (--debug shows where)"))
         return MISUSED if mistake else FAILED
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from sat.config.schema import Experiment
+from sat.parallel.mesh import data_ranks
 from sat.train.fit import Fit, fit
 from sat.train.plan import LIVE, Plan, Planner, sections
 
@@ -18,9 +19,15 @@ def plan(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     count = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    readers = data_ranks(count, **experiment.parallel.sizes)
     planner = Planner()
     now = planner.plan(experiment, count)
-    for line in [*_head(experiment, now), *_table(now), *_others(planner, experiment, count), *_work(now)]:
+    for line in [
+        *_head(experiment, now),
+        *_table(now),
+        *_others(planner, experiment, count),
+        *_work(now, readers),
+    ]:
         print(line)
     if budget is not None:
         for line in _fitting(fit(planner, experiment, count, budget)):
@@ -86,8 +93,9 @@ def _others(planner: Planner, experiment: Experiment, ranks: int) -> Iterator[st
         yield f"  {name:<46}{_gb(totals[0]):>12}{_gb(totals[1]):>12}"
 
 
-def _work(now: Plan) -> Iterator[str]:
-    measured, images = now.measured, now.batch_size * now.accumulate * now.ranks
+def _work(now: Plan, readers: int) -> Iterator[str]:
+    """``readers``: the ranks that read different images."""
+    measured, images = now.measured, now.batch_size * now.accumulate * readers
     tokens = measured.image_tokens + measured.text_tokens
     flops = measured.trace.flops / now.batch_size
     yield (

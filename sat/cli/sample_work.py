@@ -18,8 +18,9 @@ from sat.config.load import dump
 from sat.config.record import record
 from sat.config.schema import Experiment
 from sat.config.source import ConfigError
-from sat.parallel.collectives import LostRankError
+from sat.parallel.collectives import LostRankError, by_first, explain
 from sat.parallel.launch import Runtime, launch
+from sat.parallel.mesh import Mesh
 from sat.parallel.watch import Watch
 from sat.pipeline import asked_again, input_folder, open_drawer
 from sat.sampling.draw import Drawer, Look
@@ -55,19 +56,43 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     logs.setup(runtime.rank, debug=args.debug)
     watch = Watch(runtime.rank, runtime.world, first.parallel.timeout)
     try:
+        ranks = _Ranks(runtime, _mesh(cascade, runtime), watch)
         if prompts is None:
-            _ask(_open(Place.alone(asked_again(first)), runtime, watch, 1))
+            _ask(_open(Place.alone(asked_again(first)), ranks, 1))
         else:
-            _draw_all(cascade, prompts, runtime, watch)
+            _draw_all(cascade, prompts, ranks)
         watch.finish()
     except LostRankError:
         raise
     except BaseException as error:
+        if (lost := explain(error)) is not None:  # while this team exchanged something
+            watch.lost(lost)
         watch.fail(describe(error))
         raise
     finally:
         runtime.close()
     return 0
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """This process among the others."""
+
+    runtime: Runtime
+    mesh: Mesh
+    watch: Watch
+
+
+def _mesh(cascade: Cascade, runtime: Runtime) -> Mesh:
+    """The layout of the ranks, the same for all stages of a run."""
+    layouts = [stage.experiment.parallel.sizes for stage in cascade.stages]
+    for stage, layout in zip(cascade.stages, layouts, strict=True):
+        if layout != layouts[0]:
+            raise UsageError(
+                f"stage {stage.name}: parallel {layout} is not that of the first stage, {layouts[0]}: the "
+                f"ranks of a run are laid out once"
+            )
+    return Mesh(runtime, **layouts[0])
 
 
 @dataclass(frozen=True)
@@ -80,25 +105,25 @@ class _Session:
     resume: bool
 
 
-def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime, watch: Watch) -> None:
+def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> None:
     """Draw ``prompts`` stage by stage; each stage's weights are there only while it draws."""
-    stages = places(cascade)
-    mine = share(_wanted(stages[0].experiment, prompts), runtime.rank, runtime.world)
+    stages, runtime, mesh = places(cascade), ranks.runtime, ranks.mesh
+    mine = share(_wanted(stages[0].experiment, prompts), mesh.data_rank, mesh.data_ranks)
     inputs = inputs_of(stages[0].experiment)
-    if inputs is not None:  # before anything is loaded
+    if inputs is not None and mesh.leads:  # before anything is loaded
         inputs.check(mine)
     if len(stages) > 1 and stages[-1].experiment.output.resume:
         final = stages[-1]
         done = OutputFolder(final.pictures, label(final.experiment), final.experiment.sampling.batch_size)
-        mine = [prompt for prompt in mine if not done.finished(prompt)]
+        mine = by_first(mesh.team, lambda: [prompt for prompt in mine if not done.finished(prompt)])
     for number, place in enumerate(stages):
         if len(stages) > 1 and runtime.is_main:
             log.info("stage %d of %d: %s", number + 1, len(stages), place.records.name)
         result = number + 1 == len(stages)
-        _draw(_open(place, runtime, watch, len(prompts)), prompts, mine, result=result)
+        _draw(_open(place, ranks, len(prompts)), prompts, mine, result=result)
         runtime.free_memory()
     if len(stages) > 1:
-        finish(cascade, stages, mine, runtime)
+        finish(cascade, stages, mine if mesh.leads else [], runtime)
 
 
 def _prompts(experiment: Experiment) -> list[Prompt] | None:
@@ -165,12 +190,12 @@ def _refuse_to_ask(cascade: Cascade) -> None:
         )
 
 
-def _open(place: Place, runtime: Runtime, watch: Watch, prompts: int) -> _Session:
+def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
     """Prepare the output folder, load the model, write the records."""
     started = time.monotonic()
-    experiment = place.experiment
+    experiment, runtime, mesh = place.experiment, ranks.runtime, ranks.mesh
     sampling = experiment.sampling
-    drawer, guider = open_drawer(experiment, runtime.device)
+    drawer, guider = open_drawer(experiment, runtime.device, mesh)
     look = Look(sampling.height, sampling.width, sampling.steps, guider, sampling.tile)
     shape = drawer.engine.latent_shape(look.height, look.width)
     given = None if sampling.latents is None else read_latents(sampling.latents)
@@ -179,12 +204,15 @@ def _open(place: Place, runtime: Runtime, watch: Watch, prompts: int) -> _Sessio
     noise = Noise(sampling.seed, shape, sampling.batch_size, given)
     about = label(experiment, given)
     folder = OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns)
-    folder.prepare()
+    if mesh.leads:
+        folder.prepare()
     if runtime.is_main:
         _record(experiment, drawer, place, runtime)
-        log.info("loaded in %.1f s on %s", time.monotonic() - started, runtime.device)
-    inputs = input_folder(sampling, drawer.relay)
-    run = Run(drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, watch.beat, inputs)
+        log.info("loaded in %.1f s on %s (%s)", time.monotonic() - started, runtime.device, mesh)
+    run = Run(
+        drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, ranks.watch.beat,
+        input_folder(sampling, drawer.relay), mesh.team,
+    )  # fmt: skip
     return _Session(run, folder, runtime, experiment.output.resume)
 
 

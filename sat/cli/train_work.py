@@ -97,6 +97,11 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
         raise UsageError(
             f"the config has no `{name}` section: lay a training config over it, such as configs/sft.yaml"
         )
+    if experiment.parallel.guidance > 1:
+        raise UsageError(
+            f"parallel.guidance {experiment.parallel.guidance} shares the two halves of guidance, and a "
+            f"training step has one: set it to 1, and its ranks read other images"
+        )
     return experiment.train, experiment.data
 
 
@@ -106,7 +111,7 @@ def _check(loaded: Loaded, train: TrainConfig, data: DataConfig) -> int:
         print(f"note: {line}")
     precision = train.dtype if train.autocast is None else f"{train.dtype} with {train.autocast} autocast"
     print(
-        f"config ok: {train.steps} steps of {train.batch_size} x {train.accumulate} images a rank at "
+        f"config ok: {train.steps} steps of {train.batch_size} x {train.accumulate} images a data rank at "
         f"{_sizes(data)}, {precision}, ZeRO {train.zero}"
     )
     return 0
@@ -163,8 +168,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
             f"{folder.root} holds checkpoints up to step {saved[-1].step}: --resume goes on from there; "
             f"for a new run choose another --output-dir"
         )
-    layout = experiment.parallel
-    mesh = Mesh(runtime, tensor=layout.tensor, sequence=layout.sequence, guidance=layout.guidance)
+    mesh = Mesh(runtime, **experiment.parallel.sizes)
     weights = _weights(experiment, train)
     sets = open_data(data, runtime, held_out=train.validate_every is not None)
     cached, spare = _cached(experiment, train, data, sets, runtime)
@@ -185,7 +189,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
     extras = Extras(
         export=_exporter(experiment, engine, objective, DTYPES[train.dtype]),
-        draw=_drawer(experiment, train, engine, runtime) if train.sample_every else None,
+        draw=_drawer(experiment, train, engine, runtime, mesh) if train.sample_every else None,
         validation=validation,
     )
     trainer = Trainer(trained, loader, folder, extras)
@@ -199,8 +203,8 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         trainer.extras.record.start_wandb(folder.root, train.wandb, train.project, plain(experiment))
     count = sum(p.numel() for p in trained.parameters.values())
     log.info(
-        "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s",
-        type(objective).__name__, count / 1e6, len(sets.train), runtime.world, runtime.device.type,
+        "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s (%s)",
+        type(objective).__name__, count / 1e6, len(sets.train), runtime.world, runtime.device.type, mesh,
     )  # fmt: skip
     barrier(runtime.device)
     try:
@@ -340,8 +344,10 @@ def _adapter_exporter(
     )
 
 
-def _drawer(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime) -> Draw:
-    """Draws the fixed prompts as the sampling section says; rank r draws prompts r, r + world and so on."""
+def _drawer(
+    experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime, mesh: Mesh
+) -> Draw:
+    """Draws the fixed prompts as the sampling section says; the data ranks take turns."""
     sampling = experiment.sampling
     drawer = Drawer(
         engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch
@@ -353,17 +359,20 @@ def _drawer(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine,
         inputs.check([Prompt(index, text) for index, text in enumerate(train.sample_prompts)])
 
     def draw(folder: Path) -> None:
-        mine = range(runtime.rank, len(train.sample_prompts), runtime.world)
+        mine = range(mesh.data_rank, len(train.sample_prompts), mesh.data_ranks)
         pictures = []
         for index in mine:
             prompt = train.sample_prompts[index]
             rng = ImageRng.of(sampling.seed, [index], shape)
             low = None if inputs is None else inputs.read(Prompt(index, prompt), [0])
-            picture = drawer.images(drawer.latents(drawer.encode([prompt])[0], rng, look, low=low))[0]
+            latents = drawer.latents(drawer.encode([prompt])[0], rng, look, low=low)
+            if not mesh.leads:
+                continue
+            picture = drawer.images(latents)[0]
             folder.mkdir(parents=True, exist_ok=True)
             write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
             pictures.append(picture)
-        if runtime.world == 1 and len(pictures) > 1:
+        if mesh.data_ranks == 1 and len(pictures) > 1:
             write_png(folder / "grid.png", grid(pictures, columns=min(8, len(pictures))))
 
     return draw

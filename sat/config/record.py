@@ -48,7 +48,7 @@ def record(
         "platform": platform.platform(),
         "device": device,
         "world": world,
-        "parallel": {n: getattr(experiment.parallel, n) for n in ("tensor", "sequence", "guidance")},
+        "parallel": experiment.parallel.sizes,
         "seeds": dict(seeds or {"sampling": experiment.sampling.seed}),
         "weights": dict(weights or {}),
         "hooks": hooks.splitlines(),

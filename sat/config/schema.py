@@ -235,7 +235,11 @@ class OutputConfig(Section):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    """Device and rank layout; ``timeout`` in seconds ends a run whose other ranks are silent."""
+    """Device and rank layout; ``timeout`` in seconds ends a run whose other ranks are silent.
+
+    ``tensor`` x ``sequence`` x ``guidance`` ranks work on the same pictures, sharing weights, tokens and the
+    two halves of guidance; what is left of the world shares out the pictures (docs/parallel.md).
+    """
 
     section = "parallel"
     device: DeviceKind = "auto"
@@ -244,13 +248,15 @@ class ParallelConfig(Section):
     guidance: int = 1
     timeout: float = 600.0
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks of each kind that work on the same pictures."""
+        return {"tensor": self.tensor, "sequence": self.sequence, "guidance": self.guidance}
+
     def _rules(self) -> Broken:
-        for name in ("tensor", "sequence", "guidance"):
-            if getattr(self, name) != 1:
-                yield (
-                    name,
-                    f"only 1 is possible yet, got {getattr(self, name)}; ranks share out the images",
-                )
+        yield from self._at_least_1("tensor", "sequence")
+        if self.guidance not in (1, 2):
+            yield "guidance", f"expected 1 or 2 (guidance has two halves), got {self.guidance}"
         if not self.timeout > 0:
             yield "timeout", f"expected more than 0 seconds, got {self.timeout}"
 

@@ -1,16 +1,25 @@
-"""What the ranks agree on: small collectives over the whole world that cost nothing in one process."""
+"""What the ranks agree on: small collectives that cost nothing in one process."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sat.parallel.mesh import Axis
+
+T = TypeVar("T")
+
 
 class LostRankError(RuntimeError):
     """Another rank died or fell silent; this one cannot go on."""
+
+
+class ToldError(LostRankError):
+    """Another rank failed and has said why itself."""
 
 
 def world_size() -> int:
@@ -58,6 +67,17 @@ def from_main(value: Any) -> Any:  # noqa: ANN401 - any picklable object
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_first(axis: Axis, make: Callable[[], T]) -> T:
+    """What ``make()`` gives on the first rank of ``axis`` (any picklable object), on all of its ranks."""
+    if axis.size == 1:
+        return make()
+    assert axis.group is not None, "an axis of several ranks has a group"
+    box: list[Any] = [make() if axis.rank == 0 else None]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(axis.group, 0), group=axis.group)
+    made: T = box[0]
+    return made
 
 
 def explain(error: BaseException) -> str | None:

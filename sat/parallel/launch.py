@@ -29,12 +29,16 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 @dataclass(frozen=True)
 class Runtime:
-    """Who this process is. ``rank`` of ``world`` over all machines, ``local_rank`` on this one."""
+    """Who this process is. ``rank`` of ``world`` over all machines, ``local_rank`` on this one.
+
+    ``timeout`` is in seconds: how long a collective waits for a rank that is silent.
+    """
 
     rank: int
     world: int
     local_rank: int
     device: torch.device
+    timeout: float = 600.0
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +95,7 @@ def launch(device: DeviceKind = "auto", timeout: float = 600.0, *, group: bool =
         torch.set_flush_denormal(True)
     if (world > 1 or group) and not dist.is_initialized():
         _join(picked, rank, world, timeout)
-    return Runtime(rank, world, local_rank, picked)
+    return Runtime(rank, world, local_rank, picked, timeout)
 
 
 def keep_freed_memory(top_pad: int = 512 << 20) -> bool:

@@ -2,74 +2,129 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sat.parallel.launch import Runtime
 
 AXES = ("data", "guidance", "sequence", "tensor")
 
 
+class LayoutError(ValueError):
+    """The number of processes does not fit the layout that is asked for."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks along a direction of the mesh: this one is number ``rank`` of ``size``.
+
+    ``group`` is None for an axis of one rank that nothing is sent along.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        """The same: a copied model talks to the same ranks."""
+        return self
+
+
 class Mesh:
     """Ranks laid out as (data, guidance, sequence, tensor), tensor ranks adjacent.
 
-    Also DeepSpeed's ``mpu``. Its "data parallel" group is data x guidance x sequence, because gradients are
-    averaged over all of them; the class defines none of the sequence methods DeepSpeed probes for, which
-    would scale gradients wrongly.
+    ``guidance``, ``sequence`` and ``tensor`` are the axes around this rank; ``team`` are all three together:
+    the ranks that work on the same pictures. ``gradient`` is data x guidance x sequence.
+
+    Also DeepSpeed's ``mpu``. Its "data parallel" group is ``gradient``, because gradients are averaged over
+    all of it; the class defines none of the sequence methods DeepSpeed probes for, which would scale
+    gradients wrongly.
     """
 
     def __init__(self, runtime: Runtime, *, tensor: int = 1, sequence: int = 1, guidance: int = 1) -> None:
-        inner = tensor * sequence * guidance
-        if min(tensor, sequence, guidance) < 1 or runtime.world % inner:
-            raise ValueError(
-                f"parallel.tensor {tensor} x sequence {sequence} x guidance {guidance} = {inner} ranks: "
-                f"expected a divisor of the {runtime.world} processes of this run"
-            )
-        shape = (runtime.world // inner, guidance, sequence, tensor)
-        mesh: DeviceMesh = init_device_mesh(runtime.device.type, shape, mesh_dim_names=AXES)
-        self._sizes = dict(zip(AXES, shape, strict=True))
-        self._data = mesh["data"].get_local_rank()
-        self._tensor: dist.ProcessGroup = mesh["tensor"].get_group()
-        if inner == 1:
-            self._gradient: dist.ProcessGroup = mesh["data"].get_group()
-        else:
-            self._gradient = mesh[AXES[:3]]._flatten("gradient").get_group()
+        data = data_ranks(runtime.world, tensor=tensor, sequence=sequence, guidance=guidance)
+        shape = (data, guidance, sequence, tensor)
+        self.sizes = dict(zip(AXES, shape, strict=True))
+        ranks = torch.arange(runtime.world).view(shape)
+
+        def axis(*names: str) -> Axis:
+            return _axis(ranks, [AXES.index(name) for name in names], runtime)
+
+        self.guidance, self.sequence, self.tensor = axis("guidance"), axis("sequence"), axis("tensor")
+        self.team, self.gradient = axis(*AXES[1:]), axis(*AXES[:3])
+        self.data_rank = runtime.rank // (runtime.world // data)
+
+    def __str__(self) -> str:
+        """The axes longer than 1, as ``data 2 x sequence 2``."""
+        return " x ".join(f"{name} {size}" for name, size in self.sizes.items() if size > 1) or "one rank"
 
     @property
     def data_ranks(self) -> int:
-        """Number of ranks that read different images."""
-        return self._sizes["data"]
+        """Number of teams, which read or draw different images; ``data_rank`` is this one's place."""
+        return self.sizes["data"]
 
     @property
-    def data_rank(self) -> int:
-        """This rank's place among them."""
-        return self._data
+    def leads(self) -> bool:
+        """True on the first rank of each team: the one that writes the pictures."""
+        return self.team.rank == 0
 
     # DeepSpeed's mpu: the seven methods the engine calls.
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         """Ranks over which gradients are averaged and optimizer state is sharded."""
-        return self._gradient
+        return self.gradient.group
 
     def get_data_parallel_world_size(self) -> int:
         """Size of the gradient group."""
-        return self._gradient.size()
+        return self.gradient.size
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         """Tensor ranks of one model."""
-        return self._tensor
+        return self.tensor.group
 
     def get_model_parallel_world_size(self) -> int:
         """Number of tensor ranks."""
-        return self._tensor.size()
+        return self.tensor.size
 
     def get_model_parallel_rank(self) -> int:
         """This rank's place among the tensor ranks; names the checkpoint file."""
-        return self._tensor.rank()
+        return self.tensor.rank
 
     def get_tensor_model_parallel_rank(self) -> int:
         """The same under its newer name."""
-        return self._tensor.rank()
+        return self.tensor.rank
 
     def get_tensor_model_parallel_world_size(self) -> int:
         """The same under its newer name."""
-        return self._tensor.size()
+        return self.tensor.size
+
+
+def data_ranks(world: int, *, tensor: int = 1, sequence: int = 1, guidance: int = 1) -> int:
+    """How many teams of tensor x sequence x guidance ranks there are in ``world``; they must fill it."""
+    inner = tensor * sequence * guidance
+    if min(tensor, sequence, guidance) < 1 or world % inner:
+        raise LayoutError(
+            f"parallel.tensor {tensor} x sequence {sequence} x guidance {guidance} needs {inner} processes a "
+            f"model, and this run has {world}: start {inner}, {2 * inner}, {3 * inner} or a multiple of "
+            f"{inner}, as torchrun --standalone --nproc_per_node {inner} does, or change the layout"
+        )
+    return world // inner
+
+
+def _axis(ranks: torch.Tensor, dims: list[int], runtime: Runtime) -> Axis:
+    """The ranks that differ from this one in ``dims`` alone; every rank makes all such groups."""
+    size = 1
+    for dim in dims:
+        size *= ranks.shape[dim]
+    lines = ranks.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist()
+    own = next(line for line in lines if runtime.rank in line)
+    if not dist.is_initialized():
+        return Axis()
+    if size == runtime.world:
+        return Axis(size, runtime.rank, dist.group.WORLD)
+    wait = timedelta(seconds=runtime.timeout)
+    group, _ = dist.new_subgroups_by_enumeration(lines, timeout=wait)  # type: ignore[no-untyped-call]
+    return Axis(size, own.index(runtime.rank), group)

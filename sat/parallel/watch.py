@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sat.parallel.collectives import LostRankError
+from sat.parallel.collectives import LostRankError, ToldError
 
 _T = TypeVar("_T")
 
@@ -45,11 +45,23 @@ class Watch:
         self._hear()
 
     def fail(self, reason: str) -> None:
-        """Tell the others that this rank cannot go on; never raises."""
+        """Tell the others that this rank cannot go on, unless one has said so before; never raises."""
         if self._store is None:
             return
         with contextlib.suppress(RuntimeError):  # nobody left to tell
-            self._store.set("failed", f"rank {self._rank} failed: {reason}")
+            self._store.compare_set("failed", "", f"rank {self._rank} failed: {reason}")
+
+    def lost(self, line: str, patience: float = 2.0) -> NoReturn:
+        """Stop because an exchange with another rank broke off, as ``line`` says; raises why.
+
+        A rank that fails tells why before it leaves: that is waited for, for ``patience`` seconds.
+        """
+        until = time.monotonic() + patience
+        while self._store is not None and time.monotonic() < until:
+            self._hear()
+            time.sleep(0.05)
+        self.fail(line)
+        raise LostRankError(line)
 
     def finish(self) -> None:
         """This rank is done: wait for all others, as long as they move."""
@@ -88,7 +100,7 @@ class Watch:
         if self._ask(lambda store: store.check(["failed"])):
             reason = self._ask(lambda store: store.get("failed")).decode()
             if not reason.startswith(f"rank {self._rank} "):
-                raise LostRankError(f"{reason}; this rank stops too")
+                raise ToldError(f"{reason}; this rank stops too")
 
     def _count(self, key: str) -> int:
         return int(self._ask(lambda store: store.add(key, 0)))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sat.parallel.collectives import by_first
+from sat.parallel.mesh import Axis
 from sat.sampling.draw import Drawer, Encoded, Look
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import OutputFolder
@@ -54,7 +56,8 @@ class Report:
 class Run:
     """Everything that is the same for all prompts of a run. ``beat`` is called at every step.
 
-    ``inputs`` are the low-resolution pictures that relay starts from.
+    ``inputs`` are the low-resolution pictures that relay starts from. ``team``: the ranks that draw the same
+    pictures; its first decides what is to be drawn, reads inputs and writes files, for all.
     """
 
     drawer: Drawer
@@ -65,12 +68,14 @@ class Run:
     rank: int = 0
     beat: Callable[[], None] = lambda: None
     inputs: InputFolder | None = None
+    team: Axis = Axis()
 
     def __call__(self, prompts: Sequence[Prompt], *, resume: bool = False) -> Report:
         """Draw ``prompts`` one after the other; with ``resume``, only what is not there yet."""
-        todo = [(prompt, self._missing(prompt, resume)) for prompt in prompts]
+        leads = self.team.rank == 0
+        todo = by_first(self.team, lambda: [(prompt, self._missing(prompt, resume)) for prompt in prompts])
         skipped = sum(images is None for _, images in todo)
-        if skipped:
+        if skipped and leads:
             log.info("%d of %d prompts are finished already", skipped, len(prompts))
         open_ = [(prompt, images) for prompt, images in todo if images is not None]
         early = self._encode([prompt for prompt, images in open_ if images])
@@ -81,7 +86,8 @@ class Run:
                 if images:
                     encoded = early.get(prompt.index) or self._encode_one(prompt)
                     self._draw(prompt, images, encoded, bar)
-                written += self.folder.finish(prompt)
+                if leads:
+                    written += self.folder.finish(prompt)
         return Report(written, skipped)
 
     def _missing(self, prompt: Prompt, resume: bool) -> list[int] | None:
@@ -112,11 +118,18 @@ class Run:
 
         for start in range(0, len(images), self.drawer.at_once):
             part = images[start : start + self.drawer.at_once]
-            low = None if self.inputs is None else self.inputs.read(prompt, part)
-            latents = self.drawer.latents(encoded, self.noise.of(prompt, part), self.look, step, low)
-            for index, image in zip(part, self.drawer.images(latents), strict=True):
-                self.folder.write_image(prompt, index, image)
+            latents = self.drawer.latents(
+                encoded, self.noise.of(prompt, part), self.look, step, self._low(prompt, part)
+            )
+            if self.team.rank == 0:
+                for index, image in zip(part, self.drawer.images(latents), strict=True):
+                    self.folder.write_image(prompt, index, image)
             self.beat()
+
+    def _low(self, prompt: Prompt, images: Sequence[int]) -> Tensor | None:
+        """The low-resolution pictures of ``images``; not every rank of a team need see the folder."""
+        inputs = self.inputs
+        return None if inputs is None else by_first(self.team, lambda: inputs.read(prompt, images))
 
 
 def title(text: str) -> str:

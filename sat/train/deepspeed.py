@@ -38,7 +38,7 @@ class StepResult:
 
 
 def settings(config: TrainConfig, world: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for ``config`` on ``world`` data ranks."""
+    """DeepSpeed's JSON for ``config``; ``world`` ranks average their gradients."""
     if config.dtype != "fp32" and config.zero == 0:
         # DeepSpeed's bf16 without ZeRO takes one optimizer step on zero gradients while it starts.
         raise ValueError(
@@ -79,7 +79,7 @@ class TrainEngine:
         self.engine, _, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
-            config=settings(config, mesh.data_ranks),
+            config=settings(config, mesh.gradient.size),
             mpu=mesh,
             dist_init_required=False,
         )

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sat.parallel.collectives import world_size
 from sat.train.deepspeed import TrainEngine
 
 
@@ -87,6 +86,6 @@ def _assemble(engine: TrainEngine, parameter: nn.Parameter, shard: Tensor | None
     if shard is not None:
         start, length = engine.master_range(parameter)
         full[start : start + length] = shard
-    if world_size() > 1:
-        dist.all_reduce(full)
+    if engine.mesh.gradient.size > 1:
+        dist.all_reduce(full, group=engine.mesh.gradient.group)
     return full.view(parameter.shape)

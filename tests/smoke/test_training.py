@@ -193,7 +193,7 @@ def test_missing_data_is_told_before_anything_is_built(ran) -> None:
 
 def test_check_and_print_config_build_nothing(ran) -> None:
     said = good(ran, "check")
-    assert "config ok: 6 steps of 4 x 2 images a rank at 48 x 64 (height x width), fp32, ZeRO 0" in said
+    assert "config ok: 6 steps of 4 x 2 images a data rank at 48 x 64 (height x width), fp32, ZeRO 0" in said
     assert "objective:" in good(ran, "config")
     assert not (ran.folder / "check").exists()
 

@@ -36,7 +36,7 @@ conditioning:
   size: {params: 3}
 model:
   params: {mixins: {position: {target: sat.mixins.rope.Rop}, x: 5}, depth: yes}
-parallel: {tensor: 2, device: gpu}
+parallel: {tensor: 0, device: gpu}
 train: {optimizer: {params: {foo: 1, params: 3}}}
 data: {sources: [{path: /nope, repeat: 3}], height: 64, augment: {scale: [1, 2, 3]}}
 imports: [os, no_such_module]
@@ -62,7 +62,7 @@ LINES = """\
 19: model.params.mixins.position.target: module 'sat.mixins.rope' has no 'Rop'; did you mean 'Rope'?
 19: model.params.mixins.x: expected Mixin, got 5 (int)
 19: model.params.depth: expected int, got 'yes' (str)
-20: parallel.tensor: only 1 is possible yet, got 2
+20: parallel.tensor: expected at least 1, got 0
 20: parallel.device: expected one of 'auto', 'cpu', 'cuda', got 'gpu' (str)
 21: train: needs `objective`
 21: train: needs `steps`
@@ -142,8 +142,8 @@ def test_one_problem(overrides, what):
         ("memory.decode_batch=0", "expected at least 1 image, got 0"),
         ("memory.decode_tile=2", "expected at least 8 latent cells, got 2"),
         ("output.resume=true", "`resume` needs `output.dir`"),
-        ("parallel.sequence=2", "only 1 is possible yet, got 2"),
-        ("parallel.guidance=2", "only 1 is possible yet, got 2"),
+        ("parallel.sequence=0", "expected at least 1, got 0"),
+        ("parallel.guidance=3", "expected 1 or 2 (guidance has two halves), got 3"),
         ("parallel.timeout=0", "expected more than 0 seconds, got 0.0"),
     ],
 )
@@ -221,9 +221,9 @@ def test_a_range_of_shards_is_looked_up_by_its_first(tmp_path):
 
 def test_a_section_made_in_python_keeps_its_rules():
     with pytest.raises(
-        ValueError, match=r"parallel\.tensor: only 1 is possible yet, got 2; .*parallel\.timeout"
+        ValueError, match=r"parallel\.tensor: expected at least 1, got 0; .*parallel\.timeout"
     ):
-        ParallelConfig(tensor=2, timeout=-1)
+        ParallelConfig(tensor=0, timeout=-1)
 
 
 @pytest.mark.parametrize(
