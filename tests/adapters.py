@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sat.adapters.factors import LayerFactors, LinearLike, Pair, fresh, with_magnitude
+from sat.adapters.factors import LayerFactors, LinearLike, Pair, fresh, row_norms, with_magnitude
 from sat.adapters.files import About, Adapter
 from sat.adapters.lora import attach
 from sat.adapters.select import choose
@@ -63,7 +63,7 @@ def start(
         rank, alpha = (2, 5.0) if ".mlp." in name else (rank, ALPHA)
         base = cast(LinearLike, model.get_submodule(name))
         layer = fresh(base, (rank,) * linear.parts, (alpha,) * linear.parts, name)
-        layers[name] = with_magnitude(layer, base.weight) if dora else layer
+        layers[name] = with_magnitude(layer, row_norms(base.weight.detach())) if dora else layer
     return layers
 
 

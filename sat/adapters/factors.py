@@ -119,6 +119,6 @@ def fresh(linear: LinearLike, ranks: tuple[int, ...], alphas: tuple[float, ...],
     return LayerFactors(tuple(pairs))
 
 
-def with_magnitude(layer: LayerFactors, weight: Tensor) -> LayerFactors:
-    """``layer`` as DoRA that changes nothing yet: the rows of ``weight`` keep their norms."""
-    return replace(layer, magnitude=row_norms(weight.detach()))
+def with_magnitude(layer: LayerFactors, norms: Tensor) -> LayerFactors:
+    """``layer`` as DoRA that changes nothing yet: the rows of the base's weight keep their ``norms`` (O,)."""
+    return replace(layer, magnitude=norms)

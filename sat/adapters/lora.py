@@ -8,8 +8,7 @@ Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -25,7 +24,9 @@ from sat.adapters.factors import (
     weight_change,
     widened,
 )
-from sat.plan import Plan, of_factors
+from sat.parallel.apply import split
+from sat.parallel.linear import ColumnLinear, RowLinear, ShareOfDropout, TensorRanks, whole_weight
+from sat.plan import Column, Cut, Row, Shard, of_factors
 from sat.transformer import Transformer
 
 
@@ -34,10 +35,14 @@ class Factors(nn.Module):
 
     The magnitude is kept as a relative change of the base weight's row norms, ``norm * (1 + gain)``: it
     starts at 0 and keeps its precision in bfloat16, where a norm itself would be rounded.
+
+    ``layer`` is whole; of a base that is split over tensor ranks the factors are split as it is
+    (:func:`sat.plan.of_factors`), and so is the gain of a column.
     """
 
-    def __init__(self, layer: LayerFactors, weight: Tensor, dropout: float) -> None:
+    def __init__(self, layer: LayerFactors, base: nn.Module, dropout: float) -> None:
         super().__init__()
+        weight = cast(LinearLike, base).weight
         self.parts = len(layer.parts)
         self.alphas = {str(i): pair.alpha for i, pair in enumerate(layer.parts) if pair is not None}
         self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
@@ -45,12 +50,42 @@ class Factors(nn.Module):
             if pair is not None:
                 self.down[str(i)] = _linear(pair.down, weight)
                 self.up[str(i)] = _linear(pair.up, weight)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.ranks: TensorRanks | None = None
+        self.style: Column | Row | None = None
+        if isinstance(base, (ColumnLinear, RowLinear)):
+            self._split(base.style, base.ranks, dropout)
         self.gain: nn.Parameter | None = None
         if layer.magnitude is not None:
-            norms = row_norms(weight.detach())
+            norms, shard = base_norms(base), self._gain_shard()
             gain = layer.magnitude.to(norms) / norms.clamp_min(torch.finfo(norms.dtype).tiny) - 1
+            gain = gain if shard is None else shard.take(gain).clone()
             self.gain = nn.Parameter(gain.to(weight.dtype))
+
+    def _split(self, style: Column | Row, ranks: TensorRanks, dropout: float) -> None:
+        """Keep this rank's share of the factors of a base that is split by ``style``."""
+        self.style, self.ranks = style, ranks
+        for side, kind in zip((self.down, self.up), of_factors(style), strict=True):
+            if kind is not None:
+                for part in side:
+                    side[part] = split(side[part], kind, ranks)
+        if dropout and isinstance(style, Row):
+            self.dropout = ShareOfDropout(dropout, ranks)
+
+    def _gain_shard(self) -> Shard | None:
+        """This rank's share of a vector over the outputs; None: it has all of it."""
+        if self.ranks is None or not isinstance(self.style, Column):
+            return None
+        return self.ranks.shard(Cut(0, self.style.parts))
+
+    def shards(self) -> Mapping[str, Shard]:
+        """What this rank holds of the gain; the factors say it for themselves."""
+        shard = self._gain_shard()
+        return {} if shard is None or self.gain is None else {"gain": shard}
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """``x``, a sum over the inputs, of which each rank has a part if the base is split over them."""
+        return self.ranks.sum(x) if self.ranks is not None and isinstance(self.style, Row) else x
 
     def scale(self, part: str) -> float:
         """alpha / r of a part."""
@@ -85,15 +120,15 @@ class Factors(nn.Module):
         assert self.gain is not None, "only DoRA asks"
         with torch.no_grad():
             wide = widened(weight)
-            squares = wide.square().sum(1)
+            squares = self._summed(wide.square().sum(1))
             norms = squares.sqrt()
             for i in self.down:
                 rows = squares.chunk(self.parts)[int(i)]
                 down = cast(Tensor, self.down[i].weight).to(wide)
                 up = cast(Tensor, self.up[i].weight).to(wide)
                 s = self.scale(i)
-                crossed = ((wide.chunk(self.parts)[int(i)] @ down.T) * up).sum(1)
-                rows += 2 * s * crossed + s**2 * ((up @ (down @ down.T)) * up).sum(1)
+                crossed = (self._summed(wide.chunk(self.parts)[int(i)] @ down.T) * up).sum(1)
+                rows += 2 * s * crossed + s**2 * ((up @ self._summed(down @ down.T)) * up).sum(1)
             present = squares.clamp_min(torch.finfo(wide.dtype).tiny).sqrt()
         return norms / present * (1 + self.gain.to(wide.dtype))
 
@@ -102,20 +137,52 @@ class Factors(nn.Module):
         """Of the factors."""
         return next(self.down.parameters()).dtype
 
-    def layer(self, weight: Tensor, value: Callable[[nn.Parameter], Tensor]) -> LayerFactors:
-        """These factors as data; ``value`` gives a parameter's tensor (itself, or its average)."""
+    def layer(self, base: nn.Module, value: Value | None = None) -> LayerFactors:
+        """These factors as data, whole; ``value`` gives a parameter's whole tensor (None: it is gathered).
+
+        Of a ``base`` that is split every tensor rank calls it.
+        """
         pairs: list[Pair | None] = []
         for i in map(str, range(self.parts)):
             if i not in self.down:
                 pairs.append(None)
                 continue
-            down, up = (cast(nn.Parameter, side[i].weight) for side in (self.down, self.up))
-            pairs.append(Pair(value(down), value(up), self.alphas[i]))
+            down, up = (
+                whole_weight(m) if value is None else value(_weight(m)) for m in (self.down[i], self.up[i])
+            )
+            pairs.append(Pair(down, up, self.alphas[i]))
         if self.gain is None:
             return LayerFactors(tuple(pairs))
-        gain = value(self.gain)
-        norms = row_norms(weight.detach()).to(gain.device)
+        gain = self._whole_gain() if value is None else value(self.gain)
+        norms = base_norms(base).to(gain.device)
         return LayerFactors(tuple(pairs), norms * (1 + gain.to(norms.dtype)))
+
+    def _whole_gain(self) -> Tensor:
+        assert self.gain is not None, "only DoRA asks"
+        shard = self._gain_shard()
+        if shard is None or self.ranks is None:
+            return self.gain.detach()
+        return self.ranks.whole(self.gain.detach(), shard.cut)
+
+
+Value = Callable[[nn.Parameter], Tensor]
+"""Gives the whole tensor of a parameter: its own, or its average."""
+
+
+def base_norms(base: nn.Module) -> Tensor:
+    """(O,) norms of the rows of a linear's weight; of one that is split every tensor rank calls it."""
+    weight = cast(LinearLike, base).weight.detach()
+    if isinstance(base, RowLinear):
+        return base.ranks.sum(widened(weight).square().sum(1)).sqrt()
+    if isinstance(base, ColumnLinear):
+        return base.ranks.whole(row_norms(weight), Cut(0, base.cuts["weight"].parts))
+    return row_norms(weight)
+
+
+def _weight(linear: nn.Module) -> nn.Parameter:
+    weight = linear.weight
+    assert isinstance(weight, nn.Parameter), "the factors are linears"
+    return weight
 
 
 def _linear(value: Tensor, like: Tensor) -> nn.Linear:
@@ -165,7 +232,7 @@ class Adapted(nn.Module):
 
     def add(self, name: str, layer: LayerFactors, dropout: float, strength: float) -> None:
         """Add the adapter ``name``."""
-        self.factors[_slot(name)] = Factors(layer, self.weight, dropout)
+        self.factors[_slot(name)] = Factors(layer, self.base, dropout)
         self.strengths[name] = strength
 
     def remove(self, name: str) -> None:
@@ -190,19 +257,21 @@ class Adapted(nn.Module):
 
     def merged(self) -> nn.Module:
         """The base with every adapter folded into its weight, at its strength."""
-        weight = self.weight
-        total = widened(weight.detach())
+        whole = whole_weight(self.base)
+        total = widened(whole)
         total = total + sum(
-            strength * weight_change(weight.detach(), layer)
+            strength * weight_change(whole, layer)
             for strength, layer in ((s, self.layer(name)) for name, s in self.strengths.items())
         )
+        if isinstance(self.base, (ColumnLinear, RowLinear)):
+            total = self.base.shards()["weight"].take(total)
         with torch.no_grad():
-            weight.copy_(total)
+            self.weight.copy_(total)
         return self.base
 
-    def layer(self, name: str, value: Callable[[nn.Parameter], Tensor] = torch.Tensor.detach) -> LayerFactors:
-        """The factors of the adapter ``name`` as data."""
-        return self.named(name).layer(self.weight, value)
+    def layer(self, name: str, value: Value | None = None) -> LayerFactors:
+        """The factors of the adapter ``name`` as data; see :meth:`Factors.layer`."""
+        return self.named(name).layer(self.base, value)
 
 
 def _slot(name: str) -> str:
@@ -214,8 +283,8 @@ def _slot(name: str) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can be attached: a plain linear, or one that has adapters already."""
-    return type(module) is nn.Linear or isinstance(module, Adapted)
+    """Whether an adapter can be attached: a linear, whole or split, or one that has adapters already."""
+    return type(module) is nn.Linear or isinstance(module, (Adapted, ColumnLinear, RowLinear))
 
 
 def attach(
@@ -309,32 +378,9 @@ def detach(model: nn.Module, name: str) -> None:
             _put(model, path, module.base)
 
 
-def extract(
-    model: nn.Module, name: str, value: Callable[[nn.Parameter], Tensor] = torch.Tensor.detach
-) -> dict[str, LayerFactors]:
-    """The adapter ``name`` as data; ``value`` gives a parameter's tensor."""
-    return {path: module.layer(name, value) for path, module in adapted(model) if name in module.strengths}
+def extract(model: nn.Module, name: str, value: Value | None = None) -> dict[str, LayerFactors]:
+    """The adapter ``name`` as data, whole; ``value`` gives a parameter's tensor (None: its own).
 
-
-def sharding(model: nn.Module, plan: Plan) -> Plan:
-    """``plan`` for ``model`` with its adapters: exact names of base layers and of the factors that are split.
-
-    What is applied to a model without adapters is applied to one with them by this plan; see
-    :func:`sat.plan.of_factors`. DoRA's ``gain`` is not in it.
+    Over tensor ranks every one of them calls it.
     """
-    out = {}
-    for path, module in model.named_modules():
-        style = next((style for pattern, style in plan.items() if fnmatchcase(path, pattern)), None)
-        if style is None:
-            continue
-        if not isinstance(module, Adapted):
-            out[path] = style
-            continue
-        out[f"{path}.base"] = style
-        down, up = of_factors(style)
-        for slot, factors in module.factors.items():
-            assert isinstance(factors, Factors), "add puts nothing else there"
-            for side, kind in (("down", down), ("up", up)):
-                if kind is not None:
-                    out.update({f"{path}.factors.{slot}.{side}.{part}": kind for part in factors.down})
-    return out
+    return {path: module.layer(name, value) for path, module in adapted(model) if name in module.strengths}

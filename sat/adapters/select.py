@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from importlib import import_module
-from importlib.util import find_spec
 from typing import cast
 
 from torch import nn
@@ -14,7 +12,7 @@ from torch import nn
 from sat.adapters.factors import AdapterError, LinearLike
 from sat.adapters.groups import GROUPS, hint, patterns
 from sat.adapters.lora import adapted, is_linear
-from sat.plan import Column, Plan
+from sat.plan import Column, family_plan, style_of
 
 Parts = Mapping[str, nn.Module]
 """The adaptable parts of an engine: ``model`` and ``text``. A layer's full name is ``part.name``."""
@@ -29,15 +27,6 @@ class Linear:
     outputs: int
 
 
-def family_plan(kind: type[nn.Module]) -> Plan:
-    """The sharding plan of a model class, of ``plan.py`` beside its module; it says what is fused."""
-    package = kind.__module__.rpartition(".")[0]
-    if not package or find_spec(f"{package}.plan") is None:
-        return {}
-    plan: Plan = getattr(import_module(f"{package}.plan"), "PLAN", {})
-    return plan
-
-
 def linears(module: nn.Module) -> dict[str, Linear]:
     """The linears of one part by name, and of how many fused projections each consists."""
     plan = family_plan(type(module))
@@ -46,7 +35,7 @@ def linears(module: nn.Module) -> dict[str, Linear]:
     for name, child in module.named_modules():
         if not is_linear(child) or name.startswith(inside):
             continue
-        style = next((style for pattern, style in plan.items() if fnmatchcase(name, pattern)), None)
+        style = style_of(plan, name)
         base = cast(LinearLike, child)
         parts = style.parts if isinstance(style, Column) else 1
         found[name] = Linear(parts, base.in_features, base.out_features)

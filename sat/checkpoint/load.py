@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sat.checkpoint.fit import Fit, family_rules, fit
 from sat.checkpoint.format import CheckpointError, LazyStateDict, Part, TensorInfo, as_lazy, listing
 from sat.checkpoint.formats import open_part
+from sat.plan import shards
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +76,10 @@ def load(
     """Fill ``module`` with the weights of ``part`` at ``source`` (a path in any format, or tensors by name).
 
     The module may be on the meta device; each tensor is read, cast, moved to ``device`` and released before
-    the next, so that host memory holds the result and one tensor. ``dtype`` is for floating-point parameters;
-    buffers keep their own. None keeps the module's (a meta module goes to the CPU). ``allow_missing`` and
-    ``allow_unexpected`` are shell patterns over our names and names in the file.
+    the next, so that host memory holds the result and one tensor. Of a layer that is split over tensor ranks
+    (:class:`sat.plan.Splits`) the file holds the whole tensor, and this rank's share is read. ``dtype`` is
+    for floating-point parameters; buffers keep their own. None keeps the module's (a meta module goes to the
+    CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and names in the file.
     """
     is_path = isinstance(source, str | Path)
     theirs = (
@@ -115,15 +117,11 @@ def match(
     allow_unexpected: Sequence[str] = (),
 ) -> Fit:
     """How ``theirs`` fills ``module``, by names and shapes alone; one line lists all that does not fit."""
-    expected = {
-        name: TensorInfo(tuple(t.shape), t.dtype) for name, t in module.state_dict(keep_vars=True).items()
-    }
+    expected = wanted(module)
     found = fit(theirs, expected, family_rules(type(module)), part)
     if isinstance(module, Adopts):
         module.adopt({name: found.view.info(name).shape for name in found.view})
-        expected = {
-            n: TensorInfo(tuple(t.shape), t.dtype) for n, t in module.state_dict(keep_vars=True).items()
-        }
+        expected = wanted(module)
     missing = [name for name in found.missing if not _any(name, allow_missing)]
     unexpected = [name for name in found.unexpected if not _any(name, allow_unexpected)]
     misshapen = [
@@ -152,6 +150,15 @@ def match(
             f"{_distilled(missing, unexpected)}"
         )
     return found
+
+
+def wanted(module: nn.Module) -> dict[str, TensorInfo]:
+    """The tensors of ``module`` as a file holds them: whole, also where the module has a share."""
+    split = shards(module)
+    return {
+        name: TensorInfo(split[name].whole(t.shape) if name in split else tuple(t.shape), t.dtype)
+        for name, t in module.state_dict(keep_vars=True).items()
+    }
 
 
 def _distilled(missing: Sequence[str], unexpected: Sequence[str]) -> str:
@@ -216,6 +223,7 @@ class _Target:
         self._module = module
         self._device = None if device is None else torch.device(device)
         self._dtype = dtype
+        self._shards = shards(module)
         self._shared: dict[int, Tensor] = {}  # id of a replaced parameter -> its replacement, for tied ones
 
     def fill(self, view: LazyStateDict) -> None:
@@ -223,7 +231,9 @@ class _Target:
         overflow = Overflow()
         for name in view:
             owner, local, old = self._slot(name)
-            tensor = overflow.cast(name, view[name], self._wanted(old))
+            shard = self._shards.get(name)
+            tensor = view[name] if shard is None else shard.take(view[name])
+            tensor = overflow.cast(name, tensor, self._wanted(old))
             self._place(owner, local, old, tensor)
             view.release(name)
         overflow.check(view.source)

@@ -25,6 +25,8 @@ from sat.config.schema import (
 )
 from sat.config.source import ConfigError, Key, Problem
 from sat.config.targets import resolve, signature
+from sat.parallel.apply import apply_plan, check_plan
+from sat.plan import family_plan
 
 if TYPE_CHECKING:
     from sat.checkpoint.format import Part
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from sat.engine import DiffusionEngine
     from sat.first_stage.autoencoder import AutoencoderKL
     from sat.models.t5 import T5Encoder, T5Tokenizer
+    from sat.parallel.mesh import Mesh
 
 _VOCABULARY = "spiece.model"
 
@@ -105,16 +108,20 @@ def build_engine(
     load_weights: bool = True,
     checkpoint: CheckpointConfig | None = None,
     without: Collection[Part] = (),
+    mesh: Mesh | None = None,
 ) -> DiffusionEngine:
     """The engine on ``device``, its weights in ``dtype``, read from ``checkpoint`` (None: the experiment's).
 
     Parts are built on the meta device and filled tensor by tensor. A part without a path is drawn at random
     only when ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current
     seed: for training from scratch. With float16 the first stage stays float32, whose range it needs.
-    Parts ``without`` are not loaded; whatever calls them raises.
+    Parts ``without`` are not loaded; whatever calls them raises. Network and text encoder are split over the
+    tensor ranks of ``mesh`` by their plans, and each rank reads its share.
     """
     weights = checkpoint or experiment.checkpoint
-    fill = _Fill(weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without))
+    fill = _Fill(
+        weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without), mesh
+    )
     text = cast(
         "T5Encoder", fill.part(experiment.conditioning.text, "text")
     )  # the check made sure of classes
@@ -201,6 +208,7 @@ class _Fill:
     imports: Collection[str]
     load: bool
     without: frozenset[Part] = frozenset()
+    mesh: Mesh | None = None
 
     def part(self, component: Component, part: Part) -> nn.Module:
         """The module of one part, filled from its file or at random; those left out stay empty."""
@@ -228,7 +236,7 @@ class _Fill:
             raise ConfigError([Problem("checkpoint", part, f"there is no {str(source)!r}; {WEIGHTS}")])
         from sat.checkpoint.load import load
 
-        module = build_empty(component, self.imports)
+        module = self._split(build_empty(component, self.imports), part)
         load(
             module,
             source,
@@ -254,9 +262,18 @@ class _Fill:
         return (self.weights.random or 0) + {"model": 0, "first_stage": 1, "text": 2}[part]
 
     def _random(self, component: Component, part: Part) -> nn.Module:
-        """Made on the CPU, so that a seed means the same weights on every device."""
+        """Made on the CPU, so that a seed means the same weights on every device and layout.
+
+        Whole there too; what is not this rank's goes layer by layer before the rest moves to the device.
+        """
         module: nn.Module = build(component, imports=self.imports)
-        return _cast(module, self.dtype_of(part)).to(self.device)
+        return _cast(self._split(module, part), self.dtype_of(part)).to(self.device)
+
+    def _split(self, module: nn.Module, part: Part) -> nn.Module:
+        """``module`` with this tensor rank's share of its planned layers; the autoencoder stays whole."""
+        if self.mesh is None or part == "first_stage":
+            return module
+        return apply_plan(module, family_plan(type(module)), self.mesh)
 
 
 def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:
@@ -287,8 +304,21 @@ def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
                 build(component, imports=experiment.imports)
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, AssertionError) as error:
             yield key, f"{component.target if component else ''} refuses these parameters: {error}"
+    if (size := experiment.parallel.tensor) > 1:
+        yield from _splits(
+            {key: empty[key] for key in (("model",), ("conditioning", "text")) if key in empty}, size
+        )
     if experiment.adapters.lora is not None and {("model",), ("conditioning", "text")} <= set(empty):
         yield from _targets(experiment.adapters.lora, empty[("model",)], empty[("conditioning", "text")])
+
+
+def _splits(parts: Mapping[Key, nn.Module], size: int) -> Iterator[tuple[Key, str]]:
+    """Parts that do not divide over ``size`` tensor ranks."""
+    for module in parts.values():
+        try:
+            check_plan(module, family_plan(type(module)), size)
+        except ValueError as error:
+            yield ("parallel", "tensor"), str(error)
 
 
 def _targets(lora: LoraConfig, model: nn.Module, text: nn.Module) -> Iterator[tuple[Key, str]]:

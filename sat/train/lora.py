@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sat.adapters.factors import AdapterError, LayerFactors, LinearLike, fresh, with_magnitude
 from sat.adapters.files import NATIVE_FILE, About, read
-from sat.adapters.lora import Adapted, attach, extract
+from sat.adapters.lora import Adapted, attach, base_norms, extract
 from sat.adapters.select import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig
@@ -60,7 +60,9 @@ def _attach_fresh(parts: Mapping[str, nn.Module], lora: LoraConfig, seed: int) -
             base = cast(LinearLike, module.get_submodule(path))
             count = linear.parts
             layer = fresh(base, (rank,) * count, (lora.scale * rank,) * count, f"{seed} {name}")
-            layers[path] = with_magnitude(layer, base.weight) if lora.dora else layer
+            layers[path] = (
+                with_magnitude(layer, base_norms(module.get_submodule(path))) if lora.dora else layer
+            )
         attach(module, NAME, layers, dropout=lora.dropout)
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from sat.adapters import lora
 from sat.adapters.factors import AdapterError, LayerFactors, Pair, weight_change
 from sat.adapters.lora import Adapted, attach, detach, extract, merge, set_strength
-from sat.adapters.select import choose, family_plan, linears
-from sat.plan import Column, Row
+from sat.adapters.select import choose, linears
 from sat.transformer import Transformer
 from sat.transformer.attention import expand, shrink
 from tests.adapters import EVERYTHING, noisy, output, start, t5, trained, unet
@@ -335,55 +334,6 @@ def test_an_adapters_name_is_its_own() -> None:
 
 
 # ---------------------------------------------------------------------- splitting over ranks
-
-
-def share(weight: Tensor, style: Column | Row, rank: int) -> Tensor:
-    """What one of two ranks holds of a weight."""
-    if isinstance(style, Row):
-        return weight.chunk(2, 1)[rank]
-    parts = weight.unflatten(0, (style.parts, -1))
-    return parts.chunk(2, 1)[rank].flatten(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "parts"), [("attn.qkv", 3), ("attn.proj", 1), ("mlp.up", 1), ("mlp.down", 1)]
-)
-def test_split_by_the_plan_two_ranks_make_the_whole(name: str, parts: int) -> None:
-    """Each rank computes with its shares; a row's small products are summed before the whole ``up``."""
-    model = plus().double()
-    trained(model)
-    plan = lora.sharding(model, family_plan(type(model)))
-    path = f"transformer.blocks.1.{name}"
-    layer = model.get_submodule(path)
-    x = torch.randn(5, layer.in_features).double()
-    full, base = layer(x), layer.base(x)
-    styles = {n.removeprefix(path): style for n, style in plan.items() if n.startswith(f"{path}.")}
-    factors = layer.factors["style"]
-    changes = []
-    if isinstance(styles[".base"], Column):
-        assert set(styles) == {".base", *(f".factors.style.up.{i}" for i in range(parts))}
-        for rank in range(2):
-            low = [factors.down[str(i)](x) for i in range(parts)]
-            ups = [
-                share(factors.up[str(i)].weight, styles[f".factors.style.up.{i}"], rank) for i in range(parts)
-            ]
-            local = [u @ h.T * factors.scale(str(i)) for i, (u, h) in enumerate(zip(ups, low, strict=True))]
-            changes.append(torch.cat(local).T)
-        wanted = [share((full - base).T, styles[".base"], rank).T for rank in range(2)]
-        assert all((a - b).abs().max() < F64 for a, b in zip(changes, wanted, strict=True))
-    else:
-        assert set(styles) == {".base", ".factors.style.down.0"}
-        down = styles[".factors.style.down.0"]
-        low = sum(share(x, Row(), rank) @ share(factors.down["0"].weight, down, rank).T for rank in range(2))
-        change = factors.up["0"](low) * factors.scale("0")
-        assert (change - (full - base)).abs().max() < F64
-    assert (full - base).abs().max() > 0.01
-
-
-def test_the_plan_of_a_model_without_adapters_names_its_linears() -> None:
-    plan = lora.sharding(plus(), family_plan(type(plus())))
-    assert plan["transformer.blocks.0.attn.qkv"] == Column(3)
-    assert len(plan) == 8
 
 
 def test_half_precision_stays_close() -> None:

@@ -3,8 +3,8 @@
 from sat.plan import Column, Plan, Row
 
 PLAN: Plan = {
-    "transformer.blocks.*.attn.qkv": Column(parts=3),
-    "transformer.blocks.*.attn.proj": Row(),
+    "transformer.blocks.*.attn.qkv": Column(parts=3, unit="head_dim"),
+    "transformer.blocks.*.attn.proj": Row(unit="head_dim"),
     "transformer.blocks.*.mlp.up": Column(),
     "transformer.blocks.*.mlp.down": Row(),
 }

@@ -3,11 +3,11 @@
 from sat.plan import Column, Plan, Row
 
 PLAN: Plan = {
-    "*.blocks.*.attn.qkv": Column(parts=3),
-    "*.blocks.*.attn.proj": Row(),
-    "*.mixins.cross.layers.*.q": Column(),
-    "*.mixins.cross.layers.*.kv": Column(parts=2),
-    "*.mixins.cross.layers.*.proj": Row(),
+    "*.blocks.*.attn.qkv": Column(parts=3, unit="head_dim"),
+    "*.blocks.*.attn.proj": Row(unit="head_dim"),
+    "*.mixins.cross.layers.*.q": Column(unit="head_dim"),
+    "*.mixins.cross.layers.*.kv": Column(parts=2, unit="head_dim"),
+    "*.mixins.cross.layers.*.proj": Row(unit="head_dim"),
     "*.blocks.*.mlp.gate": Column(),
     "*.blocks.*.mlp.up": Column(),
     "*.blocks.*.mlp.down": Row(),

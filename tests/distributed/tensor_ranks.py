@@ -1,0 +1,182 @@
+"""What the ranks of test_tensor.py do: run, load and train models that are split by their plans.
+
+``python -m tests.distributed.tensor_ranks FOLDER`` writes FOLDER/results.pt.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sat.adapters.lora import attach, extract, merge
+from sat.checkpoint import load
+from sat.models.t5 import T5Encoder
+from sat.parallel.apply import apply_plan
+from sat.parallel.collectives import barrier
+from sat.parallel.launch import Runtime
+from sat.parallel.linear import TensorRanks
+from sat.parallel.mesh import Mesh
+from sat.plan import family_plan, shards
+from tests.adapters import noisy, start, unet
+from tests.small import condition, fill, plus
+from tests.training import ranks
+
+
+def t5() -> T5Encoder:
+    """Two layers, four heads of 8."""
+    model = T5Encoder(dim=24, heads=4, head_dim=8, mlp_dim=40, depth=2, vocab=50, buckets=8, max_distance=16)
+    fill(model, std=0.2)
+    return model.eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"plus": plus, "unet": unet, "t5": t5}
+
+
+def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients for fixed inputs."""
+    dtype = next(model.parameters()).dtype
+    g = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)  # what dropout draws from
+    if isinstance(model, T5Encoder):
+        out = model(torch.randint(0, 50, (2, 9), generator=g))
+    else:
+        x = torch.randn(2, 4, 12, 20, generator=g).to(dtype)
+        out = model(x, torch.tensor([5.0, 900.0]), model.prepare(condition(dtype=dtype), (12, 20)))  # type: ignore[operator]
+    weight = torch.randn(out.shape, generator=g).to(out.dtype)
+    (out * weight).mean().backward()
+    return out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
+
+
+def compared(whole: nn.Module, split: nn.Module) -> dict[str, Any]:
+    """How far output and every gradient of ``split`` are from those of ``whole``."""
+    out, wanted = run(whole)
+    mine, found = run(split)
+    own = shards(split)
+    assert found.keys() == wanted.keys()
+    gradients = {
+        name: worst(found[name], own[name].take(value) if name in own else value)
+        for name, value in wanted.items()
+    }
+    return {"output": worst(mine, out), "gradients": gradients, "split": sorted(own), "out": mine}
+
+
+def models(runtime: Runtime, folder: Path, size: int) -> dict[str, Any]:
+    """Every model, filled whole and then split, in float64; and the largest share of a rank's weights."""
+    mesh = Mesh(runtime, tensor=size)
+    found = {}
+    for name, make in MODELS.items():
+        split = apply_plan(make().double(), family_plan(type(make())), mesh)
+        found[name] = compared(make().double(), split)
+    return found
+
+
+def read(runtime: Runtime, folder: Path) -> dict[str, bool]:
+    """A model on the meta device that reads its share from a file of the whole, and from diffusers' names."""
+    mesh = Mesh(runtime, tensor=runtime.world)
+    whole = plus()
+    if runtime.is_main:
+        save_file(whole.state_dict(), folder / "whole.safetensors")
+        torch.save({"module": whole.state_dict()}, folder / "whole.pt")
+    barrier(runtime.device)
+    found = {}
+    wanted = apply_plan(plus(), family_plan(type(whole)), mesh).state_dict()
+    for file in ("whole.safetensors", "whole.pt"):
+        with torch.device("meta"):
+            made = plus()
+        made = apply_plan(made, family_plan(type(made)), mesh)
+        load(made, folder / file, "model")
+        state = made.state_dict()
+        found[file] = state.keys() == wanted.keys() and all(torch.equal(state[n], wanted[n]) for n in wanted)
+    return found
+
+
+def adapters(runtime: Runtime, folder: Path, dora: bool) -> dict[str, Any]:
+    """Factors on a model that is split: its outputs, gradients, the factors read back, and merged."""
+    mesh = Mesh(runtime, tensor=runtime.world)
+
+    def made(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+        pair = plus().double(), apply_plan(plus().double(), family_plan(type(plus())), mesh)
+        layers = noisy(start(pair[0], ["attention", "mlp"], dora=dora))
+        for model in pair:
+            attach(model, "style", layers, dropout=dropout)
+        return pair
+
+    whole, split = made()
+    found = compared(whole, split)
+    layers, wanted = extract(split, "style"), extract(whole, "style")
+    found["extracted"] = max(
+        max(worst(a.down, b.down), worst(a.up, b.up))
+        for name in wanted
+        for a, b in zip(layers[name].parts, wanted[name].parts, strict=True)
+        if a is not None and b is not None
+    )
+    if dora:
+        found["magnitudes"] = max(worst(layers[n].magnitude, wanted[n].magnitude) for n in wanted)  # type: ignore[arg-type]
+    merge(split)
+    found["merged"] = worst(run(split)[0], found["out"])
+    whole, split = made(dropout=0.3)
+    whole.train()
+    split.train()
+    found["dropped"] = compared(whole, split)
+    found["calm"] = worst(found["dropped"]["out"], found["out"])
+    return found
+
+
+def halves(runtime: Runtime, folder: Path) -> dict[str, Any]:
+    """The types that layers give, and the same bits on all ranks, in half precision and under autocast."""
+    mesh = Mesh(runtime, tensor=runtime.world)
+    group = TensorRanks.of(mesh)
+    found: dict[str, Any] = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        whole, split = plus().to(dtype), apply_plan(plus().to(dtype), family_plan(type(plus())), mesh)
+        a, b = (run_plain(model) for model in (whole, split))
+        everyone = [torch.empty_like(b) for _ in range(group.size)]
+        torch.distributed.all_gather(everyone, b)
+        same = all(torch.equal(other, b) for other in everyone)
+        found[str(dtype)] = {"types": a.dtype == b.dtype, "far": worst(b.float(), a.float()), "same": same}
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, split = plus(), apply_plan(plus(), family_plan(type(plus())), mesh)
+        a, b = (run_plain(model) for model in (whole, split))
+        found["autocast"] = {"types": a.dtype == b.dtype, "far": worst(b.float(), a.float()), "same": True}
+    return found
+
+
+@torch.no_grad()
+def run_plain(model: nn.Module) -> Tensor:
+    """The output for fixed inputs."""
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(2, 4, 12, 20, generator=torch.Generator().manual_seed(3))
+    cond = condition(dtype=dtype)
+    out: Tensor = model(x, 5.0, model.prepare(cond, (12, 20)))  # type: ignore[operator]
+    return out
+
+
+def main(folder: Path) -> None:
+    """All cases."""
+    results: dict[str, Any] = {}
+    for size in (2, 4):
+        results[f"models {size}"] = ranks(
+            size, folder / f"models{size}", functools.partial(models, size=size)
+        )
+    results["read"] = ranks(2, folder / "read", read)
+    for dora in (False, True):
+        results[f"adapters {dora}"] = ranks(2, folder / f"dora{dora}", functools.partial(adapters, dora=dora))
+    results["halves"] = ranks(2, folder / "halves", halves)
+    torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

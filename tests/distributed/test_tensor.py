@@ -1,0 +1,78 @@
+"""Models split over tensor ranks by their plans: the numbers of whole ones, and training as one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.configs import ROOT
+from tests.tolerances import BF16
+
+MODELS = ("plus", "unet", "t5")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.distributed.tensor_ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
+    return found
+
+
+def values(results: dict[str, Any], case: str) -> list[Any]:
+    """What every rank found."""
+    for end in results[case]:
+        assert end["code"] == 0, end.get("error")
+    return [end["value"] for end in results[case]]
+
+
+@pytest.mark.parametrize("size", (2, 4))
+@pytest.mark.parametrize("model", MODELS)
+def test_a_split_model_is_the_whole_one(results: dict[str, Any], model: str, size: int) -> None:
+    """Output and every gradient, in float64."""
+    for value in values(results, f"models {size}"):
+        assert value[model]["output"] < 1e-13
+        assert max(value[model]["gradients"].values()) < 1e-12
+        assert len(value[model]["split"]) == {"plus": 12, "unet": 40, "t5": 11}[model]
+
+
+def test_ranks_agree_on_the_output_bit_for_bit(results: dict[str, Any]) -> None:
+    first, *others = values(results, "models 4")
+    for other in others:
+        for model in MODELS:
+            assert torch.equal(first[model]["out"], other[model]["out"])
+
+
+@pytest.mark.parametrize("file", ("whole.safetensors", "whole.pt"))
+def test_a_rank_reads_its_share_of_a_whole_file(results: dict[str, Any], file: str) -> None:
+    assert all(value[file] for value in values(results, "read"))
+
+
+@pytest.mark.parametrize("dora", (False, True))
+def test_factors_on_a_split_model_are_those_on_the_whole_one(results: dict[str, Any], dora: bool) -> None:
+    """Output, gradients, what is read back, what is merged, and with dropout too."""
+    for value in values(results, f"adapters {dora}"):
+        assert value["output"] < 1e-13
+        assert max(value["gradients"].values()) < 1e-12
+        assert sum(".factors." in name for name in value["gradients"]) == (32 if dora else 24)
+        assert sum(".factors." in name for name in value["split"]) == (16 if dora else 12)
+        assert value["extracted"] == 0
+        assert value.get("magnitudes", 0) < 1e-15
+        assert value["merged"] < 1e-13
+        assert value["dropped"]["output"] < 1e-13
+        assert max(value["dropped"]["gradients"].values()) < 1e-12
+        assert value["calm"] > 0.01  # the dropout did something
+
+
+def test_half_precision_has_the_types_of_a_whole_model(results: dict[str, Any]) -> None:
+    for value in values(results, "halves"):
+        for case in value.values():
+            assert case["types"]
+            assert case["same"]
+            assert case["far"] < BF16
