@@ -138,9 +138,9 @@ class Factors(nn.Module):
         return next(self.down.parameters()).dtype
 
     def layer(self, base: nn.Module, value: Value | None = None) -> LayerFactors:
-        """These factors as data, whole; ``value`` gives a parameter's whole tensor (None: it is gathered).
+        """These factors as data, whole; ``value`` gives a parameter's whole tensor, also of ``base``.
 
-        Of a ``base`` that is split every tensor rank calls it.
+        Without it they are gathered: of a ``base`` that is split every tensor rank calls it.
         """
         pairs: list[Pair | None] = []
         for i in map(str, range(self.parts)):
@@ -154,7 +154,8 @@ class Factors(nn.Module):
         if self.gain is None:
             return LayerFactors(tuple(pairs))
         gain = self._whole_gain() if value is None else value(self.gain)
-        norms = base_norms(base).to(gain.device)
+        weight = cast(nn.Parameter, cast(LinearLike, base).weight)
+        norms = (base_norms(base) if value is None else row_norms(value(weight))).to(gain.device)
         return LayerFactors(tuple(pairs), norms * (1 + gain.to(norms.dtype)))
 
     def _whole_gain(self) -> Tensor:
@@ -379,8 +380,8 @@ def detach(model: nn.Module, name: str) -> None:
 
 
 def extract(model: nn.Module, name: str, value: Value | None = None) -> dict[str, LayerFactors]:
-    """The adapter ``name`` as data, whole; ``value`` gives a parameter's tensor (None: its own).
+    """The adapter ``name`` as data, whole; ``value`` gives a parameter's whole tensor.
 
-    Over tensor ranks every one of them calls it.
+    Without it they are gathered: over tensor ranks every one of them calls it.
     """
     return {path: module.layer(name, value) for path, module in adapted(model) if name in module.strengths}
