@@ -53,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, metavar="N", help="images per prompt")
     add("--lora", action="append", metavar="PATH[:STRENGTH]", help="use an adapter; repeat for several")
     add(
+        "--optimize-prompt",
+        action="store_true",
+        help="have a language model describe each prompt first",
+    )
+    add("--optimizer-url", metavar="URL", help="its OpenAI-compatible server (its key: OPENAI_API_KEY)")
+    add("--optimizer-model", metavar="NAME", help="its name on that server")
+    add(
         "--resume",
         action="store_true",
         help="skip what is already in the output folder with the same settings",
@@ -66,6 +73,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parse(options, argv, "configs/tiny.yaml")
     if args.prompt and args.prompt_file:
         options.error("--prompt and --prompt-file exclude each other")
+    if (args.optimizer_url or args.optimizer_model) and not args.optimize_prompt:
+        options.error("--optimizer-url and --optimizer-model go with --optimize-prompt")
     return args
 
 

@@ -7,10 +7,11 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sat.cli.guard import Stopped, UsageError, describe
+from sat.cli.rewriting import one_by_one, optimizer, rewrite_all
 from sat.cli.stages import Place, finish, inputs_of, places
 from sat.config.cascade import Cascade, load_cascade
 from sat.config.label import label, weight_digests
@@ -52,14 +53,17 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         log.warning("%s", notice)
     if prompts is None:
         _refuse_to_ask(cascade)
+    ask = optimizer(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout)
     logs.setup(runtime.rank, debug=args.debug)
     watch = Watch(runtime.rank, runtime.world, first.parallel.timeout)
     try:
         ranks = _Ranks(runtime, _mesh(cascade, runtime), watch)
         if prompts is None:
-            _ask(_open(Place.alone(asked_again(first)), ranks, 1))
+            _ask(_open(Place.alone(asked_again(first)), ranks, 1), one_by_one(ask))
         else:
+            if ask is not None:
+                cascade, prompts = rewrite_all(ask, cascade, prompts, runtime)
             _draw_all(cascade, prompts, ranks)
         watch.finish()
     except LostRankError:
@@ -253,8 +257,8 @@ def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], 
         print(session.folder.root)
 
 
-def _ask(session: _Session) -> None:
-    """Ask for prompts until end of file; each gets the next free number."""
+def _ask(session: _Session, rewrite: Callable[[str], str]) -> None:
+    """Ask for prompts until end of file; each is rewritten and gets the next free number."""
     if session.runtime.world > 1:
         raise UsageError(
             "asking for prompts works in one process: give --prompt or --prompt-file, or run one"
@@ -265,9 +269,9 @@ def _ask(session: _Session) -> None:
     while (text := _question()) is not None:
         if not text.strip():
             continue
-        prompt = Prompt(session.folder.next_index(), text.strip())
         try:
-            check_text(prompt.text, "the prompt")
+            check_text(text, "the prompt")
+            prompt = Prompt(session.folder.next_index(), rewrite(text))
             for path in session.run([prompt]).written:
                 print(path)
         except Stopped:

@@ -127,7 +127,7 @@ def build_engine(
     )  # the check made sure of classes
     network = fill.part(experiment.model, "model")
     first_stage = cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage"))
-    tokenizer = _tokenizer(experiment.conditioning, weights)
+    tokenizer = find_tokenizer(experiment.conditioning, weights)
     engine = _assemble(experiment, network, text, first_stage, tokenizer, without)
     engine = engine.to(device)
     if experiment.adapters.load:
@@ -355,7 +355,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def _tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5Tokenizer | None:
+def find_tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5Tokenizer | None:
     """The tokenizer of the config, or the one beside the text encoder's weights; None without either."""
     from sat.models.t5 import T5Tokenizer
 

@@ -16,7 +16,7 @@ from tests.architecture.tree import ROOT, files
 
 WRITTEN = commands("*.md", "docs/*.md", "data/*.md", "sample_scripts/*", "train_scripts/*")
 CHECKED = {"sample.py": "sat.cli.sample", "train.py": "sat.cli.train"}
-PARSED = {"convert.py": "sat.cli.convert"}
+PARSED = {"convert.py": "sat.cli.convert", "prompt_optimize.py": "sat.cli.prompt_optimize"}
 FIRST = (
     "pip install -r requirements.txt"
     ' && torchrun --standalone sample.py --base configs/tiny.yaml --prompt "a red apple"'

@@ -12,7 +12,9 @@ import pytest
 
 from tests.architecture.tree import ROOT, sources, tree
 
-ENTRY_POINTS = [name for name in ("sample.py", "train.py", "convert.py") if (ROOT / name).exists()]
+ENTRY_POINTS = [
+    name for name in ("sample.py", "train.py", "convert.py", "prompt_optimize.py") if (ROOT / name).exists()
+]
 HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "wandb", "PIL", "sentencepiece")
 
 

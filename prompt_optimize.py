@@ -1,0 +1,8 @@
+"""Turn a short prompt into a full English description: ``python prompt_optimize.py --help``."""
+
+import sys
+
+from sat.cli.prompt_optimize import main
+
+if __name__ == "__main__":
+    sys.exit(main())
