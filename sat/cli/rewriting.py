@@ -36,12 +36,14 @@ def optimizer(args: argparse.Namespace, experiment: Experiment) -> PromptOptimiz
 
 
 def rewrite_all(
-    ask: PromptOptimizer, cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime
-) -> tuple[Cascade, list[Prompt]]:
-    """``prompts`` rewritten, and the cascade with them in its configs, so that its record repeats the run.
+    ask: PromptOptimizer | None, cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime
+) -> tuple[Cascade, Sequence[Prompt]]:
+    """The cascade with rewritten prompts in its configs, so that its record repeats the run; the prompts.
 
-    The main rank asks for all. What cannot be rewritten stays as it is, with a notice.
+    The main rank asks for all. What cannot be rewritten stays as it is, with a notice; without ``ask``, all.
     """
+    if ask is None:
+        return cascade, prompts
     texts = [prompt.text for prompt in prompts]
     answers = ask.all(texts) if runtime.is_main else []
     new: list[str] = from_main([_told(*pair) for pair in zip(texts, answers, strict=False)])

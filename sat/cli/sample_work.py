@@ -62,9 +62,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         if prompts is None:
             _ask(_open(Place.alone(asked_again(first)), ranks, 1), one_by_one(ask))
         else:
-            if ask is not None:
-                cascade, prompts = rewrite_all(ask, cascade, prompts, runtime)
-            _draw_all(cascade, prompts, ranks)
+            _draw_all(*rewrite_all(ask, cascade, prompts, runtime), ranks)
         watch.finish()
     except LostRankError:
         raise
