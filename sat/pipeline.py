@@ -253,7 +253,7 @@ def open_drawer(
     sampling, memory = experiment.sampling, experiment.memory
     if mesh is None:
         data_ranks(1, **experiment.parallel.sizes)
-    engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype])
+    engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh)
     drawer = Drawer(
         engine,
         build_sampler(experiment),

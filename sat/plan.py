@@ -6,8 +6,8 @@ rank holds of one tensor is a :class:`Shard`; a layer that is split says so by :
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
@@ -148,17 +148,12 @@ def cuts(style: Column | Row, kind: type[nn.Module] = nn.Linear) -> dict[str, Cu
     return {"weight": Cut(1)}
 
 
-def planned_cuts(module: nn.Module, plan: Plan) -> dict[str, Cut]:
-    """How the tensors of the whole ``module`` are cut by ``plan``, by full name."""
+def named_cuts(names: Iterable[str], plan: Plan) -> dict[str, Cut]:
+    """How the tensors ``names`` of whole linears are cut by ``plan``; those that are not named stay whole."""
     found: dict[str, Cut] = {}
-    for path, layer in module.named_modules():
-        style = style_of(plan, path) if path else None
-        if style is not None:
-            own = dict(layer.named_parameters(recurse=False))
-            found |= {f"{path}.{n}": cut for n, cut in cuts(style, type(layer)).items() if n in own}
+    for name in names:
+        path, _, local = name.rpartition(".")
+        style = style_of(plan, path)
+        if style is not None and (cut := cuts(style).get(local)) is not None:
+            found[name] = cut
     return found
-
-
-def fused(cut: Cut, count: int) -> Cut:
-    """The cut of ``count`` tensors of one cut that are fused to one on the dimension they are cut along."""
-    return replace(cut, parts=cut.parts * count) if cut.dim == 0 else cut

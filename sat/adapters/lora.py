@@ -25,7 +25,16 @@ from sat.adapters.factors import (
     widened,
 )
 from sat.parallel.apply import split
-from sat.parallel.linear import ColumnLinear, RowLinear, ShareOfDropout, TensorRanks, whole_weight
+from sat.parallel.linear import (
+    ColumnLinear,
+    RowLinear,
+    ShareOfDropout,
+    joined,
+    shard_on,
+    summed,
+    whole_weight,
+)
+from sat.parallel.mesh import Axis
 from sat.plan import Column, Cut, Row, Shard, of_factors
 from sat.transformer import Transformer
 
@@ -51,10 +60,10 @@ class Factors(nn.Module):
                 self.down[str(i)] = _linear(pair.down, weight)
                 self.up[str(i)] = _linear(pair.up, weight)
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.ranks: TensorRanks | None = None
+        self.tensor: Axis | None = None
         self.style: Column | Row | None = None
         if isinstance(base, (ColumnLinear, RowLinear)):
-            self._split(base.style, base.ranks, dropout)
+            self._split(base.style, base.tensor, dropout)
         self.gain: nn.Parameter | None = None
         if layer.magnitude is not None:
             norms, shard = base_norms(base), self._gain_shard()
@@ -62,21 +71,21 @@ class Factors(nn.Module):
             gain = gain if shard is None else shard.take(gain).clone()
             self.gain = nn.Parameter(gain.to(weight.dtype))
 
-    def _split(self, style: Column | Row, ranks: TensorRanks, dropout: float) -> None:
+    def _split(self, style: Column | Row, tensor: Axis, dropout: float) -> None:
         """Keep this rank's share of the factors of a base that is split by ``style``."""
-        self.style, self.ranks = style, ranks
+        self.style, self.tensor = style, tensor
         for side, kind in zip((self.down, self.up), of_factors(style), strict=True):
             if kind is not None:
                 for part in side:
-                    side[part] = split(side[part], kind, ranks)
+                    side[part] = split(side[part], kind, tensor)
         if dropout and isinstance(style, Row):
-            self.dropout = ShareOfDropout(dropout, ranks)
+            self.dropout = ShareOfDropout(dropout, tensor)
 
     def _gain_shard(self) -> Shard | None:
         """This rank's share of a vector over the outputs; None: it has all of it."""
-        if self.ranks is None or not isinstance(self.style, Column):
+        if self.tensor is None or not isinstance(self.style, Column):
             return None
-        return self.ranks.shard(Cut(0, self.style.parts))
+        return shard_on(self.tensor, Cut(0, self.style.parts))
 
     def shards(self) -> Mapping[str, Shard]:
         """What this rank holds of the gain; the factors say it for themselves."""
@@ -85,7 +94,7 @@ class Factors(nn.Module):
 
     def _summed(self, x: Tensor) -> Tensor:
         """``x``, a sum over the inputs, of which each rank has a part if the base is split over them."""
-        return self.ranks.sum(x) if self.ranks is not None and isinstance(self.style, Row) else x
+        return summed(x, self.tensor) if self.tensor is not None and isinstance(self.style, Row) else x
 
     def scale(self, part: str) -> float:
         """alpha / r of a part."""
@@ -161,9 +170,9 @@ class Factors(nn.Module):
     def _whole_gain(self) -> Tensor:
         assert self.gain is not None, "only DoRA asks"
         shard = self._gain_shard()
-        if shard is None or self.ranks is None:
+        if shard is None or self.tensor is None:
             return self.gain.detach()
-        return self.ranks.whole(self.gain.detach(), shard.cut)
+        return joined(self.gain.detach(), shard.cut, self.tensor)
 
 
 Value = Callable[[nn.Parameter], Tensor]
@@ -174,9 +183,9 @@ def base_norms(base: nn.Module) -> Tensor:
     """(O,) norms of the rows of a linear's weight; of one that is split every tensor rank calls it."""
     weight = cast(LinearLike, base).weight.detach()
     if isinstance(base, RowLinear):
-        return base.ranks.sum(widened(weight).square().sum(1)).sqrt()
+        return summed(widened(weight).square().sum(1), base.tensor).sqrt()
     if isinstance(base, ColumnLinear):
-        return base.ranks.whole(row_norms(weight), Cut(0, base.cuts["weight"].parts))
+        return joined(row_norms(weight), Cut(0, base.cuts["weight"].parts), base.tensor)
     return row_norms(weight)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ def convert(
         advance = progress(total) if progress is not None else None
         tokenizer, notes = _tokenizer(sources, parts, to)
         writer = WRITERS[to]
-        written = Options(options.dtype, options.max_shard_bytes, advance)
+        written = replace(options, advance=advance)
         writer(destination, parts, _finished(sections), tokenizer=tokenizer, options=written)
         return Converted(destination, {part: len(tensors) for part, tensors in parts.items()}, total, notes)
 

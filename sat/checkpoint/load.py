@@ -13,9 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from sat.checkpoint.fit import Fit, family_rules, fit
-from sat.checkpoint.format import CheckpointError, LazyStateDict, Part, TensorInfo, as_lazy, listing
+from sat.checkpoint.format import (
+    ENGINE_PREFIXES,
+    CheckpointError,
+    LazyStateDict,
+    Part,
+    TensorInfo,
+    as_lazy,
+    listing,
+)
 from sat.checkpoint.formats import open_part
-from sat.plan import shards
+from sat.checkpoint.ranks import RankFiles
+from sat.plan import family_plan, shards
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +126,11 @@ def match(
     allow_unexpected: Sequence[str] = (),
 ) -> Fit:
     """How ``theirs`` fills ``module``, by names and shapes alone; one line lists all that does not fit."""
-    expected = wanted(module)
-    found = fit(theirs, expected, family_rules(type(module)), part)
+    expected, layouts = wanted(module), family_rules(type(module))
+    if isinstance(theirs, RankFiles) and "SAT" in layouts:
+        plan = family_plan(type(module))
+        theirs = theirs.merged(expected, plan, layouts["SAT"], ENGINE_PREFIXES[part])
+    found = fit(theirs, expected, layouts, part)
     if isinstance(module, Adopts):
         module.adopt({name: found.view.info(name).shape for name in found.view})
         expected = wanted(module)

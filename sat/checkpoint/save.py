@@ -32,12 +32,14 @@ from sat.checkpoint.formats.diffusers import (
 )
 from sat.checkpoint.formats.hf_t5 import T5, t5_config, tokenizer_config
 from sat.checkpoint.formats.native import FORMAT, MANIFEST, VERSION
-from sat.checkpoint.formats.sat import ENGINE_FILE, SIDECAR
+from sat.checkpoint.formats.sat import SIDECAR, rank_file
 from sat.checkpoint.load import Overflow
+from sat.checkpoint.ranks import ShareOf, their_cuts
 from sat.checkpoint.rules import as_theirs
 from sat.checkpoint.safetensors_file import Written, write_safetensors
 from sat.checkpoint.torch_file import write_torch
 from sat.checkpoint.whole import whole_folder
+from sat.plan import Cut, family_plan
 
 Parts = Mapping[Part, Mapping[str, Tensor]]
 SHARD_BYTES = 5_000_000_000
@@ -45,10 +47,14 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """How tensors are written. ``dtype`` None keeps each tensor's; ``advance`` is told the bytes done."""
+    """How tensors are written. ``dtype`` None keeps each tensor's; ``advance`` is told the bytes done.
+
+    ``ranks``: model-parallel ranks that an official engine file is split over.
+    """
 
     dtype: torch.dtype | None = None
     max_shard_bytes: int = SHARD_BYTES
+    ranks: int = 1
     advance: Callable[[int], None] | None = None
 
 
@@ -85,7 +91,7 @@ def save_sat(
     tokenizer: Path | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Write the official layout: ``latest``, the engine file, the autoencoder's .pt and a T5 folder.
+    """Write the official layout: ``latest``, the engine files, the autoencoder's .pt and a T5 folder.
 
     Source: the layout of the published CogView3 weights. The engine file holds the network only, as
     published.
@@ -95,8 +101,10 @@ def save_sat(
         if "model" in parts:
             tensors = _theirs(parts["model"], "model", "SAT", config)
             (place / "1").mkdir()
-            prefix = ENGINE_PREFIXES["model"]
-            _torch(place / "1" / ENGINE_FILE, tensors, "module", prefix, options)
+            cuts = _cuts(parts["model"], config, options.ranks)
+            for rank in range(options.ranks):
+                share = ShareOf(tensors, cuts, rank, options.ranks) if cuts else tensors
+                _torch(place / "1" / rank_file(rank), share, "module", ENGINE_PREFIXES["model"], options)
             (place / "latest").write_text("1")
         if "first_stage" in parts:
             tensors = _theirs(parts["first_stage"], "first_stage", "SAT", config)
@@ -171,10 +179,6 @@ def _bytes(parts: Parts, options: Options) -> int:
     return sum(_info(tensors, name, options).nbytes for tensors in lazy for name in tensors)
 
 
-#
-#
-
-
 def _params(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     params: Mapping[str, Any] = (config.get(section) or {}).get("params") or {}
     return params
@@ -196,6 +200,14 @@ def _theirs(
     if layout not in rules:
         raise CheckpointError(f"{target} has no {layout} names; it can be written as {sorted(rules)} only")
     return as_theirs(as_lazy(tensors), rules[layout])
+
+
+def _cuts(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ranks: int) -> dict[str, Cut]:
+    """How the network's tensors are cut over model-parallel ranks, under the official names."""
+    if ranks == 1:
+        return {}
+    kind = _class(str(config["model"]["target"]), "model")
+    return their_cuts(as_lazy(tensors).infos(), family_plan(kind), family_rules(kind)["SAT"], ranks)
 
 
 def _class(target: str, part: Part) -> type[nn.Module]:

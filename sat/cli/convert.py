@@ -20,13 +20,14 @@ Convert the checkpoint SRC to a new folder DST. The format of SRC is found by it
   python convert.py checkpoints/tiny OUT --to diffusers
   python convert.py MINE OUT --to native --base configs/mine.yaml --dtype bf16
   python convert.py checkpoints/tiny OUT --to native --merge-lora runs/lora:0.8
+  python convert.py weights/plus OUT --to sat --tensor-parallel 2
   python convert.py runs/lora OUT --to peft
 
 Tensors pass through one at a time; DST appears whole or not at all.
 """
 EPILOG = """\
 native     our own: manifest with the config, safetensors
-sat        official: latest, 1/mp_rank_00_model_states.pt, vae/*.pt, t5-v1_1-xxl/
+sat        official: latest, 1/mp_rank_00_model_states.pt (one of N), vae/*.pt, t5-v1_1-xxl/
 diffusers  a folder for CogView3PlusPipeline.from_pretrained
 If SRC is a LoRA (a file, its folder, or the folder of the run that trained it), so is DST: native, peft
 (adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
@@ -74,6 +75,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH[:STRENGTH]",
         help="fold an adapter into the weights; repeat for several",
     )
+    top.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the network of an official folder into the files of N model-parallel ranks (1)",
+    )
     top.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type to write (as in SRC)")
     top.add_argument(
         "--max-shard", default="5GB", metavar="SIZE", help="largest safetensors file, e.g. 500MB (5GB)"
@@ -113,9 +121,11 @@ def _convert(args: argparse.Namespace) -> int:
         return _convert_adapter(args, config, imports)
     if args.to == "peft":
         raise UsageError(f"--to peft is for adapters, and {args.src} is none")
+    ranks = _ranks(args.tensor_parallel, args.to)
     sources = Sources(
-        args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only), _folding(args.merge_lora)
-    )
+        args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only),
+        _changing(args.merge_lora, ranks),
+    )  # fmt: skip
     bar = _Bar()
     try:
         done = convert(
@@ -124,7 +134,7 @@ def _convert(args: argparse.Namespace) -> int:
             args.to,
             lambda component: build_empty(Component(**component), imports),
             config=config,
-            options=Options(dtype=DTYPES[args.dtype] if args.dtype else None, max_shard_bytes=most),
+            options=Options(DTYPES[args.dtype] if args.dtype else None, most, ranks),
             allow_pickle=args.allow_pickle,
             progress=bar,
         )
@@ -137,15 +147,40 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _folding(wanted: list[str]) -> Callable[[Any], Any] | None:
-    """What folds the adapters into the parts of a checkpoint; None without any."""
-    if not wanted:
+def _ranks(wanted: int, to: str) -> int:
+    """The number of model-parallel ranks to write for."""
+    if wanted < 1:
+        raise UsageError(f"--tensor-parallel is {wanted}, expected at least 1")
+    if wanted > 1 and to != "sat":
+        raise UsageError(
+            f"--tensor-parallel is for --to sat: {to} files hold whole tensors, and every layout reads them"
+        )
+    return wanted
+
+
+def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
+    """What is done to the parts of a checkpoint on the way: adapters folded in; None for nothing.
+
+    A network that does not divide over ``ranks`` is refused here, before anything is written.
+    """
+    if not wanted and ranks == 1:
         return None
-    from functools import partial
-
     from sat.adapters.merge import Loading, folded
+    from sat.parallel.apply import check_plan
+    from sat.plan import family_plan
 
-    return partial(folded, wanted=[Loading(*lora(text)) for text in wanted])
+    def change(parts: Any) -> Any:
+        network = parts.get("model")
+        if ranks > 1 and network is None:
+            raise UsageError("--tensor-parallel splits the network, which is not among the parts to convert")
+        if ranks > 1:
+            try:
+                check_plan(network.module, family_plan(type(network.module)), ranks)
+            except ValueError as error:
+                raise UsageError(f"--tensor-parallel {ranks}: {error}") from error
+        return folded(parts, [Loading(*lora(text)) for text in wanted]) if wanted else parts
+
+    return change
 
 
 def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None, imports: list[str]) -> int:
@@ -157,6 +192,8 @@ def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None,
 
     if args.merge_lora:
         raise UsageError(f"--merge-lora is for checkpoints, and {args.src} is an adapter itself")
+    if args.tensor_parallel != 1:
+        raise UsageError(f"--tensor-parallel is for checkpoints, and {args.src} is an adapter")
     adapter, files = convert_adapter(
         args.src,
         args.dst,

@@ -273,7 +273,7 @@ class _Fill:
         """``module`` with this tensor rank's share of its planned layers; the autoencoder stays whole."""
         if self.mesh is None or part == "first_stage":
             return module
-        return apply_plan(module, family_plan(type(module)), self.mesh)
+        return apply_plan(module, family_plan(type(module)), self.mesh.tensor)
 
 
 def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:

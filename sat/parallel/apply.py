@@ -7,35 +7,37 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from sat.parallel.linear import ColumnEmbedding, ColumnLinear, RowLinear, TensorMesh, TensorRanks
+from sat.parallel.linear import ColumnEmbedding, ColumnLinear, RowLinear
+from sat.parallel.mesh import Axis
 from sat.plan import Column, Plan, Row, style_of
 
 
-def apply_plan(model: nn.Module, plan: Plan, mesh: TensorMesh) -> nn.Module:
-    """Put split layers in the place of the linears and embeddings of ``model`` that ``plan`` names.
+def apply_plan(model: nn.Module, plan: Plan, tensor: Axis) -> nn.Module:
+    """Put layers split over ``tensor`` in the place of those of ``model`` that ``plan`` names.
 
     Of a model on the meta device, only shapes change, and a checkpoint is then read share by share
     (:func:`sat.checkpoint.load`); of one with values, each layer keeps its rank's share. What the plan does
     not name stays whole on every rank. Raises where a pattern matches nothing or a size does not divide.
     """
-    ranks = TensorRanks.of(mesh)
-    if ranks.size == 1:
+    if tensor.size == 1:
         return model
-    check_plan(model, plan, ranks.size)
+    check_plan(model, plan, tensor.size)
     for path, style in [(path, style) for path, _, style in _planned(model, plan)]:  # whole layers may go
         parent, _, leaf = path.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, leaf, split(owner.get_submodule(leaf), style, ranks))
+        setattr(owner, leaf, split(owner.get_submodule(leaf), style, tensor))
     return model
 
 
-def split(layer: nn.Module, style: Column | Row, ranks: TensorRanks) -> nn.Module:
+def split(layer: nn.Module, style: Column | Row, tensor: Axis) -> nn.Module:
     """This rank's share of one linear or embedding."""
     if isinstance(layer, nn.Embedding):
         assert isinstance(style, Column), "checked before"
-        return ColumnEmbedding(layer, style, ranks)
+        return ColumnEmbedding(layer, style, tensor)
     assert isinstance(layer, nn.Linear), "checked before"
-    return ColumnLinear(layer, style, ranks) if isinstance(style, Column) else RowLinear(layer, style, ranks)
+    return (
+        ColumnLinear(layer, style, tensor) if isinstance(style, Column) else RowLinear(layer, style, tensor)
+    )
 
 
 def check_plan(model: nn.Module, plan: Plan, size: int) -> None:

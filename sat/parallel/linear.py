@@ -7,91 +7,60 @@ parameters have the share's shape. Source: Megatron-LM, arXiv:1909.08053, sectio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.parallel.mesh import Axis
 from sat.plan import Column, Cut, Row, Shard, cuts
 
 
-class TensorMesh(Protocol):
-    """What is asked of the mesh: the tensor ranks of one model (:class:`sat.parallel.mesh.Mesh`)."""
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        """Their process group; None of a single one."""
-        ...
-
-    def get_model_parallel_rank(self) -> int:
-        """This rank's place among them."""
-        ...
-
-    def get_model_parallel_world_size(self) -> int:
-        """Their number."""
-        ...
+def shard_on(tensor: Axis, cut: Cut) -> Shard:
+    """What this rank of ``tensor`` holds of a tensor that is cut so."""
+    return Shard(cut, tensor.rank, tensor.size)
 
 
-@dataclass(frozen=True)
-class TensorRanks:
-    """The tensor ranks of one model, and this one's place among them."""
+def summed(x: Tensor, tensor: Axis) -> Tensor:
+    """``x`` summed over the ranks of ``tensor``, in place where it can be; without a gradient."""
+    x = x.contiguous()
+    if tensor.size > 1:
+        dist.all_reduce(x, group=tensor.group)
+    return x
 
-    rank: int
-    size: int
-    group: dist.ProcessGroup | None
 
-    @classmethod
-    def of(cls, mesh: TensorMesh) -> TensorRanks:
-        """Those of ``mesh``."""
-        group = mesh.get_model_parallel_group()
-        return cls(mesh.get_model_parallel_rank(), mesh.get_model_parallel_world_size(), group)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TensorRanks:
-        return self  # a copied model runs on the same ranks
-
-    def shard(self, cut: Cut) -> Shard:
-        """This rank's share of a tensor that is cut so."""
-        return Shard(cut, self.rank, self.size)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """``x`` summed over the ranks, in place where it can be; without a gradient."""
-        x = x.contiguous()
-        if self.size > 1:
-            dist.all_reduce(x, group=self.group)
-        return x
-
-    def whole(self, share: Tensor, cut: Cut) -> Tensor:
-        """The whole tensor of which each rank holds a ``share``; every rank calls it, and has it then."""
-        if self.size == 1:
-            return share
-        parts = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, share.detach().contiguous(), group=self.group)
-        return cut.join(parts)
+def joined(share: Tensor, cut: Cut, tensor: Axis) -> Tensor:
+    """The whole tensor of which each rank holds a ``share``; every rank calls it, and has it then."""
+    if tensor.size == 1:
+        return share
+    parts = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(tensor.size)]
+    dist.all_gather(parts, share.detach().contiguous(), group=tensor.group)
+    return cut.join(parts)
 
 
 class _Enter(torch.autograd.Function):
     """The same on every rank; the gradients that come back are summed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
+    def forward(ctx: Any, x: Tensor, tensor: Axis) -> Tensor:
+        ctx.tensor = tensor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # A copy: autograd may hand the same tensor to others.
-        return ctx.ranks.sum(gradient.clone(memory_format=torch.contiguous_format)), None
+        return summed(gradient.clone(memory_format=torch.contiguous_format), ctx.tensor), None
 
 
 class _Leave(torch.autograd.Function):
     """Summed over the ranks, in place; every rank's gradient is the one that comes back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: TensorRanks) -> Tensor:
+    def forward(ctx: Any, x: Tensor, tensor: Axis) -> Tensor:
         ctx.mark_dirty(x)
-        dist.all_reduce(x, group=ranks.group)
+        dist.all_reduce(x, group=tensor.group)
         return x
 
     @staticmethod
@@ -99,31 +68,31 @@ class _Leave(torch.autograd.Function):
         return gradient, None
 
 
-def enter(x: Tensor, ranks: TensorRanks) -> Tensor:
+def enter(x: Tensor, tensor: Axis) -> Tensor:
     """``x``, which all ranks hold, on its way into a split layer."""
-    if not (torch.is_grad_enabled() and x.requires_grad) or ranks.size == 1:
+    if not (torch.is_grad_enabled() and x.requires_grad) or tensor.size == 1:
         return x
-    out: Tensor = _Enter.apply(x, ranks)  # type: ignore[no-untyped-call]
+    out: Tensor = _Enter.apply(x, tensor)  # type: ignore[no-untyped-call]
     return out
 
 
-def leave(x: Tensor, ranks: TensorRanks) -> Tensor:
+def leave(x: Tensor, tensor: Axis) -> Tensor:
     """The sum of all ranks' ``x``, which is consumed."""
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return ranks.sum(x)
-    if ranks.size == 1:
+        return summed(x, tensor)
+    if tensor.size == 1:
         return x
-    out: Tensor = _Leave.apply(x.contiguous(), ranks)  # type: ignore[no-untyped-call]
+    out: Tensor = _Leave.apply(x.contiguous(), tensor)  # type: ignore[no-untyped-call]
     return out
 
 
 class _SplitLinear(nn.Linear):
     """A linear whose tensors are cut as ``self.cuts`` says."""
 
-    def __init__(self, whole: nn.Linear, style: Column | Row, ranks: TensorRanks) -> None:
+    def __init__(self, whole: nn.Linear, style: Column | Row, tensor: Axis) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = whole.in_features, whole.out_features
-        self.style, self.ranks = style, ranks
+        self.style, self.tensor = style, tensor
         self.training = whole.training
         self.cuts = {name: cut for name, cut in cuts(style).items() if getattr(whole, name) is not None}
         self.weight = _share(whole.weight, self.shards().get("weight"))
@@ -131,7 +100,7 @@ class _SplitLinear(nn.Linear):
 
     def shards(self) -> Mapping[str, Shard]:
         """What this rank holds of the weight and, of a column, of the bias."""
-        return {name: self.ranks.shard(cut) for name, cut in self.cuts.items()}
+        return {name: shard_on(self.tensor, cut) for name, cut in self.cuts.items()}
 
     def reset_parameters(self) -> None:
         """As a whole linear draws them, from the same random numbers; each rank keeps its share."""
@@ -146,14 +115,14 @@ class _SplitLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The whole layer's sizes and this rank's place."""
-        return f"{super().extra_repr()}, {self.style}, rank {self.ranks.rank} of {self.ranks.size}"
+        return f"{super().extra_repr()}, {self.style}, rank {self.tensor.rank} of {self.tensor.size}"
 
 
 class ColumnLinear(_SplitLinear):
     """(…, I) on every rank -> this rank's share (…, O / ranks) of the outputs."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
-        return F.linear(enter(x, self.ranks), self.weight, self.bias)
+        return F.linear(enter(x, self.tensor), self.weight, self.bias)
 
 
 class RowLinear(_SplitLinear):
@@ -163,28 +132,28 @@ class RowLinear(_SplitLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
-        out = leave(F.linear(x, self.weight), self.ranks)
+        out = leave(F.linear(x, self.weight), self.tensor)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 class ColumnEmbedding(nn.Embedding):
     """Indices -> this rank's share of the embedding's columns."""
 
-    def __init__(self, whole: nn.Embedding, style: Column, ranks: TensorRanks) -> None:
+    def __init__(self, whole: nn.Embedding, style: Column, tensor: Axis) -> None:
         nn.Module.__init__(self)
         if whole.padding_idx is not None or whole.max_norm is not None or whole.sparse:
             raise ValueError("an embedding with padding_idx, max_norm or sparse gradients cannot be split")
         self.num_embeddings, self.embedding_dim = whole.num_embeddings, whole.embedding_dim
         self.padding_idx = self.max_norm = None
         self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, whole.scale_grad_by_freq, False
-        self.style, self.ranks = style, ranks
+        self.style, self.tensor = style, tensor
         self.training = whole.training
         self.cut = cuts(style, nn.Embedding)["weight"]
         self.weight = _share(whole.weight, self.shards()["weight"])
 
     def shards(self) -> Mapping[str, Shard]:
         """What this rank holds of the table."""
-        return {"weight": self.ranks.shard(self.cut)}
+        return {"weight": shard_on(self.tensor, self.cut)}
 
     def reset_parameters(self) -> None:
         """As a whole table is drawn, from the same random numbers; each rank keeps its share."""
@@ -207,7 +176,7 @@ def whole_weight(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor), "of a linear"
     if isinstance(layer, _SplitLinear):
-        return layer.ranks.whole(weight.detach(), layer.cuts["weight"])
+        return joined(weight.detach(), layer.cuts["weight"], layer.tensor)
     return weight.detach()
 
 
@@ -218,13 +187,13 @@ class ShareOfDropout(nn.Module):
     together they are the one that a single process draws.
     """
 
-    def __init__(self, p: float, ranks: TensorRanks) -> None:
+    def __init__(self, p: float, tensor: Axis) -> None:
         super().__init__()
-        self.p, self.ranks = p, ranks
+        self.p, self.tensor = p, tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I / ranks) -> (…, I / ranks)."""
         if not self.training or not self.p:
             return x
-        whole = x.new_ones(*x.shape[:-1], x.shape[-1] * self.ranks.size)
-        return x * self.ranks.shard(Cut(x.dim() - 1)).take(F.dropout(whole, self.p))
+        whole = x.new_ones(*x.shape[:-1], x.shape[-1] * self.tensor.size)
+        return x * shard_on(self.tensor, Cut(x.dim() - 1)).take(F.dropout(whole, self.p))

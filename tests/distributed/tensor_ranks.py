@@ -21,7 +21,6 @@ from sat.models.t5 import T5Encoder
 from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
-from sat.parallel.linear import TensorRanks
 from sat.parallel.mesh import Mesh
 from sat.plan import family_plan, shards
 from tests.adapters import noisy, start, unet
@@ -74,29 +73,29 @@ def compared(whole: nn.Module, split: nn.Module) -> dict[str, Any]:
 
 def models(runtime: Runtime, folder: Path, size: int) -> dict[str, Any]:
     """Every model, filled whole and then split, in float64; and the largest share of a rank's weights."""
-    mesh = Mesh(runtime, tensor=size)
+    tensor = Mesh(runtime, tensor=size).tensor
     found = {}
     for name in MODELS if size == 2 else ["plus"]:
         make = MODELS[name]
-        split = apply_plan(make().double(), family_plan(type(make())), mesh)
+        split = apply_plan(make().double(), family_plan(type(make())), tensor)
         found[name] = compared(make().double(), split)
     return found
 
 
 def read(runtime: Runtime, folder: Path) -> dict[str, bool]:
     """A model on the meta device that reads its share from a file of the whole, and from diffusers' names."""
-    mesh = Mesh(runtime, tensor=runtime.world)
+    tensor = Mesh(runtime, tensor=runtime.world).tensor
     whole = plus()
     if runtime.is_main:
         save_file(whole.state_dict(), folder / "whole.safetensors")
         torch.save({"module": whole.state_dict()}, folder / "whole.pt")
     barrier(runtime.device)
     found = {}
-    wanted = apply_plan(plus(), family_plan(type(whole)), mesh).state_dict()
+    wanted = apply_plan(plus(), family_plan(type(whole)), tensor).state_dict()
     for file in ("whole.safetensors", "whole.pt"):
         with torch.device("meta"):
             made = plus()
-        made = apply_plan(made, family_plan(type(made)), mesh)
+        made = apply_plan(made, family_plan(type(made)), tensor)
         load(made, folder / file, "model")
         state = made.state_dict()
         found[file] = state.keys() == wanted.keys() and all(torch.equal(state[n], wanted[n]) for n in wanted)
@@ -105,10 +104,10 @@ def read(runtime: Runtime, folder: Path) -> dict[str, bool]:
 
 def adapters(runtime: Runtime, folder: Path, dora: bool) -> dict[str, Any]:
     """Factors on a model that is split: its outputs, gradients, the factors read back, and merged."""
-    mesh = Mesh(runtime, tensor=runtime.world)
+    tensor = Mesh(runtime, tensor=runtime.world).tensor
 
     def made(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
-        pair = plus().double(), apply_plan(plus().double(), family_plan(type(plus())), mesh)
+        pair = plus().double(), apply_plan(plus().double(), family_plan(type(plus())), tensor)
         layers = noisy(start(pair[0], ["attention", "mlp"], dora=dora))
         for model in pair:
             attach(model, "style", layers, dropout=dropout)
@@ -137,18 +136,17 @@ def adapters(runtime: Runtime, folder: Path, dora: bool) -> dict[str, Any]:
 
 def halves(runtime: Runtime, folder: Path) -> dict[str, Any]:
     """The types that layers give, and the same bits on all ranks, in half precision and under autocast."""
-    mesh = Mesh(runtime, tensor=runtime.world)
-    group = TensorRanks.of(mesh)
+    tensor = Mesh(runtime, tensor=runtime.world).tensor
     found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float16):
-        whole, split = plus().to(dtype), apply_plan(plus().to(dtype), family_plan(type(plus())), mesh)
+        whole, split = plus().to(dtype), apply_plan(plus().to(dtype), family_plan(type(plus())), tensor)
         a, b = (run_plain(model) for model in (whole, split))
-        everyone = [torch.empty_like(b) for _ in range(group.size)]
+        everyone = [torch.empty_like(b) for _ in range(tensor.size)]
         torch.distributed.all_gather(everyone, b)
         same = all(torch.equal(other, b) for other in everyone)
         found[str(dtype)] = {"types": a.dtype == b.dtype, "far": worst(b.float(), a.float()), "same": same}
     with torch.autocast("cpu", torch.bfloat16):
-        whole, split = plus(), apply_plan(plus(), family_plan(type(plus())), mesh)
+        whole, split = plus(), apply_plan(plus(), family_plan(type(plus())), tensor)
         a, b = (run_plain(model) for model in (whole, split))
         found["autocast"] = {"types": a.dtype == b.dtype, "far": worst(b.float(), a.float()), "same": True}
     return found

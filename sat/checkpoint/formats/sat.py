@@ -4,6 +4,7 @@
     DIR/1/mp_rank_00_model_states.pt    {"module": {"model.diffusion_model.…": …}}, perhaps also
     first_stage_model.…
                                         and conditioner.embedders.0.transformer.…
+    DIR/1/mp_rank_01_model_states.pt    and so on, of a network split over model-parallel ranks
     DIR/imagekl_ch16.pt                 or DIR/vae/…: {"state_dict": {"encoder.…": …}}
     DIR/t5-v1_1-xxl/                    a Hugging Face folder
 
@@ -14,6 +15,7 @@ Source: SwissArmyTransformer ``training/model_io.py``; official ``sgm/models/aut
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ from sat.checkpoint.format import (
     listing,
 )
 from sat.checkpoint.formats.hf_t5 import HuggingFaceT5
+from sat.checkpoint.ranks import RankFiles
 
 ENGINE_FILE = "mp_rank_00_model_states.pt"
 #: Our writer's addition, which the official code does not look at: the config sections the weights belong to.
 SIDECAR = "config_sections.json"
+_RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _T5 = HuggingFaceT5()
 
 
@@ -66,7 +70,9 @@ class Sat:
         found = self.locate(path, part, allow_pickle=allow_pickle)
         if found.is_dir():
             return _T5.open(found, part, allow_pickle=allow_pickle)
-        tensors = open_file(found, allow_pickle=allow_pickle)
+        files = rank_files(found) if found.name == ENGINE_FILE else [found]
+        opened = [open_file(file, allow_pickle=allow_pickle) for file in files]
+        tensors = opened[0] if len(opened) == 1 else RankFiles(opened, str(found.parent))
         if (
             found.name != ENGINE_FILE or part == "model"
         ):  # what the model leaves over must be seen and refused
@@ -121,7 +127,7 @@ def engine_file(path: Path) -> Path:
         )
     folder = folders[0]
     if (folder / ENGINE_FILE).is_file():
-        return _whole(folder)
+        return folder / ENGINE_FILE
     latest = folder / "latest"
     if not latest.is_file():
         there = sorted(file.parent.name for file in folder.glob(f"*/{ENGINE_FILE}"))
@@ -136,17 +142,23 @@ def engine_file(path: Path) -> Path:
     iteration = folder / (word if word == "release" else str(int(word)))
     if not (iteration / ENGINE_FILE).is_file():
         raise CheckpointError(f"{iteration / ENGINE_FILE}: no such file, but {latest} names it")
-    return _whole(iteration)
-
-
-def _whole(iteration: Path) -> Path:
-    ranks = sorted(iteration.glob("mp_rank_*_model_states.pt"))
-    if len(ranks) > 1:
-        raise CheckpointError(
-            f"{iteration}: split over {len(ranks)} model-parallel ranks, which is not read; "
-            f"merge it to one file first"
-        )
     return iteration / ENGINE_FILE
+
+
+def rank_files(engine: Path) -> list[Path]:
+    """The files of all model-parallel ranks, of which ``engine`` is the first."""
+    names = engine.parent.glob("mp_rank_*_model_states.pt")
+    there = sorted(int(found[1]) for path in names if (found := _RANK.fullmatch(path.name)))
+    if absent := sorted(set(range(there[-1] + 1)) - set(there)):
+        raise CheckpointError(
+            f"{engine.parent}: mp_rank_{absent[0]:02d}_model_states.pt is missing, one of {there[-1] + 1}"
+        )
+    return [engine.with_name(rank_file(rank)) for rank in there]
+
+
+def rank_file(rank: int) -> str:
+    """The name of the engine file of a model-parallel rank."""
+    return f"mp_rank_{rank:02d}_model_states.pt"
 
 
 def _vae_file(path: Path) -> Path | None:
