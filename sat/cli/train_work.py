@@ -174,9 +174,8 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     cached, spare = _cached(experiment, train, data, sets, runtime)
     torch.manual_seed(train.seed)
     engine = build_engine(
-        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare,
-        mesh=mesh,
-    )  # fmt: skip
+        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare
+    )
     objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
     _warn_of_random(experiment, train, objective)
     if experiment.adapters.lora is not None:
