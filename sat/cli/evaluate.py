@@ -134,6 +134,7 @@ def _detail(args: argparse.Namespace) -> int:
     few = "" if found.images >= ENOUGH else f" (fewer than {ENOUGH} images: too few to compare)"
     name = "Frechet distance of the features of full-resolution crops"
     print(f"{name}, {found.images} images: {found.distance:.3f}{few}")
+    print(f"kernel distance of the same, which does not depend on the number: {found.kernel:.3f}")
     print(f"fine detail: {found.energy:.2f} of the real pictures' energy above a quarter cycle a pixel")
     return 0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sat.data.records import DataError
 from sat.evaluate.classifier import Classifier, embed, frechet, statistics
+from sat.evaluate.kernel import kernel_distance
 from sat.evaluate.retrieval import collect, open_all
 from sat.util.images import from_pil
 
@@ -33,17 +34,20 @@ def _starts(length: int, side: int) -> list[int]:
     return [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]
 
 
+def crop_features(pictures: Iterable[PIL.Image.Image], classifier: Classifier) -> Tensor:
+    """(crops, width) features of all crops of ``pictures``."""
+    parts = [embed(classifier, crops(picture, classifier.card.size)).features for picture in pictures]
+    if not parts:
+        raise DataError("no pictures to compare")
+    return torch.cat(parts)
+
+
 def detail_distance(
     made: Iterable[PIL.Image.Image], real: Iterable[PIL.Image.Image], classifier: Classifier
 ) -> float:
     """Fréchet distance between the features of the crops of ``made`` and of ``real`` pictures."""
-    stats = []
-    for pictures in (made, real):
-        parts = [embed(classifier, crops(picture, classifier.card.size)).features for picture in pictures]
-        if not parts:
-            raise DataError("no pictures to compare")
-        stats.append(statistics(torch.cat(parts)))
-    return frechet(*stats[0], *stats[1])
+    ours, theirs = (statistics(crop_features(pictures, classifier)) for pictures in (made, real))
+    return frechet(*ours, *theirs)
 
 
 def fine_energy(made: Sequence[PIL.Image.Image], real: Sequence[PIL.Image.Image]) -> float:
@@ -75,16 +79,19 @@ def _power(pictures: Sequence[PIL.Image.Image]) -> Tensor:
 class Detail:
     """Scores of a folder of ``images`` pictures."""
 
-    distance: float
+    distance: float  # Fréchet
+    kernel: float
     energy: float
     images: int
 
 
 def detail_of_folders(images: Path, real: Path, classifier: Classifier) -> Detail:
-    """:func:`detail_distance` and :func:`fine_energy` of generated pictures against those below ``real``."""
+    """Distances and :func:`fine_energy` of generated pictures against those below ``real``."""
     made = open_all(collect(images))
     there = real_pictures(real, {picture.size for picture in made})
-    return Detail(detail_distance(made, there, classifier), fine_energy(made, there), len(made))
+    ours, theirs = (crop_features(pictures, classifier) for pictures in (made, there))
+    distance = frechet(*statistics(ours), *statistics(theirs))
+    return Detail(distance, kernel_distance(ours, theirs), fine_energy(made, there), len(made))
 
 
 def real_pictures(folder: Path, sizes: Collection[tuple[int, int]]) -> list[PIL.Image.Image]:

@@ -13,6 +13,7 @@ from sat.cli.evaluate import main
 from sat.data.records import DataError
 from sat.evaluate.classifier import Classifier
 from sat.evaluate.detail import crops, detail_distance, fine_energy, real_pictures
+from sat.evaluate.kernel import kernel_distance
 from sat.util.images import from_pil
 from tests.configs import ROOT
 
@@ -59,7 +60,23 @@ def test_the_command_compares_folders_and_says_when_they_are_few(tmp_path: Path,
             write_png(tmp_path / name / f"{i}.png", picture, {"prompt": "x"})
     words = ["detail", "--images", str(tmp_path / "made"), "--real", str(tmp_path / "real")]
     assert main([*words, "--classifier", str(JUDGE)]) == 0
-    assert "full-resolution crops, 3 images: 0.000 (fewer than 500" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "full-resolution crops, 3 images: 0.000 (fewer than 500" in told
+    assert "kernel distance of the same, which does not depend on the number: -" in told
+
+
+def test_the_kernel_distance_of_few_pictures_is_that_of_many() -> None:
+    """On average over draws, where a Fréchet distance would be larger for few."""
+    noise = torch.Generator().manual_seed(0)
+
+    def mean(count: int, shift: float) -> float:
+        draws = [torch.randn(2, count, 3, generator=noise) for _ in range(8000 // count)]
+        return sum(kernel_distance(a, b + shift) for a, b in draws) / len(draws)
+
+    assert [mean(5, 0), mean(100, 0)] == pytest.approx([0, 0], abs=0.2)
+    assert mean(5, 1) == pytest.approx(mean(100, 1), rel=0.1) and mean(100, 1) > 5
+    with pytest.raises(ValueError, match="needs 2 pictures on each side, got 5 and 1"):
+        kernel_distance(torch.ones(5, 3), torch.ones(1, 3))
 
 
 def test_real_pictures_of_another_size_are_refused(tmp_path: Path) -> None:
