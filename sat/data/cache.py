@@ -6,6 +6,7 @@ writes the same one. What is stale has another name and is made again; nothing n
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -118,7 +119,10 @@ class Store:
 
 
 class Stamps:
-    """What tells a picture from what it was before: its place, and its file's size and time of change."""
+    """What tells a picture from what it was before: its place, and its file's size and time of change.
+
+    A place is told from the name of the source's folder on (``Record.place``), so that it can be moved.
+    """
 
     def __init__(self) -> None:
         self._files: dict[Path, str] = {}
@@ -126,10 +130,9 @@ class Stamps:
     def of(self, record: Record) -> str:
         """A line for the picture of ``record``."""
         if record.path not in self._files:
-            path = record.path.resolve()
-            stat = path.stat()
-            self._files[record.path] = f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
-        return f"{self._files[record.path]}|{record.inside or ''}"
+            stat = record.path.stat()
+            self._files[record.path] = f"{stat.st_size}|{stat.st_mtime_ns}"
+        return f"{record.place}|{self._files[record.path]}"
 
 
 class Job(NamedTuple):
@@ -200,10 +203,20 @@ class Cached:
         for view in range(self.views):
             for index in range(len(self.dataset)):
                 try:
-                    made.setdefault(self.key(Job(index, view)), Job(index, view))
+                    job = made.setdefault(self.key(Job(index, view)), Job(index, view))
+                    self._check_same(job.item, index)
                 except OSError as error:
                     self.dataset.reject(self.dataset.records[index], str(error))
         return made
+
+    def _check_same(self, one: int, other: int) -> None:
+        """Raises if two pictures that a key stands for are not one picture."""
+        ours, theirs = self.dataset.records[one].path, self.dataset.records[other].path
+        if ours != theirs and not filecmp.cmp(ours, theirs, shallow=False):
+            raise CacheError(
+                f"{ours} and {theirs} are alike in folder, name, size and time of change, and differ: a "
+                "cache cannot tell them apart; rename the folder of one of them (data.sources)"
+            )
 
     def missing(self, jobs: Mapping[str, Job]) -> dict[str, Job]:
         """Of ``jobs`` those to do: not there, and not pictures that still cannot be read."""

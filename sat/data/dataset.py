@@ -89,7 +89,7 @@ class Dataset:
         return self._sample(index, fitted, caption, item_random(seed, epoch, index, "picture"))
 
     def view(self, index: int, view: int) -> Sample | None:
-        """The picture of record ``index`` in a placement that depends on its name and ``view`` alone.
+        """The picture of record ``index`` in a placement that depends on its place and ``view`` alone.
 
         For caches, which outlive changes elsewhere in the data. The caption is the first; None: unreadable.
         """
@@ -97,7 +97,7 @@ class Dataset:
         fitted = self._load(record, self.transform(index))
         if fitted is None:
             return None
-        return self._sample(index, fitted, record.captions[0], random.Random(f"{record.name}/{view}/view"))
+        return self._sample(index, fitted, record.captions[0], random.Random(f"{record.place}/{view}/view"))
 
     def _sample(self, index: int, fitted: Fitted, caption: str, numbers: random.Random) -> Sample:
         transform = self.transform(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -40,6 +41,7 @@ class Record:
         default_factory=dict
     )  # other text fields of the table, e.g. concept, style
     inside: Inside | None = None  # where in the file; None: the file is the picture
+    source: Path | None = None  # the folder of the source that has it
 
     def __post_init__(self) -> None:
         if not self.captions:
@@ -53,6 +55,13 @@ class Record:
     def name(self) -> str:
         """Where the picture is, for messages; different for different pictures."""
         return str(self.path) if self.inside is None else f"{self.path}:{self.inside}"
+
+    @property
+    def place(self) -> str:
+        """Where it is from the name of its source's folder on: the same after that folder was moved."""
+        top = self.path.parent if self.source is None else self.source
+        place = Path(os.path.relpath(self.path, top.absolute().parent)).as_posix()
+        return place if self.inside is None else f"{place}:{self.inside}"
 
     def file(self) -> Path | BytesIO:
         """The picture as a file to open."""

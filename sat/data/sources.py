@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,24 +57,24 @@ def read_source(path: Path) -> RecordSet:
     of the same name counts, in order of their paths.
     """
     if path.is_dir():
-        return _read(_folder(path))
+        return _read(_folder(path), path)
     files = expand(path)
     for file in files:
         if not file.is_file():
             raise DataError(f"{file}: no such folder or file; expected {_KNOWN} (data.sources)")
         if file.suffix.lower() not in _READERS:
             raise DataError(f"{file}: expected {_KNOWN} (data.sources)")
-    return _read(item for file in files for item in _READERS[file.suffix.lower()](file))
+    return _read((item for file in files for item in _READERS[file.suffix.lower()](file)), path.parent)
 
 
-def _read(items: Iterator[Record | Bad]) -> RecordSet:
+def _read(items: Iterator[Record | Bad], source: Path) -> RecordSet:
     records: list[Record] = []
     bad: list[Bad] = []
     for item in items:
         if isinstance(item, Bad):
             bad.append(item)
         else:
-            records.append(item)
+            records.append(replace(item, source=source))
     return RecordSet(tuple(records), tuple(bad))
 
 

@@ -204,6 +204,41 @@ def test_only_what_changed_is_made_again(folder, tmp_path):
     assert again.get(3, 0, 0).caption == "new words"
 
 
+def test_a_moved_folder_keeps_its_latents(folder, tmp_path):
+    before = Cached(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
+    assert fill(before) == 10 + 5
+    (tmp_path / "elsewhere").mkdir()
+    moved = folder.rename(tmp_path / "elsewhere" / "data")
+    after = Cached(dataset(moved, moving=True), stores(tmp_path / "c"), views=2)
+    assert fill(after) == 0
+    renamed = Cached(dataset(moved.rename(tmp_path / "other"), moving=True), stores(tmp_path / "c"), views=2)
+    assert fill(renamed) == 10
+
+
+def test_a_source_is_named_alike_as_folder_and_as_table(tmp_path):
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}')
+    places = {read_sources([(path, 1)]).records[0].place for path in (tmp_path, tmp_path / "metadata.jsonl")}
+    assert places == {f"{tmp_path.name}/a.png"}
+
+
+def test_pictures_that_a_cache_cannot_tell_apart_are_named(tmp_path):
+    for place, colour in (("a", "red"), ("b", "red"), ("c", "blue")):
+        folder = tmp_path / place / "data"
+        folder.mkdir(parents=True)
+        PIL.Image.new("RGB", (8, 8), colour).save(folder / "1.bmp")
+        (folder / "1.txt").write_text("x")
+        os.utime(folder / "1.bmp", ns=(1, 1))
+
+    def jobs(*places: str) -> int:
+        found = read_sources([(tmp_path / place / "data", 1) for place in places])
+        return len(Cached(Dataset(found, Transform(8, 8)), stores(tmp_path / "cache"), views=1).jobs())
+
+    assert jobs("a", "b") == 1
+    with pytest.raises(CacheError, match=r"b/data/1.bmp and .*c/data/1.bmp are alike .* differ: .*rename"):
+        jobs("b", "c")
+
+
 def test_a_lost_low_resolution_latent_is_made_again(folder, tmp_path):
     cached = Cached(dataset(folder), stores(tmp_path / "c", low=True), views=1)
     fill(cached)
