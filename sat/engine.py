@@ -23,7 +23,15 @@ from sat.diffusion.schedule import Schedule
 from sat.diffusion.tiles import Tiled, tile_size
 from sat.first_stage.autoencoder import AutoencoderKL
 from sat.first_stage.posterior import Posterior
-from sat.first_stage.tiling import Tiling, decode_sliced, decode_tiled, encode_sliced, encode_tiled
+from sat.first_stage.tiling import (
+    Tiling,
+    Work,
+    decode_sliced,
+    decode_tiled,
+    encode_sliced,
+    encode_tiled,
+    one_by_one,
+)
 
 
 class NonFiniteError(ArithmeticError):
@@ -133,28 +141,33 @@ class DiffusionEngine(nn.Module):
         return out
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, *, batch: int = 1, tile: int | None = None) -> Tensor:
+    def decode(
+        self, latents: Tensor, *, batch: int = 1, tile: int | None = None, work: Work = one_by_one
+    ) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1].
 
         ``batch`` images are decoded at a time; ``tile`` is a side in latent cells, None decodes images whole.
+        ``work`` does the tiles.
         """
         z = latents / self.first_stage.scale_factor
         if tile is None:
             images = decode_sliced(self.first_stage, z, batch)
         else:
-            images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch))
+            images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch), work)
         return images.float().add(1).div_(2).clamp_(0, 1)
 
     @torch.inference_mode()
-    def encode(self, images: Tensor, noise: Tensor, *, tile: int | None = None) -> Tensor:
+    def encode(
+        self, images: Tensor, noise: Tensor, *, tile: int | None = None, work: Work = one_by_one
+    ) -> Tensor:
         """Latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1], sampled with unit ``noise``.
 
-        ``tile`` as in :meth:`decode`. The official relay samples its input's latent too.
+        ``tile`` and ``work`` as in :meth:`decode`. The official relay samples its input's latent too.
         """
         if tile is None:
             posterior = encode_sliced(self.first_stage, images)
         else:
-            posterior = encode_tiled(self.first_stage, images, Tiling(tile))
+            posterior = encode_tiled(self.first_stage, images, Tiling(tile), work)
         return posterior.sample(noise.to(posterior.mean)).float() * self.first_stage.scale_factor
 
     def latents(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:

@@ -20,8 +20,10 @@ from sat.config.schema import Experiment, Precision, SamplingConfig
 from sat.diffusion.guidance import Guider
 from sat.diffusion.relay import RelayNoise
 from sat.diffusion.sampler import StepCallback
+from sat.parallel.guidance import share_guidance
 from sat.parallel.launch import pick_device
-from sat.parallel.mesh import Mesh, data_ranks
+from sat.parallel.mesh import ALONE, Mesh, data_ranks
+from sat.parallel.sequence import apply_sequence
 from sat.sampling.draw import Drawer, Look, with_strength
 from sat.sampling.inputs import InputFolder
 from sat.sampling.latents import checked_latents
@@ -262,8 +264,13 @@ def open_drawer(
         at_once=sampling.at_once,
         decode_batch=memory.decode_batch,
         decode_tile=memory.decode_tile,
+        team=ALONE if mesh is None else mesh.team,
     )
-    return drawer, build_guider(experiment)
+    guider = build_guider(experiment)
+    if mesh is not None:
+        apply_sequence(engine.network, mesh.sequence)
+        guider = share_guidance(guider, mesh.guidance)
+    return drawer, guider
 
 
 def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFolder | None:

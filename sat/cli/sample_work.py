@@ -213,7 +213,7 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
         log.info("loaded in %.1f s on %s (%s)", time.monotonic() - started, runtime.device, mesh)
     run = Run(
         drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, ranks.watch.beat,
-        input_folder(sampling, drawer.relay), mesh.team,
+        input_folder(sampling, drawer.relay),
     )  # fmt: skip
     return _Session(run, folder, runtime, experiment.output.resume)
 

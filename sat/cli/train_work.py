@@ -29,6 +29,7 @@ from sat.engine import DiffusionEngine
 from sat.parallel.collectives import LostRankError, barrier, explain, from_main
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
+from sat.parallel.sequence import apply_sequence
 from sat.pipeline import DTYPES, input_folder
 from sat.sampling.draw import Drawer, Look
 from sat.sampling.output import safe_name
@@ -176,6 +177,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     engine = build_engine(
         experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare
     )
+    apply_sequence(engine.network, mesh.sequence)
     objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
     _warn_of_random(experiment, train, objective)
     if experiment.adapters.lora is not None:
@@ -350,8 +352,9 @@ def _drawer(
     """Draws the fixed prompts as the sampling section says; the data ranks take turns."""
     sampling = experiment.sampling
     drawer = Drawer(
-        engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch
-    )
+        engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch,
+        team=mesh.team,
+    )  # fmt: skip
     look = Look(sampling.height, sampling.width, sampling.steps, build_guider(experiment))
     shape = engine.latent_shape(look.height, look.width)
     inputs = input_folder(sampling, drawer.relay)
@@ -366,12 +369,10 @@ def _drawer(
             rng = ImageRng.of(sampling.seed, [index], shape)
             low = None if inputs is None else inputs.read(Prompt(index, prompt), [0])
             latents = drawer.latents(drawer.encode([prompt])[0], rng, look, low=low)
-            if not mesh.leads:
-                continue
-            picture = drawer.images(latents)[0]
-            folder.mkdir(parents=True, exist_ok=True)
-            write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
-            pictures.append(picture)
+            for picture in drawer.images(latents):  # one, on the first rank of a team
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
+                pictures.append(picture)
         if mesh.data_ranks == 1 and len(pictures) > 1:
             write_png(folder / "grid.png", grid(pictures, columns=min(8, len(pictures))))
 

@@ -7,7 +7,7 @@ the whole picture is normalised: the result is near the plain one, not equal. On
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +17,15 @@ from torch import Tensor
 
 from sat.first_stage.autoencoder import AutoencoderKL
 from sat.first_stage.posterior import Posterior
+
+Work = Callable[[Sequence[Callable[[], Tensor]]], Iterable[Tensor]]
+"""Does jobs whose results have one shape, and gives the results in order."""
+
+
+def one_by_one(jobs: Sequence[Callable[[], Tensor]]) -> Iterable[Tensor]:
+    """All jobs here, each when its result is asked for."""
+    return (job() for job in jobs)
+
 
 SMALLEST_TILE = 8  # latent cells; below, the convolutions see more border than picture
 
@@ -92,7 +101,9 @@ def decode_sliced(first_stage: AutoencoderKL, latent: Tensor, batch: int = 1) ->
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def encode_tiled(first_stage: AutoencoderKL, image: Tensor, tiling: Tiling) -> Posterior:
+def encode_tiled(
+    first_stage: AutoencoderKL, image: Tensor, tiling: Tiling, work: Work = one_by_one
+) -> Posterior:
     """Posterior (B, C, h, w) of images (B, 3, H, W) in [-1, 1], tile by tile; its moments are blended."""
     first_stage.check_image(image)
     factor = first_stage.factor
@@ -106,11 +117,13 @@ def encode_tiled(first_stage: AutoencoderKL, image: Tensor, tiling: Tiling) -> P
         top, left = top * factor, left * factor
         return first_stage.encode(part[..., top : top + side, left : left + side]).moments
 
-    parts = [_blend(partial(encode, p), rows, columns, 1) for p in torch.split(image, tiling.batch)]
+    parts = [_blend(partial(encode, p), rows, columns, 1, work) for p in torch.split(image, tiling.batch)]
     return Posterior.from_moments(torch.cat(parts))
 
 
-def decode_tiled(first_stage: AutoencoderKL, latent: Tensor, tiling: Tiling) -> Tensor:
+def decode_tiled(
+    first_stage: AutoencoderKL, latent: Tensor, tiling: Tiling, work: Work = one_by_one
+) -> Tensor:
     """Images (B, 3, f*h, f*w) of unscaled latents (B, C, h, w), tile by tile with blended seams."""
     first_stage.check_latent(latent)
     height, width = latent.shape[2:]
@@ -122,26 +135,29 @@ def decode_tiled(first_stage: AutoencoderKL, latent: Tensor, tiling: Tiling) -> 
     def decode(part: Tensor, top: int, left: int) -> Tensor:
         return first_stage.decode(part[..., top : top + side, left : left + side])
 
-    parts = [_blend(partial(decode, p), rows, columns, factor) for p in torch.split(latent, tiling.batch)]
+    parts = [
+        _blend(partial(decode, p), rows, columns, factor, work) for p in torch.split(latent, tiling.batch)
+    ]
     return torch.cat(parts)
 
 
 def _blend(
-    make: Callable[[int, int], Tensor], rows: list[Window], columns: list[Window], scale: int
+    make: Callable[[int, int], Tensor], rows: list[Window], columns: list[Window], scale: int, work: Work
 ) -> Tensor:
     """The weighted sum of the tiles ``make(top, left)`` (cells) at their places, in float32 or wider."""
-    first = make(rows[0].start, columns[0].start)
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    size = (*first.shape[:2], _end(rows, scale), _end(columns, scale))
-    total = torch.zeros(size, dtype=dtype, device=first.device)
-    for row in rows:
-        for column in columns:
-            is_first = row is rows[0] and column is columns[0]
-            tile = first if is_first else make(row.start, column.start)
-            weights = (row.weights[:, None] * column.weights).to(total)
-            top, left = row.start * scale, column.start * scale
-            total[..., top : top + tile.shape[2], left : left + tile.shape[3]] += tile.to(dtype) * weights
-    return total.to(first.dtype)
+    places = [(row, column) for row in rows for column in columns]
+    tiles = work([partial(make, row.start, column.start) for row, column in places])
+    total: Tensor | None = None
+    for (row, column), tile in zip(places, tiles, strict=True):
+        dtype = torch.promote_types(tile.dtype, torch.float32)
+        if total is None:
+            size = (*tile.shape[:2], _end(rows, scale), _end(columns, scale))
+            total = torch.zeros(size, dtype=dtype, device=tile.device)
+        weights = (row.weights[:, None] * column.weights).to(total)
+        top, left = row.start * scale, column.start * scale
+        total[..., top : top + tile.shape[2], left : left + tile.shape[3]] += tile.to(dtype) * weights
+    assert total is not None, "an axis has at least one window"
+    return total.to(tile.dtype)
 
 
 def _end(windows: list[Window], scale: int) -> int:

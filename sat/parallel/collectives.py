@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -78,6 +78,24 @@ def by_first(axis: Axis, make: Callable[[], T]) -> T:
     dist.broadcast_object_list(box, src=dist.get_global_rank(axis.group, 0), group=axis.group)
     made: T = box[0]
     return made
+
+
+def stacked(axis: Axis, x: Tensor) -> Tensor:
+    """(S, …): ``x`` of each of the S ranks of ``axis``, all of one shape; without a gradient."""
+    out = x.new_empty(axis.size, *x.shape)
+    whole = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # its name since torch 2.13
+    whole(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    return out
+
+
+def taking_turns(axis: Axis, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """What ``jobs`` give, in order and on every rank of ``axis``, which each do some; all have one shape."""
+    for start in range(0, len(jobs), axis.size):
+        own = jobs[min(start + axis.rank, len(jobs) - 1)]()
+        done = stacked(axis, own) if axis.size > 1 else own[None]
+        yield from done[: len(jobs) - start]
 
 
 def explain(error: BaseException) -> str | None:

@@ -34,6 +34,10 @@ class Axis:
         return self
 
 
+ALONE = Axis()
+"""An axis of this rank only."""
+
+
 class Mesh:
     """Ranks laid out as (data, guidance, sequence, tensor), tensor ranks adjacent.
 
@@ -122,7 +126,7 @@ def _axis(ranks: torch.Tensor, dims: list[int], runtime: Runtime) -> Axis:
     lines = ranks.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist()
     own = next(line for line in lines if runtime.rank in line)
     if not dist.is_initialized():
-        return Axis()
+        return ALONE
     if size == runtime.world:
         return Axis(size, runtime.rank, dist.group.WORLD)
     wait = timedelta(seconds=runtime.timeout)

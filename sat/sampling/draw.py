@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -18,6 +18,8 @@ from sat.diffusion.guidance import Guider
 from sat.diffusion.relay import RelayNoise, enlarged, relay_of
 from sat.diffusion.sampler import Sampler, StepCallback
 from sat.engine import DiffusionEngine, NonFiniteError
+from sat.parallel.collectives import taking_turns
+from sat.parallel.mesh import ALONE, Axis
 from sat.util.images import to_pil
 from sat.util.rng import ImageRng
 
@@ -81,7 +83,8 @@ class Drawer:
 
     ``at_once`` images go through the network together. With 1 a picture is bitwise the same however many are
     asked for, because no matrix product changes its shape with the batch; more is faster where the network
-    is small or the device large.
+    is small or the device large. ``team``: the ranks that draw the same pictures; they share the first
+    stage's tiles, and each of them makes the same calls.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Drawer:
         at_once: int = 1,
         decode_batch: int = 1,
         decode_tile: int | None = None,
+        team: Axis = ALONE,
     ) -> None:
         self.engine = engine.eval()
         self.sampler = sampler
@@ -102,6 +106,7 @@ class Drawer:
         self.at_once = at_once
         self.decode_batch = decode_batch
         self.decode_tile = decode_tile
+        self.team = team
         self._negative: tuple[str, Tensor, Tensor | None] | None = None  # the last one and its encoding
 
     @torch.inference_mode()
@@ -194,17 +199,27 @@ class Drawer:
                 f"{expected[0]} x {expected[1]} for {look.height} x {look.width} (height x width)"
             )
         large = enlarged(images.to(self.device), relay.factor)
-        return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile)
+        return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile, work=self._work)
 
     def images(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of ``latents`` (B, C, h, w)."""
-        pixels = self.engine.decode(latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile)
+        """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""
+        if self.team.rank and self.decode_tile is None:
+            return []
+        pixels = self.engine.decode(
+            latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile, work=self._work
+        )
+        if self.team.rank:
+            return []
         if not bool(torch.isfinite(pixels).all()):
             name = str(self.engine.first_stage.dtype).removeprefix("torch.")
             raise NonFiniteError(
                 f"the decoded image is not finite ({name} first stage): try sampling.dtype=bf16 or fp32"
             )
         return [to_pil(image) for image in pixels]
+
+    def _work(self, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
+        """The first stage's tiles, shared over the team."""
+        return taking_turns(self.team, jobs)
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor | None]:
         out, mask = self.engine.conditioner.encode([text], self.device)

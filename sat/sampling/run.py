@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from sat.parallel.collectives import by_first
-from sat.parallel.mesh import Axis
 from sat.sampling.draw import Drawer, Encoded, Look
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import OutputFolder
@@ -56,8 +55,8 @@ class Report:
 class Run:
     """Everything that is the same for all prompts of a run. ``beat`` is called at every step.
 
-    ``inputs`` are the low-resolution pictures that relay starts from. ``team``: the ranks that draw the same
-    pictures; its first decides what is to be drawn, reads inputs and writes files, for all.
+    ``inputs`` are the low-resolution pictures that relay starts from. Of the drawer's team, the first rank
+    decides what is to be drawn, reads inputs and writes files, for all.
     """
 
     drawer: Drawer
@@ -68,12 +67,12 @@ class Run:
     rank: int = 0
     beat: Callable[[], None] = lambda: None
     inputs: InputFolder | None = None
-    team: Axis = Axis()
 
     def __call__(self, prompts: Sequence[Prompt], *, resume: bool = False) -> Report:
         """Draw ``prompts`` one after the other; with ``resume``, only what is not there yet."""
-        leads = self.team.rank == 0
-        todo = by_first(self.team, lambda: [(prompt, self._missing(prompt, resume)) for prompt in prompts])
+        team = self.drawer.team
+        leads = team.rank == 0
+        todo = by_first(team, lambda: [(prompt, self._missing(prompt, resume)) for prompt in prompts])
         skipped = sum(images is None for _, images in todo)
         if skipped and leads:
             log.info("%d of %d prompts are finished already", skipped, len(prompts))
@@ -118,18 +117,17 @@ class Run:
 
         for start in range(0, len(images), self.drawer.at_once):
             part = images[start : start + self.drawer.at_once]
-            latents = self.drawer.latents(
-                encoded, self.noise.of(prompt, part), self.look, step, self._low(prompt, part)
-            )
-            if self.team.rank == 0:
-                for index, image in zip(part, self.drawer.images(latents), strict=True):
-                    self.folder.write_image(prompt, index, image)
+            low = self._low(prompt, part)
+            latents = self.drawer.latents(encoded, self.noise.of(prompt, part), self.look, step, low)
+            pictures = self.drawer.images(latents)  # one rank of a team has them
+            for index, image in zip(part, pictures, strict=bool(pictures)):
+                self.folder.write_image(prompt, index, image)
             self.beat()
 
     def _low(self, prompt: Prompt, images: Sequence[int]) -> Tensor | None:
         """The low-resolution pictures of ``images``; not every rank of a team need see the folder."""
         inputs = self.inputs
-        return None if inputs is None else by_first(self.team, lambda: inputs.read(prompt, images))
+        return None if inputs is None else by_first(self.drawer.team, lambda: inputs.read(prompt, images))
 
 
 def title(text: str) -> str:

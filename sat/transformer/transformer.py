@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,13 @@ class Transformer(nn.Module):
     def hooks(self) -> TransformerHooks:
         """The resolved extension points."""
         return self.resolved.hooks
+
+    def extend(self, name: str, mixin: Mixin) -> None:
+        """Add ``mixin`` to a built transformer, around those it has: what is applied from outside does so."""
+        if name in self.mixins:
+            raise ValueError(f"the transformer has a mixin {name!r} already")
+        self.mixins[name] = mixin
+        self.resolved = resolve(self._defaults(), cast("Mapping[str, Mixin]", dict(self.mixins.items())))
 
     def prepare(self, ctx: Context) -> Context:
         """``ctx`` with everything filled in that depends on the text and the size but not on the step."""
