@@ -92,13 +92,23 @@ def _sample(place: int) -> Sample:
 
 
 def trainer(
-    folder: Path, config: TrainConfig, runtime: Runtime, objective: Objective | None = None, **extras: Any
+    folder: Path,
+    config: TrainConfig,
+    runtime: Runtime,
+    objective: Objective | None = None,
+    mesh: Mesh | None = None,
+    plain: bool = False,
+    **extras: Any,
 ) -> Trainer:
-    """A trainer of the toy (or of ``objective``) in ``folder``."""
-    mesh = Mesh(runtime)
+    """A trainer of the toy (or of ``objective``) in ``folder``; ``plain``: by SGD."""
+    mesh = mesh or Mesh(runtime)
     objective = objective or Toy(rank=mesh.data_rank)
     groups = optim.groups(objective, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, eps=1e-4, fused=True)
+    optimizer = (
+        torch.optim.SGD(groups, lr=config.lr)
+        if plain
+        else torch.optim.AdamW(groups, lr=config.lr, eps=1e-4, fused=True)
+    )
     engine = TrainEngine(objective, optimizer, config, runtime, mesh)
     source = Numbers(config.batch_size, mesh.data_rank, mesh.data_ranks)
     record = Record(folder) if runtime.is_main else None

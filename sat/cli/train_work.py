@@ -177,8 +177,13 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     engine = build_engine(
         experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare
     )
-    apply_sequence(engine.network, mesh.sequence)
+    apply_sequence(engine.network, mesh.sequence)  # before an objective copies the network
     objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
+    if mesh.sequence.size > 1 and "model" not in objective.parts():
+        raise UsageError(
+            f"parallel.sequence {mesh.sequence.size} shares the network's tokens, and "
+            f"{type(objective).__name__} does not train the network: set it to 1"
+        )
     _warn_of_random(experiment, train, objective)
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed)

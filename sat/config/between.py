@@ -24,6 +24,7 @@ def _broken(e: Experiment) -> Iterator[tuple[Key, str]]:
     yield from _pictures(e)
     yield from _steps(e)
     yield from _guidance(e)
+    yield from _halves(e)
     yield from _adapters(e)
 
 
@@ -151,6 +152,20 @@ def _guidance(e: Experiment) -> Iterator[tuple[Key, str]]:
             ("sampling", "guider"),
             "sat.diffusion.guidance.Embedded hands the guidance strength to the network, but this model "
             "takes none (model.params.guidance_dim is null): use ClassifierFree, or a distilled config",
+        )
+
+
+def _halves(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """Ranks share the halves of guidance only where a guider has both."""
+    guider = e.sampling.guider
+    kinds = [resolve(f"sat.diffusion.guidance.{n}", ()) for n in ("Embedded", "Unguided")]
+    plain = resolve(guider.target, e.imports) in kinds
+    if e.parallel.guidance > 1 and (plain or _reader(e, guider)("scale") == 1):
+        scale = "" if plain else " at scale 1"
+        yield (
+            ("parallel", "guidance"),
+            f"{guider.target.rpartition('.')[2]}{scale} looks once at each picture, so there are no halves "
+            f"of guidance to share: set it to 1, and the ranks draw different pictures",
         )
 
 

@@ -1,0 +1,243 @@
+"""What the ranks of test_layouts.py do: draw, compute gradients and train in several layouts.
+
+``python -m tests.distributed.layout_ranks FOLDER`` writes FOLDER/results.pt.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sat.config.build import build_engine
+from sat.config.load import load
+from sat.config.schema import LoraConfig, TrainConfig
+from sat.data.batch import Batch, Sample, collate
+from sat.diffusion.guidance import IntervalLimited
+from sat.first_stage import AutoencoderKL
+from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
+from sat.mixins.rope import Rope
+from sat.models.cogview3_unet import CogView3UNet
+from sat.parallel.collectives import taking_turns
+from sat.parallel.guidance import share_guidance
+from sat.parallel.launch import Runtime
+from sat.parallel.mesh import Mesh
+from sat.parallel.sequence import apply_sequence
+from sat.pipeline import open_drawer
+from sat.sampling.draw import Look
+from sat.train.lora import add_lora
+from sat.train.objectives import Objective
+from sat.train.objectives.diffusion import DiffusionObjective
+from sat.util.rng import ImageRng
+from tests.configs import DEBUG, ROOT
+from tests.small import condition, fill, plus
+from tests.training import CONFIG, Numbers, changed, ranks, rows, trainer
+
+MODELS = ("tiny", "tiny_base")
+LAYOUTS: dict[str, dict[str, int]] = {
+    "guidance": {"guidance": 2},
+    "sequence": {"sequence": 2},
+    "guidance_sequence": {"guidance": 2, "sequence": 2},
+}
+TRAININGS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and what differs from one process
+    "zero0": (2, {}),
+    "zero2": (2, {"zero": 2, "activation_checkpointing": True}),
+    "data": (4, {"zero": 1, "accumulate": 1}),
+}
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def pictures(runtime: Runtime, folder: Path, layout: dict[str, int]) -> dict[str, dict[str, Tensor]]:
+    """Latents and pixels of one picture of each small model, and of guidance within an interval."""
+    return {name: _picture(name, runtime, layout) for name in MODELS}
+
+
+def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, Tensor]:
+    experiment = load(
+        [ROOT / "configs" / f"{name}.yaml"],
+        ["sampling.steps=4", *(f"parallel.{axis}={size}" for axis, size in layout.items())],
+    )
+    mesh = Mesh(runtime, **experiment.parallel.sizes)
+    drawer, guider = open_drawer(experiment, runtime.device, mesh)
+    encoded = drawer.encode(["a red apple"], "a blue car")[0]
+
+    def drawn(look: Look) -> Tensor:
+        shape = drawer.engine.latent_shape(look.height, look.width)
+        return drawer.latents(encoded, ImageRng.of(7, [0], shape), look)
+
+    found = {"latents": drawn(Look(64, 64, 4, guider))}
+    found["pixels"] = drawer.engine.decode(found["latents"])
+    if mesh.guidance.size > 1 or not layout:
+        within = share_guidance(IntervalLimited(3.0, 200.0, 700.0), mesh.guidance)
+        found["interval"] = drawn(Look(64, 64, 4, within))
+    return found
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def _plus() -> nn.Module:
+    return plus()
+
+
+def _rotary() -> nn.Module:
+    return plus({"position": Rope(8, 4, 6)})
+
+
+def _unet() -> nn.Module:
+    made = CogView3UNet(
+        channels=4, width=16, multipliers=(1, 2), blocks=1, attention=(1, 2), depths=(1, 2), head_dim=8,
+        text_dim=16, text_len=7, size_dim=48, groups=4, zero_init=False,
+    )  # fmt: skip
+    fill(made)
+    return made.eval()
+
+
+NETWORKS = {"plus": _plus, "rotary": _rotary, "unet": _unet}
+
+
+def gradients(runtime: Runtime, folder: Path) -> dict[str, tuple[float, float]]:
+    """Differences of output and gradients (over ranks averaged) of networks whose tokens are shared.
+
+    Nothing divides by the number of ranks: 7 text tokens, 15 patches (or cells), 4 and 2 heads.
+    """
+    axis = Mesh(runtime, sequence=runtime.world).sequence
+    worst = {}
+    for name, make in NETWORKS.items():
+        one, shared = make().double(), make().double()
+        apply_sequence(shared, axis)
+        (out, wanted), (ours, found) = _passed(one), _passed(shared)
+        assert wanted.keys() == found.keys()
+        apart = 0.0
+        for parameter, gradient in wanted.items():
+            mean = found[parameter].clone()
+            dist.all_reduce(mean)
+            apart = max(apart, _apart(mean / runtime.world, gradient))
+        worst[name] = (_apart(ours, out), apart)
+    return worst
+
+
+def _passed(network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients for fixed inputs, some of the text masked."""
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    cond = replace(condition(dtype=torch.float64), text_mask=mask)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 2, 4, 6, 10, generator=generator).double()
+    out = network(x, torch.tensor([5.0, 900.0]), network.prepare(cond, (6, 10)))  # type: ignore[operator]
+    (out * weight).sum().backward()
+    return out.detach(), {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+
+
+# ---------------------------------------------------------------------- the first stage
+
+
+def tiles(runtime: Runtime, folder: Path) -> dict[str, bool]:
+    """Whether the tiles that ranks share make the picture and the posterior of one rank, to the last bit."""
+    axis = Mesh(runtime, sequence=runtime.world).team
+    stage = AutoencoderKL(8, (1, 2, 2), 1, 4, 4)
+    fill(stage, 0.1)
+    latent = torch.randn(3, 4, 20, 13, generator=torch.Generator().manual_seed(2))
+    image = torch.rand(1, 3, 80, 52, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    work, tiling = functools.partial(taking_turns, axis), Tiling(8, batch=2)
+    with torch.inference_mode():
+        decoded = torch.equal(decode_tiled(stage, latent, tiling, work), decode_tiled(stage, latent, tiling))
+        ours, wanted = encode_tiled(stage, image, tiling, work), encode_tiled(stage, image, tiling)
+    return {"decoded": decoded, "encoded": torch.equal(ours.moments, wanted.moments)}
+
+
+# ---------------------------------------------------------------------- training
+
+
+class Captioned(Numbers):
+    """Batches of latent moments and text that depend on the position in the stream alone."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            start = self.position + self.rank * self.batch_size
+            self.position += self.world * self.batch_size
+            yield collate([_sample(place) for place in range(start, start + self.batch_size)])
+
+
+def _sample(place: int) -> Sample:
+    generator = torch.Generator().manual_seed(place)
+    moments, text = torch.randn(8, 6, 8, generator=generator), torch.randn(8, 24, generator=generator)
+    return Sample("", (48, 64), (0, 0), (48, 64), latent_moments=moments, text=text)
+
+
+def _objective(mesh: Mesh, *, lora: bool, checkpointing: bool) -> Objective:
+    experiment = load([DEBUG], ["conditioning.tokenizer=null"])
+    engine = build_engine(experiment, device="cpu", dtype=torch.float32)
+    apply_sequence(engine.network, mesh.sequence)
+    engine.network.transformer.checkpointing = checkpointing  # type: ignore[union-attr]
+    objective = DiffusionObjective(caption_dropout=0.3, engine=engine)
+    if lora:
+        add_lora(objective, LoraConfig(rank=3, alpha=6.0, targets=["attention", "mlp"]), seed=0)
+    return objective
+
+
+def trained(runtime: Runtime, folder: Path, config: TrainConfig, layout: dict[str, int], lora: bool) -> Any:
+    """Ten steps of SGD: how far the weights moved, and the norm and loss of each step."""
+    mesh = Mesh(runtime, **layout)
+    objective = _objective(mesh, lora=lora, checkpointing=config.activation_checkpointing)
+    before = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad}
+    run = trainer(folder / "run", config, runtime, objective, mesh, plain=True)
+    run.source = Captioned(config.batch_size, mesh.data_rank, mesh.data_ranks)
+    run.fit()
+    moved = {name: p.detach() - before[name] for name, p in run.engine.parameters.items()}
+    return {"moved": moved, "rows": rows(folder / "run") if runtime.is_main else []}
+
+
+def main(folder: Path) -> None:
+    """All cases."""
+    import deepspeed  # noqa: F401 - once, before the forks
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    results: dict[str, Any] = {}
+
+    def case(name: str, world: int, work: Any, **given: Any) -> None:
+        results[name] = ranks(world, folder / name, functools.partial(work, **given), timeout=300.0)
+
+    case("one", 1, pictures, layout={})
+    for name, layout in LAYOUTS.items():
+        size = layout.get("guidance", 1) * layout.get("sequence", 1)
+        case(name, size, pictures, layout=layout)
+    case("gradients", 3, gradients)
+    case("tiles", 3, tiles)
+    for lora in (False, True):
+        config = changed(
+            CONFIG,
+            steps=10,
+            batch_size=2,
+            accumulate=2,
+            lr=0.3,
+            ema=None,
+            log_every=1,
+            save_every=100,
+            weight_decay=0.0,
+        )
+        name = "lora" if lora else "sft"
+        case(f"{name}/one", 1, trained, config=config, layout={}, lora=lora)
+        for how, (world, other) in TRAININGS.items():
+            changes = changed(config, **other)
+            case(f"{name}/{how}", world, trained, config=changes, layout={"sequence": 2}, lora=lora)
+    torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""Pictures, gradients and training on ranks laid out in every way equal those of one rank."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.layout_ranks import LAYOUTS, MODELS, NETWORKS, TRAININGS
+from tests.tolerances import F32, F64
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("layouts")
+    command = [sys.executable, "-m", "tests.distributed.layout_ranks", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def values(results: dict[str, list[dict[str, Any]]], case: str) -> list[Any]:
+    for end in results[case]:
+        assert end["code"] == 0, end
+    return [end["value"] for end in results[case]]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pictures_are_those_of_one_rank(results, layout, model) -> None:
+    (one,) = values(results, "one")
+    ours = values(results, layout)[0][model]
+    assert ours.keys() >= {"latents", "pixels"} | ({"interval"} if "guidance" in layout else set())
+    for name, made in ours.items():
+        wanted = one[model][name]
+        assert (made - wanted).abs().max() <= F32 * (wanted.max() - wanted.min()), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_ranks_of_a_team_hold_the_same_picture_to_the_last_bit(results, layout) -> None:
+    first, *others = values(results, layout)
+    for other in others:
+        for model in MODELS:
+            assert all(torch.equal(other[model][name], made) for name, made in first[model].items())
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_uneven_tokens_and_heads_give_exact_outputs_and_gradients(results, network) -> None:
+    for found in values(results, "gradients"):
+        assert max(found[network]) <= F64
+
+
+def test_shared_tiles_of_the_first_stage_are_bit_for_bit_those_of_one_rank(results) -> None:
+    assert values(results, "tiles") == [{"decoded": True, "encoded": True}] * 3
+
+
+@pytest.mark.parametrize("what", ("sft", "lora"))
+@pytest.mark.parametrize("how", TRAININGS)
+def test_ten_steps_with_shared_tokens_are_those_of_one_process(results, how, what) -> None:
+    (one,) = values(results, f"{what}/one")
+    first, *others = values(results, f"{what}/{how}")
+    most = max(moved.abs().max() for moved in one["moved"].values())
+    assert most > 1e-4
+    for name, moved in one["moved"].items():
+        assert (first["moved"][name] - moved).abs().max() <= F32 * most, name
+        assert all(torch.equal(other["moved"][name], first["moved"][name]) for other in others), name
+    assert [row["step"] for row in first["rows"]] == list(range(1, 11))
+    for ours, wanted in zip(first["rows"], one["rows"], strict=True):
+        assert ours["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=F32)
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=F32)
+        assert ours["images"] == wanted["images"]
