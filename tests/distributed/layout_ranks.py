@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +27,7 @@ from sat.first_stage import AutoencoderKL
 from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
 from sat.mixins.rope import Rope
 from sat.models.cogview3_unet import CogView3UNet
-from sat.parallel.collectives import taking_turns
+from sat.parallel.collectives import explain, taking_turns
 from sat.parallel.guidance import share_guidance
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
@@ -45,6 +47,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "guidance": {"guidance": 2},
     "sequence": {"sequence": 2},
     "guidance_sequence": {"guidance": 2, "sequence": 2},
+    "guidance_tensor": {"guidance": 2, "tensor": 2},
+    "sequence_tensor": {"sequence": 2, "tensor": 2},
 }
 TRAININGS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and what differs from one process
     "zero0": (2, {}),
@@ -201,6 +205,23 @@ def trained(runtime: Runtime, folder: Path, config: TrainConfig, layout: dict[st
     return {"moved": moved, "rows": rows(folder / "run") if runtime.is_main else []}
 
 
+def dying(runtime: Runtime, folder: Path) -> dict[str, Any]:
+    """The second rank of a team dies while a checkpoint is written: what the first says and finds."""
+    mesh = Mesh(runtime, sequence=2)
+    config = changed(CONFIG, batch_size=2, ema=None)
+    run = trainer(folder / "run", config, runtime, _objective(mesh, lora=True, checkpointing=False), mesh)
+    run.source = Captioned(config.batch_size)
+    run._train_step(iter(run.source))
+    if mesh.sequence.rank == 1:
+        run.engine.save = lambda folder: os._exit(7)  # type: ignore[method-assign]
+    try:
+        run.save()
+    except RuntimeError as error:
+        folders = [path.name for path in (folder / "run" / "checkpoints").iterdir()]
+        return {"said": explain(error), "folders": folders, "whole": run.folder.saved()}
+    return {"said": "did not notice"}
+
+
 def main(folder: Path) -> None:
     """All cases."""
     import deepspeed  # noqa: F401 - once, before the forks
@@ -214,10 +235,10 @@ def main(folder: Path) -> None:
 
     case("one", 1, pictures, layout={})
     for name, layout in LAYOUTS.items():
-        size = layout.get("guidance", 1) * layout.get("sequence", 1)
-        case(name, size, pictures, layout=layout)
+        case(name, math.prod(layout.values()), pictures, layout=layout)
     case("gradients", 3, gradients)
     case("tiles", 3, tiles)
+    case("dying", 2, dying)
     for lora in (False, True):
         config = changed(
             CONFIG,

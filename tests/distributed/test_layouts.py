@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("layouts")
     command = [sys.executable, "-m", "tests.distributed.layout_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(folder / "results.pt", weights_only=False)
 
@@ -75,3 +75,11 @@ def test_ten_steps_with_shared_tokens_are_those_of_one_process(results, how, wha
         assert ours["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=F32)
         assert ours["loss"] == pytest.approx(wanted["loss"], rel=F32)
         assert ours["images"] == wanted["images"]
+
+
+def test_a_rank_that_dies_while_saving_ends_its_team_and_leaves_no_whole_checkpoint(results) -> None:
+    assert results["dying"][1]["code"] == 7
+    end = results["dying"][0]["value"]
+    assert "another rank died" in end["said"]
+    assert end["folders"] == ["step_00000001"]
+    assert end["whole"] == []

@@ -120,6 +120,62 @@ def test_a_failing_rank_ends_all_and_both_say_why(words, tmp_path) -> None:
     assert time.monotonic() - start < 50
 
 
+_AT_SECOND_PICTURE = """
+import time
+from sat.sampling.draw import Drawer
+latents, count = Drawer.latents, []
+def act(self, *given):
+    count.append(1)
+    if len(count) == 2:
+        {act}
+    return latents(self, *given)
+Drawer.latents = act
+"""
+
+
+@pytest.mark.parametrize(("act", "says"), [
+    ("import os; os.kill(os.getpid(), 9)", "error: another rank died or did not answer in time"),
+    ("raise OSError(28, 'No space left on device', 'disk')",
+     "error: rank 1 failed: disk: No space left on device; this rank stops too"),
+])  # fmt: skip
+def test_a_rank_that_is_lost_in_the_middle_of_a_picture_ends_its_team(words, tmp_path, act, says) -> None:
+    out = ["--output-dir", str(tmp_path), "parallel.timeout=60", "parallel.sequence=2"]
+    start = time.monotonic()
+    (code, err), (dead, _) = _ranks([*words, *out], ("", _AT_SECOND_PICTURE.format(act=act)))
+    assert (code, dead) == (1, -9 if "kill" in act else 1)
+    assert says in err
+    assert err.count("error:") == 1
+    assert time.monotonic() - start < 50
+    assert len(list(tmp_path.rglob("*.png"))) == 1  # the first rank's; none is left half
+
+
+def test_a_rank_that_hangs_is_given_up_and_torchrun_leaves_nobody_behind(words, tmp_path) -> None:
+    words = [*words, "--output-dir", str(tmp_path / "out"), "parallel.timeout=4", "parallel.guidance=2"]
+    hang = "os.environ['RANK'] == '0' or time.sleep(1000)"
+    script = tmp_path / "hanging.py"
+    script.write_text(
+        f"import os, runpy, sys\n{_AT_SECOND_PICTURE.format(act=hang)}\nsys.argv = {words!r}\n"
+        "runpy.run_path('sample.py', run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert "another rank died or did not answer in time (parallel.timeout)" in done.stderr
+    assert time.monotonic() - start < 90
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(script) in _read(p)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has ended
+        return ""
+
+
 def test_a_missing_rank_ends_the_run_with_a_message(words, tmp_path) -> None:
     out = ["--output-dir", str(tmp_path), "parallel.timeout=3"]
     ((code, err),) = _ranks([*words, *out], ("",))

@@ -14,7 +14,7 @@ import pytest
 from sat.train.resume import RunFolder, torn
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG
-from tests.sampling import files
+from tests.sampling import files, pixels
 from tests.slurm import NODES, Slurm, free_job, task, tell
 from tests.smoke.training_runs import write
 
@@ -85,3 +85,21 @@ def test_the_tasks_of_an_array_draw_every_prompt_once(spiece, tmp_path) -> None:
     assert written == [9, 6, 3]  # two pictures and a grid a prompt
     assert files(tmp_path / "shares") == files(tmp_path / "whole")
     assert slurm.requeued == []
+
+
+def test_two_nodes_draw_every_picture_together(spiece, tmp_path) -> None:
+    words = [
+        "sample.py", "--base", DEBUG, "configs/sequence2.yaml", f"conditioning.tokenizer={spiece}",
+        "parallel.device=cpu", "--prompt", "a red apple", "--batch-size", "2",
+    ]  # fmt: skip
+    slurm = Slurm(tmp_path)
+    alone = [*words, "parallel.sequence=1", "--output-dir", tmp_path / "one"]
+    jobs = [
+        slurm.job("sample_scripts/plus.sbatch", *words, "--output-dir", tmp_path / "two", nodes=NODES),
+        slurm.job("sample_scripts/plus.sbatch", *alone),
+    ]
+    assert "(sequence 2)" in [end(job) for job in jobs][0]
+    drawn = sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.png"))
+    assert len(drawn) == 3
+    for name in drawn:
+        assert abs(pixels(tmp_path / "two" / name) - pixels(tmp_path / "one" / name)).max() <= 1
