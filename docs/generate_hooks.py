@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import sat.diffusion  # noqa: E402
 import sat.mixins  # noqa: E402
+import sat.parallel.sequence  # noqa: E402
 from sat.diffusion.process import ProcessContext, ProcessHooks  # noqa: E402
 from sat.mixin import Mixin  # noqa: E402
 from sat.transformer.context import Context  # noqa: E402
