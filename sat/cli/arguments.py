@@ -6,7 +6,12 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+from sat.cli.guard import UsageError
+
+if TYPE_CHECKING:
+    from sat.parallel.launch import DeviceKind
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
 
@@ -82,3 +87,14 @@ def lora(text: str) -> Lora:
         return Lora(Path(path), float(strength)) if colon and path else Lora(Path(text), 1.0)
     except ValueError:
         return Lora(Path(text), 1.0)
+
+
+def checked_device(name: str) -> DeviceKind:
+    """``name`` if it is one that ``parallel.device`` may have; for commands without a config."""
+    from sat.parallel.launch import DeviceKind
+
+    known: tuple[DeviceKind, ...] = get_args(DeviceKind)
+    for device in known:
+        if name == device:
+            return device
+    raise UsageError(f"--device {name}: expected {', '.join(known)}")

@@ -124,34 +124,6 @@ def embed(model: Classifier, images: Tensor, batch_size: int = 256) -> Logits:
     return Logits(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (width) and covariance (width, width), float64, of features (B, width); B at least 2."""
-    if len(features) < 2:
-        raise ValueError(f"statistics of features need at least 2 pictures, got {len(features)}")
-    double = features.double()
-    return double.mean(0), torch.cov(double.T).reshape(features.shape[1], features.shape[1])
-
-
-def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2).
-
-    Source: Dowson and Landau 1982; as in FID (arXiv:1706.08500), on this classifier's features, so that
-    values compare only under the same classifier and number of pictures.
-    """
-    root = _root(cov_a.double())
-    middle = root @ cov_b.double() @ root
-    cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0).sqrt().sum()
-    shift = (mean_a.double() - mean_b.double()).square().sum()
-    return max(0.0, float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * cross))
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric root of a positive semi-definite ``matrix``."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    return root
-
-
 def top_shares(logits: Tensor, target: Tensor, at: Sequence[int] = (1, 5)) -> list[float]:
     """Share of rows of ``logits`` (B, classes) with ``target`` (B) among the best k, for each k of ``at``."""
     ranked = logits.argsort(dim=1, descending=True)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from sat.data.records import DataError
-from sat.evaluate.classifier import Classifier, embed, frechet, statistics
+from sat.evaluate.classifier import Classifier, embed
+from sat.evaluate.features import frechet, statistics
 from sat.evaluate.kernel import kernel_distance
-from sat.evaluate.retrieval import collect, open_all
+from sat.evaluate.pictures import Opened, collect, pictures_below
 from sat.util.images import from_pil
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def crops(image: PIL.Image.Image, side: int) -> Tensor:
@@ -87,20 +86,21 @@ class Detail:
 
 def detail_of_folders(images: Path, real: Path, classifier: Classifier) -> Detail:
     """Distances and :func:`fine_energy` of generated pictures against those below ``real``."""
-    made = open_all(collect(images))
+    return detail(Opened([path for path, _ in collect(images)]), real, classifier)
+
+
+def detail(made: Sequence[PIL.Image.Image], real: Path, classifier: Classifier) -> Detail:
+    """As :func:`detail_of_folders`, of opened pictures."""
     there = real_pictures(real, {picture.size for picture in made})
     ours, theirs = (crop_features(pictures, classifier) for pictures in (made, there))
     distance = frechet(*statistics(ours), *statistics(theirs))
     return Detail(distance, kernel_distance(ours, theirs), fine_energy(made, there), len(made))
 
 
-def real_pictures(folder: Path, sizes: Collection[tuple[int, int]]) -> list[PIL.Image.Image]:
+def real_pictures(folder: Path, sizes: Collection[tuple[int, int]]) -> Sequence[PIL.Image.Image]:
     """Pictures below ``folder``, which must have one of ``sizes`` (width, height)."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    if not paths:
-        raise DataError(f"{folder}: holds no pictures")
-    pictures = open_all([(path, "") for path in paths])
-    for path, picture in zip(paths, pictures, strict=True):
+    pictures = Opened(pictures_below(folder))
+    for path, picture in zip(pictures.paths, pictures, strict=True):
         if picture.size not in sizes:
             wanted = ", ".join(f"{height} x {width}" for width, height in sorted(sizes))
             raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,15 +11,13 @@ import numpy as np
 import PIL.Image
 import torch
 
-from sat.data.records import CAPTION_KEYS, DataError
+from sat.data.records import DataError
 from sat.data.transforms import on_white, to_tensor
-from sat.evaluate.classifier import Card, Classifier, embed, frechet, statistics, top_shares
-from sat.sampling.prompts import read_prompt_file
+from sat.evaluate.classifier import Card, Classifier, embed, top_shares
+from sat.evaluate.features import frechet, statistics
+from sat.evaluate.pictures import Opened, collect
 
 ENOUGH = 500  # pictures for a feature distance that says something
-
-_NUMBERED = re.compile(r"(\d+)_")
-_DRAWN = re.compile(r"\d{9}\.png")
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,7 @@ def score(
             f"none of {len(captions)} captions names one of the {len(card.concepts)} concepts the classifier "
             "knows" + (f", e.g. {captions[0]!r}" if captions else "")
         )
-    pixels = torch.stack([_prepared(image, card.size) for _, image, _ in kept])
+    pixels = torch.stack([prepared(image, card.size) for _, image, _ in kept])
     out = embed(classifier, pixels)
     target = torch.tensor([card.concepts.index(aim.concept) for _, _, aim in kept])
     top1, top5 = top_shares(out.concept, target)
@@ -131,7 +128,7 @@ def score(
     return Scores(len(kept), top1, top5, share, len(styled), distance, unknown, judged)
 
 
-def _prepared(image: PIL.Image.Image, size: int) -> torch.Tensor:
+def prepared(image: PIL.Image.Image, size: int) -> torch.Tensor:
     """``image`` as (3, size, size) in [-1, 1]."""
     picture = on_white(image)
     if picture.size != (size, size):
@@ -139,83 +136,8 @@ def _prepared(image: PIL.Image.Image, size: int) -> torch.Tensor:
     return to_tensor(np.asarray(picture))
 
 
-def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]]:
-    """Pictures below ``images`` with their captions.
-
-    ``captions`` may be a table (``.jsonl`` with file_name, relative to ``images``, and text) or a text file
-    with one prompt a line for the folders ``<line number from 0>_…`` that sampling writes. Without it, the
-    prompts are read from the PNG files themselves, where sampling keeps them.
-    """
-    if not images.is_dir():
-        raise DataError(f"{images}: no such folder of images")
-    if captions is None:
-        found = _from_files(images)
-    elif captions.suffix == ".jsonl":
-        found = _from_table(images, captions)
-    else:
-        found = _from_lines(images, captions)
-    if not found:
-        raise DataError(f"{images}: no images with a caption" + (f" in {captions}" if captions else ""))
-    return found
-
-
-def _from_files(images: Path) -> list[tuple[Path, str]]:
-    found = []
-    for path in sorted(images.rglob("*.png")):
-        if path.name == "grid.png":
-            continue
-        with PIL.Image.open(path) as file:
-            prompt = file.info.get("prompt")
-        if isinstance(prompt, str):
-            found.append((path, prompt))
-    return found
-
-
-def _from_table(images: Path, table: Path) -> list[tuple[Path, str]]:
-    found = []
-    for number, line in enumerate(table.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = next(row[key] for key in CAPTION_KEYS if row.get(key))
-            found.append((images / row["file_name"], text if isinstance(text, str) else text[0]))
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise DataError(f"{table}:{number}: expected an object with file_name and text") from error
-    return found
-
-
-def _from_lines(images: Path, prompts: Path) -> list[tuple[Path, str]]:
-    lines = read_prompt_file(prompts)
-    folders = {int(m[1]): folder for folder in images.iterdir() if (m := _NUMBERED.match(folder.name))}
-    missing = [index for index in range(len(lines)) if index not in folders]
-    if missing:
-        raise DataError(
-            f"{images}: no folder {missing[0]}_… for prompt {missing[0]} of {prompts}, {lines[missing[0]]!r} "
-            f"({len(missing)} of {len(lines)} are missing)"
-        )
-    return [
-        (path, line)
-        for index, line in enumerate(lines)
-        for path in sorted(folders[index].iterdir())
-        if _DRAWN.fullmatch(path.name)
-    ]
-
-
-def open_all(found: Sequence[tuple[Path, str]]) -> list[PIL.Image.Image]:
-    """The pictures of :func:`collect`, on white."""
-    pictures = []
-    for path, _ in found:
-        try:
-            with PIL.Image.open(path) as file:
-                pictures.append(on_white(file))
-        except OSError as error:
-            raise DataError(f"{path}: {error}") from error
-    return pictures
-
-
 def score_folder(images: Path, captions: Path | None, classifier: Classifier) -> Scores:
     """:func:`score` of what :func:`collect` finds."""
     found = collect(images, captions)
     names = [str(path.relative_to(images)) for path, _ in found]
-    return score(open_all(found), [caption for _, caption in found], classifier, names)
+    return score(Opened([path for path, _ in found]), [caption for _, caption in found], classifier, names)

@@ -18,7 +18,8 @@ from sat.data.records import HELD_OUT, DataError, Record
 from sat.data.sources import read_source, read_sources
 from sat.data.transforms import Transform, to_tensor
 from sat.evaluate.augment import Strength, augment
-from sat.evaluate.classifier import Card, Classifier, Logits, embed, statistics, top_shares
+from sat.evaluate.classifier import Card, Classifier, Logits, embed, top_shares
+from sat.evaluate.features import statistics
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,10 @@ def test_layers_import_only_what_lies_below_them() -> None:
 
 
 def test_test_peers_are_never_imported_by_the_package() -> None:
-    """Not even inside a function, which import-linter also sees; this names the line."""
+    """Not even inside a function, which import-linter also sees; this names the line.
+
+    But for one file: judges of pictures (an extra), which only ``sat.cli.evaluate`` loads.
+    """
     peers = {"transformers", "diffusers", "peft", "torchvision", "xformers", "SwissArmyTransformer"}
     found = []
     for path in sources():
@@ -46,7 +49,8 @@ def test_test_peers_are_never_imported_by_the_package() -> None:
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
-            if {name.partition(".")[0] for name in names} & peers:
+            allowed = {"transformers"} if path == ROOT / "sat/evaluate/towers.py" else set()
+            if {name.partition(".")[0] for name in names} & (peers - allowed):
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not found
 

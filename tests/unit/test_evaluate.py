@@ -15,8 +15,10 @@ from sat.data.emoji.concepts import core_labels
 from sat.data.records import DataError
 from sat.data.transforms import to_tensor
 from sat.evaluate.augment import Strength, augment
-from sat.evaluate.classifier import Card, Classifier, embed, frechet, statistics, top_shares
-from sat.evaluate.retrieval import collect, score, score_folder, wanted
+from sat.evaluate.classifier import Card, Classifier, embed, top_shares
+from sat.evaluate.features import frechet, statistics
+from sat.evaluate.pictures import collect
+from sat.evaluate.retrieval import score, score_folder, wanted
 from sat.evaluate.training import Recipe, train
 
 COLOURS = {"red apple": "#e01010", "lime": "#20c020", "blue heart": "#2030e0"}

@@ -1,0 +1,92 @@
+"""Distances between sets of pictures, as arithmetic on features that any network may have made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 3
+"""Neighbours whose distance is the radius around a picture: the paper's choice."""
+
+
+class Extractor(Protocol):
+    """A network that looks at pictures. ``name`` says which, since values compare only under the same one."""
+
+    name: str
+
+    def __call__(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """Features (B, F), float32 on the CPU, of a batch of pictures."""
+        ...
+
+
+def features_of(extract: Extractor, images: Sequence[PIL.Image.Image], batch_size: int) -> Tensor:
+    """Features (B, F) of pictures of any number, ``batch_size`` at a time."""
+    starts = range(0, len(images), batch_size)
+    return torch.cat([extract(images[start : start + batch_size]) for start in starts])
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (width) and covariance (width, width), float64, of features (B, width); B at least 2."""
+    if len(features) < 2:
+        raise ValueError(f"statistics of features need at least 2 pictures, got {len(features)}")
+    double = features.double()
+    return double.mean(0), torch.cov(double.T).reshape(features.shape[1], features.shape[1])
+
+
+def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2).
+
+    Source: Dowson and Landau 1982; as in FID (arXiv:1706.08500), on this classifier's features, so that
+    values compare only under the same classifier and number of pictures.
+    """
+    root = _root(cov_a.double())
+    middle = root @ cov_b.double() @ root
+    cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0).sqrt().sum()
+    shift = (mean_a.double() - mean_b.double()).square().sum()
+    return max(0.0, float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * cross))
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """The symmetric root of a positive semi-definite ``matrix``."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
+
+
+class Coverage(NamedTuple):
+    """Shares from 0 to 1."""
+
+    precision: float  # made pictures that lie among real ones
+    recall: float  # real pictures that lie among made ones
+
+
+def precision_recall(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> Coverage:
+    """How much of ``made`` (B, F) is like ``real`` (N, F), and how much of ``real`` is covered.
+
+    A picture lies among others if it is within the distance from some one of them to its k-th nearest
+    neighbour. Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, eq. 1 to 3, with k = 3.
+    """
+    fewest = min(len(made), len(real))
+    if fewest <= neighbours:
+        raise ValueError(
+            f"precision and recall need more than {neighbours} pictures on both sides, got {fewest}"
+        )
+    made, real = made.double(), real.double()
+    return Coverage(_inside(made, real, neighbours), _inside(real, made, neighbours))
+
+
+def _inside(points: Tensor, others: Tensor, neighbours: int) -> float:
+    """Share of ``points`` (B, F) within the radius of at least one of ``others`` (N, F)."""
+    radii = torch.cat(
+        # the nearest of all is the point itself
+        [
+            torch.cdist(part, others).topk(neighbours + 1, largest=False).values[:, -1]
+            for part in torch.split(others, 512)
+        ]
+    )
+    hits = [(torch.cdist(part, others) <= radii).any(1) for part in torch.split(points, 512)]
+    return torch.cat(hits).double().mean().item()
