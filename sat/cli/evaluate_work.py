@@ -20,7 +20,7 @@ from sat.evaluate.scores import Results, as_dict, open_folders, table, take
 from sat.parallel.launch import pick_device
 from sat.sampling.prompts import check_text
 from sat.util import log as logs
-from sat.util.images import write_atomic, write_text
+from sat.util.files import write_atomic, write_text
 
 log = logging.getLogger(__name__)
 

@@ -134,18 +134,16 @@ class Clip:
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(B, width) of length 1, on the device; captions are cut at the model's number of tokens."""
-        ids = self._ids(texts, truncation=True, padding="max_length", return_tensors="pt").to(self.device)
+        ids = self.tokenizer(
+            list(texts), truncation=True, padding="max_length", max_length=self.tokens, return_tensors="pt"
+        ).to(self.device)
         out = self.model.text_model(input_ids=ids.input_ids, attention_mask=ids.attention_mask)
         return nn.functional.normalize(self.model.text_projection(out.pooler_output), dim=-1)
 
     def cut(self, texts: Sequence[str]) -> int:
         """How many captions are longer than the model reads."""
-        return sum(
-            len(ids) > self.tokens for ids in self._ids(texts, truncation=False, verbose=False).input_ids
-        )
-
-    def _ids(self, texts: Sequence[str], **how: Any) -> Any:
-        return self.tokenizer(list(texts), max_length=self.tokens if how["truncation"] else None, **how)
+        whole = self.tokenizer(list(texts), truncation=False, verbose=False).input_ids
+        return sum(len(ids) > self.tokens for ids in whole)
 
 
 class Blip:
