@@ -29,6 +29,7 @@ from sat.sampling.inputs import InputFolder
 from sat.sampling.latents import checked_latents
 from sat.sampling.prompts import check_text, checked_prompts
 from sat.sampling.run import Noise
+from sat.sampling.speed import Speed, quicken
 from sat.util.images import from_pil
 
 log = logging.getLogger(__name__)
@@ -256,6 +257,7 @@ def open_drawer(
     if mesh is None:
         data_ranks(1, **experiment.parallel.sizes)
     engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh)
+    quicken(engine, Speed(sampling.attention, sampling.pack, sampling.compile, sampling.graphs))
     drawer = Drawer(
         engine,
         build_sampler(experiment),

@@ -19,6 +19,7 @@ from sat.sampling.sizes import SizeError, SizeRule
 
 if TYPE_CHECKING:
     from sat.parallel.launch import DeviceKind
+    from sat.transformer.kernels import Backend
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Broken = Iterator[tuple[str, str]]
@@ -124,6 +125,8 @@ class SamplingConfig(Section):
     ``at_once`` images go through the network together: with 1, a picture does not depend on how many are
     asked for, to the last bit; with more, large devices are used better.
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
+    Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
+    products, ``compile`` compiles one block for all layers, ``graphs`` replays a step as one CUDA graph.
     """
 
     section = "sampling"
@@ -155,6 +158,10 @@ class SamplingConfig(Section):
         Path | None, MustExist("name the output folder of a base model's run, which relay enlarges")
     ] = None
     tile: int | None = None
+    attention: Backend = "auto"
+    pack: bool = True
+    compile: bool = False
+    graphs: bool = False
 
     def _rules(self) -> Broken:
         if self.prompt is not None and self.prompt_file is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,5 +67,5 @@ class Decoder(nn.Module):
         x = self.middle(self.stem(latent))
         for level in self.levels:
             x = level(x)
-        out: Tensor = self.head(F.silu(self.norm(x)))
+        out: Tensor = self.head(F.silu(self.norm(x), inplace=not torch.is_grad_enabled()))
         return out

@@ -32,10 +32,10 @@ class CrossLayer(nn.Module):
         k, v = rearrange(self.kv(text), "b t (two h d) -> two b h t d", two=2, d=self.head_dim)
         return k, v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: kernels.Kernel) -> Tensor:
         dtype = self.q.weight.dtype
         q = rearrange(self.q(self.norm(x).to(dtype)), "b l (h d) -> b h l d", d=self.head_dim)
-        out = kernels.attend(q, k, v, mask=mask)
+        out = kernel(q, k, v, mask=mask)
         return expand(self.proj, shrink(rearrange(out, "b h l d -> b l (h d)")))
 
 
@@ -43,6 +43,7 @@ class CrossAttention(Mixin):
     """Every layer attends to ``ctx.text`` (B, T, C_text); masked where ``ctx.text_mask`` says so.
 
     Keys and values do not depend on the step: ``prepare`` makes those of all layers once per image.
+    ``kernel`` computes both attentions of a block.
     Source: official ``sgm/modules/attention.py`` (``attn2``); arXiv:2112.10752.
     """
 
@@ -50,6 +51,7 @@ class CrossAttention(Mixin):
 
     def __init__(self, dim: int, heads: int, head_dim: int, text_dim: int, depth: int) -> None:
         super().__init__()
+        self.kernel: kernels.Kernel = kernels.attend
         self.layers = nn.ModuleList(CrossLayer(dim, heads, head_dim, text_dim) for _ in range(depth))
 
     @wraps("prepare")
@@ -62,11 +64,11 @@ class CrossAttention(Mixin):
 
     @replaces("attend")
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        return kernels.attend(q, k, v)  # the text's mask is not for the cells
+        return self.kernel(q, k, v)  # the text's mask is not for the cells
 
     @replaces("cross")
     def cross(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
         assert ctx.text_kv is not None, "prepare fills it"
         mask = None if ctx.text_mask is None else ctx.text_mask[:, None, None, :].to(torch.bool)
-        out: Tensor = self.layers[layer](x, *ctx.text_kv[layer], mask)
+        out: Tensor = self.layers[layer](x, *ctx.text_kv[layer], mask, self.kernel)
         return out

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sat.transformer.context import Context
+from sat.transformer.packed import PackedLinear
 from sat.transformer.points import TransformerHooks
 
 FP16_HEADROOM = 64.0
@@ -27,6 +28,12 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        qkv: nn.Module = self.qkv  # may have been replaced
+        return qkv.dtype if isinstance(qkv, PackedLinear) else self.qkv.weight.dtype
 
     def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, d=self.head_dim)
@@ -49,8 +56,15 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return expand(self.down, shrink(F.gelu(self.up(x), approximate=self.gelu)))
-        return expand(self.down, shrink(F.gelu(self.gate(x), approximate=self.gelu)) * self.up(x))
+            return expand(self.down, shrink(_gelu(self.up, x, self.gelu)))
+        return expand(self.down, shrink(_gelu(self.gate, x, self.gelu)) * self.up(x))
+
+
+def _gelu(linear: nn.Module, x: Tensor, approximate: str) -> Tensor:
+    """GELU of ``linear(x)``, in one pass where the layer can."""
+    if isinstance(linear, PackedLinear):
+        return linear.gelu(x, approximate)
+    return F.gelu(linear(x), approximate=approximate)
 
 
 def shrink(h: Tensor) -> Tensor:

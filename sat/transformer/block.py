@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.transformer.attention import Attention, FeedForward
-from sat.transformer.context import Context, Modulation
+from sat.transformer.context import Context, LayerModulation, Modulation
 from sat.transformer.points import TransformerHooks
 
 
@@ -68,10 +68,16 @@ class Block(nn.Module):
             dim, spec.mlp_dim or 4 * dim, gated=spec.mlp == "geglu", bias=spec.bias, gelu=spec.gelu
         )
 
-    def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
-        modulation = ctx.modulation[layer] if ctx.modulation is not None else hooks.modulate(ctx, layer)
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Context,
+        layer: int,
+        hooks: TransformerHooks,
+        modulation: LayerModulation | None = None,
+    ) -> Tensor:
         first, second = modulation if modulation is not None else (None, None)
-        dtype = self.attn.qkv.weight.dtype
+        dtype = self.attn.dtype
         h = self.attn(modulated(self.norm1(x), first, ctx.text_len, dtype), ctx, layer, hooks)
         x = residual(x, h, first, ctx.text_len)
         if (crossed := hooks.cross(x, ctx, layer)) is not None:

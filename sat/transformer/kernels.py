@@ -1,10 +1,44 @@
-"""Attention arithmetic: the one place that calls an attention kernel."""
+"""Attention arithmetic: the one place that calls an attention kernel, and the choice among kernels."""
 
 from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Backend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"]
+"""Names of kernels: ``auto`` picks by device, ``torch`` leaves it to torch; see docs/performance.md."""
+
+_SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_MASKED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What is left, in this order, where a mask is given that the chosen kernel may not take."""
+
+
+class Kernel(Protocol):
+    """softmax(q k^T * scale + bias) v, (B, H, L, d) each; arguments as of :func:`attend`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor: ...
 
 
 def attend(
@@ -16,7 +50,7 @@ def attend(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale + bias) v, (B, H, L, d).
+    """softmax(q k^T * scale + bias) v, (B, H, L, d), by whichever kernel torch picks.
 
     ``mask`` (B, 1 or H, 1 or L, L) is true where a key may be seen. ``scale`` None is 1/sqrt(d). With neither
     bias nor mask no mask tensor is made, so the fast kernels apply.
@@ -25,6 +59,159 @@ def attend(
         hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
         bias = hidden if bias is None else bias + hidden
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One kernel of torch's; calls with a bias or a mask, which not all take, go to the next that does."""
+
+    backend: SDPBackend
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        plain = bias is None and mask is None
+        with sdpa_kernel(self.backend if plain else [self.backend, *_MASKED], set_priority=not plain):
+            return attend(q, k, v, bias=bias, mask=mask, scale=scale)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A kernel for q, k, v and scale alone; calls with a bias or a mask go to torch's."""
+
+    function: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        if bias is not None or mask is not None or torch.is_grad_enabled():
+            return attend(q, k, v, bias=bias, mask=mask, scale=scale)
+        return self.function(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+LARGEST_LOGIT = 20.0
+"""Above, exp of a logit would lose the sums' precision in bfloat16 and could overflow in products of many."""
+SHORTEST = 384
+"""Keys below which starting two matrix products a head costs more than they save."""
+_BYTES = 8 << 20
+"""Of one head's logits; larger ones are made in pieces of rows."""
+_ONES = 8
+"""Columns of ones beside v: one would do, but rows of odd length are slow."""
+
+
+def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention head by head without looking for the largest logit, for logits known to be small.
+
+    softmax subtracts the largest logit lest exp overflow. Where q and k are normalised there is nothing to
+    fear (:func:`largest_logit`): exp of the logits, a product with v and a column of ones, which sums the
+    rows, and one division. In bfloat16 on a CPU this takes two thirds of the time of torch's kernel, in
+    float32 it is slower. Logits and weights are rounded to the dtype of q.
+    """
+    if k.shape[2] < SHORTEST:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    batch, heads, length, size = q.shape
+    keys = k.shape[2]
+    rows = min(length, max(64, _BYTES // (keys * q.element_size())))
+    logits, wide = q.new_empty(rows, keys), q.new_ones(keys, size + _ONES)
+    sums, out = q.new_empty(rows, size + _ONES), q.new_empty(batch, length, heads, size)
+    for b in range(batch):
+        for h in range(heads):
+            wide[:, :size] = v[b, h]
+            turned = k[b, h].t()
+            for start in range(0, length, rows):
+                part = q[b, h, start : start + rows]
+                weights, total = logits[: len(part)], sums[: len(part)]
+                torch.addmm(weights, part, turned, beta=0, alpha=scale, out=weights)
+                torch.mm(weights.exp_(), wide, out=total)
+                torch.div(total[:, :size], total[:, size:][:, :1], out=out[b, start : start + rows, h])
+    return out.transpose(1, 2)
+
+
+def choose(
+    name: Backend, device: torch.device, dtype: torch.dtype, bound: float | None
+) -> tuple[Kernel, str]:
+    """The kernel called ``name`` for tensors of ``dtype`` on ``device``, and what it is, for the log.
+
+    ``bound``: no logit is larger (None: not known). Raises ``ValueError`` where the kernel cannot work.
+    """
+    small = bound is not None and bound <= LARGEST_LOGIT
+    if name == "auto":
+        name = _fastest(device, dtype, small)
+    if name == "torch":
+        return attend, "torch's choice"
+    if name == "exp":
+        if not small:
+            raise ValueError(
+                f"sampling.attention=exp needs logits of at most {LARGEST_LOGIT:g}, which only "
+                f"layer-normalised queries and keys promise; this network has none: use auto"
+            )
+        return Plain(exp_attention), f"exp per head (logits at most {bound:.3g})"
+    if name in ("flash3", "sage"):
+        return Plain(_optional(name, device, dtype)), name
+    if name not in _SDPA:
+        raise ValueError(f"sampling.attention is {name!r}, expected one of {', '.join(get_args(Backend))}")
+    if device.type == "cpu" and name in ("cudnn", "efficient"):
+        raise ValueError(f"sampling.attention={name} needs a GPU, but the network is on the CPU: use auto")
+    return Chosen(_SDPA[name]), name
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, small: bool) -> Backend:
+    """What was fastest for heads of 40 and 64 channels: on a CPU as measured, elsewhere as is usual.
+
+    ``benchmarks/run.py --suite gpu`` times every kernel beside the choice made here.
+    """
+    if device.type == "cpu":
+        return "exp" if dtype == torch.bfloat16 and small else "torch"
+    if dtype == torch.float32:
+        return "torch"
+    return "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"
+
+
+def _optional(
+    name: Literal["flash3", "sage"], device: torch.device, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    """A kernel of a package that is not required."""
+    module, package = {
+        "flash3": ("flash_attn_interface", "flash-attn 3"),
+        "sage": ("sageattention", "sageattention"),
+    }[name]
+    if device.type == "cpu" or dtype == torch.float32:
+        raise ValueError(
+            f"sampling.attention={name} needs a GPU and bf16 or fp16, got {device.type}: use auto"
+        )
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"sampling.attention={name} needs the package {package}: see docs/performance.md for how to "
+            f"install it, or use auto"
+        ) from error
+    return partial(_flash3 if name == "flash3" else _sage, found)
+
+
+def _flash3(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """flash-attn 3 wants (B, L, H, d)."""
+    out = package.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale)
+    return cast(Tensor, out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _sage(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """SageAttention quantises q and k to int8: not exact."""
+    return cast(Tensor, package.sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=scale))
 
 
 def key_mask(text_mask: Tensor, length: int) -> Tensor:

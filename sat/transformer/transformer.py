@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,40 @@ from sat.transformer.context import Context, LayerModulation, Modulation
 from sat.transformer.points import TransformerHooks
 
 
+class RunBlock(Protocol):
+    """How a block is called: (B, L, D) -> (B, L, D)."""
+
+    def __call__(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        ctx: Context,
+        layer: int,
+        hooks: TransformerHooks,
+        modulation: LayerModulation | None,
+    ) -> Tensor: ...
+
+
+def call_block(
+    block: nn.Module,
+    x: Tensor,
+    ctx: Context,
+    layer: int,
+    hooks: TransformerHooks,
+    modulation: LayerModulation | None,
+) -> Tensor:
+    """``block`` as it is."""
+    out: Tensor = block(x, ctx, layer, hooks, modulation)
+    return out
+
+
 class Transformer(nn.Module):
     """``depth`` blocks of width ``dim`` between an ``embed`` and a ``final`` hook.
 
     ``print(transformer.resolved)`` shows who owns each hook. ``checkpointing`` recomputes each block in the
     backward pass instead of keeping its activations; ``draws``: a block draws random numbers (dropout), which
-    recomputing must repeat.
+    recomputing must repeat. ``kernel`` computes the default attention, ``run_block`` calls a block (or one
+    compiled for all layers), ``replay`` stands for the whole pass (a recorded one); see ``fast.py``.
     """
 
     def __init__(
@@ -37,6 +65,9 @@ class Transformer(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         self.spec = spec
         self.checkpointing = self.draws = False
+        self.kernel: kernels.Kernel = kernels.attend
+        self.run_block: RunBlock = call_block
+        self.replay: Callable[[Context], Tensor] | None = None
         self.blocks = nn.ModuleList(Block(dim, heads, spec) for _ in range(depth))
         self.mixins = nn.ModuleDict(mixins)
         self.resolved: Resolved[TransformerHooks] = resolve(self._defaults(), mixins)
@@ -73,6 +104,10 @@ class Transformer(nn.Module):
     def forward(self, ctx: Context) -> Tensor:
         if not ctx.prepared:
             ctx = self.prepare(ctx)
+        return self.run(ctx) if self.replay is None else self.replay(ctx)
+
+    def run(self, ctx: Context) -> Tensor:
+        """The pass itself, for a prepared context."""
         x = self.hooks.embed(ctx)
         if ctx.table is not None:
             x = x + ctx.table
@@ -120,14 +155,14 @@ class Transformer(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         mask = None if ctx.text_mask is None else kernels.key_mask(ctx.text_mask, k.shape[2])
-        return kernels.attend(q, k, v, bias=ctx.bias, mask=mask, scale=self.spec.scale)
+        return self.kernel(q, k, v, bias=ctx.bias, mask=mask, scale=self.spec.scale)
 
     def _cross(self, x: Tensor, ctx: Context, layer: int) -> Tensor | None:
         return None
 
     def _layer(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
-        out: Tensor = self.blocks[layer](x, ctx, layer, self.hooks)
-        return out
+        modulation = ctx.modulation[layer] if ctx.modulation is not None else self.hooks.modulate(ctx, layer)
+        return self.run_block(self.blocks[layer], x, ctx, layer, self.hooks, modulation)
 
     def _final(self, x: Tensor, ctx: Context) -> Tensor:
         return x

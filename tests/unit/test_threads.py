@@ -45,16 +45,19 @@ def test_float32_results_do_not_depend_on_the_number_of_threads() -> None:
 from sat.util import threads
 threads.prepare()
 import torch
-from sat.first_stage.blocks import ResBlock
+from sat.first_stage.blocks import ResBlock, Upsample
+from sat.transformer.packed import PackedLinear, packable
 torch.manual_seed(0)
 time, image = torch.randn(6, 256), torch.randn(1, 128, 16, 16)
 linear, block = torch.nn.Linear(256, 64), ResBlock(128, 64, 8)
+up, wide = Upsample(128), torch.randn(97, 256)
+packed = PackedLinear(linear) if packable(torch.float32) else linear
 found = []
 with torch.inference_mode():
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         rows = image.to(memory_format=torch.channels_last)
-        found.append((linear(time), block(image), block(rows)))
+        found.append((linear(time), block(image), block(rows), up(image), packed(time), packed(wide)))
 print(all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other)))
 """
     env = {name: value for name, value in os.environ.items() if name not in threads.SETTINGS}

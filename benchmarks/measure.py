@@ -1,0 +1,117 @@
+"""Timing on a machine that is not alone: interleaved, warmed up, disturbed samples left out.
+
+Variants take turns, forwards and then backwards, so that drift hits all alike. A sample counts only if other
+processes had little of the processor meanwhile (Linux: ``/proc/stat``); elsewhere all count. What is compared
+are medians within one run.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Work = Callable[[], object]
+
+OTHERS = 0.1
+"""Share of all cores that others may take during a sample that counts."""
+STEADY = 0.02
+"""Warm-up ends when two medians in a row differ by less."""
+_STAT = Path("/proc/stat")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one variant: median, 10th and 90th percentile of the samples that count."""
+
+    median: float
+    low: float
+    high: float
+    kept: int
+    disturbed: int  # samples left out
+
+    def plain(self) -> dict[str, Any]:
+        """For the result file."""
+        return asdict(self)
+
+
+def compare(
+    variants: Mapping[str, Work],
+    *,
+    rounds: int = 9,
+    seconds: float = 60.0,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Timings of ``variants`` in ``rounds`` turns, or as many as ``seconds`` allow (at least 3)."""
+    names = list(variants)
+    samples: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
+    for name in names:
+        _warm(variants[name], synchronize)
+    began = time.perf_counter()
+    for turn in range(3 * rounds):
+        for name in names if turn % 2 == 0 else reversed(names):
+            samples[name].append(sample(variants[name], synchronize))
+        enough = min(sum(clean for _, clean in taken) for taken in samples.values()) >= rounds
+        if enough or (turn >= 2 and time.perf_counter() - began > seconds):
+            break
+    return {name: timing(taken) for name, taken in samples.items()}
+
+
+def sample(work: Work, synchronize: Callable[[], None] = lambda: None) -> tuple[float, bool]:
+    """Wall seconds of one call, and whether the machine was ours meanwhile."""
+    synchronize()
+    busy, own, began = _busy(), _own(), time.perf_counter()
+    work()
+    synchronize()
+    took = time.perf_counter() - began
+    others = (_busy() - busy) - (_own() - own)
+    return took, others <= OTHERS * took * (os.cpu_count() or 1) + 0.02  # two ticks of the clock
+
+
+def timing(taken: Sequence[tuple[float, bool]]) -> Timing:
+    """What the samples come to; all of them where none was undisturbed."""
+    clean = sorted(seconds for seconds, counts in taken if counts)
+    values = clean or sorted(seconds for seconds, _ in taken)
+    edge = (len(values) - 1) // 10
+    return Timing(
+        statistics.median(values), values[edge], values[-1 - edge], len(clean), len(taken) - len(clean)
+    )
+
+
+def _warm(work: Work, synchronize: Callable[[], None], limit: float = 15.0) -> None:
+    """Call until two medians of three calls agree, or ``limit`` seconds have passed."""
+    began, before = time.perf_counter(), 0.0
+    while True:
+        now = statistics.median(sample(work, synchronize)[0] for _ in range(3))
+        if abs(now - before) <= STEADY * now or time.perf_counter() - began > limit:
+            return
+        before = now
+
+
+def _busy() -> float:
+    """Seconds that all processors together have been busy, stolen time included; 0 where it is not told."""
+    if not _STAT.is_file():
+        return 0.0
+    with _STAT.open() as file:
+        user, nice, system, _, _, irq, soft, steal = (int(part) for part in file.readline().split()[1:9])
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    """Processor seconds of this process and its finished children."""
+    if not _STAT.is_file():
+        return 0.0
+    parts = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(part.ru_utime + part.ru_stime for part in parts)
+
+
+def peak_rss() -> float:
+    """Peak resident memory of this process in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3) * (1.0 if sys.platform == "darwin" else 1.024)

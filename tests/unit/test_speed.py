@@ -1,0 +1,268 @@
+"""What makes sampling faster leaves the numbers: packed weights, kernels, compiled and recorded passes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sat.first_stage.blocks import Upsample
+from sat.mixin import Mixin, wraps
+from sat.mixins.rope import Rope
+from sat.models.cogview3_plus import CogView3Plus
+from sat.sampling import speed
+from sat.transformer import Context, Transformer, TransformerHooks, fast, kernels, packed
+from sat.transformer.packed import PackedLinear, pack, packable
+from tests.small import condition, fill, plus
+from tests.tolerances import BF16, F32, F64
+
+CPU = torch.device("cpu")
+TIMES = (999.0, 17.0)
+
+
+def step(
+    model: CogView3Plus, time: float = TIMES[0], seed: int = 1, size: tuple[int, int] = (6, 10)
+) -> Tensor:
+    """One denoising step as sampling makes it."""
+    with torch.inference_mode():
+        x = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(seed)).to(model.dtype)
+        cond = condition(dtype=model.dtype, one_size=True)
+        return model(x, time, model.prepare(cond, size, TIMES)).float()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+# -- packed weights
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, F32), (torch.bfloat16, BF16)])
+def test_packed_layers_give_the_same_step(dtype: torch.dtype, bound: float) -> None:
+    if not packable(dtype):
+        pytest.skip("this processor has no fast product of this type")
+    plain = plus().to(dtype)
+    fast_one = copy.deepcopy(plain)
+    assert pack(fast_one) == 8  # two layers of four
+    assert relative(step(fast_one), step(plain)) < bound
+
+
+def test_a_packed_layer_drops_the_original_and_can_make_it_again() -> None:
+    linear = nn.Linear(24, 40)
+    layer = PackedLinear(linear)
+    assert not list(layer.parameters()) and torch.equal(layer.weight, linear.weight)
+    x = torch.randn(3, 5, 24)
+    with torch.no_grad():
+        assert (copy.deepcopy(layer)(x) - linear(x)).abs().max() < F32
+        for how in ("tanh", "none"):
+            assert (layer.gelu(x, how) - F.gelu(linear(x), approximate=how)).abs().max() < F32
+
+
+def test_layers_that_are_no_plain_linears_are_left() -> None:
+    class Wrapped(nn.Linear):
+        pass
+
+    model = plus()
+    block = model.transformer.blocks[0]
+    block.attn.qkv = Wrapped(32, 96)
+    fill(block.attn.qkv)
+    expected = step(model)
+    assert pack(model) == 7 and type(block.attn.qkv) is Wrapped
+    assert relative(step(model), expected) < F32
+
+
+def test_without_the_private_operators_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: object) -> Tensor:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(packed, "_product", gone)
+    packable.cache_clear()
+    try:
+        model = plus()
+        assert pack(model) == 0
+        assert relative(step(model), step(plus())) == 0
+    finally:
+        packable.cache_clear()
+
+
+# -- kernels
+
+
+def heads(length: int, size: int = 40) -> list[Tensor]:
+    q, k, v = torch.randn(3, 2, 3, length, size, generator=torch.Generator().manual_seed(0))
+    return [F.layer_norm(q, (size,)), F.layer_norm(k, (size,)), v]
+
+
+@pytest.mark.parametrize("length", [7, 400, 2600])  # torch's kernel; whole rows; rows in pieces
+def test_exp_attention_is_attention(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_BYTES", 2_000_000)
+    q, k, v = heads(length)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    scale = q.shape[-1] ** -0.5
+    assert relative(kernels.exp_attention(q, k, v, scale), exact) < F32
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    assert relative(kernels.exp_attention(*narrow, scale), exact) < BF16 / 2
+
+
+def test_exp_attention_survives_the_largest_logits() -> None:
+    """q and k all along one direction: every logit is at the bound, and the weights are even."""
+    q = F.layer_norm(torch.randn(40), (40,)).expand(1, 1, 500, 40).bfloat16()
+    v = torch.randn(1, 1, 500, 40).bfloat16()
+    out = kernels.exp_attention(q, q, v, 40**-0.5)
+    assert (out.float() - v.float().mean(2, keepdim=True)).abs().max() < 5e-3
+
+
+def test_only_normed_queries_and_keys_bound_the_logits() -> None:
+    class Louder(Mixin):
+        host = TransformerHooks
+
+        @wraps("norm_qk")
+        def norm_qk(self, inner, q: Tensor, k: Tensor, ctx: Context, layer: int):
+            return tuple(10 * x for x in inner(q, k, ctx, layer))
+
+    bound = speed.largest_logit(plus().transformer)
+    assert bound == pytest.approx(8**0.5)
+    assert speed.largest_logit(plus({"position": Rope(8, 9, 11)}).transformer) == bound
+    assert speed.largest_logit(plus({"louder": Louder()}).transformer) is None
+    bare = Transformer(32, 4, 1, {})
+    assert speed.largest_logit(bare) is None
+    with pytest.raises(ValueError, match="sampling.attention=exp needs logits"):
+        speed.use_kernel(bare, "exp")
+
+
+def test_kernels_by_name_agree() -> None:
+    expected = step(plus())
+    for name in ("auto", "torch", "math", "flash"):
+        model = plus()
+        speed.use_kernel(model, name)
+        assert relative(step(model), expected) < F32, name
+
+
+def test_a_kernel_that_takes_no_mask_leaves_masked_calls_to_others() -> None:
+    q, k, v = heads(9, 8)
+    mask = torch.rand(2, 1, 1, 9) < 0.6
+    kernel, _ = kernels.choose("flash", CPU, torch.float32, None)
+    assert (kernel(q, k, v, mask=mask) - kernels.attend(q, k, v, mask=mask)).abs().max() < F32
+    own = kernels.Plain(lambda q, k, v, scale: torch.full_like(q, 7.0))
+    assert (own(q, k, v, mask=mask) - kernels.attend(q, k, v, mask=mask)).abs().max() == 0
+    with torch.inference_mode():
+        assert own(q, k, v).min() == 7
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient", "flash3", "sage"])
+def test_a_kernel_for_gpus_is_refused_on_the_cpu(name: kernels.Backend) -> None:
+    with pytest.raises(ValueError, match=f"sampling.attention={name} needs a GPU"):
+        kernels.choose(name, CPU, torch.bfloat16, None)
+
+
+def test_an_optional_kernel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sageattention", None)
+    with pytest.raises(ValueError, match="needs the package sageattention"):
+        kernels.choose("sage", torch.device("meta"), torch.bfloat16, None)
+
+
+@pytest.mark.parametrize(("name", "module"), [("flash3", "flash_attn_interface"), ("sage", "sageattention")])
+def test_optional_kernels_are_called_as_they_want(name, module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the packages' signatures, computing plain attention in their layouts."""
+    made = type(importlib)(module)
+    made.flash_attn_func = lambda q, k, v, softmax_scale: F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale
+    ).transpose(1, 2)
+    made.sageattn = lambda q, k, v, tensor_layout, is_causal, sm_scale: F.scaled_dot_product_attention(
+        q, k, v, scale=sm_scale
+    )
+    monkeypatch.setitem(sys.modules, module, made)
+    kernel, _ = kernels.choose(name, torch.device("meta"), torch.bfloat16, None)
+    q, k, v = heads(9, 8)
+    with torch.inference_mode():
+        assert (kernel(q, k, v, scale=0.1) - kernels.attend(q, k, v, scale=0.1)).abs().max() < F32
+
+
+# -- compiled and recorded
+
+
+def test_one_graph_serves_all_layers_steps_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # conftest.py turns it off for the others
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(module, inputs):
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    plain, model = plus(), plus()
+    assert speed.layers_alike(model.transformer)
+    fast.compile_blocks(model.transformer, alike=True, backend=backend, fullgraph=True)
+    for time in TIMES:
+        for seed in (1, 2):
+            assert relative(step(model, time, seed), step(plain, time, seed)) < F32
+    assert graphs == 1
+    step(model, size=(4, 6))
+    assert graphs == 2  # a new size is compiled anew
+
+
+def test_layers_with_hooks_of_their_own_are_not_alike() -> None:
+    class Numbered(Mixin):
+        host = TransformerHooks
+
+        @wraps("norm_qk")
+        def norm_qk(self, inner, q: Tensor, k: Tensor, ctx: Context, layer: int):
+            return tuple(x * (1 + layer) for x in inner(q, k, ctx, layer))
+
+    assert not speed.layers_alike(plus({"numbered": Numbered()}).transformer)
+
+
+def test_a_replayed_pass_is_the_pass() -> None:
+    """A stand-in records on the CPU: the same memory is computed on again, as a CUDA graph does."""
+    recordings = 0
+
+    def record(work):
+        nonlocal recordings
+        recordings += 1
+        out = work()
+
+        def run() -> None:
+            out.copy_(work())
+
+        return run, out
+
+    plain, model = plus(), plus()
+    model.transformer.replay = fast.Replay(model.transformer, record)
+    for time in (*TIMES, TIMES[0]):
+        for seed in (1, 2):
+            assert torch.equal(step(model, time, seed), step(plain, time, seed))
+    assert recordings == 1
+    assert torch.equal(step(model, size=(4, 6)), step(plain, size=(4, 6)))
+    assert recordings == 2
+
+
+def test_graphs_are_refused_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match="sampling.graphs .* CPU"):
+        fast.replayed(plus().transformer, CPU)
+
+
+# -- first stage
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, F64), (torch.float32, F32), (torch.bfloat16, BF16)]
+)
+def test_doubling_by_phases_is_doubling(dtype: torch.dtype, bound: float) -> None:
+    layer = Upsample(6)
+    fill(layer)
+    x = torch.randn(2, 6, 5, 7).to(dtype)
+    exact = (
+        layer(x.float() if dtype == torch.bfloat16 else x) if dtype != torch.float64 else layer.double()(x)
+    )
+    layer.to(dtype)
+    with torch.no_grad():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            out = layer(x.contiguous(memory_format=layout))
+            assert out.is_contiguous(memory_format=layout)
+            assert relative(out, exact) < bound
