@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sat.config.schema import Component, TrainConfig
@@ -116,8 +117,9 @@ def trainer(
 
 
 def weights(run: Trainer) -> dict[str, Tensor]:
-    """Every parameter, and every average under ``ema.``; whole on rank 0, the averages only there."""
-    found = {name: p.detach().clone() for name, p in run.engine.objective.named_parameters()}
+    """Every parameter whole, and every average under ``ema.``."""
+    with run.engine.unsharded():
+        found = {name: p.detach().clone() for name, p in run.engine.objective.named_parameters()}
     if run.ema is not None:
         averages = dict(run.ema.gather())
         found |= {f"ema.{name}": value.clone() for name, value in averages.items()}
@@ -134,7 +136,7 @@ def changed(config: TrainConfig, **values: Any) -> TrainConfig:
 Work = Callable[[Runtime, Path], Any]
 
 
-def ranks(world: int, folder: Path, work: Work, timeout: float = 60.0) -> list[dict[str, Any]]:
+def ranks(world: int, folder: Path, work: Work, timeout: float = 120.0) -> list[dict[str, Any]]:
     """What ``work(runtime, folder)`` returns or raises on each of ``world`` forked ranks.
 
     A fork of a process that has imported everything starts in a tenth of a second. Call it from a process
@@ -172,9 +174,9 @@ def _rank(rank: int, world: int, folder: Path, work: Work) -> None:
     if world > 1:
         store = dist.FileStore(str(folder / "store"), world)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
-    runtime = launch("cpu", 20, group=True)
+    runtime = launch("cpu", 60, group=True)
     try:
         end = {"value": work(runtime, folder)}
     except Exception as error:
@@ -184,6 +186,23 @@ def _rank(rank: int, world: int, folder: Path, work: Work) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if "value" in end else 1)
+
+
+def state(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint of one rank: weights, averages, optimizer state, and what is exported."""
+    files = [checkpoint / "state" / "shard_000_00000.safetensors", *checkpoint.glob("native/*.safetensors")]
+    return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Equal to the last bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def averages(checkpoint: Path) -> dict[str, Tensor]:
+    """The flat averages in a checkpoint of one rank, by parameter."""
+    held = load_file(checkpoint / "state" / "shard_000_00000.safetensors")
+    return {name.removeprefix("average/"): v for name, v in held.items() if name.startswith("average/")}
 
 
 def rows(folder: Path) -> list[dict[str, float]]:

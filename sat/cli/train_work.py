@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat.checkpoint.digest import digest
-from sat.checkpoint.format import PARTS, InMemory, Part
-from sat.checkpoint.save import Options, save_native
+from sat.checkpoint.format import PARTS, Part
 from sat.cli.guard import UsageError
 from sat.config.build import build, build_engine, build_guider, build_sampler
 from sat.config.load import Loaded, dump, load_full
@@ -36,14 +36,14 @@ from sat.sampling.output import safe_name
 from sat.sampling.prompts import Prompt
 from sat.train import optim
 from sat.train.caches import Caches
-from sat.train.checkpoints import NATIVE
 from sat.train.data import DataSets, bucket_rule, in_memory, open_data
 from sat.train.deepspeed import TrainEngine
+from sat.train.export import ModelExport
 from sat.train.log import Record
 from sat.train.loop import Extras, Trainer
 from sat.train.lora import AdapterExport, add_lora
 from sat.train.objectives import Objective
-from sat.train.resume import RunFolder
+from sat.train.resume import NATIVE, RunFolder
 from sat.train.step import computing
 from sat.util import log as logs
 from sat.util.images import grid, write_png
@@ -208,7 +208,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         _note(experiment, train, engine, runtime, folder)
         trainer.extras.record = Record(folder.root, step=trainer.step)
         trainer.extras.record.start_wandb(folder.root, train.wandb, train.project, plain(experiment))
-    count = sum(p.numel() for p in trained.parameters.values())
+    count = sum(math.prod(shape) for shape in trained.shapes.values())
     log.info(
         "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s (%s)",
         type(objective).__name__, count / 1e6, len(sets.train), runtime.world, runtime.device.type, mesh,
@@ -313,26 +313,7 @@ def _exporter(
         for name in ("model", "diffusion", "conditioning", "first_stage")
     }
     tokenizer = engine.conditioner.tokenizer
-    names = {id(parameter): name for name, parameter in objective.named_parameters()}
-
-    def export(folder: Path, weights: Mapping[str, Tensor]) -> None:
-        parts: dict[Any, InMemory] = {}
-        for part, module in objective.parts().items():
-            state = module.state_dict(keep_vars=True)
-            tensors = {
-                key: weights.get(names.get(id(value), ""), value.detach()).cpu()
-                for key, value in state.items()
-            }
-            parts[part] = InMemory(tensors, exact=[name for name, _ in module.named_buffers()])
-        save_native(
-            folder,
-            parts,
-            sections,
-            options=Options(dtype=dtype),
-            tokenizer=None if tokenizer is None else tokenizer.path,
-        )
-
-    return export
+    return ModelExport(objective, sections, None if tokenizer is None else tokenizer.path, dtype)
 
 
 def _adapter_exporter(

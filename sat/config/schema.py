@@ -269,10 +269,19 @@ class ParallelConfig(Section):
 
 
 @dataclass(frozen=True)
+class OffloadConfig(Section):
+    """What waits in the CPU's memory until it is needed: the optimizer, which then steps there; weights."""
+
+    section = "train.offload"
+    optimizer: bool = False
+    parameters: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig(Section):
     """One training run; ``batch_size`` is per rank and accumulation step, ``warmup`` in optimizer steps.
 
-    ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` 1 or 2);
+    ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` above 0);
     ``autocast`` computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early;
     ``max_bad_steps`` steps in a row with a loss that is not finite end the run.
     """
@@ -284,7 +293,8 @@ class TrainConfig(Section):
     accumulate: int = 1
     dtype: Precision = "fp32"
     autocast: Literal["bf16"] | None = None
-    zero: Literal[0, 1, 2] = 0
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     optimizer: Annotated[Component, Makes("torch.optim.Optimizer")] = Component("torch.optim.AdamW")
     lr: float = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
@@ -298,6 +308,7 @@ class TrainConfig(Section):
     log_every: int = 10
     save_every: int = 1000
     keep_last: int = 2
+    background_save: bool = False
     sample_every: int | None = None
     sample_prompts: list[str] = field(default_factory=list)
     validate_every: int | None = None
@@ -317,8 +328,12 @@ class TrainConfig(Section):
         if self.dtype != "fp32" and self.zero == 0:
             yield (
                 "zero",
-                f"`dtype` {self.dtype} needs 1 or 2, which keep float32 masters of the weights; got 0",
+                f"`dtype` {self.dtype} needs 1, 2 or 3, which keep float32 masters of the weights; got 0",
             )
+        if self.offload.optimizer and self.zero == 0:
+            yield "offload", "`optimizer` needs `zero` 1, 2 or 3, which keep the optimizer apart; got 0"
+        if self.offload.parameters and self.zero != 3:
+            yield "offload", f"`parameters` needs `zero` 3, which shares out the weights; got {self.zero}"
         if self.sample_every is not None and not self.sample_prompts:
             yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
 

@@ -4,89 +4,164 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sat.parallel.collectives import barrier, gather
-from sat.train.deepspeed import STATE, TrainEngine
+from sat.parallel.collectives import agree, barrier, gather
+from sat.train import shards
+from sat.train.deepspeed import TrainEngine
 from sat.train.ema import Ema, masters
 from sat.train.log import clock
-from sat.train.resume import Progress, RunFolder, Saved
+from sat.train.resume import NATIVE, Progress, RunFolder, Saved
 
 log = logging.getLogger(__name__)
 
-EMA_FILE = "ema.safetensors"
-NATIVE = "native"
+STATE = "state"  # the folder of what only resuming needs
 
 
 class Export(Protocol):
     """Writes trained weights as a checkpoint that can be sampled from."""
 
     def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """``weights``: full float32 tensors on the CPU by their name in the objective. Rank 0 only."""
+        """``weights``: full tensors on the CPU by their name in the objective, trained ones float32.
+
+        Rank 0 only, perhaps in another thread.
+        """
         ...
+
+    def frozen(self) -> Mapping[str, Tensor]:
+        """Parameters that it writes and that are not trained, by their name in the objective."""
+        ...
+
+
+@dataclass
+class _Writing:
+    """A checkpoint whose files are being written by a thread."""
+
+    path: Path
+    progress: Progress
+    keep_last: int
+    began: float
+    future: Future[None]
 
 
 class Checkpoints:
     """Writes ``RUN/checkpoints/step_…`` and reads it back; every rank calls every method.
 
-    A checkpoint holds the engine's own files, the averages whole and in float32, and with ``export`` a native
-    checkpoint of the averaged (else the current) weights.
+    A checkpoint holds every rank's share of the state, the averages included, and with ``export`` a native
+    checkpoint of the averaged (else the current) weights. ``last`` is the newest whole one of this run.
     """
 
     def __init__(
         self, folder: RunFolder, engine: TrainEngine, ema: Ema | None, export: Export | None
     ) -> None:
         self.folder, self.engine, self.ema, self.export = folder, engine, ema, export
+        self.last: Path | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._writing: _Writing | None = None
 
-    def save(self, progress: Progress, keep_last: int) -> None:
-        """Write the checkpoint of ``progress.step``, make it whole, and delete old ones."""
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes a checkpoint."""
+        return self._writing is not None and not self._writing.future.done()
+
+    def save(self, progress: Progress, keep_last: int, *, background: bool = False) -> None:
+        """Write the checkpoint of ``progress.step``, make it whole, and delete old ones.
+
+        In the ``background`` only a copy is made now; :meth:`settle` makes it whole once it is written.
+        """
+        self.settle()
         began = time.perf_counter()
-        runtime = self.engine.runtime
-        path = self.folder.path(progress.step)
+        path = self._begin(progress.step)
+        share = shards.collect(self.engine, self.ema, cut=progress.cut)
+        weights = self._whole_weights()
+        if background:
+            share = share.detached()
+
+        def write() -> None:
+            share.write(path / STATE, self.engine.shard_name)
+            if self.engine.runtime.is_main and self.export is not None:
+                self.export(path / NATIVE, weights)
+
+        future = self._start(write) if background else _done(write)
+        self._writing = _Writing(path, progress, keep_last, began, future)
+        if not background:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the files that are being written, if there are any, and make their checkpoint whole."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        error, runtime = writing.future.exception(), self.engine.runtime
+        if any(agree([error is not None], runtime.device)):
+            if error is not None:
+                raise error
+            raise RuntimeError(f"another rank could not write its part of {writing.path}")
         if runtime.is_main:
-            self.folder.begin(progress.step)
+            self.folder.commit(writing.path, writing.progress)
+            self.folder.prune(writing.keep_last)
+            log.info("saved %s in %s", writing.path, clock(time.perf_counter() - writing.began))
+        barrier(runtime.device)
+        self.last = writing.path
+
+    def load(self, saved: Saved, now: Progress) -> Progress:
+        """Read ``saved`` and return its counters; ``now`` says how this run is laid out."""
+        progress = saved.progress()
+        for anew in progress.check(now, saved.path):
+            log.info("going on with other %s", anew)
+        averaged = shards.restore(self.engine, self.ema, saved.path / STATE, cut=progress.cut)
+        if self.ema is not None and not averaged:
+            log.warning("%s holds no averaged weights: the average starts from its weights", saved.path)
+            self.ema.restart()
+        self.last = saved.path
+        return progress
+
+    def _begin(self, step: int) -> Path:
+        """The empty folder that every rank sees."""
+        runtime, path = self.engine.runtime, self.folder.path(step)
+        if runtime.is_main:
+            (self.folder.begin(step) / STATE).mkdir()
         barrier(runtime.device)
         if unseen := [rank for rank, seen in enumerate(gather(path.is_dir())) if not seen]:
             raise RuntimeError(
                 f"rank {unseen[0]} does not see {path}: all ranks must share the run folder's storage"
             )
-        self.engine.save(path)
-        weights = self._whole_weights()
-        if runtime.is_main:
-            if self.ema is not None:
-                save_file(weights, path / STATE / EMA_FILE)
-            if self.export is not None:
-                self.export(path / NATIVE, weights)
-        barrier(runtime.device)
-        if runtime.is_main:
-            self.folder.commit(path, progress)
-            self.folder.prune(keep_last)
-            log.info("saved %s in %s", path, clock(time.perf_counter() - began))
-        barrier(runtime.device)
+        return path
 
-    def load(self, saved: Saved, now: Progress) -> Progress:
-        """Read ``saved`` and return its counters; ``now`` says how this run is laid out."""
-        progress = saved.progress()
-        progress.check(now, saved.path)
-        self.engine.load(saved.path)
-        if self.ema is not None:
-            file = saved.path / STATE / EMA_FILE
-            if file.is_file():
-                self.ema.load(load_file(file))
-            else:
-                log.warning("%s holds no averaged weights: the average starts from its weights", saved.path)
-                self.ema.restart()
-        return progress
+    def _start(self, write: Callable[[], None]) -> Future[None]:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        return self._pool.submit(write)
 
     def _whole_weights(self) -> dict[str, Tensor]:
-        """The averaged (else the current) weights, float32 on the CPU; on ranks other than 0 none."""
+        """What is exported: the averaged (else the current) weights in float32, and frozen ones as they are.
+
+        On the CPU of rank 0; on others none.
+        """
         kept: dict[str, Tensor] = {}
+        if self.export is None:
+            return kept
         for name, value in self.ema.gather() if self.ema is not None else masters(self.engine):
             if self.engine.runtime.is_main:
-                kept[name] = value.detach().cpu().contiguous()
+                kept[name] = value.detach().to("cpu", copy=True)
+        for name, value in self.engine.gathered(self.export.frozen()):
+            if self.engine.runtime.is_main:
+                kept[name] = value.detach().to("cpu", copy=True)
         return kept
+
+
+def _done(write: Callable[[], None]) -> Future[None]:
+    """What ``write`` came to, already known."""
+    future: Future[None] = Future()
+    try:
+        write()
+        future.set_result(None)
+    except Exception as error:  # noqa: BLE001 - raised again by whoever asks, after all ranks have agreed
+        future.set_exception(error)
+    return future

@@ -7,12 +7,16 @@ at start-up otherwise, used by inference only) is switched off.
 from __future__ import annotations
 
 import logging
+import math
 import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STATE = "state"  # DeepSpeed's tag: the folder of its files inside a checkpoint
+PERSISTENT = 100_000
+"""Elements up to which ZeRO 3 leaves a parameter whole on every rank."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,54 @@ class StepResult:
     norm: Tensor | float
 
 
-def settings(config: TrainConfig, world: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for ``config``; ``world`` ranks average their gradients."""
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's share of a trained parameter.
+
+    ``master``: its float32 values, a flat view, which begin at ``start`` of the flattened parameter. ``key``
+    is the tensor that the optimizer steps; there they begin at ``offset``.
+    """
+
+    master: Tensor
+    start: int
+    key: Tensor
+    offset: int
+
+
+def settings(config: TrainConfig, world: int, *, pins: bool = False) -> dict[str, Any]:
+    """DeepSpeed's JSON for ``config``; ``world`` ranks average their gradients, ``pins``: with pinned memory."""
     if config.dtype != "fp32" and config.zero == 0:
         # DeepSpeed's bf16 without ZeRO takes one optimizer step on zero gradients while it starts.
         raise ValueError(
-            f"train.dtype {config.dtype} needs train.zero 1 or 2, which keep float32 masters; got 0"
+            f"train.dtype {config.dtype} needs train.zero 1, 2 or 3, which keep float32 masters; got 0"
         )
     return {
         "train_batch_size": config.batch_size * config.accumulate * world,
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.accumulate,
         "gradient_clipping": 0.0 if config.zero == 0 else (config.clip or 0.0),
-        "zero_optimization": {"stage": config.zero},
+        "zero_optimization": _zero(config, pins),
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # theirs would be compiled here; torch's runs on the CPU too
         "bf16": {"enabled": config.dtype == "bf16"},
         "fp16": {"enabled": config.dtype == "fp16", "loss_scale": 0, "initial_scale_power": 16},
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
         "flops_profiler": {"enabled": False},
     }
+
+
+def _zero(config: TrainConfig, pins: bool) -> dict[str, Any]:
+    """The section ``zero_optimization``."""
+    out: dict[str, Any] = {"stage": config.zero}
+    place = {"device": "cpu", "pin_memory": pins}
+    if config.offload.optimizer:
+        out["offload_optimizer"] = place
+    if config.offload.parameters:
+        out["offload_param"] = place
+    if config.zero == 3:
+        out["stage3_param_persistence_threshold"] = PERSISTENT
+    return out
 
 
 class TrainEngine:
@@ -73,19 +106,21 @@ class TrainEngine:
         self.config, self.runtime, self.mesh = config, runtime, mesh
         self.objective = objective
         self.parameters = trainable(objective)
+        self.shapes = {name: list(p.shape) for name, p in self.parameters.items()}
         for parameter in objective.parameters():  # DeepSpeed sends them as flat bytes
             parameter.data = parameter.data.contiguous()
         tables = {id(owner): dict(owner._buffers) for owner in objective.modules()}
         self.engine, _, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=optimizer,
-            config=settings(config, mesh.gradient.size),
+            config=settings(config, mesh.gradient.size, pins=runtime.pins),
             mpu=mesh,
             dist_init_required=False,
         )
         for owner in objective.modules():  # half precision is for weights: tables stay as they were built
             for name, table in tables[id(owner)].items():
                 owner._buffers[name] = None if table is None else table.to(runtime.device)
+        self.fragments = dict(self._fragments())
 
     @property
     def optimizer(self) -> Optimizer:
@@ -96,7 +131,7 @@ class TrainEngine:
     @property
     def loss_scale(self) -> float:
         """The fp16 loss scale in use; 1 in other precisions."""
-        return float(getattr(self.engine.optimizer, "cur_scale", 1.0)) if self.config.dtype == "fp16" else 1.0
+        return float(self.engine.optimizer.loss_scale) if self.config.dtype == "fp16" else 1.0
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradients of one micro-batch; ``last`` closes the step, and ranks average theirs."""
@@ -123,43 +158,139 @@ class TrainEngine:
         self.engine.step()
         return StepResult(True, norm)
 
-    def master(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's float32 master values of ``parameter``, flat; None when another rank has all of it.
+    # ------------------------------------------------------------------ shares of the state
 
-        A view: writing to it would change the optimizer's copy. At ZeRO 0 the parameter itself.
-        """
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer that keeps the state; what it steps are the fragments' keys."""
+        inner: Optimizer = self.engine.optimizer if self.config.zero == 0 else self.engine.optimizer.optimizer
+        return inner
+
+    @property
+    def gradient_rank(self) -> int:
+        """This rank's place among those that share out the optimizer's state."""
+        return self.mesh.gradient.rank
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank has state that no other has: at ZeRO 0 all have the same."""
+        return self.config.zero > 0 or self.gradient_rank == 0
+
+    @property
+    def shard_name(self) -> str:
+        """Of the files that this rank writes."""
+        return f"{self.mesh.tensor.rank:03d}_{self.gradient_rank:05d}"
+
+    def counts_on(self, key: Tensor) -> torch.device:
+        """Where an optimizer keeps its count of steps of ``key``: beside it if a kernel reads it there."""
+        beside = any(group.get("fused") or group.get("capturable") for group in self.inner.param_groups)
+        return key.device if beside else torch.device("cpu")
+
+    def _fragments(self) -> Iterator[tuple[str, Fragment]]:
+        """(name, share) of every trained parameter that this rank has a share of."""
+        optimizer = self.engine.optimizer
+        for name, parameter in self.parameters.items():
+            if self.config.zero == 0:
+                yield name, Fragment(parameter.detach().view(-1), 0, parameter, 0)
+            elif self.config.zero < 3:
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                if mapping is not None:
+                    key = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                    start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                    yield name, Fragment(mapping.hp_fragment.detach().view(-1), int(start), key, int(offset))
+            else:
+                group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = self.gradient_rank * int(count)
+                own = max(0, min(int(count), parameter.ds_numel - start))  # type: ignore[attr-defined]
+                if own:
+                    key = optimizer.fp32_partitioned_groups_flat[group]
+                    yield name, Fragment(key.detach()[offset : offset + own], start, key, int(offset))
+
+    def whole(self, name: str, shard: Tensor | None) -> Tensor:
+        """A full float32 tensor of the parameter ``name`` out of every rank's flat share; a collective."""
+        shape = self.shapes[name]
         if self.config.zero == 0:
-            return parameter.detach().view(-1)
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        return None if mapping is None else mapping.get_hp_fragment().view(-1)
+            assert shard is not None, "at ZeRO 0 every rank holds every parameter"
+            return shard.float().view(shape)
+        full = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.runtime.device)
+        if shard is not None:
+            start = self.fragments[name].start
+            full[start : start + shard.numel()] = shard
+        if self.mesh.gradient.size > 1:
+            dist.all_reduce(full, group=self.mesh.gradient.group)
+        return full.view(shape)
 
-    def master_range(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """(start, length) of ``master(parameter)`` inside the flattened parameter."""
-        if self.config.zero == 0:
-            return 0, parameter.numel()
-        address = parameter._hp_mapping.lp_fragment_address  # type: ignore[attr-defined]
-        return int(address.start), int(address.numel)
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the weights the values of the float32 masters, which were written to; a collective."""
+        if self.config.zero in (1, 2):
+            for name, parameter in self.parameters.items():
+                fragment = self.fragments.get(name)
+                parameter.copy_(self.whole(name, None if fragment is None else fragment.master))
+        elif self.config.zero == 3:
+            optimizer = self.engine.optimizer
+            optimizer.checkpoint_event_prologue()  # shares out what is whole
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state into ``folder / STATE``; every rank calls it.
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Every parameter is whole inside the block, for any use; what is written to it there is lost.
 
-        DeepSpeed's own ``latest`` file is written before all ranks are done, so it is not written at all:
-        the caller's marker commits the checkpoint.
+        At ZeRO 3 its hooks are away meanwhile, so that ranks may do different things. Below it does nothing,
+        and what is written stays.
         """
-        self.engine.save_checkpoint(
-            str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True, client_state={}
-        )
+        if self.config.zero < 3:
+            yield
+            return
+        offload = self.engine.optimizer.parameter_offload
+        parameters = list(self.objective.parameters())
+        offload.partition_all_parameters()
+        for hook in [*offload.forward_hooks, *offload.backward_hooks]:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        parameters[0].all_gather(parameters)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            parameters[0].partition(parameters)  # type: ignore[attr-defined]
+            offload._register_deepspeed_module(offload.module)
+            self.engine.optimizer.checkpoint_event_epilogue()  # small ones are whole again
 
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote; every rank calls it."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
-        if path is None:
-            raise RuntimeError(f"{folder / STATE}: DeepSpeed found no checkpoint there")
+    def gathered(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """``parameters`` one by one, whole for the time of a turn; every rank must go through all of them."""
+        for name, parameter in parameters.items():
+            if self.config.zero < 3:
+                yield name, parameter
+                continue
+            whole = parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined]
+            if not whole:
+                parameter.all_gather([parameter])  # type: ignore[attr-defined]
+            yield name, parameter
+            if not whole:
+                parameter.partition([parameter])  # type: ignore[attr-defined]
+
+    @property
+    def scaler(self) -> dict[str, float]:
+        """The state of the fp16 loss scale; empty in other precisions."""
+        if self.config.dtype != "fp16":
+            return {}
+        kept = vars(self.engine.optimizer.loss_scaler)
+        return {name: value for name, value in kept.items() if name.startswith(("cur_", "last_"))}
+
+    @scaler.setter
+    def scaler(self, values: Mapping[str, float]) -> None:
+        if self.config.dtype == "fp16":
+            vars(self.engine.optimizer.loss_scaler).update(values)
 
 
 def _import(runtime: Runtime) -> Any:
     """DeepSpeed, quiet and without building anything."""
     os.environ.setdefault("DS_ACCELERATOR", runtime.device.type)
+    warnings.filterwarnings(  # its collectives go by torch's old names
+        "ignore", r"`torch.distributed\.\w+` is deprecated", FutureWarning
+    )
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,8 @@ from sat.train.deepspeed import StepResult, TrainEngine
 from sat.train.ema import Ema
 from sat.train.log import Averages, Record, line
 from sat.train.optim import rate, set_rate
-from sat.train.resume import Progress, RunFolder, Saved
+from sat.train.resume import Layout, Progress, RunFolder, Saved
+from sat.train.shards import cuttable
 from sat.train.step import computing, step_generator
 from sat.train.stop import stop_signals
 from sat.train.validate import validate
@@ -115,7 +116,7 @@ class Trainer:
             log.info("step %d of %d is done: raise train.steps to go on", self.step, self.config.steps)
         with stop_signals() as stop, progress(remaining, rank=self.runtime.rank) as bar:
             while self.step < self.config.steps:
-                self._train_step(batches)
+                self._step_or_diverge(batches)
                 passed = time.perf_counter() - began
                 self.seconds = before + passed
                 bar.advance()
@@ -124,10 +125,26 @@ class Trainer:
                     break
             self.save()
 
+    def _step_or_diverge(self, batches: Iterator[Batch]) -> None:
+        """One step; a run that ends for bad steps says which checkpoint it leaves."""
+        try:
+            self._train_step(batches)
+        except DivergedError as error:
+            self.checkpoints.settle()
+            last = self.checkpoints.last
+            left = "there is no checkpoint" if last is None else f"the last good checkpoint is {last}"
+            raise DivergedError(f"{error}; {left}") from error
+
     def _stops(self, asked: bool, passed: float) -> bool:
-        """True on all ranks when one was asked to stop, or the minutes of this run are over."""
+        """True on all ranks when one was asked to stop, or the minutes of this run are over.
+
+        Also makes a checkpoint whole whose files all ranks have written meanwhile.
+        """
         limit = self.config.max_minutes
-        asked, late = agree([asked, limit is not None and passed >= 60 * limit], self.runtime.device)
+        late = limit is not None and passed >= 60 * limit
+        asked, late, writing = agree([asked, late, self.checkpoints.busy], self.runtime.device)
+        if not writing:
+            self.checkpoints.settle()
         if asked or late:
             why = "asked to stop" if asked else f"the {limit:g} minutes of train.max_minutes are over"
             log.info("%s: saving at step %d of %d", why, self.step, self.config.steps)
@@ -183,7 +200,7 @@ class Trainer:
             raise DivergedError(
                 f"loss or gradient was not finite in {self._streak} steps in a row up to step {self.step} "
                 f"(train.max_bad_steps): lower train.lr ({self.config.lr:g}), set train.clip, or use "
-                f"train.dtype fp32; checkpoints written before are untouched"
+                f"train.dtype fp32"
             )
 
     # ------------------------------------------------------------------ now and then
@@ -202,7 +219,7 @@ class Trainer:
         if self.extras.draw is not None and due(config.sample_every):
             self._untimed(self.sample)
         if due(config.save_every, at_end=False):
-            self._untimed(self.save)
+            self._untimed(lambda: self.save(background=config.background_save))
 
     def _untimed(self, work: Callable[[], object]) -> None:
         """Do ``work`` without counting its time as training speed."""
@@ -260,24 +277,34 @@ class Trainer:
 
     def _smooth(self) -> AbstractContextManager[None]:
         """The averaged weights in place of the current ones, if they are kept."""
-        return self.ema.swapped() if self.ema is not None else nullcontext()
+        return self.ema.swapped() if self.ema is not None else self.engine.unsharded()
 
     # ------------------------------------------------------------------ checkpoints
 
     def _progress(self) -> Progress:
         """The counters of this moment."""
+        mesh, config = self.engine.mesh, self.config
+        layout = Layout(
+            self.runtime.world, mesh.data_ranks, mesh.tensor.size, config.zero,
+            config.batch_size, config.accumulate,
+        )  # fmt: skip
+        cut = not any(agree([not cuttable(self.engine)], self.runtime.device))
         return Progress(
-            step=self.step, skipped=self.skipped, images=self.images, seconds=self.seconds,
-            loader=self.source.state_dict(), world=self.runtime.world, zero=self.config.zero,
-            dtype=self.config.dtype,
-            parameters={name: list(p.shape) for name, p in self.engine.parameters.items()},
+            self.step, self.skipped, self.images, self.seconds, self.source.state_dict(), layout,
+            config.dtype, cut, self.engine.shapes,
         )  # fmt: skip
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless it is there already; every rank calls it."""
+    def save(self, *, background: bool = False) -> None:
+        """Write a checkpoint of this step, unless it is there already; every rank calls it.
+
+        In the ``background`` the files are written while training goes on; before the next ones, and at the
+        end, they are waited for.
+        """
         if self.step != self._saved_step:
-            self.checkpoints.save(self._progress(), self.config.keep_last)
+            self.checkpoints.save(self._progress(), self.config.keep_last, background=background)
             self._saved_step = self.step
+        if not background:
+            self.checkpoints.settle()
 
     def resume(self, saved: Saved) -> None:
         """Go on exactly from ``saved``; every rank calls it, before ``fit``."""

@@ -80,6 +80,17 @@ class AdapterExport:
     digests: Mapping[str, str | None]
     dtype: torch.dtype
 
+    def frozen(self) -> dict[str, Tensor]:
+        """Of the model only what the magnitudes of DoRA are relative to."""
+        names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
+        bases = [
+            module.weight
+            for module in self.objective.modules()
+            if isinstance(module, Adapted) and NAME in module.strengths
+            if module.named(NAME).gain is not None
+        ]
+        return {names[id(weight)]: weight for weight in bases if id(weight) in names}
+
     def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """``folder/adapter.safetensors`` of ``weights``: tensors by their name in the objective."""
         names = {id(parameter): name for name, parameter in self.objective.named_parameters()}

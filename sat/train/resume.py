@@ -20,6 +20,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 MARKER = "COMPLETE"
+NATIVE = "native"  # the folder of the trained weights
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -28,12 +30,29 @@ class ResumeError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a run is shared out. ``world``: processes; ``data``: of these, with images of their own."""
+
+    world: int
+    data: int
+    tensor: int
+    zero: int
+    batch_size: int
+    accumulate: int
+
+    @property
+    def images(self) -> int:
+        """Images of an optimizer step."""
+        return self.data * self.batch_size * self.accumulate
+
+
+@dataclass(frozen=True)
 class Progress:
     """What is needed beside weights and optimizer state to go on exactly.
 
     ``step``: optimizer steps tried; ``skipped``: of these, not applied; ``images`` seen by all ranks;
-    ``seconds`` of training; ``loader``: the data position, the same on every rank; ``world``, ``zero``,
-    ``dtype`` and ``parameters`` (name and shape) must be those of the run that resumes.
+    ``seconds`` of training; ``loader``: the data position, the same on every rank; ``cut``: the optimizer's
+    state is cut by parameters, so that any layout reads it; ``parameters``: name and shape.
     """
 
     step: int
@@ -41,19 +60,40 @@ class Progress:
     images: int
     seconds: float
     loader: Mapping[str, Any]
-    world: int
-    zero: int
+    layout: Layout
     dtype: str
+    cut: bool
     parameters: Mapping[str, list[int]]
 
-    def check(self, now: Progress, where: Path) -> None:
-        """Refuse to resume when ``now`` (the starting run) is laid out otherwise."""
-        for key, yaml in (("world", "number of processes"), ("zero", "train.zero"), ("dtype", "train.dtype")):
-            was, is_ = getattr(self, key), getattr(now, key)
-            if was != is_:
-                raise ResumeError(
-                    f"{where} was written with {yaml} {was}, this run has {is_}: use {was} to resume"
-                )
+    def check(self, now: Progress, where: Path) -> list[str]:
+        """Refuse to resume where it cannot be done; otherwise what is laid out anew, in words."""
+        self._same_parameters(now, where)
+        was, is_ = self.layout, now.layout
+        if was.tensor != is_.tensor:
+            raise ResumeError(
+                f"{where} was written with parallel.tensor {was.tensor}, this run has {is_.tensor}: "
+                f"use {was.tensor} to resume, or start a new run from its {NATIVE} folder"
+            )
+        shares = [(was.world, is_.world, "number of processes"), (was.zero, is_.zero, "train.zero")]
+        anew = [f"{what} {before} -> {after}" for before, after, what in shares if before != after]
+        if anew and not self.cut:
+            raise ResumeError(
+                f"{where}: {', '.join(anew)}, but the state of its optimizer cannot be shared out anew (it "
+                f"is not one number for each weight): resume with {was.world} processes and train.zero "
+                f"{was.zero}, or start a new run from its {NATIVE} folder"
+            )
+        if was.data != is_.data and (was.batch_size, was.accumulate) == (is_.batch_size, is_.accumulate):
+            raise ResumeError(
+                f"{where} was written with {was.images} images a step ({was.data} x {was.batch_size} x "
+                f"accumulate {was.accumulate}); {is_.data} ranks make it {is_.images}: {_keep(was, is_)}"
+            )
+        if was.images != is_.images:
+            anew.append(f"images a step {was.images} -> {is_.images}")
+        if self.dtype != now.dtype:
+            anew.append(f"train.dtype {self.dtype} -> {now.dtype}")
+        return anew
+
+    def _same_parameters(self, now: Progress, where: Path) -> None:
         if dict(self.parameters) == dict(now.parameters):
             return
         changed = sorted(
@@ -68,6 +108,15 @@ class Progress:
         )
 
 
+def _keep(was: Layout, now: Layout) -> str:
+    """What keeps the images of a step on ``now.data`` ranks."""
+    if was.images % (now.data * was.batch_size) == 0:
+        return f"set train.accumulate={was.images // (now.data * was.batch_size)} to go on alike"
+    if was.images % now.data == 0:
+        return f"set train.batch_size={was.images // now.data} train.accumulate=1 to go on with as many"
+    return "they do not divide so: set train.batch_size and train.accumulate to what a step shall have"
+
+
 @dataclass(frozen=True)
 class Saved:
     """A whole checkpoint."""
@@ -77,7 +126,14 @@ class Saved:
 
     def progress(self) -> Progress:
         """The counters and data position it was written with."""
-        return Progress(**json.loads((self.path / MARKER).read_text())["progress"])
+        marker = json.loads((self.path / MARKER).read_text())
+        if marker["format"] != FORMAT:
+            raise ResumeError(
+                f"{self.path} is of another version (format {marker['format']}, this one reads {FORMAT}): "
+                f"start a new run from its {NATIVE} folder"
+            )
+        progress = marker["progress"]
+        return Progress(**{**progress, "layout": Layout(**progress["layout"])})
 
 
 class RunFolder:
@@ -116,7 +172,7 @@ class RunFolder:
         for file in files:
             _flush(file)
         sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
-        text = json.dumps({"format": 1, "progress": asdict(progress), "files": sizes}, indent=1)
+        text = json.dumps({"format": FORMAT, "progress": asdict(progress), "files": sizes}, indent=1)
         partial = path / f".{MARKER}.tmp"
         partial.write_text(text)
         _flush(partial)

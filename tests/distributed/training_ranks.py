@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from sat.config.schema import TrainConfig
+from sat.config.schema import OffloadConfig, TrainConfig
 from sat.parallel.collectives import explain, gather
 from sat.parallel.launch import Runtime
 from sat.train.ema import masters
-from tests.training import CONFIG, Toy, changed, ranks, trainer, weights
+from tests.training import CONFIG, Toy, changed, ranks, rows, trainer, weights
 
 STAGES: dict[str, dict[str, Any]] = {
     "zero0": {"zero": 0},
@@ -26,7 +26,25 @@ STAGES: dict[str, dict[str, Any]] = {
     "bf16": {"zero": 1, "dtype": "bf16"},
     "bf16_zero2": {"zero": 2, "dtype": "bf16"},
     "autocast": {"zero": 0, "autocast": "bf16"},
+    "zero3": {"zero": 3},
+    "bf16_zero3": {"zero": 3, "dtype": "bf16"},
+    "offload2": {"zero": 2, "offload": OffloadConfig(optimizer=True)},
+    "offload3": {"zero": 3, "offload": OffloadConfig(optimizer=True, parameters=True)},
 }
+TWICE = {"accumulate": 2}  # on one rank, for as many images a step
+ANEW: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "zero0 to one rank": ("zero0", 1, TWICE),
+    "zero1 to one rank of zero2": ("zero1", 1, {"zero": 2, **TWICE}),
+    "zero1 to zero2": ("zero1", 2, {"zero": 2}),
+    "zero2 to zero3": ("zero2", 2, {"zero": 3}),
+    "zero3 to zero0": ("zero3", 2, {"zero": 0}),
+    "zero3 to one rank": ("zero3", 1, {"zero": 3, **TWICE}),
+    "zero3 to offload": ("zero3", 2, STAGES["offload3"]),
+    "one rank to zero3": ("single", 2, {"zero": 3}),
+    "one rank to zero1": ("single", 2, {"zero": 1}),
+    "bf16 to one rank of zero3": ("bf16", 1, {"zero": 3, "dtype": "bf16", **TWICE}),
+}
+"""Runs that go on in another layout: from which, on how many ranks, with which settings."""
 
 
 def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
@@ -34,12 +52,17 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
     run = trainer(folder / "run", config, runtime)
     run.fit()
     before = weights(run)
+    norms = [row["grad_norm"] for row in rows(folder / "run")] if runtime.is_main else []
     assert run.ema is not None
     with run.ema.swapped():
         inside = {name: p.detach().clone() for name, p in run.engine.parameters.items()}
+        evaluated = run.engine.objective(next(iter(run.source)), torch.Generator().manual_seed(1))["loss"]
     return {
         "weights": before,
+        "norms": norms,
+        "saved": [saved.step for saved in run.folder.saved()],
         "inside": inside,
+        "evaluated": evaluated.detach(),
         "after": weights(run),
         "masters": {name: value.clone() for name, value in masters(run.engine)},
         "table": run.engine.objective.get_buffer("table").clone(),
@@ -49,8 +72,9 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
 def resumed(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
     """The second half of a run whose first half is in the folder."""
     run = trainer(folder / "run", config, runtime)
-    for p in run.engine.parameters.values():
-        p.data.add_(1.0)  # whatever is not restored shows
+    for fragment in run.engine.fragments.values():
+        fragment.master.add_(1.0)  # whatever is not restored shows
+    run.engine.publish()
     run.resume(run.folder.saved()[0])
     start = run.step
     run.fit()
@@ -69,7 +93,7 @@ def poisoned(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, A
 
 def hopeless(runtime: Runtime, folder: Path, config: TrainConfig) -> None:
     """A run whose loss is always NaN."""
-    trainer(folder / "run", config, runtime, Toy(poison=tuple(range(100)), rank=runtime.rank)).fit()
+    trainer(folder / "run", config, runtime, Toy(poison=tuple(range(2, 100)), rank=runtime.rank)).fit()
 
 
 def dying(runtime: Runtime, folder: Path, config: TrainConfig) -> str | None:
@@ -109,6 +133,9 @@ def main(folder: Path) -> None:
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    import sat.train.deepspeed
+
+    sat.train.deepspeed.PERSISTENT = 9  # all but the smallest weights are shared out at ZeRO 3
     results: dict[str, Any] = {}
 
     def case(name: str, world: int, work: Any, **options: Any) -> None:
@@ -120,9 +147,12 @@ def main(folder: Path) -> None:
         case(f"{name}/run", 2, whole, **options)
         case(f"{name}/resumed", 2, _copied(folder / f"{name}/run", resumed), **options)
         case(f"{name}/poisoned", 2, poisoned, **options)
-    case("world", 1, _copied(folder / "zero0/run", resumed), zero=0)
-    case("stage", 2, _copied(folder / "zero0/run", resumed), zero=1)
-    case("hopeless", 2, hopeless, max_bad_steps=3)
+    for name, (source, world, options) in ANEW.items():
+        origin = folder / (source if source == "single" else f"{source}/run")
+        case(name, world, _copied(origin, resumed), **options)
+    case("batch", 1, _copied(folder / "zero0/run", resumed))
+    case("background", 2, whole, background_save=True, save_every=1)
+    case("hopeless", 2, hopeless, max_bad_steps=3, save_every=2, background_save=True)
     case("dying", 2, dying)
     case("stopping", 2, stopping)
     torch.save(results, folder / "results.pt")

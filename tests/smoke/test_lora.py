@@ -21,6 +21,8 @@ from sat.pipeline import Pipeline
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.smoke.test_training import Ran, good, rows
+from tests.training import same
+from tests.training import state as whole_state
 
 pytestmark = pytest.mark.timeout(600)  # the fixture below is ten runs
 
@@ -40,18 +42,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Ran:
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: what DeepSpeed keeps, the averages, the adapter."""
-    place = run / "checkpoints" / f"step_{step:08d}"
-    saved = torch.load(place / "state" / "mp_rank_00_model_states.pt", weights_only=False)
-    found = {f"module.{name}": value for name, value in saved["module"].items()}
-    for index, moments in (saved["optimizer"] or {"state": {}})["state"].items():
-        found |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    found |= {f"ema.{name}": value for name, value in load_file(place / "state" / "ema.safetensors").items()}
-    return found | load_file(place / "native" / NATIVE_FILE)
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return whole_state(run / "checkpoints" / f"step_{step:08d}")
 
 
 def header(path: Path) -> dict[str, str]:

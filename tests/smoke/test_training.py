@@ -23,7 +23,8 @@ from sat.train.resume import RunFolder, torn
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.smoke.training_runs import write
-from tests.training import rows
+from tests.training import averages, rows, same
+from tests.training import state as whole_state
 
 pytestmark = pytest.mark.timeout(600)  # the fixture below is a dozen runs
 
@@ -57,21 +58,7 @@ def good(ran: Ran, name: str) -> str:
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, the optimizer's included."""
-    place = run / "checkpoints" / f"step_{step:08d}"
-    file = place / "state" / "mp_rank_00_model_states.pt"
-    saved = torch.load(file, weights_only=False)  # DeepSpeed 0.16 keeps a set in it
-    found = {f"module.{name}": value for name, value in saved["module"].items()}
-    for index, moments in saved["optimizer"]["state"].items():
-        found |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    found |= {f"ema.{name}": value for name, value in load_file(place / "state" / "ema.safetensors").items()}
-    for part in ("model", "text"):
-        found |= {f"{part}.{n}": v for n, v in load_file(place / "native" / f"{part}.safetensors").items()}
-    return found
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return whole_state(run / "checkpoints" / f"step_{step:08d}")
 
 
 def test_a_run_leaves_its_config_record_metrics_samples_and_checkpoints(ran) -> None:
@@ -135,13 +122,11 @@ def test_the_native_checkpoint_holds_the_averages_and_samples(ran, tmp_path) -> 
     from sat.cli.sample import main as sample
 
     native = ran.folder / "whole" / "checkpoints" / "step_00000006" / "native"
-    averages = load_file(native.parent / "state" / "ema.safetensors")
+    kept = averages(native.parent)
     weights = load_file(native / "model.safetensors")
-    trained = {
-        name.removeprefix("network."): v for name, v in averages.items() if name.startswith("network.")
-    }
+    trained = {name.removeprefix("network."): v for name, v in kept.items() if name.startswith("network.")}
     assert trained
-    assert all(torch.equal(weights[name], value) for name, value in trained.items())
+    assert all(torch.equal(weights[name].flatten(), value) for name, value in trained.items())
     code = sample([
         "--base", str(DEBUG), "--prompt", "a dog", "--output-dir", str(tmp_path / "out"),
         "parallel.device=cpu", "conditioning.tokenizer=null",
@@ -154,7 +139,7 @@ def test_cached_latents_are_trained_on(ran) -> None:
     assert "encoding 44 images 2 times" in good(ran, "cached")
     native = ran.folder / "cached" / "checkpoints" / "step_00000002"
     assert (native / "native" / "model.safetensors").is_file()
-    assert not (native / "state" / "ema.safetensors").exists()
+    assert not averages(native)
 
 
 def test_bf16_weights_train_validate_sample_and_save(ran) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from sat.train.resume import MARKER, Progress, ResumeError, RunFolder
+from sat.train.resume import MARKER, Layout, Progress, ResumeError, RunFolder
 
 PROGRESS = Progress(
-    step=3, skipped=1, images=36, seconds=1.5, loader={"position": 36}, world=2, zero=1, dtype="fp32",
+    step=3, skipped=1, images=36, seconds=1.5, loader={"position": 36},
+    layout=Layout(world=2, data=2, tensor=1, zero=1, batch_size=6, accumulate=1), dtype="fp32", cut=True,
     parameters={"net.weight": [3, 4]},
 )  # fmt: skip
 
@@ -102,17 +103,41 @@ def test_an_empty_run_folder_has_no_checkpoints(folder) -> None:
     assert folder.saved() == []
 
 
+FOUR = replace(PROGRESS.layout, world=4, data=4)
+
+
 @pytest.mark.parametrize(("change", "words"), [
-    ({"world": 4}, "number of processes 2, this run has 4: use 2 to resume"),
-    ({"zero": 0}, "train.zero 1, this run has 0"),
-    ({"dtype": "bf16"}, "train.dtype fp32, this run has bf16"),
+    ({"layout": replace(PROGRESS.layout, world=4, tensor=2)}, "parallel.tensor 1, this run has 2"),
+    ({"layout": FOUR}, "12 images a step .* 4 ranks make it 24: set train.batch_size=3 train.accumulate=1"),
+    ({"layout": replace(FOUR, world=1, data=1)}, "make it 6: set train.accumulate=2 to go on alike"),
+    ({"layout": replace(FOUR, world=5, data=5)}, "set train.batch_size and train.accumulate to what"),
     ({"parameters": {"net.weight": [3, 5]}}, r"'net.weight': shape \[3, 4\] there, \[3, 5\] here"),
     ({"parameters": {}}, r"'net.weight': shape \[3, 4\] there, absent here"),
 ])  # fmt: skip
-def test_a_run_laid_out_otherwise_is_refused(change, words) -> None:
+def test_a_run_that_cannot_go_on_is_refused(change, words) -> None:
     with pytest.raises(ResumeError, match=words):
         PROGRESS.check(replace(PROGRESS, **change), Path("step_00000003"))
 
 
-def test_a_run_laid_out_alike_is_taken() -> None:
-    PROGRESS.check(replace(PROGRESS, step=0, images=0), Path("step_00000003"))
+def test_an_optimizer_that_cannot_be_cut_keeps_its_layout() -> None:
+    whole = replace(PROGRESS, cut=False)
+    other = replace(PROGRESS.layout, zero=2)
+    with pytest.raises(ResumeError, match="train.zero 1 -> 2.*resume with 2 processes and train.zero 1"):
+        whole.check(replace(PROGRESS, layout=other), Path("step_00000003"))
+    assert whole.check(PROGRESS, Path("step_00000003")) == []
+
+
+def test_what_is_laid_out_anew_is_said() -> None:
+    assert PROGRESS.check(replace(PROGRESS, step=0, images=0), Path("step_00000003")) == []
+    other = Layout(world=1, data=1, tensor=1, zero=3, batch_size=6, accumulate=4)
+    now = replace(PROGRESS, layout=other, dtype="bf16")
+    said = ["number of processes 2 -> 1", "train.zero 1 -> 3", "images a step 12 -> 24"]
+    assert PROGRESS.check(now, Path("step_00000003")) == [*said, "train.dtype fp32 -> bf16"]
+
+
+def test_a_checkpoint_of_another_version_is_refused(folder) -> None:
+    path = save(folder, 3)
+    (path / MARKER).write_text((path / MARKER).read_text().replace('"format": 2', '"format": 1'))
+    (saved,) = folder.saved()
+    with pytest.raises(ResumeError, match="format 1, this one reads 2.*start a new run from its native"):
+        saved.progress()

@@ -1,0 +1,247 @@
+"""The trained state on disk, parameter by parameter, so that any ranks at any ZeRO stage read it.
+
+Each rank writes the flat pieces that it holds: float32 weights, averages, and what the optimizer keeps for
+each element. A piece says where in its parameter it begins, so a reader takes from all files what its own
+share needs. What an optimizer keeps otherwise (8-bit blocks, factors of rows and columns) cannot be cut anew:
+it is written as it is, for the same layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sat.checkpoint.format import TensorInfo
+from sat.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from sat.train.deepspeed import Fragment, TrainEngine
+from sat.train.ema import Ema
+from sat.train.resume import ResumeError
+
+WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
+_OPTIMIZER = "optimizer."  # before the optimizer's own name of what it keeps
+
+
+@dataclass
+class Share:
+    """What one rank writes.
+
+    ``tensors``: flat pieces as ``kind/parameter``; ``starts``: where a parameter's pieces begin in it;
+    ``numbers``: what the optimizer counts for a parameter; ``uncut``: its state where it is not element by
+    element, else None.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
+    uncut: list[dict[str, Any]] | None = None
+
+    def detached(self) -> Share:
+        """A copy on the CPU that training does not change."""
+        tensors = {name: _copied(value) for name, value in self.tensors.items()}
+        uncut = None if self.uncut is None else [_copied_state(state) for state in self.uncut]
+        return Share(tensors, self.starts, self.numbers, self.scaler, uncut)
+
+    def write(self, folder: Path, name: str) -> None:
+        """``folder/shard_NAME.safetensors``, and ``optimizer_NAME.pt`` of a state that is not cut."""
+        notes = {"starts": self.starts, "numbers": self.numbers, "scaler": self.scaler}
+        write_safetensors(
+            folder / f"shard_{name}.safetensors",
+            {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self.tensors.items()},
+            lambda key: self.tensors[key],
+            {key: json.dumps(value) for key, value in notes.items()},
+        )
+        if self.uncut is not None:
+            torch.save([_copied_state(state) for state in self.uncut], folder / f"optimizer_{name}.pt")
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+def _copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def collect(engine: TrainEngine, ema: Ema | None, *, cut: bool) -> Share:
+    """What this rank has to write: views, nothing is copied. ``cut``: see :func:`cuttable`."""
+    share = Share(scaler=engine.scaler)
+    if not engine.writes:
+        return share
+    for name, fragment in engine.fragments.items():
+        share.tensors[f"{WEIGHT}/{name}"] = fragment.master
+        share.starts[name] = fragment.start
+        if ema is not None:
+            share.tensors[f"{AVERAGE}/{name}"] = ema.shards[name]
+        if cut:
+            _cut_state(engine.inner.state.get(fragment.key, {}), name, fragment, share)
+    if not cut:
+        share.uncut = [dict(engine.inner.state.get(key, {})) for key in _keys(engine)]
+    if engine.gradient_rank == 0:
+        share.tensors |= {f"{BUFFER}/{name}": value for name, value in _buffers(engine)}
+    return share
+
+
+def _cut_state(state: Mapping[str, Any], name: str, fragment: Fragment, share: Share) -> None:
+    """Enter the piece of ``state`` that belongs to the parameter ``name``."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            share.numbers.setdefault(name, {})[key] = value
+        elif value.ndim == 0:
+            share.tensors[f"{_OPTIMIZER}{key}/{name}"] = value
+        else:
+            flat = value.detach().reshape(-1)
+            piece = flat[fragment.offset : fragment.offset + fragment.master.numel()]
+            share.tensors[f"{_OPTIMIZER}{key}/{name}"] = piece
+
+
+def cuttable(engine: TrainEngine) -> bool:
+    """True if all that this rank's optimizer keeps is one number an element, or one for all elements."""
+    return all(
+        _elementwise(value, key)
+        for key in _keys(engine)
+        for value in engine.inner.state.get(key, {}).values()
+    )
+
+
+def _elementwise(value: object, key: Tensor) -> bool:
+    if isinstance(value, Tensor):
+        plain = type(value) is Tensor and value.is_floating_point()
+        return value.ndim == 0 or (plain and value.shape == key.shape)
+    return isinstance(value, (bool, int, float))
+
+
+def _keys(engine: TrainEngine) -> list[Tensor]:
+    """The tensors that this rank's optimizer steps, each once."""
+    return list({id(fragment.key): fragment.key for fragment in engine.fragments.values()}.values())
+
+
+def _buffers(engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
+    """Tables that belong to the objective's state, by name."""
+    for name, value in engine.objective.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
+            yield name, value
+
+
+# ---------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    length: int
+    file: SafetensorsFile
+    key: str
+
+
+class Shards:
+    """The files of all ranks of one checkpoint that have the tensor rank of this one."""
+
+    def __init__(self, folder: Path, tensor_rank: int) -> None:
+        self.folder = folder
+        paths = sorted(folder.glob(f"shard_{tensor_rank:03d}_*.safetensors"))
+        if not paths:
+            raise ResumeError(f"{folder} has no shard_{tensor_rank:03d}_*.safetensors: files are missing")
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._kinds: dict[str, set[str]] = {}
+        self.numbers: dict[str, dict[str, float]] = {}
+        self.scaler: dict[str, float] = {}
+        for path in paths:
+            file = SafetensorsFile(path)
+            starts = json.loads(file.metadata["starts"])
+            self.numbers |= json.loads(file.metadata["numbers"])
+            self.scaler = self.scaler or json.loads(file.metadata["scaler"])
+            for key in file:
+                kind, _, name = key.partition("/")
+                self._kinds.setdefault(name, set()).add(kind)
+                piece = _Piece(starts.get(name, 0), file.info(key).numel, file, key)
+                self._pieces.setdefault(key, []).append(piece)
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether the parameter or table ``name`` has something of ``kind``."""
+        return kind in self._kinds.get(name, ())
+
+    def kept(self, name: str) -> list[str]:
+        """What the optimizer keeps for the parameter ``name``, by its own names."""
+        kinds = sorted(self._kinds.get(name, ()))
+        return [kind.removeprefix(_OPTIMIZER) for kind in kinds if kind.startswith(_OPTIMIZER)]
+
+    def first(self, kind: str, name: str) -> Tensor:
+        """The first piece, whole."""
+        piece = self._pieces[f"{kind}/{name}"][0]
+        return piece.file[piece.key]
+
+    def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
+        """Write what the parameter ``name`` has from ``start`` on into the flat ``target``."""
+        end, filled = start + target.numel(), 0
+        for piece in self._pieces.get(f"{kind}/{name}", ()):
+            low, high = max(start, piece.start), min(end, piece.start + piece.length)
+            if low < high:
+                values = piece.file[piece.key].reshape(-1)[low - piece.start : high - piece.start]
+                target[low - start : high - start].copy_(values)
+                filled += high - low
+        if filled < target.numel():
+            raise ResumeError(
+                f"{self.folder} has {filled} of {target.numel()} values of {kind} {name!r}: files are missing"
+            )
+
+
+@torch.no_grad()
+def restore(engine: TrainEngine, ema: Ema | None, folder: Path, *, cut: bool) -> bool:
+    """Read weights, optimizer, averages and tables from ``folder``; whether it held averages."""
+    shards = Shards(folder, engine.mesh.tensor.rank)
+    for name, fragment in engine.fragments.items():
+        shards.fill(fragment.master, WEIGHT, name, fragment.start)
+    if cut:
+        _restore_state(engine, shards)
+    else:
+        _restore_uncut(engine, folder)
+    for name, value in _buffers(engine):
+        if shards.has(BUFFER, name):
+            value.copy_(shards.first(BUFFER, name))
+    engine.scaler = shards.scaler
+    averaged = all(shards.has(AVERAGE, name) for name in engine.parameters)
+    if ema is not None and averaged:
+        for name, average in ema.shards.items():
+            shards.fill(average, AVERAGE, name, engine.fragments[name].start)
+    engine.publish()
+    return averaged
+
+
+def _restore_state(engine: TrainEngine, shards: Shards) -> None:
+    """What the optimizer keeps, cut to this rank's share."""
+    state = engine.inner.state
+    own = {id(key): key for key in _keys(engine)}
+    for key in own.values():
+        state[key] = {}
+    for name, fragment in engine.fragments.items():
+        key = fragment.key
+        state[key] |= shards.numbers.get(name, {})
+        for what in shards.kept(name):
+            kind = f"{_OPTIMIZER}{what}"
+            like = shards.first(kind, name)
+            if like.ndim == 0:
+                state[key][what] = like.to(engine.counts_on(key), copy=True)
+                continue
+            if what not in state[key]:
+                state[key][what] = torch.zeros(key.shape, dtype=like.dtype, device=key.device)
+            flat = state[key][what].view(-1)[fragment.offset : fragment.offset + fragment.master.numel()]
+            shards.fill(flat, kind, name, fragment.start)
+
+
+def _restore_uncut(engine: TrainEngine, folder: Path) -> None:
+    """What the optimizer keeps, as this rank wrote it."""
+    path = folder / f"optimizer_{engine.shard_name}.pt"
+    for key, state in zip(
+        _keys(engine), torch.load(path, map_location="cpu", weights_only=True), strict=True
+    ):
+        engine.inner.state[key] = {
+            name: value.to(key.device) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in state.items()
+        }
