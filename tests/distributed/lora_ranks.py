@@ -22,6 +22,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "bf16": {"zero": 2, "dtype": "bf16"},
+    "zero3": {"zero": 3},
 }
 
 
@@ -38,16 +39,20 @@ def trained(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, An
     before = {name: p.detach().clone() for name, p in objective.named_parameters() if not p.requires_grad}
     run = trainer(folder / "run", config, runtime, objective)
     run.fit()
-    found = {name: p.detach().clone().float() for name, p in objective.named_parameters()}
+    with run.engine.unsharded():
+        found = {name: p.detach().clone().float() for name, p in objective.named_parameters()}
     return {"weights": found, "frozen": before, "trained": sorted(run.engine.parameters)}
 
 
 def main(folder: Path) -> None:
     """All cases."""
     import deepspeed  # noqa: F401 - once, before the forks
+
+    import sat.train.deepspeed
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    sat.train.deepspeed.PERSISTENT = 9  # all but the smallest weights are shared out at ZeRO 3
     results: dict[str, Any] = {}
 
     def case(name: str, world: int, work: Any, **options: Any) -> None:
