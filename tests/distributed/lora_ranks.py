@@ -47,10 +47,10 @@ def trained(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, An
 def main(folder: Path) -> None:
     """All cases."""
     import deepspeed  # noqa: F401 - once, before the forks
-
-    import sat.train.deepspeed
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     import torch._dynamo  # noqa: F401
+
+    import sat.train.deepspeed
 
     sat.train.deepspeed.PERSISTENT = 9  # all but the smallest weights are shared out at ZeRO 3
     results: dict[str, Any] = {}

@@ -169,7 +169,9 @@ TRAIN = {"objective": {"target": "sat.train.objectives.first_stage.FirstStageObj
         ({"batch_size": 0, "accumulate": 0}, "accumulate"),
         ({"dtype": "bf16", "zero": 0}, "zero"),
         ({"steps": 0}, "steps"),
-        ({"zero": 3}, "zero"),
+        ({"zero": 4}, "zero"),
+        ({"offload": {"optimizer": True}}, "offload"),
+        ({"zero": 2, "offload": {"parameters": True}}, "offload"),
     ],
 )
 def test_rules_of_training(values, key):
