@@ -30,9 +30,8 @@ FIRST = (
 )
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "plus": ([], ["train.activation_checkpointing=true", "train.sample_every=3"]),
-    "unet": (["base"], ["train.activation_checkpointing=true"]),
-    "relay": (["base", "relay"], ["train.objective.params.train_text=false"]),
-    "distilled": (["distill"], ["train.activation_checkpointing=false"]),
+    "relay": (["base", "relay"], ["train.activation_checkpointing=true"]),
+    "distilled": (["distill"], ["train.objective.params.rounds=[4]", "train.activation_checkpointing=false"]),
     "first_stage": ([], ["train.activation_checkpointing=false", FIRST]),
     "lora": (["lora"], ["adapters.lora.dora=true", "adapters.lora.targets=[attention, text_encoder]"]),
 }
