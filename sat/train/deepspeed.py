@@ -57,7 +57,7 @@ class Fragment:
 
 
 def settings(config: TrainConfig, world: int, *, pins: bool = False) -> dict[str, Any]:
-    """DeepSpeed's JSON for ``config``; ``world`` ranks average their gradients, ``pins``: with pinned memory."""
+    """DeepSpeed's JSON for ``config``; ``world`` ranks average gradients; ``pins``: memory is pinned."""
     if config.dtype != "fp32" and config.zero == 0:
         # DeepSpeed's bf16 without ZeRO takes one optimizer step on zero gradients while it starts.
         raise ValueError(

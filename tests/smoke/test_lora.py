@@ -41,6 +41,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Ran:
     return Ran(folder, json.loads((folder / "ends.json").read_text()))
 
 
+SHARD = "shard_000_00000.safetensors"
+
+
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     return whole_state(run / "checkpoints" / f"step_{step:08d}")
 
@@ -56,22 +59,21 @@ def header(path: Path) -> dict[str, str]:
 def test_only_factors_are_trained_and_written(ran) -> None:
     good(ran, "whole")
     found = state(ran.folder / "whole", 4)
-    module = [name for name in found if name.startswith("module.") and "." in name[7:]]
-    trained = [name for name in module if ".factors." in name]
-    assert trained and all(".factors." in name or "table" in name for name in module)
-    assert any(name.startswith("module.text.") for name in trained)
+    trained = [name for name in found if name.startswith(f"{SHARD} weight/")]
+    assert trained and all(".factors." in name for name in trained)
+    assert any(name.startswith(f"{SHARD} weight/text.") for name in trained)
     place = ran.folder / "whole" / "checkpoints" / "step_00000004" / "native"
     assert [file.name for file in place.iterdir()] == [NATIVE_FILE]
-    moved = [v for n, v in found.items() if n.startswith(("model.", "text.")) and ".lora_B." in n]
+    moved = [v for n, v in found.items() if n.startswith(NATIVE_FILE) and ".lora_B." in n]
     assert moved and all(value.abs().max() > 0 for value in moved)
 
 
 def test_the_averages_are_what_is_written(ran) -> None:
     found = state(ran.folder / "whole", 4)
     name = "transformer.blocks.1.attn.proj"
-    average = found[f"ema.network.{name}.factors.trained.up.0.weight"]
-    assert torch.equal(found[f"model.{name}.lora_B.0.weight"], average)
-    assert not torch.equal(found[f"module.network.{name}.factors.trained.up.0.weight"], average)
+    average = found[f"{SHARD} average/network.{name}.factors.trained.up.0.weight"]
+    assert torch.equal(found[f"{NATIVE_FILE} model.{name}.lora_B.0.weight"].flatten(), average)
+    assert not torch.equal(found[f"{SHARD} weight/network.{name}.factors.trained.up.0.weight"], average)
 
 
 def test_the_adapter_says_what_it_is(ran) -> None:
