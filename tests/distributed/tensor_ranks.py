@@ -13,19 +13,28 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from sat.train.export import ModelExport
 from torch import Tensor, nn
 
 from sat.adapters.lora import attach, extract, merge
 from sat.checkpoint import load
+from sat.config.schema import LoraConfig, TrainConfig
+from sat.data.batch import Batch
 from sat.models.t5 import T5Encoder
 from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
-from sat.parallel.mesh import Mesh
+from sat.parallel.mesh import Axis, Mesh
 from sat.plan import family_plan, shards
+from sat.train.checkpoints import Export
+from sat.train.ema import masters
+from sat.train.lora import AdapterExport, add_lora
+from sat.train.objectives import Objective
+from sat.train.resume import Saved
+from sat.transformer import Transformer
 from tests.adapters import noisy, start, unet
 from tests.small import condition, fill, plus
-from tests.training import ranks
+from tests.training import CONFIG, changed, ranks, rows, trainer
 
 
 def t5() -> T5Encoder:
@@ -162,9 +171,109 @@ def run_plain(model: nn.Module) -> Tensor:
     return out
 
 
+# ---------------------------------------------------------------------- training
+
+STEPS: dict[str, dict[str, Any]] = {
+    "zero0": {"zero": 0},
+    "zero1": {"zero": 1},
+    "zero2": {"zero": 2},
+    "zero3": {"zero": 3},
+}
+TRAINING = changed(CONFIG, steps=10, batch_size=2, save_every=5, clip=0.02)
+"""Ten steps of AdamW with eps 1e-4; the clip is below the gradient norm, so it acts at every step."""
+
+
+class Painter(Objective):
+    """The small network told to predict noise, split over ``tensor``; with ``lora`` only factors learn."""
+
+    def __init__(self, tensor: Axis, lora: LoraConfig | None = None) -> None:
+        super().__init__()
+        self.network = apply_plan(plus(), family_plan(type(plus())), tensor)
+        if lora is not None:
+            add_lora(self, lora, seed=0)
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        assert batch.latent_moments is not None
+        noise = torch.randn(len(batch), 4, 12, 20, generator=generator)
+        x = noise + batch.latent_moments[:, :4]
+        cond = condition(len(batch))
+        network = self.network
+        out = network(x, torch.full((len(batch),), 5.0), network.prepare(cond, (12, 20)))  # type: ignore[operator]
+        return {"loss": (out.float() - noise).square().mean()}
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"model": self.network}
+
+
+LORA = LoraConfig(rank=3, alpha=6.0, targets=["attention", "mlp"], dropout=0.2, dora=True)
+
+
+def trained(
+    runtime: Runtime, folder: Path, config: TrainConfig, size: int, lora: LoraConfig | None = None,
+    resume: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Ten steps over ``size`` tensor ranks; from the middle if there is a checkpoint to ``resume``."""
+    mesh = Mesh(runtime, tensor=size)
+    objective = Painter(mesh.tensor, lora)
+    if config.activation_checkpointing:
+        for module in objective.modules():
+            if isinstance(module, Transformer):
+                module.checkpointing = True
+    run = trainer(folder / "run", config, runtime, objective, mesh=mesh, export=export(objective, lora))
+    if resume is not None:
+        for parameter in run.engine.parameters.values():
+            parameter.data.add_(1.0)  # whatever is not restored shows
+        run.resume(Saved(5, resume / "run" / "checkpoints" / "step_00000005"))
+    run.fit()
+    norms = [row["grad_norm"] for row in rows(folder / "run")] if runtime.is_main else []
+    own = {name: value.clone() for name, value in masters(run.engine)}
+    whole = {name: run.engine.joined(name, value).clone() for name, value in own.items()}
+    averages = {name: run.engine.joined(name, value).clone() for name, value in run.ema.gather()}  # type: ignore[union-attr]
+    return {
+        "weights": whole,
+        "averages": averages,
+        "replicated": {name: value for name, value in own.items() if name not in run.engine.split},
+        "norms": norms,
+    }
+
+
+def export(objective: Objective, lora: LoraConfig | None) -> Export:
+    """What writes the model or the adapter into a checkpoint."""
+    if lora is None:
+        return ModelExport(
+            objective, {"model": {"target": "sat.models.cogview3_plus.CogView3Plus"}}, None, torch.float32
+        )
+    return AdapterExport(objective, lora, {}, {}, torch.float32)
+
+
+def trainings(folder: Path, results: dict[str, Any]) -> None:
+    """One process and several layouts; checkpoints of one tensor size resumed on another."""
+
+    def case(name: str, world: int, size: int, **options: Any) -> None:
+        extra = {key: options.pop(key) for key in ("lora", "resume") if key in options}
+        work = functools.partial(trained, config=changed(TRAINING, **options), size=size, **extra)
+        results[name] = ranks(world, folder / name, work)
+
+    for kind, lora in (("sft", None), ("lora", LORA)):
+        case(f"{kind}/one", 1, 1, accumulate=2, lora=lora)
+        case(f"{kind}/2x2", 4, 2, zero=1, lora=lora)
+        for stage, options in STEPS.items():
+            if kind == "sft" or stage in ("zero0", "zero2"):
+                case(f"{kind}/{stage}", 2, 2, accumulate=2, lora=lora, **options)
+    case("sft/recomputed", 2, 2, accumulate=2, zero=1, activation_checkpointing=True)
+    case("sft/joined", 1, 1, accumulate=2, zero=1, resume=folder / "sft/zero1")
+    case("sft/split", 2, 2, accumulate=2, zero=2, resume=folder / "sft/one")
+    case("lora/joined", 1, 1, accumulate=2, lora=LORA, resume=folder / "lora/zero2")
+
+
 def main(folder: Path) -> None:
     """All cases."""
+    import deepspeed  # noqa: F401 - once, before the forks
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
     results: dict[str, Any] = {}
+    trainings(folder, results)
     for size in (2, 4):
         results[f"models {size}"] = ranks(
             size, folder / f"models{size}", functools.partial(models, size=size)

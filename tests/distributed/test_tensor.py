@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.configs import ROOT
-from tests.tolerances import BF16
+from tests.tolerances import BF16, F32
 
 MODELS = ("plus", "unet", "t5")
 
@@ -22,7 +23,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
-    return found
+    return {**found, "folder": folder}
 
 
 def values(results: dict[str, Any], case: str) -> list[Any]:
@@ -75,3 +76,50 @@ def test_half_precision_has_the_types_of_a_whole_model(results: dict[str, Any]) 
             assert case["types"]
             assert case["same"]
             assert case["far"] < BF16
+
+
+LAYOUTS = [
+    *((kind, layout) for kind in ("sft", "lora") for layout in ("zero0", "zero2", "2x2")),
+    *(("sft", layout) for layout in ("zero1", "zero3", "recomputed", "joined", "split")),
+    ("lora", "joined"),
+]
+
+
+@pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
+def test_ten_steps_are_those_of_one_process(results: dict[str, Any], kind: str, layout: str) -> None:
+    """With clipping, averages and, of factors, dropout; also when resumed on other tensor ranks."""
+    (one,) = values(results, f"{kind}/one")
+    found = values(results, f"{kind}/{layout}")
+    assert all(norm > 0.02 for norm in one["norms"])  # the clip acted
+    norms = one["norms"][-len(found[0]["norms"]) :]
+    assert found[0]["norms"] == pytest.approx(norms, rel=1e-4)
+    for value in found:
+        for what in ("weights", "averages"):
+            assert value[what].keys() == one[what].keys()
+            for name, wanted in one[what].items():
+                assert (value[what][name] - wanted).abs().max() < F32, (what, name)
+    moved = [
+        name for name, value in one["weights"].items() if (value - one["averages"][name]).abs().max() > F32
+    ]
+    assert len(moved) == len(one["weights"])
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("sft", "zero0"), ("sft", "2x2"), ("lora", "zero2")])
+def test_what_every_rank_holds_stays_the_same_on_all(results: dict[str, Any], kind: str, layout: str) -> None:
+    first, *others = (value["replicated"] for value in values(results, f"{kind}/{layout}"))
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("sft", "zero1"), ("sft", "zero3"), ("lora", "zero2")])
+def test_what_is_exported_is_whole(results: dict[str, Any], kind: str, layout: str) -> None:
+    one, other = (
+        results["folder"] / f"{kind}/{name}/run/checkpoints/step_00000010/native" for name in ("one", layout)
+    )
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert files
+    for file in files:
+        wanted, found = load_file(one / file), load_file(other / file)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert (found[name] - value).abs().max() < F32, name
