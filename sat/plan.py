@@ -97,6 +97,10 @@ class Cut:
         """The shape of the tensor of which one of ``size`` ranks holds ``shape``."""
         return tuple(n * size if d == self.dim else n for d, n in enumerate(shape))
 
+    def part(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
+        """The shape that one of ``size`` ranks holds of a tensor of ``shape``."""
+        return tuple(n // size if d == self.dim else n for d, n in enumerate(shape))
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -148,9 +148,7 @@ class ShareOf(LazyStateDict):
         info = self._whole.info(key)
         if key not in self._cuts:
             return info
-        dim = self._cuts[key].dim
-        shape = tuple(n // self._size if d == dim else n for d, n in enumerate(info.shape))
-        return TensorInfo(shape, info.dtype)
+        return TensorInfo(self._cuts[key].part(info.shape, self._size), info.dtype)
 
     def release(self, key: str) -> None:
         """Pass the hint on."""

@@ -175,8 +175,9 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     cached, spare = _cached(experiment, train, data, sets, runtime)
     torch.manual_seed(train.seed)
     engine = build_engine(
-        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare
-    )
+        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare,
+        mesh=mesh,
+    )  # fmt: skip
     apply_sequence(engine.network, mesh.sequence)  # before an objective copies the network
     objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
     if mesh.sequence.size > 1 and "model" not in objective.parts():
@@ -208,7 +209,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         _note(experiment, train, engine, runtime, folder)
         trainer.extras.record = Record(folder.root, step=trainer.step)
         trainer.extras.record.start_wandb(folder.root, train.wandb, train.project, plain(experiment))
-    count = sum(math.prod(shape) for shape in trained.shapes.values())
+    count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     log.info(
         "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s (%s)",
         type(objective).__name__, count / 1e6, len(sets.train), runtime.world, runtime.device.type, mesh,

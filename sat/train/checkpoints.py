@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -147,12 +148,11 @@ class Checkpoints:
         kept: dict[str, Tensor] = {}
         if self.export is None:
             return kept
-        for name, value in self.ema.gather() if self.ema is not None else masters(self.engine):
+        trained = self.ema.gather() if self.ema is not None else masters(self.engine)
+        for name, value in chain(trained, self.engine.gathered(self.export.frozen())):
+            whole = self.engine.joined(name, value)
             if self.engine.runtime.is_main:
-                kept[name] = value.detach().to("cpu", copy=True)
-        for name, value in self.engine.gathered(self.export.frozen()):
-            if self.engine.runtime.is_main:
-                kept[name] = value.detach().to("cpu", copy=True)
+                kept[name] = whole.detach().to("cpu", copy=True)
         return kept
 
 

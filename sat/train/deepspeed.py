@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 
 from sat.config.schema import TrainConfig
 from sat.parallel.launch import Runtime
+from sat.parallel.linear import joined, summed
 from sat.parallel.mesh import Mesh
+from sat.plan import shards
 from sat.train.optim import trainable
 
 if TYPE_CHECKING:
@@ -107,6 +109,10 @@ class TrainEngine:
         self.objective = objective
         self.parameters = trainable(objective)
         self.shapes = {name: list(p.shape) for name, p in self.parameters.items()}
+        self.split = shards(objective)
+        for name, parameter in objective.named_parameters():
+            if name in self.split:  # DeepSpeed counts it on every tensor rank when it takes the norm
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         for parameter in objective.parameters():  # DeepSpeed sends them as flat bytes
             parameter.data = parameter.data.contiguous()
         tables = {id(owner): dict(owner._buffers) for owner in objective.modules()}
@@ -150,13 +156,23 @@ class TrainEngine:
 
     def _plain_step(self) -> StepResult:
         """ZeRO 0, float32: every rank holds the averaged gradients, so each decides the same alone."""
-        limit = float("inf") if self.config.clip is None else self.config.clip
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = self._norm()
         if not bool(torch.isfinite(norm)):
             self.engine.zero_grad()
             return StepResult(False, norm)
+        if self.config.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
         self.engine.step()
         return StepResult(True, norm)
+
+    def _norm(self) -> Tensor:
+        """Of all gradients, the tensor ranks' shares together."""
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norm = nn.utils.get_total_norm([g for name, g in gradients.items() if name not in self.split])
+        if not self.split:
+            return norm
+        own = nn.utils.get_total_norm([g for name, g in gradients.items() if name in self.split])
+        return (norm.to(own.device).square() + summed(own.square(), self.mesh.tensor)).sqrt()
 
     # ------------------------------------------------------------------ shares of the state
 
@@ -206,8 +222,21 @@ class TrainEngine:
                     key = optimizer.fp32_partitioned_groups_flat[group]
                     yield name, Fragment(key.detach()[offset : offset + own], start, key, int(offset))
 
+    @property
+    def whole_shapes(self) -> dict[str, list[int]]:
+        """Of the trained parameters, also of those that the tensor ranks share."""
+        return {
+            name: list(self.split[name].whole(shape)) if name in self.split else shape
+            for name, shape in self.shapes.items()
+        }
+
+    def joined(self, name: str, value: Tensor) -> Tensor:
+        """The whole of the parameter ``name``, of which ``value`` is this tensor rank's; a collective."""
+        shard = self.split.get(name)
+        return value if shard is None else joined(value, shard.cut, self.mesh.tensor)
+
     def whole(self, name: str, shard: Tensor | None) -> Tensor:
-        """A full float32 tensor of the parameter ``name`` out of every rank's flat share; a collective."""
+        """The float32 parameter ``name`` of this tensor rank out of all ranks' flat shares; a collective."""
         shape = self.shapes[name]
         if self.config.zero == 0:
             assert shard is not None, "at ZeRO 0 every rank holds every parameter"

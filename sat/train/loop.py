@@ -291,7 +291,7 @@ class Trainer:
         cut = not any(agree([not cuttable(self.engine)], self.runtime.device))
         return Progress(
             self.step, self.skipped, self.images, self.seconds, self.source.state_dict(), layout,
-            config.dtype, cut, self.engine.shapes,
+            config.dtype, cut, self.engine.whole_shapes,
         )  # fmt: skip
 
     def save(self, *, background: bool = False) -> None:

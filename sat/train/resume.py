@@ -69,18 +69,17 @@ class Progress:
         """Refuse to resume where it cannot be done; otherwise what is laid out anew, in words."""
         self._same_parameters(now, where)
         was, is_ = self.layout, now.layout
-        if was.tensor != is_.tensor:
-            raise ResumeError(
-                f"{where} was written with parallel.tensor {was.tensor}, this run has {is_.tensor}: "
-                f"use {was.tensor} to resume, or start a new run from its {NATIVE} folder"
-            )
-        shares = [(was.world, is_.world, "number of processes"), (was.zero, is_.zero, "train.zero")]
+        shares = [
+            (was.world, is_.world, "number of processes"),
+            (was.tensor, is_.tensor, "parallel.tensor"),
+            (was.zero, is_.zero, "train.zero"),
+        ]
         anew = [f"{what} {before} -> {after}" for before, after, what in shares if before != after]
         if anew and not self.cut:
             raise ResumeError(
                 f"{where}: {', '.join(anew)}, but the state of its optimizer cannot be shared out anew (it "
-                f"is not one number for each weight): resume with {was.world} processes and train.zero "
-                f"{was.zero}, or start a new run from its {NATIVE} folder"
+                f"is not one number for each weight): resume with {was.world} processes, parallel.tensor "
+                f"{was.tensor} and train.zero {was.zero}, or start a new run from its {NATIVE} folder"
             )
         if was.data != is_.data and (was.batch_size, was.accumulate) == (is_.batch_size, is_.accumulate):
             raise ResumeError(

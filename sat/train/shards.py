@@ -2,15 +2,16 @@
 
 Each rank writes the flat pieces that it holds: float32 weights, averages, and what the optimizer keeps for
 each element. A piece says where in its parameter it begins, so a reader takes from all files what its own
-share needs. What an optimizer keeps otherwise (8-bit blocks, factors of rows and columns) cannot be cut anew:
-it is written as it is, for the same layout.
+share needs; of parameters that the tensor ranks share, the files say how they are cut. What an optimizer
+keeps otherwise (8-bit blocks, factors of rows and columns) cannot be cut anew: it is written as it is, for
+the same layout.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sat.checkpoint.format import TensorInfo
 from sat.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from sat.plan import Cut
 from sat.train.deepspeed import Fragment, TrainEngine
 from sat.train.ema import Ema
 from sat.train.resume import ResumeError
@@ -32,12 +34,14 @@ class Share:
     """What one rank writes.
 
     ``tensors``: flat pieces as ``kind/parameter``; ``starts``: where a parameter's pieces begin in it;
+    ``cuts``: dimension and fused parts of a parameter that the tensor ranks share;
     ``numbers``: what the optimizer counts for a parameter; ``uncut``: its state where it is not element by
     element, else None.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
+    cuts: dict[str, tuple[int, int]] = field(default_factory=dict)
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
     uncut: list[dict[str, Any]] | None = None
@@ -46,11 +50,13 @@ class Share:
         """A copy on the CPU that training does not change."""
         tensors = {name: _copied(value) for name, value in self.tensors.items()}
         uncut = None if self.uncut is None else [_copied_state(state) for state in self.uncut]
-        return Share(tensors, self.starts, self.numbers, self.scaler, uncut)
+        return replace(self, tensors=tensors, uncut=uncut)
 
     def write(self, folder: Path, name: str) -> None:
         """``folder/shard_NAME.safetensors``, and ``optimizer_NAME.pt`` of a state that is not cut."""
-        notes = {"starts": self.starts, "numbers": self.numbers, "scaler": self.scaler}
+        notes = {
+            "starts": self.starts, "cuts": self.cuts, "numbers": self.numbers, "scaler": self.scaler
+        }  # fmt: skip
         write_safetensors(
             folder / f"shard_{name}.safetensors",
             {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self.tensors.items()},
@@ -71,7 +77,8 @@ def _copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def collect(engine: TrainEngine, ema: Ema | None, *, cut: bool) -> Share:
     """What this rank has to write: views, nothing is copied. ``cut``: see :func:`cuttable`."""
-    share = Share(scaler=engine.scaler)
+    cuts = {name: (s.cut.dim, s.cut.parts) for name, s in engine.split.items() if name in engine.parameters}
+    share = Share(scaler=engine.scaler, cuts=cuts)
     if not engine.writes:
         return share
     for name, fragment in engine.fragments.items():
@@ -141,7 +148,7 @@ class _Piece:
 
 
 class Shards:
-    """The files of all ranks of one checkpoint that have the tensor rank of this one."""
+    """The files of all ranks of one checkpoint that have the tensor rank ``tensor_rank``."""
 
     def __init__(self, folder: Path, tensor_rank: int) -> None:
         self.folder = folder
@@ -152,9 +159,11 @@ class Shards:
         self._kinds: dict[str, set[str]] = {}
         self.numbers: dict[str, dict[str, float]] = {}
         self.scaler: dict[str, float] = {}
+        self.cuts: dict[str, Cut] = {}
         for path in paths:
             file = SafetensorsFile(path)
             starts = json.loads(file.metadata["starts"])
+            self.cuts |= {name: Cut(*cut) for name, cut in json.loads(file.metadata["cuts"]).items()}
             self.numbers |= json.loads(file.metadata["numbers"])
             self.scaler = self.scaler or json.loads(file.metadata["scaler"])
             for key in file:
@@ -192,10 +201,45 @@ class Shards:
             )
 
 
+class Resplit(Shards):
+    """The files of all ranks of one checkpoint, read on another number of tensor ranks than wrote them.
+
+    Names and numbers are those of the first tensor rank; the others have the same.
+    """
+
+    def __init__(self, folder: Path, size: int, engine: TrainEngine) -> None:
+        super().__init__(folder, 0)
+        self._ranks = [Shards(folder, rank) for rank in range(size)]
+        self._split, self._whole = engine.split, engine.whole_shapes
+
+    def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
+        """As :meth:`Shards.fill`: the parameter is joined, and this rank's share of it taken."""
+        cut, shard = self.cuts.get(name), self._split.get(name)
+        if cut is None and shard is None:
+            super().fill(target, kind, name, start)
+            return
+        shares = []
+        for files in self._ranks if cut is not None else self._ranks[:1]:
+            shape = self._whole[name] if cut is None else cut.part(self._whole[name], len(self._ranks))
+            shares.append(torch.empty(shape, dtype=target.dtype))
+            files.fill(shares[-1].view(-1), kind, name, 0)
+        whole = shares[0] if cut is None else cut.join(shares)
+        own = whole if shard is None else shard.take(whole)
+        target.copy_(own.reshape(-1)[start : start + target.numel()])
+
+
+def _open(engine: TrainEngine, folder: Path) -> Shards:
+    """The files in ``folder`` as this rank reads them."""
+    written = {path.name.split("_")[1] for path in folder.glob("shard_*.safetensors")}
+    if len(written) == engine.mesh.tensor.size:
+        return Shards(folder, engine.mesh.tensor.rank)
+    return Resplit(folder, len(written), engine)
+
+
 @torch.no_grad()
 def restore(engine: TrainEngine, ema: Ema | None, folder: Path, *, cut: bool) -> bool:
     """Read weights, optimizer, averages and tables from ``folder``; whether it held averages."""
-    shards = Shards(folder, engine.mesh.tensor.rank)
+    shards = _open(engine, folder)
     for name, fragment in engine.fragments.items():
         shards.fill(fragment.master, WEIGHT, name, fragment.start)
     if cut:

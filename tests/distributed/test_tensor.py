@@ -79,10 +79,10 @@ def test_half_precision_has_the_types_of_a_whole_model(results: dict[str, Any]) 
 
 
 LAYOUTS = [
-    *((kind, layout) for kind in ("sft", "lora") for layout in ("zero0", "zero2", "2x2")),
-    *(("sft", layout) for layout in ("zero1", "zero3", "recomputed", "joined", "split")),
-    ("lora", "joined"),
+    *(("sft", layout) for layout in ("2x2", "zero0", "zero2", "zero3", "joined", "split")),
+    *(("lora", layout) for layout in ("2x2", "zero2", "joined")),
 ]
+"""``joined`` and ``split`` go on at step 5 from a checkpoint of 2 tensor ranks on 1, and the other way."""
 
 
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
@@ -91,8 +91,8 @@ def test_ten_steps_are_those_of_one_process(results: dict[str, Any], kind: str, 
     (one,) = values(results, f"{kind}/one")
     found = values(results, f"{kind}/{layout}")
     assert all(norm > 0.02 for norm in one["norms"])  # the clip acted
-    norms = one["norms"][-len(found[0]["norms"]) :]
-    assert found[0]["norms"] == pytest.approx(norms, rel=1e-4)
+    assert found[0]["norms"][-2:] == pytest.approx(one["norms"][-2:], rel=1e-4)
+    assert layout in ("joined", "split") or found[0]["norms"] == pytest.approx(one["norms"], rel=1e-4)
     for value in found:
         for what in ("weights", "averages"):
             assert value[what].keys() == one[what].keys()
@@ -111,7 +111,7 @@ def test_what_every_rank_holds_stays_the_same_on_all(results: dict[str, Any], ki
         assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("sft", "zero1"), ("sft", "zero3"), ("lora", "zero2")])
+@pytest.mark.parametrize(("kind", "layout"), [("sft", "zero2"), ("sft", "zero3"), ("lora", "zero2")])
 def test_what_is_exported_is_whole(results: dict[str, Any], kind: str, layout: str) -> None:
     one, other = (
         results["folder"] / f"{kind}/{name}/run/checkpoints/step_00000010/native" for name in ("one", layout)
