@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sat.adapters.lora import attach, extract, merge
 from sat.checkpoint import load
+from sat.config.load import load as load_config
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
 from sat.models.t5 import T5Encoder
@@ -24,6 +25,7 @@ from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Axis, Mesh
+from sat.pipeline import Pipeline, open_drawer
 from sat.plan import family_plan, shards
 from sat.train.checkpoints import Export
 from sat.train.ema import masters
@@ -33,6 +35,9 @@ from sat.train.objectives import Objective
 from sat.train.resume import Saved
 from sat.transformer import Transformer
 from tests.adapters import noisy, start, unet
+from tests.configs import ROOT
+from tests.golden import build as golden_build
+from tests.golden.check import check_file
 from tests.small import condition, fill, plus
 from tests.training import CONFIG, changed, ranks, rows, trainer
 
@@ -171,6 +176,31 @@ def run_plain(model: nn.Module) -> Tensor:
     return out
 
 
+PICTURES = ("tiny.yaml", "tiny_base.yaml")
+GOLDEN = ("dit_plus_square", "unet_base", "e2e_plus", "conditioner")
+"""Stored outputs of the official code, of networks and text encoders."""
+
+
+def official(runtime: Runtime, folder: Path) -> dict[str, list[str]]:
+    """The comparisons with the official code that fail when models are split."""
+    golden_build.TENSOR = Mesh(runtime, tensor=runtime.world).tensor
+    found = {}
+    for name in GOLDEN:
+        report = check_file(ROOT / "tests" / "golden" / "data" / f"{name}.safetensors", echo=False)
+        found[name] = [str(line) for line in report.lines if not line.passed]
+    return found
+
+
+def drawn(runtime: Runtime, folder: Path, config: str) -> dict[str, Tensor]:
+    """Two pictures of a small model, its text encoder and network split over all ranks."""
+    mesh = Mesh(runtime, tensor=runtime.world)
+    overrides = ["sampling.steps=4", "parallel.device=cpu", f"parallel.tensor={runtime.world}"]
+    experiment = load_config([ROOT / "configs" / config], overrides)
+    draw = Pipeline(*open_drawer(experiment, runtime.device, mesh), experiment)
+    latents = draw("a red apple", seed=3, batch_size=2).latents
+    return {"latents": latents, "images": draw.drawer.engine.decode(latents)}
+
+
 # ---------------------------------------------------------------------- training
 
 TRAINING = changed(CONFIG, steps=10, batch_size=2, save_every=5, clip=0.02)
@@ -275,6 +305,11 @@ def main(folder: Path) -> None:
     results["read"] = ranks(2, folder / "read", read)
     for dora in (False, True):
         results[f"adapters {dora}"] = ranks(2, folder / f"dora{dora}", functools.partial(adapters, dora=dora))
+    results["official"] = ranks(2, folder / "official", official)
+    for config in PICTURES:
+        for world in (1, 2):
+            work = functools.partial(drawn, config=config)
+            results[f"{config} {world}"] = ranks(world, folder / config / str(world), work)
     results["halves"] = ranks(2, folder / "halves", halves)
     torch.save(results, folder / "results.pt")
 

@@ -30,6 +30,12 @@ from sat.first_stage.autoencoder import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
+from sat.parallel.apply import apply_plan
+from sat.parallel.mesh import Axis
+from sat.plan import family_plan
+
+TENSOR = Axis()
+"""The ranks that the models are split over; tests/distributed/tensor_ranks.py names its own."""
 
 
 def native(model: Mapping[str, Any], text: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def text_encoder(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None
     """The T5 encoder from a Hugging Face folder; without ``config`` its shape is that of the weights."""
     config = dict(config) if config is not None else infer_t5(weights)
     component = native({"conditioner_config": conditioner_config(16)}, config)["conditioning"]["text"]
-    encoder = build(component)
+    encoder = split(build(component))
     with tempfile.TemporaryDirectory() as folder:
         write_t5(Path(folder), weights, config)
         load(encoder, folder, "text", dtype=torch.float32)
@@ -106,7 +112,7 @@ def engine(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Di
         ):
             source = experiment.checkpoint.source(part)
             assert source is not None, "the official config names all three"
-            made[part] = build(component)
+            made[part] = split(build(component))
             load(made[part], source, part, dtype=torch.float32)
     conditioning, diffusion = experiment.conditioning, experiment.diffusion
     whole = DiffusionEngine(
@@ -144,11 +150,18 @@ def write_t5(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, A
 
 def fill(module: Any, weights: Mapping[str, Tensor], part: Part) -> Any:
     """``module`` with its part of an official engine checkpoint."""
+    split(module)
     with tempfile.TemporaryDirectory() as folder:
         write_engine(Path(folder), weights)
         load(module, folder, part, dtype=torch.float32)
     assert isinstance(module, nn.Module), "parts are modules"
     return module.eval()
+
+
+def split(module: nn.Module) -> nn.Module:
+    """``module`` with this rank's share of its layers, if it has a plan."""
+    plan = family_plan(type(module))
+    return apply_plan(module, plan, TENSOR) if plan else module
 
 
 def write_engine(folder: Path, weights: Mapping[str, Tensor]) -> None:

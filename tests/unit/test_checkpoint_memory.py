@@ -27,6 +27,9 @@ from pathlib import Path
 from torch import nn
 from sat.checkpoint import load, open_part, Options
 from sat.checkpoint.save import _sharded, _torch
+from sat.parallel.apply import apply_plan
+from sat.parallel.mesh import Axis
+from sat.plan import Column, Row
 
 folder = Path(sys.argv[1])
 
@@ -47,6 +50,15 @@ def read(file, dtype):
     load(module, folder / file, "model", dtype=getattr(torch, dtype))
     assert [float(module[i].weight[0, 0]) for i in range(50)] == list(range(50))
 
+def read_share(file, rank):
+    # this rank's half: rows of every other layer, columns of the others
+    with torch.device("meta"):
+        module = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(50)))
+    apply_plan(module, {"*[02468]": Column(), "*[13579]": Row()}, Axis(2, rank))
+    load(module, folder / file, "model")
+    assert [float(module[i].weight[0, 0]) for i in range(50)] == list(range(50))
+    assert sum(p.numel() for p in module.parameters()) == 25 << 20
+
 def write(file, to):
     options = Options(dtype=torch.bfloat16)
     with open_part(folder / file, "model") as tensors:
@@ -61,6 +73,7 @@ found = {}
 for file in sys.argv[2:]:
     for dtype in ("float32", "bfloat16"):
         found[f"read {file} {dtype}"] = growth(lambda: read(file, dtype))
+    found[f"share {file}"] = growth(lambda: read_share(file, 1))
     for to in ("safetensors", "pt"):
         found[f"write {file} {to}"] = growth(lambda: write(file, to))
 print(json.dumps(found))
@@ -97,6 +110,11 @@ def peaks(tmp_path_factory):
 @pytest.mark.parametrize(("dtype", "model"), [("float32", 200), ("bfloat16", 100)])
 def test_loading_takes_the_model_and_little_more(peaks, file, dtype, model):
     assert model - 10 < peaks[f"read {file} {dtype}"] < model + 40
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_tensor_rank_of_two_never_holds_more_than_its_half_and_a_tensor(peaks, file):
+    assert 90 < peaks[f"share {file}"] < 0.55 * 200
 
 
 @pytest.mark.parametrize("file", FILES)
