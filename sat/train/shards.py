@@ -163,7 +163,9 @@ class Shards:
         for path in paths:
             file = SafetensorsFile(path)
             starts = json.loads(file.metadata["starts"])
-            self.cuts |= {name: Cut(*cut) for name, cut in json.loads(file.metadata["cuts"]).items()}
+            self.cuts |= {
+                name: Cut(*cut) for name, cut in json.loads(file.metadata.get("cuts", "{}")).items()
+            }
             self.numbers |= json.loads(file.metadata["numbers"])
             self.scaler = self.scaler or json.loads(file.metadata["scaler"])
             for key in file:

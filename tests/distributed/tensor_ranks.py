@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sat.adapters.lora import attach, extract, merge
 from sat.checkpoint import load
-from sat.config.load import load as load_config
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
 from sat.models.t5 import T5Encoder
@@ -25,7 +24,6 @@ from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Axis, Mesh
-from sat.pipeline import Pipeline, open_drawer
 from sat.plan import family_plan, shards
 from sat.train.checkpoints import Export
 from sat.train.ema import masters
@@ -176,7 +174,6 @@ def run_plain(model: nn.Module) -> Tensor:
     return out
 
 
-PICTURES = ("tiny.yaml", "tiny_base.yaml")
 GOLDEN = ("dit_plus_square", "unet_base", "e2e_plus", "conditioner")
 """Stored outputs of the official code, of networks and text encoders."""
 
@@ -189,16 +186,6 @@ def official(runtime: Runtime, folder: Path) -> dict[str, list[str]]:
         report = check_file(ROOT / "tests" / "golden" / "data" / f"{name}.safetensors", echo=False)
         found[name] = [str(line) for line in report.lines if not line.passed]
     return found
-
-
-def drawn(runtime: Runtime, folder: Path, config: str) -> dict[str, Tensor]:
-    """Two pictures of a small model, its text encoder and network split over all ranks."""
-    mesh = Mesh(runtime, tensor=runtime.world)
-    overrides = ["sampling.steps=4", "parallel.device=cpu", f"parallel.tensor={runtime.world}"]
-    experiment = load_config([ROOT / "configs" / config], overrides)
-    draw = Pipeline(*open_drawer(experiment, runtime.device, mesh), experiment)
-    latents = draw("a red apple", seed=3, batch_size=2).latents
-    return {"latents": latents, "images": draw.drawer.engine.decode(latents)}
 
 
 # ---------------------------------------------------------------------- training
@@ -306,10 +293,6 @@ def main(folder: Path) -> None:
     for dora in (False, True):
         results[f"adapters {dora}"] = ranks(2, folder / f"dora{dora}", functools.partial(adapters, dora=dora))
     results["official"] = ranks(2, folder / "official", official)
-    for config in PICTURES:
-        for world in (1, 2):
-            work = functools.partial(drawn, config=config)
-            results[f"{config} {world}"] = ranks(world, folder / config / str(world), work)
     results["halves"] = ranks(2, folder / "halves", halves)
     torch.save(results, folder / "results.pt")
 

@@ -107,7 +107,6 @@ FOUR = replace(PROGRESS.layout, world=4, data=4)
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"layout": replace(PROGRESS.layout, world=4, tensor=2)}, "parallel.tensor 1, this run has 2"),
     ({"layout": FOUR}, "12 images a step .* 4 ranks make it 24: set train.batch_size=3 train.accumulate=1"),
     ({"layout": replace(FOUR, world=1, data=1)}, "make it 6: set train.accumulate=2 to go on alike"),
     ({"layout": replace(FOUR, world=5, data=5)}, "set train.batch_size and train.accumulate to what"),
@@ -122,16 +121,23 @@ def test_a_run_that_cannot_go_on_is_refused(change, words) -> None:
 def test_an_optimizer_that_cannot_be_cut_keeps_its_layout() -> None:
     whole = replace(PROGRESS, cut=False)
     other = replace(PROGRESS.layout, zero=2)
-    with pytest.raises(ResumeError, match="train.zero 1 -> 2.*resume with 2 processes and train.zero 1"):
+    with pytest.raises(
+        ResumeError, match="zero 1 -> 2.*resume with 2 processes, parallel.tensor 1 and train.zero 1"
+    ):
         whole.check(replace(PROGRESS, layout=other), Path("step_00000003"))
     assert whole.check(PROGRESS, Path("step_00000003")) == []
 
 
 def test_what_is_laid_out_anew_is_said() -> None:
     assert PROGRESS.check(replace(PROGRESS, step=0, images=0), Path("step_00000003")) == []
-    other = Layout(world=1, data=1, tensor=1, zero=3, batch_size=6, accumulate=4)
+    other = Layout(world=1, data=1, tensor=2, zero=3, batch_size=6, accumulate=4)
     now = replace(PROGRESS, layout=other, dtype="bf16")
-    said = ["number of processes 2 -> 1", "train.zero 1 -> 3", "images a step 12 -> 24"]
+    said = [
+        "number of processes 2 -> 1",
+        "parallel.tensor 1 -> 2",
+        "train.zero 1 -> 3",
+        "images a step 12 -> 24",
+    ]
     assert PROGRESS.check(now, Path("step_00000003")) == [*said, "train.dtype fp32 -> bf16"]
 
 
