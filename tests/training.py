@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sat.config.build import build
 from sat.config.schema import Component, TrainConfig
 from sat.data.batch import Batch, Sample, collate
 from sat.parallel.launch import Runtime, launch
@@ -28,6 +29,7 @@ from sat.train.resume import RunFolder
 CONFIG = TrainConfig(
     objective=Component("tests.training.Toy"), steps=6, batch_size=3, lr=1e-2, ema=0.9, clip=0.05,
     weight_decay=0.1, schedule="cosine", warmup=2, log_every=2, save_every=3, keep_last=10, wandb="disabled",
+    optimizer=Component("torch.optim.AdamW", {"eps": 1e-4, "fused": True}),
 )  # fmt: skip
 """Six steps; the clip is below the gradient norm, so it acts at every step."""
 
@@ -61,6 +63,26 @@ class Toy(Objective):
 
     def parts(self) -> dict[str, nn.Module]:
         return {"model": self.net}
+
+
+class Blockwise(torch.optim.Optimizer):
+    """Momentum in 8 bits, with a scale for each block: a stand-in for the optimizers of other packages."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, *, block: int = 16) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "block": block})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state, flat = self.state[p], p.grad.reshape(-1)
+                padded = nn.functional.pad(flat, (0, -len(flat) % group["block"])).view(-1, group["block"])
+                if state:
+                    padded = padded + 0.9 * state["codes"] * state["scales"]
+                scales = padded.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+                codes = (padded / scales).round().to(torch.int8)
+                state |= {"codes": codes, "scales": scales, "steps": state.get("steps", 0) + 1}
+                p.sub_(group["lr"] * padded.view(-1)[: len(flat)].view_as(p))
 
 
 class Numbers:
@@ -108,7 +130,7 @@ def trainer(
     optimizer = (
         torch.optim.SGD(groups, lr=config.lr)
         if plain
-        else torch.optim.AdamW(groups, lr=config.lr, eps=1e-4, fused=True)
+        else build(config.optimizer, imports=["tests.training"], params=groups, lr=config.lr)
     )
     engine = TrainEngine(objective, optimizer, config, runtime, mesh)
     source = Numbers(config.batch_size, mesh.data_rank, mesh.data_ranks)

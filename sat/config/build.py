@@ -50,6 +50,9 @@ def build(component: Component | Mapping[str, Any], *, imports: Collection[str] 
     if both := sorted(set(runtime) & set(params)):
         raise TypeError(f"{takes.name}: {', '.join(both)} given both in the config and at run time")
     values = {n: _argument(takes.params.get(n, Any), v, imports) for n, v in params.items()}
+    for name, value in values.items():
+        if isinstance(value, list) and isinstance(takes.defaults.get(name), tuple):
+            values[name] = tuple(value)  # of a package without annotations
     return made(**values, **runtime)
 
 

@@ -17,6 +17,10 @@ LATER = {"DeviceKind": "sat.parallel.launch.DeviceKind", "Backend": "sat.transfo
 """Names that a schema annotation uses without importing them."""
 
 
+PACKAGES = ("bitsandbytes", "torchao")
+"""What has optimizers of few bits, on PyPI under the names of the modules."""
+
+
 class TargetError(ValueError):
     """A target that cannot be used, and why."""
 
@@ -54,7 +58,14 @@ def check_import(name: str) -> None:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        raise TargetError(f"cannot import {name!r}: {error}; is its folder on PYTHONPATH?") from error
+        raise TargetError(f"cannot import {name!r}: {error}; {_where_from(root)}") from error
+
+
+def _where_from(package: str) -> str:
+    """What to do about a package that is not there."""
+    if package in PACKAGES:
+        return f"install it with `pip install {package}`"
+    return "is its folder on PYTHONPATH?"
 
 
 def resolve(target: Any, imports: Collection[str] = ()) -> Any:
@@ -141,9 +152,15 @@ def signature(made: Any) -> Signature:
 
 def _runtime(made: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
     """Parameters that only the caller gives: keyword-only ones; for torch's optimizers, what to optimise."""
-    if made.__module__.startswith("torch."):
+    if made.__module__.startswith("torch.") or _optimises(made):
         return ("params",)
     return tuple(n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY)
+
+
+def _optimises(made: Any) -> bool:
+    """An optimizer of any package; one can only be loaded once torch is."""
+    torch = sys.modules.get("torch.optim")
+    return torch is not None and inspect.isclass(made) and issubclass(made, torch.Optimizer)
 
 
 class _Later(dict[str, Any]):

@@ -119,6 +119,14 @@ def test_a_run_goes_on_in_another_layout_as_if_nothing_had_happened(results, cas
     assert difference(end["weights"], whole) <= (BF16 if source == "bf16" else 1e-6)
 
 
+def test_an_optimizer_of_few_bits_resumes_to_the_bit_in_its_layout_and_in_no_other(results) -> None:
+    ended, again = value(results, "blocks/run")["weights"], value(results, "blocks/resumed")["weights"]
+    assert difference(ended, again) <= EXACT
+    said = results["blocks/anew"][0]["error"]
+    assert "train.zero 1 -> 2" in said
+    assert "cannot be shared out anew" in said
+
+
 def test_another_number_of_images_a_step_is_not_taken_by_accident(results) -> None:
     said = results["batch"][0]["error"]
     assert "6 images a step (2 x 3 x accumulate 1); 1 ranks make it 3" in said

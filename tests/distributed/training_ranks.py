@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sat.config.schema import OffloadConfig, TrainConfig
+from sat.config.schema import Component, OffloadConfig, TrainConfig
 from sat.parallel.collectives import explain, gather
 from sat.parallel.launch import Runtime
 from sat.train.ema import masters
@@ -150,6 +150,10 @@ def main(folder: Path) -> None:
     for name, (source, world, options) in ANEW.items():
         origin = folder / (source if source == "single" else f"{source}/run")
         case(name, world, _copied(origin, resumed), **options)
+    blocks = Component("tests.training.Blockwise", {"block": 8})
+    case("blocks/run", 2, whole, zero=1, optimizer=blocks)
+    case("blocks/resumed", 2, _copied(folder / "blocks/run", resumed), zero=1, optimizer=blocks)
+    case("blocks/anew", 2, _copied(folder / "blocks/run", resumed), zero=2, optimizer=blocks)
     case("batch", 1, _copied(folder / "zero0/run", resumed))
     case("background", 2, whole, background_save=True, save_every=1)
     case("hopeless", 2, hopeless, max_bad_steps=3, save_every=2, background_save=True)

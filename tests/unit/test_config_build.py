@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sat.config.load import load
 from sat.config.record import commit, record
 from sat.config.schema import CheckpointConfig, Component, plain
 from sat.config.source import ConfigError
+from sat.config.targets import TargetError, check_import, resolve, signature
 from tests.configs import Brush, Range, Wide, debug
 from tests.vocabulary import write_vocabulary
 
@@ -64,6 +66,22 @@ def test_runtime_arguments_are_neither_guessed_nor_given_twice():
 def test_an_optimizer_takes_the_lists_of_yaml_as_tuples():
     made = build(Component("torch.optim.AdamW", {"betas": [0.8, 0.9]}), params=[nn.Parameter(torch.zeros(2))])
     assert made.defaults["betas"] == (0.8, 0.9)
+
+
+def test_optimizers_of_other_packages_are_checked_and_built_like_torchs():
+    target, groups = "tests.training.Blockwise", [{"params": [nn.Parameter(torch.zeros(2))]}]
+    takes = signature(resolve(target, ["tests.training"]))
+    assert (takes.runtime, set(takes.params)) == (("params",), {"lr", "block"})
+    made = build(Component(target, {"block": 4}), imports=["tests.training"], params=groups, lr=0.5)
+    assert made.param_groups[0]["block"] == 4
+    with pytest.raises(TargetError, match=r"imports: \[tests.training\]"):
+        build(Component(target), params=groups)
+
+
+def test_a_package_of_optimizers_that_is_not_there_is_named_with_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(TargetError, match="install it with `pip install bitsandbytes`"):
+        check_import("bitsandbytes.optim")
 
 
 def test_random_weights_come_from_their_seed_alone():
