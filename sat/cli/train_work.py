@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +39,11 @@ from sat.train import optim
 from sat.train.caches import Caches
 from sat.train.data import DataSets, bucket_rule, in_memory, open_data
 from sat.train.deepspeed import TrainEngine
-from sat.train.export import ModelExport
+from sat.train.export import exporter
+from sat.train.flops import token_counter
 from sat.train.log import Record
 from sat.train.loop import Extras, Trainer
-from sat.train.lora import AdapterExport, add_lora
+from sat.train.lora import add_lora
 from sat.train.objectives import Objective
 from sat.train.resume import NATIVE, RunFolder
 from sat.train.step import computing
@@ -50,7 +52,6 @@ from sat.util.images import grid, write_png
 from sat.util.rng import ImageRng
 
 if TYPE_CHECKING:
-    from sat.train.checkpoints import Export
     from sat.train.loop import Draw
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
             f"parallel.guidance {experiment.parallel.guidance} shares the two halves of guidance, and a "
             f"training step has one: set it to 1, and its ranks read other images"
         )
+    if experiment.train.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("train.tensorboard needs a package: pip install tensorboard, or set it to false")
     return experiment.train, experiment.data
 
 
@@ -196,8 +199,9 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     validation = [] if sets.held_out is None else once(items[1], *place, sets.held_out.groups)
     trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
     extras = Extras(
-        export=_exporter(experiment, engine, objective, DTYPES[train.dtype]),
+        export=exporter(experiment, weights, engine, objective),
         draw=_drawer(experiment, train, engine, runtime, mesh) if train.sample_every else None,
+        tokens=token_counter(engine, objective),
         validation=validation,
     )
     trainer = Trainer(trained, loader, folder, extras)
@@ -209,6 +213,8 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         _note(experiment, train, engine, runtime, folder)
         trainer.extras.record = Record(folder.root, step=trainer.step)
         trainer.extras.record.start_wandb(folder.root, train.wandb, train.project, plain(experiment))
+        if train.tensorboard:
+            trainer.extras.record.start_tensorboard(folder.root, step=trainer.step)
     count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     log.info(
         "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s (%s)",
@@ -298,39 +304,6 @@ def _items(
         in_memory(dataset, count, train.seed, encode, None if degrade is None else degraded)
         for dataset, count in zip(sets.both(), views, strict=False)
     ]
-
-
-def _exporter(
-    experiment: Experiment, engine: DiffusionEngine, objective: Objective, dtype: torch.dtype
-) -> Export:
-    """Writes the trained parts as a native checkpoint folder, for sampling or another training.
-
-    Of LoRA only the adapter is written.
-    """
-    if experiment.adapters.lora is not None and experiment.train is not None:
-        return _adapter_exporter(experiment, experiment.train, objective, dtype)
-    sections = {
-        name: plain(getattr(experiment, name))
-        for name in ("model", "diffusion", "conditioning", "first_stage")
-    }
-    tokenizer = engine.conditioner.tokenizer
-    return ModelExport(objective, sections, None if tokenizer is None else tokenizer.path, dtype)
-
-
-def _adapter_exporter(
-    experiment: Experiment, train: TrainConfig, objective: Objective, dtype: torch.dtype
-) -> Export:
-    """Writes the adapter, which names the model and the weights it belongs to."""
-    assert experiment.adapters.lora is not None, "the caller looked"
-    source = _weights(experiment, train)
-    paths = {"model": source.source("model"), "text": source.source("text")}
-    return AdapterExport(
-        objective,
-        experiment.adapters.lora,
-        {"model": plain(experiment.model), "text": plain(experiment.conditioning.text)},
-        {part: None if path is None else digest(path) for part, path in paths.items()},
-        dtype,
-    )
 
 
 def _drawer(

@@ -315,6 +315,8 @@ class TrainConfig(Section):
     max_minutes: float | None = None
     max_bad_steps: int = 20
     wandb: Literal["offline", "online", "disabled"] = "offline"
+    tensorboard: bool = False
+    peak_tflops: float | None = None
     project: str = "cogview3"
     allocator: bool = True
     init_from: CheckpointConfig | None = None
@@ -345,6 +347,7 @@ class TrainConfig(Section):
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "clip": (self.clip is None or self.clip > 0, "more than 0 or null"),
             "ema": (self.ema is None or 0 <= self.ema < 1, "a decay of at least 0 and below 1, or null"),
+            "peak_tflops": (self.peak_tflops is None or self.peak_tflops > 0, "more than 0 or null"),
             "max_minutes": (self.max_minutes is None or self.max_minutes > 0, "more than 0 minutes or null"),
         }
         for name, (holds, expected) in ranges.items():

@@ -51,6 +51,11 @@ class Runtime:
         return self.device.type == "cuda"
 
     @property
+    def device_name(self) -> str:
+        """The device's own name, empty on the CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+
+    @property
     def grouped(self) -> bool:
         """True when a process group is up (always with more than one process)."""
         return dist.is_initialized()

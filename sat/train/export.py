@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the state: the trained parts as a native folder."""
+"""What a checkpoint holds beside the state: the trained parts as a native folder, or the adapter."""
 
 from __future__ import annotations
 
@@ -10,9 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat.checkpoint.format import InMemory
+from sat.checkpoint.digest import digest
+from sat.checkpoint.format import DTYPES, InMemory
 from sat.checkpoint.save import Options, save_native
+from sat.config.schema import CheckpointConfig, Experiment, plain
+from sat.engine import DiffusionEngine
+from sat.train.checkpoints import Export
+from sat.train.lora import AdapterExport
 from sat.train.objectives import Objective
+
+
+def exporter(
+    experiment: Experiment, weights: CheckpointConfig, engine: DiffusionEngine, objective: Objective
+) -> Export:
+    """Writes the trained parts as a native checkpoint folder, for sampling or another training.
+
+    Of LoRA only the adapter is written, which names the model and the ``weights`` it belongs to.
+    """
+    assert experiment.train is not None, "only a training exports"
+    dtype, lora = DTYPES[experiment.train.dtype], experiment.adapters.lora
+    if lora is not None:
+        paths = {"model": weights.source("model"), "text": weights.source("text")}
+        base = {"model": plain(experiment.model), "text": plain(experiment.conditioning.text)}
+        digests = {part: None if path is None else digest(path) for part, path in paths.items()}
+        return AdapterExport(objective, lora, base, digests, dtype)
+    described = ("model", "diffusion", "conditioning", "first_stage")
+    sections = {name: plain(getattr(experiment, name)) for name in described}
+    tokenizer = engine.conditioner.tokenizer
+    return ModelExport(objective, sections, None if tokenizer is None else tokenizer.path, dtype)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The record of a run: ``metrics.jsonl`` always, wandb if it is there, one plain line for the reader."""
+"""The record of a run: ``metrics.jsonl`` always, wandb and tensorboard, one plain line for the reader."""
 
 from __future__ import annotations
 
@@ -58,6 +58,13 @@ class Record:
         _cut(path, step)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._wandb: Any = None
+        self._board: Any = None
+
+    def start_tensorboard(self, folder: Path, *, step: int) -> None:
+        """Mirror the rows to ``folder/tensorboard``; what it holds after ``step`` is dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def start_wandb(
         self,
@@ -88,12 +95,19 @@ class Record:
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log(clean, step=int(row["step"]))
+        if self._board is not None:
+            for name, value in clean.items():
+                if value is not None and name != "step":
+                    self._board.add_scalar(name, value, int(row["step"]))
+            self._board.flush()
 
     def close(self) -> None:
         """Finish the file and wandb."""
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._board is not None:
+            self._board.close()
 
 
 def line(row: Mapping[str, float], steps: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from sat.parallel.collectives import agree, barrier, mean
 from sat.train.checkpoints import Checkpoints, Export
 from sat.train.deepspeed import StepResult, TrainEngine
 from sat.train.ema import Ema
+from sat.train.flops import Meter, peak_flops
 from sat.train.log import Averages, Record, line
 from sat.train.optim import rate, set_rate
 from sat.train.resume import Layout, Progress, RunFolder, Saved
@@ -66,10 +67,14 @@ class Draw(Protocol):
 
 @dataclass
 class Extras:
-    """What a run may do besides training. ``validation``: the same held-out batches each time."""
+    """What a run may do besides training.
+
+    ``tokens`` counts those of a batch; ``validation``: the same held-out batches each time.
+    """
 
     export: Export | None = None
     draw: Draw | None = None
+    tokens: Callable[[Batch], int] | None = None
     validation: Sequence[Batch] = ()
     record: Record | None = None
 
@@ -83,6 +88,7 @@ class _Window:
     waited: float = 0.0
     steps: int = 0
     images: int = 0
+    tokens: int = 0
 
 
 class Trainer:
@@ -97,6 +103,8 @@ class Trainer:
         self.extras = extras or Extras()
         self.ema = Ema(engine, self.config.ema) if self.config.ema is not None else None
         self.checkpoints = Checkpoints(folder, engine, self.ema, self.extras.export)
+        peak = peak_flops(self.config, self.runtime)
+        self.meter = None if peak is None else Meter(peak)
         self.step = self.skipped = self.images = 0
         self.seconds = 0.0
         self._streak = 0
@@ -159,10 +167,13 @@ class Trainer:
             began = time.perf_counter()
             batch = next(batches)
             window.waited += time.perf_counter() - began
-            values = self._forward(batch.to(self.runtime.device), micro)
-            self.engine.backward(values["loss"], last=micro == count - 1)
+            with nullcontext() if self.meter is None else self.meter.micro(batch):
+                values = self._forward(batch.to(self.runtime.device), micro)
+                self.engine.backward(values["loss"], last=micro == count - 1)
             window.averages.add(values)
             losses.append(values["loss"].detach())
+            if self.extras.tokens is not None:
+                window.tokens += self.extras.tokens(batch) * self.engine.mesh.data_ranks
             window.images += len(batch) * self.engine.mesh.data_ranks
             self.images += len(batch) * self.engine.mesh.data_ranks
         result = self.engine.step()
@@ -241,6 +252,8 @@ class Trainer:
         row |= {
             "images_per_second": window.images / passed,
             "seconds_per_step": passed / window.steps,
+            **({} if self.extras.tokens is None else {"tokens_per_second": window.tokens / passed}),
+            **({} if self.meter is None else {"mfu": self.meter.take(passed)}),
             "data_wait": mean(share).item(),
             "memory_gb": self.runtime.peak_memory(),
             "skipped": self.skipped,

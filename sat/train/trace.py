@@ -84,7 +84,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._enter(value)
-        self.flops += _flops(func, args, kwargs or {}, out)
+        self.flops += flops_of(func, args, kwargs or {}, out)
         if self._blocked and getattr(func, "_overloadpacket", None) in _CONVOLUTIONS:
             self.peak = max(self.peak, self.live + _in_blocks(out))
         return out
@@ -113,7 +113,8 @@ def _in_blocks(out: Any) -> int:
     return made.element_size() * made.numel() // made.shape[1] * (-(-made.shape[1] // _BLOCK) * _BLOCK)
 
 
-def _flops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """FLOPs of one operation with its result; 0 if it is no product of matrices, convolution or attention."""
     packet = getattr(func, "_overloadpacket", None)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))

@@ -65,7 +65,7 @@ def test_a_run_leaves_its_config_record_metrics_samples_and_checkpoints(ran) -> 
     good(ran, "whole")
     run = ran.folder / "whole"
     assert {path.name for path in run.iterdir()} == {
-        "resolved.yaml", "run.json", "metrics.jsonl", "samples", "checkpoints",
+        "resolved.yaml", "run.json", "metrics.jsonl", "samples", "checkpoints", "tensorboard",
     }  # fmt: skip
     assert load([run / "resolved.yaml"]).train.steps == 6
     record = json.loads((run / "run.json").read_text())
@@ -86,6 +86,21 @@ def test_a_run_leaves_its_config_record_metrics_samples_and_checkpoints(ran) -> 
     }
     assert [row["step"] for row in rows(run) if "validation/shuffled" in row] == [3, 6]
     assert steps[-1]["images"] == 48
+    tokens = 3 * 4 + 8  # of an image: 48 x 64 pixels are 6 x 8 latent cells, in patches of 2 x 2; and text
+    for row in steps:
+        assert row["tokens_per_second"] == pytest.approx(tokens * row["images_per_second"])
+        assert 0 < row["mfu"] < 1
+
+
+def test_tensorboard_has_the_rows(ran) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(ran.folder / "whole" / "tensorboard"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("loss")]
+    wanted = [(row["step"], row["loss"]) for row in rows(ran.folder / "whole") if "lr" in row]
+    assert [step for step, _ in written] == [step for step, _ in wanted]
+    assert [value for _, value in written] == pytest.approx([value for _, value in wanted])
 
 
 def test_a_run_cut_in_three_is_the_uninterrupted_one_bit_for_bit(ran) -> None:

@@ -72,14 +72,14 @@ def everything(folder: Path, spiece: Path) -> None:
 
     run("check", "--check")
     run("config", "--print-config")
-    run("whole")
+    run("whole", "train.tensorboard=true", "train.peak_tflops=0.1")
     run("half", "train.save_every=2", "train.max_minutes=1e-9", "train.sample_every=null")
     run("again", "train.sample_every=null", to="half")
     run("rest", "--resume", "train.sample_every=null", to="half")
     run("done", "--resume", to="whole")
     torn = folder / "half" / "checkpoints" / "step_00000006"
     (torn / "COMPLETE").unlink()
-    run("torn", "--resume", "train.sample_every=null", to="half")
+    run("torn", "--resume", "train.sample_every=null", "train.background_save=true", to="half")
     run("cached", "data.cache_views=2", "train.sample_every=null", "train.ema=null", "--steps", "2")
     run(
         "bf16",
