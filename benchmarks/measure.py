@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 Work = Callable[[], object]
+Sample = Callable[[], tuple[float, bool]]
+"""Seconds of one call, and whether the machine was ours meanwhile."""
 
 OTHERS = 0.1
 """Share of all cores that others may take during a sample that counts."""
@@ -42,21 +44,20 @@ class Timing:
 
 
 def compare(
-    variants: Mapping[str, Work],
-    *,
-    rounds: int = 9,
-    seconds: float = 60.0,
-    synchronize: Callable[[], None] = lambda: None,
+    variants: Mapping[str, Sample], *, rounds: int = 9, seconds: float = 60.0, warm: float = 15.0
 ) -> dict[str, Timing]:
-    """Timings of ``variants`` in ``rounds`` turns, or as many as ``seconds`` allow (at least 3)."""
+    """Timings of ``variants`` in ``rounds`` turns, or as many as ``seconds`` allow (at least 3).
+
+    ``warm``: seconds a variant is warmed up at most, after its first call.
+    """
     names = list(variants)
     samples: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
     for name in names:
-        _warm(variants[name], synchronize)
+        _warm(variants[name], warm)
     began = time.perf_counter()
     for turn in range(3 * rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            samples[name].append(sample(variants[name], synchronize))
+            samples[name].append(variants[name]())
         enough = min(sum(clean for _, clean in taken) for taken in samples.values()) >= rounds
         if enough or (turn >= 2 and time.perf_counter() - began > seconds):
             break
@@ -84,12 +85,13 @@ def timing(taken: Sequence[tuple[float, bool]]) -> Timing:
     )
 
 
-def _warm(work: Work, synchronize: Callable[[], None], limit: float = 15.0) -> None:
-    """Call until two medians of three calls agree, or ``limit`` seconds have passed."""
+def _warm(take: Sample, limit: float) -> None:
+    """Take samples until two medians of three agree, or ``limit`` seconds have passed."""
+    take()
     began, before = time.perf_counter(), 0.0
-    while True:
-        now = statistics.median(sample(work, synchronize)[0] for _ in range(3))
-        if abs(now - before) <= STEADY * now or time.perf_counter() - began > limit:
+    while time.perf_counter() - began < limit:
+        now = statistics.median(take()[0] for _ in range(3))
+        if abs(now - before) <= STEADY * now:
             return
         before = now
 
@@ -111,7 +113,7 @@ def _own() -> float:
     return sum(part.ru_utime + part.ru_stime for part in parts)
 
 
-def peak_rss() -> float:
-    """Peak resident memory of this process in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3) * (1.0 if sys.platform == "darwin" else 1.024)
+def peak_rss(*, children: bool = False) -> float:
+    """Peak resident memory in MB of this process, or of the largest of its finished ``children``."""
+    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

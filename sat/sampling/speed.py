@@ -35,11 +35,14 @@ class Speed:
 
 
 def quicken(engine: DiffusionEngine, speed: Speed) -> None:
-    """Apply ``speed`` to a loaded engine, for inference alone. Raises ``ValueError`` for the impossible.
+    """Apply ``speed`` to a loaded engine, for inference alone. Raises ``ValueError`` for the impossible."""
+    quicken_network(engine.network, speed)
+    if engine.first_stage.dtype != torch.float32:
+        channels_last(engine.first_stage)
 
-    Packed weights cannot be compiled: ``compile`` goes before ``pack``.
-    """
-    network = engine.network
+
+def quicken_network(network: nn.Module, speed: Speed) -> None:
+    """Apply ``speed`` to a network. Packed weights cannot be compiled: ``compile`` goes before ``pack``."""
     device = next(network.parameters()).device
     use_kernel(network, speed.attention)
     if speed.compile:
@@ -54,8 +57,6 @@ def quicken(engine: DiffusionEngine, speed: Speed) -> None:
                 f"transformer: set it to false"
             )
         replayed(whole, device)
-    if engine.first_stage.dtype != torch.float32:
-        channels_last(engine.first_stage)
 
 
 def channels_last(module: nn.Module) -> None:

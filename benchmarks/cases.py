@@ -1,0 +1,307 @@
+"""What is timed: one function a case and side, each giving the work of one sample.
+
+A case is data (:class:`Case`), so that every variant can run in a process of its own, with its own peak
+memory and allocator settings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.peers import BENCH, SMALL, Pair, Size, autoencoder, plus
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PLUS = Size("Plus 3 B", {}, cells=128)
+SIZES = {"small": SMALL, "bench": BENCH, "plus": PLUS}
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``kind`` and ``side`` name a function below, ``size`` a network; ``options`` are the function's own."""
+
+    kind: str
+    side: str
+    size: str = "bench"
+    dtype: str = "fp32"
+    device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Size:
+        """The network and latent; ``cells``, ``batch`` and ``params`` of the options change it."""
+        base = SIZES[self.size]
+        params = {**base.params, **self.options.get("params", {})}
+        return replace(
+            base,
+            params=params,
+            cells=self.options.get("cells", base.cells),
+            batch=self.options.get("batch", base.batch),
+        )
+
+
+def make(case: Case) -> Work:
+    """The work of one sample of ``case``."""
+    return KINDS[case.kind](case)
+
+
+# -- one denoising step
+
+
+def step(case: Case) -> Work:
+    """A step of the transformer with guidance, ``side`` ours, plain, or a peer."""
+    pair = plus(case.shape, DTYPES[case.dtype], case.device, peer=case.side in _THEIRS)
+    if case.side in _THEIRS:
+        return torch.no_grad()(pair.their_step(_THEIRS[case.side](pair.theirs)))
+    return _ours(case, pair)
+
+
+def prepare(case: Case) -> Work:
+    """What our loop does once per picture; a step's share of it is a fiftieth."""
+    pair = plus(case.shape, DTYPES[case.dtype], case.device, peer=False)
+    return torch.inference_mode()(pair.prepare)
+
+
+def _ours(case: Case, pair: Pair) -> Work:
+    from sat.parallel.launch import keep_freed_memory
+    from sat.sampling import speed
+
+    if case.device == "cpu":
+        torch.set_flush_denormal(True)
+        keep_freed_memory()
+    if case.side != "plain":
+        options = {
+            key: case.options[key] for key in ("attention", "compile", "graphs") if key in case.options
+        }
+        speed.quicken_network(pair.ours, speed.Speed(**options))
+    with torch.inference_mode():
+        work = pair.our_step()
+    return torch.inference_mode()(work)
+
+
+def _compiled(network: nn.Module) -> nn.Module:
+    """diffusers' network, each block compiled: its own helper refuses this class."""
+    for block in network.transformer_blocks:  # type: ignore[union-attr]
+        block.compile()  # type: ignore[operator]
+    return network
+
+
+def _cached(network: nn.Module) -> nn.Module:
+    """cache-dit over diffusers with its defaults; samples then mix computed and cached steps."""
+    import cache_dit
+
+    cache_dit.enable_cache(network)
+    return network
+
+
+_THEIRS: Mapping[str, Callable[[nn.Module], nn.Module]] = {
+    "diffusers": lambda network: network,
+    "diffusers compiled": _compiled,
+    "cache-dit": _cached,
+}
+
+
+# -- floors: the same matrix products and attention alone
+
+
+def floor(case: Case) -> Work:
+    """The layers' matrix products, or their attention, by torch's plain calls: ``side`` says which."""
+    shape, dtype = case.shape, DTYPES[case.dtype]
+    dim, heads, depth = (shape.params.get(k, d) for k, d in (("dim", 2560), ("heads", 64), ("depth", 30)))
+    tokens = shape.params.get("text_len", 224) + (shape.cells // 2) ** 2
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device=case.device, dtype=dtype)
+
+    if case.side == "attention":
+        q, k, v = (normal(shape.rows, heads, tokens, dim // heads) for _ in range(3))
+        return torch.inference_mode()(
+            lambda: [F.scaled_dot_product_attention(q, k, v) for _ in range(depth)] and None
+        )
+    rows, wide = normal(shape.rows * tokens, dim), normal(shape.rows * tokens, 4 * dim)
+    weights = [(rows, normal(3 * dim, dim)), (rows, normal(dim, dim)), (rows, normal(4 * dim, dim))]
+    weights.append((wide, normal(dim, 4 * dim)))
+    return torch.inference_mode()(
+        lambda: [F.linear(x, w) for _ in range(depth) for x, w in weights][:0] or None
+    )
+
+
+# -- first stage and text encoder
+
+
+def decode(case: Case) -> Work:
+    """The 16-channel autoencoder's decoding of one picture."""
+    pair = autoencoder(case.options.get("vae", {}), case.options["cells"], DTYPES[case.dtype], case.device)
+    if case.side == "diffusers":
+        return torch.no_grad()(pair.their_decode)
+    if case.dtype != "fp32":
+        from sat.sampling.speed import channels_last
+
+        channels_last(pair.ours)
+    return torch.inference_mode()(pair.our_decode)
+
+
+def encode_text(case: Case) -> Work:
+    """T5's encoder over 224 tokens; ``options`` shrink it."""
+    dims = {"dim": 4096, "heads": 64, "head_dim": 64, "mlp_dim": 10240, "depth": 24, "vocab": 32128}
+    dims |= case.options.get("text", {})
+    ids = torch.randint(2, dims["vocab"], (1, 224), device=case.device)
+    torch.manual_seed(0)
+    if case.side == "transformers":
+        from transformers import T5Config, T5EncoderModel
+
+        config = T5Config(
+            d_model=dims["dim"], num_heads=dims["heads"], d_kv=dims["head_dim"], d_ff=dims["mlp_dim"],
+            num_layers=dims["depth"], vocab_size=dims["vocab"], feed_forward_proj="gated-gelu",
+        )  # fmt: skip
+        with torch.device(case.device):
+            theirs = T5EncoderModel(config).to(DTYPES[case.dtype]).eval()
+        return torch.no_grad()(lambda: theirs(ids))
+    from sat.models.t5 import T5Encoder
+
+    with torch.device(case.device):
+        ours = T5Encoder(**dims).to(DTYPES[case.dtype]).eval()
+    return torch.inference_mode()(lambda: ours(ids))
+
+
+def unet(case: Case) -> Work:
+    """A step of CogView3-Base's UNet with guidance at 512²; ``options`` shrink it."""
+    from sat.conditioning.condition import Condition
+    from sat.models.cogview3_unet import CogView3UNet
+    from sat.sampling import speed
+
+    params = dict(case.options.get("params", {}))
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        network = CogView3UNet(**params).to(DTYPES[case.dtype]).eval()
+    speed.quicken_network(network, speed.Speed(compile=bool(case.options.get("compile"))))
+    takes, cells = inspect.signature(CogView3UNet).parameters, case.options.get("cells", 64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=case.device, dtype=DTYPES[case.dtype])
+
+    def number(name: str) -> int:
+        return int(params.get(name, takes[name].default))
+
+    condition = Condition(
+        normal(2, case.options.get("tokens", 225), number("text_dim")), normal(2, number("size_dim"))
+    )
+    with torch.inference_mode():
+        prepared = network.prepare(condition, (cells, cells), [500.0])
+    latent = normal(2, number("channels"), cells, cells)
+    return torch.inference_mode()(lambda: network(latent, 500.0, prepared))
+
+
+# -- training
+
+
+def lora_step(case: Case) -> Work:
+    """Forward, backward and update of rank-16 factors on attention; weights frozen, ``side`` peft or ours."""
+    pair = plus(case.shape, DTYPES[case.dtype], case.device, peer=case.side == "peft")
+    target = torch.randn_like(pair.latent)
+    if case.side == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        names = ["to_q", "to_k", "to_v", "to_out.0"]
+        network: nn.Module = get_peft_model(
+            pair.theirs, LoraConfig(r=16, lora_alpha=16, target_modules=names)
+        )
+        forward = pair.their_step(network)
+    else:
+        network, forward = _our_lora(case, pair)
+    network.train()
+    factors = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=1e-4)
+
+    def work() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        F.mse_loss(forward().float(), target.float()).backward()
+        optimizer.step()
+
+    return work
+
+
+def _our_lora(case: Case, pair: Pair) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The network with factors as ``train.py`` attaches them, and its settings of the process."""
+    from sat.adapters.lora import Adapted
+    from sat.conditioning.condition import Condition
+    from sat.config.schema import LoraConfig
+    from sat.parallel.launch import keep_freed_memory
+    from sat.train import lora
+
+    if case.device == "cpu":
+        torch.set_flush_denormal(True)
+        keep_freed_memory()
+    network = pair.ours.requires_grad_(False)
+    lora._attach_fresh({"model": network}, LoraConfig(rank=16, alpha=16, targets=["attention"]), 0)
+    for module in network.modules():
+        if isinstance(module, Adapted):
+            module.named(lora.NAME).requires_grad_(True)
+    if case.options.get("compile"):
+        from sat.sampling.speed import compiled
+
+        compiled(network)
+    cells = pair.latent.shape[2]
+    times = torch.full((len(pair.latent),), 500.0, device=pair.latent.device)
+    condition = Condition(pair.text, pair.vector)
+    return network, lambda: network(pair.latent, times, network.prepare(condition, (cells, cells)))
+
+
+# -- the whole command, from a cold process
+
+
+def command(case: Case) -> Work:
+    """One picture of the small model at 50 steps by ``sample.py`` or a diffusers script; or ``--help``."""
+    scratch = Path(tempfile.mkdtemp())
+    ours = [sys.executable, "sample.py", "--base", "configs/tiny.yaml"]
+    if case.side == "diffusers":
+        convert = [
+            sys.executable,
+            "convert.py",
+            "checkpoints/tiny",
+            str(scratch / "theirs"),
+            "--to",
+            "diffusers",
+        ]
+        subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
+        line = [sys.executable, "-c", _SCRIPT, str(scratch / "theirs"), str(scratch / "picture.png")]
+    elif case.side == "help":
+        line = [*ours, "--help"]
+    else:
+        line = [*ours, "--prompt", "a red apple", "--output-dir", str(scratch / "out")]
+    return lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+
+
+_SCRIPT = """
+import sys
+import torch
+from diffusers import CogView3PlusPipeline
+pipe = CogView3PlusPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+picture = pipe("a red apple", height=64, width=64, num_inference_steps=50, guidance_scale=3.0,
+    max_sequence_length=16, generator=torch.Generator().manual_seed(0)).images[0]
+picture.save(sys.argv[2])
+"""
+"""What a user of diffusers writes for the same picture from a folder of the same weights."""
+
+KINDS: Mapping[str, Callable[[Case], Work]] = {
+    "step": step,
+    "prepare": prepare,
+    "floor": floor,
+    "decode": decode,
+    "text": encode_text,
+    "unet": unet,
+    "lora": lora_step,
+    "command": command,
+}

@@ -1,0 +1,144 @@
+"""The tables of each suite: which variants stand beside which, at which sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from benchmarks.cases import Case
+from sat.transformer.kernels import Backend
+
+
+@dataclass(frozen=True)
+class Table:
+    """Variants by label. ``base``: whose median is 1. ``once``: a row that counts a fiftieth in ``ours``."""
+
+    name: str
+    title: str
+    rows: Mapping[str, Case]
+    base: str
+    once: str = ""
+    ours: Sequence[str] = ()
+
+
+def cpu(quick: bool) -> list[Table]:
+    """On a CPU: the small model, the bench model, the autoencoder, the whole command, training."""
+    return [
+        _step("step_fp32", Case("step", "", "bench", "fp32"), quick),
+        _step("step_bf16", Case("step", "", "bench", "bf16"), quick),
+        _step("step_small", Case("step", "", "small", "fp32"), quick),
+        _decode("decode", 8 if quick else 24, "cpu"),
+        Table(
+            "command",
+            "50 steps of the small model, cold",
+            {
+                "diffusers script": Case("command", "diffusers"),
+                "`sample.py`": Case("command", "ours"),
+                "`sample.py --help`": Case("command", "help"),
+            },
+            "diffusers script",
+        ),
+        _lora("lora", Case("lora", "", "bench", "fp32", options=_bench(quick))),
+    ]
+
+
+def gpu(quick: bool, device: str = "cuda", sizes: Mapping[str, Any] | None = None) -> list[Table]:
+    """On a GPU, in bf16, the published sizes; ``sizes`` and ``device`` are for trying the code elsewhere."""
+    sizes = sizes or {}
+    tables = []
+    for side in (1024,) if quick else (512, 1024, 2048):
+        for batch in (1,) if quick else (1, 4):
+            options = {"cells": side // 8, "batch": batch, **sizes.get("plus", {})}
+            case = Case("step", "", "plus", "bf16", device, options)
+            tables.append(_gpu_step(f"gpu_step_{side}_{batch}", case, side, batch))
+    whole = Case("step", "ours", "plus", "bf16", device, {"cells": 128, "batch": 4, **sizes.get("plus", {})})
+    kernels = {
+        name: replace(whole, options={**whole.options, "attention": name})
+        for name in get_args(Backend)
+        if name != "exp"
+    }
+    tables.append(Table("gpu_attention", "a step by attention kernel, 1024², batch 4", kernels, "torch"))
+    tables.append(_decode("gpu_decode", sizes.get("cells", 128), device, sizes.get("vae", {})))
+    text = Case("text", "", "plus", "bf16", device, {"text": sizes.get("text", {})})
+    tables.append(
+        Table(
+            "gpu_text",
+            "T5-XXL, 224 tokens",
+            {"transformers": replace(text, side="transformers"), "ours": replace(text, side="ours")},
+            "transformers",
+        )
+    )
+    base = Case("unet", "ours", "base", "bf16", device, sizes.get("unet", {}))
+    tables.append(
+        Table(
+            "gpu_base",
+            "a step of CogView3-Base (no peer)",
+            {
+                "ours": base,
+                "compiled": replace(base, options={**base.options, "compile": True}),
+            },
+            "ours",
+        )
+    )
+    tables.append(
+        _lora("gpu_lora", Case("lora", "", "plus", "bf16", device, {"cells": 64, **sizes.get("plus", {})}))
+    )
+    return tables
+
+
+def _bench(quick: bool) -> dict[str, Any]:
+    return {"params": {"depth": 2}, "cells": 32} if quick else {}
+
+
+def _step(name: str, case: Case, quick: bool) -> Table:
+    if case.size == "bench":
+        case = replace(case, options=_bench(quick))
+    title = {"bench": "a step of the bench model", "small": "a step of the small model"}[case.size]
+    rows = {
+        "diffusers": replace(case, side="diffusers"),
+        "cache-dit": replace(case, side="cache-dit"),
+        "ours": replace(case, side="ours"),
+        "ours, nothing packed": replace(case, side="plain"),
+        "our preparation": replace(case, kind="prepare", side="ours"),
+        "matrix products alone": replace(case, kind="floor", side="products"),
+        "attention alone": replace(case, kind="floor", side="attention"),
+    }
+    if case.size == "small" or quick:
+        rows.pop("cache-dit")
+    ours = ("ours", "ours, nothing packed")
+    return Table(name, f"{title}, {case.dtype}", rows, "diffusers", "our preparation", ours)
+
+
+def _gpu_step(name: str, case: Case, side: int, batch: int) -> Table:
+    rows = {
+        "diffusers": replace(case, side="diffusers"),
+        "diffusers compiled": replace(case, side="diffusers compiled"),
+        "cache-dit": replace(case, side="cache-dit"),
+        "ours": replace(case, side="ours"),
+        "ours compiled": replace(case, side="ours", options={**case.options, "compile": True}),
+        "ours with CUDA graphs": replace(case, side="ours", options={**case.options, "graphs": True}),
+        "our preparation": replace(case, kind="prepare", side="ours"),
+        "matrix products alone": replace(case, kind="floor", side="products"),
+        "attention alone": replace(case, kind="floor", side="attention"),
+    }
+    ours = ("ours", "ours compiled", "ours with CUDA graphs")
+    title = f"a step of Plus 3 B, {side}², batch {batch}"
+    return Table(name, title, rows, "diffusers", "our preparation", ours)
+
+
+def _decode(name: str, cells: int, device: str, vae: Mapping[str, Any] | None = None) -> Table:
+    case = Case("decode", "", dtype="fp32", device=device, options={"cells": cells, "vae": dict(vae or {})})
+    sides = [(f"{side} {dtype}", side, dtype) for dtype in ("fp32", "bf16") for side in ("diffusers", "ours")]
+    rows = {label: replace(case, side=side, dtype=dtype) for label, side, dtype in sides}
+    return Table(name, f"decoding {8 * cells}²", rows, "diffusers fp32")
+
+
+def _lora(name: str, case: Case) -> Table:
+    rows = {"diffusers + PEFT": replace(case, side="peft"), "ours": replace(case, side="ours")}
+    if case.device != "cpu":
+        rows["ours compiled"] = replace(case, side="ours", options={**case.options, "compile": True})
+    return Table(name, f"a LoRA step, {case.dtype}", rows, "diffusers + PEFT")
+
+
+SUITES: Mapping[str, Callable[[bool], list[Table]]] = {"cpu": cpu, "gpu": gpu}

@@ -1,0 +1,97 @@
+"""One variant in a process of its own: makes its work, then takes a sample for every line it is sent.
+
+Started by :mod:`benchmarks.run`; ``python -m benchmarks.worker CASE`` with the case as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PEERS = ("diffusers", "diffusers compiled", "cache-dit", "peft", "transformers")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Worker:
+    """The parent's end: ``sample`` runs the work once over there."""
+
+    def __init__(self, case: Any, threads: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(case)), str(threads)]
+        pipe = subprocess.PIPE
+        quiet = subprocess.DEVNULL  # the peers' advice; what fails comes back as an answer
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=quiet, text=True)
+        self.peak = 0.0
+        self.device = ""
+
+    def ready(self) -> None:
+        """Wait until the work is made. Raises ``RuntimeError`` with the child's reason."""
+        answer = self._answer()
+        self.device = answer["device"]
+
+    def sample(self) -> tuple[float, bool]:
+        """Seconds, and whether the machine was ours meanwhile."""
+        assert self.process.stdin is not None, "made with a pipe"
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.peak = answer["peak_mb"]
+        return answer["seconds"], answer["clean"]
+
+    def close(self) -> None:
+        """End the child."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None, "made with a pipe"
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                if "error" in answer:
+                    raise RuntimeError(answer["error"])
+                return answer
+        raise RuntimeError(f"the benchmark's process ended with code {self.process.wait()}")
+
+
+def main() -> int:
+    """Make the work, answer lines until there are none."""
+    sys.path.insert(0, str(ROOT))
+    if json.loads(sys.argv[1])["side"] not in PEERS:
+        from sat.util import threads
+
+        threads.prepare()  # as our commands do
+    import torch
+
+    from benchmarks import measure
+    from benchmarks.cases import Case, make
+
+    torch.set_num_threads(int(sys.argv[2]))
+    case = Case(**json.loads(sys.argv[1]))
+    on_gpu = case.device != "cpu"
+    try:
+        work = make(case)
+    except Exception as error:  # whatever a peer raises is the answer
+        print(json.dumps({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}), flush=True)
+        return 1
+    print(json.dumps({"device": torch.cuda.get_device_name() if on_gpu else "cpu"}), flush=True)
+    for _ in sys.stdin:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        seconds, clean = measure.sample(work, torch.cuda.synchronize if on_gpu else lambda: None)
+        peak = measure.peak_rss(children=case.kind == "command")
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 1e6
+        said = {"seconds": seconds, "clean": clean, "peak_mb": peak, "whole": time.perf_counter() - began}
+        print(json.dumps(said), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
