@@ -83,7 +83,9 @@ def _ours(case: Case, pair: Pair) -> Work:
         keep_freed_memory()
     if case.side != "plain":
         options = {
-            key: case.options[key] for key in ("attention", "compile", "graphs") if key in case.options
+            key: case.options[key]
+            for key in ("attention", "fold", "compile", "graphs")
+            if key in case.options
         }
         speed.quicken_network(pair.ours, speed.Speed(**options))
     with torch.inference_mode():

@@ -111,6 +111,7 @@ def plus(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu", *, 
     vector = sizer(*Sizes.uncropped(pixels, pixels, size.rows)).to(device)
     latent = normal(size.rows, params.get("channels", 16), size.cells, size.cells)
     text = normal(size.rows, params.get("text_len", 224), params.get("text_dim", 4096))
+    text[: size.batch] = 0  # the unconditional half, as both implementations have it
     return Pair(ours, theirs, latent, text, vector, pixels)
 
 

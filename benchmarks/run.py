@@ -105,7 +105,7 @@ def write(found: dict[str, dict[str, Any]], arguments: Sequence[str]) -> Path:
 
 
 def update_page(page: Path = PAGE) -> None:
-    """Put the tables of all result files between the page's marks ``<!-- table NAME -->``, ``<!-- end -->``."""
+    """Put the tables of all result files between the page's ``<!-- table NAME -->`` and ``<!-- end -->``."""
     written = page.read_text()
     for file in sorted(RESULTS.glob("*/performance.json")):
         content = json.loads(file.read_text())

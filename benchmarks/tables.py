@@ -99,6 +99,7 @@ def _step(name: str, case: Case, quick: bool) -> Table:
         "diffusers": replace(case, side="diffusers"),
         "cache-dit": replace(case, side="cache-dit"),
         "ours": replace(case, side="ours"),
+        "ours, nothing folded": replace(case, side="ours", options={**case.options, "fold": False}),
         "ours, nothing packed": replace(case, side="plain"),
         "our preparation": replace(case, kind="prepare", side="ours"),
         "matrix products alone": replace(case, kind="floor", side="products"),
@@ -106,7 +107,7 @@ def _step(name: str, case: Case, quick: bool) -> Table:
     }
     if case.size == "small" or quick:
         rows.pop("cache-dit")
-    ours = ("ours", "ours, nothing packed")
+    ours = ("ours", "ours, nothing folded", "ours, nothing packed")
     return Table(name, f"{title}, {case.dtype}", rows, "diffusers", "our preparation", ours)
 
 

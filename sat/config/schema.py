@@ -126,7 +126,8 @@ class SamplingConfig(Section):
     asked for, to the last bit; with more, large devices are used better.
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
-    products, ``compile`` compiles one block for all layers, ``graphs`` replays a step as one CUDA graph.
+    products, ``fold`` (on the CPU) works on one text token for all where there is no prompt, ``compile``
+    compiles one block for all layers, ``graphs`` replays a step as one CUDA graph.
     """
 
     section = "sampling"
@@ -160,6 +161,7 @@ class SamplingConfig(Section):
     tile: int | None = None
     attention: Backend = "auto"
     pack: bool = True
+    fold: bool = True
     compile: bool = False
     graphs: bool = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +14,13 @@ from torch import nn
 from sat.mixins.cross_attention import CrossAttention
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import Rope
+from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Transformer, kernels
 from sat.transformer.fast import compile_blocks, replayed
 from sat.transformer.packed import pack
 
 if TYPE_CHECKING:
+    from sat.config.schema import SamplingConfig
     from sat.engine import DiffusionEngine
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,14 @@ class Speed:
 
     attention: kernels.Backend = "auto"
     pack: bool = True
+    fold: bool = True
     compile: bool = False
     graphs: bool = False
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> Speed:
+        """What a config asks for."""
+        return cls(**{field.name: getattr(sampling, field.name) for field in fields(cls)})
 
 
 def quicken(engine: DiffusionEngine, speed: Speed) -> None:
@@ -45,6 +53,8 @@ def quicken_network(network: nn.Module, speed: Speed) -> None:
     """Apply ``speed`` to a network. Packed weights cannot be compiled: ``compile`` goes before ``pack``."""
     device = next(network.parameters()).device
     use_kernel(network, speed.attention)
+    if isinstance(network, CogView3Plus):
+        network.fold = speed.fold and device.type == "cpu"  # elsewhere two smaller passes were not measured
     if speed.compile:
         compiled(network)
     elif speed.pack and device.type == "cpu" and (count := pack(network)):

@@ -46,6 +46,7 @@ class Context:
     grid: Grid = Grid(0, 0)  # patches
     text_len: int = 0  # T
     text_mask: Tensor | None = None  # (B, T) true = real token; None = attend to all
+    text_repeat: int = 1  # how many equal tokens each text token stands for
 
     tokens: Tensor | None = None  # (B, T, D) projected text
     table: Tensor | None = None  # (1, L, D) added to the embedded tokens

@@ -214,6 +214,12 @@ def _sage(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
     return cast(Tensor, package.sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=scale))
 
 
+def repeated(x: Tensor, text_len: int, times: int) -> Tensor:
+    """Keys or values (B, H, L, d) with each of the first ``text_len`` tokens ``times`` times."""
+    text = x[:, :, :text_len].repeat_interleave(times, 2)
+    return torch.cat([text, x[:, :, text_len:]], 2)
+
+
 def key_mask(text_mask: Tensor, length: int) -> Tensor:
     """(B, T) text mask, true = real -> (B, 1, 1, L) key mask in which every image token is visible."""
     rest = length - text_mask.shape[1]

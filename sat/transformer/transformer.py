@@ -154,6 +154,8 @@ class Transformer(nn.Module):
         return q, k
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        if ctx.text_repeat > 1:
+            k, v = (kernels.repeated(x, ctx.text_len, ctx.text_repeat) for x in (k, v))
         mask = None if ctx.text_mask is None else kernels.key_mask(ctx.text_mask, k.shape[2])
         return self.kernel(q, k, v, bias=ctx.bias, mask=mask, scale=self.spec.scale)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.conditioning.condition import Condition
 from sat.first_stage.blocks import Upsample
 from sat.mixin import Mixin, wraps
 from sat.mixins.rope import Rope
@@ -181,6 +182,51 @@ def test_optional_kernels_are_called_as_they_want(name, module, monkeypatch: pyt
     q, k, v = heads(9, 8)
     with torch.inference_mode():
         assert (kernel(q, k, v, scale=0.1) - kernels.attend(q, k, v, scale=0.1)).abs().max() < F32
+
+
+# -- one text token for all
+
+
+def guided_step(model: CogView3Plus, rows: int = 1, text: Tensor | None = None) -> Tensor:
+    """A step of ``rows`` images without a prompt and two with one."""
+    with torch.inference_mode():
+        cond = condition(dtype=torch.float64, one_size=True)
+        both = Condition.cat([cond.null().rows(slice(rows)), cond])
+        x = torch.randn(rows + 2, 4, 6, 10, generator=torch.Generator().manual_seed(1)).double()
+        prepared = model.prepare(both, (6, 10), TIMES)
+        assert (prepared.folded is not None) == model.fold
+        return model(x, TIMES[0], prepared)
+
+
+@pytest.mark.parametrize("mixins", [{}, {"position": Rope(8, 9, 11)}], ids=["table", "rope"])
+def test_one_text_token_for_all_is_the_same_step(mixins: dict[str, Mixin]) -> None:
+    model = plus(mixins).double()
+    expected = guided_step(model)
+    model.fold = True
+    assert (guided_step(model) - expected).abs().max() < F64
+    with torch.inference_mode():  # all rows without a prompt, as a rank of shared guidance has them
+        null = condition(dtype=torch.float64, one_size=True).null()
+        x = torch.randn(2, 4, 6, 10).double()
+        folded = model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))
+        model.fold = False
+        assert (folded - model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))).abs().max() < F64
+
+
+def test_text_that_something_else_sees_is_not_folded() -> None:
+    class Watcher(Mixin):
+        host = TransformerHooks
+
+        @wraps("layer")
+        def layer(self, inner, x: Tensor, ctx: Context, layer: int):
+            return inner(x, ctx, layer)
+
+    null = condition(one_size=True).null()
+    masked = Condition(null.text, null.vector, torch.ones(2, 7, dtype=torch.bool))
+    watched = plus({"watcher": Watcher()})
+    for model, cond in ((plus(), masked), (watched, null), (plus(), condition(one_size=True))):
+        model.fold = True
+        assert model.prepare(cond, (6, 10), TIMES).folded is None
+        assert model.prepare(cond, (6, 10)).folded is None  # training
 
 
 # -- compiled and recorded

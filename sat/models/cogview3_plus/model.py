@@ -17,6 +17,7 @@ from sat.mixins.adaln import AdaLN
 from sat.mixins.final_layer import FinalLayer
 from sat.mixins.patch_embed import PatchEmbed
 from sat.mixins.qk_norm import QKNorm
+from sat.mixins.rope import Rope
 from sat.mixins.sincos import SinCos2D
 from sat.transformer import Context, Grid, LayerModulation, Transformer
 
@@ -36,6 +37,9 @@ class Prepared:
     size_emb: Tensor  # (B, E), or (1, E) where all rows are alike
     guidance: Tensor | None  # (B or 1, D) features of the guidance strength
     steps: Mapping[float, Step]  # timestep -> its embedding and modulations
+    folded: Context | None = (
+        None  # of the first rows, whose text is one token repeated; ``context``: the rest
+    )
 
 
 class CogView3Plus(nn.Module):
@@ -46,6 +50,8 @@ class CogView3Plus(nn.Module):
     by name; to rotate instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params:
     {…}}}``. ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
     ``guidance_dim``: features of a guidance strength that the network takes as an input (distilled models).
+    ``fold`` (an attribute): in sampling, let one text token stand for all where they are equal, as those of
+    the unconditional half are.
     Defaults are those of the published 3 B model. Source: official ``dit.py``,
     ``configs/cogview3_plus.yaml``.
     """
@@ -88,6 +94,7 @@ class CogView3Plus(nn.Module):
         self.time = mlp(dim, emb_dim)
         self.size = mlp(size_dim, emb_dim)
         self.guidance = None if guidance_dim is None else GuidanceEmbedding(guidance_dim, dim)
+        self.fold = False
         self._initialise(zero_init)
 
     @property
@@ -137,7 +144,14 @@ class CogView3Plus(nn.Module):
         guidance = embedded(self.guidance, strength)
         alike = len(vector) == 1 and (guidance is None or len(guidance) == 1)
         steps = self._steps(indices, size_emb, guidance) if indices and alike else {}
-        return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
+        count = _equal_tokens(cond.text) if self.fold and steps and foldable(self.transformer, context) else 0
+        if not count:
+            return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
+        one = replace(context, text=cond.text[:count, :1], text_len=1, text_repeat=self.text_len)
+        rest = replace(context, text=cond.text[count:])
+        return Prepared(
+            self.transformer.prepare(rest), size_emb, guidance, steps, self.transformer.prepare(one)
+        )
 
     def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take from a checkpoint's shapes what a config need not know: the guidance embedding's width."""
@@ -149,8 +163,18 @@ class CogView3Plus(nn.Module):
         if step is None:
             t = torch.as_tensor(index, dtype=torch.float32, device=x.device).reshape(-1)
             step = Step(self._time(t, prepared.guidance) + prepared.size_emb, None)
-        ctx = replace(prepared.context, image=x.to(self.dtype), emb=step.emb, modulation=step.modulation)
-        return self.transformer(ctx)  # type: ignore[no-any-return]
+        image = x.to(self.dtype)
+
+        def run(context: Context, rows: Tensor) -> Tensor:
+            ctx = replace(context, image=rows, emb=step.emb, modulation=step.modulation)
+            return self.transformer(ctx)  # type: ignore[no-any-return]
+
+        if prepared.folded is None:
+            return run(prepared.context, image)
+        assert prepared.folded.tokens is not None, "prepared"
+        first, rest = image.tensor_split([len(prepared.folded.tokens)])
+        parts = [run(prepared.folded, first), *([run(prepared.context, rest)] if len(rest) else [])]
+        return torch.cat(parts)
 
     def _time(self, t: Tensor, guidance: Tensor | None) -> Tensor:
         features = sinusoid(t, self.dim).to(self.dtype)
@@ -168,3 +192,20 @@ class CogView3Plus(nn.Module):
             float(t): Step(emb[s : s + 1], modulations[s] if modulations else None)
             for s, t in enumerate(indices)
         }
+
+
+def _equal_tokens(text: Tensor) -> int:
+    """How many of the first rows of (B, T, C_text) are one token repeated."""
+    different = (text != text[:, :1]).flatten(1).any(1).tolist()
+    return different.index(True) if True in different else len(different)
+
+
+def foldable(transformer: Transformer, context: Context) -> bool:
+    """Whether equal text tokens stay equal from layer to layer, and nothing else counts them.
+
+    They get no position and no mask, and no hook but those known here sees them.
+    """
+    owners, mixins = transformer.resolved.owners, dict(transformer.mixins.items())
+    known = (PatchEmbed, SinCos2D, AdaLN, QKNorm, FinalLayer, Rope)
+    names = {name for chain in owners.values() for name in chain if name != "default"}
+    return context.text_mask is None and all(type(mixins[name]) in known for name in names)
