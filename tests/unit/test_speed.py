@@ -194,7 +194,7 @@ def guided_step(model: CogView3Plus, rows: int = 1, text: Tensor | None = None) 
         both = Condition.cat([cond.null().rows(slice(rows)), cond])
         x = torch.randn(rows + 2, 4, 6, 10, generator=torch.Generator().manual_seed(1)).double()
         prepared = model.prepare(both, (6, 10), TIMES)
-        assert (prepared.folded is not None) == model.fold
+        assert (prepared.folded is not None) == (model.fold is not None)
         return model(x, TIMES[0], prepared)
 
 
@@ -202,13 +202,13 @@ def guided_step(model: CogView3Plus, rows: int = 1, text: Tensor | None = None) 
 def test_one_text_token_for_all_is_the_same_step(mixins: dict[str, Mixin]) -> None:
     model = plus(mixins).double()
     expected = guided_step(model)
-    model.fold = True
+    model.fold = 22
     assert (guided_step(model) - expected).abs().max() < F64
     with torch.inference_mode():  # all rows without a prompt, as a rank of shared guidance has them
         null = condition(dtype=torch.float64, one_size=True).null()
         x = torch.randn(2, 4, 6, 10).double()
         folded = model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))
-        model.fold = False
+        model.fold = 23  # tokens: there are 7 + 15
         assert (folded - model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))).abs().max() < F64
 
 
@@ -224,7 +224,7 @@ def test_text_that_something_else_sees_is_not_folded() -> None:
     masked = Condition(null.text, null.vector, torch.ones(2, 7, dtype=torch.bool))
     watched = plus({"watcher": Watcher()})
     for model, cond in ((plus(), masked), (watched, null), (plus(), condition(one_size=True))):
-        model.fold = True
+        model.fold = 22
         assert model.prepare(cond, (6, 10), TIMES).folded is None
         assert model.prepare(cond, (6, 10)).folded is None  # training
 
