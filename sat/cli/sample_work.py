@@ -20,7 +20,7 @@ from sat.config.record import record
 from sat.config.schema import Experiment
 from sat.config.source import ConfigError
 from sat.parallel.collectives import LostRankError, by_first, explain
-from sat.parallel.launch import Runtime, launch
+from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
 from sat.parallel.watch import Watch
 from sat.pipeline import asked_again, input_folder, open_drawer
@@ -55,6 +55,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         _refuse_to_ask(cascade)
     ask = optimizer(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout)
+    if runtime.device.type == "cpu":
+        keep_freed_memory()  # a step asks for the same large buffers each time
     logs.setup(runtime.rank, debug=args.debug)
     watch = Watch(runtime.rank, runtime.world, first.parallel.timeout)
     try:
@@ -197,6 +199,8 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
     started = time.monotonic()
     experiment, runtime, mesh = place.experiment, ranks.runtime, ranks.mesh
     sampling = experiment.sampling
+    if runtime.device.type == "cpu":
+        keep_freed_memory()  # every step asks for the same large buffers
     drawer, guider = open_drawer(experiment, runtime.device, mesh)
     look = Look(sampling.height, sampling.width, sampling.steps, guider, sampling.tile)
     shape = drawer.engine.latent_shape(look.height, look.width)

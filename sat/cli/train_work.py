@@ -35,6 +35,7 @@ from sat.pipeline import DTYPES, input_folder
 from sat.sampling.draw import Drawer, Look
 from sat.sampling.output import safe_name
 from sat.sampling.prompts import Prompt
+from sat.sampling.speed import compiled
 from sat.train import optim
 from sat.train.caches import Caches
 from sat.train.data import DataSets, bucket_rule, in_memory, open_data
@@ -191,8 +192,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     _warn_of_random(experiment, train, objective)
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed)
-    if train.activation_checkpointing:
-        _recompute(objective)
+    _run_blocks(train, objective)
     items = cached or _items(sets, data, train, engine, objective, runtime)
     place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
     loader = Loader(items[0], *place, data.workers, sets.train.groups, pin=runtime.pins)
@@ -253,6 +253,15 @@ def _warn_of_random(experiment: Experiment, train: TrainConfig, objective: Objec
     frozen = [part for part in PARTS if part not in trained and source.source(part) is None]
     if "model" in trained and frozen:
         log.warning("%s is frozen at random weights: name it in the checkpoint section", " and ".join(frozen))
+
+
+def _run_blocks(train: TrainConfig, objective: Objective) -> None:
+    """How blocks run: compiled, and recomputed in the backward pass, as the config asks."""
+    if train.compile:
+        for module in objective.parts().values():
+            compiled(module)
+    if train.activation_checkpointing:
+        _recompute(objective)
 
 
 def _recompute(objective: Objective) -> None:

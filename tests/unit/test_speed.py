@@ -253,6 +253,22 @@ def test_one_graph_serves_all_layers_steps_and_prompts(monkeypatch: pytest.Monke
     assert graphs == 2  # a new size is compiled anew
 
 
+def test_compiled_blocks_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    found = []
+    for compiled in (False, True):
+        model = plus()
+        if compiled:
+            fast.compile_blocks(model.transformer, alike=True, backend="aot_eager", fullgraph=True)
+        x = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
+        out = model(x, torch.tensor([9.0, 700.0]), model.prepare(condition(), (6, 10)))
+        out.square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for plain, other in zip(*found, strict=True):
+        assert relative(other, plain) < F32
+
+
 def test_layers_with_hooks_of_their_own_are_not_alike() -> None:
     class Numbered(Mixin):
         host = TransformerHooks

@@ -1,0 +1,105 @@
+"""The benchmarks' own arithmetic, and that what needs a GPU is built and runs, in small, without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import measure, run
+from benchmarks.cases import KINDS, make
+from benchmarks.tables import SUITES, gpu
+
+TINY = {
+    "plus": {
+        "params": {
+            "dim": 32, "heads": 4, "depth": 2, "channels": 4, "text_dim": 16, "text_len": 7, "emb_dim": 24,
+            "size_dim": 48, "table_size": [8, 8],
+        },
+        "cells": 8,
+    },
+    "vae": {"width": 8, "multipliers": [1, 2], "res_blocks": 1, "latent_channels": 4, "groups": 4},
+    "cells": 8,
+    "text": {"dim": 32, "heads": 4, "head_dim": 8, "mlp_dim": 48, "depth": 2, "vocab": 64},
+    "unet": {
+        "params": {
+            "width": 32, "multipliers": [1, 2], "blocks": 1, "attention": [2], "depths": [1, 1],
+            "head_dim": 8, "text_dim": 16, "text_len": 7, "size_dim": 48, "groups": 8,
+        },
+        "cells": 8,
+        "tokens": 7,
+    },
+}  # fmt: skip
+GPU_ONLY = ("cudnn", "efficient", "flash3", "sage", "graphs")
+
+
+def test_every_case_of_the_gpu_suite_runs_in_small_on_a_cpu() -> None:
+    seen = set()
+    for table in gpu(True, "cpu", TINY):
+        assert table.base in table.rows and set(table.ours) <= set(table.rows)
+        for label, case in table.rows.items():
+            options = case.options
+            if case.side in ("cache-dit", "diffusers compiled") or options.get("compile"):
+                continue  # need a package, or a compiler
+            if options.get("graphs") or options.get("attention") in GPU_ONLY:
+                with pytest.raises(ValueError, match="GPU|CUDA"):
+                    make(case)
+                continue
+            make(case)()
+            seen.add((table.name, label))
+    assert {name for name, _ in seen} == {table.name for table in gpu(True, "cpu", TINY)}
+
+
+def test_tables_name_known_kinds() -> None:
+    for suite in SUITES.values():
+        for table in suite(False):
+            assert {case.kind for case in table.rows.values()} <= set(KINDS)
+
+
+def test_disturbed_samples_do_not_count() -> None:
+    taken = [(1.0, True), (9.0, False), (1.2, True), (1.1, True)]
+    assert measure.timing(taken) == measure.Timing(1.1, 1.0, 1.2, 3, 1)
+    assert measure.timing([(9.0, False), (7.0, False)]).kept == 0
+
+
+def test_variants_take_turns() -> None:
+    order: list[str] = []
+
+    def take(name: str):
+        def sample() -> tuple[float, bool]:
+            order.append(name)
+            return 1.0, True
+
+        return sample
+
+    measure.compare({"a": take("a"), "b": take("b")}, rounds=3)
+    assert order[-6:] == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_the_gpu_suite_refuses_a_machine_without_one(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run, "_has_gpu", lambda: False)
+    with pytest.raises(SystemExit):
+        run.main(["--suite", "gpu"])
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_tables_of_result_files_go_between_their_marks(tmp_path: Path, monkeypatch) -> None:
+    row = {
+        "label": "ours", "median": 0.5, "low": 0.4, "high": 0.6, "kept": 5, "disturbed": 2, "ratio": 0.75,
+        "peak_mb": 321.0,
+    }  # fmt: skip
+    table = {
+        "title": "a step", "base": "x", "threads": 2, "rows": [row], "command": "python benchmarks/run.py",
+        "versions": {"torch": "2"}, "written": "2026-01-02T03:04:05+00:00",
+    }  # fmt: skip
+    (tmp_path / "m").mkdir()
+    content = {"machine": "M", "device": "cpu", "tables": {"step": table}}
+    (tmp_path / "m" / "performance.json").write_text(json.dumps(content))
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table step -->\nold\n<!-- end -->\nafter\n")
+    run.update_page(page)
+    text = page.read_text()
+    assert "| ours | 500 | 400 to 600 | 0.75 | 321 | 5 of 7 |" in text and "old" not in text
+    assert text.startswith("before\n<!-- table step -->\n") and text.endswith("<!-- end -->\nafter\n")
