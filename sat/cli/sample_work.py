@@ -55,8 +55,6 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         _refuse_to_ask(cascade)
     ask = optimizer(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout)
-    if runtime.device.type == "cpu":
-        keep_freed_memory()  # a step asks for the same large buffers each time
     logs.setup(runtime.rank, debug=args.debug)
     watch = Watch(runtime.rank, runtime.world, first.parallel.timeout)
     try:
