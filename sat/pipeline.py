@@ -257,7 +257,8 @@ def open_drawer(
     if mesh is None:
         data_ranks(1, **experiment.parallel.sizes)
     engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh)
-    quicken(engine, Speed.of(sampling))
+    wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
+    quicken(engine, Speed(*wanted))
     drawer = Drawer(
         engine,
         build_sampler(experiment),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,6 @@ from sat.transformer.fast import compile_blocks, replayed
 from sat.transformer.packed import pack
 
 if TYPE_CHECKING:
-    from sat.config.schema import SamplingConfig
     from sat.engine import DiffusionEngine
 
 log = logging.getLogger(__name__)
@@ -38,11 +37,6 @@ class Speed:
     fold: bool = True
     compile: bool = False
     graphs: bool = False
-
-    @classmethod
-    def of(cls, sampling: SamplingConfig) -> Speed:
-        """What a config asks for."""
-        return cls(**{field.name: getattr(sampling, field.name) for field in fields(cls)})
 
 
 def quicken(engine: DiffusionEngine, speed: Speed) -> None:
