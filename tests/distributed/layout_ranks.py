@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,11 +35,13 @@ from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import open_drawer
 from sat.sampling.draw import Look
+from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective
 from sat.train.objectives.diffusion import DiffusionObjective
 from sat.train.shards import Share
 from sat.util.rng import ImageRng
+from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.small import condition, fill, plus
 from tests.training import CONFIG, Numbers, changed, ranks, rows, trainer
@@ -85,6 +88,31 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
         within = share_guidance(IntervalLimited(3.0, 200.0, 700.0), mesh.guidance)
         found["interval"] = drawn(Look(64, 64, 4, within))
     return found
+
+
+def command(
+    runtime: Runtime, folder: Path, layout: dict[str, int], done: Path | None = None
+) -> dict[str, Any]:
+    """sample.py with three prompts, the first ``done``: the exit code and what this rank wrote."""
+    from sat.cli.sample import main
+    from sat.sampling.output import OutputFolder
+
+    (folder / "prompts.txt").write_text("a red apple\na blue car\nthe sun\n")
+    words = ["--base", str(DEBUG), f"conditioning.tokenizer={folder.parent / 'spiece.model'}", "--resume"]
+    words += ["parallel.device=cpu", *(f"parallel.{axis}={size}" for axis, size in layout.items())]
+    if done is not None and runtime.is_main:
+        for name in done.glob("0_*"):
+            shutil.copytree(name, folder / "out" / name.name)
+    written: list[int] = []
+    write = OutputFolder.write_image
+
+    def noted(self: OutputFolder, prompt: Prompt, *given: Any) -> Path:
+        written.append(prompt.index)
+        return write(self, prompt, *given)
+
+    OutputFolder.write_image = noted  # type: ignore[method-assign]
+    arguments = ["--prompt-file", str(folder / "prompts.txt"), "--output-dir", str(folder / "out")]
+    return {"code": main([*words, *arguments]), "written": written}
 
 
 # ---------------------------------------------------------------------- gradients
@@ -237,6 +265,9 @@ def main(folder: Path) -> None:
     case("one", 1, pictures, layout={})
     for name, layout in LAYOUTS.items():
         case(name, math.prod(layout.values()), pictures, layout=layout)
+    tokenizer(folder / "spiece.model")
+    case("command", 1, command, layout={})
+    case("command_teams", 4, command, layout={"sequence": 2}, done=folder / "command" / "out")
     case("gradients", 3, gradients)
     case("tiles", 3, tiles)
     case("dying", 2, dying)

@@ -11,14 +11,19 @@ import pytest
 import torch
 
 from tests.distributed.layout_ranks import LAYOUTS, MODELS, NETWORKS, TRAININGS
+from tests.sampling import pixels
 from tests.tolerances import F32, F64
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("layouts")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
     command = [sys.executable, "-m", "tests.distributed.layout_ranks", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -48,6 +53,18 @@ def test_the_ranks_of_a_team_hold_the_same_picture_to_the_last_bit(results, layo
     for other in others:
         for model in MODELS:
             assert all(torch.equal(other[model][name], made) for name, made in first[model].items())
+
+
+def test_teams_share_out_the_prompts_and_their_first_ranks_write(results, folder) -> None:
+    (alone,), teams = values(results, "command"), values(results, "command_teams")
+    assert alone == {"code": 0, "written": [0, 1, 2]}
+    assert [end["code"] for end in teams] == [0] * 4
+    assert [end["written"] for end in teams] == [[2], [], [1], []]  # prompt 0 was there
+    one, ours = (sorted((folder / name / "out").rglob("*.png")) for name in ("command", "command_teams"))
+    assert [path.parent.name for path in ours] == [path.parent.name for path in one]
+    assert len(ours) == 3
+    for wanted, made in zip(one, ours, strict=True):
+        assert abs(pixels(made) - pixels(wanted)).max() <= 1
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -153,6 +153,24 @@ def test_rules_of_a_section(override, what):
     assert what in line
 
 
+@pytest.mark.parametrize(
+    ("guider", "who"),
+    [
+        ("{target: sat.diffusion.guidance.Unguided}", "Unguided looks once"),
+        (
+            "{target: sat.diffusion.guidance.ClassifierFree, params: {scale: 1.0}}",
+            "ClassifierFree at scale 1 looks",
+        ),
+    ],
+)
+def test_one_look_has_no_halves_to_share(guider, who):
+    (line,) = refused(
+        [DEBUG], ["conditioning.tokenizer=null", "parallel.guidance=2", f"sampling.guider={guider}"]
+    )
+    assert line.startswith(f"override: parallel.guidance: {who}")
+    assert debug("parallel.guidance=2").parallel.guidance == 2
+
+
 TRAIN = {"objective": {"target": "sat.train.objectives.first_stage.FirstStageObjective"}, "steps": 10}
 
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from sat.cli.guard import UsageError, describe, guard
+from sat.parallel.collectives import ToldError
 
 
 class ConfigError(ValueError):
@@ -59,6 +60,14 @@ def test_a_mistake_is_told_by_rank_0_and_a_failure_by_each(capsys, monkeypatch) 
     assert capsys.readouterr().err == ""
     assert guard(_fail(ValueError("boom"))) == 1
     assert capsys.readouterr().err.startswith("[rank 1] error: boom")
+
+
+def test_what_another_rank_has_told_is_repeated_by_rank_0_alone(capsys, monkeypatch) -> None:
+    assert guard(_fail(ToldError("rank 2 failed: disk full"))) == 1
+    assert "rank 2 failed: disk full" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert guard(_fail(ToldError("rank 2 failed: disk full"))) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_out_of_memory_says_what_to_try() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from sat.parallel.collectives import agree, explain, from_main, gather, mean
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
-from sat.parallel.mesh import Mesh
+from sat.parallel.mesh import LayoutError, Mesh, data_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,16 @@ def test_a_group_of_one_is_made_when_asked_for() -> None:
     finally:
         runtime.close()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("world", "sizes"), [(6, {"tensor": 2, "guidance": 2}), (3, {"sequence": 2})])
+def test_a_world_that_does_not_fit_is_refused_with_those_that_do(world, sizes) -> None:
+    inner = math.prod(sizes.values())
+    with pytest.raises(
+        LayoutError, match=rf"this run has {world}: start {inner}, {2 * inner}, {3 * inner} or"
+    ):
+        data_ranks(world, **sizes)
+    assert data_ranks(3 * inner, **sizes) == 3
 
 
 @pytest.mark.parametrize(("given", "words"), [

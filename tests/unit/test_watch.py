@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from sat.parallel.collectives import LostRankError
+from sat.parallel.collectives import LostRankError, ToldError
 from sat.parallel.watch import Watch
 
 
@@ -83,3 +83,20 @@ def test_a_rank_alone_has_nothing_to_watch() -> None:
     watch.beat()
     watch.fail("x")
     watch.finish()
+
+
+def test_the_first_cause_is_the_one_that_is_told() -> None:
+    store = dist.HashStore()
+    first, second, third = (Watch(rank, 3, 5.0, store) for rank in range(3))
+    second.fail("disk full")
+    first.fail("another rank died")  # because the second is gone
+    with pytest.raises(ToldError, match="rank 1 failed: disk full; this rank stops too"):
+        third.lost("connection closed by peer")
+
+
+def test_a_broken_exchange_without_a_reason_is_told_to_the_others() -> None:
+    store = dist.HashStore()
+    with pytest.raises(LostRankError, match="connection closed"):
+        Watch(0, 3, 5.0, store).lost("connection closed", patience=0.1)
+    with pytest.raises(ToldError, match="rank 0 failed: connection closed"):
+        Watch(2, 3, 5.0, store).beat()
