@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +16,12 @@ GB = 1e9
 
 
 def plan(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
-    """Print the plan on ``ranks`` ranks (None: those that were started), and how to fit ``budget`` bytes."""
+    """Print the plan on ``ranks`` ranks (None: those started, or a team), and how to fit ``budget`` bytes."""
     if os.environ.get("RANK", "0") != "0":
         return
-    count = ranks or int(os.environ.get("WORLD_SIZE", "1"))
-    readers = data_ranks(count, **experiment.parallel.sizes)
+    sizes = experiment.parallel.sizes
+    count = ranks or int(os.environ.get("WORLD_SIZE", math.prod(sizes.values())))
+    readers = data_ranks(count, **sizes)
     planner = Planner()
     now = planner.plan(experiment, count)
     for line in [
@@ -29,6 +31,10 @@ def plan(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
         *_work(now, readers),
     ]:
         print(line)
+    if count > readers:
+        print(
+            "weights and activations are given whole: what parallel.tensor and sequence save comes off them"
+        )
     if budget is not None:
         for line in _fitting(fit(planner, experiment, count, budget)):
             print(line)
