@@ -77,6 +77,8 @@ def embedded(embedding: GuidanceEmbedding | None, strength: Tensor | None) -> Te
 
 def one_row(rows: Tensor) -> Tensor:
     """The first of ``rows`` where all are alike, else all."""
+    if len(rows) == 1:
+        return rows
     return rows[:1] if bool((rows == rows[:1]).all()) else rows
 
 

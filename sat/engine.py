@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -93,12 +94,14 @@ class DiffusionEngine(nn.Module):
         fresh: Callable[[], Tensor] | None = None,
         tile: int | None = None,
         callback: StepCallback | None = None,
+        reuse: AbstractContextManager[None] | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) float32 from unit noise of the same shape.
 
         ``low``: the low-resolution image's latent, for relay. ``fresh`` draws unit noise like ``noise``, for
         samplers that need more of it. ``tile``: the side, in latent cells, of the overlapping squares that a
-        larger latent is denoised by; the conditions are then those of one square.
+        larger latent is denoised by; the conditions are then those of one square. ``reuse`` is a step cache
+        over this engine's network (:mod:`sat.diffusion.step_cache`).
 
         Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
         step on an accelerator, where looking earlier would stall the device.
@@ -136,7 +139,8 @@ class DiffusionEngine(nn.Module):
         )
         if fresh is not None:
             path = replace(path, fresh=fresh)
-        out = sampler(guided, noise.float(), path, callback)
+        with reuse or nullcontext():
+            out = sampler(guided, noise.float(), path, callback)
         watch.finish()
         return out
 

@@ -13,13 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from sat.adapters import lora
-from sat.config.build import adaptable, build_engine, build_guider, build_sampler
+from sat.config.build import adaptable, build_cache, build_engine, build_guider, build_sampler
 from sat.config.cascade import Cascade, Stage, load_cascade
 from sat.config.load import load
 from sat.config.schema import Experiment, Precision, SamplingConfig
 from sat.diffusion.guidance import Guider
 from sat.diffusion.relay import RelayNoise
 from sat.diffusion.sampler import StepCallback
+from sat.memory.budget import within
+from sat.memory.offload import hosted, stages
 from sat.parallel.guidance import share_guidance
 from sat.parallel.launch import pick_device
 from sat.parallel.mesh import ALONE, Mesh, data_ranks
@@ -82,6 +84,8 @@ class Pipeline:
     def open(cls, experiment: Experiment, device: str | torch.device | None = None) -> Pipeline:
         """The model of a loaded config, with its weights; ``device`` wins over ``parallel.device``."""
         place = torch.device(device) if device is not None else pick_device(experiment.parallel.device)
+        if experiment.memory.budget is not None:
+            experiment = budgeted(asked_again(experiment), place)
         return cls(*open_drawer(experiment, place), experiment)
 
     @property
@@ -240,10 +244,22 @@ class CascadePipeline:
 
 def asked_again(experiment: Experiment) -> Experiment:
     """``experiment`` for prompts that come one by one: the text encoder waits on the CPU instead of going."""
-    if experiment.memory.text_encoder != "free":
+    memory = experiment.memory
+    if memory.text_encoder == "keep" and memory.budget is not None:  # or the budget would have it go
+        return replace(experiment, memory=replace(memory, text_encoder="cpu"))
+    if memory.text_encoder != "free":
         return experiment
     log.info("asking for prompts needs the text encoder again: memory.text_encoder is cpu instead of free")
     return replace(experiment, memory=replace(experiment.memory, text_encoder="cpu"))
+
+
+def budgeted(experiment: Experiment, device: torch.device) -> Experiment:
+    """``experiment`` with what its ``memory.budget`` needs on ``device``, said in one line of the log."""
+    picked = within(experiment, device)
+    if picked is None:
+        return experiment
+    log.info("%s", picked)
+    return picked.experiment
 
 
 def open_drawer(
@@ -256,9 +272,11 @@ def open_drawer(
     sampling, memory = experiment.sampling, experiment.memory
     if mesh is None:
         data_ranks(1, **experiment.parallel.sizes)
-    engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh)
+    waiting = hosted(memory, device)
+    engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh, hosted=waiting)
+    engine.conditioner.follows = "text" not in waiting
     wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
-    quicken(engine, Speed(*wanted))
+    quicken(engine, Speed(*wanted), device)
     drawer = Drawer(
         engine,
         build_sampler(experiment),
@@ -269,6 +287,8 @@ def open_drawer(
         decode_tile=memory.decode_tile,
         team=ALONE if mesh is None else mesh.team,
     )
+    drawer.stages = stages(engine, memory, device)
+    drawer.cache = build_cache(experiment)
     guider = build_guider(experiment)
     if mesh is not None:
         apply_sequence(engine.network, mesh.sequence)

@@ -24,6 +24,7 @@ from sat.adapters.factors import (
     weight_change,
     widened,
 )
+from sat.memory.quantize import QuantizedLinear
 from sat.parallel.apply import split
 from sat.parallel.linear import (
     ColumnLinear,
@@ -37,6 +38,7 @@ from sat.parallel.linear import (
 from sat.parallel.mesh import Axis
 from sat.plan import Column, Cut, Row, Shard, of_factors
 from sat.transformer import Transformer
+from sat.transformer.attention import dtype_of
 
 
 class Factors(nn.Module):
@@ -221,8 +223,13 @@ class Adapted(nn.Module):
         return cast(LinearLike, self.base)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the base computes in."""
+        return dtype_of(self.base)
+
+    @property
     def weight(self) -> Tensor:
-        """The base's."""
+        """The base's; of a quantised one made whole at each look."""
         return self.linear.weight
 
     @property
@@ -266,8 +273,9 @@ class Adapted(nn.Module):
         return out
 
     def merged(self) -> nn.Module:
-        """The base with every adapter folded into its weight, at its strength."""
-        whole = whole_weight(self.base)
+        """The base, plain if it was quantised, with every adapter in its weight, at its strength."""
+        base = self.base.plain() if isinstance(self.base, QuantizedLinear) else self.base
+        whole = whole_weight(base)
         total = widened(whole)
         total = total + sum(
             strength * weight_change(whole, layer)
@@ -276,8 +284,8 @@ class Adapted(nn.Module):
         if isinstance(self.base, (ColumnLinear, RowLinear)):
             total = self.base.shards()["weight"].take(total)
         with torch.no_grad():
-            self.weight.copy_(total)
-        return self.base
+            cast(LinearLike, base).weight.copy_(total)
+        return base
 
     def layer(self, name: str, value: Value | None = None) -> LayerFactors:
         """The factors of the adapter ``name`` as data; see :meth:`Factors.layer`."""
@@ -293,8 +301,10 @@ def _slot(name: str) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can be attached: a linear, whole or split, or one that has adapters already."""
-    return type(module) is nn.Linear or isinstance(module, (Adapted, ColumnLinear, RowLinear))
+    """Whether an adapter can be attached: a linear of any kind, or one that has some already."""
+    return type(module) is nn.Linear or isinstance(
+        module, (Adapted, ColumnLinear, RowLinear, QuantizedLinear)
+    )
 
 
 def attach(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -71,7 +71,7 @@ class LoadReport:
         return f"{self.source}: {self.loaded} tensors loaded ({self.layout}{notes})"
 
 
-def load(
+def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     module: nn.Module,
     source: Path | str | Mapping[str, Tensor],
     part: Part,
@@ -81,6 +81,7 @@ def load(
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     allow_pickle: bool = False,
+    placed: Callable[[nn.Module, str], None] | None = None,
 ) -> LoadReport:
     """Fill ``module`` with the weights of ``part`` at ``source`` (a path in any format, or tensors by name).
 
@@ -89,6 +90,8 @@ def load(
     (:class:`sat.plan.Splits`) the file holds the whole tensor, and this rank's share is read. ``dtype`` is
     for floating-point parameters; buffers keep their own. None keeps the module's (a meta module goes to the
     CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and names in the file.
+    ``placed(module, name)`` is called as soon as a tensor has its values, and may put another module in its
+    owner's place.
     """
     is_path = isinstance(source, str | Path)
     theirs = (
@@ -99,7 +102,7 @@ def load(
     try:
         found = match(module, theirs, part, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
         target = _Target(module, device, dtype)
-        target.fill(found.view)
+        target.fill(found.view, placed)
         target.finish(found.missing)
     finally:
         if is_path:
@@ -238,8 +241,8 @@ class _Target:
         self._shards = shards(module)
         self._shared: dict[int, Tensor] = {}  # id of a replaced parameter -> its replacement, for tied ones
 
-    def fill(self, view: LazyStateDict) -> None:
-        """Read, cast and place every tensor of ``view``."""
+    def fill(self, view: LazyStateDict, placed: Callable[[nn.Module, str], None] | None = None) -> None:
+        """Read, cast and place every tensor of ``view``; ``placed`` is told of each."""
         overflow = Overflow()
         for name in view:
             owner, local, old = self._slot(name)
@@ -248,6 +251,8 @@ class _Target:
             tensor = overflow.cast(name, tensor, self._wanted(old))
             self._place(owner, local, old, tensor)
             view.release(name)
+            if placed is not None:
+                placed(self._module, name)
         overflow.check(view.source)
 
     def finish(self, missing: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from sat.cli.guard import Stopped, UsageError, describe
 from sat.cli.rewriting import one_by_one, optimizer, rewrite_all
@@ -16,14 +17,15 @@ from sat.cli.stages import Place, finish, inputs_of, places
 from sat.config.cascade import Cascade, load_cascade
 from sat.config.label import label, weight_digests
 from sat.config.load import dump
-from sat.config.record import record
+from sat.config.record import amend, record
 from sat.config.schema import Experiment
 from sat.config.source import ConfigError
+from sat.memory.budget import within
 from sat.parallel.collectives import LostRankError, by_first, explain
-from sat.parallel.launch import Runtime, keep_freed_memory, launch
+from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import Mesh
 from sat.parallel.watch import Watch
-from sat.pipeline import asked_again, input_folder, open_drawer
+from sat.pipeline import asked_again, budgeted, input_folder, open_drawer
 from sat.sampling.draw import Drawer, Look
 from sat.sampling.latents import checked_latents, read_latents
 from sat.sampling.output import OutputFolder
@@ -105,6 +107,7 @@ class _Session:
     folder: OutputFolder
     runtime: Runtime
     resume: bool
+    records: Path
 
 
 def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> None:
@@ -161,6 +164,9 @@ def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
             f"config ok: {name}{count}, {sampling.batch_size} x {sampling.height} x {sampling.width} "
             f"(images x height x width), {sampling.steps} steps, {sampling.dtype}"
         )
+        picked = within(stage.experiment, pick_device(stage.experiment.parallel.device))
+        if picked is not None:
+            print(f"{name}{picked}")
     return 0
 
 
@@ -195,7 +201,8 @@ def _refuse_to_ask(cascade: Cascade) -> None:
 def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
     """Prepare the output folder, load the model, write the records."""
     started = time.monotonic()
-    experiment, runtime, mesh = place.experiment, ranks.runtime, ranks.mesh
+    runtime, mesh = ranks.runtime, ranks.mesh
+    experiment = budgeted(place.experiment, runtime.device)
     sampling = experiment.sampling
     if runtime.device.type == "cpu":
         keep_freed_memory()  # every step asks for the same large buffers
@@ -217,7 +224,7 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
         drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, ranks.watch.beat,
         input_folder(sampling, drawer.relay),
     )  # fmt: skip
-    return _Session(run, folder, runtime, experiment.output.resume)
+    return _Session(run, folder, runtime, experiment.output.resume, place.records)
 
 
 def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runtime) -> None:
@@ -236,6 +243,13 @@ def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runti
     )
 
 
+def _tell_reuse(session: _Session) -> None:
+    """How often the step cache spared the network, in the log and in ``run.json``."""
+    count = session.run.drawer.count
+    log.info("step cache: %d of %d looks at the network were computed", count.computed, count.looks)
+    amend(session.records, {"step_cache": asdict(count)})
+
+
 def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], *, result: bool) -> None:
     """Draw this rank's share ``mine`` of ``prompts`` and, for a ``result``, say where the pictures are."""
     main, started = session.runtime.is_main, time.monotonic()
@@ -247,6 +261,8 @@ def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], 
             others[0],
         )
     report = session.run(mine, resume=session.resume)
+    if main and session.run.drawer.cache is not None:
+        _tell_reuse(session)
     if not main or not result:
         return
     log.info("%d files written in %.1f s", len(report.written), time.monotonic() - started)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from sat.cli.arguments import Setting, parse, reader, settings
 from sat.cli.guard import guard
+from sat.memory.size import parse_size
 
 DESCRIPTION = """\
 Train the model that --base describes; a later file is laid over the earlier ones.
@@ -54,11 +54,10 @@ def parser() -> argparse.ArgumentParser:
 
 def size(text: str) -> int:
     """Bytes of ``24GB`` (1e9 each) or ``24GiB``."""
-    units = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"expected a size such as 24GB or 80GiB, got {text!r}")
-    return int(float(found[1]) * units[found[2]])
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

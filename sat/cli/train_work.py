@@ -22,7 +22,7 @@ from sat.config.build import build, build_engine, build_guider, build_sampler
 from sat.config.load import Loaded, dump, load_full
 from sat.config.record import record
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainConfig, plain
-from sat.config.source import ConfigError
+from sat.config.source import ConfigError, Problem
 from sat.config.targets import resolve
 from sat.data.dataset import Items
 from sat.data.loader import Loader, once
@@ -67,6 +67,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         print(dump(experiment), end="")
         return 0
     train, data = _sections(experiment)
+    _refuse_quantised(experiment, train)
     if args.check:
         return _check(loaded, train, data)
     if args.plan:
@@ -108,6 +109,21 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
     if experiment.train.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("train.tensorboard needs a package: pip install tensorboard, or set it to false")
     return experiment.train, experiment.data
+
+
+def _refuse_quantised(experiment: Experiment, train: TrainConfig) -> None:
+    """An error where weights are to be trained that are kept as small integers."""
+    if experiment.adapters.lora is not None:
+        return
+    params, kept = train.objective.params, experiment.memory.quantize
+    needs = resolve(train.objective.target, experiment.imports).needs(params)
+    trained = {"network": "model" in needs, "text_encoder": bool(params.get("train_text"))}
+    if broken := [name for name, is_trained in trained.items() if is_trained and getattr(kept, name)]:
+        what = (
+            "its weights are trained, which needs them plain: set it to null, or train low-rank factors "
+            "beside them (configs/lora.yaml)"
+        )
+        raise ConfigError([Problem("memory.quantize", name, what) for name in broken])
 
 
 def _check(loaded: Loaded, train: TrainConfig, data: DataConfig) -> int:

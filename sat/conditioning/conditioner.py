@@ -44,6 +44,7 @@ class Conditioner(nn.Module):
         self.size = size
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.follows = True  # the encoder moves to where it is asked for; else its weights come by themselves
         self._rows = text.vocab
 
     def encode(self, captions: Sequence[str], device: torch.device | None = None) -> Encoded:
@@ -108,7 +109,8 @@ class Conditioner(nn.Module):
         ids = self._tokenizer()(captions).ids
         here = next(self.text.parameters(), ids).device
         if device is not None and device != here:
-            self.text_encoder_to(device)
+            if self.follows:
+                self.text_encoder_to(device)
             here = device
         ids = ids.masked_fill(ids >= self._rows, UNKNOWN)  # a small table may lack rows for the sentinels
         hidden: Tensor = self.text(ids.to(here))

@@ -26,6 +26,7 @@ def _broken(e: Experiment) -> Iterator[tuple[Key, str]]:
     yield from _guidance(e)
     yield from _halves(e)
     yield from _adapters(e)
+    yield from _memory(e)
 
 
 def _equal(e: Experiment) -> Iterator[tuple[Key, str]]:
@@ -202,6 +203,51 @@ def _adapters(e: Experiment) -> Iterator[tuple[Key, str]]:
         yield (
             ("adapters", "lora"),
             "distillation gives the network a new input, which low-rank factors cannot: set it to null",
+        )
+
+
+def _memory(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """What does not go together with ways to save memory and time."""
+    memory, sampling = e.memory, e.sampling
+    yield from _cache(e)
+    if sampling.compile and memory.network == "blocks":
+        yield (
+            ("memory", "network"),
+            "compiled blocks (sampling.compile) cannot come and go one by one: use keep or cpu",
+        )
+    if sampling.graphs and (memory.network != "keep" or memory.adaln != "keep"):
+        yield (
+            ("memory", "network"),
+            "a recorded pass (sampling.graphs) needs its weights to stay where they are: use keep, also for "
+            "memory.adaln",
+        )
+    for name in ("network", "text_encoder"):
+        if getattr(memory.quantize, name) is not None and e.parallel.tensor > 1:
+            yield (
+                ("memory", "quantize", name),
+                f"layers are split over {e.parallel.tensor} tensor ranks, and split layers are not "
+                f"quantised: set it to null, or parallel.tensor to 1",
+            )
+
+
+def _cache(e: Experiment) -> Iterator[tuple[Key, str]]:
+    """Runs whose steps cannot be told apart, or of which no rank sees enough, are not cached."""
+    where = ("sampling", "cache")
+    if e.sampling.cache is None:
+        return
+    if e.sampling.tile is not None:
+        yield (
+            where,
+            "denoising by tiles (sampling.tile) shows the network other squares in between, which the cache "
+            "would take for steps: set one of them to null",
+        )
+    if e.sampling.graphs:
+        yield where, "a recorded pass (sampling.graphs) computes every block: set one of them to null"
+    if max(e.parallel.sequence, e.parallel.guidance) > 1:
+        yield (
+            where,
+            "ranks that share a picture (parallel.sequence, parallel.guidance) would decide for themselves: "
+            "set it to null",
         )
 
 

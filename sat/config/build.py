@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, Union, cast, get_args, get_origin
 
@@ -22,6 +22,7 @@ from sat.config.schema import (
     ConditioningConfig,
     Experiment,
     LoraConfig,
+    QuantizeConfig,
 )
 from sat.config.source import ConfigError, Key, Problem
 from sat.config.targets import resolve, signature
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from sat.checkpoint.format import Part
     from sat.diffusion.guidance import Guider
     from sat.diffusion.sampler import Sampler
+    from sat.diffusion.step_cache import StepCache
     from sat.engine import DiffusionEngine
     from sat.first_stage.autoencoder import AutoencoderKL
+    from sat.memory.quantize import Quantizer
     from sat.models.t5 import T5Encoder, T5Tokenizer
     from sat.parallel.mesh import Mesh
 
@@ -103,6 +106,14 @@ def build_sampler(experiment: Experiment) -> Sampler:
     return made
 
 
+def build_cache(experiment: Experiment) -> StepCache | None:
+    """The step cache of ``sampling.cache``, if there is one."""
+    if experiment.sampling.cache is None:
+        return None
+    made: StepCache = build(experiment.sampling.cache, imports=experiment.imports)
+    return made
+
+
 def build_engine(
     experiment: Experiment,
     *,
@@ -112,6 +123,7 @@ def build_engine(
     checkpoint: CheckpointConfig | None = None,
     without: Collection[Part] = (),
     mesh: Mesh | None = None,
+    hosted: Collection[Part] = (),
 ) -> DiffusionEngine:
     """The engine on ``device``, its weights in ``dtype``, read from ``checkpoint`` (None: the experiment's).
 
@@ -119,12 +131,15 @@ def build_engine(
     only when ``checkpoint.random`` gives a seed. ``load_weights=False`` draws every part from torch's current
     seed: for training from scratch. With float16 the first stage stays float32, whose range it needs.
     Parts ``without`` are not loaded; whatever calls them raises. Network and text encoder are split over the
-    tensor ranks of ``mesh`` by their plans, and each rank reads its share.
+    tensor ranks of ``mesh`` by their plans, and each rank reads its share. Linears that ``memory.quantize``
+    names are quantised as they are read. Parts ``hosted`` are left in host memory
+    (:mod:`sat.memory.offload`).
     """
     weights = checkpoint or experiment.checkpoint
     fill = _Fill(
-        weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without), mesh
-    )
+        weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without), mesh,
+        quantizers(experiment.memory.quantize), frozenset(hosted),
+    )  # fmt: skip
     text = cast(
         "T5Encoder", fill.part(experiment.conditioning.text, "text")
     )  # the check made sure of classes
@@ -132,7 +147,7 @@ def build_engine(
     first_stage = cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage"))
     tokenizer = find_tokenizer(experiment.conditioning, weights)
     engine = _assemble(experiment, network, text, first_stage, tokenizer, without)
-    engine = engine.to(device)
+    _move(engine, torch.device(device), hosted)
     if experiment.adapters.load:
         from sat.adapters.merge import Loading, load_adapters
 
@@ -140,6 +155,16 @@ def build_engine(
         adapted = {"model": network, "text": text}  # parts left out are on the meta device, and go unused
         load_adapters(adapted, wanted, fold=experiment.adapters.merge)
     return engine
+
+
+def _move(engine: DiffusionEngine, device: torch.device, hosted: Collection[Part]) -> None:
+    """Everything to ``device`` but the parts that are ``hosted``."""
+    named: dict[nn.Module, Part] = {
+        engine.network: "model", engine.conditioner.text: "text", engine.first_stage: "first_stage"
+    }  # fmt: skip
+    for module in (*engine.children(), *engine.conditioner.children()):
+        if module is not engine.conditioner and named.get(module) not in hosted:
+            module.to(device)
 
 
 def build_shapes(
@@ -156,13 +181,17 @@ def build_shapes(
     parts: dict[Part, Component] = {
         "model": experiment.model, "text": experiment.conditioning.text, "first_stage": experiment.first_stage
     }  # fmt: skip
-    fill = _Fill(experiment.checkpoint, torch.device("meta"), dtype, experiment.imports, load=False)
+    fill = _Fill(
+        experiment.checkpoint, torch.device("meta"), dtype, experiment.imports, load=False,
+        quantizers=quantizers(experiment.memory.quantize),
+    )  # fmt: skip
     with mode, _NoFill():
         for part, component in parts.items():
             if part in without:
                 made[part] = build_empty(component, experiment.imports)
             else:
-                made[part] = _cast(build(component, imports=experiment.imports), fill.dtype_of(part))
+                module = _cast(build(component, imports=experiment.imports), fill.dtype_of(part))
+                made[part] = fill._quantised(module, part)
     text, first_stage = cast("T5Encoder", made["text"]), cast("AutoencoderKL", made["first_stage"])
     return _assemble(experiment, made["model"], text, first_stage, None, without)
 
@@ -196,6 +225,20 @@ def _assemble(
     )
 
 
+def quantizers(config: QuantizeConfig) -> dict[str, Quantizer]:
+    """What quantises each part that ``memory.quantize`` names."""
+    kinds = {"model": config.network, "text": config.text_encoder}
+    if not any(kinds.values()):
+        return {}
+    from sat.memory.quantize import Quantizer, Scheme
+
+    return {
+        part: Quantizer(part, Scheme(kind, config.group), tuple(config.patterns()))
+        for part, kind in kinds.items()
+        if kind is not None
+    }
+
+
 def adaptable(engine: DiffusionEngine) -> dict[str, nn.Module]:
     """The parts of an engine that adapters can be attached to, by their names in adapters."""
     return {"model": engine.network, "text": engine.conditioner.text}
@@ -212,6 +255,8 @@ class _Fill:
     load: bool
     without: frozenset[Part] = frozenset()
     mesh: Mesh | None = None
+    quantizers: Mapping[str, Quantizer] = field(default_factory=dict)
+    hosted: frozenset[Part] = frozenset()
 
     def part(self, component: Component, part: Part) -> nn.Module:
         """The module of one part, filled from its file or at random; those left out stay empty."""
@@ -240,15 +285,17 @@ class _Fill:
         from sat.checkpoint.load import load
 
         module = self._split(build_empty(component, self.imports), part)
+        quantizer = self.quantizers.get(part)
         load(
             module,
             source,
             part,
-            device=self.device,
+            device=self.device_of(part),
             dtype=self.dtype_of(part),
             allow_missing=self.weights.allow_missing,
             allow_unexpected=self.weights.allow_unexpected,
             allow_pickle=self.weights.allow_pickle,
+            placed=None if quantizer is None else quantizer.placed,
         )
         return module
 
@@ -270,13 +317,24 @@ class _Fill:
         Whole there too; what is not this rank's goes layer by layer before the rest moves to the device.
         """
         module: nn.Module = build(component, imports=self.imports)
-        return _cast(self._split(module, part), self.dtype_of(part)).to(self.device)
+        module = self._split(module, part)
+        return self._quantised(_cast(module, self.dtype_of(part)).to(self.device_of(part)), part)
 
     def _split(self, module: nn.Module, part: Part) -> nn.Module:
         """``module`` with this tensor rank's share of its planned layers; the autoencoder stays whole."""
         if self.mesh is None or part == "first_stage":
             return module
         return apply_plan(module, family_plan(type(module)), self.mesh.tensor)
+
+    def device_of(self, part: Part) -> torch.device:
+        """Where a part is to be."""
+        return torch.device("cpu") if part in self.hosted else self.device
+
+    def _quantised(self, module: nn.Module, part: Part) -> nn.Module:
+        """``module`` with the linears quantised that ``memory.quantize`` names."""
+        if part in self.quantizers:
+            self.quantizers[part](module)
+        return module
 
 
 def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:
@@ -297,6 +355,7 @@ def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
         ("conditioning", "size"): c.size,
         ("sampling", "guider"): s.guider,
         ("sampling", "sampler"): s.sampler,
+        ("sampling", "cache"): s.cache,
     }
     empty: dict[Key, nn.Module] = {}
     for key, component in components.items():
@@ -313,6 +372,10 @@ def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:
         )
     if experiment.adapters.lora is not None and {("model",), ("conditioning", "text")} <= set(empty):
         yield from _targets(experiment.adapters.lora, empty[("model",)], empty[("conditioning", "text")])
+    if s.cache is not None and ("model",) in empty:
+        yield from _cached(empty[("model",)])
+    for part, quantizer in quantizers(experiment.memory.quantize).items():
+        yield from _quantised(quantizer, empty.get(_PARTS[part]))
 
 
 def _splits(parts: Mapping[Key, nn.Module], size: int) -> Iterator[tuple[Key, str]]:
@@ -333,6 +396,37 @@ def _targets(lora: LoraConfig, model: nn.Module, text: nn.Module) -> Iterator[tu
         choose({"model": model, "text": text}, lora.targets, lora.rank, lora.ranks)
     except AdapterError as error:
         yield ("adapters", "lora", "targets"), str(error)
+
+
+def _cached(network: nn.Module) -> Iterator[tuple[Key, str]]:
+    """Why steps of ``network`` cannot be cached."""
+    from sat.diffusion.step_cache import transformer_of
+
+    try:
+        transformer_of(network)
+    except ValueError as error:
+        yield ("sampling", "cache"), str(error)
+
+
+_PARTS: dict[str, Key] = {"model": ("model",), "text": ("conditioning", "text")}
+
+
+def _quantised(quantizer: Quantizer, module: nn.Module | None) -> Iterator[tuple[Key, str]]:
+    """Why ``quantizer`` does nothing for the empty ``module``, or cannot do it."""
+    if module is None:
+        return  # said with the component itself
+    names = list(quantizer.wanted(module))
+    if not names:
+        yield (
+            ("memory", "quantize", "layers"),
+            f"none of {', '.join(quantizer.patterns)} is a linear of {type(module).__name__}",
+        )
+    odd = [name for name in names if module.get_submodule(name).in_features % 2]  # type: ignore[operator]
+    if odd and quantizer.scheme.kind == "int4":
+        yield (
+            ("memory", "quantize", "layers"),
+            f"int4 keeps two inputs in a byte, but {odd[0]} has an odd number of them: leave it out",
+        )
 
 
 class _NoFill(TorchFunctionMode):

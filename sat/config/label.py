@@ -50,6 +50,7 @@ def label(
             "sampling": sampling,
             "weights": weight_digests(experiment) if weights is None else dict(weights),
             "decode_tile": experiment.memory.decode_tile,
+            **_kept(experiment),
             "latents": None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest(),
         }
     )
@@ -63,6 +64,12 @@ def label(
         model=model_name(experiment),
         digest=settings,
     )
+
+
+def _kept(experiment: Experiment) -> dict[str, object]:
+    """How weights are kept, where not all are plain."""
+    quantize = experiment.memory.quantize
+    return {"quantize": plain(quantize)} if quantize.network or quantize.text_encoder else {}
 
 
 def weight_digests(experiment: Experiment) -> dict[str, object]:

@@ -57,6 +57,13 @@ def record(
     write_text(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
+def amend(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add what is known only at a run's end to its ``run.json``; call it on one rank."""
+    path = folder / "run.json"
+    written = json.loads(path.read_text("utf-8"))
+    write_text(path, json.dumps({**written, **facts}, indent=2, ensure_ascii=False) + "\n")
+
+
 def commit(root: Path = HOME) -> dict[str, Any] | None:
     """The commit of the code at ``root``, and whether tracked files were changed; None outside a checkout."""
     if not (root / ".git").exists():

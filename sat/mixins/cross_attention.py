@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces, wraps
 from sat.transformer import kernels
-from sat.transformer.attention import expand, shrink
+from sat.transformer.attention import dtype_of, expand, shrink
 from sat.transformer.block import AffineLayerNorm
 from sat.transformer.context import Context
 from sat.transformer.points import Prepare, TransformerHooks
@@ -33,7 +33,7 @@ class CrossLayer(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: kernels.Kernel) -> Tensor:
-        dtype = self.q.weight.dtype
+        dtype = dtype_of(self.q)
         q = rearrange(self.q(self.norm(x).to(dtype)), "b l (h d) -> b h l d", d=self.head_dim)
         out = kernel(q, k, v, mask=mask)
         return expand(self.proj, shrink(rearrange(out, "b h l d -> b l (h d)")))
@@ -59,7 +59,7 @@ class CrossAttention(Mixin):
         ctx = inner(ctx)
         if ctx.text is None:
             raise ValueError("cross-attention needs the encoded text in the context")
-        text = ctx.text.to(self.layers[0].kv.weight.dtype)  # type: ignore[union-attr, arg-type]
+        text = ctx.text.to(dtype_of(self.layers[0].kv))  # type: ignore[arg-type]
         return replace(ctx, text_kv=tuple(layer.keys_values(text) for layer in self.layers))  # type: ignore[operator]
 
     @replaces("attend")

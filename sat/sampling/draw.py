@@ -17,7 +17,9 @@ from sat.conditioning.size import Sizes
 from sat.diffusion.guidance import Guider
 from sat.diffusion.relay import RelayNoise, enlarged, relay_of
 from sat.diffusion.sampler import Sampler, StepCallback
+from sat.diffusion.step_cache import Count, StepCache
 from sat.engine import DiffusionEngine, NonFiniteError
+from sat.memory.offload import Stages
 from sat.parallel.collectives import taking_turns
 from sat.parallel.mesh import ALONE, Axis
 from sat.util.images import to_pil
@@ -25,8 +27,8 @@ from sat.util.rng import ImageRng
 
 log = logging.getLogger(__name__)
 
-TextMemory = Literal["keep", "free", "cpu"]
-"""What becomes of the text encoder between prompts: stays, is dropped for good, or waits in host memory."""
+TextMemory = Literal["keep", "free", "cpu", "blocks"]
+"""Whether the text encoder stays between prompts, is dropped for good, or waits in host memory."""
 
 
 @runtime_checkable
@@ -107,20 +109,22 @@ class Drawer:
         self.decode_batch = decode_batch
         self.decode_tile = decode_tile
         self.team = team
+        self.stages = Stages()  # of the parts that wait in host memory
+        self.cache: StepCache | None = None
+        self.count = Count()  # of the network's looks, where a step cache is in use
         self._negative: tuple[str, Tensor, Tensor | None] | None = None  # the last one and its encoding
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], negative: str = "") -> list[Encoded]:
-        """Encoder outputs of ``texts``, each encoded alone; afterwards the encoder goes where memory asks.
+        """Encoder outputs of ``texts``, each encoded alone; afterwards the encoder goes if memory asks.
 
         An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
         """
+        self.stages.enter("text")
         against, against_mask = self._against(negative)
         encoded = [Encoded(*self._encode(text), against, against_mask) for text in texts]
         if self.text_memory == "free":
             self.engine.conditioner.free_text_encoder()
-        elif self.text_memory == "cpu":
-            self.engine.conditioner.text_encoder_to(torch.device("cpu"))
         return encoded
 
     def condition(self, encoded: Encoded, height: int, width: int, batch: int) -> tuple[Condition, Condition]:
@@ -160,6 +164,7 @@ class Drawer:
             part = rng.part(rows)
             cond, uncond = self.condition(encoded, *self._seen(look), len(part))
             low_latent = self._low(None if low is None else low[rows], part, look)
+            self.stages.enter("model")
             out = self.engine.sample(
                 cond,
                 uncond,
@@ -171,6 +176,7 @@ class Drawer:
                 fresh=lambda part=part: part.unit().to(self.device),  # type: ignore[misc]
                 tile=look.tile,
                 callback=callback,
+                reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
             )
             parts.append(out.float().cpu())
         return torch.cat(parts)
@@ -198,6 +204,7 @@ class Drawer:
                 f"low-resolution images are {images.shape[2]} x {images.shape[3]} pixels, expected "
                 f"{expected[0]} x {expected[1]} for {look.height} x {look.width} (height x width)"
             )
+        self.stages.enter("first_stage")
         large = enlarged(images.to(self.device), relay.factor)
         return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile, work=self._work)
 
@@ -205,6 +212,7 @@ class Drawer:
         """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""
         if self.team.rank and self.decode_tile is None:
             return []
+        self.stages.enter("first_stage")
         pixels = self.engine.decode(
             latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile, work=self._work
         )

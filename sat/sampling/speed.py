@@ -39,17 +39,20 @@ class Speed:
     graphs: bool = False
 
 
-def quicken(engine: DiffusionEngine, speed: Speed) -> None:
-    """Apply ``speed`` to a loaded engine, for inference alone. Raises ``ValueError`` for the impossible."""
-    quicken_network(engine.network, speed)
+def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None = None) -> None:
+    """Apply ``speed`` to a loaded engine, for inference alone. Raises ``ValueError`` for the impossible.
+
+    ``device``: where the network runs, if it waits elsewhere (:mod:`sat.memory.offload`).
+    """
+    quicken_network(engine.network, speed, device)
     if engine.first_stage.dtype != torch.float32:
         channels_last(engine.first_stage)
 
 
-def quicken_network(network: nn.Module, speed: Speed) -> None:
+def quicken_network(network: nn.Module, speed: Speed, device: torch.device | None = None) -> None:
     """Apply ``speed`` to a network. Packed weights cannot be compiled: ``compile`` goes before ``pack``."""
-    device = next(network.parameters()).device
-    use_kernel(network, speed.attention)
+    device = device or next(network.parameters()).device
+    use_kernel(network, speed.attention, device)
     if isinstance(network, CogView3Plus):
         here = speed.fold and device.type == "cpu"  # elsewhere two smaller passes were not measured
         network.fold = FOLD_FROM if here else None
@@ -83,12 +86,17 @@ def compiled(network: nn.Module) -> None:
     log.info("%d blocks run compiled; the first step of a size takes longer", count)
 
 
-def use_kernel(network: nn.Module, name: kernels.Backend) -> str:
-    """Let every transformer in ``network`` attend with the kernel ``name``; what was chosen, and logged."""
+def use_kernel(network: nn.Module, name: kernels.Backend, device: torch.device | None = None) -> str:
+    """Let every transformer in ``network`` attend with the kernel ``name``; what was chosen, and logged.
+
+    ``device``: as in :func:`quicken`.
+    """
     chosen = []
     for transformer in transformers(network):
         weight = next(transformer.parameters())
-        kernel, title = kernels.choose(name, weight.device, weight.dtype, largest_logit(transformer))
+        kernel, title = kernels.choose(
+            name, device or weight.device, weight.dtype, largest_logit(transformer)
+        )
         transformer.kernel = kernel
         for mixin in transformer.mixins.values():
             if isinstance(mixin, CrossAttention):

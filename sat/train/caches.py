@@ -241,6 +241,8 @@ class Caches:
             else hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
             "adapters": adapters,
         }
+        if self.experiment.memory.quantize.text_encoder is not None:
+            facts["quantize"] = plain(self.experiment.memory.quantize)
         return facts | self._precision()
 
     def _precision(self) -> dict[str, object]:

@@ -237,6 +237,7 @@ class Planner:
             experiment.model, experiment.diffusion, experiment.adapters, train.objective, train.batch_size,
             train.dtype, train.autocast, train.activation_checkpointing, data.height, data.width,
             data.buckets, bool(data.cache), bool(data.cache_views), train.sample_every is None,
+            experiment.memory.quantize,
         ))  # fmt: skip
         if key not in self._measured:
             self._measured[key] = measure(experiment)

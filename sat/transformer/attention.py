@@ -16,6 +16,14 @@ FP16_HEADROOM = 64.0
 weights trained in bfloat16 (T5-XXL above all) produce values beyond float16's 65504."""
 
 
+def dtype_of(linear: nn.Module) -> torch.dtype:
+    """What ``linear`` computes in: the type of its weight, which a layer without a plain one says itself."""
+    own = getattr(linear, "dtype", None)
+    found = own if own is not None else linear.weight.dtype
+    assert isinstance(found, torch.dtype)
+    return found
+
+
 class Attention(nn.Module):
     """(B, L, D) -> (B, L, D). The weight rows of ``qkv`` are q, then k, then v, each head by head.
 
@@ -32,8 +40,7 @@ class Attention(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the matrix products."""
-        qkv: nn.Module = self.qkv  # may have been replaced
-        return qkv.dtype if isinstance(qkv, PackedLinear) else self.qkv.weight.dtype
+        return dtype_of(self.qkv)
 
     def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, d=self.head_dim)

@@ -1,0 +1,83 @@
+"""A budget picks what is needed, says it, and refuses what nothing brings into it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sat.config.build import build_engine
+from sat.config.schema import Experiment
+from sat.memory.budget import SPARE, BudgetError, Planner, within
+from sat.memory.size import parse_size
+from tests.configs import DEBUG, debug, refused
+
+HOST, DEVICE = torch.device("cpu"), torch.device("meta")
+
+
+def asked(budget: str | None, *overrides: str) -> Experiment:
+    return debug(
+        "sampling.at_once=4", "sampling.batch_size=4", f"memory.budget={budget or 'null'}", *overrides
+    )
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(host=False)
+
+
+def test_weights_are_those_of_the_engine_that_draws(planner: Planner) -> None:
+    peaks = planner.peaks(asked(None))
+    engine = build_engine(debug("checkpoint.random=0"), device="cpu", dtype=torch.float32)
+    parts = (engine.network, engine.conditioner.text, engine.first_stage)
+    weights = sum(t.numel() * t.element_size() for m in parts for t in (*m.parameters(), *m.buffers()))
+    for stage in (peaks.text, peaks.denoising, peaks.decoding):
+        assert weights < stage < 40 * weights
+
+
+def test_without_a_budget_nothing_is_planned() -> None:
+    assert within(debug(), HOST) is None
+
+
+def test_what_fits_needs_no_change(planner: Planner) -> None:
+    picked = within(asked("1GB"), DEVICE, planner)
+    assert picked is not None and not picked.ways and picked.experiment == asked("1GB")
+    assert "nothing needs to change" in str(picked)
+
+
+def test_the_cheapest_ways_that_are_enough_are_picked(planner: Planner) -> None:
+    plain = planner.peaks(asked(None)).total
+    budgets = [int(plain * share / (1 - SPARE)) for share in (0.9, 0.6, 0.4)]
+    counts = []
+    for budget in budgets:
+        try:
+            picked = within(asked(f"{budget / 1e6:.4f}MB"), DEVICE, planner)
+        except BudgetError:
+            counts.append(99)
+            continue
+        assert picked is not None and picked.ways
+        assert planner.peaks(picked.experiment).total == picked.peaks.total <= budget * (1 - SPARE)
+        for way in picked.ways:  # each is needed
+            fewer = asked(None)
+            for other in picked.ways:
+                fewer = fewer if other is way else other.apply(fewer)
+            assert planner.peaks(fewer).total > budget * (1 - SPARE)
+            assert way.says in str(picked)
+        counts.append(len(picked.ways))
+    assert counts == sorted(counts) and counts[0] <= 2
+
+
+@pytest.mark.parametrize("device", [HOST, DEVICE])
+def test_what_nothing_brings_into_the_budget_is_refused(device: torch.device) -> None:
+    with pytest.raises(BudgetError, match=r"memory.budget is 1MB.*sampling takes .* while"):
+        within(asked("1MB"), device)
+
+
+def test_on_the_host_nothing_waits_on_the_host() -> None:
+    with pytest.raises(BudgetError) as caught:
+        within(asked("1MB"), HOST)
+    assert "network=cpu" not in str(caught.value) and "quantize" in str(caught.value)
+
+
+def test_a_size_that_is_none_is_named() -> None:
+    assert "expected a size such as 24GB" in "\n".join(refused([DEBUG], ["memory.budget=8 pounds"]))
+    assert parse_size("6GB") == 6_000_000_000
