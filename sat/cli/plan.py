@@ -82,6 +82,8 @@ def _table(now: Plan) -> Iterator[str]:
     yield _row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")
     if now.host:
         yield _row("batches being read", now.loading)
+    if now.away:
+        yield _row("in the CPU's memory", now.away, "masters, optimizer, EMA, weights: what is offloaded")
     phases = ", ".join(f"{phase.name} {_gb(now.lasting + phase.extra)}" for phase in now.phases)
     yield _row("most at a time", now.total, phases)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sat.checkpoint.format import DTYPES, Part
 from sat.config.build import build, build_shapes
-from sat.config.schema import DataConfig, Experiment, TrainConfig
+from sat.config.schema import DataConfig, Experiment, OffloadConfig, TrainConfig
 from sat.config.targets import resolve
 from sat.data.batch import Batch
 from sat.data.loader import AHEAD
@@ -96,6 +96,24 @@ class Plan:
     averaged: bool
     host: bool  # on the CPU: unwritten memory takes none; batches and checkpoints are there too
     waiting: int  # batches that are read ahead
+    offload: OffloadConfig = OffloadConfig()
+
+    @property
+    def stepped_away(self) -> bool:
+        """Whether the optimizer is not in the device's memory."""
+        return self.offload.optimizer and self.zero > 0 and not self.host
+
+    @property
+    def away(self) -> int:
+        """What offloading has in the CPU's memory, while the device is a GPU."""
+        optimizer = self.masters + self.optimizer + self.average + FULL * self.share  # and its gradients
+        return (optimizer if self.stepped_away else 0) + self._weights_away
+
+    @property
+    def _weights_away(self) -> int:
+        if not self.offload.parameters or self.zero < 3 or self.host:
+            return 0
+        return self.measured.weights.trained // self.ranks
 
     @property
     def gradient(self) -> int:
@@ -138,7 +156,11 @@ class Plan:
     @property
     def lasting(self) -> int:
         """What is there throughout."""
-        return self.weights.total + self.masters + self.optimizer + self.average + self.loading
+        weights = self.weights.total - self._weights_away
+        if self.stepped_away:
+            return weights + self.loading
+        kept = FULL * self.share if self.offload.optimizer and self.zero else 0  # gradients of the optimizer
+        return weights + self.masters + self.optimizer + self.average + self.loading + kept
 
     @property
     def loading(self) -> int:
@@ -190,6 +212,8 @@ class Plan:
     def _step(self) -> int:
         """Gradients are gathered, brought to float32 and applied; activations are gone."""
         own, passing = self.gradient * self.share, int(self.state.passing * self.share)
+        if self.stepped_away:
+            return self.bucket
         if self.zero == 0:
             together = FULL * min(BUCKET, self.share) if self.ranks > 1 else 0
             return self.gradients + max(passing, together)
@@ -227,7 +251,7 @@ class Planner:
             self._states[key] = optimizer_state(train, tuple(experiment.imports))
         return Plan(
             measured, self._states[key], ranks, stage, train.accumulate, train.batch_size,
-            train.ema is not None, host, AHEAD if data.workers else 0,
+            train.ema is not None, host, AHEAD if data.workers else 0, train.offload,
         )  # fmt: skip
 
     def measured(self, experiment: Experiment) -> Measured:

@@ -17,6 +17,10 @@ PLAN = 0.15
 
 RUNS = {
     "plus": ["configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=96"],
+    "offload": [
+        "configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=96", "train.zero=3",
+        "train.offload={optimizer: true, parameters: true}",
+    ],
     "unet": ["configs/tiny_base.yaml", "configs/tiny_base_train.yaml", "train.batch_size=320"],
     "toy": [
         "configs/debug.yaml", "configs/tiny_train.yaml", "train.batch_size=512", "train.dtype=fp32",

@@ -13,7 +13,7 @@ import torch
 from sat.cli.train import main, size
 from sat.config.build import build_engine
 from sat.config.load import load
-from sat.config.schema import Experiment
+from sat.config.schema import Experiment, OffloadConfig
 from sat.train.fit import fit
 from sat.train.plan import Plan, Planner, largest_size, sections
 from tests.configs import DEBUG, ROOT
@@ -166,6 +166,15 @@ def test_a_smaller_batch_keeps_the_images_of_a_step() -> None:
     for change in (c for o in fit(PLANNER, before, 1, 1000).alone for c in o.changes):
         after = sections(change.apply(before))[0]
         assert after.batch_size * after.accumulate == train.batch_size * train.accumulate
+
+
+def test_offloading_takes_optimizer_and_weights_out_of_a_gpus_memory() -> None:
+    plain = replace(planned(ranks=8), zero=3, host=False)
+    away = replace(plain, offload=OffloadConfig(optimizer=True, parameters=True))
+    weights = plain.measured.weights.trained // 8
+    assert plain.lasting - away.lasting == plain.masters + plain.optimizer + plain.average + weights
+    assert away.away == plain.lasting - away.lasting + 4 * plain.share
+    assert replace(away, host=True).away == 0
 
 
 def test_zero_3_shares_out_the_weights() -> None:
