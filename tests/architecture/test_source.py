@@ -114,7 +114,7 @@ def test_test_peers_are_not_required_at_run_time() -> None:
 
 def test_every_requirement_has_both_bounds() -> None:
     bad = []
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-docs.txt"):
         for line in (ROOT / name).read_text().splitlines():
             wanted = line.split("#")[0].strip()
             if wanted and not re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\w.]+,<[\w.]+", wanted):

@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         return told
 
     def _send(self, answer: Answer, nonce: str) -> None:
-        policy = f"default-src 'none'; img-src 'self'; connect-src 'self'; style-src 'nonce-{nonce}'; "
+        policy = f"default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'nonce-{nonce}'; "
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.kind)
         self.send_header("Content-Length", str(len(answer.body)))
