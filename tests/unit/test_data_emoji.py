@@ -16,6 +16,7 @@ from sat.data.emoji.concepts import Concept, code_points, core_labels, read_conc
 from sat.data.emoji.icons import IconSet, svg
 from sat.data.emoji.packages import LABELS, STYLES, TRAINING_STYLES, Archive, Package, PackageError, fetch
 from sat.data.sources import read_source
+from tests.configs import ROOT
 
 APPLE = Concept("red apple", "1f34e", ("diet", "food", "fruit"), 4)
 
@@ -217,3 +218,16 @@ def test_the_command_writes_and_counts(packages, tmp_path, capsys):
     assert "images to train on (metadata.jsonl)" in capsys.readouterr().out
     assert prepare.main(["emoji", "--out", str(out), "--styles", "oil"]) == 2
     assert "--styles 'oil': expected one or more of noto" in capsys.readouterr().err
+
+
+def test_what_a_style_is_judged_by_is_nothing_it_was_taught_with():
+    shipped = ROOT / "data" / "emoji_sample_3d"
+    taught = {
+        record.labels["concept"]
+        for name in ("metadata.jsonl", "heldout.jsonl")
+        for record in read_source(shipped / name).records
+    }
+    judged = (ROOT / "configs" / "tiny_3d_concepts.txt").read_text("utf-8").splitlines()
+    assert not taught & set(judged) and taught | set(judged) == set(core_labels())
+    prompts = (ROOT / "configs" / "tiny_3d_prompts.txt").read_text("utf-8").splitlines()
+    assert prompts == [f"{label}, 3d style" for label in judged]
