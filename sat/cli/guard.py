@@ -11,15 +11,24 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from sat.util.errors import describe
+
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 # Raised far below by what the user typed or wrote; told by name so that a command imports only what it needs.
 _USER_ERRORS = frozenset(
-    {"ConfigError", "RuleError", "UsageError", "PromptError", "SizeError", "LatentsError", "AdapterError"}
+    {
+        "ConfigError",
+        "RuleError",
+        "UsageError",
+        "PromptError",
+        "SizeError",
+        "LatentsError",
+        "AdapterError",
+        "WishError",
+    }
     | {"LayoutError"}
 )
-# Their text is a sentence for the user; anything else is shown with its kind.
-_PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)
 
 
 class UsageError(ValueError):
@@ -58,23 +67,6 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
         if not (mistake or "ToldError" in kinds) or _rank() == 0:
             _tell(f"error: {describe(error)}" + ("" if debug or mistake else " (--debug shows where)"))
         return MISUSED if mistake else FAILED
-
-
-def describe(error: BaseException) -> str:
-    """``error`` in one clear line (or, for a list of problems, one line each)."""
-    text = str(error).strip()
-    kind = type(error).__name__
-    if kind in ("OutOfMemoryError", "MemoryError"):
-        first = text.splitlines()[0] if text else kind
-        return (
-            f"out of memory: {first} Try a smaller --height and --width, sampling.dtype=bf16, "
-            f"memory.text_encoder=free or memory.decode_tile=64"
-        )
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if not text:
-        return kind
-    return text if isinstance(error, _PLAIN_ERRORS) else f"{kind}: {text}"
 
 
 def _tell(line: str) -> None:

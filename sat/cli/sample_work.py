@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sat.cli.guard import Stopped, UsageError, describe
+from sat.cli.guard import Stopped, UsageError
 from sat.cli.rewriting import one_by_one, optimizer, rewrite_all
 from sat.cli.stages import Place, finish, inputs_of, places
 from sat.config.cascade import Cascade, load_cascade
@@ -32,6 +32,7 @@ from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, parse_share, read_prompt_file, share
 from sat.sampling.run import Noise, Run
 from sat.util import log as logs
+from sat.util.errors import describe
 
 log = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -20,6 +21,14 @@ log = logging.getLogger(__name__)
 
 class InputError(ValueError):
     """A folder of low-resolution pictures that does not fit the run."""
+
+
+class Inputs(Protocol):
+    """Low-resolution pictures of a run's prompts."""
+
+    def read(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
+        """(n, 3, height, width) float32 in [-1, 1] of some pictures of ``prompt``."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -105,14 +105,7 @@ class OutputFolder:
 
     def prepare(self) -> None:
         """Make the folder and prove that it can be written."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            files.write_text(self.root / ".writable", "")
-            (self.root / ".writable").unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"cannot write to output folder {self.root}: {error.strerror or error}"
-            ) from error
+        prove_writable(self.root)
 
     def folder(self, prompt: Prompt) -> Path:
         """The folder of one prompt."""
@@ -184,6 +177,16 @@ class OutputFolder:
             images.write_png(path, image, fields)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def prove_writable(root: Path) -> None:
+    """Make the folder ``root`` and write to it; :class:`OutputError` if that cannot be."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        files.write_text(root / ".writable", "")
+        (root / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write to output folder {root}: {error.strerror or error}") from error
 
 
 def numbered(root: Path) -> dict[int, list[str]]:

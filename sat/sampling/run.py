@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sat.diffusion.sampler import StepCallback
 from sat.parallel.collectives import by_first
 from sat.sampling.draw import Drawer, Encoded, Look
-from sat.sampling.inputs import InputFolder
+from sat.sampling.inputs import Inputs
 from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt
 from sat.util.progress import Progress, progress
@@ -55,6 +56,7 @@ class Report:
 class Run:
     """Everything that is the same for all prompts of a run. ``beat`` is called at every step.
 
+    ``preview`` is told of every step; an error of its own ends the run.
     ``inputs`` are the low-resolution pictures that relay starts from. Of the drawer's team, the first rank
     decides what is to be drawn, reads inputs and writes files, for all.
     """
@@ -66,7 +68,8 @@ class Run:
     negative_prompt: str = ""
     rank: int = 0
     beat: Callable[[], None] = lambda: None
-    inputs: InputFolder | None = None
+    inputs: Inputs | None = None
+    preview: StepCallback | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, resume: bool = False) -> Report:
         """Draw ``prompts`` one after the other; with ``resume``, only what is not there yet."""
@@ -114,6 +117,8 @@ class Run:
         def step(done: int, total: int, latents: Tensor) -> None:
             bar.advance()
             self.beat()
+            if self.preview is not None:
+                self.preview(done, total, latents)
 
         for start in range(0, len(images), self.drawer.at_once):
             part = images[start : start + self.drawer.at_once]

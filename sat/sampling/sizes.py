@@ -63,6 +63,11 @@ class SizeRule:
         ]
         return min(best, key=distance)
 
+    def sides(self, other: int | None = None) -> list[int]:
+        """The possible sides: beside one of ``other`` pixels, or beside some other."""
+        most = self.max_area // (self._low if other is None else max(other, 1))
+        return [side for side in self._sides() if side <= most]
+
     @property
     def _low(self) -> int:
         """The smallest multiple that is a side."""

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from sat.cli.guard import UsageError, describe, guard
+from sat.cli.guard import UsageError, guard
 from sat.parallel.collectives import ToldError
+from sat.util.errors import describe
 
 
 class ConfigError(ValueError):

@@ -1,0 +1,212 @@
+"""The line of jobs before the one thread that draws: bounded, cancellable, watched from other threads."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition, Event, Thread
+from typing import Generic, Literal, TypeVar
+
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
+
+
+class FullError(RuntimeError):
+    """Too many jobs are waiting already."""
+
+
+class CancelledError(Exception):
+    """Raised inside a job that nobody wants any more."""
+
+
+@dataclass(frozen=True)
+class View:
+    """How far a job is. ``latents`` (b, C, h, w): the pictures as predicted at the last step."""
+
+    state: State
+    step: int = 0
+    steps: int = 0
+    latents: Tensor | None = None
+
+
+class Job:
+    """One wish in the line. The drawing thread calls :meth:`step`; everybody else looks and may cancel."""
+
+    def __init__(self, work: Callable[[Job], list[Path]], steps: int) -> None:
+        self.work = work
+        self.pictures: list[Path] = []
+        self.error: BaseException | None = None
+        self._steps, self._done = steps, 0
+        self._latents: Tensor | None = None
+        self._state: State = "waiting"
+        self._unwanted = Event()
+        self._over = Event()
+
+    def view(self) -> View:
+        """How far it is."""
+        return View(self._state, self._done, self._steps, latents=self._latents)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is done, failed or cancelled."""
+        return self._over.is_set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is over; whether it is."""
+        return self._over.wait(seconds)
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: it ends before its next step, or never begins."""
+        self._unwanted.set()
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether it was cancelled."""
+        return self._unwanted.is_set()
+
+    def step(self, done: int, of: int, latents: Tensor) -> None:
+        """A sampler's callback: counts, and keeps the prediction where it lies; no device is waited for."""
+        self._done += 1
+        self._latents = latents
+        self.check()
+
+    def check(self) -> None:
+        """Raise :class:`CancelledError` once nobody wants it."""
+        if self._unwanted.is_set():
+            raise CancelledError
+
+    def start(self) -> None:
+        """Its turn has come."""
+        self._state = "drawing"
+
+    def end(self, state: State, error: BaseException | None = None) -> None:
+        """It is over."""
+        self.error, self._state = error, state
+        self._latents = None
+        self._over.set()
+
+
+T = TypeVar("T")
+
+
+class Line(Generic[T]):
+    """At most ``most`` waiting jobs, and the thread that does one after the other.
+
+    ``prepare`` runs first, on that thread: what it opens (a model, a device's context) belongs to it.
+    """
+
+    def __init__(self, prepare: Callable[[], T], most: int) -> None:
+        self.most = most
+        self._prepare = prepare
+        self._ready: T | None = None
+        self._failed: BaseException | None = None
+        self._opened = Event()
+        self._waiting: deque[Job] = deque()
+        self._current: Job | None = None
+        self._closing = False
+        self._change = Condition()
+        self._thread = Thread(target=self._work, name="drawing", daemon=True)
+
+    def open(self) -> T:
+        """Start; what ``prepare`` made. Its error is raised here."""
+        self._thread.start()
+        while not self._opened.wait(0.2):  # in slices, so that Ctrl-C is heard
+            pass
+        if self._failed is not None:
+            raise self._failed
+        assert self._ready is not None, "prepare returned"
+        return self._ready
+
+    def submit(self, job: Job) -> Job:
+        """Put ``job`` at the end; :class:`FullError` if too many are before it."""
+        with self._change:
+            if self._closing:
+                raise FullError("the server is closing")
+            if len(self._waiting) >= self.most:
+                raise FullError(f"{len(self._waiting)} pictures are waiting already: try again in a moment")
+            self._waiting.append(job)
+            self._change.notify()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Cancel ``job``; one that waits frees its place at once."""
+        job.cancel()
+        with self._change:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.end("cancelled")
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs are drawn before ``job``."""
+        with self._change:
+            if job not in self._waiting:
+                return 0
+            return self._waiting.index(job) + (self._current is not None)
+
+    @property
+    def length(self) -> int:
+        """Jobs that wait."""
+        return len(self._waiting)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being drawn."""
+        return self._current is not None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is still somebody who draws."""
+        return self._thread.is_alive()
+
+    def close(self, seconds: float = 30.0) -> None:
+        """Cancel everything and wait for the drawing thread to stop."""
+        with self._change:
+            self._closing = True
+            left = [*self._waiting, *([self._current] if self._current else [])]
+            self._change.notify()
+        for job in left:
+            self.cancel(job)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _work(self) -> None:
+        try:
+            self._ready = self._prepare()
+        except BaseException as error:
+            self._failed = error
+            return
+        finally:
+            self._opened.set()
+        while (job := self._next()) is not None:
+            self._do(job)
+
+    def _next(self) -> Job | None:
+        """The next job, when there is one; None when the line is closed."""
+        with self._change:
+            self._current = None
+            while not self._waiting and not self._closing:
+                self._change.wait()
+            if self._closing:
+                return None
+            self._current = self._waiting.popleft()
+            return self._current
+
+    def _do(self, job: Job) -> None:
+        """Do ``job``; whatever goes wrong is its own affair, not that of the next."""
+        job.start()
+        try:
+            job.check()
+            job.pictures = job.work(job)
+        except CancelledError:
+            job.end("cancelled")
+        except BaseException as error:
+            log.debug("a job failed", exc_info=True)
+            job.end("failed", error)
+        else:
+            job.end("done")

@@ -1,0 +1,149 @@
+"""What somebody wants drawn, what a picture says of its making, and the pictures of the output folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from sat.sampling.output import IMAGE, numbered
+from sat.util.images import read_png_text
+
+_NAME = re.compile(r"\d+_[\w-]{0,20}/\d{9}\.png", re.ASCII)
+_THUMBNAIL = 256  # pixels, the longer side
+
+
+class WishError(ValueError):
+    """Something is wished for that cannot be drawn; the text is for whoever wishes."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One request for pictures. ``guidance`` None: the model has no strength to set. Sizes in pixels."""
+
+    prompt: str
+    height: int
+    width: int
+    steps: int
+    guidance: float | None
+    seed: int  # of image 0; image i uses seed + i
+    count: int = 1
+    negative_prompt: str = ""
+    adapters: Mapping[str, float] = field(default_factory=dict)  # name -> strength
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one wish may ask for at most."""
+
+    count: int = 8
+    steps: int = 200
+    prompt: int = 4000  # characters
+    guidance: float = 100.0
+    strength: float = 4.0  # of an adapter, either way
+
+    def check(self, wish: Wish) -> None:
+        """Raise :class:`WishError` with a sentence unless ``wish`` keeps to them."""
+        if not wish.prompt.strip():
+            raise WishError("the prompt is empty: say what to draw")
+        for name, text in (("prompt", wish.prompt), ("negative prompt", wish.negative_prompt)):
+            if len(text) > self.prompt:
+                raise WishError(f"the {name} has {len(text)} characters, more than {self.prompt}")
+        ranges: dict[str, tuple[float, float, float]] = {
+            "pictures": (wish.count, 1, self.count),
+            "steps": (wish.steps, 1, self.steps),
+            "seed": (wish.seed, 0, 2**32 - max(wish.count, 1)),
+            "guidance": (wish.guidance or 0.0, -self.guidance, self.guidance),
+        }
+        for name, strength in wish.adapters.items():
+            ranges[f"strength of {name}"] = (strength, -self.strength, self.strength)
+        for name, (value, least, most) in ranges.items():
+            if not least <= value <= most:
+                raise WishError(f"{name}: expected {least:.10g} to {most:.10g}, got {value:.10g}")
+
+
+class Settings(NamedTuple):
+    """What the text fields of a picture say; None where there is none, or no number."""
+
+    prompt: str
+    negative_prompt: str
+    height: int | None
+    width: int | None
+    steps: int | None
+    guidance: float | None
+    seed: int | None
+    model: str
+
+
+def settings_of(path: Path) -> Settings:
+    """The settings in a PNG file that this program wrote; :class:`WishError` says why there are none."""
+    fields = read_png_text(path)
+    if fields is None:
+        raise WishError("this is no whole PNG file, so no settings can be read from it")
+    if "prompt" not in fields or "seed" not in fields:
+        raise WishError("this picture holds no settings: it was not drawn here, or another program saved it")
+
+    def whole(name: str) -> int | None:
+        text = fields.get(name, "").partition("-")[0]  # the sheet of several pictures names a range of seeds
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+
+    def number(name: str) -> float | None:
+        try:
+            value = float(fields.get(name, ""))
+        except ValueError:
+            return None
+        return value if -1e6 < value < 1e6 else None
+
+    return Settings(
+        fields["prompt"], fields.get("negative_prompt", ""), whole("height"), whole("width"), whole("steps"),
+        number("guidance"), whole("seed"), fields.get("model", ""),
+    )  # fmt: skip
+
+
+class Pictures:
+    """The pictures below an output folder, by names ``<index>_<words>/<number>.png`` and by nothing else."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def newest(self, most: int) -> list[str]:
+        """Names, the latest first."""
+        found: list[str] = []
+        for _, folders in sorted(numbered(self.root).items(), reverse=True):
+            for folder in folders:
+                names = sorted(p.name for p in (self.root / folder).iterdir() if IMAGE.fullmatch(p.name))
+                found += [f"{folder}/{name}" for name in names if _NAME.fullmatch(f"{folder}/{name}")]
+            if len(found) >= most:
+                break
+        return found[:most]
+
+    def name(self, path: Path) -> str:
+        """The name of a picture that was just drawn."""
+        return path.resolve().relative_to(self.root).as_posix()
+
+    def at(self, name: str) -> Path:
+        """The file of a picture; :class:`WishError` unless it is one of this folder, links followed."""
+        path = (self.root / name).resolve()
+        if not _NAME.fullmatch(name) or not path.is_relative_to(self.root) or not path.is_file():
+            raise WishError("there is no such picture")
+        return path
+
+    def thumbnail(self, name: str) -> Image.Image:
+        """The picture, no longer than 256 pixels."""
+        path = self.at(name)
+        return _small(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _small(path: Path, changed: int) -> Image.Image:
+    """``changed`` makes a rewritten file another entry."""
+    with Image.open(BytesIO(path.read_bytes())) as picture:
+        small: Image.Image = picture.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return small

@@ -1,0 +1,295 @@
+"""The web page and the HTTP API as people meet them: one process, Chromium, the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from PIL import Image, PngImagePlugin
+
+from tests.web import TOKEN, Server, browser, serving
+
+pytest.importorskip("gradio", reason="the web page is an extra")
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai", reason="the official client tries the API")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+QUEUE = 8
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+WAIT = 120_000  # ms; machines that test may be busy
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """The small cascade, 6 steps and then 1, nobody to enhance prompts."""
+    with serving(
+        tmp_path_factory.mktemp("web") / "out", "--base", "configs/tiny_cascade.yaml", "--api",
+        "--keep-loaded", "--queue", QUEUE, "--optimizer-url", "http://127.0.0.1:9/v1",
+        "sampling.steps=6", "cascade.relay.sampling.steps=1", "parallel.device=cpu",
+    ) as running:  # fmt: skip
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Any:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=TOKEN, max_retries=0, timeout=120) as made:
+        yield made
+
+
+def opened(data: str | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def health(server: Server) -> dict[str, Any]:
+    return httpx.get(f"{server.url}/health", timeout=60).json()
+
+
+# -- the API
+
+
+def test_the_official_client_draws(server, client) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny_cascade"]
+    assert client.models.retrieve("tiny_cascade").owned_by == "local"
+    made = client.images.generate(
+        prompt="a red apple", n=2, size="128x128", response_format="b64_json", extra_body={"seed": 7}
+    )
+    assert [item.seed for item in made.data] == [7, 8]
+    first = opened(made.data[0].b64_json)
+    assert first.size == (128, 128)
+    assert first.text["prompt"] == "a red apple" and first.text["seed"] == "7"
+    by_url = client.images.generate(prompt="a red apple", extra_body={"seed": 8})
+    answer = httpx.get(by_url.data[0].url)
+    assert answer.headers["content-type"] == "image/png"
+    assert opened(answer.content).tobytes() == opened(made.data[1].b64_json).tobytes()
+    assert httpx.get(by_url.data[0].url[:-1]).status_code == 404
+    assert httpx.get(f"{server.url}/pictures/..%2f..%2fetc%2fpasswd?key=x").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "match"),
+    [
+        ({"prompt": " "}, 400, "the prompt is empty"),
+        ({"prompt": "x" * 4001}, 400, "4001 characters"),
+        ({"n": 9}, 400, "pictures: expected 1 to 8, got 9"),
+        ({"n": 0}, 400, "pictures: expected 1 to 8, got 0"),
+        ({"size": "100x128"}, 400, "the nearest is 128x128"),
+        ({"size": "large"}, 400, "expected WIDTHxHEIGHT such as 128x128"),
+        ({"extra_body": {"seed": -1}}, 400, "seed: expected 0 to"),
+        ({"extra_body": {"steps": 10**6}}, 400, "steps: expected 1 to 200"),
+        ({"extra_body": {"colour": "red"}}, 400, "colour: is not one of this server's"),
+        ({"model": "dall-e-3"}, 404, "only 'tiny_cascade'"),
+        ({"prompt": "x" * 70_000}, 413, "larger than 64 kB"),
+    ],
+)
+def test_a_bad_request_is_a_sentence(client, change, status, match) -> None:
+    with pytest.raises(openai.APIStatusError, match=match) as caught:
+        client.images.generate(**{"prompt": "a red apple", **change})
+    assert caught.value.status_code == status
+
+
+def test_strangers_and_other_kinds_of_requests_stay_out(server, client) -> None:
+    for key in ("wrong", TOKEN + "x", TOKEN[:-1]):
+        with pytest.raises(openai.AuthenticationError, match="wants its token"):
+            client.with_options(api_key=key).images.generate(prompt="a red apple")
+    post = f"{server.url}/v1/images/generations"
+    assert httpx.post(post, json={"prompt": "a"}).status_code == 401
+    assert httpx.post(post, data={"prompt": "a"}, headers=HEADERS).status_code == 415
+    assert (
+        httpx.post(post, content=b"{", headers={**HEADERS, "Content-Type": "application/json"}).status_code
+        == 400
+    )
+    assert httpx.get(f"{server.url}/health", headers={"Host": "evil.example"}).status_code == 400
+    assert "default-src 'self'" in httpx.get(server.url).headers["content-security-policy"]
+
+
+def test_a_client_that_leaves_takes_its_job_along(server) -> None:
+    until(lambda: not health(server)["drawing"])
+    body = {"prompt": "a red apple", "n": 8, "steps": 200}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/images/generations", json=body, headers=HEADERS, timeout=2)
+    started = time.monotonic()
+    until(lambda: not health(server)["drawing"])
+    assert time.monotonic() - started < 20  # 1600 steps would take longer
+
+
+def test_fifty_at_once_lose_nothing(server) -> None:
+    """Each is answered: with its own picture, or that the queue is full; those who come again get theirs."""
+
+    async def all_at_once(retries: int) -> list[Any]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key=TOKEN, max_retries=retries, timeout=200
+        ) as many:
+
+            async def one(seed: int) -> Any:
+                more = {"seed": seed, "steps": 1}
+                return await many.images.generate(
+                    prompt="a red apple", response_format="b64_json", extra_body=more
+                )
+
+            return await asyncio.gather(*(one(seed) for seed in range(50)), return_exceptions=True)
+
+    before = len(list(server.out.glob("*_a_red_apple")))
+    answers = asyncio.run(all_at_once(0))
+    full = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
+    good = [answer for answer in answers if not isinstance(answer, BaseException)]
+    assert len(full) + len(good) == 50 and len(good) >= QUEUE and full
+    assert "waiting already" in str(full[0])
+    assert len(list(server.out.glob("*_a_red_apple"))) - before == 2 * len(good)  # of both stages
+    patient = asyncio.run(all_at_once(100))
+    assert [answer.data[0].seed for answer in patient] == list(range(50))
+    assert [opened(answer.data[0].b64_json).text["seed"] for answer in patient] == [str(i) for i in range(50)]
+    assert len({answer.data[0].b64_json for answer in patient}) == 50
+
+
+# -- the page
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as made:
+        yield made
+
+
+@pytest.fixture
+def page(server, chromium) -> Iterator[Any]:
+    """The page at desktop width; a request to anywhere else, or an error in its scripts, fails the test."""
+    opened_page, strangers, errors = chromium.new_page(viewport={"width": 1280, "height": 900}), [], []
+    opened_page.set_default_timeout(WAIT)
+    opened_page.on("request", lambda request: strangers.append(request.url))
+    opened_page.on("pageerror", lambda error: errors.append(str(error)))
+    opened_page.goto(server.url)
+    opened_page.wait_for_selector("#draw")
+    yield opened_page
+    opened_page.close()
+    assert [url for url in strangers if not url.startswith((server.url, "data:", "blob:"))] == []
+    assert errors == []
+
+
+def said(page: Any, text: str) -> str:
+    page.wait_for_function("text => document.querySelector('#status').innerText.includes(text)", arg=text)
+    return page.inner_text("#status")
+
+
+def test_a_picture_is_drawn_enlarged_and_its_settings_come_back(server, page) -> None:
+    page.fill("#prompt textarea", "a red apple")
+    page.fill("#steps input[type=number]", "40")
+    page.click("#draw")
+    page.wait_for_selector("#canvas img.live")
+    said(page, "Done: 1 picture.")
+    assert (
+        page.eval_on_selector("#canvas a img", "image => image.decode().then(() => image.naturalWidth)") == 64
+    )
+    seed = page.input_value("#seed input")
+    facts = page.inner_text("#facts")
+    assert "a red apple" in facts and seed in facts and "40" in facts
+    page.click("#enlarge")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('128 x 128')")
+    assert (
+        page.eval_on_selector("#canvas a img", "image => image.decode().then(() => image.naturalWidth)")
+        == 128
+    )
+    page.fill("#prompt textarea", "something else")
+    page.click("#gallery button:nth-of-type(2)")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('64 x 64')")
+    page.click("#reuse")
+    said(page, "settings of the picture are set")
+    assert page.input_value("#prompt textarea") == "a red apple"
+    assert page.input_value("#seed input") == seed
+    assert not page.is_checked("#anew input")
+
+
+def test_drawing_can_be_cancelled(server, page) -> None:
+    page.fill("#prompt textarea", "a red apple")
+    page.fill("#steps input[type=number]", "200")
+    page.fill("#count input", "8")
+    page.click("#draw")
+    page.wait_for_selector("#canvas img.live")
+    page.click("#cancel")
+    said(page, "Cancelled.")
+    until(lambda: not health(server)["drawing"])
+
+
+def test_closing_the_page_cancels_too(server, chromium) -> None:
+    page = chromium.new_page()
+    page.set_default_timeout(WAIT)
+    page.goto(server.url)
+    page.fill("#prompt textarea", "a red apple")
+    page.fill("#steps input[type=number]", "200")
+    page.fill("#count input", "8")
+    page.click("#draw")
+    page.wait_for_selector("#canvas img.live")
+    page.close()
+    until(lambda: not health(server)["drawing"], 30)
+
+
+def test_what_cannot_be_drawn_is_told_in_a_sentence(server, page, tmp_path) -> None:
+    info = PngImagePlugin.PngInfo()
+    for key, value in {
+        "prompt": "<i>a cat</i>",
+        "seed": "3",
+        "height": "1024",
+        "width": "1000",
+        "model": "X",
+    }.items():
+        info.add_text(key, value)
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png", pnginfo=info)
+    page.set_input_files(
+        "#upload input, input#upload, [data-testid='file-upload']", str(tmp_path / "other.png")
+    )
+    text = said(page, "is not possible")
+    assert "1024 x 1000 is not possible" in text and "The nearest size is 64 x 64" in text
+    assert page.input_value("#prompt textarea") == "<i>a cat</i>"
+    assert page.input_value("#width input") == page.input_value("#height input") == "64"
+    page.fill("#prompt textarea", "")
+    page.click("#draw")
+    said(page, "The prompt is empty")
+    page.click("#enlarge")
+    said(page, "Choose a picture first.")
+    page.fill("#prompt textarea", "a red apple")
+    page.click("#enhance")
+    said(page, "Cannot connect to http://127.0.0.1:9/v1")
+    assert page.input_value("#prompt textarea") == "a red apple"
+
+
+def test_sizes_that_cannot_be_drawn_are_not_offered(page) -> None:
+    page.click("#width input")
+    page.wait_for_selector("[role=option]")
+    assert [option.inner_text().strip() for option in page.query_selector_all("[role=option]")] == ["64"]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_screen(page, width) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for part in ("#draw", "#cancel", "#enhance", "#canvas", "#steps", "#upload"):
+        box = page.locator(part).first.bounding_box()
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= width
+    top = [page.locator(part).bounding_box()["y"] for part in ("#top", "#right", "#settings")]
+    assert top == sorted(top) if width == 390 else top[0] == top[1] < top[2]
+
+
+def test_uploads_stay_in_the_output_folder_and_nothing_else_can_be_read(server) -> None:
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        sent = http.post(
+            "/gradio_api/upload", files={"files": ("../../evil.png", b"png", "image/png")}
+        ).json()
+        assert all(path.startswith(str(server.out)) for path in sent), sent
+        for path in ("/etc/passwd", str(server.log), str(server.out / "../x"), "README.md"):
+            assert http.get(f"/gradio_api/file={path}").status_code in (403, 404), path
+    written = json.dumps([path.name for path in server.out.rglob("*")])
+    assert "evil" not in written or ".page" in written
+    assert TOKEN not in server.log.read_text()
