@@ -37,6 +37,8 @@ def accepted(command: Command) -> int:
     if command.program in CHECKED:
         arguments = [word for word in command.arguments if word not in ("--print-config",)]
         return int(importlib.import_module(CHECKED[command.program]).main([*arguments, "--check"]))
+    if command.program == "sat.cli.evaluate" and "--base" in command.arguments:
+        return int(importlib.import_module(command.program).main([*command.arguments, "--check"]))
     if command.program in PARSED or command.program.startswith("sat.cli."):
         module = PARSED.get(command.program, command.program)
         importlib.import_module(module).parser().parse_args(list(command.arguments))

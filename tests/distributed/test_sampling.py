@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -185,3 +186,30 @@ def test_a_cascade_on_two_ranks_writes_the_files_of_one_process(words, tmp_path)
     """Each rank enlarges the pictures it drew; what lies between the stages is gone afterwards."""
     cascade = str(ROOT / "tests" / "assets" / "toy" / "cascade.yaml")
     _same_on_two_ranks([cascade if word == str(DEBUG) else word for word in words], tmp_path)
+
+
+def test_an_evaluation_is_drawn_by_two_ranks_and_told_by_the_first(words, tmp_path) -> None:
+    place = words.index("--prompt-file")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [
+        "-m",
+        "sat.cli.evaluate",
+        *words[1:place],
+        "--prompts",
+        words[place + 1],
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, "--batch-size", "2", "sampling.steps=2"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(files(tmp_path / "pictures")) == 9
+    assert done.stdout.count("retrieval top-1 (higher is better)") == 1  # one rank speaks
+    told = json.loads((tmp_path / "scores.json").read_text())["folders"][tmp_path.name]
+    assert len(told["pictures"]) == 6
