@@ -18,7 +18,7 @@ SIDE = 384
 """Pixels of a picture's longer side in the report; the full ones stay where they are."""
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8886; --dim: #8889; }
+:root { color-scheme: light dark; --line: #8886; --dim: #777; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 120rem; padding: 1.5rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; margin: .75rem 0; }
@@ -31,7 +31,7 @@ article p { margin: 0 0 .5rem; }
 .row { justify-content: start; margin-bottom: .75rem; }
 figure { margin: 0; } figcaption { font-size: .8rem; }
 img { display: block; max-width: 100%; height: auto; image-rendering: auto; }
-img.small { width: 100%; image-rendering: pixelated; }
+img.small { width: 12rem; image-rendering: pixelated; }
 """
 
 

@@ -81,8 +81,7 @@ class Study:
             return None
         (image,) = Opened([path])
         buffer = BytesIO()
-        image.info.clear()
-        image.save(buffer, "PNG", compress_level=1)
+        image.save(buffer, "PNG", compress_level=1)  # text fields are written only when handed over
         return buffer.getvalue()
 
     def _order(self, rater: str) -> list[Item]:
