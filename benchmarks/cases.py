@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers import BENCH, SMALL, Pair, Size, autoencoder, plus
+from benchmarks.peers import BENCH, SMALL, Pair, Size, autoencoder, plus, quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -269,21 +269,39 @@ def command(case: Case) -> Work:
     scratch = Path(tempfile.mkdtemp())
     ours = [sys.executable, "sample.py", "--base", "configs/tiny.yaml"]
     if case.side == "diffusers":
-        convert = [
-            sys.executable,
-            "convert.py",
-            "checkpoints/tiny",
-            str(scratch / "theirs"),
-            "--to",
-            "diffusers",
-        ]
-        subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
+        _convert(scratch / "theirs")
         line = [sys.executable, "-c", _SCRIPT, str(scratch / "theirs"), str(scratch / "picture.png")]
     elif case.side == "help":
         line = [*ours, "--help"]
     else:
         line = [*ours, "--prompt", "a red apple", "--output-dir", str(scratch / "out")]
     return lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+
+
+def _convert(folder: Path) -> None:
+    """The small model as a diffusers folder."""
+    convert = [sys.executable, "convert.py", "checkpoints/tiny", str(folder), "--to", "diffusers"]
+    subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
+
+
+def picture(case: Case) -> Work:
+    """The same picture by a loaded pipeline, ours or diffusers'."""
+    if case.side != "diffusers":
+        from sat import Pipeline
+
+        ours = Pipeline.from_config(ROOT / "configs" / "tiny.yaml", device="cpu")
+        return lambda: ours(["a red apple"], seed=0)
+    quiet()
+    from diffusers import CogView3PlusPipeline
+
+    folder = Path(tempfile.mkdtemp()) / "theirs"
+    _convert(folder)
+    theirs = CogView3PlusPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    return lambda: theirs(
+        "a red apple", height=64, width=64, num_inference_steps=50, guidance_scale=3.0,
+        max_sequence_length=16, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
 
 
 _SCRIPT = """
@@ -306,4 +324,5 @@ KINDS: Mapping[str, Callable[[Case], Work]] = {
     "unet": unet,
     "lora": lora_step,
     "command": command,
+    "picture": picture,
 }

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import RESULTS, facts, results_folder  # noqa: E402
 from benchmarks.measure import compare  # noqa: E402
 from benchmarks.peers import STEPS  # noqa: E402
-from benchmarks.tables import SUITES, Table  # noqa: E402
+from benchmarks.tables import Table, cpu, gpu  # noqa: E402
 from benchmarks.worker import Worker  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -129,13 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--suite", choices=("cpu", "gpu", "all"), default="cpu")
     add("--quick", action="store_true", help="smaller sizes and few turns; nothing is written")
     add("--only", default="", metavar="NAMES", help="tables by name, separated by commas")
+    add("--compiled", action="store_true", help="CPU steps also compiled, which takes minutes")
     add("--threads", type=int, default=2, help="of each CPU process")
     add("--rounds", type=int, default=9, help="samples that count, of each variant")
     add("--seconds", type=float, default=120.0, help="for a table at most, after the warm-up")
     given = list(sys.argv[1:] if argv is None else argv)
     args = reader.parse_args(given)
     suites = ("cpu", "gpu") if args.suite == "all" else (args.suite,)
-    tables = [table for suite in suites for table in SUITES[suite](args.quick)]
+    tables = [*(cpu(args.quick, args.compiled) if "cpu" in suites else ())]
+    tables += gpu(args.quick) if "gpu" in suites else ()
     wanted = set(filter(None, args.only.split(",")))
     if strange := wanted - {table.name for table in tables}:
         reader.error(f"--only {', '.join(sorted(strange))}: there are {', '.join(t.name for t in tables)}")

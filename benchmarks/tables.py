@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -22,12 +22,21 @@ class Table:
     ours: Sequence[str] = ()
 
 
-def cpu(quick: bool) -> list[Table]:
-    """On a CPU: the small model, the bench model, the autoencoder, the whole command, training."""
+def cpu(quick: bool, compiled: bool = False) -> list[Table]:
+    """On a CPU: the small model, the bench model, the autoencoder, the whole command, training.
+
+    ``compiled``: beside the others, both compiled; each takes a minute or more to compile.
+    """
     return [
-        _step("step_fp32", Case("step", "", "bench", "fp32"), quick),
-        _step("step_bf16", Case("step", "", "bench", "bf16"), quick),
-        _step("step_small", Case("step", "", "small", "fp32"), quick),
+        _step("step_fp32", Case("step", "", "bench", "fp32"), quick, compiled),
+        _step("step_bf16", Case("step", "", "bench", "bf16"), quick, compiled),
+        _step("step_small", Case("step", "", "small", "fp32"), quick, compiled),
+        Table(
+            "picture",
+            "50 steps of the small model, loaded",
+            {"diffusers pipeline": Case("picture", "diffusers"), "ours": Case("picture", "ours")},
+            "diffusers pipeline",
+        ),
         _decode("decode", 8 if quick else 24, "cpu"),
         Table(
             "command",
@@ -91,7 +100,7 @@ def _bench(quick: bool) -> dict[str, Any]:
     return {"params": {"depth": 2}, "cells": 32} if quick else {}
 
 
-def _step(name: str, case: Case, quick: bool) -> Table:
+def _step(name: str, case: Case, quick: bool, compiled: bool) -> Table:
     if case.size == "bench":
         case = replace(case, options=_bench(quick))
     title = {"bench": "a step of the bench model", "small": "a step of the small model"}[case.size]
@@ -107,7 +116,10 @@ def _step(name: str, case: Case, quick: bool) -> Table:
     }
     if case.size == "small" or quick:
         rows.pop("cache-dit")
-    ours = ("ours", "ours, nothing folded", "ours, nothing packed")
+    if compiled:
+        rows["diffusers compiled"] = replace(case, side="diffusers compiled")
+        rows["ours compiled"] = replace(case, side="ours", options={**case.options, "compile": True})
+    ours = [row for row in rows if row.startswith("ours")]
     return Table(name, f"{title}, {case.dtype}", rows, "diffusers", "our preparation", ours)
 
 
@@ -140,6 +152,3 @@ def _lora(name: str, case: Case) -> Table:
     if case.device != "cpu":
         rows["ours compiled"] = replace(case, side="ours", options={**case.options, "compile": True})
     return Table(name, f"a LoRA step, {case.dtype}", rows, "diffusers + PEFT")
-
-
-SUITES: Mapping[str, Callable[[bool], list[Table]]] = {"cpu": cpu, "gpu": gpu}
