@@ -15,11 +15,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Work = Callable[[], object]
-Sample = Callable[[], tuple[float, bool]]
-"""Seconds of one call, and whether the machine was ours meanwhile."""
+
+
+class Sample(NamedTuple):
+    """Wall seconds of one call, processor seconds, and whether the machine was ours meanwhile."""
+
+    seconds: float
+    cpu: float
+    clean: bool
+
+
+Take = Callable[[], Sample]
 
 OTHERS = 0.1
 """Share of all cores that others may take during a sample that counts."""
@@ -30,11 +39,15 @@ _STAT = Path("/proc/stat")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one variant: median, 10th and 90th percentile of the samples that count."""
+    """Seconds of one variant: median, 10th and 90th percentile of the samples that count.
+
+    ``cpu``: median processor seconds of all samples, which others' work hardly changes.
+    """
 
     median: float
     low: float
     high: float
+    cpu: float
     kept: int
     disturbed: int  # samples left out
 
@@ -44,53 +57,55 @@ class Timing:
 
 
 def compare(
-    variants: Mapping[str, Sample], *, rounds: int = 9, seconds: float = 60.0, warm: float = 15.0
+    variants: Mapping[str, Take], *, rounds: int = 9, seconds: float = 60.0, warm: float = 15.0
 ) -> dict[str, Timing]:
     """Timings of ``variants`` in ``rounds`` turns, or as many as ``seconds`` allow (at least 3).
 
     ``warm``: seconds a variant is warmed up at most, after its first call.
     """
     names = list(variants)
-    samples: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
+    samples: dict[str, list[Sample]] = {name: [] for name in names}
     for name in names:
         _warm(variants[name], warm)
     began = time.perf_counter()
     for turn in range(3 * rounds):
         for name in names if turn % 2 == 0 else reversed(names):
             samples[name].append(variants[name]())
-        enough = min(sum(clean for _, clean in taken) for taken in samples.values()) >= rounds
+        enough = min(sum(one.clean for one in taken) for taken in samples.values()) >= rounds
         if enough or (turn >= 2 and time.perf_counter() - began > seconds):
             break
     return {name: timing(taken) for name, taken in samples.items()}
 
 
-def sample(work: Work, synchronize: Callable[[], None] = lambda: None) -> tuple[float, bool]:
-    """Wall seconds of one call, and whether the machine was ours meanwhile."""
+def sample(work: Work, synchronize: Callable[[], None] = lambda: None) -> Sample:
+    """One call of ``work``."""
     synchronize()
     busy, own, began = _busy(), _own(), time.perf_counter()
     work()
     synchronize()
-    took = time.perf_counter() - began
-    others = (_busy() - busy) - (_own() - own)
-    return took, others <= OTHERS * took * (os.cpu_count() or 1) + 0.02  # two ticks of the clock
+    took, used = time.perf_counter() - began, _own() - own
+    others = _busy() - busy - used
+    clean = others <= OTHERS * took * (os.cpu_count() or 1) + 0.02  # two ticks of the clock
+    return Sample(took, used, clean)
 
 
-def timing(taken: Sequence[tuple[float, bool]]) -> Timing:
+def timing(taken: Sequence[Sample]) -> Timing:
     """What the samples come to; all of them where none was undisturbed."""
-    clean = sorted(seconds for seconds, counts in taken if counts)
-    values = clean or sorted(seconds for seconds, _ in taken)
+    clean = sorted(one.seconds for one in taken if one.clean)
+    values = clean or sorted(one.seconds for one in taken)
     edge = (len(values) - 1) // 10
+    cpu = statistics.median(one.cpu for one in taken)
     return Timing(
-        statistics.median(values), values[edge], values[-1 - edge], len(clean), len(taken) - len(clean)
+        statistics.median(values), values[edge], values[-1 - edge], cpu, len(clean), len(taken) - len(clean)
     )
 
 
-def _warm(take: Sample, limit: float) -> None:
+def _warm(take: Take, limit: float) -> None:
     """Take samples until two medians of three agree, or ``limit`` seconds have passed."""
     take()
     began, before = time.perf_counter(), 0.0
     while time.perf_counter() - began < limit:
-        now = statistics.median(take()[0] for _ in range(3))
+        now = statistics.median(take().seconds for _ in range(3))
         if abs(now - before) <= STEADY * now:
             return
         before = now
@@ -107,8 +122,6 @@ def _busy() -> float:
 
 def _own() -> float:
     """Processor seconds of this process and its finished children."""
-    if not _STAT.is_file():
-        return 0.0
     parts = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(part.ru_utime + part.ru_stime for part in parts)
 

@@ -57,16 +57,20 @@ def measure(table: Table, limits: Limits) -> dict[str, Any]:
     times = compare(takes, rounds=limits.rounds, seconds=limits.seconds, warm=limits.seconds / 6)
     for worker in workers.values():
         worker.close()
-    once = times.pop(table.once).median / STEPS if table.once else 0.0
-    base = times[table.base].median
+    once = cpu_once = 0.0
+    if table.once:
+        prepared = times.pop(table.once)
+        once, cpu_once = prepared.median / STEPS, prepared.cpu / STEPS
+    base = times[table.base]
     for label, taken in times.items():
-        extra = once if label in table.ours else 0.0
+        extra, extra_cpu = (once, cpu_once) if label in table.ours else (0.0, 0.0)
         rows.append(
             {
                 "label": label,
                 **taken.plain(),
                 "once_per_picture": extra * STEPS,
-                "ratio": (taken.median + extra) / base,
+                "ratio": (taken.median + extra) / base.median,
+                "cpu_ratio": (taken.cpu + extra_cpu) / base.cpu,
                 "peak_mb": workers[label].peak,
             }
         )
@@ -76,18 +80,18 @@ def measure(table: Table, limits: Limits) -> dict[str, Any]:
 def text(result: dict[str, Any]) -> str:
     """A result as a Markdown table."""
     lines = [
-        f"| {result['title']} | ms | 10 % to 90 % | ratio | peak MB | samples |",
-        "|---|---|---|---|---|---|",
+        f"| {result['title']} | ms | 10 % to 90 % | ratio | CPU ms | ratio | peak MB | samples |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         if "left_out" in row:
-            lines.append(f"| {row['label']} | left out: {row['left_out']} | | | | |")
+            lines.append(f"| {row['label']} | left out: {row['left_out']} | | | | | | |")
             continue
         spread = f"{row['low'] * 1e3:.4g} to {row['high'] * 1e3:.4g}"
         counted = f"{row['kept']}" + (f" of {row['kept'] + row['disturbed']}" if row["disturbed"] else "")
         lines.append(
             f"| {row['label']} | {row['median'] * 1e3:.4g} | {spread} | {row['ratio']:.2f} | "
-            f"{row['peak_mb']:.0f} | {counted} |"
+            f"{row['cpu'] * 1e3:.4g} | {row['cpu_ratio']:.2f} | {row['peak_mb']:.0f} | {counted} |"
         )
     return "\n".join(lines)
 

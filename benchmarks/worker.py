@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-PEERS = ("diffusers", "diffusers compiled", "cache-dit", "peft", "transformers")
+from benchmarks.measure import Sample
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,14 +33,14 @@ class Worker:
         answer = self._answer()
         self.device = answer["device"]
 
-    def sample(self) -> tuple[float, bool]:
-        """Seconds, and whether the machine was ours meanwhile."""
+    def sample(self) -> Sample:
+        """One sample of the work."""
         assert self.process.stdin is not None, "made with a pipe"
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self._answer()
         self.peak = answer["peak_mb"]
-        return answer["seconds"], answer["clean"]
+        return Sample(answer["seconds"], answer["cpu"], answer["clean"])
 
     def close(self) -> None:
         """End the child."""
@@ -62,10 +62,9 @@ class Worker:
 def main() -> int:
     """Make the work, answer lines until there are none."""
     sys.path.insert(0, str(ROOT))
-    if json.loads(sys.argv[1])["side"] not in PEERS:
-        from sat.util import threads
+    from sat.util import threads
 
-        threads.prepare()  # as our commands do
+    threads.prepare()  # as our commands do; peers the same, so that waiting costs neither any processor time
     import torch
 
     from benchmarks import measure
@@ -83,13 +82,11 @@ def main() -> int:
     for _ in sys.stdin:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        seconds, clean = measure.sample(work, torch.cuda.synchronize if on_gpu else lambda: None)
+        taken = measure.sample(work, torch.cuda.synchronize if on_gpu else lambda: None)
         peak = measure.peak_rss(children=case.kind == "command")
         if on_gpu:
             peak = torch.cuda.max_memory_allocated() / 1e6
-        said = {"seconds": seconds, "clean": clean, "peak_mb": peak, "whole": time.perf_counter() - began}
-        print(json.dumps(said), flush=True)
+        print(json.dumps({**taken._asdict(), "peak_mb": peak}), flush=True)
     return 0
 
 

@@ -58,18 +58,18 @@ def test_tables_name_known_kinds() -> None:
 
 
 def test_disturbed_samples_do_not_count() -> None:
-    taken = [(1.0, True), (9.0, False), (1.2, True), (1.1, True)]
-    assert measure.timing(taken) == measure.Timing(1.1, 1.0, 1.2, 3, 1)
-    assert measure.timing([(9.0, False), (7.0, False)]).kept == 0
+    taken = [measure.Sample(*one) for one in ((1.0, 2.0, True), (9.0, 2.5, False), (1.2, 2.2, True))]
+    assert measure.timing(taken) == measure.Timing(1.1, 1.0, 1.2, 2.2, 2, 1)
+    assert measure.timing(taken[1:2]).kept == 0
 
 
 def test_variants_take_turns() -> None:
     order: list[str] = []
 
     def take(name: str):
-        def sample() -> tuple[float, bool]:
+        def sample() -> measure.Sample:
             order.append(name)
-            return 1.0, True
+            return measure.Sample(1.0, 1.0, True)
 
         return sample
 
@@ -87,7 +87,7 @@ def test_the_gpu_suite_refuses_a_machine_without_one(monkeypatch, capsys) -> Non
 def test_tables_of_result_files_go_between_their_marks(tmp_path: Path, monkeypatch) -> None:
     row = {
         "label": "ours", "median": 0.5, "low": 0.4, "high": 0.6, "kept": 5, "disturbed": 2, "ratio": 0.75,
-        "peak_mb": 321.0,
+        "peak_mb": 321.0, "cpu": 0.9, "cpu_ratio": 0.7,
     }  # fmt: skip
     table = {
         "title": "a step", "base": "x", "threads": 2, "rows": [row], "command": "python benchmarks/run.py",
@@ -101,5 +101,5 @@ def test_tables_of_result_files_go_between_their_marks(tmp_path: Path, monkeypat
     page.write_text("before\n<!-- table step -->\nold\n<!-- end -->\nafter\n")
     run.update_page(page)
     text = page.read_text()
-    assert "| ours | 500 | 400 to 600 | 0.75 | 321 | 5 of 7 |" in text and "old" not in text
+    assert "| ours | 500 | 400 to 600 | 0.75 | 900 | 0.70 | 321 | 5 of 7 |" in text and "old" not in text
     assert text.startswith("before\n<!-- table step -->\n") and text.endswith("<!-- end -->\nafter\n")
