@@ -119,8 +119,8 @@ def update_page(page: Path = PAGE) -> None:
                 f"{text(result)}\n\n`{result['command']}`, {content['machine']}, {content['device']}, "
                 f"{result['threads']} threads, torch {result['versions']['torch']}, {when}."
             )
-            mark = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-            written = mark.sub(lambda found, made=made: found[1] + made + found[2], written)
+            mark = re.compile(rf"(<!-- table {re.escape(name)} -->\n)(?:(?!<!--).)*(<!-- end -->)", re.DOTALL)
+            written = mark.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", written)
     page.write_text(written)
 
 

@@ -98,8 +98,12 @@ def test_tables_of_result_files_go_between_their_marks(tmp_path: Path, monkeypat
     (tmp_path / "m" / "performance.json").write_text(json.dumps(content))
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table step -->\nold\n<!-- end -->\nafter\n")
+    page.write_text(
+        "before\n<!-- table step -->\nold\n<!-- end -->\nafter\n<!-- table other -->\n<!-- end -->\n"
+    )
     run.update_page(page)
     text = page.read_text()
     assert "| ours | 500 | 400 to 600 | 0.75 | 900 | 0.70 | 321 | 5 of 7 |" in text and "old" not in text
-    assert text.startswith("before\n<!-- table step -->\n") and text.endswith("<!-- end -->\nafter\n")
+    assert text.startswith("before\n<!-- table step -->\n") and text.endswith(
+        "<!-- end -->\nafter\n<!-- table other -->\n<!-- end -->\n"
+    )
