@@ -27,11 +27,11 @@ from sat.train.objectives import Objective
 from sat.train.resume import RunFolder
 
 CONFIG = TrainConfig(
-    objective=Component("tests.training.Toy"), steps=6, batch_size=3, lr=1e-2, ema=0.9, clip=0.05,
-    weight_decay=0.1, schedule="cosine", warmup=2, log_every=2, save_every=3, keep_last=10, wandb="disabled",
+    objective=Component("tests.training.Toy"), steps=10, batch_size=3, lr=1e-2, ema=0.9, clip=0.05,
+    weight_decay=0.1, schedule="cosine", warmup=2, log_every=2, save_every=5, keep_last=10, wandb="disabled",
     optimizer=Component("torch.optim.AdamW", {"eps": 1e-4, "fused": True}),
 )  # fmt: skip
-"""Six steps; the clip is below the gradient norm, so it acts at every step."""
+"""Ten steps; the clip is below the gradient norm, so it acts at every step."""
 
 
 class Toy(Objective):

@@ -70,12 +70,17 @@ class Sources:
     text: Path | None = None
     tokenizer: Path | None = None
     only: tuple[Part, ...] = PARTS
+    model: Path | None = None
     change: Callable[[dict[Part, LazyStateDict]], dict[Part, LazyStateDict]] | None = None
 
     def of(self, part: Part) -> Path:
         """Where ``part`` is read."""
-        own = {"first_stage": self.first_stage, "text": self.text}.get(part)
-        return own or self.path
+        return self.own[part] or self.path
+
+    @property
+    def own(self) -> dict[Part, Path | None]:
+        """The parts' own paths."""
+        return {"model": self.model, "first_stage": self.first_stage, "text": self.text}
 
 
 @dataclass(frozen=True)
@@ -187,12 +192,11 @@ def convert(
 def _parts(sources: Sources, allow_pickle: bool) -> list[Part]:
     """The parts to convert: those the main path holds and those with a path of their own."""
     held = detect(sources.path).parts(sources.path, allow_pickle=allow_pickle)
-    if not held and not (sources.first_stage or sources.text):
+    own = [part for part, path in sources.own.items() if path]
+    if not held and not own:
         held = list(sources.only) if len(sources.only) == 1 else []
         if not held:
             raise CheckpointError(f"{sources.path}: does not say which part it holds; name it with --only")
-    given: dict[Part, Path | None] = {"first_stage": sources.first_stage, "text": sources.text}
-    own = [part for part, path in given.items() if path]
     return [part for part in PARTS if part in sources.only and (part in held or part in own)]
 
 

@@ -6,11 +6,15 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sat.cli.arguments import lora
 from sat.cli.guard import UsageError, guard
+
+if TYPE_CHECKING:
+    from sat.checkpoint.convert import Sources
 
 DESCRIPTION = """\
 Convert the checkpoint SRC to a new folder DST. The format of SRC is found by itself.
@@ -21,6 +25,7 @@ Convert the checkpoint SRC to a new folder DST. The format of SRC is found by it
   python convert.py MINE OUT --to native --base configs/mine.yaml --dtype bf16
   python convert.py checkpoints/tiny OUT --to native --merge-lora runs/lora:0.8
   python convert.py weights/plus OUT --to sat --tensor-parallel 2
+  python convert.py runs/sft OUT --to diffusers
   python convert.py runs/lora OUT --to peft
 
 Tensors pass through one at a time; DST appears whole or not at all.
@@ -31,6 +36,8 @@ sat        official: latest, 1/mp_rank_00_model_states.pt (one of N), vae/*.pt, 
 diffusers  a folder for CogView3PlusPipeline.from_pretrained
 If SRC is a LoRA (a file, its folder, or the folder of the run that trained it), so is DST: native, peft
 (adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
+If SRC is the folder of any other training, its newest whole checkpoint is read, and the parts that were not
+trained from where the training read them.
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
 """
 _FORMATS = ("native", "sat", "diffusers", "peft")
@@ -124,8 +131,9 @@ def _convert(args: argparse.Namespace) -> int:
     ranks = _ranks(args.tensor_parallel, args.to)
     sources = Sources(
         args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only),
-        _changing(args.merge_lora, ranks),
+        change=_changing(args.merge_lora, ranks),
     )  # fmt: skip
+    sources = _of_run(sources)
     bar = _Bar()
     try:
         done = convert(
@@ -145,6 +153,30 @@ def _convert(args: argparse.Namespace) -> int:
     parts = ", ".join(f"{part} {count} tensors" for part, count in done.tensors.items())
     print(f"{done.path}: {args.to}, {parts}, {done.nbytes / 1e9:.2f} GB read")
     return 0
+
+
+def _of_run(sources: Sources) -> Sources:
+    """``sources`` of a training's folder: its newest checkpoint, and the parts that it did not train."""
+    from sat.train.export import is_run, outcome
+
+    if not is_run(sources.path):
+        return sources
+    run = outcome(sources.path)
+    found = {part: sources.own[part] or path for part, path in run.parts.items() if part in sources.only}
+    for part, path in found.items():
+        if path is None:
+            name = part.replace("_", " ")
+            flag = f"name one with --{part.replace('_', '-')}, or " if part != "model" else ""
+            raise UsageError(
+                f"{sources.path}: this training began with a random {name} and left it as it was: {flag}"
+                f"convert the other parts alone with --only"
+            )
+    tokenizer = sources.tokenizer or (run.tokenizer if "text" in run.parts else None)
+    own = sources.own | found
+    return replace(
+        sources, path=run.trained, tokenizer=tokenizer,
+        model=own["model"], first_stage=own["first_stage"], text=own["text"],
+    )  # fmt: skip
 
 
 def _ranks(wanted: int, to: str) -> int:

@@ -8,17 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat.checkpoint.digest import digest
-from sat.checkpoint.format import PARTS, Part
+from sat.checkpoint.format import PARTS
 from sat.cli.guard import UsageError
-from sat.config.build import build, build_engine, build_guider, build_sampler
+from sat.config.build import build, build_engine
 from sat.config.load import Loaded, dump, load_full
 from sat.config.record import record
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainConfig, plain
@@ -32,9 +30,6 @@ from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import DTYPES, input_folder
-from sat.sampling.draw import Drawer, Look
-from sat.sampling.output import safe_name
-from sat.sampling.prompts import Prompt
 from sat.sampling.speed import compiled
 from sat.train import optim
 from sat.train.caches import Caches
@@ -46,14 +41,10 @@ from sat.train.log import Record
 from sat.train.loop import Extras, Trainer
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective
+from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder
 from sat.train.step import computing
 from sat.util import log as logs
-from sat.util.images import grid, write_png
-from sat.util.rng import ImageRng
-
-if TYPE_CHECKING:
-    from sat.train.loop import Draw
 
 log = logging.getLogger(__name__)
 
@@ -192,11 +183,11 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     mesh = Mesh(runtime, **experiment.parallel.sizes)
     weights = _weights(experiment, train)
     sets = open_data(data, runtime, held_out=train.validate_every is not None)
-    cached, spare = _cached(experiment, train, data, sets, runtime)
+    cached, caches = _cached(experiment, train, data, sets, runtime)
     torch.manual_seed(train.seed)
     engine = build_engine(
-        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights, without=spare,
-        mesh=mesh,
+        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights,
+        without=frozenset() if caches is None else caches.spare, mesh=mesh,
     )  # fmt: skip
     apply_sequence(engine.network, mesh.sequence)  # before an objective copies the network
     objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
@@ -216,7 +207,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
     trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
     extras = Extras(
         export=exporter(experiment, weights, engine, objective),
-        draw=_drawer(experiment, train, engine, runtime, mesh) if train.sample_every else None,
+        draw=_pictures(experiment, engine, objective, runtime, mesh, caches),
         tokens=token_counter(engine, objective),
         validation=validation,
     )
@@ -247,15 +238,15 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
 
 def _cached(
     experiment: Experiment, train: TrainConfig, data: DataConfig, sets: DataSets, runtime: Runtime
-) -> tuple[list[Items], frozenset[Part]]:
-    """The data sets out of the caches of ``data.cache``, now full, and the parts that they stand for."""
+) -> tuple[list[Items], Caches | None]:
+    """The data sets out of the caches of ``data.cache``, now full, and the caches."""
     if data.cache is None:
-        return [], frozenset()
+        return [], None
     caches = Caches(data.cache, experiment, train, _weights(experiment, train), runtime)
     views = [max(1, data.cache_views), 1]
     cached = [caches.over(dataset, count) for dataset, count in zip(sets.both(), views, strict=False)]
     caches.fill(cached, train.batch_size)
-    return [*cached], caches.spare
+    return [*cached], caches
 
 
 def _weights(experiment: Experiment, train: TrainConfig) -> CheckpointConfig:
@@ -331,37 +322,25 @@ def _items(
     ]
 
 
-def _drawer(
-    experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, runtime: Runtime, mesh: Mesh
-) -> Draw:
-    """Draws the fixed prompts as the sampling section says; the data ranks take turns."""
-    sampling = experiment.sampling
-    drawer = Drawer(
-        engine, build_sampler(experiment), device=runtime.device, decode_batch=experiment.memory.decode_batch,
-        team=mesh.team,
+def _pictures(
+    experiment: Experiment,
+    engine: DiffusionEngine,
+    objective: Objective,
+    runtime: Runtime,
+    mesh: Mesh,
+    caches: Caches | None,
+) -> Pictures | None:
+    """Draws the fixed prompts in between, if that is asked for."""
+    if experiment.train is None or experiment.train.sample_every is None:
+        return None
+    known = None if caches is None else caches.encoded()
+    pictures = Pictures(
+        experiment, engine, runtime, mesh, learns="text" in objective.parts(), known=known
     )  # fmt: skip
-    look = Look(sampling.height, sampling.width, sampling.steps, build_guider(experiment))
-    shape = engine.latent_shape(look.height, look.width)
-    inputs = input_folder(sampling, drawer.relay)
+    inputs = input_folder(experiment.sampling, pictures.drawer.relay)
     if inputs is not None:
-        inputs.check([Prompt(index, text) for index, text in enumerate(train.sample_prompts)])
-
-    def draw(folder: Path) -> None:
-        mine = range(mesh.data_rank, len(train.sample_prompts), mesh.data_ranks)
-        pictures = []
-        for index in mine:
-            prompt = train.sample_prompts[index]
-            rng = ImageRng.of(sampling.seed, [index], shape)
-            low = None if inputs is None else inputs.read(Prompt(index, prompt), [0])
-            latents = drawer.latents(drawer.encode([prompt])[0], rng, look, low=low)
-            for picture in drawer.images(latents):  # one, on the first rank of a team
-                folder.mkdir(parents=True, exist_ok=True)
-                write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
-                pictures.append(picture)
-        if mesh.data_ranks == 1 and len(pictures) > 1:
-            write_png(folder / "grid.png", grid(pictures, columns=min(8, len(pictures))))
-
-    return draw
+        pictures.enlarge(inputs)
+    return pictures
 
 
 def _note(

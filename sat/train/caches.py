@@ -16,8 +16,19 @@ from sat.checkpoint.format import DTYPES, PARTS, Part
 from sat.config.build import build_engine
 from sat.config.schema import CheckpointConfig, Experiment, TrainConfig, plain
 from sat.config.targets import resolve
-from sat.data.cache import Cached, Job, Store, Stores, fill_latents, fill_text, missing, prune
+from sat.data.cache import (
+    Cached,
+    Job,
+    Store,
+    Stores,
+    caption_key,
+    fill_latents,
+    fill_text,
+    missing,
+    prune,
+)
 from sat.parallel.collectives import barrier, from_main, gather
+from sat.sampling.draw import Encoded
 from sat.train.step import computing
 from sat.util.progress import progress
 
@@ -57,7 +68,8 @@ class Caches:
     """The caches under ``root`` for one experiment.
 
     Latents are cached unless the objective runs the first stage itself, embeddings unless it runs the text
-    encoder (``Objective.needs``). Ranks share the work.
+    encoder (``Objective.needs``). Ranks share the work. Prompts of pictures drawn in between are captions
+    too.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class Caches:
         if not (self.latents or self.text):
             log.warning("data.cache: %s runs every part itself, so nothing is cached", kind.__name__)
         self._kind = kind
+        self._prompts = _prompts(experiment, train)
         self._shell = build_engine(
             experiment, device="cpu", dtype=DTYPES[train.dtype], checkpoint=weights, without=PARTS
         )
@@ -122,13 +135,26 @@ class Caches:
                 cached.settle(cached.jobs())
         return count
 
+    def encoded(self) -> list[Encoded] | None:
+        """The encodings of ``train.sample_prompts``, if they are all kept; None if no embeddings are."""
+        if not self.text:
+            return None
+        store = Store(self.root, "text", self._facts["text"])
+
+        def read(prompt: str) -> Tensor:
+            return store.read(caption_key(prompt))["text"][None]
+
+        negative = self.experiment.sampling.negative_prompt
+        against = read(negative) if negative.strip() else None
+        return [Encoded(read(prompt), negative=against) for prompt in self.train.sample_prompts]
+
     def prune(self, sets: Sequence[Cached]) -> int:
         """Delete what these sets do not use; how many files that were (0 on other ranks)."""
         used: dict[Path, set[str]] = {}
         for cached in sets if self.runtime.is_main else []:
             jobs = cached.jobs() if self.latents else {}
-            stores = cached.stores
-            for store, keys in ((stores.latents, jobs), (stores.low, jobs), (stores.text, cached.captions())):
+            stores, captions = cached.stores, cached.captions() | self._prompts
+            for store, keys in ((stores.latents, jobs), (stores.low, jobs), (stores.text, captions)):
                 if store is not None:
                     used.setdefault(store.folder, set()).update(keys)
         return prune(self.root, {folder: frozenset(keys) for folder, keys in used.items()}) if used else 0
@@ -149,8 +175,9 @@ class Caches:
         work, seen = [], set[tuple[Store | None, str]]()
         for cached in sets:
             every = cached.jobs() if self.latents else {}
+            wanted = cached.captions() | self._prompts
             jobs = {k: v for k, v in every.items() if (cached.stores.latents, k) not in seen}
-            captions = {k: v for k, v in cached.captions().items() if (cached.stores.text, k) not in seen}
+            captions = {k: v for k, v in wanted.items() if (cached.stores.text, k) not in seen}
             seen |= {(cached.stores.latents, k) for k in jobs} | {(cached.stores.text, k) for k in captions}
             work.append(_Work(jobs, captions if self.text else {}))
         return work
@@ -256,15 +283,24 @@ class Caches:
 
 
 def spare_parts(experiment: Experiment, train: TrainConfig) -> frozenset[Part]:
-    """Parts of the engine that full caches make unnecessary. Sampling during the training needs them all."""
+    """Parts of the engine that full caches make unnecessary; drawing pictures needs the first stage."""
     kind: type[Objective] = resolve(train.objective.target, experiment.imports)
     needs = kind.needs(train.objective.params)
-    if train.sample_every is not None:
-        return frozenset()
-    spare: set[Part] = set() if "first_stage" in needs else {"first_stage"}
+    spare: set[Part] = set()
+    if "first_stage" not in needs and train.sample_every is None:
+        spare.add("first_stage")
     if "text" not in needs:
         spare.add("text")
     return frozenset(spare)
+
+
+def _prompts(experiment: Experiment, train: TrainConfig) -> dict[str, str]:
+    """By their keys, what is drawn in between and what guidance steers away from (nothing if empty)."""
+    if train.sample_every is None:
+        return {}
+    negative = experiment.sampling.negative_prompt
+    prompts = [*train.sample_prompts, *([negative] if negative.strip() else [])]
+    return {caption_key(prompt): prompt for prompt in prompts}
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,29 @@
-"""What a checkpoint holds beside the state: the trained parts as a native folder, or the adapter."""
+"""What a checkpoint holds beside the state: the trained parts as a native folder, or the adapter.
+
+And where the whole model is that a run came to.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sat.checkpoint.digest import digest
-from sat.checkpoint.format import DTYPES, InMemory
+from sat.checkpoint.format import DTYPES, PARTS, CheckpointError, InMemory, Part
+from sat.checkpoint.formats import detect
 from sat.checkpoint.save import Options, save_native
+from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.engine import DiffusionEngine
 from sat.train.checkpoints import Export
 from sat.train.lora import AdapterExport
 from sat.train.objectives import Objective
+from sat.train.resume import NATIVE, RunFolder
 
 
 def exporter(
@@ -72,3 +78,32 @@ class ModelExport:
             }
             parts[part] = InMemory(tensors, exact=[name for name, _ in module.named_buffers()])
         save_native(folder, parts, self.sections, options=Options(dtype=self.dtype), tokenizer=self.tokenizer)
+
+
+class Outcome(NamedTuple):
+    """Where a run's model is: ``trained`` its newest checkpoint, ``parts`` those of other paths.
+
+    A part of path None was drawn at random and not trained.
+    """
+
+    trained: Path
+    parts: dict[Part, Path | None]
+    tokenizer: Path | None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is what a training wrote."""
+    return (folder / "resolved.yaml").is_file() and (folder / "checkpoints").is_dir()
+
+
+def outcome(run: Path) -> Outcome:
+    """What the training in ``run`` came to, with the parts it left as they were."""
+    saved = RunFolder(run).saved()
+    if not saved:
+        raise CheckpointError(f"{run}: this training has no whole checkpoint yet")
+    native = saved[-1].path / NATIVE
+    experiment = load_full([run / "resolved.yaml"]).experiment
+    began = experiment.train.init_from if experiment.train is not None else None
+    weights, held = began or experiment.checkpoint, detect(native).parts(native)
+    others = {part: weights.source(part) for part in PARTS if part not in held}
+    return Outcome(native, others, experiment.conditioning.tokenizer)

@@ -102,8 +102,9 @@ def _changes(experiment: Experiment, ranks: int) -> Iterator[Change]:
     """The changes that this experiment has not made yet."""
     train, data = sections(experiment)
     if data.cache is None and spare_parts(experiment, replace(train, sample_every=None)):
-        sampled = "" if train.sample_every is None else " train.sample_every=null"
-        yield Change(f"data.cache=CACHE{sampled}", _cached)
+        yield Change("data.cache=CACHE", _cached)
+        if train.sample_every is not None:  # the first stage goes too
+            yield Change("data.cache=CACHE train.sample_every=null", _unsampled)
     if train.zero < 2:
         yield _ZERO
     if not train.activation_checkpointing:
@@ -132,9 +133,12 @@ def _train(**values: object) -> Callable[[Experiment], Experiment]:
 
 
 def _cached(experiment: Experiment) -> Experiment:
-    train, data = sections(experiment)
-    unsampled = replace(train, sample_every=None)
-    return replace(experiment, train=unsampled, data=replace(data, cache=Path("CACHE")))
+    _, data = sections(experiment)
+    return replace(experiment, data=replace(data, cache=Path("CACHE")))
+
+
+def _unsampled(experiment: Experiment) -> Experiment:
+    return _train(sample_every=None)(_cached(experiment))
 
 
 def _lora(experiment: Experiment) -> Experiment:

@@ -71,9 +71,9 @@ def test_ranks_hold_the_same_weights(results, stage) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(results, stage) -> None:
     end = value(results, f"{stage}/resumed")
-    assert end["start"] == 3
+    assert end["start"] == 5
     assert difference(end["weights"], value(results, f"{stage}/run")["weights"]) <= EXACT
-    assert end["position"] == {"position": 36}
+    assert end["position"] == {"position": 60}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -114,8 +114,8 @@ def test_a_run_goes_on_in_another_layout_as_if_nothing_had_happened(results, cas
     source = ANEW[case][0]
     whole = value(results, source if source == "single" else f"{source}/run")["weights"]
     end = value(results, case)
-    assert end["start"] == 3
-    assert end["position"] == {"position": 36}, "images in order, none lost, none twice"
+    assert end["start"] == 5
+    assert end["position"] == {"position": 60}, "images in order, none lost, none twice"
     assert difference(end["weights"], whole) <= (BF16 if source == "bf16" else 1e-6)
 
 
@@ -136,7 +136,7 @@ def test_another_number_of_images_a_step_is_not_taken_by_accident(results) -> No
 def test_saving_in_the_background_changes_nothing_and_leaves_whole_checkpoints(results) -> None:
     end = value(results, "background")
     assert difference(end["weights"], value(results, "zero0/run")["weights"]) <= EXACT
-    assert end["saved"] == [1, 2, 3, 4, 5, 6]
+    assert end["saved"] == list(range(1, 11))
 
 
 def test_a_streak_of_nan_losses_ends_the_run_on_all_ranks(results) -> None:

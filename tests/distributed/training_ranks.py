@@ -168,9 +168,9 @@ def _copied(source: Path, work: Any) -> Any:
     def act(runtime: Runtime, folder: Path, config: TrainConfig) -> Any:
         import shutil
 
-        target = folder / "run" / "checkpoints" / "step_00000003"
+        target = folder / "run" / "checkpoints" / "step_00000005"
         if runtime.is_main:
-            shutil.copytree(source / "run" / "checkpoints" / "step_00000003", target)
+            shutil.copytree(source / "run" / "checkpoints" / "step_00000005", target)
         gather(None)
         return work(runtime, folder, config)
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.checkpoints import tokenizer
@@ -92,9 +94,18 @@ def test_another_placement_makes_new_latents_and_keeps_the_embeddings(ran) -> No
     assert ran.ends["moving"]["loaded"] == ["first_stage", "model"]
 
 
-def test_sampling_while_training_needs_every_part(ran) -> None:
-    ran.good("sampling")
-    assert ran.ends["sampling"]["loaded"] == ["text", "model", "first_stage"]
+def test_pictures_on_the_way_have_their_prompts_encoded_once_and_need_no_text_encoder(ran) -> None:
+    assert "17 text embeddings, 2 of them to make" in ran.good("sampling")
+    assert "0 of them to make" in ran.good("sampling_again")
+    assert ran.ends["sampling_again"]["loaded"] == ["model", "first_stage"]
+    ran.good("sampling_plain")
+    assert ran.ends["sampling_plain"]["loaded"] == ["text", "model", "first_stage"]
+    ours, plain = (
+        np.asarray(Image.open(ran.folder / name / "samples" / "step_00000004" / "00_a_dog.png"), dtype=int)
+        for name in ("sampling_again", "sampling_plain")
+    )
+    assert abs(ours - plain).max() <= 1  # of 255: the cache encodes several prompts at a time
+    assert plain.std() > 5
 
 
 def test_a_first_stage_trains_without_a_cache(ran) -> None:

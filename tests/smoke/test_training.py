@@ -14,11 +14,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers import CogView3PlusPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from sat.cli.convert import main as convert
 from sat.cli.train import main
 from sat.config.load import load
+from sat.pipeline import Pipeline
 from sat.train.resume import RunFolder, torn
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
@@ -157,6 +160,44 @@ def test_cached_latents_are_trained_on(ran) -> None:
     assert not averages(native)
 
 
+def test_wandb_is_written_offline_without_a_key(ran) -> None:
+    said = good(ran, "cached")
+    assert "wandb does not start" not in said
+    (written,) = (ran.folder / "cached" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"tokens_per_second" in written.read_bytes()
+
+
+def test_what_a_run_trained_draws_the_same_through_diffusers(ran, tmp_path) -> None:
+    run, out = ran.folder / "cached", tmp_path / "theirs"
+    with_first_stage = ["--first-stage", str(ran.folder / "vae" / "checkpoints" / "step_00000002" / "native")]
+    assert convert([str(run), str(out), "--to", "diffusers", *with_first_stage]) == 0
+    theirs = CogView3PlusPipeline.from_pretrained(out, dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    native = run / "checkpoints" / "step_00000002" / "native"
+    ours = Pipeline.from_config(
+        [run / "resolved.yaml"],
+        ["model.params.double_norm=false", "diffusion.schedule.params.rescale=before_spacing",
+         "diffusion.schedule.params.quantise=false", "data=null", "train=null",
+         f"checkpoint={{model: {native}, text: {native}, first_stage: {with_first_stage[1]}}}"],
+        device="cpu", dtype="fp32",
+    )  # fmt: skip
+    noise = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
+    picture = theirs(
+        "a red apple", height=48, width=64, num_inference_steps=10, guidance_scale=3.0, latents=noise.clone(),
+        max_sequence_length=8, output_type="pt",
+    ).images  # fmt: skip
+    latents = ours(["a red apple"], steps=10, guidance=3.0, latents=noise).latents
+    assert picture.std() > 0.02  # not flat, not saturated
+    assert (picture - ours.drawer.engine.decode(latents)).abs().max() < 1e-3
+
+
+def test_a_part_that_began_at_random_is_not_converted_in_silence(ran, tmp_path, capsys) -> None:
+    assert convert([str(ran.folder / "cached"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+    assert "began with a random first stage and left it as it was: name one with --first-stage" in (
+        capsys.readouterr().err
+    )
+
+
 def test_bf16_weights_train_validate_sample_and_save(ran) -> None:
     good(ran, "bf16")
     run = ran.folder / "bf16"
@@ -244,18 +285,42 @@ def steps(run: Path) -> list[int]:
     return [saved.step for saved in RunFolder(run).saved()]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(ran, spiece, tmp_path) -> None:
-    base, out = write(tmp_path, spiece), tmp_path / "run"
-    process = start(base, out)
-    wait_for(lambda: any((out / "checkpoints").glob("*2/state/*")), process)  # step 2 is being written
+def kill_while_saving(process: subprocess.Popen[str], out: Path) -> Path:
+    """Kill ``process`` while it writes a checkpoint behind a whole one; the torn folder."""
+
+    def written() -> list[Path]:
+        folders = {file.parent.parent for file in out.glob("checkpoints/step_*/state/*")}
+        return [folder for folder in folders if torn(folder)] if steps(out) else []
+
+    def caught() -> bool:
+        if not written():
+            return False
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)  # it may have got to the end of it meanwhile
+        if written():
+            return True
+        process.send_signal(signal.SIGCONT)
+        return False
+
+    wait_for(caught, process)
     process.kill()
     process.communicate()
-    whole = steps(out)
-    assert whole[0] == 1
-    assert len(whole) < 6
+    (folder,) = written()
+    return folder
+
+
+def test_a_run_killed_while_saving_resumes_to_the_same_bits(ran, spiece, tmp_path) -> None:
+    base, out = write(tmp_path, spiece), tmp_path / "run"
+    kill_while_saving(start(base, out), out)
+    first = steps(out)[-1]
+    left = kill_while_saving(start(base, out, "--resume", "train.background_save=true"), out)
+    last = steps(out)[-1]
+    assert last >= first
     process = start(base, out, "--resume")
-    assert process.wait(240) == 0, process.communicate()[1]
-    process.communicate()
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, said
+    assert f"{left.name} is torn" in said
+    assert f"at step {last} of 6" in said
     assert same(state(out, 6), state(ran.folder / "whole", 6))
     assert not any(torn(path) for path in (out / "checkpoints").iterdir())
 

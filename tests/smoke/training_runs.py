@@ -80,7 +80,10 @@ def everything(folder: Path, spiece: Path) -> None:
     torn = folder / "half" / "checkpoints" / "step_00000006"
     (torn / "COMPLETE").unlink()
     run("torn", "--resume", "train.sample_every=null", "train.background_save=true", to="half")
-    run("cached", "data.cache_views=2", "train.sample_every=null", "train.ema=null", "--steps", "2")
+    run(
+        "cached", "data.cache_views=2", "train.sample_every=null", "train.ema=null", "--steps", "2",
+        "train.wandb=offline", "model.params.table_size=[6, 6]",
+    )  # fmt: skip
     run(
         "bf16",
         "--dtype",

@@ -1,0 +1,99 @@
+"""Pictures of fixed prompts, drawn while a training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sat.checkpoint.format import DTYPES
+from sat.config.build import build_guider, build_sampler
+from sat.config.schema import Experiment
+from sat.engine import DiffusionEngine
+from sat.parallel.launch import Runtime
+from sat.parallel.mesh import Mesh
+from sat.sampling.draw import Drawer, Encoded, Look
+from sat.sampling.inputs import InputFolder
+from sat.sampling.output import safe_name
+from sat.sampling.prompts import Prompt
+from sat.util.images import grid, write_png
+from sat.util.rng import ImageRng
+
+
+class Pictures:
+    """Draws ``train.sample_prompts`` as the sampling section says; the data ranks take turns.
+
+    Prompts are encoded once, now, unless the text encoder ``learns``. ``known`` are the encodings of all
+    of them, for an engine without a text encoder. An encoder that ``memory.text_encoder`` would not keep
+    waits in host memory while pictures are drawn; the next captions fetch it back.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        engine: DiffusionEngine,
+        runtime: Runtime,
+        mesh: Mesh,
+        *,
+        learns: bool,
+        known: Sequence[Encoded] | None = None,
+    ) -> None:
+        assert experiment.train is not None, "only a training draws in between"
+        self.prompts, self.sampling = experiment.train.sample_prompts, experiment.sampling
+        self.runtime, self.mesh = runtime, mesh
+        self.drawer = Drawer(
+            engine, build_sampler(experiment), device=runtime.device,
+            decode_batch=experiment.memory.decode_batch, team=mesh.team,
+        )  # fmt: skip
+        self.look = Look(
+            self.sampling.height, self.sampling.width, self.sampling.steps, build_guider(experiment)
+        )
+        self.inputs: InputFolder | None = None
+        self.mine = range(mesh.data_rank, len(self.prompts), mesh.data_ranks)
+        self._waits = not learns and known is None and experiment.memory.text_encoder != "keep"
+        self._encoded: list[Encoded] | None = None
+        if known is not None:
+            dtype = DTYPES[experiment.train.dtype]
+            self._encoded = [_in(dtype, known[index]) for index in self.mine]
+        elif not learns:
+            self._encoded = self._encode()
+
+    def enlarge(self, inputs: InputFolder) -> None:
+        """Start from the pictures of ``inputs``, which must be there for every prompt."""
+        inputs.check([Prompt(index, text) for index, text in enumerate(self.prompts)])
+        self.inputs = inputs
+
+    def __call__(self, folder: Path) -> None:
+        """One picture of each prompt into ``folder``, and a grid where one rank has them all."""
+        encoded = self._encode() if self._encoded is None else self._encoded
+        if self._waits:
+            self.drawer.engine.conditioner.text_encoder_to(torch.device("cpu"))
+            self.runtime.free_memory()
+        pictures = []
+        for index, text in zip(self.mine, encoded, strict=True):
+            prompt = self.prompts[index]
+            for picture in self._draw(index, text):  # one, on the first rank of a team
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
+                pictures.append(picture)
+        if self.mesh.data_ranks == 1 and len(pictures) > 1:
+            write_png(folder / "grid.png", grid(pictures, columns=min(8, len(pictures))))
+
+    def _encode(self) -> list[Encoded]:
+        """The prompts of this rank through the text encoder."""
+        return self.drawer.encode([self.prompts[i] for i in self.mine], self.sampling.negative_prompt)
+
+    def _draw(self, index: int, text: Encoded) -> list[Image.Image]:
+        shape = self.drawer.engine.latent_shape(self.look.height, self.look.width)
+        rng = ImageRng.of(self.sampling.seed, [index], shape)
+        low = None if self.inputs is None else self.inputs.read(Prompt(index, self.prompts[index]), [0])
+        return self.drawer.images(self.drawer.latents(text, rng, self.look, low=low))
+
+
+def _in(dtype: torch.dtype, one: Encoded) -> Encoded:
+    """``one`` in the type of the network's weights."""
+    negative = None if one.negative is None else one.negative.to(dtype)
+    return replace(one, text=one.text.to(dtype), negative=negative)
