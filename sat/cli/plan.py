@@ -6,13 +6,15 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
-from sat.config.schema import Experiment
+from sat.config.schema import Experiment, OffloadConfig
 from sat.parallel.mesh import data_ranks
-from sat.train.fit import Fit, fit
-from sat.train.plan import LIVE, Plan, Planner, sections
+from sat.train.fit import Fit, fit, offloaded
+from sat.train.plan import LIVE, Plan, Planner, on_host, sections
 
 GB = 1e9
+STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 
 
 def plan(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
@@ -89,15 +91,22 @@ def _table(now: Plan) -> Iterator[str]:
 
 
 def _others(planner: Planner, experiment: Experiment, ranks: int) -> Iterator[str]:
-    """The same at other ZeRO stages, with and without checkpointing."""
+    """The same at other ZeRO stages, with and without checkpointing; nothing offloaded but where said."""
     train, _ = sections(experiment)
     yield f"most at a time, otherwise the same:{'checkpointing':>25}{'without':>12}"
-    for zero in range(0 if train.dtype == "fp32" else 1, 4):
+    gathered = f"(estimate: at most {LIVE / 1e9:g} G weights gathered)"
+    rows = [
+        (f"ZeRO {zero} {gathered if zero == 3 else ''}", replace(train, zero=zero, offload=OffloadConfig()))
+        for zero in STAGES
+        if zero or train.dtype == "fp32"
+    ]
+    away = sections(offloaded(experiment))[0]
+    rows += [] if on_host(experiment) else [("ZeRO 3 offloaded (configs/zero3_offload.yaml)", away)]
+    for name, stage in rows:
         totals = []
         for checkpointing in (True, False):
-            changed = replace(train, activation_checkpointing=checkpointing)
-            totals.append(planner.plan(replace(experiment, train=changed), ranks, zero).total)
-        name = f"ZeRO {zero}" if zero < 3 else f"ZeRO 3 (estimate: at most {LIVE / 1e9:g} G weights gathered)"
+            changed = replace(stage, activation_checkpointing=checkpointing)
+            totals.append(planner.plan(replace(experiment, train=changed), ranks).total)
         yield f"  {name:<46}{_gb(totals[0]):>12}{_gb(totals[1]):>12}"
 
 

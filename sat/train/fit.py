@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sat.config.schema import Experiment, LoraConfig
+from sat.config.schema import Experiment, LoraConfig, OffloadConfig
 from sat.config.targets import resolve
 from sat.train.caches import spare_parts
-from sat.train.plan import Planner, sections
+from sat.train.plan import Planner, on_host, sections
 
 MOST_RANKS = 64
 LORA = LoraConfig(targets=["attention", "mlp"])
@@ -91,7 +91,10 @@ def _more_ranks(
     budget: int,
 ) -> Outcome | None:
     """With twice as many ranks, and twice again."""
-    zero = [] if any(c.says == _ZERO.says for c in taken) or sections(experiment)[0].zero == 2 else [_ZERO]
+    changed = experiment
+    for change in taken:
+        changed = change.apply(changed)
+    zero = [_ZERO] if sections(changed)[0].zero < 2 else []
     while (ranks := 2 * ranks) <= MOST_RANKS:
         if (tried := outcome([*taken, *zero], ranks)).total <= budget:
             return tried
@@ -114,6 +117,10 @@ def _changes(experiment: Experiment, ranks: int) -> Iterator[Change]:
         batch, accumulate = batch // 2, 2 * accumulate
         says = f"train.batch_size={batch} train.accumulate={accumulate}"
         yield Change(says, _train(batch_size=batch, accumulate=accumulate))
+    if train.zero < 3 and ranks > 1:
+        yield Change("train.zero=3", _train(zero=3))
+    if not (train.offload.optimizer and train.offload.parameters) and not on_host(experiment):
+        yield Change("configs/zero3_offload.yaml laid over it", offloaded)
     if experiment.adapters.lora is None and _adaptable(experiment):
         yield Change("LoRA (configs/lora.yaml laid over it)", _lora)
 
@@ -130,6 +137,11 @@ def _train(**values: object) -> Callable[[Experiment], Experiment]:
         return replace(experiment, train=replace(train, **values))  # type: ignore[arg-type]
 
     return apply
+
+
+def offloaded(experiment: Experiment) -> Experiment:
+    """``experiment`` with configs/zero3_offload.yaml laid over it."""
+    return _train(zero=3, offload=OffloadConfig(optimizer=True, parameters=True))(experiment)
 
 
 def _cached(experiment: Experiment) -> Experiment:

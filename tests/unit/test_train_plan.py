@@ -14,11 +14,12 @@ from sat.cli.train import main, size
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import Experiment, OffloadConfig
-from sat.train.fit import fit
+from sat.train.fit import fit, offloaded
 from sat.train.plan import Plan, Planner, largest_size, sections
 from tests.configs import DEBUG, ROOT
 
 BASE = [DEBUG, ROOT / "configs" / "tiny_train.yaml"]
+OFFLOADED = ROOT / "configs" / "zero3_offload.yaml"
 SETTINGS = (
     "train.sample_every=null", "train.batch_size=4", "data.height=48", "data.width=64",
     "checkpoint.first_stage=null", "data.cache_views=0", "train.objective.params.train_text=false",
@@ -152,6 +153,27 @@ def test_changes_that_fit_are_planned_not_guessed() -> None:
         "data.cache", "train.zero", "train.activation_checkpointing", "train.batch_size",
         "LoRA (configs/lora.yaml laid over it)",
     }  # fmt: skip
+
+
+def test_on_a_gpu_sharing_out_weights_and_offloading_are_offered_after_what_costs_less() -> None:
+    before = experiment("parallel.device=cuda", "train.zero=2")
+    offered = [o.says for o in fit(PLANNER, before, 8, 1000).alone]
+    assert offered.index("train.zero=3") + 1 == offered.index("configs/zero3_offload.yaml laid over it")
+    assert [says.partition("=")[0] for says in offered].index("train.batch_size") < offered.index(
+        "train.zero=3"
+    )
+    away = offloaded(before)
+    enough = PLANNER.plan(away, 8).total
+    found = fit(PLANNER, before, 8, enough)
+    assert found.found is not None
+    assert found.found.total <= enough < PLANNER.plan(before, 8).total
+    assert sections(away)[0].offload == sections(load([*BASE, OFFLOADED], SETTINGS))[0].offload
+    assert sections(away)[0].zero == 3
+
+
+def test_more_ranks_are_tried_with_what_is_offloaded_already() -> None:
+    before = offloaded(experiment("parallel.device=cuda"))
+    assert fit(PLANNER, before, 2, 1000).found is None
 
 
 def test_what_no_change_brings_into_the_budget_is_said() -> None:
