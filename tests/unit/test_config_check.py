@@ -97,7 +97,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         (["model.target=sat.models.cogview3_plis.CogView3Plus"], "did you mean sat.models.cogview3_plus?"),
         (["model.target=sgm.modules.diffusionmodules.dit.DiffusionTransformer"], "is a class of the official code"),
         (["model.target=sat.diffusion.schedule.ZeroSNR"], "expected Module, got sat.diffusion.schedule.ZeroSNR"),
-        (["model.target=sat.config.schema.Path"], "'sat.config.schema.Path' is defined in 'pathlib"),
+        (["model.target=sat.config.schema.base.Path"], "'sat.config.schema.base.Path' is defined in 'pathlib"),
         (["model.target=sat.config.record.subprocess"], "'sat.config.record.subprocess' is not a class or function"),
         (["model.target=sat.config.source._int"], "module 'sat.config.source' has no '_int'"),
         (["diffusion.loss={target: sat.diffusion.loss.DenoisingLoss, params: {weighting: 3}}"],

@@ -1,0 +1,46 @@
+"""Every section of an experiment as a frozen dataclass: unknown keys are errors, defaults are written once.
+
+Nothing heavy is imported, so any layer may use these types. Sizes are (height, width) in pixels unless a
+field says otherwise. Rules about several fields of a section are its ``_rules``; rules between sections are
+in ``between.py``.
+"""
+
+from sat.config.schema.adapters import AdaptersConfig, LoadConfig, LoraConfig
+from sat.config.schema.base import Broken, Component, Makes, MustExist, Precision, RuleError, Section, plain
+from sat.config.schema.data import AugmentConfig, BucketsConfig, DataConfig, SourceConfig
+from sat.config.schema.experiment import Experiment
+from sat.config.schema.memory import MemoryConfig, QuantizeConfig
+from sat.config.schema.model import WEIGHTS, CheckpointConfig, ConditioningConfig, DiffusionConfig
+from sat.config.schema.run import OutputConfig, ParallelConfig
+from sat.config.schema.sampling import SamplingConfig
+from sat.config.schema.train import OffloadConfig, TrainConfig
+
+__all__ = [
+    "Precision",
+    "Broken",
+    "Makes",
+    "MustExist",
+    "RuleError",
+    "Section",
+    "Component",
+    "plain",
+    "WEIGHTS",
+    "DiffusionConfig",
+    "ConditioningConfig",
+    "CheckpointConfig",
+    "SamplingConfig",
+    "QuantizeConfig",
+    "MemoryConfig",
+    "OutputConfig",
+    "ParallelConfig",
+    "OffloadConfig",
+    "TrainConfig",
+    "LoraConfig",
+    "LoadConfig",
+    "AdaptersConfig",
+    "SourceConfig",
+    "AugmentConfig",
+    "BucketsConfig",
+    "DataConfig",
+    "Experiment",
+]
