@@ -1,10 +1,10 @@
 """What parallel layouts of CogView3-Plus cost, computed: operations and bytes sent over given rates.
 
-    python benchmarks/parallel_cost.py [--model configs/plus.yaml's sizes are the defaults; see --help]
+    python benchmarks/parallel_cost.py [--accumulate 4]
 
-Nothing here is measured. Volumes are exact counts of what ``sat/parallel`` sends (``bench_parallel.py`` counts
-the same on real ranks); seconds are those volumes over the rates of :class:`Gpu`, whose attained shares are
-assumptions, printed with the tables. L = text + image tokens, D width, R rows in the network (2 with
+Nothing here is measured. Volumes are exact counts of what ``sat/parallel`` sends (``bench_parallel.py``
+counts the same on real ranks); seconds are those volumes over the rates of :class:`Gpu`, whose attained shares
+are assumptions, printed with the tables. L = text + image tokens, D width, R rows in the network (2 with
 classifier-free guidance), t, s, g, d the tensor, sequence, guidance and data ranks. A layer needs
 24 L D^2 + 4 L^2 D operations a row; of each rank it sends, in a forward pass,
 
@@ -24,7 +24,7 @@ HALF = 2  # bytes of a bf16 element
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of a node of ``node``, H100 SXM class. Rates are attained ones: peak times the share assumed."""
+    """One GPU of a node of ``node``, H100 SXM class. Rates: peak times the share taken to be attained."""
 
     matmul: float = 0.65 * 989e12  # dense bf16 operations a second
     attention: float = 0.30 * 989e12  # head size 40 fills 40 of the 64 lanes that kernels compute
@@ -184,8 +184,8 @@ def training_table(model: Model, gpu: Gpu, side: int, accumulate: int) -> list[s
         for step, layout in sorted(fitting, key=lambda pair: -pair[0].images / pair[0].seconds)[:3]:
             rate = step.images / step.seconds
             lines.append(
-                f"| {ranks} | {layout} | {rate:.1f} | {rate / linear / ranks:.2f} | {1e3 * step.reducing:.0f} | "
-                f"{step.kept / 1e9:.1f} |"
+                f"| {ranks} | {layout} | {rate:.1f} | {rate / linear / ranks:.2f} | "
+                f"{1e3 * step.reducing:.0f} | {step.kept / 1e9:.1f} |"
             )
     return lines
 
