@@ -3,8 +3,8 @@
     python benchmarks/parallel_cost.py [--accumulate 4]
 
 Nothing here is measured. Volumes are exact counts of what ``sat/parallel`` sends (``bench_parallel.py``
-counts the same on real ranks); seconds are those volumes over the rates of :class:`Gpu`: peaks times shares that
-are assumed, printed with the tables. L = text + image tokens, D width, R rows in the network (2 with
+counts the same on real ranks); seconds are those volumes over the rates of :class:`Gpu`: peaks times
+assumed shares, printed with the tables. L = text + image tokens, D width, R rows in the network (2 with
 classifier-free guidance), t, s, g, d the tensor, sequence, guidance and data ranks. A layer needs
 24 L D^2 + 4 L^2 D operations a row; of each rank it sends, in a forward pass,
 
