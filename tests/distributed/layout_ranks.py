@@ -277,7 +277,7 @@ def main(folder: Path) -> None:
             steps=10,
             batch_size=2,
             accumulate=2,
-            lr=0.3,
+            lr=30.0 if lora else 0.3,
             ema=None,
             log_every=1,
             save_every=100,
