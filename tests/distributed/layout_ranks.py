@@ -97,7 +97,8 @@ def command(
     from sat.cli.sample import main
     from sat.sampling.output import OutputFolder
 
-    (folder / "prompts.txt").write_text("a red apple\na blue car\nthe sun\n")
+    prompts = folder / f"prompts_{runtime.rank}.txt"  # one each: nobody reads what another is still writing
+    prompts.write_text("a red apple\na blue car\nthe sun\n")
     words = ["--base", str(DEBUG), f"conditioning.tokenizer={folder.parent / 'spiece.model'}", "--resume"]
     words += ["parallel.device=cpu", *(f"parallel.{axis}={size}" for axis, size in layout.items())]
     if done is not None and runtime.is_main:
@@ -111,7 +112,7 @@ def command(
         return write(self, prompt, *given)
 
     OutputFolder.write_image = noted  # type: ignore[method-assign]
-    arguments = ["--prompt-file", str(folder / "prompts.txt"), "--output-dir", str(folder / "out")]
+    arguments = ["--prompt-file", str(prompts), "--output-dir", str(folder / "out")]
     return {"code": main([*words, *arguments]), "written": written}
 
 
