@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -34,12 +34,16 @@ def plan(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
     ]:
         print(line)
     if count > readers:
-        print(
-            "weights and activations are given whole: what parallel.tensor and sequence save comes off them"
-        )
+        print(_team(sizes))
     if budget is not None:
         for line in _fitting(fit(planner, experiment, count, budget)):
             print(line)
+
+
+def _team(sizes: Mapping[str, int]) -> str:
+    """What the numbers are of, where ranks work on the same images."""
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return f"weights, activations and TFLOP are those of the first rank of a team of {layout}"
 
 
 def _gb(size: float) -> str:
@@ -74,7 +78,7 @@ def _table(now: Plan) -> Iterator[str]:
     yield _row("weights, trained", weights.trained, f"{weights.trained_elements / 1e6:,.1f} M parameters")
     frozen = ", ".join(f"{name} {_gb(size)}" for name, size in weights.frozen.items())
     yield _row("weights, frozen", sum(weights.frozen.values()), frozen)
-    part = "" if now.zero == 0 or now.ranks == 1 else f"1/{now.ranks} of them"
+    part = "" if now.zero == 0 or now.sharing == 1 else f"1/{now.sharing} of them"
     yield _row("float32 masters", now.masters, part)
     yield _row("optimizer state", now.optimizer, part)
     yield _row("moving average (EMA)", now.average, part)

@@ -3,13 +3,14 @@
 Sizes are those of the tensors that the run will make: the engine and the objective are built without data and
 one micro-batch goes through them (:mod:`sat.train.trace`). What the optimizer side takes is DeepSpeed's
 arithmetic (0.19, ``runtime/zero/stage_1_and_2.py``), written out below. All numbers are bytes unless a name
-says otherwise. P are the trained parameters, N the ranks.
+says otherwise. P are the trained parameters of a rank, N the ranks that share out their optimizer state. Of a
+team (``parallel.tensor``, ``sequence``) the first rank is measured, with its share of weights and tokens.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -25,6 +26,11 @@ from sat.data.batch import Batch
 from sat.data.loader import AHEAD
 from sat.engine import DiffusionEngine
 from sat.models.t5.tokenizer import T5Tokenizer, Tokens
+from sat.parallel.apply import apply_plan
+from sat.parallel.mesh import Mesh
+from sat.parallel.pretend import pretended
+from sat.parallel.sequence import apply_sequence
+from sat.plan import family_plan
 from sat.train import optim
 from sat.train.caches import spare_parts
 from sat.train.data import bucket_rule
@@ -85,7 +91,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one of ``ranks`` ranks; see the module."""
+    """The memory of one of ``ranks`` ranks, of which ``tensor`` share the weights; see the module."""
 
     measured: Measured
     state: State
@@ -97,6 +103,12 @@ class Plan:
     host: bool  # on the CPU: unwritten memory takes none; batches and checkpoints are there too
     waiting: int  # batches that are read ahead
     offload: OffloadConfig = OffloadConfig()
+    tensor: int = 1
+
+    @property
+    def sharing(self) -> int:
+        """Ranks with the same weights, which share out their optimizer state: N."""
+        return self.ranks // self.tensor
 
     @property
     def stepped_away(self) -> bool:
@@ -113,7 +125,7 @@ class Plan:
     def _weights_away(self) -> int:
         if not self.offload.parameters or self.zero < 3 or self.host:
             return 0
-        return self.measured.weights.trained // self.ranks
+        return self.measured.weights.trained // self.sharing
 
     @property
     def gradient(self) -> int:
@@ -125,7 +137,7 @@ class Plan:
     def share(self) -> int:
         """Elements whose optimizer state is on this rank: P / N, at ZeRO 0 all."""
         elements = self.measured.weights.trained_elements
-        return elements if self.zero == 0 else -(-elements // self.ranks)
+        return elements if self.zero == 0 else -(-elements // self.sharing)
 
     @property
     def weights(self) -> Weights:
@@ -135,8 +147,8 @@ class Plan:
             return whole
         network = whole.trained + whole.frozen.get("network", 0)
         gathered = min(network, LIVE * self.gradient)
-        frozen = {k: v // self.ranks if k == "network" else v for k, v in whole.frozen.items()}
-        return Weights(whole.trained // self.ranks + gathered, whole.trained_elements, frozen)
+        frozen = {k: v // self.sharing if k == "network" else v for k, v in whole.frozen.items()}
+        return Weights(whole.trained // self.sharing + gathered, whole.trained_elements, frozen)
 
     @property
     def masters(self) -> int:
@@ -215,7 +227,7 @@ class Plan:
         if self.stepped_away:
             return self.bucket
         if self.zero == 0:
-            together = FULL * min(BUCKET, self.share) if self.ranks > 1 else 0
+            together = FULL * min(BUCKET, self.share) if self.sharing > 1 else 0
             return self.gradients + max(passing, together)
         wide = 0 if self.gradient == FULL else FULL * self.share
         applied = 2 * own + wide + passing  # the share, its flat copy, and that in float32
@@ -252,6 +264,7 @@ class Planner:
         return Plan(
             measured, self._states[key], ranks, stage, train.accumulate, train.batch_size,
             train.ema is not None, host, AHEAD if data.workers else 0, train.offload,
+            experiment.parallel.tensor,
         )  # fmt: skip
 
     def measured(self, experiment: Experiment) -> Measured:
@@ -261,7 +274,7 @@ class Planner:
             experiment.model, experiment.diffusion, experiment.adapters, train.objective, train.batch_size,
             train.dtype, train.autocast, train.activation_checkpointing, data.height, data.width,
             data.buckets, bool(data.cache), bool(data.cache_views), train.sample_every is None,
-            experiment.memory.quantize,
+            experiment.memory.quantize, experiment.parallel.tensor, experiment.parallel.sequence,
         ))  # fmt: skip
         if key not in self._measured:
             self._measured[key] = measure(experiment)
@@ -281,7 +294,12 @@ def on_host(experiment: Experiment) -> bool:
 
 
 def measure(experiment: Experiment) -> Measured:
-    """Build ``experiment`` without data and run one micro-batch."""
+    """Build ``experiment`` without data and run one micro-batch, as the first rank of a team does."""
+    with pretended(tensor=experiment.parallel.tensor, sequence=experiment.parallel.sequence) as mesh:
+        return _measure(experiment, mesh)
+
+
+def _measure(experiment: Experiment, mesh: Mesh) -> Measured:
     train, data = sections(experiment)
     kind: type[Objective] = resolve(train.objective.target, experiment.imports)
     needs = kind.needs(train.objective.params)
@@ -293,6 +311,8 @@ def measure(experiment: Experiment) -> Measured:
         params = {**params, **stage.params}
     ledger = Ledger(blocked=on_host(experiment))
     engine = build_shapes(experiment, DTYPES[train.dtype], ledger.without_data(), spare)
+    with ledger.without_data():
+        _split(engine, mesh, spare)
     engine.conditioner.tokenizer = _AnyText(experiment.conditioning.max_length)
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -325,6 +345,14 @@ def measure(experiment: Experiment) -> Measured:
         )
     text_tokens = experiment.conditioning.max_length if "model" in objective.parts() else 0
     return Measured(weights, found, data_bytes, size, _image_tokens(engine, size), text_tokens)
+
+
+def _split(engine: DiffusionEngine, mesh: Mesh, spare: Collection[Part]) -> None:
+    """As a training does: network and text encoder over tensor ranks, the network's tokens over others."""
+    parts: dict[Part, nn.Module] = {"model": engine.network, "text": engine.conditioner.text}
+    for module in (module for part, module in parts.items() if part not in spare and mesh.tensor.size > 1):
+        apply_plan(module, family_plan(type(module)), mesh.tensor)
+    apply_sequence(engine.network, mesh.sequence)
 
 
 def largest_size(data: DataConfig) -> tuple[int, int]:

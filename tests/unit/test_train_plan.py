@@ -199,6 +199,23 @@ def test_offloading_takes_optimizer_and_weights_out_of_a_gpus_memory() -> None:
     assert replace(away, host=True).away == 0
 
 
+def test_tensor_ranks_hold_a_share_of_the_weights_and_of_what_is_kept_for_the_backward_pass() -> None:
+    even = "conditioning.text.params.heads=4"
+    whole, split = planned(even, ranks=4), planned(even, "parallel.tensor=2", ranks=4)
+    assert 0.5 < split.weights.trained_elements / whole.weights.trained_elements < 0.8
+    assert split.weights.frozen["text encoder"] < whole.weights.frozen["text encoder"]
+    assert split.measured.trace.kept < whole.measured.trace.kept
+    assert (whole.sharing, split.sharing) == (4, 2)
+    assert split.masters == 4 * -(-split.weights.trained_elements // 2)
+
+
+def test_sequence_ranks_keep_a_share_of_the_activations() -> None:
+    whole, split = planned(ranks=2), planned("parallel.sequence=2", ranks=2)
+    assert split.weights == whole.weights
+    assert split.measured.trace.kept < whole.measured.trace.kept
+    assert split.masters == whole.masters
+
+
 def test_zero_3_shares_out_the_weights() -> None:
     plan = replace(planned(ranks=8), zero=3)
     whole = planned().measured.weights
