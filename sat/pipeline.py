@@ -276,7 +276,7 @@ def open_drawer(
     engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh, hosted=waiting)
     engine.conditioner.follows = "text" not in waiting
     wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
-    quicken(engine, Speed(*wanted), device)
+    said = quicken(engine, Speed(*wanted), device)
     drawer = Drawer(
         engine,
         build_sampler(experiment),
@@ -287,6 +287,7 @@ def open_drawer(
         decode_tile=memory.decode_tile,
         team=ALONE if mesh is None else mesh.team,
     )
+    drawer.speed = said
     drawer.stages = stages(engine, memory, device)
     drawer.cache = build_cache(experiment)
     guider = build_guider(experiment)

@@ -220,7 +220,8 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
         folder.prepare()
     if runtime.is_main:
         _record(experiment, drawer, place, runtime)
-        log.info("loaded in %.1f s on %s (%s)", time.monotonic() - started, runtime.device, mesh)
+        seconds = time.monotonic() - started
+        log.info("loaded in %.1f s on %s (%s); %s", seconds, runtime.device, mesh, drawer.speed)
     run = Run(
         drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, ranks.watch.beat,
         input_folder(sampling, drawer.relay),

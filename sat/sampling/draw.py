@@ -109,6 +109,7 @@ class Drawer:
         self.decode_batch = decode_batch
         self.decode_tile = decode_tile
         self.team = team
+        self.speed = ""  # what makes the network fast, in words
         self.stages = Stages()  # of the parts that wait in host memory
         self.cache: StepCache | None = None
         self.count = Count()  # of the network's looks, where a step cache is in use

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from sat.transformer.packed import pack
 if TYPE_CHECKING:
     from sat.engine import DiffusionEngine
 
-log = logging.getLogger(__name__)
-
 FOLD_FROM = 512
 """Tokens from which two passes without the repeated ones are faster than one with them (on two cores)."""
 
@@ -39,27 +36,29 @@ class Speed:
     graphs: bool = False
 
 
-def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None = None) -> None:
-    """Apply ``speed`` to a loaded engine, for inference alone. Raises ``ValueError`` for the impossible.
+def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None = None) -> str:
+    """Apply ``speed`` to a loaded engine, for inference alone; what was chosen, in words for the log.
+
+    Raises ``ValueError`` for the impossible.
 
     ``device``: where the network runs, if it waits elsewhere (:mod:`sat.memory.offload`).
     """
-    quicken_network(engine.network, speed, device)
     if engine.first_stage.dtype != torch.float32:
         channels_last(engine.first_stage)
+    return quicken_network(engine.network, speed, device)
 
 
-def quicken_network(network: nn.Module, speed: Speed, device: torch.device | None = None) -> None:
+def quicken_network(network: nn.Module, speed: Speed, device: torch.device | None = None) -> str:
     """Apply ``speed`` to a network. Packed weights cannot be compiled: ``compile`` goes before ``pack``."""
     device = device or next(network.parameters()).device
-    use_kernel(network, speed.attention, device)
+    said = [f"attention: {use_kernel(network, speed.attention, device)}"]
     if isinstance(network, CogView3Plus):
         here = speed.fold and device.type == "cpu"  # elsewhere two smaller passes were not measured
         network.fold = FOLD_FROM if here else None
     if speed.compile:
-        compiled(network)
+        said.append(f"{compiled(network)} blocks compiled, which the first step of a size waits for")
     elif speed.pack and device.type == "cpu" and (count := pack(network)):
-        log.info("%d weights packed for oneDNN", count)
+        said.append(f"{count} weights packed for oneDNN")
     if speed.graphs:
         whole = getattr(network, "transformer", None)
         if not isinstance(whole, Transformer):
@@ -68,6 +67,8 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
                 f"transformer: set it to false"
             )
         replayed(whole, device)
+        said.append("CUDA graphs")
+    return ", ".join(said)
 
 
 def channels_last(module: nn.Module) -> None:
@@ -77,17 +78,17 @@ def channels_last(module: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def compiled(network: nn.Module) -> None:
-    """Compile the blocks of every transformer in ``network`` when they first run, once for all layers."""
+def compiled(network: nn.Module) -> int:
+    """Compile the blocks of every transformer in ``network`` when they first run; how many there are."""
     count = 0
     for transformer in transformers(network):
         compile_blocks(transformer, alike=layers_alike(transformer))
         count += len(transformer.blocks)
-    log.info("%d blocks run compiled; the first step of a size takes longer", count)
+    return count
 
 
 def use_kernel(network: nn.Module, name: kernels.Backend, device: torch.device | None = None) -> str:
-    """Let every transformer in ``network`` attend with the kernel ``name``; what was chosen, and logged.
+    """Let every transformer in ``network`` attend with the kernel ``name``; what was chosen.
 
     ``device``: as in :func:`quicken`.
     """
@@ -102,9 +103,7 @@ def use_kernel(network: nn.Module, name: kernels.Backend, device: torch.device |
             if isinstance(mixin, CrossAttention):
                 mixin.kernel = kernel
         chosen.append(title)
-    said = ", ".join(dict.fromkeys(chosen)) or "none"
-    log.info("attention: %s", said)
-    return said
+    return ", ".join(dict.fromkeys(chosen)) or "none"
 
 
 def transformers(network: nn.Module) -> Iterator[Transformer]:

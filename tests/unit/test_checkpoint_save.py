@@ -352,12 +352,6 @@ def test_several_sat_checkpoints_are_a_question(copy, tmp_path):
     assert "several SAT checkpoints, name one of 'a', 'b'" in message(tmp_path)
 
 
-def test_model_parallel_files_are_refused(copy):
-    folder = copy("sat")
-    shutil.copy(folder / "1" / "mp_rank_00_model_states.pt", folder / "1" / "mp_rank_01_model_states.pt")
-    assert "split over 2 model-parallel ranks" in message(folder)
-
-
 def test_a_sat_folder_without_an_autoencoder_says_where_it_looked(copy):
     folder = copy("sat")
     shutil.rmtree(folder / "vae")

@@ -153,7 +153,7 @@ def test_the_plan_names_every_sharded_layer_and_fits_its_direction(encoder):
             assert size // shared in ({3} if is_table else {24, 40}), "heads, heads x head_dim, mlp_dim"
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     assert all(any(fnmatch(name, pattern) for pattern in PLAN) for name in linears)
-    assert PLAN["transformer.blocks.*.attn.qkv"] == Column(parts=3)
+    assert PLAN["transformer.blocks.*.attn.qkv"] == Column(parts=3, unit="head_dim")
 
 
 @torch.no_grad()
