@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sat.parallel.mesh import Axis
 from sat.plan import Column, Cut, Row, Shard, cuts
+from sat.transformer.packed import PackedLinear
 
 
 def shard_on(tensor: Axis, cut: Cut) -> Shard:
@@ -124,6 +125,10 @@ class ColumnLinear(_SplitLinear):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
         return F.linear(enter(x, self.tensor), self.weight, self.bias)
 
+    def packed(self) -> nn.Module:
+        """With a packed weight, for inference alone: then nothing is sent here."""
+        return PackedLinear(self)
+
 
 class RowLinear(_SplitLinear):
     """This rank's share (…, I / ranks) of the inputs -> (…, O) on every rank.
@@ -134,6 +139,24 @@ class RowLinear(_SplitLinear):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
         out = leave(F.linear(x, self.weight), self.tensor)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def packed(self) -> nn.Module:
+        """With a packed weight, for inference alone."""
+        return PackedRowLinear(self)
+
+
+class PackedRowLinear(nn.Module):
+    """A :class:`RowLinear` with a packed weight."""
+
+    def __init__(self, row: RowLinear) -> None:
+        super().__init__()
+        self.tensor, self.dtype, self.bias = row.tensor, row.weight.dtype, row.bias
+        self.product = PackedLinear(row, bias=False)  # it is added once, after the sum
+
+    def forward(self, x: Tensor) -> Tensor:
+        """This rank's share (…, I / ranks) of the inputs -> (…, O) on every rank."""
+        out = summed(self.product(x), self.tensor)
+        return out if self.bias is None else out.add_(self.bias)
 
 
 class ColumnEmbedding(nn.Embedding):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,14 @@ class PackedLinear(nn.Module):
     """``linear`` of (…, I) -> (…, O) with a packed weight, for inference alone: nothing flows back.
 
     float32 results differ from the plain layer's in the last bits (another order of sums); bfloat16 ones
-    were the same.
+    were the same. ``bias`` False leaves the layer's out.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, bias: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
-        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.bias = linear.bias.detach() if bias and linear.bias is not None else None
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
             linear.weight.detach().contiguous(), ROWS
         )
@@ -57,11 +57,22 @@ class PackedLinear(nn.Module):
         return _product(x, self.packed, self.bias, "gelu", approximate)
 
 
-def pack(model: nn.Module) -> int:
-    """Replace the plain linears of all attention and feed-forward layers in ``model``; how many there were.
+@runtime_checkable
+class Packable(Protocol):
+    """A linear that is more than its product, and knows how to be packed."""
 
-    Only layers on the CPU in a type that oneDNN multiplies fast here; wrapped, sharded and quantised ones
-    stay what they are.
+    weight: Tensor
+
+    def packed(self) -> nn.Module:
+        """The same with a packed weight, for inference alone."""
+        ...
+
+
+def pack(model: nn.Module) -> int:
+    """Replace the linears of all attention and feed-forward layers in ``model``; how many there were.
+
+    Only plain and split layers on the CPU, in a type that oneDNN multiplies fast here; adapted and quantised
+    ones stay what they are.
     """
     from sat.transformer.attention import Attention, FeedForward
 
@@ -69,12 +80,12 @@ def pack(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, (Attention, FeedForward)):
             for name, child in module.named_children():
-                if (
-                    type(child) is nn.Linear
-                    and child.weight.device.type == "cpu"
-                    and packable(child.weight.dtype)
-                ):
-                    setattr(module, name, PackedLinear(child))
+                if not (type(child) is nn.Linear or isinstance(child, Packable)):
+                    continue
+                if child.weight.device.type == "cpu" and packable(child.weight.dtype):
+                    setattr(
+                        module, name, child.packed() if isinstance(child, Packable) else PackedLinear(child)
+                    )
                     count += 1
     return count
 
