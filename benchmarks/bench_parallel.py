@@ -1,13 +1,13 @@
 """Every parallel layout against one rank: time of a step, bytes sent, memory of a rank.
 
-    python benchmarks/bench_parallel.py [--ranks 2] [--rounds 3] [--width 640 --depth 8 --cells 64]
+    python benchmarks/bench_parallel.py [--ranks 2] [--rounds 3] [--axis AXIS] [section.key=value …]
 
 One thread a rank, ranks pinned to cores of their own where there are enough. The network is CogView3-Plus at
 a size where matrix products dominate, with random weights; pictures are drawn through the sampling path of
 ``sample.py`` with classifier-free guidance. Layouts take turns, ``--rounds`` times; a step's time is the
 median over all rounds, without the first step of each. Bytes are counted where collectives are called, as
 what a rank has to send for them (a ring: 2 (n - 1) / n of an all-reduce). Writes
-``benchmarks/results/<machine>/parallel.json``.
+``benchmarks/results/<machine>/parallel.json`` (``parallel_<axis>.json`` with ``--axis``).
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def start(layout: Mapping[str, int], args: argparse.Namespace) -> list[dict[str,
         command += [__file__, "--worker", folder, "--layout", json.dumps(layout)]
         for name in ("width", "heads", "depth", "cells", "text", "steps", "dtype"):
             command += [f"--{name}", str(getattr(args, name))]
+        command += args.overrides
         subprocess.run(command, check=True, env=environment, cwd=ROOT)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -131,11 +132,19 @@ def work(args: argparse.Namespace) -> None:
     found = {
         "steps": steps,
         "sent": traffic.sent / args.steps / 1e6,
-        "weights": sum(p.numel() * p.element_size() for p in drawer.engine.network.parameters()) / 1e6,
+        "weights": weights(drawer.engine.network) / 1e6,
         "peak": 1e3 * (runtime.peak_memory() - before),
     }
     Path(args.worker, f"{runtime.rank}.json").write_text(json.dumps(found))
     runtime.close()
+
+
+def weights(network: Any) -> int:
+    """Bytes of a network's weights on this rank, packed ones included."""
+    from sat.transformer.packed import PackedLinear
+
+    packed = [module.packed for module in network.modules() if isinstance(module, PackedLinear)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *packed))
 
 
 def overrides(args: argparse.Namespace, sizes: Mapping[str, int]) -> list[str]:
@@ -146,11 +155,13 @@ def overrides(args: argparse.Namespace, sizes: Mapping[str, int]) -> list[str]:
         f"model.params.dim={args.width}", f"model.params.heads={args.heads}",
         f"model.params.depth={args.depth}", "model.params.emb_dim=128",
         f"model.params.text_len={args.text}", f"conditioning.max_length={args.text}",
+        "conditioning.text.params.heads=4",
         f"model.params.table_size=[{patches}, {patches}]",
         f"sampling.height={side}", f"sampling.width={side}", f"sampling.steps={args.steps}",
         f"sampling.dtype={args.dtype}",
         f"sampling.sizes={{min: 16, max: {side}, multiple: 16, max_area: {side * side}}}",
         *(f"parallel.{axis}={size}" for axis, size in sizes.items()),
+        *args.overrides,
     ]  # fmt: skip
 
 
@@ -203,7 +214,11 @@ class Traffic:
 
 def measure(args: argparse.Namespace) -> list[Result]:
     """All layouts in turn, round after round."""
-    wanted = layouts(args.ranks)
+    wanted = [
+        one
+        for one in layouts(args.ranks)
+        if not args.axis or math.prod(one.values()) == one.get(args.axis, 1)
+    ]
     found: list[list[list[dict[str, Any]]]] = [[] for _ in wanted]
     for turn in range(args.rounds):
         for index, layout in enumerate(wanted):
@@ -250,6 +265,10 @@ def main() -> int:
     reader.add_argument("--cells", type=int, default=64, help="side of the latent")
     reader.add_argument("--text", type=int, default=224, help="text tokens")
     reader.add_argument("--dtype", default="fp32")
+    reader.add_argument("--axis", choices=AXES, help="only layouts along this axis")
+    reader.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="of the config, for all layouts"
+    )
     reader.add_argument("--worker", help=argparse.SUPPRESS)
     reader.add_argument("--layout", help=argparse.SUPPRESS)
     args = reader.parse_args()
@@ -262,7 +281,8 @@ def main() -> int:
 
     settings = {name: value for name, value in vars(args).items() if name not in ("worker", "layout")}
     report = {**facts(settings), "results": [asdict(result) for result in results]}
-    (results_folder() / "parallel.json").write_text(json.dumps(report, indent=1) + "\n")
+    name = "_".join(["parallel", *([args.axis] if args.axis else [])])
+    (results_folder() / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
