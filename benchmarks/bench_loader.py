@@ -4,7 +4,8 @@
 
 Pictures are made for the occasion, half as large again as they are trained at. The cache holds moments and
 text embeddings of CogView3-Plus's shapes in bf16, without running either model. Each case is repeated over
-whole epochs after a warm-up of one; nothing is kept between them but what the system keeps of the files.
+whole epochs, after as many as it takes until two agree within 2 %; nothing is kept between them but what the
+system keeps of the files. Peak memory is the process's when the case was done, in MB.
 Writes ``benchmarks/results/<machine>/loader.json``.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -34,6 +36,9 @@ from sat.data.loader import Loader  # noqa: E402
 from sat.data.sources import read_sources  # noqa: E402
 from sat.data.transforms import Transform  # noqa: E402
 
+AGREE, LONGEST = 0.02, 10
+"""Of two epochs of the warm-up, and the most epochs it may take."""
+
 
 @dataclass
 class Result:
@@ -44,6 +49,7 @@ class Result:
     median: float
     slowest: float  # 10th percentile
     fastest: float  # 90th
+    peak: float
 
 
 def pictures(folder: Path, count: int, side: int) -> None:
@@ -76,16 +82,20 @@ def cached(dataset: Dataset, root: Path) -> Cached:
 
 
 def rate(items: Items, workers: int, batch: int, repeats: int) -> list[float]:
-    """Images a second of each of ``repeats`` epochs, sorted, after one that does not count."""
+    """Images a second of each of ``repeats`` epochs, sorted, once two before them agree."""
     batches = iter(Loader(items, batch, workers=workers))
     steps = max(1, len(items) // batch)
-    seen = []
-    for _ in range(repeats + 1):
+
+    def epoch() -> float:
         began = time.perf_counter()
         for _ in range(steps):
             next(batches)
-        seen.append(steps * batch / (time.perf_counter() - began))
-    return sorted(seen[1:])
+        return steps * batch / (time.perf_counter() - began)
+
+    warm = [epoch(), epoch()]
+    while abs(warm[-1] / warm[-2] - 1) > AGREE and len(warm) < LONGEST:
+        warm.append(epoch())
+    return sorted(epoch() for _ in range(repeats))
 
 
 def main() -> int:
@@ -112,7 +122,8 @@ def main() -> int:
             for workers in args.workers:
                 seen = rate(items, workers, args.batch, args.repeats)
                 low, middle, high = np.percentile(seen, [10, 50, 90])
-                results.append(Result(source, workers, round(middle, 1), round(low, 1), round(high, 1)))
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+                results.append(Result(source, workers, *(round(x, 1) for x in (middle, low, high, peak))))
                 print(
                     f"{source:16}  {workers:7d}  {middle:9.1f}  {f'{low:.1f} to {high:.1f}':>16}", flush=True
                 )
