@@ -48,7 +48,13 @@ def _seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the folder they are in, and skip those marked gpu on a machine without an accelerator."""
+    """Mark tests by the folder they are in, and skip those marked gpu on a machine without an accelerator.
+
+    A name with an address of memory in it is another in every process: no such test can be asked for again,
+    and pytest-xdist refuses the whole suite.
+    """
+    if unstable := [item.nodeid for item in items if " object at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"give the parameters of this test ids of their own: {unstable[0]}")
     no_gpu = pytest.mark.skip(reason="needs an accelerator")
     for item in items:
         for tier in ("parity", "distributed", "golden"):
