@@ -120,7 +120,7 @@ def _convert(args: argparse.Namespace) -> int:
     from sat.adapters.files import is_adapter
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
-    from sat.config.build import build_empty
+    from sat.config.fill import build_empty
     from sat.config.schema import Component
 
     config, imports = _config(args.base)
@@ -219,7 +219,7 @@ def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None,
     """An adapter from one layout to another."""
     from sat.adapters.convert import convert_adapter
     from sat.checkpoint import DTYPES
-    from sat.config.build import build_empty
+    from sat.config.fill import build_empty
     from sat.config.schema import Component
 
     if args.merge_lora:

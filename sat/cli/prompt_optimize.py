@@ -113,8 +113,8 @@ def tokenizer(bases: Sequence[str] | None, overrides: Sequence[str] = ()) -> Cou
     """The tokenizer of a config; nothing without one."""
     if not bases:
         return None
-    from sat.config.build import find_tokenizer
     from sat.config.cascade import load_cascade
+    from sat.config.fill import find_tokenizer
 
     experiment = load_cascade(bases, list(overrides)).stages[0].experiment
     return find_tokenizer(experiment.conditioning, experiment.checkpoint)

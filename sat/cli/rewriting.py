@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from sat.cli.guard import UsageError
 from sat.conditioning.prompt_optimizer import Cache, Endpoint, OptimizerError, PromptOptimizer, Rewritten
-from sat.config.build import find_tokenizer
 from sat.config.cascade import Cascade, Stage
+from sat.config.fill import find_tokenizer
 from sat.config.schema import Experiment
 from sat.parallel.collectives import from_main
 from sat.parallel.launch import Runtime

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sat.config.build import build
 from sat.config.cascade import Cascade, dump_cascade
+from sat.config.component import build
 from sat.config.schema import Experiment
 from sat.diffusion.relay import relay_of
 from sat.parallel.launch import Runtime

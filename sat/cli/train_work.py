@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from sat.checkpoint.digest import digest
 from sat.checkpoint.format import PARTS
 from sat.cli.guard import UsageError
-from sat.config.build import build, build_engine
+from sat.config.build import build_engine
+from sat.config.component import build
 from sat.config.load import Loaded, dump, load_full
 from sat.config.record import record
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainConfig, plain

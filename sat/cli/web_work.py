@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sat.conditioning.prompt_optimizer import Cache, Endpoint, PromptOptimizer
-from sat.config.build import find_tokenizer
 from sat.config.cascade import load_cascade
+from sat.config.fill import find_tokenizer
 from sat.config.load import dump
 from sat.config.source import ConfigError
 from sat.sampling.output import prove_writable

@@ -1,1 +1,1 @@
-"""Experiments as YAML: what may be written (schema), read (load), checked (check) and built (build)."""
+"""Experiments as YAML: what may be written (schema), read (load), checked (check, refuse) and built (component, fill, build)."""

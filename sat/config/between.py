@@ -124,7 +124,7 @@ def _granule(model: Any) -> int | None:
 
 def _steps(e: Experiment) -> Iterator[tuple[Key, str]]:
     """The schedule and the process must have the steps that are asked for."""
-    from sat.config.build import build
+    from sat.config.component import build
 
     try:
         process = build(e.diffusion.process, imports=e.imports)

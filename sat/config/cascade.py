@@ -132,7 +132,7 @@ def dump_cascade(stages: Mapping[str, Path], keep: bool) -> str:
 
 def relay_factor(experiment: Experiment) -> int | None:
     """How much the experiment's relay enlarges; None for a model that draws from noise alone."""
-    from sat.config.build import build
+    from sat.config.component import build
     from sat.diffusion.relay import relay_of
 
     relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))

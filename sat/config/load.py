@@ -79,7 +79,7 @@ def dump(experiment: Experiment) -> str:
 
 def trial(experiment: Experiment, marks: Marks) -> list[Problem]:
     """What the classes themselves refuse: every component is made once, without memory for its weights."""
-    from sat.config.build import refusals
+    from sat.config.refuse import refusals
 
     return [Problem(str(where(marks, key)), dotted(key), what) for key, what in refusals(experiment)]
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sat.checkpoint.format import DTYPES, Part
-from sat.config.build import build, build_shapes
+from sat.config.build import build_shapes
+from sat.config.component import build
 from sat.config.schema import DataConfig, Experiment, OffloadConfig, TrainConfig
 from sat.config.targets import resolve
 from sat.data.batch import Batch

@@ -23,7 +23,7 @@ from sat.checkpoint import (
 )
 from sat.checkpoint.convert import Sources, convert
 from sat.checkpoint.format import PARTS, InMemory
-from sat.config.build import build as build_component
+from sat.config.component import build as build_component
 from tests.checkpoints import CONFIG, build, same, tensors, tokenizer
 
 FORMATS = sorted(WRITERS)

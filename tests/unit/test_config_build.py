@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from sat.checkpoint.save import save_native
-from sat.config.build import build, build_empty, build_engine
+from sat.config.build import build_engine
+from sat.config.component import build
+from sat.config.fill import build_empty
 from sat.config.load import load
 from sat.config.record import commit, record
 from sat.config.schema import CheckpointConfig, Component, plain
