@@ -43,7 +43,7 @@ from sat.train.loop import Extras, Trainer
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective
 from sat.train.pictures import Pictures
-from sat.train.resume import NATIVE, RunFolder
+from sat.train.resume import NATIVE, RunFolder, Saved
 from sat.train.step import computing
 from sat.util import log as logs
 
@@ -173,44 +173,25 @@ def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, 
 
 def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> bool:
     """Build everything and run the loop; whether it came to the last step."""
-    assert experiment.output.dir is not None, "the command sets it"
-    folder = RunFolder(experiment.output.dir)
-    saved = from_main(folder.saved() if runtime.is_main else None)
-    if saved and not experiment.output.resume:
-        raise UsageError(
-            f"{folder.root} holds checkpoints up to step {saved[-1].step}: --resume goes on from there; "
-            f"for a new run choose another --output-dir"
-        )
+    folder, saved = _folder(experiment, runtime)
     mesh = Mesh(runtime, **experiment.parallel.sizes)
-    weights = _weights(experiment, train)
     sets = open_data(data, runtime, held_out=train.validate_every is not None)
     cached, caches = _cached(experiment, train, data, sets, runtime)
     torch.manual_seed(train.seed)
     engine = build_engine(
-        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights,
+        experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=_weights(experiment, train),
         without=frozenset() if caches is None else caches.spare, mesh=mesh,
     )  # fmt: skip
-    apply_sequence(engine.network, mesh.sequence)  # before an objective copies the network
-    objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
-    if mesh.sequence.size > 1 and "model" not in objective.parts():
-        raise UsageError(
-            f"parallel.sequence {mesh.sequence.size} shares the network's tokens, and "
-            f"{type(objective).__name__} does not train the network: set it to 1"
-        )
-    _warn_of_random(experiment, train, objective)
-    if experiment.adapters.lora is not None:
-        add_lora(objective, experiment.adapters.lora, train.seed)
-    _run_blocks(train, objective)
+    objective = _objective(experiment, train, engine, mesh)
     items = cached or _items(sets, data, train, engine, objective, runtime)
     place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
     loader = Loader(items[0], *place, data.workers, sets.train.groups, pin=runtime.pins)
-    validation = [] if sets.held_out is None else once(items[1], *place, sets.held_out.groups)
     trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
     extras = Extras(
-        export=exporter(experiment, weights, engine, objective),
+        export=exporter(experiment, _weights(experiment, train), engine, objective),
         draw=_pictures(experiment, engine, objective, runtime, mesh, caches),
         tokens=token_counter(engine, objective),
-        validation=validation,
+        validation=[] if sets.held_out is None else once(items[1], *place, sets.held_out.groups),
     )
     trainer = Trainer(trained, loader, folder, extras)
     if saved:
@@ -219,10 +200,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         log.warning("%s holds no whole checkpoint: training starts at step 0", folder.root)
     if runtime.is_main:
         _note(experiment, train, engine, runtime, folder)
-        trainer.extras.record = Record(folder.root, step=trainer.step)
-        trainer.extras.record.start_wandb(folder.root, train.wandb, train.project, plain(experiment))
-        if train.tensorboard:
-            trainer.extras.record.start_tensorboard(folder.root, step=trainer.step)
+        trainer.extras.record = _record(experiment, train, folder, trainer.step)
     count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     log.info(
         "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s (%s)",
@@ -235,6 +213,44 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         if trainer.extras.record is not None:
             trainer.extras.record.close()
     return trainer.step >= train.steps
+
+
+def _folder(experiment: Experiment, runtime: Runtime) -> tuple[RunFolder, list[Saved]]:
+    """The run's folder and its whole checkpoints, oldest first; a folder with some needs ``--resume``."""
+    assert experiment.output.dir is not None, "the command sets it"
+    folder = RunFolder(experiment.output.dir)
+    saved = from_main(folder.saved() if runtime.is_main else None)
+    if saved and not experiment.output.resume:
+        raise UsageError(
+            f"{folder.root} holds checkpoints up to step {saved[-1].step}: --resume goes on from there; "
+            f"for a new run choose another --output-dir"
+        )
+    return folder, saved
+
+
+def _objective(experiment: Experiment, train: TrainConfig, engine: DiffusionEngine, mesh: Mesh) -> Objective:
+    """The objective over ``engine``: with adapters, its tokens shared over ranks, its blocks set up."""
+    apply_sequence(engine.network, mesh.sequence)  # before an objective copies the network
+    objective: Objective = build(train.objective, imports=experiment.imports, engine=engine)
+    if mesh.sequence.size > 1 and "model" not in objective.parts():
+        raise UsageError(
+            f"parallel.sequence {mesh.sequence.size} shares the network's tokens, and "
+            f"{type(objective).__name__} does not train the network: set it to 1"
+        )
+    _warn_of_random(experiment, train, objective)
+    if experiment.adapters.lora is not None:
+        add_lora(objective, experiment.adapters.lora, train.seed)
+    _run_blocks(train, objective)
+    return objective
+
+
+def _record(experiment: Experiment, train: TrainConfig, folder: RunFolder, step: int) -> Record:
+    """Where the run's numbers go: ``metrics.jsonl``, and wandb and tensorboard where asked for."""
+    made = Record(folder.root, step=step)
+    made.start_wandb(folder.root, train.wandb, train.project, plain(experiment))
+    if train.tensorboard:
+        made.start_tensorboard(folder.root, step=step)
+    return made
 
 
 def _cached(

@@ -1,1 +1,1 @@
-"""Experiments as YAML: what may be written (schema), read (load), checked (check, refuse) and built (component, fill, build)."""
+"""Experiments as YAML: written (schema), read (load), checked (check, refuse), built (component, fill, build)."""
