@@ -1,1 +1,1 @@
-"""Experiments as YAML: written (schema), read (load), checked (check, refuse), built (component, fill, build)."""
+"""Experiments as YAML: what may be written, how it is read, checked and built."""
