@@ -43,6 +43,7 @@ class Model:
     depth: int = 30
     text: int = 224
     trained: float = 2.849e9
+    split: float = 0.994  # of the weights, shared out by tensor ranks: embeddings and the head are whole
     channels: int = 16
     passes: int = 14  # times a layer's norms, modulations and residuals touch (L, D) in memory
 
@@ -124,7 +125,7 @@ class Step:
 def train(model: Model, gpu: Gpu, layout: Layout, side: int, batch: int, accumulate: int) -> Step:
     """SFT with ZeRO 2, blocks recomputed, latents and text from caches: four forwards' work a micro-batch."""
     once = forward(model, gpu, replace(layout, guidance=1), batch, side)
-    own = model.trained * (1 - 0.88 * (1 - 1 / layout.tensor))  # adaLN and embeddings stay whole
+    own = model.trained * (1 - model.split * (1 - 1 / layout.tensor))
     ranks = layout.data * layout.sequence
     link = gpu.inside if ranks * layout.tensor <= gpu.node else gpu.between
     reducing = 2 * own * HALF * (ranks - 1) / ranks / link  # gradients scattered, weights gathered

@@ -22,11 +22,13 @@ class Column:
     """Each rank holds a share of the output rows; ``parts`` fused projections (3 for qkv) are each split.
 
     ``unit`` names the attribute of the layer around the linear that says how many outputs stay together: the
-    size of an attention head. None: each output may go its own way.
+    size of an attention head. None: each output may go its own way. ``gather``: the outputs are put together
+    again on every rank, so that what follows need not know; for weights that are large and used seldom.
     """
 
     parts: int = 1
     unit: str | None = None
+    gather: bool = False
 
 
 @dataclass(frozen=True)

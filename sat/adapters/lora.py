@@ -27,9 +27,10 @@ from sat.adapters.factors import (
 from sat.memory.quantize import QuantizedLinear
 from sat.parallel.apply import split
 from sat.parallel.linear import (
-    ColumnLinear,
     RowLinear,
     ShareOfDropout,
+    SplitLinear,
+    gathered,
     joined,
     shard_on,
     summed,
@@ -48,7 +49,8 @@ class Factors(nn.Module):
     starts at 0 and keeps its precision in bfloat16, where a norm itself would be rounded.
 
     ``layer`` is whole; of a base that is split over tensor ranks the factors are split as it is
-    (:func:`sat.plan.of_factors`), and so is the gain of a column.
+    (:func:`sat.plan.of_factors`), and so is the gain of a column. Where the base gathers its outputs, each
+    rank finds the change of its share of them, and the changes are gathered.
     """
 
     def __init__(self, layer: LayerFactors, base: nn.Module, dropout: float) -> None:
@@ -64,7 +66,7 @@ class Factors(nn.Module):
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.tensor: Axis | None = None
         self.style: Column | Row | None = None
-        if isinstance(base, (ColumnLinear, RowLinear)):
+        if isinstance(base, SplitLinear):
             self._split(base.style, base.tensor, dropout)
         self.gain: nn.Parameter | None = None
         if layer.magnitude is not None:
@@ -104,6 +106,13 @@ class Factors(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor, base: LinearLike) -> Tensor:
         """What is added to the base layer's output ``out`` (…, O) of ``x`` (…, I)."""
+        if not isinstance(self.style, Column) or not self.style.gather or self.tensor is None:
+            return self._change(x, out, base)
+        own = shard_on(self.tensor, Cut(out.dim() - 1, self.parts)).take(out)
+        return gathered(self._change(x, own, base), self.parts, self.tensor)
+
+    def _change(self, x: Tensor, out: Tensor, base: LinearLike) -> Tensor:
+        """The same, of this rank's outputs if the base is split over them."""
         change = self._low_rank(self.dropout(x), out)
         if self.gain is None:
             return change
@@ -186,7 +195,7 @@ def base_norms(base: nn.Module) -> Tensor:
     weight = cast(LinearLike, base).weight.detach()
     if isinstance(base, RowLinear):
         return summed(widened(weight).square().sum(1), base.tensor).sqrt()
-    if isinstance(base, ColumnLinear):
+    if isinstance(base, SplitLinear):
         return joined(row_norms(weight), Cut(0, base.cuts["weight"].parts), base.tensor)
     return row_norms(weight)
 
@@ -281,7 +290,7 @@ class Adapted(nn.Module):
             strength * weight_change(whole, layer)
             for strength, layer in ((s, self.layer(name)) for name, s in self.strengths.items())
         )
-        if isinstance(self.base, (ColumnLinear, RowLinear)):
+        if isinstance(self.base, SplitLinear):
             total = self.base.shards()["weight"].take(total)
         with torch.no_grad():
             cast(LinearLike, base).weight.copy_(total)
@@ -302,9 +311,7 @@ def _slot(name: str) -> str:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can be attached: a linear of any kind, or one that has some already."""
-    return type(module) is nn.Linear or isinstance(
-        module, (Adapted, ColumnLinear, RowLinear, QuantizedLinear)
-    )
+    return type(module) is nn.Linear or isinstance(module, (Adapted, SplitLinear, QuantizedLinear))
 
 
 def attach(

@@ -1,9 +1,10 @@
 """Official engine files that are split over model-parallel ranks: merged as they are read, and written.
 
 Which tensors are cut, and how, is the model's plan (:mod:`sat.plan`) carried over to the file's names by its
-key rules. The published networks are one file each; SwissArmyTransformer writes one a rank when it trains
-with ``model_parallel_size`` above 1: rows of fused projections part by part (:class:`sat.plan.Column`).
-Source: SwissArmyTransformer ``mpu/layers.py`` (``stride``).
+key rules. Layers whose outputs we gather (adaLN) are plain linears there, whole in every file. The published
+networks are one file each; SwissArmyTransformer writes one a rank when it trains with ``model_parallel_size``
+above 1: rows of fused projections part by part (:class:`sat.plan.Column`).
+Source: SwissArmyTransformer ``mpu/layers.py`` (``stride``); official ``dit.py`` (``adaln_modules``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo
 from sat.checkpoint.rules import Source, read_map, write_map
 from sat.keys import Fuse, Rules, Split, SwapHalves
-from sat.plan import Cut, Plan, named_cuts
+from sat.plan import Cut, Plan, Row, named_cuts
 
 
 class RankFiles(LazyStateDict):
@@ -73,7 +74,7 @@ class RankFiles(LazyStateDict):
         the same on all ranks.
         """
         own = {name.removeprefix(prefix): name for name in self}
-        ours = named_cuts(expected, plan)
+        ours = named_cuts(expected, _official(plan))
         found: dict[str, Cut] = {}
         for name, source in read_map(list(own), rules).sources.items():
             if name in ours:
@@ -167,7 +168,7 @@ class ShareOf(LazyStateDict):
 
 def their_cuts(ours: Mapping[str, TensorInfo], plan: Plan, rules: Rules, size: int) -> dict[str, Cut]:
     """How our tensors are cut under their names; an error where one does not divide over ``size`` ranks."""
-    cuts = named_cuts(ours, plan)
+    cuts = named_cuts(ours, _official(plan))
     for name, cut in cuts.items():
         length = ours[name].shape[cut.dim]
         if length % (cut.parts * size):
@@ -181,6 +182,11 @@ def their_cuts(ours: Mapping[str, TensorInfo], plan: Plan, rules: Rules, size: i
         for theirs, source in sources.items()
         if source.names[0] in cuts
     }
+
+
+def _official(plan: Plan) -> Plan:
+    """What the official code splits too: not the layers whose outputs we gather, plain linears there."""
+    return {name: style for name, style in plan.items() if isinstance(style, Row) or not style.gather}
 
 
 def _their_cut(source: Source, cut: Cut) -> Cut:

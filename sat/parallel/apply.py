@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from sat.parallel.linear import ColumnEmbedding, ColumnLinear, RowLinear
+from sat.parallel.linear import ColumnEmbedding, ColumnLinear, GatheredLinear, RowLinear
 from sat.parallel.mesh import Axis
 from sat.plan import Column, Plan, Row, style_of
 
@@ -17,7 +17,8 @@ def apply_plan(model: nn.Module, plan: Plan, tensor: Axis) -> nn.Module:
 
     Of a model on the meta device, only shapes change, and a checkpoint is then read share by share
     (:func:`sat.checkpoint.load`); of one with values, each layer keeps its rank's share. What the plan does
-    not name stays whole on every rank. Raises where a pattern matches nothing or a size does not divide.
+    not name stays whole on every rank. Raises where a pattern matches nothing or a size does not divide; only
+    a layer whose outputs are gathered may be missing, as nothing around it is split with it.
     """
     if tensor.size == 1:
         return model
@@ -35,9 +36,10 @@ def split(layer: nn.Module, style: Column | Row, tensor: Axis) -> nn.Module:
         assert isinstance(style, Column), "checked before"
         return ColumnEmbedding(layer, style, tensor)
     assert isinstance(layer, nn.Linear), "checked before"
-    return (
-        ColumnLinear(layer, style, tensor) if isinstance(style, Column) else RowLinear(layer, style, tensor)
-    )
+    if isinstance(style, Row):
+        return RowLinear(layer, style, tensor)
+    kind = GatheredLinear if style.gather else ColumnLinear
+    return kind(layer, style, tensor)
 
 
 def check_plan(model: nn.Module, plan: Plan, size: int) -> None:
@@ -49,7 +51,8 @@ def check_plan(model: nn.Module, plan: Plan, size: int) -> None:
         )
     found = [(path, *_pieces(model, path, layer, style)) for path, layer, style in _planned(model, plan)]
     names = [path for path, _, _ in found]
-    unused = [pattern for pattern in plan if not any(style_of({pattern: Row()}, name) for name in names)]
+    needed = [pattern for pattern, style in plan.items() if not _gathers(style)]
+    unused = [pattern for pattern in needed if not any(style_of({pattern: Row()}, name) for name in names)]
     if unused:
         raise ValueError(f"plan patterns match no module of {kind}: {', '.join(unused)}")
     bad = [(path, count, what) for path, count, what in found if count % size]
@@ -69,13 +72,19 @@ def _planned(model: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, Col
         style = style_of(plan, path)
         if style is None:
             continue
-        if type(layer) is nn.Embedding and isinstance(style, Row):
-            raise ValueError(f"the plan of {path}, an embedding, must be Column: it is split by its outputs")
+        if type(layer) is nn.Embedding and (isinstance(style, Row) or _gathers(style)):
+            raise ValueError(
+                f"the plan of {path}, an embedding, must be Column without gather: it is split by its outputs"
+            )
         if type(layer) not in (nn.Linear, nn.Embedding):
             raise ValueError(
                 f"the plan names {path}, a {type(layer).__name__}: only linears and embeddings are split"
             )
         yield path, layer, style
+
+
+def _gathers(style: Column | Row) -> bool:
+    return isinstance(style, Column) and style.gather
 
 
 def _pieces(model: nn.Module, path: str, layer: nn.Module, style: Column | Row) -> tuple[int, str]:

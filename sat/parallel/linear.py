@@ -1,5 +1,7 @@
 """Layers of which every tensor rank holds a share: column and row linears, and embeddings split by outputs.
 
+A column's outputs stay apart, for the row behind it, or are gathered on every rank.
+
 Sizes (``in_features``, ``out_features``) are those of the whole layer, as everything around it knows them;
 parameters have the share's shape. Source: Megatron-LM, arXiv:1909.08053, section 3.
 """
@@ -69,6 +71,19 @@ class _Leave(torch.autograd.Function):
         return gradient, None
 
 
+class _Gather(torch.autograd.Function):
+    """The outputs of all ranks; of their gradient, which is the same on every rank, each takes its share."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, cut: Cut, tensor: Axis) -> Tensor:
+        ctx.shard = shard_on(tensor, cut)
+        return joined(share, cut, tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.shard.take(gradient), None, None
+
+
 def enter(x: Tensor, tensor: Axis) -> Tensor:
     """``x``, which all ranks hold, on its way into a split layer."""
     if not (torch.is_grad_enabled() and x.requires_grad) or tensor.size == 1:
@@ -87,7 +102,16 @@ def leave(x: Tensor, tensor: Axis) -> Tensor:
     return out
 
 
-class _SplitLinear(nn.Linear):
+def gathered(share: Tensor, parts: int, tensor: Axis) -> Tensor:
+    """(…, O) on every rank, of shares (…, O / ranks) of the outputs of ``parts`` fused projections."""
+    cut = Cut(share.dim() - 1, parts)
+    if not (torch.is_grad_enabled() and share.requires_grad):
+        return joined(share, cut, tensor)
+    out: Tensor = _Gather.apply(share, cut, tensor)  # type: ignore[no-untyped-call]
+    return out
+
+
+class SplitLinear(nn.Linear):
     """A linear whose tensors are cut as ``self.cuts`` says."""
 
     def __init__(self, whole: nn.Linear, style: Column | Row, tensor: Axis) -> None:
@@ -119,7 +143,7 @@ class _SplitLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.style}, rank {self.tensor.rank} of {self.tensor.size}"
 
 
-class ColumnLinear(_SplitLinear):
+class ColumnLinear(SplitLinear):
     """(…, I) on every rank -> this rank's share (…, O / ranks) of the outputs."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
@@ -130,7 +154,15 @@ class ColumnLinear(_SplitLinear):
         return PackedLinear(self)
 
 
-class RowLinear(_SplitLinear):
+class GatheredLinear(SplitLinear):
+    """(…, I) -> (…, O), on every rank: each has the weights of its share of the outputs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
+        share = F.linear(enter(x, self.tensor), self.weight, self.bias)
+        return gathered(share, self.cuts["weight"].parts, self.tensor)
+
+
+class RowLinear(SplitLinear):
     """This rank's share (…, I / ranks) of the inputs -> (…, O) on every rank.
 
     The sum over the ranks has the type of the product, the bias is added once, after it.
@@ -198,7 +230,7 @@ def whole_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear, without a gradient; of a split one every rank calls it."""
     weight = layer.weight
     assert isinstance(weight, Tensor), "of a linear"
-    if isinstance(layer, _SplitLinear):
+    if isinstance(layer, SplitLinear):
         return joined(weight.detach(), layer.cuts["weight"], layer.tensor)
     return weight.detach()
 

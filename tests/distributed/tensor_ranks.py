@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -23,8 +24,9 @@ from sat.models.t5 import T5Encoder
 from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
+from sat.parallel.linear import GatheredLinear
 from sat.parallel.mesh import Axis, Mesh
-from sat.plan import family_plan, shards
+from sat.plan import Column, family_plan, shards
 from sat.train.checkpoints import Export
 from sat.train.ema import masters
 from sat.train.export import ModelExport
@@ -84,14 +86,31 @@ def compared(whole: nn.Module, split: nn.Module) -> dict[str, Any]:
 
 
 def models(runtime: Runtime, folder: Path, size: int) -> dict[str, Any]:
-    """Every model, filled whole and then split, in float64; and the largest share of a rank's weights."""
+    """Every model, filled whole and then split, in float64."""
     tensor = Mesh(runtime, tensor=size).tensor
     found = {}
     for name in MODELS if size == 2 else ["plus"]:
         make = MODELS[name]
         split = apply_plan(make().double(), family_plan(type(make())), tensor)
         found[name] = compared(make().double(), split)
-    return found
+    return {**found, "fused": fused(tensor)}
+
+
+def fused(tensor: Axis) -> float:
+    """How far three projections in one, whose outputs are gathered, are from whole: outputs and gradients."""
+    whole = nn.Linear(5, 24).double()
+    fill(whole)
+    split = GatheredLinear(copy.deepcopy(whole), Column(parts=3, gather=True), tensor)
+    x, weight = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0)).double()
+    ends = []
+    for layer in (whole, split):
+        given = x[:, :5].clone().requires_grad_()
+        out = layer(given)
+        (out * weight).sum().backward()
+        ends.append((out.detach(), given.grad, layer.weight.grad))
+    (out, back, learnt), (mine, mine_back, mine_learnt) = ends
+    learnt = shards(split)["weight"].take(learnt)
+    return max(worst(mine, out), worst(mine_back, back), worst(mine_learnt, learnt))
 
 
 def read(runtime: Runtime, folder: Path) -> dict[str, bool]:
@@ -120,7 +139,7 @@ def adapters(runtime: Runtime, folder: Path, dora: bool) -> dict[str, Any]:
 
     def made(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
         pair = plus().double(), apply_plan(plus().double(), family_plan(type(plus())), tensor)
-        layers = noisy(start(pair[0], ["attention", "mlp"], dora=dora))
+        layers = noisy(start(pair[0], dora=dora))
         for model in pair:
             attach(model, "style", layers, dropout=dropout)
         return pair
@@ -216,7 +235,7 @@ class Painter(Objective):
         return {"model": self.network}
 
 
-LORA = LoraConfig(rank=3, alpha=6.0, targets=["attention", "mlp"], dropout=0.2, dora=True)
+LORA = LoraConfig(rank=3, alpha=6.0, targets=["attention", "mlp", "adaln"], dropout=0.2, dora=True)
 
 
 def trained(

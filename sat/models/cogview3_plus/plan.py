@@ -7,4 +7,5 @@ PLAN: Plan = {
     "transformer.blocks.*.attn.proj": Row(unit="head_dim"),
     "transformer.blocks.*.mlp.up": Column(),
     "transformer.blocks.*.mlp.down": Row(),
+    "transformer.mixins.adaln.layers.*.1": Column(gather=True),
 }
