@@ -1,24 +1,20 @@
-"""``python -m sat.cli.web`` as a process of its own, and a browser to look at it."""
+"""``python -m sat.cli.web`` as a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import pytest
+from typing import NamedTuple
 
 from tests.sampling import ROOT
 
 TOKEN = "t0ken-of-the-test"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-"""A browser of the system; without one the tests of the page are skipped."""
 
 
 class Server(NamedTuple):
@@ -31,8 +27,11 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(out: Path, *arguments: object) -> Iterator[Server]:
-    """The command with ``arguments``, until its address is printed; ended with SIGTERM."""
+def serving(out: Path, *arguments: object, **environment: str) -> Iterator[Server]:
+    """The command with ``arguments`` and ``environment``, once its address is printed; ended with SIGTERM.
+
+    Where it listens on all addresses, the one to use is the loopback's.
+    """
     out.mkdir(parents=True)
     log = out / "log.txt"
     words = [
@@ -51,14 +50,15 @@ def serving(out: Path, *arguments: object) -> Iterator[Server]:
         "COGVIEW3_API_TOKEN": TOKEN,
         "OPENAI_API_KEY": "none",
         "XDG_CACHE_HOME": str(out / "cache"),
+        **environment,
     }
     with log.open("wb") as errors:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors)
     assert process.stdout is not None
     try:
         line = process.stdout.readline().decode().strip()  # it ends when the process does
-        assert line.startswith("http://127.0.0.1:"), log.read_text()
-        yield Server(line.rstrip("/"), out, log, process)
+        assert re.match(r"http://(127\.0\.0\.1|0\.0\.0\.0):\d+/$", line), log.read_text()
+        yield Server(line.rstrip("/").replace("0.0.0.0", "127.0.0.1"), out, log, process)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -66,18 +66,3 @@ def serving(out: Path, *arguments: object) -> Iterator[Server]:
         finally:
             process.kill()
             process.stdout.close()
-
-
-@contextlib.contextmanager
-def browser() -> Iterator[Any]:
-    """Headless Chromium, or a skipped test."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        try:
-            yield opened
-        finally:
-            opened.close()

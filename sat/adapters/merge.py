@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -38,7 +38,7 @@ def load_adapters(parts: Parts, wanted: Sequence[Loading], *, fold: bool = False
     found: dict[str, Adapter] = {}
     for item in wanted:
         adapter = read(item.path, parts)
-        name = _name(item.path, [*found, *(n for module in parts.values() for n in names(module))])
+        name = adapter_name(item.path, [*found, *(n for module in parts.values() for n in names(module))])
         for part, module in parts.items():
             if layers := adapter.of(part):
                 attach(module, name, layers, strength=item.strength)
@@ -53,8 +53,8 @@ def load_adapters(parts: Parts, wanted: Sequence[Loading], *, fold: bool = False
     return found
 
 
-def _name(path: Path, taken: Sequence[str]) -> str:
-    """A name for the adapter at ``path`` that is not ``taken``: of its file or folder."""
+def adapter_name(path: Path, taken: Collection[str] = ()) -> str:
+    """A name for the adapter at ``path`` that is not ``taken``: of its file or folder, letters and ``_``."""
     places = (
         place.name.removesuffix(".safetensors") for place in (path.absolute(), *path.absolute().parents)
     )

@@ -52,7 +52,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]], acces
     line.open()
     host, port = listening.getsockname()[:2]
     app = application(studio, line, access, api=args.api, optimizer=optimizer)
-    shared = share(port) if access.share else None
+    shared = share(host, port) if access.share else None
 
     def ready() -> None:
         shown = f"[{host}]" if ":" in host else host

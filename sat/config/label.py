@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sat.adapters.files import locate
+from sat.adapters.merge import adapter_name
 from sat.checkpoint import PARTS, digest
 from sat.config.build import build_guider
 from sat.config.schema import Experiment, plain
@@ -63,7 +64,16 @@ def label(
         seed=asked.seed,
         model=model_name(experiment),
         digest=settings,
+        adapters=_adapters(experiment),
     )
+
+
+def _adapters(experiment: Experiment) -> dict[str, float]:
+    """Adapters that count, by the names that the loaded model has for them."""
+    found: dict[str, float] = {}
+    for item in experiment.adapters.load:
+        found[adapter_name(item.path, found)] = item.strength
+    return {name: strength for name, strength in found.items() if strength}
 
 
 def _kept(experiment: Experiment) -> dict[str, object]:

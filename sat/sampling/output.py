@@ -76,9 +76,11 @@ class Label:
     seed: int  # of image 0; image i has seed + i
     model: str
     digest: str  # of the settings that decide the pixels
+    adapters: Mapping[str, float] = field(default_factory=dict)  # name -> strength
 
     def fields(self, prompt: str, seeds: str) -> dict[str, str]:
-        """The text fields of one file, which shows the images of ``seeds``."""
+        """The text fields of one file, which shows the images of ``seeds``; ``lora`` if there is any."""
+        lora = ", ".join(f"{name}:{strength:g}" for name, strength in self.adapters.items())
         return {
             "prompt": prompt,
             "negative_prompt": self.negative_prompt,
@@ -90,6 +92,7 @@ class Label:
             "guidance": "none" if self.guidance is None else f"{self.guidance:g}",
             "model": self.model,
             "config_digest": self.digest,
+            **({"lora": lora} if lora else {}),
         }
 
 

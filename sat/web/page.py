@@ -171,7 +171,7 @@ class Page:
         status = _said("The settings of the picture are set. " + " ".join(html.escape(n) for n in notes))
         return [wish.prompt, wish.negative_prompt, wish.width, heights, 1, wish.steps,
                 wish.guidance if wish.guidance is not None else gr.skip(), wish.seed, False,
-                *([gr.skip()] * len(self.adapters)), status]  # fmt: skip
+                *(wish.adapters.get(name, 0.0) for name in self.adapters), status]  # fmt: skip
 
     async def gallery(self) -> tuple[list[Image.Image], list[str]]:
         """(thumbnails, names), the newest first."""
@@ -214,6 +214,8 @@ class Page:
             "guidance": "none" if said.guidance is None else f"{said.guidance:g}", "seed": said.seed,
             "model": said.model, "file": name,
         }  # fmt: skip
+        if said.adapters:
+            rows["LoRA"] = ", ".join(f"{name} at {strength:g}" for name, strength in said.adapters.items())
         return "<dl>" + "".join(
             f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in rows.items()
         ) + "</dl>"  # fmt: skip

@@ -138,14 +138,16 @@ def bind(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}, port {port}: {why}; --port names another") from None
 
 
-def share(port: int) -> str:
-    """A public address for the local ``port``, through Gradio's relay; it needs a network."""
+def share(host: str, port: int) -> str:
+    """A public address for what listens on ``host``, through Gradio's relay; it needs a network."""
     from gradio import networking
 
+    if host in ("0.0.0.0", "::"):  # all addresses: the loopback's is one of them
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
     try:
-        found: str = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+        found: str = networking.setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
     except Exception as error:
-        raise RuntimeError(f"sharing did not work: {error}") from error
+        raise RuntimeError(f"sharing did not work, it needs a network: {error}") from error
     return found
 
 

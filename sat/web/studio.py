@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from sat.adapters.files import is_adapter
-from sat.adapters.merge import Loading, load_adapters
+from sat.adapters.merge import Loading, adapter_name, load_adapters
 from sat.config.build import adaptable, build_guider
 from sat.config.cascade import Cascade, relay_factor
 from sat.config.label import adapter_digest, label, model_name, weight_digests
@@ -278,19 +278,14 @@ def _offers(experiment: Experiment, folder: Path | None) -> dict[str, Offer]:
     """Adapters by name: those of the config, then those in ``folder``."""
     found: dict[str, Offer] = {}
     for item in () if experiment.adapters.merge else experiment.adapters.load:
-        found[_unused(item.path, found)] = Offer(item.path, item.strength)
+        found[adapter_name(item.path, found)] = Offer(item.path, item.strength)
     if folder is not None:
         if not folder.is_dir():
             raise WishError(f"{folder}: no such folder of LoRA files")
         for path in sorted(folder.iterdir()):
             if (path.is_dir() or path.suffix == ".safetensors") and is_adapter(path):
-                found[_unused(path, found)] = Offer(path, 0.0)
+                found[adapter_name(path, found)] = Offer(path, 0.0)
     return found
-
-
-def _unused(path: Path, taken: Mapping[str, Offer]) -> str:
-    name = path.name.removesuffix(".safetensors")
-    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, 1000))) if n not in taken)
 
 
 def fitted(said: Settings, studio: Studio) -> tuple[Wish, list[str]]:
@@ -309,4 +304,14 @@ def fitted(said: Settings, studio: Studio) -> tuple[Wish, list[str]]:
     seed = min(said.seed or 0, 2**32 - 1)
     if said.model and said.model != model_name(studio.first):
         notes.append(f"The picture is from another model, {said.model}: this one draws it differently.")
-    return Wish(said.prompt, height, width, steps, guidance, seed, 1, said.negative_prompt), notes
+    adapters, unknown = _offered(said, studio)
+    notes += [f"It was drawn with the LoRA {name}, which is not offered here." for name in unknown]
+    return Wish(said.prompt, height, width, steps, guidance, seed, 1, said.negative_prompt, adapters), notes
+
+
+def _offered(said: Settings, studio: Studio) -> tuple[dict[str, float], list[str]]:
+    """Strengths of the adapters that a picture was drawn with, and the names of those that are not here."""
+    folded = {adapter_name(item.path): item.strength for item in studio.first.adapters.load}
+    most = studio.limits.strength
+    adapters = {n: max(-most, min(s, most)) for n, s in said.adapters.items() if n in studio.offers}
+    return adapters, [n for n, s in said.adapters.items() if n not in adapters and folded.get(n) != s]

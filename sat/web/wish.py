@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from PIL import Image
@@ -79,6 +82,7 @@ class Settings(NamedTuple):
     guidance: float | None
     seed: int | None
     model: str
+    adapters: Mapping[str, float] = MappingProxyType({})
 
 
 def settings_of(path: Path) -> Settings:
@@ -102,8 +106,19 @@ def settings_of(path: Path) -> Settings:
 
     return Settings(
         fields["prompt"], fields.get("negative_prompt", ""), whole("height"), whole("width"), whole("steps"),
-        number("guidance"), whole("seed"), fields.get("model", ""),
+        number("guidance"), whole("seed"), fields.get("model", ""), _adapters(fields.get("lora", "")),
     )  # fmt: skip
+
+
+def _adapters(text: str) -> dict[str, float]:
+    """Strengths by name of a field such as ``fur:0.5, silk:1``; what does not read so is left out."""
+    found: dict[str, float] = {}
+    for part in text.split(", "):
+        name, _, value = part.rpartition(":")
+        with contextlib.suppress(ValueError):
+            if name and math.isfinite(float(value)):
+                found[name] = float(value)
+    return found
 
 
 class Pictures:

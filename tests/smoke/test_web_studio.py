@@ -107,6 +107,9 @@ def test_a_lora_counts_as_much_as_its_strength(studio, words, style, tmp_path) -
     )
     sample(words, *base, "--prompt", "a cat", "--steps", 3, "--guidance", 2.5, "--seed", 5)
     assert half.read_bytes() == (tmp_path / "cli" / "0_a_cat" / "000000000.png").read_bytes()
+    again, notes = fitted(settings_of(half), studio)
+    assert (again, notes) == (Wish("a cat", 32, 48, 3, 2.5, 5, adapters={"fur": 0.5}), [])
+    assert fitted(settings_of(plain), studio)[0].adapters == {}
     with pytest.raises(WishError, match="there is no LoRA 'silk'; there are fur"):
         studio.job(Wish("a cat", 32, 48, 3, 2.5, 5, adapters={"silk": 1.0}))
 
@@ -126,11 +129,13 @@ def test_what_cannot_be_drawn_is_refused_before_it_waits(studio) -> None:
 
 
 def test_settings_of_another_model_are_fitted_and_told(studio) -> None:
-    said = Settings("a cat", "rain", 1024, 1000, 500, 7.0, 3, "CogView3Plus big")
+    said = Settings("a cat", "rain", 1024, 1000, 500, 7.0, 3, "CogView3Plus big", {"silk": 1.0, "fur": 9.0})
     wish, notes = fitted(said, studio)
     assert (wish.prompt, wish.negative_prompt, wish.seed, wish.guidance) == ("a cat", "rain", 3, 7.0)
     assert studio.sizes.allows(wish.height, wish.width) and wish.steps == 200
     assert "1024 x 1000 is not possible" in notes[0] and "CogView3Plus big" in notes[1]
+    assert notes[2] == "It was drawn with the LoRA silk, which is not offered here."
+    assert wish.adapters == {"fur": studio.limits.strength}
     studio.check(wish)
     (path,) = drawn(studio, studio.job(Wish("a cat", 32, 48, 3, 2.5, 5)))
     assert fitted(settings_of(path), studio) == (Wish("a cat", 32, 48, 3, 2.5, 5), [])

@@ -64,6 +64,9 @@ def test_a_png_says_how_it_was_made(tmp_path) -> None:
     assert read_png_text(first) == text
     assert read_png_text(second) == text | {"seed": "8"}
     assert read_png_text(sheet) == text | {"seed": "7-8"}
+    worn = replace(LABEL, adapters={"fur": 0.5, "silk": -1.0})
+    (only,) = _draw(_folder(tmp_path / "worn", 1, worn))
+    assert read_png_text(only) == text | {"lora": "fur:0.5, silk:-1"}
 
 
 def test_a_drawn_prompt_is_finished_until_a_file_is_missing_or_damaged(tmp_path) -> None:

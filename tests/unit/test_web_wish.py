@@ -57,9 +57,11 @@ def test_nothing_but_pictures_of_the_folder_can_be_reached(root, name) -> None:
 
 def test_settings_are_read_from_the_png(tmp_path) -> None:
     said = settings_of(picture(tmp_path / "a.png"))
-    assert said == ("<b>ü</b>", "", 32, 48, 5, 2.5, 7, "M")
+    assert said == ("<b>ü</b>", "", 32, 48, 5, 2.5, 7, "M", {})
     odd = {**FIELDS, "guidance": "none", "seed": "3-6", "steps": "²", "height": "9" * 30}
     assert settings_of(picture(tmp_path / "b.png", odd))[2:7] == (None, 48, None, None, 3)
+    worn = {**FIELDS, "lora": "fur:0.5, silk:-1e-05, , :3, odd, x:nan"}
+    assert settings_of(picture(tmp_path / "e.png", worn)).adapters == {"fur": 0.5, "silk": -1e-05}
     with pytest.raises(WishError, match="holds no settings"):
         settings_of(picture(tmp_path / "c.png", {}))
     (tmp_path / "d.png").write_bytes(b"no picture")
