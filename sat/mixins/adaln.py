@@ -19,6 +19,7 @@ class AdaLN(Mixin):
     """
 
     host = TransformerHooks
+    text_alike = True
 
     def __init__(self, dim: int, emb_dim: int, depth: int) -> None:
         super().__init__()

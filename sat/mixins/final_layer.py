@@ -21,6 +21,7 @@ class FinalLayer(Mixin):
     """
 
     host = TransformerHooks
+    text_alike = True
 
     def __init__(self, dim: int, emb_dim: int, patch: int, channels: int, double_norm: bool = True) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ class PatchEmbed(Mixin):
     """
 
     host = TransformerHooks
+    text_alike = True
 
     def __init__(self, channels: int, dim: int, patch: int, text_dim: int) -> None:
         super().__init__()

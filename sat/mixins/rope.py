@@ -38,6 +38,7 @@ class Rope(Mixin):
     """
 
     host = TransformerHooks
+    text_alike = True
 
     def __init__(self, head_dim: int, height: int, width: int, theta: float = 10000.0) -> None:
         super().__init__()

@@ -39,6 +39,7 @@ class SinCos2D(Mixin):
     """
 
     host = TransformerHooks
+    text_alike = True
     table: Tensor
 
     def __init__(self, dim: int, height: int, width: int) -> None:

@@ -60,10 +60,12 @@ class SequenceParallel(Mixin):
     """Cuts the tokens at a transformer's entry and joins them at its exit; holds no parameters.
 
     There is one image token for each patch of ``ctx.grid`` or, where that is empty, each cell of
-    ``ctx.image``. Any number of tokens and heads will do: shares differ by one.
+    ``ctx.image``. Any number of tokens and heads will do: shares differ by one. A single text token that
+    stands for many (``ctx.text_repeat``) is the first rank's; each rank repeats its keys of the heads it has.
     """
 
     host = TransformerHooks
+    text_alike = True
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()

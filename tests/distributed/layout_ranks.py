@@ -27,6 +27,7 @@ from sat.diffusion.guidance import IntervalLimited
 from sat.first_stage import AutoencoderKL
 from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
 from sat.mixins.rope import Rope
+from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.collectives import explain, taking_turns
 from sat.parallel.guidance import share_guidance
@@ -34,7 +35,7 @@ from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import open_drawer
-from sat.sampling.draw import Look
+from sat.sampling.draw import Encoded, Look
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective
@@ -50,6 +51,7 @@ MODELS = ("tiny", "tiny_base")
 LAYOUTS: dict[str, dict[str, int]] = {
     "guidance": {"guidance": 2},
     "sequence": {"sequence": 2},
+    "sequence_of_3": {"sequence": 3},
     "guidance_sequence": {"guidance": 2, "sequence": 2},
     "guidance_tensor": {"guidance": 2, "tensor": 2},
     "sequence_tensor": {"sequence": 2, "tensor": 2},
@@ -65,7 +67,7 @@ TRAININGS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and what differs 
 
 
 def pictures(runtime: Runtime, folder: Path, layout: dict[str, int]) -> dict[str, dict[str, Tensor]]:
-    """Latents and pixels of one picture of each small model, and of guidance within an interval."""
+    """Latents and pixels of one picture of each small model, of guidance within an interval, and folded."""
     return {name: _picture(name, runtime, layout) for name in MODELS}
 
 
@@ -78,7 +80,7 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
     drawer, guider = open_drawer(experiment, runtime.device, mesh)
     encoded = drawer.encode(["a red apple"], "a blue car")[0]
 
-    def drawn(look: Look) -> Tensor:
+    def drawn(look: Look, encoded: Encoded = encoded) -> Tensor:
         shape = drawer.engine.latent_shape(look.height, look.width)
         return drawer.latents(encoded, ImageRng.of(7, [0], shape), look)
 
@@ -87,6 +89,13 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
     if mesh.guidance.size > 1 or not layout:
         within = share_guidance(IntervalLimited(3.0, 200.0, 700.0), mesh.guidance)
         found["interval"] = drawn(Look(64, 64, 4, within))
+    if isinstance(network := drawer.engine.network, CogView3Plus):
+        network.fold = 1
+        seen, prepare = [], network.prepare
+        network.prepare = lambda *given: seen.append(prepare(*given)) or seen[-1]  # type: ignore[method-assign]
+        found["folded"] = drawn(Look(64, 64, 4, guider), drawer.encode(["a red apple"])[0])
+        unguided = mesh.guidance.rank == mesh.guidance.size - 1 > 0
+        assert [made.folded is not None for made in seen] == [not unguided], "as one rank does"
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sat.conditioning.condition import Condition
 from sat.first_stage.blocks import Upsample
 from sat.mixin import Mixin, wraps
+from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
 from sat.sampling import speed
@@ -220,10 +221,14 @@ def test_text_that_something_else_sees_is_not_folded() -> None:
         def layer(self, inner, x: Tensor, ctx: Context, layer: int):
             return inner(x, ctx, layer)
 
+    class Other(QKNorm):
+        """Another class says for itself what it does to text."""
+
     null = condition(one_size=True).null()
     masked = Condition(null.text, null.vector, torch.ones(2, 7, dtype=torch.bool))
     watched = plus({"watcher": Watcher()})
-    for model, cond in ((plus(), masked), (watched, null), (plus(), condition(one_size=True))):
+    other = plus({"qk_norm": Other(8)})
+    for model, cond in ((plus(), masked), (watched, null), (other, null), (plus(), condition(one_size=True))):
         model.fold = 22
         assert model.prepare(cond, (6, 10), TIMES).folded is None
         assert model.prepare(cond, (6, 10)).folded is None  # training

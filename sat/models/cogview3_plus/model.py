@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from sat.mixins.adaln import AdaLN
 from sat.mixins.final_layer import FinalLayer
 from sat.mixins.patch_embed import PatchEmbed
 from sat.mixins.qk_norm import QKNorm
-from sat.mixins.rope import Rope
 from sat.mixins.sincos import SinCos2D
 from sat.transformer import Context, Grid, LayerModulation, Transformer
 
@@ -204,9 +203,8 @@ def _equal_tokens(text: Tensor) -> int:
 def foldable(transformer: Transformer, context: Context) -> bool:
     """Whether equal text tokens stay equal from layer to layer, and nothing else counts them.
 
-    They get no position and no mask, and no hook but those known here sees them.
+    They get no mask, and every mixin that fills a hook says that it treats them alike.
     """
-    owners, mixins = transformer.resolved.owners, dict(transformer.mixins.items())
-    known = (PatchEmbed, SinCos2D, AdaLN, QKNorm, FinalLayer, Rope)
+    owners, mixins = transformer.resolved.owners, cast("dict[str, Mixin]", dict(transformer.mixins.items()))
     names = {name for chain in owners.values() for name in chain if name != "default"}
-    return context.text_mask is None and all(type(mixins[name]) in known for name in names)
+    return context.text_mask is None and all(mixins[name].text_alike for name in names)
