@@ -59,6 +59,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 TRAININGS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, and what differs from one process
     "zero0": (2, {}),
     "zero2": (2, {"zero": 2, "activation_checkpointing": True}),
+    "zero3": (2, {"zero": 3}),
     "data": (4, {"zero": 1, "accumulate": 1}),
 }
 
@@ -240,7 +241,8 @@ def trained(runtime: Runtime, folder: Path, config: TrainConfig, layout: dict[st
     run = trainer(folder / "run", config, runtime, objective, mesh, plain=True)
     run.source = Captioned(config.batch_size, mesh.data_rank, mesh.data_ranks)
     run.fit()
-    moved = {name: p.detach() - before[name] for name, p in run.engine.parameters.items()}
+    with run.engine.unsharded():
+        moved = {name: p.detach() - before[name] for name, p in run.engine.parameters.items()}
     return {"moved": moved, "rows": rows(folder / "run") if runtime.is_main else []}
 
 
@@ -267,6 +269,9 @@ def main(folder: Path) -> None:
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    import sat.train.deepspeed
+
+    sat.train.deepspeed.PERSISTENT = 9  # all but the smallest weights are shared out at ZeRO 3
     results: dict[str, Any] = {}
 
     def case(name: str, world: int, work: Any, **given: Any) -> None:

@@ -291,6 +291,7 @@ def trainings(folder: Path, results: dict[str, Any]) -> None:
     case("sft/zero2", 2, 2, accumulate=2, zero=2, activation_checkpointing=True)
     case("sft/zero3", 2, 2, accumulate=2, zero=3)
     case("lora/zero2", 2, 2, accumulate=2, zero=2, lora=LORA)
+    case("lora/zero3", 2, 2, accumulate=2, zero=3, lora=LORA)
     case("sft/joined", 1, 1, accumulate=2, zero=1, resume=folder / "sft/zero2")
     case("sft/split", 2, 2, accumulate=2, zero=2, resume=folder / "sft/one")
     case("lora/joined", 1, 1, accumulate=2, lora=LORA, resume=folder / "lora/zero2")
@@ -302,6 +303,9 @@ def main(folder: Path) -> None:
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     import torch._dynamo  # noqa: F401
 
+    import sat.train.deepspeed
+
+    sat.train.deepspeed.PERSISTENT = 9  # all but the smallest weights are shared out at ZeRO 3
     results: dict[str, Any] = {}
     trainings(folder, results)
     for size in (2, 4):

@@ -91,7 +91,7 @@ def test_a_split_model_is_the_official_one(results: dict[str, Any]) -> None:
 
 LAYOUTS = [
     *(("sft", layout) for layout in ("2x2", "zero0", "zero2", "zero3", "joined", "split")),
-    *(("lora", layout) for layout in ("2x2", "zero2", "joined")),
+    *(("lora", layout) for layout in ("2x2", "zero2", "zero3", "joined")),
 ]
 """``joined`` and ``split`` go on at step 5 from a checkpoint of 2 tensor ranks on 1, and the other way."""
 
