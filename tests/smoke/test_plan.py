@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,16 +30,41 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", RUNS)
-def test_planned_peak_is_the_measured_one(name: str, tmp_path: Path) -> None:
+TEAM = ["configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=64"]
+AXES = ("tensor", "sequence")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+
+def compare(folder: Path, *words: str) -> Iterator[dict[str, int]]:
+    """What plan_runs prints, the last line first."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.smoke.plan_runs", str(tmp_path), *RUNS[name]],
+        [sys.executable, "-m", "tests.smoke.plan_runs", str(folder), *words],
         cwd=ROOT, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return map(json.loads, reversed(done.stdout.splitlines()))
+
+
+def agree(found: dict[str, int]) -> None:
     assert found["planned"] == pytest.approx(found["measured"], rel=PLAN)
     assert found["measured"] > 150e6, "too small to tell the training from the process"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_planned_peak_is_the_measured_one(name: str, tmp_path: Path) -> None:
+    agree(next(compare(tmp_path, *RUNS[name])))
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    found = compare(tmp_path_factory.mktemp("teams"), *TEAM, "--team", *AXES)
+    return dict(zip(reversed(AXES), found, strict=False))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_planned_peak_of_a_rank_is_the_measured_one(teams: dict[str, dict[str, int]], axis: str) -> None:
+    agree(teams[axis])
