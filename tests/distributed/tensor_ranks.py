@@ -20,6 +20,7 @@ from sat.adapters.lora import attach, extract, merge
 from sat.checkpoint import load
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
+from sat.memory.offload import Guest, carousels
 from sat.models.t5 import T5Encoder
 from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
@@ -40,6 +41,7 @@ from tests.golden import build as golden_build
 from tests.golden.check import check_file
 from tests.small import condition, fill, plus
 from tests.training import CONFIG, changed, ranks, rows, trainer
+from tests.unit.test_offload import Recorder
 
 
 def t5() -> T5Encoder:
@@ -193,6 +195,17 @@ def run_plain(model: nn.Module) -> Tensor:
     return out
 
 
+def offloaded(runtime: Runtime, folder: Path) -> bool:
+    """Whether a split model whose blocks and modulation layers wait on the host computes the same bits."""
+    tensor = Mesh(runtime, tensor=runtime.world).tensor
+    there, waits = (apply_plan(plus(), family_plan(type(plus())), tensor) for _ in range(2))
+    lane = Recorder()
+    guest = Guest(waits, lane, carousels(waits, blocks=True, adaln=True))
+    guest.arrive()
+    same = torch.equal(run_plain(waits), run_plain(there))
+    return same and len(lane.slots) == 4  # two for the blocks, two for the modulation layers
+
+
 GOLDEN = ("dit_plus_square", "unet_base", "e2e_plus", "conditioner")
 """Stored outputs of the official code, of networks and text encoders."""
 
@@ -317,6 +330,7 @@ def main(folder: Path) -> None:
         results[f"adapters {dora}"] = ranks(2, folder / f"dora{dora}", functools.partial(adapters, dora=dora))
     results["official"] = ranks(2, folder / "official", official)
     results["halves"] = ranks(2, folder / "halves", halves)
+    results["offloaded"] = ranks(2, folder / "offloaded", offloaded)
     torch.save(results, folder / "results.pt")
 
 

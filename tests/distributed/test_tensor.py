@@ -84,6 +84,10 @@ def test_half_precision_has_the_types_of_a_whole_model(results: dict[str, Any]) 
             assert case["far"] < BF16
 
 
+def test_shares_may_wait_in_host_memory(results: dict[str, Any]) -> None:
+    assert values(results, "offloaded") == [True, True]
+
+
 def test_a_split_model_is_the_official_one(results: dict[str, Any]) -> None:
     for value in values(results, "official"):
         assert value == {name: [] for name in GOLDEN}
