@@ -204,7 +204,7 @@ class Shards:
 
 
 class Resplit(Shards):
-    """The files of all ranks of one checkpoint, read on another number of tensor ranks than wrote them.
+    """The files of all ranks of one checkpoint that other tensor ranks wrote, or the same by another plan.
 
     Names and numbers are those of the first tensor rank; the others have the same.
     """
@@ -234,7 +234,9 @@ def _open(engine: TrainEngine, folder: Path) -> Shards:
     """The files in ``folder`` as this rank reads them."""
     written = {path.name.split("_")[1] for path in folder.glob("shard_*.safetensors")}
     if len(written) == engine.mesh.tensor.size:
-        return Shards(folder, engine.mesh.tensor.rank)
+        own = Shards(folder, engine.mesh.tensor.rank)
+        if own.cuts == {name: s.cut for name, s in engine.split.items() if name in engine.parameters}:
+            return own
     return Resplit(folder, len(written), engine)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +227,15 @@ TRAINING = changed(CONFIG, steps=10, batch_size=2, save_every=5, clip=0.02)
 
 
 class Painter(Objective):
-    """The small network told to predict noise, split over ``tensor``; with ``lora`` only factors learn."""
+    """The small network told to predict noise, split over ``tensor``; with ``lora`` only factors learn.
 
-    def __init__(self, tensor: Axis, lora: LoraConfig | None = None) -> None:
+    ``unsplit``: patterns of the plan that are left out.
+    """
+
+    def __init__(self, tensor: Axis, lora: LoraConfig | None = None, unsplit: Sequence[str] = ()) -> None:
         super().__init__()
-        self.network = apply_plan(plus(), family_plan(type(plus())), tensor)
+        plan = {name: style for name, style in family_plan(type(plus())).items() if name not in unsplit}
+        self.network = apply_plan(plus(), plan, tensor)
         if lora is not None:
             add_lora(self, lora, seed=0)
 
@@ -253,11 +257,11 @@ LORA = LoraConfig(rank=3, alpha=6.0, targets=["attention", "mlp", "adaln"], drop
 
 def trained(
     runtime: Runtime, folder: Path, config: TrainConfig, size: int, lora: LoraConfig | None = None,
-    resume: Path | None = None,
+    resume: Path | None = None, unsplit: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Ten steps over ``size`` tensor ranks; from the middle if there is a checkpoint to ``resume``."""
     mesh = Mesh(runtime, tensor=size)
-    objective = Painter(mesh.tensor, lora)
+    objective = Painter(mesh.tensor, lora, unsplit)
     if config.activation_checkpointing:
         for module in objective.modules():
             if isinstance(module, Transformer):
@@ -293,7 +297,7 @@ def trainings(folder: Path, results: dict[str, Any]) -> None:
     """One process and several layouts; checkpoints of one tensor size resumed on another."""
 
     def case(name: str, world: int, size: int, **options: Any) -> None:
-        extra = {key: options.pop(key) for key in ("lora", "resume") if key in options}
+        extra = {key: options.pop(key) for key in ("lora", "resume", "unsplit") if key in options}
         work = functools.partial(trained, config=changed(TRAINING, **options), size=size, **extra)
         results[name] = ranks(world, folder / name, work)
 
@@ -306,6 +310,8 @@ def trainings(folder: Path, results: dict[str, Any]) -> None:
     case("lora/zero2", 2, 2, accumulate=2, zero=2, lora=LORA)
     case("lora/zero3", 2, 2, accumulate=2, zero=3, lora=LORA)
     case("sft/joined", 1, 1, accumulate=2, zero=1, resume=folder / "sft/zero2")
+    adaln = ["transformer.mixins.adaln.layers.*.1"]
+    case("sft/replanned", 2, 2, accumulate=2, zero=1, resume=folder / "sft/zero2", unsplit=adaln)
     case("sft/split", 2, 2, accumulate=2, zero=2, resume=folder / "sft/one")
     case("lora/joined", 1, 1, accumulate=2, lora=LORA, resume=folder / "lora/zero2")
 
