@@ -1,4 +1,4 @@
-"""Commands written down for people: in Markdown blocks, in the head of a YAML file, in shell scripts."""
+"""Commands written down for people: in Markdown, in the head of a YAML file, in shell scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import NamedTuple
 from tests.architecture.tree import ROOT, files
 
 _BLOCK = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_TEXT = re.compile(r"^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_STARTS = re.compile(r"(torchrun|python3?|pip|pytest|mkdocs|bash|sh|sbatch) ")
 _COMMENT = re.compile(r"^# ?", re.MULTILINE)
+_SMALL = {"SIDE": "512", "N": "2", "W": "2"}
+"""Numbers that a page leaves to the reader."""
 
 
 class Command(NamedTuple):
@@ -30,15 +36,15 @@ def commands(*patterns: str) -> list[Command]:
     found = []
     for path in files():
         if any(path.relative_to(ROOT).match(pattern) for pattern in patterns):
-            found += [command for line in _lines(path) for command in parsed(path, line)]
+            found += [command for line in lines(path) for command in parsed(path, line)]
     return found
 
 
-def _lines(path: Path) -> list[str]:
+def lines(path: Path) -> list[str]:
     """Logical shell lines of a file."""
     text = path.read_text()
     if path.suffix == ".md":
-        text = "\n".join(_BLOCK.findall(text))  # code within a sentence is often only a part of a command
+        text = "\n".join([*_BLOCK.findall(text), *_in_prose(text)])
     elif path.suffix == ".yaml":
         head = re.match(r"(?:#.*\n)*", text)
         assert head is not None, "an empty head matches too"
@@ -50,10 +56,24 @@ def _lines(path: Path) -> list[str]:
     return text.replace("\\\n", " ").splitlines()
 
 
+def _in_prose(text: str) -> list[str]:
+    """Commands in blocks of plain text and within sentences, where other things stand too.
+
+    A sentence may name a program, or a part of one, without saying what to do: as if it were asked for help.
+    """
+    found = [line for block in _TEXT.findall(text) for line in block.splitlines()]
+    inline = [" ".join(code.split()) for code in _INLINE.findall(_FENCED.sub("", text))]
+    inline = [
+        f"{code} --help" if re.fullmatch(r"python (-m )?[\w./]+( [a-z]+)*", code) else code for code in inline
+    ]
+    return [line for line in [*found, *inline] if _STARTS.match(line)]
+
+
 def parsed(path: Path, line: str) -> list[Command]:
     """The project's commands in one shell line."""
     line = re.sub(r"^\s*[$>] ", "", line)
-    words = [word for word in _words(line) if word != "$@"]  # what the user adds to a script
+    words = [word for word in _words(line) if word not in ("$@", "…")]  # what the user adds
+    words = [re.sub(r"\b(SIDE|N|W)\b", lambda match: _SMALL[match[0]], word) for word in words]
     found: list[Command] = []
     for part in _split(words):
         while part and re.fullmatch(r"[A-Z_]+=.*", part[0]):
@@ -99,10 +119,12 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
             rest = rest[2 if takes_value else 1 :]
         if rest and rest[0] == "-m":
             rest = rest[1:]
-            return (rest[0], rest[1:]) if rest and rest[0].startswith("sat.") else ("", [])
+            return (rest[0], rest[1:]) if rest and rest[0].startswith(("sat.", "tests.")) else ("", [])
         return (rest[0], rest[1:]) if rest and rest[0].endswith(".py") else ("", [])
-    if launcher == "pytest":
-        return "pytest", rest
+    if launcher in ("bash", "sh"):
+        return (rest[0], rest[1:]) if rest else ("", [])
+    if launcher in ("pytest", "mkdocs", "pip"):
+        return launcher, rest
     if launcher.startswith("./") or launcher == ".ci/run":
         return launcher.removeprefix("./"), rest
     return "", []
@@ -110,6 +132,8 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
 
 def _submitted(words: list[str]) -> tuple[str, list[str]]:
     """What a SLURM script runs with the arguments that follow its name."""
+    if not words:
+        return "", []  # an option that a sentence is about
     script, arguments = words[0], words[1:]
     if not (ROOT / script).is_file():
         return script, arguments

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tests.architecture.commands import Command, commands, parsed
+from tests.architecture.commands import Command, commands, lines, parsed
 from tests.architecture.tree import ROOT, files
 
 WRITTEN = commands("*.md", "docs/*.md", "data/*.md", "sample_scripts/*", "train_scripts/*")
@@ -36,13 +38,21 @@ def accepted(command: Command) -> int:
     """0 when the program takes the arguments: checked with its config where there is one, else parsed."""
     if command.program in CHECKED:
         arguments = [word for word in command.arguments if word not in ("--print-config",)]
-        return int(importlib.import_module(CHECKED[command.program]).main([*arguments, "--check"]))
+        program = importlib.import_module(CHECKED[command.program])
+        if "--help" in arguments or "my.yaml" in arguments:  # my.yaml: the reader's, run by test_pages.py
+            return _parsed(program, arguments)
+        return int(program.main([*arguments, "--check"]))
     if command.program == "sat.cli.evaluate" and "--base" in command.arguments:
         return int(importlib.import_module(command.program).main([*command.arguments, "--check"]))
     if command.program in PARSED or command.program.startswith("sat.cli."):
         module = PARSED.get(command.program, command.program)
-        importlib.import_module(module).parser().parse_args(list(command.arguments))
-        return 0
+        return _parsed(importlib.import_module(module), command.arguments)
+    if command.program == "pip":
+        return len(not_installable(command.arguments))
+    if command.program == "mkdocs":
+        return 0 if command.arguments == ("build", "--strict") else 1
+    if command.program.startswith("tests."):
+        return 0 if importlib.util.find_spec(command.program) else 1
     if command.program == "pytest":
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "--version", *command.arguments],
@@ -53,7 +63,46 @@ def accepted(command: Command) -> int:
             word for word in command.arguments if word.startswith("tests/") and not Path(word).exists()
         ]
         return done.returncode or len(missing)
-    return 0 if (ROOT / command.program).is_file() else 1
+    return len(unknown_options(command)) if (ROOT / command.program).is_file() else 1
+
+
+def _parsed(program: ModuleType, arguments: Sequence[str]) -> int:
+    """0 when the arguments, or the call for help, are understood."""
+    try:
+        program.parser().parse_args(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def not_installable(arguments: Sequence[str]) -> list[str]:
+    """Words after ``pip install`` that name no file, no extra, or another version than the requirements."""
+    bounds = re.findall(
+        r'^[\w.-]+(?:[<>=]=?[^\s"#]+)', "\n".join(p.read_text() for p in ROOT.glob("requirements*.txt")), re.M
+    )
+    extras = dict(
+        re.findall(r'^([\w-]+) = \["([^"]+)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    )
+    bounds += extras.values()
+    found, (verb, *words) = [], arguments
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "-r":
+            good = (ROOT / word).is_file()
+        elif before == "-e":
+            good = set(word.removeprefix(".[").removesuffix("]").split(",")) <= set(extras)
+        elif re.search("[<>=]", word):
+            good = word in bounds
+        else:
+            good = word in ("-r", "-e") or re.fullmatch(r"[a-z][a-z0-9-]+", word) is not None
+        found += [] if good else [word]
+    return found if verb == "install" else [verb]
+
+
+def unknown_options(command: Command) -> list[str]:
+    """Options that the source of a script does not spell; what these mean is the script's own affair."""
+    source = (ROOT / command.program).read_text()
+    options = [word for word in command.arguments if word.startswith("--") and word != "--help"]
+    return [word for word in options if f'"{word}"' not in source]
 
 
 def test_a_wrong_command_is_noticed(
@@ -68,12 +117,19 @@ def test_a_wrong_command_is_noticed(
 @pytest.mark.parametrize(
     ("line", "code"),
     [
+        ('pip install "gradio>=5,<6"', 1),
+        ("pip install -r requirements-all.txt", 1),
+        ("pip install -e '.[parquet,pictures]'", 1),
+        ("mkdocs build --strickt", 1),
+        ("python -m tests.smoke.gone FOLDER", 1),
+        ("python benchmarks/run.py --ony lora", 1),
+        ("sh train_scripts/gone.sh", 1),
         ("sbatch --nodes=2 train_scripts/sft.sbatch convert.py --help-me", 2),
         ("sbatch train_scripts/lora.sbatch --setps 3", 2),
         ("sbatch train_scripts/gone.sbatch train.py --base configs/tiny.yaml", 1),
     ],
 )
-def test_a_wrong_job_is_noticed(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_line_is_noticed(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (wrong,) = parsed(ROOT / "README.md", line)
     try:
@@ -106,3 +162,15 @@ def test_links_between_documents_lead_somewhere() -> None:
             if "://" not in target and not (path.parent / target).exists():
                 broken.append(f"{path.relative_to(ROOT)}: {target}")
     assert not broken
+
+
+def test_commands_in_prose_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Type `python sample.py\n--steps 3` or `sample.py`.\n```text\nOUT/\npython train.py --ranks N\n```\n"
+    )
+    found = [command for line in lines(page) for command in parsed(page, line)]
+    assert [(one.program, one.arguments) for one in found] == [
+        ("train.py", ("--ranks", "2")),
+        ("sample.py", ("--steps", "3")),
+    ]

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from sat.cli import sample
 from tests.architecture.tree import ROOT
 
 
@@ -45,6 +46,7 @@ def test_the_code_of_the_page_on_extending_runs(tmp_path: Path, monkeypatch: pyt
             assert names["picture"].size == (64, 48)
             hooks = str(names["pipe"].drawer.engine.network.hooks)
             assert re.search(r"^layer +gain -> default$", hooks, re.MULTILINE), hooks
+    assert sample.main(["--base", "configs/debug.yaml", "my.yaml", "--check"]) == 0
     for name in ("my_parts", "my_format"):
         sys.modules.pop(name)
     assert used == 2
