@@ -237,6 +237,8 @@ def _detail(args: argparse.Namespace) -> int:
     few = "" if found.images >= ENOUGH else f" (fewer than {ENOUGH} images: too few to compare)"
     name = "Frechet distance of the features of full-resolution crops"
     print(f"{name}, {found.images} images: {found.distance:.3f}{few}")
+    if found.limit is not None:
+        print(f"the same, extrapolated to many pictures: {found.limit:.3f}")
     print(f"kernel distance of the same, which does not depend on the number: {found.kernel:.3f}")
     print(f"fine detail: {found.energy:.2f} of the real pictures' energy above a quarter cycle a pixel")
     return 0

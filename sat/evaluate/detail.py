@@ -10,10 +10,11 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from sat.data.records import DataError
+from sat.data.records import HELD_OUT, TABLE, DataError
 from sat.evaluate.classifier import Classifier, embed
 from sat.evaluate.features import frechet, statistics
 from sat.evaluate.kernel import kernel_distance
+from sat.evaluate.limit import frechet_of_many
 from sat.evaluate.pictures import Opened, collect, pictures_below
 from sat.util.images import from_pil
 
@@ -79,6 +80,7 @@ class Detail:
     """Scores of a folder of ``images`` pictures."""
 
     distance: float  # Fréchet
+    limit: float | None  # the same, extrapolated to many pictures; None for few
     kernel: float
     energy: float
     images: int
@@ -86,18 +88,40 @@ class Detail:
 
 def detail_of_folders(images: Path, real: Path, classifier: Classifier) -> Detail:
     """Distances and :func:`fine_energy` of generated pictures against those below ``real``."""
-    return detail(Opened([path for path, _ in collect(images)]), real, classifier)
+    found = collect(images)
+    return detail(Opened([path for path, _ in found]), [text for _, text in found], real, classifier)
 
 
-def detail(made: Sequence[PIL.Image.Image], real: Path, classifier: Classifier) -> Detail:
-    """As :func:`detail_of_folders`, of opened pictures."""
+def detail(
+    made: Sequence[PIL.Image.Image], captions: Sequence[str], real: Path, classifier: Classifier
+) -> Detail:
+    """As :func:`detail_of_folders`, of opened pictures and what each was drawn for."""
     there = real_pictures(real, {picture.size for picture in made})
     ours, theirs = (crop_features(pictures, classifier) for pictures in (made, there))
-    distance = frechet(*statistics(ours), *statistics(theirs))
-    return Detail(distance, kernel_distance(ours, theirs), fine_energy(made, there), len(made))
+    known = _captions(real)
+    ours_of = _repeated(captions, ours)
+    theirs_of = _repeated([known.get(path, str(path)) for path in there.paths], theirs)
+    return Detail(
+        frechet(*statistics(ours), *statistics(theirs)),
+        frechet_of_many(ours, theirs, ours_of, theirs_of),
+        kernel_distance(ours, theirs),
+        fine_energy(made, there),
+        len(made),
+    )
 
 
-def real_pictures(folder: Path, sizes: Collection[tuple[int, int]]) -> Sequence[PIL.Image.Image]:
+def _captions(folder: Path) -> dict[Path, str]:
+    """The first caption of each picture in the tables of ``folder``."""
+    tables = [folder / name for name in (TABLE, HELD_OUT) if (folder / name).is_file()]
+    return {path: text for table in tables if table.stat().st_size for path, text in collect(folder, table)}
+
+
+def _repeated(names: Sequence[str], features: Tensor) -> list[str]:
+    """The name of each row of ``features``: all pictures have as many crops."""
+    return [name for name in names for _ in range(len(features) // len(names))]
+
+
+def real_pictures(folder: Path, sizes: Collection[tuple[int, int]]) -> Opened:
     """Pictures below ``folder``, which must have one of ``sizes`` (width, height)."""
     pictures = Opened(pictures_below(folder))
     for path, picture in zip(pictures.paths, pictures, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from sat.checkpoint.files import open_file
 from sat.checkpoint.format import CheckpointError
 from sat.evaluate.classifier import CARD, WEIGHTS, Classifier, embed
+from sat.evaluate.detail import Detail as DetailScores
 from sat.evaluate.detail import detail
 from sat.evaluate.features import (
     NEIGHBOURS,
@@ -202,15 +203,24 @@ class Detail:
 
     def __call__(self, pictures: Sequence[Picture]) -> list[Score]:
         """Distance of full-resolution crops and share of fine energy (1 is as real pictures have)."""
-        found = detail(Opened([one.path for one in pictures]), self.real, self.classifier)
+        opened = Opened([one.path for one in pictures])
+        found = detail(opened, [one.caption for one in pictures], self.real, self.classifier)
         few = "" if found.images >= ENOUGH else f"{found.images} pictures: too few to compare"
         return [
             Score("detail distance", found.distance, "lower", found.images, (), few),
+            *_of_many(found),
             Score("detail kernel distance", found.kernel, "lower", found.images),
             Score(
                 "fine energy", found.energy, "near 1", found.images, (), "1 is as much as real pictures have"
             ),
         ]
+
+
+def _of_many(found: DetailScores) -> list[Score]:
+    """The extrapolated distance, where there is one."""
+    if found.limit is None:
+        return []
+    return [Score("detail distance of many", found.limit, "lower", found.images)]
 
 
 def _clip_folder(setting: Setting) -> Path:
