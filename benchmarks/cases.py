@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.peers import BENCH, SMALL, Pair, Size, autoencoder, plus, quiet
+from benchmarks.peers import BENCH, SMALL, Side, Size, decoder, plus, quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,7 +64,7 @@ def step(case: Case) -> Work:
     """A step of the transformer with guidance, ``side`` ours, plain, or a peer."""
     pair = plus(case.shape, DTYPES[case.dtype], case.device, peer=case.side in _THEIRS)
     if case.side in _THEIRS:
-        return torch.no_grad()(pair.their_step(_THEIRS[case.side](pair.theirs)))
+        return torch.no_grad()(pair.their_step(_THEIRS[case.side](pair.network)))
     return _ours(case, pair)
 
 
@@ -74,7 +74,7 @@ def prepare(case: Case) -> Work:
     return torch.inference_mode()(pair.prepare)
 
 
-def _ours(case: Case, pair: Pair) -> Work:
+def _ours(case: Case, pair: Side) -> Work:
     from sat.parallel.launch import keep_freed_memory
     from sat.sampling import speed
 
@@ -87,7 +87,7 @@ def _ours(case: Case, pair: Pair) -> Work:
             for key in ("attention", "fold", "compile", "graphs")
             if key in case.options
         }
-        speed.quicken_network(pair.ours, speed.Speed(**options))
+        speed.quicken_network(pair.network, speed.Speed(**options))
     with torch.inference_mode():
         work = pair.our_step()
     return torch.inference_mode()(work)
@@ -145,14 +145,17 @@ def floor(case: Case) -> Work:
 
 def decode(case: Case) -> Work:
     """The 16-channel autoencoder's decoding of one picture."""
-    pair = autoencoder(case.options.get("vae", {}), case.options["cells"], DTYPES[case.dtype], case.device)
-    if case.side == "diffusers":
-        return torch.no_grad()(pair.their_decode)
+    theirs = case.side == "diffusers"
+    network, work = decoder(
+        case.options.get("vae", {}), case.options["cells"], DTYPES[case.dtype], case.device, peer=theirs
+    )
+    if theirs:
+        return torch.no_grad()(work)
     if case.dtype != "fp32":
         from sat.sampling.speed import channels_last
 
-        channels_last(pair.ours)
-    return torch.inference_mode()(pair.our_decode)
+        channels_last(network)
+    return torch.inference_mode()(work)
 
 
 def encode_text(case: Case) -> Work:
@@ -218,7 +221,7 @@ def lora_step(case: Case) -> Work:
 
         names = ["to_q", "to_k", "to_v", "to_out.0"]
         network: nn.Module = get_peft_model(
-            pair.theirs, LoraConfig(r=16, lora_alpha=16, target_modules=names)
+            pair.network, LoraConfig(r=16, lora_alpha=16, target_modules=names)
         )
         forward = pair.their_step(network)
     else:
@@ -235,7 +238,7 @@ def lora_step(case: Case) -> Work:
     return work
 
 
-def _our_lora(case: Case, pair: Pair) -> tuple[nn.Module, Callable[[], Tensor]]:
+def _our_lora(case: Case, pair: Side) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The network with factors as ``train.py`` attaches them, and its settings of the process."""
     from sat.adapters.lora import Adapted
     from sat.conditioning.condition import Condition
@@ -246,7 +249,7 @@ def _our_lora(case: Case, pair: Pair) -> tuple[nn.Module, Callable[[], Tensor]]:
     if case.device == "cpu":
         torch.set_flush_denormal(True)
         keep_freed_memory()
-    network = pair.ours.requires_grad_(False)
+    network = pair.network.requires_grad_(False)
     lora._attach_fresh({"model": network}, LoraConfig(rank=16, alpha=16, targets=["attention"]), 0)
     for module in network.modules():
         if isinstance(module, Adapted):
@@ -255,6 +258,8 @@ def _our_lora(case: Case, pair: Pair) -> tuple[nn.Module, Callable[[], Tensor]]:
         from sat.sampling.speed import compiled
 
         compiled(network)
+    else:
+        lora.pack_frozen({"model": network})
     cells = pair.latent.shape[2]
     times = torch.full((len(pair.latent),), 500.0, device=pair.latent.device)
     condition = Condition(pair.text, pair.vector)

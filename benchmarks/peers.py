@@ -1,4 +1,4 @@
-"""The same network twice, ours and diffusers', with the same random weights and the same inputs."""
+"""The same network, ours or diffusers', with random weights, and the same inputs for both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sat.checkpoint.formats.diffusers import transformer_config, vae_config
-from sat.checkpoint.load import load
 from sat.conditioning.condition import Condition
 from sat.conditioning.size import SizeConditioner, Sizes
 from sat.first_stage import AutoencoderKL
@@ -51,11 +50,10 @@ SMALL = Size(
 
 
 @dataclass
-class Pair:
-    """Both networks and their inputs."""
+class Side:
+    """One of the two networks, alone so that a process's peak memory is its own, and the inputs."""
 
-    ours: CogView3Plus
-    theirs: nn.Module
+    network: Any
     latent: Tensor
     text: Tensor
     vector: Tensor
@@ -64,16 +62,16 @@ class Pair:
     def prepare(self) -> Any:
         """What our sampling loop does once per picture."""
         cells = self.latent.shape[2]
-        return self.ours.prepare(Condition(self.text, self.vector), (cells, cells), TIMESTEPS)
+        return self.network.prepare(Condition(self.text, self.vector), (cells, cells), TIMESTEPS)
 
     def our_step(self, network: nn.Module | None = None) -> Callable[[], Tensor]:
         """One denoising step of ours."""
-        prepared, net = self.prepare(), network or self.ours
+        prepared, net = self.prepare(), network or self.network
         return lambda: net(self.latent, TIMESTEPS[10], prepared)
 
     def their_step(self, network: nn.Module | None = None) -> Callable[[], Tensor]:
         """The same step of diffusers', called as its pipeline does."""
-        net, rows = network or self.theirs, len(self.latent)
+        net, rows = network or self.network, len(self.latent)
         size = torch.tensor(
             [[self.pixels, self.pixels]] * rows, device=self.latent.device, dtype=self.latent.dtype
         )
@@ -90,17 +88,13 @@ class Pair:
         return step
 
 
-def plus(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu", *, peer: bool = True) -> Pair:
-    """The pair of ``size``; without ``peer`` diffusers' place is empty, for models that fit only once."""
+def plus(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu", *, peer: bool = True) -> Side:
+    """The network of ``size``: diffusers' if ``peer``, else ours."""
     params = {"double_norm": False, **size.params}
     torch.manual_seed(0)
     with torch.device(device):
-        theirs: nn.Module = nn.Identity()
-        if peer:
-            theirs = their_transformer(params).to(dtype).eval()
-        ours = CogView3Plus(**params, zero_init=False).to(dtype).eval()
-    if peer:
-        load(ours, theirs.state_dict(), "model")
+        network = their_transformer(params) if peer else CogView3Plus(**params, zero_init=False)
+    network = network.to(dtype).eval()
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -112,7 +106,7 @@ def plus(size: Size, dtype: torch.dtype, device: torch.device | str = "cpu", *, 
     latent = normal(size.rows, params.get("channels", 16), size.cells, size.cells)
     text = normal(size.rows, params.get("text_len", 224), params.get("text_dim", 4096))
     text[: size.batch] = 0  # the unconditional half, as both implementations have it
-    return Pair(ours, theirs, latent, text, vector, pixels)
+    return Side(network, latent, text, vector, pixels)
 
 
 def their_transformer(params: Mapping[str, Any]) -> nn.Module:
@@ -125,39 +119,31 @@ def their_transformer(params: Mapping[str, Any]) -> nn.Module:
     return made
 
 
-@dataclass
-class VaePair:
-    """Both autoencoders and a latent."""
+def decoder(
+    params: Mapping[str, Any], cells: int, dtype: torch.dtype, device: torch.device | str, *, peer: bool
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A 16-channel autoencoder, diffusers' or ours, and its decoding of one latent of ``cells`` squared.
 
-    ours: AutoencoderKL
-    theirs: nn.Module
-    latent: Tensor
-
-    def our_decode(self) -> Tensor:
-        """Ours."""
-        return self.ours.decode(self.latent)
-
-    def their_decode(self) -> Tensor:
-        """diffusers'."""
-        out: Tensor = self.theirs.decode(self.latent, return_dict=False)[0]  # type: ignore[operator]
-        return out
-
-
-def autoencoder(
-    params: Mapping[str, Any], cells: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> VaePair:
-    """The 16-channel autoencoder twice; ``params`` are ours, empty for the published one."""
-    quiet()
-    from diffusers import AutoencoderKL as Theirs
-
-    config = {k: v for k, v in vae_config(params).items() if not k.startswith("_")}
+    ``params`` are ours, empty for the published one.
+    """
     torch.manual_seed(0)
+    made: Any
     with torch.device(device):
-        theirs = Theirs(**config).to(dtype).eval()
-        ours = AutoencoderKL(**params).to(dtype).eval()
-    load(ours, theirs.state_dict(), "first_stage")
-    latent = torch.randn(1, ours.channels, cells, cells, generator=torch.Generator().manual_seed(1))
-    return VaePair(ours, theirs, latent.to(device, dtype))
+        if peer:
+            quiet()
+            from diffusers import AutoencoderKL as Theirs
+
+            config = {k: v for k, v in vae_config(params).items() if not k.startswith("_")}
+            made = Theirs(**config)
+        else:
+            made = AutoencoderKL(**params)
+    made = made.to(dtype).eval()
+    channels = params.get("latent_channels", 16)
+    latent = torch.randn(1, channels, cells, cells, generator=torch.Generator().manual_seed(1))
+    latent = latent.to(device, dtype)
+    if peer:
+        return made, lambda: made.decode(latent, return_dict=False)[0]
+    return made, lambda: made.decode(latent)
 
 
 def quiet() -> None:

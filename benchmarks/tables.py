@@ -38,6 +38,7 @@ def cpu(quick: bool, compiled: bool = False) -> list[Table]:
             "diffusers pipeline",
         ),
         _decode("decode", 8 if quick else 24, "cpu"),
+        _decode("decode_512", 8 if quick else 64, "cpu"),
         Table(
             "command",
             "50 steps of the small model, cold",

@@ -40,6 +40,8 @@ from sat.parallel.mesh import Axis
 from sat.plan import Column, Cut, Row, Shard, of_factors
 from sat.transformer import Transformer
 from sat.transformer.attention import dtype_of
+from sat.transformer.frozen import FrozenLinear, LowRank
+from sat.transformer.frozen import adapted as adapted_product
 
 
 class Factors(nn.Module):
@@ -103,6 +105,15 @@ class Factors(nn.Module):
     def scale(self, part: str) -> float:
         """alpha / r of a part."""
         return self.alphas[part] / cast(nn.Linear, self.down[part]).out_features
+
+    @property
+    def bare(self) -> bool:
+        """Whether the change is the factors' product with the input alone: no gain, no dropout, no share."""
+        return self.gain is None and self.tensor is None and isinstance(self.dropout, nn.Identity)
+
+    def pairs(self) -> list[LowRank]:
+        """The factors of each part that has some."""
+        return [LowRank(int(i), _weight(self.down[i]), _weight(self.up[i]), self.scale(i)) for i in self.down]
 
     def forward(self, x: Tensor, out: Tensor, base: LinearLike) -> Tensor:
         """What is added to the base layer's output ``out`` (…, O) of ``x`` (…, I)."""
@@ -273,6 +284,9 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) -> (…, O)."""
+        if (pairs := self._one_pass(x)) is not None:
+            base, parts, factors = pairs
+            return adapted_product(x, base, parts, factors)
         out: Tensor = self.base(x)
         plain = out
         for name, strength in self.strengths.items():
@@ -281,9 +295,20 @@ class Adapted(nn.Module):
                 out = out + (change if strength == 1 else strength * change)
         return out
 
+    def _one_pass(self, x: Tensor) -> tuple[FrozenLinear, int, list[LowRank]] | None:
+        """What a pass over base and factors together takes; None where they go one after another."""
+        if not isinstance(self.base, FrozenLinear) or not torch.is_grad_enabled() or len(self.strengths) != 1:
+            return None
+        ((name, strength),) = self.strengths.items()
+        factors = self.named(name)
+        if strength != 1 or not factors.bare or not x.dtype == factors.dtype == self.base.dtype:
+            return None
+        return self.base, factors.parts, factors.pairs()
+
     def merged(self) -> nn.Module:
-        """The base, plain if it was quantised, with every adapter in its weight, at its strength."""
-        base = self.base.plain() if isinstance(self.base, QuantizedLinear) else self.base
+        """The base, made plain if it is not, with every adapter in its weight, at its strength."""
+        packed = isinstance(self.base, (QuantizedLinear, FrozenLinear))
+        base = cast(QuantizedLinear, self.base).plain() if packed else self.base
         whole = whole_weight(base)
         total = widened(whole)
         total = total + sum(

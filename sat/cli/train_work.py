@@ -40,7 +40,7 @@ from sat.train.export import exporter
 from sat.train.flops import token_counter
 from sat.train.log import Record
 from sat.train.loop import Extras, Trainer
-from sat.train.lora import add_lora
+from sat.train.lora import add_lora, pack_frozen
 from sat.train.objectives import Objective
 from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder, Saved
@@ -240,6 +240,7 @@ def _objective(experiment: Experiment, train: TrainConfig, engine: DiffusionEngi
     _warn_of_random(experiment, train, objective)
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed)
+        _pack(train, objective)
     _run_blocks(train, objective)
     return objective
 
@@ -277,6 +278,21 @@ def _warn_of_random(experiment: Experiment, train: TrainConfig, objective: Objec
     frozen = [part for part in PARTS if part not in trained and source.source(part) is None]
     if "model" in trained and frozen:
         log.warning("%s is frozen at random weights: name it in the checkpoint section", " and ".join(frozen))
+
+
+def _pack(train: TrainConfig, objective: Objective) -> None:
+    """Pack the frozen weights beside low-rank factors (``train.pack``), where that can be; say which."""
+    if not train.pack or next(objective.parameters()).device.type != "cpu":
+        return
+    against = {
+        "train.compile": train.compile,
+        "train.autocast": train.autocast is not None,
+        "train.zero 3, which shares weights out": train.zero == 3,
+    }
+    if reasons := [name for name, holds in against.items() if holds]:
+        log.info("frozen weights are not packed: %s", ", ".join(reasons))
+        return
+    log.info("%s", pack_frozen(objective.parts()))
 
 
 def _run_blocks(train: TrainConfig, objective: Objective) -> None:

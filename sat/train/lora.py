@@ -19,6 +19,8 @@ from sat.adapters.select import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig
 from sat.train.objectives import Objective
+from sat.transformer.attention import Attention, FeedForward
+from sat.transformer.frozen import FrozenLinear, freezable
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,30 @@ def _attach_fresh(parts: Mapping[str, nn.Module], lora: LoraConfig, seed: int) -
                 with_magnitude(layer, base_norms(module.get_submodule(path))) if lora.dora else layer
             )
         attach(module, NAME, layers, dropout=lora.dropout)
+
+
+def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
+    """Pack what is frozen in attention and feed-forward layers, for both passes; in words for the log.
+
+    The plain weights go. What :class:`FrozenLinear` cannot stand for stays as it is: DoRA looks at the weight
+    itself in every step, a quantised or split layer has its own product.
+    """
+    done, left = 0, Counter[str]()
+    for part in parts.values():
+        layers = [m for m in part.modules() if isinstance(m, (Attention, FeedForward))]
+        for owner, name, child in [(m, n, c) for m in layers for n, c in m.named_children()]:
+            base = child.base if isinstance(child, Adapted) else child
+            if isinstance(child, Adapted) and any(child.named(a).gain is not None for a in child.strengths):
+                left["DoRA"] += 1
+            elif freezable(base):
+                place = (child, "base") if base is not child else (owner, name)
+                setattr(place[0], place[1], FrozenLinear(cast(nn.Linear, base)))
+                done += 1
+            else:
+                left[type(base).__name__] += 1
+    said = f"{done} frozen weights packed for oneDNN, both ways (train.pack)"
+    others = ", ".join(f"{count} {kind}" for kind, count in left.items())
+    return said + (f"; as they are: {others}" if others else "")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ _ATEN = torch.ops.aten
 _CPU_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
 
+_PACKED = "mkldnn::_linear_pointwise"
 _CONVOLUTIONS = (_ATEN.convolution, _ATEN.convolution_backward)
 _BLOCK = 16
 
@@ -116,12 +117,15 @@ def _in_blocks(out: Any) -> int:
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     """FLOPs of one operation with its result; 0 if it is no product of matrices, convolution or attention."""
     packet = getattr(func, "_overloadpacket", None)
+    packet = _ATEN.addmm if packet is _ATEN.addmm_ else packet
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet is _CPU_ATTENTION:
         return int(sdpa_flop_count(*(x.shape for x in args[:3])))  # type: ignore[no-untyped-call]
     if packet is _CPU_ATTENTION_BACKWARD:
         return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))  # type: ignore[no-untyped-call]
+    if getattr(func, "name", str)().partition(".")[0] == _PACKED:
+        return int(2 * args[0].numel() * out.shape[-1])
     return 0
 
 

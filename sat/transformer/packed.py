@@ -1,4 +1,4 @@
-"""Linears for inference on a CPU: the weight in oneDNN's own order, bias and GELU in the same pass.
+"""Linears without gradients on a CPU: the weight in oneDNN's own order, bias and GELU in the same pass.
 
 An ordinary linear has its weight reordered in every call. These keep it reordered, and *only* so: the
 original goes, for two copies of a network are too many. The operators are private to torch and may change:
@@ -33,9 +33,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype = linear.weight.dtype
         self.bias = linear.bias.detach() if bias and linear.bias is not None else None
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(
-            linear.weight.detach().contiguous(), ROWS
-        )
+        self.packed = reordered(linear.weight.detach())
 
     @property
     def weight(self) -> Tensor:
@@ -50,11 +48,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) -> (…, O)."""
-        return _product(x, self.packed, self.bias)
+        return product(x, self.packed, self.bias)
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         """GELU of the output, (…, O); ``approximate`` as in torch."""
-        return _product(x, self.packed, self.bias, "gelu", approximate)
+        return product(x, self.packed, self.bias, "gelu", approximate)
 
 
 @runtime_checkable
@@ -101,8 +99,8 @@ def packable(dtype: torch.dtype) -> bool:
         x, weight, bias = (torch.linspace(-1, 1, n, dtype=dtype) for n in (48, 64 * 16, 64))
         x, weight = x.view(3, 16), weight.view(64, 16)
         with torch.inference_mode():
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-            ours = _product(x, packed, bias, "gelu", "tanh")
+            packed = reordered(weight)
+            ours = product(x, packed, bias, "gelu", "tanh")
             plain = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias), approximate="tanh")
             same = torch.equal(packed.to_dense(), weight)
     except (AttributeError, RuntimeError, NotImplementedError) as error:
@@ -113,7 +111,14 @@ def packable(dtype: torch.dtype) -> bool:
     return same and torch.allclose(ours, plain, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None, after: str = "none", how: str = "") -> Tensor:
+def reordered(weight: Tensor) -> Tensor:
+    """(O, I) in oneDNN's own order, for :func:`product`."""
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+    return out
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None, after: str = "none", how: str = "") -> Tensor:
+    """(…, I) -> (…, O); ``after``: what follows in the same pass, "gelu", and ``how``: its approximation."""
     operator = cast(Any, torch.ops.mkldnn._linear_pointwise)
     out: Tensor = operator(x, packed, bias, after, [], how)
     return out

@@ -82,7 +82,7 @@ def test_without_the_private_operators_nothing_is_packed(monkeypatch: pytest.Mon
     def gone(*arguments: object) -> Tensor:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr(packed, "_product", gone)
+    monkeypatch.setattr(packed, "product", gone)
     packable.cache_clear()
     try:
         model = plus()
