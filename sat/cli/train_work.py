@@ -40,7 +40,7 @@ from sat.train.export import exporter
 from sat.train.flops import token_counter
 from sat.train.log import Record
 from sat.train.loop import Extras, Trainer
-from sat.train.lora import add_lora, pack_frozen
+from sat.train.lora import add_lora, pack_frozen, unpacked
 from sat.train.objectives import Objective
 from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder, Saved
@@ -282,14 +282,9 @@ def _warn_of_random(experiment: Experiment, train: TrainConfig, objective: Objec
 
 def _pack(train: TrainConfig, objective: Objective) -> None:
     """Pack the frozen weights beside low-rank factors (``train.pack``), where that can be; say which."""
-    if not train.pack or next(objective.parameters()).device.type != "cpu":
+    if next(objective.parameters()).device.type != "cpu":
         return
-    against = {
-        "train.compile": train.compile,
-        "train.autocast": train.autocast is not None,
-        "train.zero 3, which shares weights out": train.zero == 3,
-    }
-    if reasons := [name for name, holds in against.items() if holds]:
+    if reasons := unpacked(train, train.zero):
         log.info("frozen weights are not packed: %s", ", ".join(reasons))
         return
     log.info("%s", pack_frozen(objective.parts()))

@@ -15,8 +15,7 @@ from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Transformer, kernels
-from sat.transformer.fast import compile_blocks, replayed
-from sat.transformer.packed import pack
+from sat.transformer.fast import compile_blocks, pack, replayed
 
 if TYPE_CHECKING:
     from sat.engine import DiffusionEngine

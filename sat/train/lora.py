@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from sat.adapters.files import NATIVE_FILE, About, read
 from sat.adapters.lora import Adapted, attach, base_norms, extract
 from sat.adapters.select import choose
 from sat.adapters.write import write_native
-from sat.config.schema import LoraConfig
+from sat.config.schema import LoraConfig, TrainConfig
 from sat.train.objectives import Objective
 from sat.transformer.attention import Attention, FeedForward
 from sat.transformer.frozen import FrozenLinear, freezable
@@ -68,6 +68,17 @@ def _attach_fresh(parts: Mapping[str, nn.Module], lora: LoraConfig, seed: int) -
         attach(module, NAME, layers, dropout=lora.dropout)
 
 
+def unpacked(train: TrainConfig, stage: int) -> list[str]:
+    """Settings that keep frozen weights from being packed at ZeRO ``stage``; none: they are."""
+    against = {
+        "train.pack=false": not train.pack,
+        "train.compile": train.compile,
+        "train.autocast": train.autocast is not None,
+        "train.zero 3, which shares weights out": stage == 3,
+    }
+    return [name for name, holds in against.items() if holds]
+
+
 def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
     """Pack what is frozen in attention and feed-forward layers, for both passes; in words for the log.
 
@@ -75,21 +86,42 @@ def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
     itself in every step, a quantised or split layer has its own product.
     """
     done, left = 0, Counter[str]()
-    for part in parts.values():
-        layers = [m for m in part.modules() if isinstance(m, (Attention, FeedForward))]
-        for owner, name, child in [(m, n, c) for m in layers for n, c in m.named_children()]:
-            base = child.base if isinstance(child, Adapted) else child
-            if isinstance(child, Adapted) and any(child.named(a).gain is not None for a in child.strengths):
-                left["DoRA"] += 1
-            elif freezable(base):
-                place = (child, "base") if base is not child else (owner, name)
-                setattr(place[0], place[1], FrozenLinear(cast(nn.Linear, base)))
-                done += 1
-            else:
-                left[type(base).__name__] += 1
+    for owner, name, why in list(_in_blocks(parts)):
+        child = owner.get_submodule(name)
+        if why:
+            left[why] += 1
+            continue
+        place = (child, "base") if isinstance(child, Adapted) else (owner, name)
+        setattr(*place, FrozenLinear(cast(nn.Linear, _base(child))))
+        done += 1
     said = f"{done} frozen weights packed for oneDNN, both ways (train.pack)"
     others = ", ".join(f"{count} {kind}" for kind, count in left.items())
     return said + (f"; as they are: {others}" if others else "")
+
+
+def packed_bytes(parts: Mapping[str, nn.Module]) -> int:
+    """What :func:`pack_frozen` takes beside the weights: each packed one a second time."""
+    layers = [_base(owner.get_submodule(name)) for owner, name, why in _in_blocks(parts) if not why]
+    weights = [cast(nn.Linear, layer).weight for layer in layers]
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _in_blocks(parts: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, str, str]]:
+    """(layer around it, name, why it cannot be packed or "") of what the layers of blocks consist of."""
+    for part in parts.values():
+        for owner in [m for m in part.modules() if isinstance(m, (Attention, FeedForward))]:
+            for name, child in owner.named_children():
+                base = _base(child)
+                if isinstance(child, Adapted) and any(
+                    child.named(a).gain is not None for a in child.strengths
+                ):
+                    yield owner, name, "DoRA"
+                else:
+                    yield owner, name, "" if freezable(base) else type(base).__name__
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.base if isinstance(layer, Adapted) else layer
 
 
 @dataclass(frozen=True)

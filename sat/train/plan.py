@@ -35,10 +35,11 @@ from sat.plan import family_plan
 from sat.train import optim
 from sat.train.caches import spare_parts
 from sat.train.data import bucket_rule
-from sat.train.lora import add_lora
+from sat.train.lora import add_lora, packed_bytes, unpacked
 from sat.train.objectives import Objective
 from sat.train.trace import Ledger, Trace, trace
 from sat.transformer import Transformer
+from sat.transformer.packed import packable
 
 BUCKET = 500_000_000
 """Elements of the buffer that DeepSpeed gathers gradients in (``reduce_bucket_size``)."""
@@ -46,6 +47,8 @@ LIVE = 1_000_000_000
 """Elements that ZeRO 3 may have gathered at a time (``stage3_max_live_parameters``)."""
 FULL = 4
 """Bytes of a float32."""
+PACKED = "packed for the backward pass"
+"""What the second copy of frozen weights is called; at ZeRO 3 there is none."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,8 @@ class Plan:
             return whole
         network = whole.trained + whole.frozen.get("network", 0)
         gathered = min(network, LIVE * self.gradient)
-        frozen = {k: v // self.sharing if k == "network" else v for k, v in whole.frozen.items()}
+        kept = {name: size for name, size in whole.frozen.items() if name != PACKED}
+        frozen = {k: v // self.sharing if k == "network" else v for k, v in kept.items()}
         return Weights(whole.trained // self.sharing + gathered, whole.trained_elements, frozen)
 
     @property
@@ -274,8 +278,9 @@ class Planner:
         key = repr((
             experiment.model, experiment.diffusion, experiment.adapters, train.objective, train.batch_size,
             train.dtype, train.autocast, train.activation_checkpointing, data.height, data.width,
-            data.buckets, bool(data.cache), bool(data.cache_views), train.sample_every is None,
-            experiment.memory.quantize, experiment.parallel.tensor, experiment.parallel.sequence,
+            train.pack, train.compile, data.buckets, bool(data.cache), bool(data.cache_views),
+            train.sample_every is None, experiment.memory.quantize, experiment.parallel.tensor,
+            experiment.parallel.sequence,
         ))  # fmt: skip
         if key not in self._measured:
             self._measured[key] = measure(experiment)
@@ -311,6 +316,7 @@ def _measure(experiment: Experiment, mesh: Mesh) -> Measured:
     for stage in kind.rounds(params)[:1]:  # the first is the largest: its teacher is guided
         params = {**params, **stage.params}
     ledger = Ledger(blocked=on_host(experiment))
+    packs = _packs(experiment, train)  # tries it, which takes data
     engine = build_shapes(experiment, DTYPES[train.dtype], ledger.without_data(), spare)
     with ledger.without_data():
         _split(engine, mesh, spare)
@@ -340,12 +346,21 @@ def _measure(experiment: Experiment, mesh: Mesh) -> Measured:
         if experiment.adapters.lora is not None:
             add_lora(objective, replace(experiment.adapters.lora, start=None), train.seed)
         weights = _weights(engine, objective)
+        if packs:
+            copies = packed_bytes(objective.parts())
+            weights = replace(weights, frozen={**weights.frozen, PACKED: copies})
         found = trace(ledger, objective, loss)
         data_bytes = sum(
             x.numel() * x.element_size() for x in vars(batch()).values() if isinstance(x, Tensor)
         )
     text_tokens = experiment.conditioning.max_length if "model" in objective.parts() else 0
     return Measured(weights, found, data_bytes, size, _image_tokens(engine, size), text_tokens)
+
+
+def _packs(experiment: Experiment, train: TrainConfig) -> bool:
+    """Whether frozen weights are packed, at another stage than ZeRO 3."""
+    wanted = experiment.adapters.lora is not None and not unpacked(train, stage=0)
+    return wanted and on_host(experiment) and packable(DTYPES[train.dtype])
 
 
 def _split(engine: DiffusionEngine, mesh: Mesh, spare: Collection[Part]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from threading import Barrier
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
@@ -124,21 +127,59 @@ def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if k.shape[2] < SHORTEST:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     batch, heads, length, size = q.shape
-    keys = k.shape[2]
+    out = q.new_empty(batch, length, heads, size)
+    every = [(b, h) for b in range(batch) for h in range(heads)]
+    count = min(torch.get_num_threads(), len(every))
+    if count == 1 or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        _exp_heads(q, k, v, scale, out, every)
+        return out.transpose(1, 2)
+    inference = torch.is_inference_mode_enabled()
+
+    def some(which: list[tuple[int, int]]) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            _exp_heads(q, k, v, scale, out, which)
+
+    list(_lone_threads(os.getpid(), count).map(some, [every[first::count] for first in range(count)]))
+    return out.transpose(1, 2)
+
+
+def _exp_heads(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, which: list[tuple[int, int]]
+) -> None:
+    """Into ``out`` (B, L, H, d) the attention of the heads (row of the batch, head) ``which``."""
+    length, size, keys = q.shape[2], q.shape[3], k.shape[2]
     rows = min(length, max(64, _BYTES // (keys * q.element_size())))
     logits, wide = q.new_empty(rows, keys), q.new_ones(keys, size + _ONES)
-    sums, out = q.new_empty(rows, size + _ONES), q.new_empty(batch, length, heads, size)
-    for b in range(batch):
-        for h in range(heads):
-            wide[:, :size] = v[b, h]
-            turned = k[b, h].t()
-            for start in range(0, length, rows):
-                part = q[b, h, start : start + rows]
-                weights, total = logits[: len(part)], sums[: len(part)]
-                torch.addmm(weights, part, turned, beta=0, alpha=scale, out=weights)
-                torch.mm(weights.exp_(), wide, out=total)
-                torch.div(total[:, :size], total[:, size:][:, :1], out=out[b, start : start + rows, h])
-    return out.transpose(1, 2)
+    sums = q.new_empty(rows, size + _ONES)
+    for b, h in which:
+        wide[:, :size] = v[b, h]
+        turned = k[b, h].t()
+        for start in range(0, length, rows):
+            part = q[b, h, start : start + rows]
+            weights, total = logits[: len(part)], sums[: len(part)]
+            torch.addmm(weights, part, turned, beta=0, alpha=scale, out=weights)
+            torch.mm(weights.exp_(), wide, out=total)
+            torch.div(total[:, :size], total[:, size:][:, :1], out=out[b, start : start + rows, h])
+
+
+@functools.cache
+def _lone_threads(process: int, count: int) -> ThreadPoolExecutor:
+    """``count`` threads in which torch computes with one thread each; ``process`` is the one they are of.
+
+    Products of one head are small: shared out, every one of them ends in waiting. A thread that has heads of
+    its own waits once. bfloat16 only: MKL, which multiplies float32, has one number of threads for all.
+    """
+    before, together = torch.get_num_threads(), Barrier(count)
+
+    def begin(_: int) -> None:
+        torch.get_num_threads()  # torch's own start of a thread would undo what follows
+        torch.set_num_threads(1)
+        together.wait()  # so that there are ``count`` threads
+
+    pool = ThreadPoolExecutor(count)
+    list(pool.map(begin, range(count)))
+    torch.set_num_threads(before)
+    return pool
 
 
 def choose(
@@ -200,7 +241,7 @@ def _optional(
             f"sampling.attention={name} needs the package {package}: see docs/performance.md for how to "
             f"install it, or use auto"
         ) from error
-    return partial(_flash3 if name == "flash3" else _sage, found)
+    return functools.partial(_flash3 if name == "flash3" else _sage, found)
 
 
 def _flash3(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

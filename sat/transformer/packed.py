@@ -66,28 +66,6 @@ class Packable(Protocol):
         ...
 
 
-def pack(model: nn.Module) -> int:
-    """Replace the linears of all attention and feed-forward layers in ``model``; how many there were.
-
-    Only plain and split layers on the CPU, in a type that oneDNN multiplies fast here; adapted and quantised
-    ones stay what they are.
-    """
-    from sat.transformer.attention import Attention, FeedForward
-
-    count = 0
-    for module in model.modules():
-        if isinstance(module, (Attention, FeedForward)):
-            for name, child in module.named_children():
-                if not (type(child) is nn.Linear or isinstance(child, Packable)):
-                    continue
-                if child.weight.device.type == "cpu" and packable(child.weight.dtype):
-                    setattr(
-                        module, name, child.packed() if isinstance(child, Packable) else PackedLinear(child)
-                    )
-                    count += 1
-    return count
-
-
 @functools.cache
 def packable(dtype: torch.dtype) -> bool:
     """Whether the operators are there, take ``dtype``, give the right numbers and pay on this processor."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
 from sat.sampling import speed
 from sat.transformer import Context, Transformer, TransformerHooks, fast, kernels, packed
-from sat.transformer.packed import PackedLinear, pack, packable
+from sat.transformer.fast import pack
+from sat.transformer.packed import PackedLinear, packable
 from tests.small import condition, fill, plus
 from tests.tolerances import BF16, F32, F64
 
@@ -109,6 +112,25 @@ def test_exp_attention_is_attention(length: int, monkeypatch: pytest.MonkeyPatch
     assert relative(kernels.exp_attention(q, k, v, scale), exact) < F32
     narrow = [x.bfloat16() for x in (q, k, v)]
     assert relative(kernels.exp_attention(*narrow, scale), exact) < BF16 / 2
+
+
+def test_heads_shared_out_over_threads_are_the_same_to_the_last_bit(threads: Callable[[int], None]) -> None:
+    q, k, v = (x.bfloat16() for x in heads(400))
+    threads(1)
+    alone = kernels.exp_attention(q, k, v, 0.15)
+    threads(2)
+    with torch.inference_mode():
+        assert torch.equal(kernels.exp_attention(q, k, v, 0.15), alone)
+    assert torch.get_num_threads() == 2
+    counts = list(kernels._lone_threads(os.getpid(), 2).map(lambda _: torch.get_num_threads(), range(8)))
+    assert counts == [1] * 8
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def test_exp_attention_survives_the_largest_logits() -> None:

@@ -15,7 +15,7 @@ from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import Experiment, OffloadConfig
 from sat.train.fit import fit, offloaded
-from sat.train.plan import Plan, Planner, largest_size, sections
+from sat.train.plan import PACKED, Plan, Planner, largest_size, sections
 from tests.configs import DEBUG, ROOT
 
 BASE = [DEBUG, ROOT / "configs" / "tiny_train.yaml"]
@@ -96,6 +96,15 @@ def test_lora_trains_the_factors_alone() -> None:
     assert plan.weights.trained_elements == depth * (3 * 2 * rank * dim + 2 * rank * dim)
     assert plan.weights.frozen["network"] == whole.weights.trained + whole.weights.frozen["network"]
     assert plan.masters == 4 * plan.weights.trained_elements
+
+
+def test_frozen_weights_packed_beside_lora_are_there_twice() -> None:
+    settings = (LORA, "train.dtype=fp32", "parallel.device=cpu")
+    dim, depth = 32, 2
+    qkv, proj, up, down = 3 * dim**2, dim**2, 4 * dim**2, 4 * dim**2
+    assert planned(*settings).weights.frozen[PACKED] == 4 * depth * (qkv + proj + up + down)
+    assert PACKED not in planned(*settings, "train.pack=false").weights.frozen
+    assert PACKED not in PLANNER.plan(experiment(*settings), 1, zero=3).weights.frozen
 
 
 def test_distillation_holds_a_teacher() -> None:
