@@ -3,8 +3,10 @@
     python benchmarks/bench_quantize.py [--config configs/tiny.yaml] [--prompts 32] [--steps 50]
 
 From the same noise and prompts: the root mean square of the final latent's difference from the plain run's,
-over the spread of the latents; the share of pictures in which the small classifier finds the prompt's object;
-the weights' bytes; the time of a picture over the plain one's, each pair drawn one after the other. Rows:
+over the spread of the latents; how far the classifier's features of a picture move from those of the plain
+one, over how far apart those of different plain pictures are; the share of pictures in which the small
+classifier finds the prompt's object; the weights' bytes; the time of a picture over the plain one's, each
+pair drawn one after the other. Rows:
 int8 and int4 of the network, of the text encoder and of both; where the network is one transformer, the step
 cache at several thresholds, with the share of looks at the network that it computed; guidance in an interval.
 Weights are not packed for oneDNN, in no row. Writes ``benchmarks/results/<machine>/quantize_<config>.json``.
@@ -26,12 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from PIL.Image import Image  # noqa: E402
 
 from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Output, Pipeline  # noqa: E402
 from sat.config.load import load  # noqa: E402
-from sat.evaluate.classifier import Classifier  # noqa: E402
-from sat.evaluate.retrieval import score  # noqa: E402
+from sat.evaluate.classifier import Classifier, embed  # noqa: E402
+from sat.evaluate.retrieval import prepared, score  # noqa: E402
 from sat.memory.offload import tensors  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 from sat.transformer import Transformer  # noqa: E402
@@ -47,6 +50,7 @@ class Result:
 
     case: str
     error: float  # of the latent, over its spread
+    moved: float  # in features, over the distance of different pictures
     top1: float
     megabytes: float  # of network and text encoder
     ratio: float  # of the seconds of a picture to the plain ones
@@ -87,6 +91,15 @@ def megabytes(pipe: Pipeline) -> float:
     return sum(t.numel() * t.element_size() for t in held) / 1e6
 
 
+def distance(judge: Classifier, images: Sequence[Image], plain: Sequence[Image]) -> float:
+    """Mean distance of the features of each pair, over the mean one of different ``plain`` pictures."""
+    made, wanted = (
+        embed(judge, torch.stack([prepared(image, judge.card.size) for image in each])).features
+        for each in (images, plain)
+    )
+    return float((made - wanted).norm(dim=1).mean() / torch.pdist(wanted).mean())
+
+
 def compare(name: str, pipe: Pipeline, plain: Pipeline, prompts: Sequence[str], steps: int) -> Result:
     """The case beside the plain run, prompt by prompt."""
     judge = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
@@ -95,15 +108,16 @@ def compare(name: str, pipe: Pipeline, plain: Pipeline, prompts: Sequence[str], 
         reference, before = draw(plain, prompt, steps)
         output, seconds = draw(pipe, prompt, steps)
         outputs.append(output)
-        references.append(reference.latents)
+        references.append(reference)
         ratios.append(seconds / before)
-    latents, wanted = torch.cat([o.latents for o in outputs]), torch.cat(references)
+    latents, wanted = torch.cat([o.latents for o in outputs]), torch.cat([o.latents for o in references])
     error = float((latents - wanted).square().mean().sqrt() / wanted.std())
     images = [image for output in outputs for image in output.images]
+    moved = distance(judge, images, [image for output in references for image in output.images])
     count = pipe.drawer.count
     share = count.computed / count.looks if count.looks else None
     top1 = score(images, prompts, judge).top1
-    return Result(name, error, top1, megabytes(pipe), statistics.median(ratios), share)
+    return Result(name, error, moved, top1, megabytes(pipe), statistics.median(ratios), share)
 
 
 def main() -> int:
@@ -129,8 +143,8 @@ def main() -> int:
         row = results[-1]
         computed = "" if row.computed is None else f", {row.computed:.0%} computed"
         print(
-            f"{name:<32} error {row.error:.3f}, top-1 {row.top1:.1%}, {row.megabytes:.2f} MB, "
-            f"{row.ratio:.2f} of the time{computed}",
+            f"{name:<32} error {row.error:.3f}, moved {row.moved:.3f}, top-1 {row.top1:.1%}, "
+            f"{row.megabytes:.2f} MB, {row.ratio:.2f} of the time{computed}",
             flush=True,
         )
     out = results_folder() / f"quantize_{args.config.stem}.json"
