@@ -4,3 +4,6 @@ EXACT = 0.0  # the same numbers, bit for bit
 F64 = 1e-10  # float64 against another implementation
 F32 = 1e-5  # float32 against another order of the same operations
 BF16 = 2e-2  # bfloat16 against float32
+
+PLAN = 0.15
+"""Of the measured peak. Beside the plan stand batches on their way, kernels' scratch space and JIT code."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +240,8 @@ class _Target:
         self._device = None if device is None else torch.device(device)
         self._dtype = dtype
         self._shards = shards(module)
-        self._shared: dict[int, Tensor] = {}  # id of a replaced parameter -> its replacement, for tied ones
+        # id of a replaced parameter -> its replacement, for tied ones, while something else keeps that
+        self._shared: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
     def fill(self, view: LazyStateDict, placed: Callable[[nn.Module, str], None] | None = None) -> None:
         """Read, cast and place every tensor of ``view``; ``placed`` is told of each."""
@@ -308,8 +310,8 @@ class _Target:
             with torch.no_grad():
                 old.copy_(tensor)
             return
-        if id(old) in self._shared:
-            setattr(owner, local, self._shared[id(old)])
+        if (tied := self._shared.get(id(old))) is not None:
+            setattr(owner, local, tied)
             return
         device = self._device or (torch.device("cpu") if old.is_meta else old.device)
         fresh = tensor.to(device=device, dtype=self._wanted(old), copy=True).contiguous()

@@ -205,9 +205,9 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
     runtime, mesh = ranks.runtime, ranks.mesh
     experiment = budgeted(place.experiment, runtime.device)
     sampling = experiment.sampling
-    if runtime.device.type == "cpu":
-        keep_freed_memory()  # every step asks for the same large buffers
     drawer, guider = open_drawer(experiment, runtime.device, mesh)
+    if runtime.device.type == "cpu" and experiment.memory.budget is None:
+        keep_freed_memory()  # every step asks for the same large buffers; those of loading have gone by now
     look = Look(sampling.height, sampling.width, sampling.steps, guider, sampling.tile)
     shape = drawer.engine.latent_shape(look.height, look.width)
     given = None if sampling.latents is None else read_latents(sampling.latents)

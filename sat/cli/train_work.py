@@ -73,8 +73,6 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     logs.setup(runtime.rank, debug=args.debug)
     for notice in loaded.notices:
         log.warning("%s", notice)
-    if train.allocator and runtime.device.type == "cpu" and keep_freed_memory():
-        log.debug("glibc keeps freed memory (train.allocator)")
     try:
         _train_rounds(experiment, train, data, runtime)
     except RuntimeError as error:
@@ -206,6 +204,10 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s (%s)",
         type(objective).__name__, count / 1e6, len(sets.train), runtime.world, runtime.device.type, mesh,
     )  # fmt: skip
+    if (
+        train.allocator and runtime.device.type == "cpu" and keep_freed_memory()
+    ):  # what loading freed has gone
+        log.debug("glibc keeps freed memory (train.allocator)")
     barrier(runtime.device)
     try:
         trainer.fit()

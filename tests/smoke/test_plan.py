@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.configs import ROOT
-
-PLAN = 0.15
-"""Of the measured peak. Beside the plan stand batches on their way, kernels' scratch space and JIT code."""
+from tests.tolerances import PLAN
 
 RUNS = {
     "plus": ["configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=96"],

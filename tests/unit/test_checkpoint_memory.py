@@ -27,6 +27,7 @@ from pathlib import Path
 from torch import nn
 from sat.checkpoint import load, open_part, Options
 from sat.checkpoint.save import _sharded, _torch
+from sat.memory.quantize import Quantizer, Scheme
 from sat.parallel.apply import apply_plan
 from sat.parallel.mesh import Axis
 from sat.plan import Column, Row
@@ -49,6 +50,12 @@ def read(file, dtype):
         module = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(50)))
     load(module, folder / file, "model", dtype=getattr(torch, dtype))
     assert [float(module[i].weight[0, 0]) for i in range(50)] == list(range(50))
+
+def read_quantised(file):
+    with torch.device("meta"):
+        module = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(50)))
+    load(module, folder / file, "model", placed=Quantizer("model", Scheme("int8"), ["*"]).placed)
+    assert all(module[i].codes.dtype == torch.int8 for i in range(50))
 
 def read_share(file, rank):
     # this rank's half: rows of every other layer, columns of the others
@@ -73,6 +80,7 @@ found = {}
 for file in sys.argv[2:]:
     for dtype in ("float32", "bfloat16"):
         found[f"read {file} {dtype}"] = growth(lambda: read(file, dtype))
+    found[f"int8 {file}"] = growth(lambda: read_quantised(file))
     found[f"share {file}"] = growth(lambda: read_share(file, 1))
     for to in ("safetensors", "pt"):
         found[f"write {file} {to}"] = growth(lambda: write(file, to))
@@ -110,6 +118,11 @@ def peaks(tmp_path_factory):
 @pytest.mark.parametrize(("dtype", "model"), [("float32", 200), ("bfloat16", 100)])
 def test_loading_takes_the_model_and_little_more(peaks, file, dtype, model):
     assert model - 10 < peaks[f"read {file} {dtype}"] < model + 40
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_quantised_model_is_never_there_in_full(peaks, file):
+    assert 40 < peaks[f"int8 {file}"] < 50 + 40
 
 
 @pytest.mark.parametrize("file", FILES)
