@@ -104,16 +104,19 @@ def page(studio: Studio, line: Line[Studio], links: Links, optimizer: PromptOpti
         quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         shown = [canvas, status, form.seed, gallery, names, chosen, facts]
         drawing = {"outputs": shown, "trigger_mode": "once", **quiet}
+        # What answers once is asked directly: Gradio's queue can lose an event that is sent while the stream
+        # of the one before it closes, and the page would wait for ever.
+        once = {"queue": False, **quiet}
         gr.on([buttons["draw"].click, form.prompt.submit], _flat(does.draw), form.fields, **drawing)
         enlarge.click(_flat(does.enlarge), [chosen], **drawing)
-        buttons["cancel"].click(does.cancel, None, None, queue=False, **quiet)
-        buttons["enhance"].click(does.enhance, [form.prompt], [form.prompt, status], **quiet)
-        gallery.select(does.choose, [names], [canvas, chosen, facts], **quiet)
+        buttons["cancel"].click(does.cancel, None, None, **once)
+        buttons["enhance"].click(does.enhance, [form.prompt], [form.prompt, status], **once)
+        gallery.select(does.choose, [names], [canvas, chosen, facts], **once)
         filled = [*form.fields, status]
-        reuse.click(does.reuse, [chosen], filled, **quiet)
-        buttons["upload"].upload(does.upload, [buttons["upload"]], filled, **quiet)
-        form.width.input(does.sizes, [form.width, form.height], [form.height], **quiet)
-        blocks.load(does.gallery, None, [gallery, names], **quiet)
+        reuse.click(does.reuse, [chosen], filled, **once)
+        buttons["upload"].upload(does.upload, [buttons["upload"]], filled, **once)
+        form.width.input(does.sizes, [form.width, form.height], [form.height], **once)
+        blocks.load(does.gallery, None, [gallery, names], **once)
         blocks.unload(does.cancel)
     blocks.queue(max_size=256, api_open=False, default_concurrency_limit=None)
     return blocks

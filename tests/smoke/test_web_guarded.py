@@ -57,7 +57,8 @@ def test_strangers_get_the_login_page_and_nothing_else(server) -> None:
         for path in ("config", "gradio_api/info", f"gradio_api/file={server.log}", "monitoring"):
             assert http.get(f"/{path}").status_code == 401, path
         assert http.post("/gradio_api/upload", files=file).status_code == 401
-        assert http.post("/gradio_api/queue/join", json={}).status_code == 401
+        for path in ("queue/join", "run/predict"):
+            assert http.post(f"/gradio_api/{path}", json={"fn_index": 0, "data": []}).status_code == 401
         for user, password in ((USER, "wrong"), ("user", PASSWORD), (USER, PASSWORD + "x")):
             answer = http.post("/login", data={"username": user, "password": password})
             assert answer.status_code == 400 and "set-cookie" not in answer.headers
@@ -65,6 +66,16 @@ def test_strangers_get_the_login_page_and_nothing_else(server) -> None:
         assert http.post("/login", data={"username": USER, "password": PASSWORD}).status_code == 200
         assert http.get("/config").status_code == 200
         assert http.post("/gradio_api/upload", files=file).status_code == 200
+
+
+def test_only_drawing_waits_in_gradios_queue(server) -> None:
+    """There an event is lost that comes while the stream of the one before it closes."""
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        http.post("/login", data={"username": USER, "password": PASSWORD})
+        events = http.get("/config").json()["dependencies"]
+    pressed = [event for event in events if event["targets"] != [[None, "unload"]]]  # that one is never sent
+    assert len(pressed) == len(events) - 1
+    assert [event["queue"] for event in pressed] == [event["types"]["generator"] for event in pressed]
 
 
 def test_the_api_wants_its_token_and_not_the_password(server) -> None:
