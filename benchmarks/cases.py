@@ -244,20 +244,21 @@ def _our_lora(case: Case, pair: Side) -> tuple[nn.Module, Callable[[], Tensor]]:
     from sat.conditioning.condition import Condition
     from sat.config.schema import LoraConfig
     from sat.parallel.launch import keep_freed_memory
+    from sat.sampling import speed
     from sat.train import lora
 
     if case.device == "cpu":
         torch.set_flush_denormal(True)
         keep_freed_memory()
     network = pair.network.requires_grad_(False)
+    if case.device == "cpu":
+        speed.use_kernel(network, "auto")
     lora._attach_fresh({"model": network}, LoraConfig(rank=16, alpha=16, targets=["attention"]), 0)
     for module in network.modules():
         if isinstance(module, Adapted):
             module.named(lora.NAME).requires_grad_(True)
     if case.options.get("compile"):
-        from sat.sampling.speed import compiled
-
-        compiled(network)
+        speed.compiled(network)
     else:
         lora.pack_frozen({"model": network})
     cells = pair.latent.shape[2]

@@ -34,13 +34,13 @@ def facts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system gives it; some tell generations apart by family and model alone."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+    said = info.read_text() if info.is_file() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+?)\s*$", said, re.MULTILINE))
+    if len(found) == 3:
+        return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
+    return found.get("model name") or platform.processor() or platform.machine()
 
 
 def results_folder() -> Path:

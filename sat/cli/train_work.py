@@ -31,7 +31,7 @@ from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import DTYPES, input_folder
-from sat.sampling.speed import compiled
+from sat.sampling.speed import compiled, use_kernel
 from sat.train import optim
 from sat.train.caches import Caches
 from sat.train.data import DataSets, bucket_rule, in_memory, open_data
@@ -243,6 +243,8 @@ def _objective(experiment: Experiment, train: TrainConfig, engine: DiffusionEngi
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed)
         _pack(train, objective)
+    if train.attention == "auto" and next(objective.parameters()).device.type == "cpu":
+        log.info("attention: %s", use_kernel(objective, "auto"))  # elsewhere torch chooses
     _run_blocks(train, objective)
     return objective
 

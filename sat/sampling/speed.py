@@ -14,6 +14,7 @@ from sat.mixins.cross_attention import CrossAttention
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
+from sat.parallel.sequence import SequenceParallel
 from sat.transformer import Transformer, kernels
 from sat.transformer.fast import compile_blocks, pack, replayed
 
@@ -129,7 +130,9 @@ def largest_logit(transformer: Transformer) -> float | None:
     norm, rotation = _owner(transformer, "norm_qk"), _owner(transformer, "rotate_qk")
     if type(norm) is not QKNorm or type(rotation) not in (Rope, type(None)):
         return None
-    if any(len(transformer.resolved.owners[hook]) > 1 for hook in ("norm_qk", "rotate_qk", "attend")):
+    owners = transformer.resolved.owners
+    others = {type(dict(transformer.mixins)[name]) for name in owners["attend"] if name != "default"}
+    if len(owners["norm_qk"]) > 1 or len(owners["rotate_qk"]) > 1 or others - {SequenceParallel}:
         return None
     size = int(norm.norm.normalized_shape[0])
     return size * (transformer.spec.scale or 1 / math.sqrt(size))

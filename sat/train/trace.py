@@ -20,9 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from sat.transformer import exp_attention
+
 _ATEN = torch.ops.aten
-_CPU_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
+_ATTENTION = (_ATEN._scaled_dot_product_flash_attention_for_cpu, exp_attention.forward)
+_ATTENTION_BACKWARD = (
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
+    exp_attention.backward,
+)
 
 _PACKED = "mkldnn::_linear_pointwise"
 _CONVOLUTIONS = (_ATEN.convolution, _ATEN.convolution_backward)
@@ -120,9 +125,9 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
     packet = _ATEN.addmm if packet is _ATEN.addmm_ else packet
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
-    if packet is _CPU_ATTENTION:
+    if packet in _ATTENTION:
         return int(sdpa_flop_count(*(x.shape for x in args[:3])))  # type: ignore[no-untyped-call]
-    if packet is _CPU_ATTENTION_BACKWARD:
+    if packet in _ATTENTION_BACKWARD:
         return int(sdpa_backward_flop_count(*(x.shape for x in args[:4])))  # type: ignore[no-untyped-call]
     if getattr(func, "name", str)().partition(".")[0] == _PACKED:
         return int(2 * args[0].numel() * out.shape[-1])

@@ -131,5 +131,6 @@ def residual(x: Tensor, branch: Tensor, m: Modulation | None, text_len: int) -> 
 
 def _streams(x: Tensor, text_len: int) -> list[tuple[int, Tensor]]:
     """The non-empty ones of text and image part of (B, L, D), with their row in a :class:`Modulation`."""
-    parts = [(0, x[:, :text_len]), (1, x[:, text_len:])]
-    return [(i, part) for i, part in parts if part.shape[1]]
+    sizes = [text_len, x.shape[1] - text_len]
+    parts = torch.split_with_sizes(x, sizes, 1)  # slices' gradients would be whole ones, mostly zeros
+    return [(i, part) for i, part in enumerate(parts) if part.shape[1]]

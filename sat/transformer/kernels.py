@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Barrier
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sat.transformer.exp_attention import LARGEST_LOGIT, exp_attention, pays, works
 
 Backend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"]
 """Names of kernels: ``auto`` picks by device, ``torch`` leaves it to torch; see docs/performance.md."""
@@ -87,9 +86,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Plain:
-    """A kernel for q, k, v and scale alone; calls with a bias or a mask go to torch's."""
+    """A kernel for q, k, v and scale alone; calls with a bias or a mask go to torch's.
+
+    So do those that gradients flow through, unless it ``trains``.
+    """
 
     function: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    trains: bool = False
 
     def __call__(
         self,
@@ -101,85 +104,9 @@ class Plain:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        if bias is not None or mask is not None or torch.is_grad_enabled():
+        if bias is not None or mask is not None or (torch.is_grad_enabled() and not self.trains):
             return attend(q, k, v, bias=bias, mask=mask, scale=scale)
         return self.function(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
-
-
-LARGEST_LOGIT = 20.0
-"""Above, exp of a logit would lose the sums' precision in bfloat16 and could overflow in products of many."""
-SHORTEST = 384
-"""Keys below which starting two matrix products a head costs more than they save."""
-_BYTES = 8 << 20
-"""Of one head's logits; larger ones are made in pieces of rows."""
-_ONES = 8
-"""Columns of ones beside v: one would do, but rows of odd length are slow."""
-
-
-def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention head by head without looking for the largest logit, for logits known to be small.
-
-    softmax subtracts the largest logit lest exp overflow. Where q and k are normalised there is nothing to
-    fear (:func:`largest_logit`): exp of the logits, a product with v and a column of ones, which sums the
-    rows, and one division. In bfloat16 on a CPU this takes two thirds of the time of torch's kernel, in
-    float32 it is slower. Logits and weights are rounded to the dtype of q.
-    """
-    if k.shape[2] < SHORTEST:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    batch, heads, length, size = q.shape
-    out = q.new_empty(batch, length, heads, size)
-    every = [(b, h) for b in range(batch) for h in range(heads)]
-    count = min(torch.get_num_threads(), len(every))
-    if count == 1 or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        _exp_heads(q, k, v, scale, out, every)
-        return out.transpose(1, 2)
-    inference = torch.is_inference_mode_enabled()
-
-    def some(which: list[tuple[int, int]]) -> None:
-        with torch.inference_mode(inference), torch.no_grad():
-            _exp_heads(q, k, v, scale, out, which)
-
-    list(_lone_threads(os.getpid(), count).map(some, [every[first::count] for first in range(count)]))
-    return out.transpose(1, 2)
-
-
-def _exp_heads(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, which: list[tuple[int, int]]
-) -> None:
-    """Into ``out`` (B, L, H, d) the attention of the heads (row of the batch, head) ``which``."""
-    length, size, keys = q.shape[2], q.shape[3], k.shape[2]
-    rows = min(length, max(64, _BYTES // (keys * q.element_size())))
-    logits, wide = q.new_empty(rows, keys), q.new_ones(keys, size + _ONES)
-    sums = q.new_empty(rows, size + _ONES)
-    for b, h in which:
-        wide[:, :size] = v[b, h]
-        turned = k[b, h].t()
-        for start in range(0, length, rows):
-            part = q[b, h, start : start + rows]
-            weights, total = logits[: len(part)], sums[: len(part)]
-            torch.addmm(weights, part, turned, beta=0, alpha=scale, out=weights)
-            torch.mm(weights.exp_(), wide, out=total)
-            torch.div(total[:, :size], total[:, size:][:, :1], out=out[b, start : start + rows, h])
-
-
-@functools.cache
-def _lone_threads(process: int, count: int) -> ThreadPoolExecutor:
-    """``count`` threads in which torch computes with one thread each; ``process`` is the one they are of.
-
-    Products of one head are small: shared out, every one of them ends in waiting. A thread that has heads of
-    its own waits once. bfloat16 only: MKL, which multiplies float32, has one number of threads for all.
-    """
-    before, together = torch.get_num_threads(), Barrier(count)
-
-    def begin(_: int) -> None:
-        torch.get_num_threads()  # torch's own start of a thread would undo what follows
-        torch.set_num_threads(1)
-        together.wait()  # so that there are ``count`` threads
-
-    pool = ThreadPoolExecutor(count)
-    list(pool.map(begin, range(count)))
-    torch.set_num_threads(before)
-    return pool
 
 
 def choose(
@@ -200,7 +127,9 @@ def choose(
                 f"sampling.attention=exp needs logits of at most {LARGEST_LOGIT:g}, which only "
                 f"layer-normalised queries and keys promise; this network has none: use auto"
             )
-        return Plain(exp_attention), f"exp per head (logits at most {bound:.3g})"
+        if device.type != "cpu" or not works(dtype):
+            raise ValueError("sampling.attention=exp needs a CPU with oneDNN, in bf16 or fp32: use auto")
+        return Plain(exp_attention, trains=True), f"exp per head (logits at most {bound:.3g})"
     if name in ("flash3", "sage"):
         return Plain(_optional(name, device, dtype)), name
     if name not in _SDPA:
@@ -216,7 +145,7 @@ def _fastest(device: torch.device, dtype: torch.dtype, small: bool) -> Backend:
     ``benchmarks/run.py --suite gpu`` times every kernel beside the choice made here.
     """
     if device.type == "cpu":
-        return "exp" if dtype == torch.bfloat16 and small else "torch"
+        return "exp" if small and pays(dtype) else "torch"
     if dtype == torch.float32:
         return "torch"
     return "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"

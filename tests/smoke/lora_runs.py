@@ -65,7 +65,7 @@ def everything(folder: Path, spiece: Path) -> None:
     run("whole", train, *text)
     run("half", train, *text, "train.max_minutes=1e-9")
     run("rest", train, *text, "--resume", to="half")
-    run("plain", train, *text, "train.activation_checkpointing=false")
+    run("plain", train, *text, "train.activation_checkpointing=false", "train.attention=torch")
     bf16 = ("train.dtype=bf16", "train.zero=2", "--steps", 3, "adapters.lora.dora=true")
     run("bf16", train, *bf16)
     run("bf16_half", train, *bf16, "train.max_minutes=1e-9")

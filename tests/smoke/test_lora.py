@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,11 @@ def test_only_factors_are_trained_and_written(ran) -> None:
     assert [file.name for file in place.iterdir()] == [NATIVE_FILE]
     moved = [v for n, v in found.items() if n.startswith(NATIVE_FILE) and ".lora_B." in n]
     assert moved and all(value.abs().max() > 0 for value in moved)
+
+
+def test_the_log_says_how_attention_is_computed(ran) -> None:
+    assert re.search("attention: (torch's choice|exp per head)", ran.ends["whole"]["err"])
+    assert "attention:" not in ran.ends["plain"]["err"]
 
 
 def test_the_averages_are_what_is_written(ran) -> None:

@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +20,17 @@ from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
+from sat.parallel.mesh import Axis
+from sat.parallel.sequence import apply_sequence
 from sat.sampling import speed
-from sat.transformer import Context, Transformer, TransformerHooks, fast, kernels, packed
+from sat.transformer import Context, Transformer, TransformerHooks, exp_attention, fast, kernels, packed
 from sat.transformer.fast import pack
 from sat.transformer.packed import PackedLinear, packable
 from tests.small import condition, fill, plus
 from tests.tolerances import BF16, F32, F64
 
 CPU = torch.device("cpu")
+NARROW_AND_SINGLE = (torch.bfloat16, torch.float32)
 TIMES = (999.0, 17.0)
 
 
@@ -103,9 +107,9 @@ def heads(length: int, size: int = 40) -> list[Tensor]:
     return [F.layer_norm(q, (size,)), F.layer_norm(k, (size,)), v]
 
 
-@pytest.mark.parametrize("length", [7, 400, 2600])  # torch's kernel; whole rows; rows in pieces
+@pytest.mark.parametrize("length", [7, 400, 1100])  # torch's kernel; whole rows; rows in pieces
 def test_exp_attention_is_attention(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_BYTES", 2_000_000)
+    monkeypatch.setattr(exp_attention, "_BYTES", dict.fromkeys(NARROW_AND_SINGLE, 1_000_000))
     q, k, v = heads(length)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     scale = q.shape[-1] ** -0.5
@@ -114,16 +118,81 @@ def test_exp_attention_is_attention(length: int, monkeypatch: pytest.MonkeyPatch
     assert relative(kernels.exp_attention(*narrow, scale), exact) < BF16 / 2
 
 
-def test_heads_shared_out_over_threads_are_the_same_to_the_last_bit(threads: Callable[[int], None]) -> None:
-    q, k, v = (x.bfloat16() for x in heads(400))
+@pytest.mark.parametrize(("queries", "keys"), [(400, 400), (1100, 1100), (77, 500)])
+def test_exp_attention_has_the_gradients_of_attention(
+    queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exp_attention, "_BYTES", {torch.float32: 1_000_000})
+    q, (_, k, v) = heads(queries)[0], heads(keys)
+    gradient = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+
+    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(attend(*given), given, gradient.to(dtype))
+
+    found = gradients(lambda q, k, v: kernels.exp_attention(q, k, v, 0.11), torch.float32)
+    exact = gradients(lambda q, k, v: kernels.attend(q, k, v, scale=0.11), torch.float64)
+    assert max(map(relative, found, exact)) < F32
+    narrow = gradients(lambda q, k, v: kernels.exp_attention(q, k, v, 0.11), torch.bfloat16)
+    assert max(map(relative, narrow, exact)) < BF16
+
+
+def test_the_operator_keeps_torchs_rules() -> None:
+    """Shapes, strides, gradients and what a compiler may assume, by torch's own check."""
+    given = heads(20)
+    operator = torch.ops.cogview3.exp_attention
+    torch.library.opcheck(operator, (*(x.bfloat16() for x in given), 0.2))
+    torch.library.opcheck(operator, (*given, 0.2))
+    torch.library.opcheck(operator, (*(x.requires_grad_() for x in given), 0.2))
+
+
+@pytest.mark.parametrize("dtype", NARROW_AND_SINGLE)
+def test_heads_shared_out_over_threads_are_the_same_to_the_last_bit(
+    dtype: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    q, k, v = (x.to(dtype) for x in heads(400))
     threads(1)
     alone = kernels.exp_attention(q, k, v, 0.15)
     threads(2)
     with torch.inference_mode():
         assert torch.equal(kernels.exp_attention(q, k, v, 0.15), alone)
     assert torch.get_num_threads() == 2
-    counts = list(kernels._lone_threads(os.getpid(), 2).map(lambda _: torch.get_num_threads(), range(8)))
-    assert counts == [1] * 8
+    counts = exp_attention._lone_threads(os.getpid(), 2).map(lambda _: torch.get_num_threads(), range(8))
+    assert list(counts) == [1] * 8
+
+
+def test_float32_takes_it_where_it_was_faster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def info(vendor: str, family: int) -> Path:
+        file = tmp_path / f"{vendor}{family}"
+        file.write_text(f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n")
+        return file
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    wide = exp_attention._wide_amd.__wrapped__
+    assert wide(info("AuthenticAMD", 26)) and not wide(info("AuthenticAMD", 25))
+    assert not wide(info("GenuineIntel", 26)) and not wide(tmp_path / "none")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not wide(info("AuthenticAMD", 26))
+    for here, expected in ((True, kernels.exp_attention), (False, None)):
+        monkeypatch.setattr(exp_attention, "_wide_amd", lambda here=here: here)
+        kernel, _ = kernels.choose("auto", CPU, torch.float32, 6.3)
+        assert getattr(kernel, "function", None) is expected
+        assert kernels.choose("auto", CPU, torch.float32, None)[0] is kernels.attend
+
+
+def test_without_onednn_float32_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: object) -> Tensor:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(exp_attention, "product", gone)
+    monkeypatch.setattr(exp_attention, "_wide_amd", lambda: True)
+    exp_attention.works.cache_clear()
+    try:
+        assert kernels.choose("auto", CPU, torch.float32, 6.3)[0] is kernels.attend
+        with pytest.raises(ValueError, match="exp needs a CPU with oneDNN, in bf16 or fp32"):
+            kernels.choose("exp", CPU, torch.float32, 6.3)
+    finally:
+        exp_attention.works.cache_clear()
 
 
 @pytest.fixture
@@ -153,6 +222,9 @@ def test_only_normed_queries_and_keys_bound_the_logits() -> None:
     assert bound == pytest.approx(8**0.5)
     assert speed.largest_logit(plus({"position": Rope(8, 9, 11)}).transformer) == bound
     assert speed.largest_logit(plus({"louder": Louder()}).transformer) is None
+    shared = plus()
+    apply_sequence(shared, Axis(2))
+    assert speed.largest_logit(shared.transformer) == bound  # shared out, q and k stay what they are
     bare = Transformer(32, 4, 1, {})
     assert speed.largest_logit(bare) is None
     with pytest.raises(ValueError, match="sampling.attention=exp needs logits"):
@@ -280,20 +352,23 @@ def test_one_graph_serves_all_layers_steps_and_prompts(monkeypatch: pytest.Monke
     assert graphs == 2  # a new size is compiled anew
 
 
-def test_compiled_blocks_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "compiled"), [("torch", True), ("exp", False), ("exp", True)])
+def test_compiled_blocks_and_heads_on_their_own_train_alike(
+    kernel: kernels.Backend, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
     torch._dynamo.reset()
-    found = []
-    for compiled in (False, True):
-        model = plus()
-        if compiled:
-            fast.compile_blocks(model.transformer, alike=True, backend="aot_eager", fullgraph=True)
-        x = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(1))
-        out = model(x, torch.tensor([9.0, 700.0]), model.prepare(condition(), (6, 10)))
-        out.square().sum().backward()
-        found.append([parameter.grad for parameter in model.parameters()])
-    for plain, other in zip(*found, strict=True):
-        assert relative(other, plain) < F32
+    plain, other = plus(), plus()
+    speed.use_kernel(other, kernel)
+    if compiled:
+        fast.compile_blocks(other.transformer, alike=True, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(exp_attention, "SHORTEST", 64)  # of 7 + 9 x 11
+    x = torch.randn(2, 4, 18, 22, generator=torch.Generator().manual_seed(1))
+    for model in (plain, other):
+        out = model(x, torch.tensor([9.0, 700.0]), model.prepare(condition(), (18, 22)))
+        out.square().mean().backward()
+    for expected, found in zip(plain.parameters(), other.parameters(), strict=True):
+        assert relative(found.grad, expected.grad) < F32
 
 
 def test_layers_with_hooks_of_their_own_are_not_alike() -> None:

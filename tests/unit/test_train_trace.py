@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sat.train.flops import _Count
 from sat.train.trace import Ledger, Segment, Trace, trace
+from sat.transformer import kernels
 
 B, I, H, O = 6, 10, 14, 3  # noqa: E741 - batch, inputs, hidden, outputs
 F32 = 4
@@ -56,3 +58,16 @@ def test_nothing_lives_after_a_pass() -> None:
         before = ledger.live
         trace(ledger, net, lambda: net(torch.empty(B, I)).sum())
         assert ledger.live == before
+
+
+def test_attention_by_head_has_the_flops_of_torchs_kernel() -> None:
+    """Four for each pair of tokens and channel, ten on the way back: with the logits made again."""
+    q, k, v = (torch.randn(2, 3, 400, 8).requires_grad_() for _ in range(3))
+    pairs = 2 * 3 * 400 * 400 * 8
+    for kernel in (kernels.attend, kernels.Plain(kernels.exp_attention, trains=True)):
+        with _Count() as counted:
+            out = kernel(q, k, v, scale=0.1)
+        assert counted.flops == 4 * pairs
+        with counted:
+            out.sum().backward()
+        assert counted.flops == 14 * pairs

@@ -63,6 +63,7 @@ class TrainConfig(Section):
     project: str = "cogview3"
     allocator: bool = True
     pack: bool = True
+    attention: Literal["auto", "torch"] = "auto"
     compile: bool = False
     init_from: CheckpointConfig | None = None
 
