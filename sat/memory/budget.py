@@ -1,14 +1,15 @@
 """What sampling takes of the device's memory, and which ways to save it bring that into a budget.
 
 Shapes alone are run (:mod:`sat.train.trace`): one prompt through the text encoder, what is prepared for a
-picture with one step, and the decoding of a picture, each beside the weights that are on the device then. All
-numbers are bytes.
+picture with one step, and the decoding of a picture, each beside the weights that are on the device then. Of
+ranks that share the weights (``parallel.tensor``) those are a rank's; what is run is whole, which is more
+than a rank runs. All numbers are bytes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,9 @@ from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine
 from sat.memory.offload import parts, resident, tensors, turned
 from sat.memory.size import parse_size
+from sat.parallel.apply import apply_plan
+from sat.parallel.mesh import Axis
+from sat.plan import family_plan
 from sat.train.trace import Ledger
 
 log = logging.getLogger(__name__)
@@ -135,6 +139,7 @@ class Planner:
     def __init__(self, *, host: bool) -> None:
         self.host = host
         self._engines: dict[str, tuple[Ledger, DiffusionEngine]] = {}
+        self._shares: dict[int, Mapping[Part, nn.Module]] = {}
         self._activations: dict[str, int] = {}
 
     def peaks(self, experiment: Experiment) -> Peaks:
@@ -179,10 +184,26 @@ class Planner:
             self._engines[key] = ledger, engine.eval()
         return self._engines[key]
 
+    def _held(self, experiment: Experiment) -> Mapping[Part, nn.Module]:
+        """The parts as a rank holds them: of tensor ranks, its share."""
+        ranks = experiment.parallel.tensor
+        if ranks == 1:
+            return parts(self._engine(experiment)[1])
+        if ranks not in self._shares:
+            # Apart from those that are run, whole: there is nobody here to send to.
+            ledger = Ledger()
+            engine = build_shapes(experiment, DTYPES[experiment.sampling.dtype], ledger.without_data())
+            split = {"model": engine.network, "text": engine.conditioner.text}
+            with ledger.without_data():
+                for module in split.values():
+                    apply_plan(module, family_plan(type(module)), Axis(ranks))
+            self._shares[ranks] = parts(engine.requires_grad_(False))
+        return self._shares[ranks]
+
     def _weights(self, experiment: Experiment, part: Part, stage: str) -> int:
         """Bytes of ``part`` on the device in a stage."""
         memory, worker = experiment.memory, dict(STAGES)[stage]
-        module = parts(self._engine(experiment)[1])[part]
+        module = self._held(experiment)[part]
         if self.host:
             gone = part == "text" and memory.text_encoder == "free" and stage != "text"
             return 0 if gone else _size(module)

@@ -19,15 +19,12 @@ from threading import Barrier
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sat.transformer.packed import product
 
 LARGEST_LOGIT = 20.0
 """Above, exp of a logit would lose the sums' precision in bfloat16 and could overflow in products of many."""
-SHORTEST = 384
-"""Keys below which starting two matrix products a head costs more than they save."""
 _BYTES = {torch.bfloat16: 8 << 20, torch.float32: 3 << 20}
 """Of one head's logits; larger ones are made in pieces of rows."""
 _ONES = 8
@@ -37,16 +34,13 @@ Head = tuple[int, int]
 """Row of the batch, head."""
 
 
-def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def by_head(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """softmax(q k^T * scale) v, (B, H, L, d) each, for logits of at most :data:`LARGEST_LOGIT`.
 
     On two cores, in bfloat16 two thirds of the time of torch's kernel; in float32 half of it, forwards and
-    backwards, where :func:`pays` says so. Gradients flow in float32; in bfloat16 torch's kernel is taken for
-    them, and logits and weights are rounded to it.
+    backwards, where :func:`pays` says so. In bfloat16 logits and weights are rounded to it, and there is no
+    gradient.
     """
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if k.shape[2] < SHORTEST or (trained and q.dtype != torch.float32):
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return cast(Tensor, _forward(q, k, v, scale)[0])
 
 

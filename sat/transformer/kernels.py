@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sat.transformer.exp_attention import LARGEST_LOGIT, exp_attention, pays, works
+from sat.transformer.exp_attention import LARGEST_LOGIT, by_head, pays, works
 
 Backend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"]
 """Names of kernels: ``auto`` picks by device, ``torch`` leaves it to torch; see docs/performance.md."""
@@ -107,6 +107,18 @@ class Plain:
         if bias is not None or mask is not None or (torch.is_grad_enabled() and not self.trains):
             return attend(q, k, v, bias=bias, mask=mask, scale=scale)
         return self.function(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+SHORTEST = 384
+"""Keys below which starting two matrix products a head costs more than they save."""
+
+
+def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention :mod:`head by head <sat.transformer.exp_attention>`; torch's where that is not for it."""
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if k.shape[2] < SHORTEST or (trained and q.dtype != torch.float32):
+        return attend(q, k, v, scale=scale)
+    return by_head(q, k, v, scale)
 
 
 def choose(

@@ -9,6 +9,7 @@ from sat.config.build import build_engine
 from sat.config.schema import Experiment
 from sat.memory.budget import SPARE, BudgetError, Planner, within
 from sat.memory.size import parse_size
+from sat.parallel.pretend import pretended
 from tests.configs import DEBUG, debug, refused
 
 HOST, DEVICE = torch.device("cpu"), torch.device("meta")
@@ -32,6 +33,18 @@ def test_weights_are_those_of_the_engine_that_draws(planner: Planner) -> None:
     weights = sum(t.numel() * t.element_size() for m in parts for t in (*m.parameters(), *m.buffers()))
     for stage in (peaks.text, peaks.denoising, peaks.decoding):
         assert weights < stage < 40 * weights
+
+
+def test_of_ranks_that_share_the_weights_a_ranks_share_counts() -> None:
+    even, planner = "conditioning.text.params.heads=4", Planner(host=False)
+    whole, shared = (planner.peaks(asked(None, even, f"parallel.tensor={ranks}")) for ranks in (1, 2))
+    config, sizes = debug("checkpoint.random=0", even), []
+    for ranks in (1, 2):
+        with pretended(tensor=ranks) as mesh:
+            engine = build_engine(config, device="cpu", dtype=torch.float32, mesh=mesh)
+        sizes.append(sum(p.numel() * p.element_size() for p in engine.parameters()))
+    for stage in ("text", "denoising", "decoding"):
+        assert getattr(whole, stage) - getattr(shared, stage) == sizes[0] - sizes[1] > 0.1 * sizes[0]
 
 
 def test_without_a_budget_nothing_is_planned() -> None:

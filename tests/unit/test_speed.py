@@ -362,7 +362,7 @@ def test_compiled_blocks_and_heads_on_their_own_train_alike(
     speed.use_kernel(other, kernel)
     if compiled:
         fast.compile_blocks(other.transformer, alike=True, backend="aot_eager", fullgraph=True)
-    monkeypatch.setattr(exp_attention, "SHORTEST", 64)  # of 7 + 9 x 11
+    monkeypatch.setattr(kernels, "SHORTEST", 64)  # of 7 + 9 x 11
     x = torch.randn(2, 4, 18, 22, generator=torch.Generator().manual_seed(1))
     for model in (plain, other):
         out = model(x, torch.tensor([9.0, 700.0]), model.prepare(condition(), (18, 22)))
