@@ -17,6 +17,7 @@ from sat.config.build import adaptable, build_cache, build_engine, build_guider,
 from sat.config.cascade import Cascade, Stage, load_cascade
 from sat.config.load import load
 from sat.config.schema import Experiment, Precision, SamplingConfig
+from sat.config.source import ConfigError, Problem
 from sat.diffusion.guidance import Guider
 from sat.diffusion.relay import RelayNoise
 from sat.diffusion.sampler import StepCallback
@@ -301,16 +302,18 @@ def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFol
     """The pictures that ``relay`` enlarges; None without one. An error where only one of the two is there."""
     if relay is None:
         if sampling.input_dir is not None:
-            raise ValueError(
-                f"sampling.input_dir is {sampling.input_dir}, but this model draws from noise alone: "
+            what = (
+                f"is {sampling.input_dir}, but this model draws from noise alone: "
                 f"only a relay model enlarges pictures"
             )
+            raise ConfigError([Problem("", "sampling.input_dir", what)])
         return None
     if sampling.input_dir is None:
-        raise ValueError(
-            "this model enlarges pictures: name the output folder of a base model's run in "
-            "sampling.input_dir, or draw both with a cascade (configs/cascade.yaml)"
+        what = (
+            "this model enlarges pictures: name the output folder of a base model's run here, or draw both "
+            "with a cascade (configs/cascade.yaml)"
         )
+        raise ConfigError([Problem("", "sampling.input_dir", what)])
     height, width = sampling.height // relay.factor, sampling.width // relay.factor
     return InputFolder(sampling.input_dir, height, width, sampling.batch_size)
 

@@ -198,7 +198,8 @@ def _theirs(
     target = str((component or {}).get("target", T5 if part == "text" else ""))
     rules = family_rules(_class(target, part))
     if layout not in rules:
-        raise CheckpointError(f"{target} has no {layout} names; it can be written as {sorted(rules)} only")
+        known = " or ".join(sorted(name.lower() for name in rules))
+        raise CheckpointError(f"{target} has no {layout.lower()} names; it can be written as {known} only")
     return as_theirs(as_lazy(tensors), rules[layout])
 
 

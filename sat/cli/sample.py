@@ -92,8 +92,6 @@ def given(args: argparse.Namespace) -> list[Setting]:
         out.append(Setting("adapters.load", [_loaded(text) for text in args.lora]))
     if args.resume:
         out.append(Setting("output.resume", True))
-        if args.output_dir is None and not any(item.startswith("output.dir=") for item in args.overrides):
-            out.append(Setting("output.dir", "outputs"))
     return out
 
 

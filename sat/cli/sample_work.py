@@ -163,7 +163,7 @@ def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
         name = f"{stage.name}: " if stage.name else ""
         print(
             f"config ok: {name}{count}, {sampling.batch_size} x {sampling.height} x {sampling.width} "
-            f"(images x height x width), {sampling.steps} steps, {sampling.dtype}"
+            f"(images x height x width), {sampling.steps} step{'s' * (sampling.steps != 1)}, {sampling.dtype}"
         )
         picked = within(stage.experiment, pick_device(stage.experiment.parallel.device))
         if picked is not None:

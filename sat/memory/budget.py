@@ -111,11 +111,12 @@ def within(experiment: Experiment, device: torch.device, planner: Planner | None
         if any(getattr(tried, name) < getattr(best, name) for name, _ in STAGES):
             taken, best = [*taken, way], tried
     if best.total > limit:
+        last = {way.says.partition("=")[0]: way.says for way in taken}  # of a key that is set twice the last
         raise BudgetError(
             f"memory.budget is {experiment.memory.budget}, of which {_gb(limit)} are planned with, but "
             f"sampling takes {_gb(best.total)} while {_WHILE[best.stage]}, even with "
-            f"{' '.join(way.says for way in taken) or 'all that is known here'}: give more, or draw smaller "
-            f"pictures"
+            f"{' '.join(last.values()) or 'all that is known here'}: give more"
+            + ("" if best.stage == "text" else ", or draw smaller pictures")
         )
     for way in reversed(list(taken)):
         fewer = [one for one in taken if one is not way]

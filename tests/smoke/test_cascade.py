@@ -143,11 +143,11 @@ def test_a_relay_without_pictures_and_pictures_without_relay_are_refused(
     sample: Command, tmp_path: Path
 ) -> None:
     done = sample([DEBUG, BASE, RELAY], "--prompt", "x", "--output-dir", tmp_path / "out")
-    assert done.code != 0 and "this model enlarges pictures: name the output folder" in done.err
+    assert done.code == 2 and "sampling.input_dir: this model enlarges pictures: name the" in done.err
     done = sample(
         [DEBUG, BASE], "--prompt", "x", f"sampling.input_dir={tmp_path}", "--output-dir", tmp_path / "o"
     )
-    assert done.code != 0 and "only a relay model enlarges pictures" in done.err
+    assert done.code == 2 and "only a relay model enlarges pictures" in done.err
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,23 @@ def test_resume_draws_only_what_is_not_there(sample, tmp_path, three) -> None:
     assert [p for p, time in before.items() if p.stat().st_mtime_ns != time] == [damaged]
 
 
+def test_resume_of_a_resolved_config_continues_in_its_folder(sample, tmp_path, monkeypatch) -> None:
+    assert sample("--prompt", "a dog", "--output-dir", tmp_path / "out").code == 0
+    before = files(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert main(["--base", str(tmp_path / "out" / "resolved.yaml"), "--resume"]) == 0
+    assert files(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_resume_without_a_folder_continues_the_default_one(sample, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sample("--prompt", "a dog").code == 0
+    done = sample("--prompt", "a dog", "--resume")
+    assert done.code == 0
+    assert "1 of 1 prompts are finished already" in done.err
+
+
 def test_resume_with_other_settings_draws_everything_again(sample, tmp_path) -> None:
     assert sample("--prompt", "a dog", "--output-dir", tmp_path).code == 0
     before = files(tmp_path)

@@ -86,6 +86,8 @@ def test_what_nothing_brings_into_the_budget_is_refused(device: torch.device) ->
         within(asked("0.02MB"), device)
     said = str(caught.value)
     assert ("memory.network=cpu" in said) == (device is DEVICE) and "quantize" in said
+    assert said.count("memory.decode_tile=") <= 1
+    assert ("draw smaller pictures" in said) == ("while encoding text" not in said)
 
 
 def test_a_size_that_is_none_is_named() -> None:

@@ -141,7 +141,6 @@ def test_one_problem(overrides, what):
         ("checkpoint.random=-3", "expected a seed of at least 0, got -3"),
         ("memory.decode_batch=0", "expected at least 1 image, got 0"),
         ("memory.decode_tile=2", "expected at least 8 latent cells, got 2"),
-        ("output.resume=true", "`resume` needs `output.dir`"),
         ("parallel.sequence=0", "expected at least 1, got 0"),
         ("parallel.guidance=3", "expected 1 or 2 (guidance has two halves), got 3"),
         ("parallel.timeout=0", "expected more than 0 seconds, got 0.0"),

@@ -70,10 +70,8 @@ def test_overrides_may_stand_anywhere(line: str) -> None:
     assert sorted(args.overrides) == ["model.params.dim=8", "sampling.steps=3"]
 
 
-def test_resume_without_a_folder_continues_the_default_one() -> None:
-    assert dict(given(arguments(["--base", "a.yaml", "--resume"])))["output.dir"] == "outputs"
-    args = arguments(["--base", "a.yaml", "--resume", "output.dir=X"])
-    assert "output.dir" not in dict(given(args))
+def test_resume_leaves_the_folder_to_the_config() -> None:
+    assert dict(given(arguments(["--base", "a.yaml", "--resume"]))) == {"output.resume": True}
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OutputConfig(Section):
-    """Where results go; ``resume`` skips prompts whose files are all there."""
+    """Where results go, null is the command's folder; ``resume`` skips prompts whose files are all there."""
 
     section = "output"
     dir: Path | None = None
     resume: bool = False
-
-    def _rules(self) -> Broken:
-        if self.resume and self.dir is None:
-            yield "resume", "`resume` needs `output.dir`, the folder to continue"
 
 
 @dataclass(frozen=True)
