@@ -6,8 +6,8 @@
         - {name: base, base: [configs/base.yaml]}
         - {name: relay, base: [configs/relay.yaml], set: {sampling.steps: 6}}
 
-Files laid over it and overrides go to every stage, except what describes one picture's making (size, steps,
-guidance, sampler), which goes to the first; ``cascade.NAME.section.key=value`` goes to one stage.
+Files laid over it go to every stage. So do overrides, except those of one picture's making (size, steps,
+guidance, sampler, adapters), which go to the first; ``cascade.NAME.section.key=value`` goes to one stage.
 """
 
 from __future__ import annotations
