@@ -28,7 +28,7 @@ from sat.parallel.watch import Watch
 from sat.pipeline import asked_again, budgeted, input_folder, open_drawer
 from sat.sampling.draw import Drawer, Look
 from sat.sampling.latents import checked_latents, read_latents
-from sat.sampling.output import OutputFolder
+from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, parse_share, read_prompt_file, share
 from sat.sampling.run import Noise, Run
 from sat.util import log as logs
@@ -200,24 +200,24 @@ def _refuse_to_ask(cascade: Cascade) -> None:
 
 
 def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
-    """Prepare the output folder, load the model, write the records."""
+    """Prove that the output folder can be written, load the model, write the records."""
     started = time.monotonic()
     runtime, mesh = ranks.runtime, ranks.mesh
     experiment = budgeted(place.experiment, runtime.device)
     sampling = experiment.sampling
+    given = None if sampling.latents is None else read_latents(sampling.latents)
+    if mesh.leads:
+        prove_writable(place.pictures)
     drawer, guider = open_drawer(experiment, runtime.device, mesh)
     if runtime.device.type == "cpu" and experiment.memory.budget is None:
         keep_freed_memory()  # every step asks for the same large buffers; those of loading have gone by now
     look = Look(sampling.height, sampling.width, sampling.steps, guider, sampling.tile)
     shape = drawer.engine.latent_shape(look.height, look.width)
-    given = None if sampling.latents is None else read_latents(sampling.latents)
     if given is not None:
         given = checked_latents(given, shape, prompts, sampling.batch_size)
     noise = Noise(sampling.seed, shape, sampling.batch_size, given)
     about = label(experiment, given)
     folder = OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns)
-    if mesh.leads:
-        folder.prepare()
     if runtime.is_main:
         _record(experiment, drawer, place, runtime)
         seconds = time.monotonic() - started

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from sat.cli.arguments import Setting, parse, reader, settings
 from sat.cli.guard import guard
@@ -38,7 +37,11 @@ def parser() -> argparse.ArgumentParser:
     """The arguments."""
     out = reader("train.py", DESCRIPTION, EPILOG)
     add = out.add_argument
-    add("--output-dir", metavar="RUN", help="the run folder (default: runs/<name of the last config file>)")
+    add(
+        "--output-dir",
+        metavar="RUN",
+        help="the run folder (default: output.dir, or runs/<the last file of --base>)",
+    )
     add("--steps", type=int, help="optimizer steps in all")
     add("--batch-size", type=int, metavar="N", help="images per rank and step of accumulation")
     add("--lr", type=float, metavar="RATE", help="highest learning rate")
@@ -68,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.ranks is not None and args.ranks < 1:
         parser().error(f"--ranks: expected at least 1, got {args.ranks}")
     given = settings(args, _OPTIONS)
-    if args.output_dir is None and not any(item.startswith("output.dir=") for item in args.overrides):
-        given.append(Setting("output.dir", str(Path("runs") / Path(args.base[-1]).stem)))
     if args.resume:
         given.append(Setting("output.resume", True))
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     """What ``train.py`` does with parsed arguments; the exit code."""
     logs.setup(debug=args.debug)
     loaded = load_full(args.base, [*args.overrides, *settings])
-    experiment = loaded.experiment
+    experiment = _with_folder(loaded.experiment, args.base)
     if args.print_config:
         print(dump(experiment), end="")
         return 0
@@ -82,6 +83,14 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     if runtime.world > 1:  # alone, the group stays for another run in this process: DeepSpeed remembers it
         runtime.close()
     return 0
+
+
+def _with_folder(experiment: Experiment, bases: Sequence[str]) -> Experiment:
+    """``experiment`` with a run folder: the config's, or one that is named after the last of its files."""
+    if experiment.output.dir is not None:
+        return experiment
+    output = replace(experiment.output, dir=Path("runs") / Path(bases[-1]).stem)
+    return replace(experiment, output=output)
 
 
 def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
@@ -142,7 +151,7 @@ def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, 
     if not rounds:
         _train(experiment, train, data, runtime)
         return
-    assert experiment.output.dir is not None, "the command sets it"
+    assert experiment.output.dir is not None, "the work sets it"
     root = experiment.output.dir
     folders = [RunFolder(root / stage.name) for stage in rounds]
     begun = from_main([bool(folder.saved()) for folder in folders] if runtime.is_main else None)
@@ -219,7 +228,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
 
 def _folder(experiment: Experiment, runtime: Runtime) -> tuple[RunFolder, list[Saved]]:
     """The run's folder and its whole checkpoints, oldest first; a folder with some needs ``--resume``."""
-    assert experiment.output.dir is not None, "the command sets it"
+    assert experiment.output.dir is not None, "the work sets it"
     folder = RunFolder(experiment.output.dir)
     saved = from_main(folder.saved() if runtime.is_main else None)
     if saved and not experiment.output.resume:

@@ -145,6 +145,13 @@ def test_resume_of_a_resolved_config_continues_in_its_folder(sample, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_cannot_be_written_ends_the_run_before_a_weight_is_read(sample, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    done = sample("--prompt", "a dog", "--output-dir", tmp_path / "file")
+    assert done.code == 1 and "cannot write to output folder" in done.err
+    assert len(done.err.strip().splitlines()) == 1, done.err
+
+
 def test_resume_without_a_folder_continues_the_default_one(sample, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert sample("--prompt", "a dog").code == 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from sat.cli.train import main, size
 from sat.config.build import build_engine
@@ -243,6 +245,17 @@ def test_sizes_are_read(text: str, bytes_: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="24GB"):
         size(text)
+
+
+def test_the_run_folder_is_the_configs_or_has_the_name_of_its_last_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So the config that a run wrote goes on in that run's folder."""
+    files = [*map(str, BASE), str(tmp_path / "mine.yaml")]
+    for text, folder in (("{}", "runs/mine"), ("output: {dir: there}", "there")):
+        Path(files[-1]).write_text(text)
+        assert main(["--base", *files, *SETTINGS, "--print-config"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["output"]["dir"] == folder
 
 
 def test_fit_belongs_to_plan(capsys: pytest.CaptureFixture[str]) -> None:
