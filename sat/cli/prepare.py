@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sat.cli.guard import UsageError, guard
 
 if TYPE_CHECKING:
+    from sat.config.schema import Experiment
     from sat.data.buckets import BucketRule
 
 
@@ -133,6 +134,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
     asked = _asked(args)
     too_long = None if asked.tokenizer is None else _over_limit(asked.tokenizer, asked.max_length)
+    if args.base and asked.tokenizer is None:
+        print("captions over the token limit are not counted: no spiece.model is at hand (--tokenizer)")
     surveys = []
     for source in asked.sources:
         surveys.append(survey(source, too_long))
@@ -188,9 +191,20 @@ def _asked(args: argparse.Namespace) -> _Asked:
         width or data.width,
         rule or bucket_rule(data),
         args.batch or (1 if train is None else train.batch_size),
-        args.tokenizer or experiment.conditioning.tokenizer,
+        args.tokenizer or _vocabulary(experiment),
         args.max_length or experiment.conditioning.max_length,
     )
+
+
+def _vocabulary(experiment: Experiment) -> Path | None:
+    """The tokenizer that the training would use, or None where its weights are not at hand."""
+    from sat.config.fill import find_vocabulary
+    from sat.config.source import ConfigError
+
+    try:
+        return find_vocabulary(experiment.conditioning, experiment.checkpoint)
+    except ConfigError:
+        return None
 
 
 def _cache(args: argparse.Namespace) -> int:

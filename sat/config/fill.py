@@ -17,6 +17,8 @@ from sat.parallel.apply import apply_plan
 from sat.plan import family_plan
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sat.checkpoint.format import Part
     from sat.memory.quantize import Quantizer
     from sat.models.t5 import T5Tokenizer
@@ -166,8 +168,14 @@ def find_tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5T
     """The tokenizer of the config, or the one beside the text encoder's weights; None without either."""
     from sat.models.t5 import T5Tokenizer
 
+    found = find_vocabulary(config, weights)
+    return None if found is None else T5Tokenizer(found, config.max_length)
+
+
+def find_vocabulary(config: ConditioningConfig, weights: CheckpointConfig) -> Path | None:
+    """The file of that tokenizer. Raises if the text encoder has weights and none lies beside them."""
     if config.tokenizer is not None:
-        return T5Tokenizer(config.tokenizer, config.max_length)
+        return config.tokenizer
     beside = weights.source("text")
     if beside is None:
         return None
@@ -187,4 +195,4 @@ def find_tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5T
                 )
             ]
         )
-    return T5Tokenizer(found, config.max_length)
+    return found

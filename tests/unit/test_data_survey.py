@@ -7,7 +7,9 @@ import pytest
 
 from sat.cli import prepare
 from tests.checkpoints import tokenizer
-from tests.configs import DEBUG
+from tests.configs import DEBUG, ROOT
+
+LORA = [str(ROOT / "configs" / name) for name in ("tiny.yaml", "lora.yaml", "tiny_lora.yaml")]
 
 
 @pytest.fixture
@@ -102,6 +104,19 @@ def test_captions_over_the_limit_are_shown(folder, tmp_path_factory, capsys):
     out = capsys.readouterr().out
     assert "captions over the token limit: " in out
     assert "over the token limit: 'one two three four five" in out
+
+
+def test_the_tokenizer_beside_the_weights_of_a_config_is_used(folder, capsys):
+    (folder / "a.txt").write_text("one two three four five six seven eight nine ten " * 3)
+    assert prepare.main(["inspect", str(folder), "--base", *LORA]) == 0
+    assert "captions over the token limit: 1" in capsys.readouterr().out
+
+
+def test_captions_that_cannot_be_counted_are_told(folder, tmp_path, capsys):
+    away = tmp_path / "away.yaml"
+    away.write_text(f"checkpoint: {{path: {tmp_path / 'none'}}}")
+    assert prepare.main(["inspect", str(folder), "--base", *LORA, str(away)]) == 0
+    assert "over the token limit are not counted: no spiece.model is at hand" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
