@@ -234,9 +234,8 @@ def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None,
         config=config,
         dtype=DTYPES[args.dtype] if args.dtype else None,
     )
-    print(
-        f"{args.dst}: LoRA of {len(adapter.layers)} layers as {args.to}: {', '.join(f.name for f in files)}"
-    )
+    names = ", ".join(file.relative_to(args.dst).as_posix() for file in files)
+    print(f"{args.dst}: LoRA of {len(adapter.layers)} layers as {args.to}: {names}")
     return 0
 
 
