@@ -36,7 +36,7 @@ from sat.sampling.speed import compiled, use_kernel
 from sat.train import optim
 from sat.train.caches import Caches
 from sat.train.data import DataSets, bucket_rule, in_memory, open_data
-from sat.train.deepspeed import TrainEngine
+from sat.train.deepspeed import TrainEngine, check_dtype
 from sat.train.export import exporter
 from sat.train.flops import token_counter
 from sat.train.log import Record
@@ -74,6 +74,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     logs.setup(runtime.rank, debug=args.debug)
     for notice in loaded.notices:
         log.warning("%s", notice)
+    check_dtype(train, runtime)
     try:
         _train_rounds(experiment, train, data, runtime)
     except RuntimeError as error:

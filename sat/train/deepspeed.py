@@ -94,6 +94,12 @@ def _zero(config: TrainConfig, pins: bool) -> dict[str, Any]:
     return out
 
 
+def check_dtype(config: TrainConfig, runtime: Runtime) -> None:
+    """Raises where DeepSpeed cannot train in ``train.dtype`` on this device, before weights are read."""
+    if config.dtype == "fp16" and not _import(runtime).accelerator.get_accelerator().is_fp16_supported():
+        raise ValueError(f"train.dtype fp16 cannot be trained on {runtime.device}: set it to bf16 or fp32")
+
+
 class TrainEngine:
     """A DeepSpeed engine around an objective, with the same behaviour at every ZeRO stage.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sat.parallel.launch import Runtime
-from sat.train.deepspeed import settings
+from sat.train.deepspeed import check_dtype, settings
 from sat.train.step import computing, step_generator
 from sat.train.stop import stop_signals
 from tests.training import CONFIG, changed
@@ -62,6 +62,20 @@ def test_half_precision_weights_without_masters_are_refused() -> None:
     object.__setattr__(config, "zero", 0)  # as if the config's own rule were not there
     with pytest.raises(ValueError, match="train.dtype bf16 needs train.zero 1, 2 or 3"):
         settings(config, 1)
+
+
+@pytest.mark.slow
+def test_fp16_where_it_cannot_be_trained_is_told_by_its_key(monkeypatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    runtime = Runtime(0, 1, 0, torch.device("cpu"))
+    fp16 = changed(CONFIG, zero=1, dtype="fp16")
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False, raising=False)
+    with pytest.raises(ValueError, match="train.dtype fp16 cannot be trained on cpu: set it to bf16 or fp32"):
+        check_dtype(fp16, runtime)
+    check_dtype(changed(CONFIG, zero=1, dtype="bf16"), runtime)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True, raising=False)
+    check_dtype(fp16, runtime)
 
 
 def test_the_batch_arithmetic_counts_ranks_and_accumulation() -> None:
