@@ -9,6 +9,8 @@ import contextlib
 import io
 import json
 import logging
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,7 +67,12 @@ def everything(folder: Path, spiece: Path) -> None:
     run("whole", train, *text)
     run("half", train, *text, "train.max_minutes=1e-9")
     run("rest", train, *text, "--resume", to="half")
-    run("plain", train, *text, "train.activation_checkpointing=false", "train.attention=torch")
+    plain = ("train.activation_checkpointing=false", "train.attention=torch")
+    run("plain", train, *text, *plain)
+    bare = (*text, *plain, "adapters.lora.dropout=0")  # a compiler draws other masks
+    run("bare", train, *bare)
+    if shutil.which(os.environ.get("CXX", "g++")):
+        run("compiled", train, *bare, "train.compile=true")
     bf16 = ("train.dtype=bf16", "train.zero=2", "--steps", 3, "adapters.lora.dora=true")
     run("bf16", train, *bf16)
     run("bf16_half", train, *bf16, "train.max_minutes=1e-9")

@@ -111,6 +111,16 @@ def test_recomputing_activations_changes_nothing(ran) -> None:
     assert same(state(ran.folder / "plain", 4), state(ran.folder / "whole", 4))
 
 
+def test_compiled_blocks_train_to_the_same_factors(ran) -> None:
+    if "compiled" not in ran.ends:
+        pytest.skip("no C++ compiler, which torch.compile needs on a CPU")
+    good(ran, "bare")
+    assert "frozen weights are not packed: train.compile" in good(ran, "compiled")
+    expected, found = (state(ran.folder / name, 4) for name in ("bare", "compiled"))
+    for name in [name for name in expected if name.startswith(f"{SHARD} weight/")]:
+        assert torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-5), name
+
+
 def test_bf16_weights_train_dora_with_sharded_masters(ran) -> None:
     good(ran, "bf16")
     found = load_file(locate(ran.folder / "bf16")[0])
