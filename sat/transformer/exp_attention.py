@@ -79,7 +79,11 @@ def _wide_amd(info: Path = Path("/proc/cpuinfo")) -> bool:
 # -- operators of their own, so that a compiler and whoever counts operations see each as one
 
 
-@torch.library.custom_op("cogview3::exp_attention", mutates_args=())
+@torch.library.custom_op(
+    "cogview3::exp_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+)
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(output (B, H, L, d), log2 of the sums of the rows (B, H, L), empty but in float32)."""
     out, sums = _outputs(q)
@@ -95,7 +99,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
 
-@torch.library.custom_op("cogview3::exp_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "cogview3::exp_attention_backward",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 def _backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
