@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args
@@ -26,6 +27,8 @@ _SDPA = {
 }
 _MASKED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """What is left, in this order, where a mask is given that the chosen kernel may not take."""
+_ORDER = {"set_priority": True} if "set_priority" in inspect.signature(sdpa_kernel).parameters else {}
+"""Before torch 2.6 the order is torch's own."""
 
 
 class Kernel(Protocol):
@@ -80,7 +83,7 @@ class Chosen:
         scale: float | None = None,
     ) -> Tensor:
         plain = bias is None and mask is None
-        with sdpa_kernel(self.backend if plain else [self.backend, *_MASKED], set_priority=not plain):
+        with sdpa_kernel(self.backend) if plain else sdpa_kernel([self.backend, *_MASKED], **_ORDER):
             return attend(q, k, v, bias=bias, mask=mask, scale=scale)
 
 
