@@ -67,7 +67,7 @@ def read_parquet(path: Path) -> Iterator[Record | Bad]:
         import pyarrow
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow ({error})") from error
     try:
         file = pq.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:

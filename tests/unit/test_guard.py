@@ -1,6 +1,5 @@
 """What the commands make of errors: one line, an exit code."""
 
-import os
 import signal
 import time
 
@@ -79,7 +78,7 @@ def test_sigterm_stops_like_ctrl_c(capsys) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     def work() -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         time.sleep(5)
         return 0
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import time
 
 import pytest
 import torch
@@ -42,19 +42,20 @@ def test_the_first_signal_sets_the_event_and_handlers_come_back(number, capfd) -
     before = signal.getsignal(number)
     with stop_signals() as stop:
         assert not stop.is_set()
-        os.kill(os.getpid(), number)
-        assert stop.is_set()
-        os.kill(os.getpid(), number)  # torchrun's echo of it
+        signal.raise_signal(number)  # to this thread; one sent to the process may reach another, and later
+        assert stop.wait(10)
+        signal.raise_signal(number)  # torchrun's echo of it
     assert signal.getsignal(number) is before
     assert capfd.readouterr().err.count("stopping after this step") == 1
 
 
 def test_a_later_second_signal_acts_as_before(monkeypatch, capfd) -> None:
     monkeypatch.setattr("sat.train.stop._ECHO", -1.0)
-    with pytest.raises(KeyboardInterrupt), stop_signals():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.sigtimedwait([], 0.1) if hasattr(signal, "sigtimedwait") else None
+    with pytest.raises(KeyboardInterrupt), stop_signals() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.wait(10)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(10)
 
 
 def test_half_precision_weights_without_masters_are_refused() -> None:
