@@ -195,6 +195,7 @@ def test_a_fresh_model_predicts_zero() -> None:
     assert run(busy).std() > 0.01
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="this torch's compiler does not know replace()")
 def test_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # conftest.py turns it off for the others
     model = plus()

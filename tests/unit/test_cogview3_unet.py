@@ -267,6 +267,7 @@ def test_the_hook_table_names_its_owners() -> None:
     assert "cross      cross" in unet().hooks and "embed      map" in unet().hooks
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="this torch's compiler does not know replace()")
 def test_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")  # conftest.py turns it off for the others
     model = unet(multipliers=(1, 2), depths=(1, 1), attention=(2,))  # tracing takes time

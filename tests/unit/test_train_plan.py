@@ -210,6 +210,16 @@ def test_offloading_takes_optimizer_and_weights_out_of_a_gpus_memory() -> None:
     assert replace(away, host=True).away == 0
 
 
+TEAMS = pytest.mark.skipif(torch.__version__ < "2.6", reason="collectives want data")
+
+
+@pytest.mark.skipif(torch.__version__ >= "2.6", reason="teams can be planned")
+def test_an_old_torch_says_that_it_cannot_plan_a_team() -> None:
+    with pytest.raises(RuntimeError, match="cannot plan for a team, as its collectives take no tensors"):
+        planned("parallel.sequence=2", ranks=2)
+
+
+@TEAMS
 def test_tensor_ranks_hold_a_share_of_the_weights_and_of_what_is_kept_for_the_backward_pass() -> None:
     even = "conditioning.text.params.heads=4"
     whole, split = planned(even, ranks=4), planned(even, "parallel.tensor=2", ranks=4)
@@ -220,6 +230,7 @@ def test_tensor_ranks_hold_a_share_of_the_weights_and_of_what_is_kept_for_the_ba
     assert split.masters == 4 * -(-split.weights.trained_elements // 2)
 
 
+@TEAMS
 def test_sequence_ranks_keep_a_share_of_the_activations() -> None:
     whole, split = planned(ranks=2), planned("parallel.sequence=2", ranks=2)
     assert split.weights == whole.weights
