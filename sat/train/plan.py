@@ -304,8 +304,8 @@ def measure(experiment: Experiment) -> Measured:
     team = max(experiment.parallel.tensor, experiment.parallel.sequence) > 1
     if team and not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
         raise RuntimeError(
-            f"torch {torch.__version__} cannot plan for a team, as its collectives take no tensors without data: "
-            f"install a newer one, or plan with parallel.tensor and parallel.sequence 1"
+            f"torch {torch.__version__} cannot plan for a team, as its collectives take no tensors without "
+            f"data: install a newer one, or plan with parallel.tensor and parallel.sequence 1"
         )
     with pretended(tensor=experiment.parallel.tensor, sequence=experiment.parallel.sequence) as mesh:
         return _measure(experiment, mesh)
