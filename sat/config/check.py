@@ -45,6 +45,7 @@ class Checker:
     def __init__(self, marks: Marks) -> None:
         self.marks = marks
         self.imports: list[str] = []
+        self._absent: list[str] = []  # of those asked for
         self.problems: list[Problem] = []
         self.missing: list[Problem] = []
 
@@ -57,6 +58,8 @@ class Checker:
                     self.imports.append(name)
             except TargetError as error:
                 self.report(("imports", str(index)), str(error))
+                if isinstance(error.__cause__, ImportError):
+                    self._absent.append(name)
 
     def report(self, key: Key, what: str) -> None:
         """Note one problem at ``key``."""
@@ -236,7 +239,8 @@ class Checker:
             made = resolve(tree["target"], self.imports)
             takes = signature(made)
         except TargetError as error:
-            self.report((*key, "target"), str(error))
+            if not str(tree["target"]).startswith(tuple(f"{name}." for name in self._absent)):  # told already
+                self.report((*key, "target"), str(error))
             return BAD
         if not produces(made, makes):
             self.report(

@@ -313,6 +313,13 @@ def test_a_target_outside_needs_its_module_among_the_imports():
     assert not allowed("satellite", [])
 
 
+def test_a_module_that_is_not_installed_is_told_once():
+    checker = Checker({})
+    checker.allow(["no_such_module.optim"])
+    assert checker.component({"target": "no_such_module.optim.Adam8bit"}, ("c",), Brush) is BAD
+    assert ["cannot import" in str(problem) for problem in checker.problems] == [True]
+
+
 @pytest.mark.parametrize("name", ["os", "subprocess", "builtins", "importlib.util", "sys"])
 def test_python_itself_cannot_be_imported_by_a_config(name):
     with pytest.raises(TargetError, match="belongs to Python itself"):
