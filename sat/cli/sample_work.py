@@ -267,7 +267,8 @@ def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], 
         _tell_reuse(session)
     if not main or not result:
         return
-    log.info("%d files written in %.1f s", len(report.written), time.monotonic() - started)
+    count, seconds = len(report.written), time.monotonic() - started
+    log.info("%d file%s written in %.1f s", count, "s" * (count != 1), seconds)
     if len(prompts) == 1:
         for path in report.written or [session.folder.folder(prompts[0])]:
             print(path)

@@ -211,8 +211,9 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         trainer.extras.record = _record(experiment, train, folder, trainer.step)
     count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     log.info(
-        "%s: %.2f M trained parameters, %d images an epoch, %d ranks on %s (%s)",
-        type(objective).__name__, count / 1e6, len(sets.train), runtime.world, runtime.device.type, mesh,
+        "%s: %.2f M trained parameters, %d images an epoch, %d rank%s on %s (%s)",
+        type(objective).__name__, count / 1e6, len(sets.train), runtime.world, "s" * (runtime.world > 1),
+        runtime.device.type, mesh,
     )  # fmt: skip
     if (
         train.allocator and runtime.device.type == "cpu" and keep_freed_memory()

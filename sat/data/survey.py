@@ -150,7 +150,7 @@ def bucket_table(buckets: Buckets, batch: int) -> list[str]:
     """The buckets with their images, and their batches of ``batch`` images (over all ranks) in an epoch."""
     total = sum(map(len, buckets.items))
     rows = [
-        f"{len(buckets.sizes)} buckets, {total} images, batches of {batch}",
+        f"{len(buckets.sizes)} bucket{'s' * (len(buckets.sizes) != 1)}, {total} images, batches of {batch}",
         f"{'height x width':>14}  {'ratio':>5}  {'images':>7}  {'share':>6}  {'batches an epoch':>16}",
     ]
     for (height, width), items in zip(buckets.sizes, buckets.items, strict=True):

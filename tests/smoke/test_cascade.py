@@ -80,7 +80,7 @@ def test_a_cascade_repeats_from_what_it_wrote_and_resumes(sample: Command, tmp_p
     (out / "1_a_dog" / "000000000.png").unlink()
     kept = (out / "0_a_cat" / "000000000.png").stat().st_mtime_ns
     done = sample([CASCADE], *prompts, "--output-dir", out, "--resume")
-    assert done.code == 0 and "1 files written" in done.err, done.err
+    assert done.code == 0 and "1 file written" in done.err, done.err
     assert files(out) == files(again)
     assert (out / "0_a_cat" / "000000000.png").stat().st_mtime_ns == kept
 
