@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sat.config.schema import TrainConfig
@@ -100,6 +100,13 @@ def check_dtype(config: TrainConfig, runtime: Runtime) -> None:
         raise ValueError(f"train.dtype fp16 cannot be trained on {runtime.device}: set it to bf16 or fp32")
 
 
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """Of all together, as torch from 2.6 on has it in ``torch.nn.utils``."""
+    norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
 class TrainEngine:
     """A DeepSpeed engine around an objective, with the same behaviour at every ZeRO stage.
 
@@ -167,17 +174,18 @@ class TrainEngine:
             self.engine.zero_grad()
             return StepResult(False, norm)
         if self.config.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.clip, norm)
+            share = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], share)
         self.engine.step()
         return StepResult(True, norm)
 
     def _norm(self) -> Tensor:
         """Of all gradients, the tensor ranks' shares together."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm = nn.utils.get_total_norm([g for name, g in gradients.items() if name not in self.split])
+        norm = _total_norm([g for name, g in gradients.items() if name not in self.split])
         if not self.split:
             return norm
-        own = nn.utils.get_total_norm([g for name, g in gradients.items() if name in self.split])
+        own = _total_norm([g for name, g in gradients.items() if name in self.split])
         return (norm.to(own.device).square() + summed(own.square(), self.mesh.tensor)).sqrt()
 
     # ------------------------------------------------------------------ shares of the state
