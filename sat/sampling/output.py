@@ -106,10 +106,6 @@ class OutputFolder:
     columns: int | None = None  # of the grid; None = as square as can be
     _made: set[Path] = field(default_factory=set, repr=False, compare=False)
 
-    def prepare(self) -> None:
-        """Make the folder and prove that it can be written."""
-        prove_writable(self.root)
-
     def folder(self, prompt: Prompt) -> Path:
         """The folder of one prompt."""
         return self.root / folder_name(prompt)

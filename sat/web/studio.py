@@ -21,7 +21,7 @@ from sat.config.schema import Component, Experiment, LoadConfig
 from sat.parallel.launch import launch
 from sat.pipeline import Pipeline, asked_again
 from sat.sampling.draw import Look, strength
-from sat.sampling.output import OutputFolder
+from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt, check_text
 from sat.sampling.run import Noise, Run
 from sat.sampling.sizes import SizeError, SizeRule
@@ -195,7 +195,7 @@ class Studio:
         noise = Noise(sampling.seed, drawer.engine.latent_shape(look.height, look.width), wish.count)
         about = label(experiment, weights=self._weights(index, experiment))
         folder = OutputFolder(self.pictures.root, about, wish.count, sampling.grid_columns)
-        folder.prepare()
+        prove_writable(folder.root)
         run = Run(
             drawer,
             look,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.configs import ROOT
 from tests.tolerances import PLAN
@@ -63,6 +64,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]
     return dict(zip(reversed(AXES), found, strict=False))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="collectives want data")
 @pytest.mark.parametrize("axis", AXES)
 def test_planned_peak_of_a_rank_is_the_measured_one(teams: dict[str, dict[str, int]], axis: str) -> None:
     agree(teams[axis])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sat.sampling.output import Label, OutputError, OutputFolder, settings_digest
+from sat.sampling.output import Label, OutputError, OutputFolder, prove_writable, settings_digest
 from sat.sampling.prompts import Prompt
 from sat.util.images import read_png_text
 
@@ -135,11 +135,11 @@ def test_numbering_starts_at_zero_in_a_new_folder(tmp_path) -> None:
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write to output folder .*file.sub: Not a directory"):
-        _folder(tmp_path / "file" / "sub").prepare()
+        prove_writable(tmp_path / "file" / "sub")
 
 
-def test_prepare_leaves_an_empty_folder(tmp_path) -> None:
-    _folder(tmp_path / "new" / "out").prepare()
+def test_the_proof_leaves_an_empty_folder(tmp_path) -> None:
+    prove_writable(tmp_path / "new" / "out")
     assert list((tmp_path / "new" / "out").iterdir()) == []
 
 
