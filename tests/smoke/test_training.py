@@ -285,35 +285,37 @@ def steps(run: Path) -> list[int]:
     return [saved.step for saved in RunFolder(run).saved()]
 
 
-def kill_while_saving(process: subprocess.Popen[str], out: Path) -> Path:
-    """Kill ``process`` while it writes a checkpoint behind a whole one; the torn folder."""
+_DIES_IN_A_SAVE = """
+import os, runpy, sys
+from sat.train.shards import Share
+write, count = Share.write, []
+def act(self, *given):
+    write(self, *given)
+    count.append(1)
+    if len(count) == 2:
+        os.kill(os.getpid(), 9)
+Share.write = act
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
-    def written() -> list[Path]:
-        folders = {file.parent.parent for file in out.glob("checkpoints/step_*/state/*")}
-        return [folder for folder in folders if torn(folder)] if steps(out) else []
 
-    def caught() -> bool:
-        if not written():
-            return False
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.1)  # it may have got to the end of it meanwhile
-        if written():
-            return True
-        process.send_signal(signal.SIGCONT)
-        return False
-
-    wait_for(caught, process)
-    process.kill()
-    process.communicate()
-    (folder,) = written()
+def killed_while_saving(base: list[str], out: Path, *arguments: str) -> Path:
+    """Of a run that is killed while it writes its second checkpoint, behind a whole one: the torn folder."""
+    process = start(base, out, *arguments, launcher=("-c", _DIES_IN_A_SAVE))
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == -signal.SIGKILL, said
+    assert steps(out)
+    folders = {file.parent.parent for file in out.glob("checkpoints/step_*/state/*")}
+    (folder,) = [folder for folder in folders if torn(folder)]
     return folder
 
 
 def test_a_run_killed_while_saving_resumes_to_the_same_bits(ran, spiece, tmp_path) -> None:
     base, out = write(tmp_path, spiece), tmp_path / "run"
-    kill_while_saving(start(base, out), out)
+    killed_while_saving(base, out)
     first = steps(out)[-1]
-    left = kill_while_saving(start(base, out, "--resume", "train.background_save=true"), out)
+    left = killed_while_saving(base, out, "--resume", "train.background_save=true")
     last = steps(out)[-1]
     assert last >= first
     process = start(base, out, "--resume")

@@ -51,11 +51,13 @@ def test_the_first_signal_sets_the_event_and_handlers_come_back(number, capfd) -
 
 def test_a_later_second_signal_acts_as_before(monkeypatch, capfd) -> None:
     monkeypatch.setattr("sat.train.stop._ECHO", -1.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt), stop_signals() as stopping:
         signal.raise_signal(signal.SIGINT)
         assert stopping.wait(10)
         signal.raise_signal(signal.SIGINT)
         time.sleep(10)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_half_precision_weights_without_masters_are_refused() -> None:
