@@ -298,10 +298,7 @@ class TrainEngine:
             yield
         finally:
             parameters[0].partition(parameters)  # type: ignore[attr-defined]
-            register = getattr(offload, "_register_deepspeed_module", None)
-            (register or offload._register_hooks_recursively)(
-                offload.module
-            )  # its name before DeepSpeed 0.17
+            offload._register_deepspeed_module(offload.module)
             self.engine.optimizer.checkpoint_event_epilogue()  # small ones are whole again
 
     def gathered(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
