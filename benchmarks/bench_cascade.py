@@ -33,11 +33,11 @@ from PIL import Image  # noqa: E402
 
 from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Pipeline  # noqa: E402
-from sat.diffusion.relay import shrunk  # noqa: E402
-from sat.evaluate.classifier import Classifier  # noqa: E402
-from sat.evaluate.detail import detail_distance, fine_energy, real_pictures  # noqa: E402
-from sat.evaluate.retrieval import score  # noqa: E402
-from sat.first_stage.autoencoder import AutoencoderKL  # noqa: E402
+from sat.apps.evaluate.detail import detail_distance, fine_energy, real_pictures  # noqa: E402
+from sat.apps.evaluate.retrieval import score  # noqa: E402
+from sat.first_stage.model import AutoencoderKL  # noqa: E402
+from sat.mixins.relay import shrunk  # noqa: E402
+from sat.models.vision.classifier import Classifier  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 from sat.train.objectives.first_stage import peak_signal_to_noise  # noqa: E402
 from sat.util.images import from_pil, grid, to_pil, write_png  # noqa: E402

@@ -95,8 +95,8 @@ def work(args: argparse.Namespace) -> None:
     from sat.config.load import load
     from sat.parallel.launch import launch
     from sat.parallel.mesh import Mesh
-    from sat.pipeline import open_drawer
-    from sat.sampling.draw import Look
+    from sat.sampling.generator import Look
+    from sat.sampling.pipeline import open_drawer
     from sat.util.rng import ImageRng
 
     layout = json.loads(args.layout)
@@ -141,7 +141,7 @@ def work(args: argparse.Namespace) -> None:
 
 def weights(network: Any) -> int:
     """Bytes of a network's weights on this rank, packed ones included."""
-    from sat.transformer.packed import PackedLinear
+    from sat.kernels.packed import PackedLinear
 
     packed = [module.packed for module in network.modules() if isinstance(module, PackedLinear)]
     return sum(tensor.numel() * tensor.element_size() for tensor in (*network.parameters(), *packed))

@@ -32,10 +32,10 @@ from PIL.Image import Image  # noqa: E402
 
 from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Output, Pipeline  # noqa: E402
+from sat.apps.evaluate.retrieval import prepared, score  # noqa: E402
 from sat.config.load import load  # noqa: E402
-from sat.evaluate.classifier import Classifier, embed  # noqa: E402
-from sat.evaluate.retrieval import prepared, score  # noqa: E402
-from sat.memory.offload import tensors  # noqa: E402
+from sat.models.vision.classifier import Classifier, embed  # noqa: E402
+from sat.offload.block_swap import tensors  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 from sat.transformer import Transformer  # noqa: E402
 

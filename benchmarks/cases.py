@@ -75,8 +75,8 @@ def prepare(case: Case) -> Work:
 
 
 def _ours(case: Case, pair: Side) -> Work:
+    from sat.kernels import apply as speed
     from sat.parallel.launch import keep_freed_memory
-    from sat.sampling import speed
 
     if case.device == "cpu":
         torch.set_flush_denormal(True)
@@ -152,7 +152,7 @@ def decode(case: Case) -> Work:
     if theirs:
         return torch.no_grad()(work)
     if case.dtype != "fp32":
-        from sat.sampling.speed import channels_last
+        from sat.kernels.apply import channels_last
 
         channels_last(network)
     return torch.inference_mode()(work)
@@ -184,8 +184,8 @@ def encode_text(case: Case) -> Work:
 def unet(case: Case) -> Work:
     """A step of CogView3-Base's UNet with guidance at 512²; ``options`` shrink it."""
     from sat.conditioning.condition import Condition
+    from sat.kernels import apply as speed
     from sat.models.cogview3_unet import CogView3UNet
-    from sat.sampling import speed
 
     params = dict(case.options.get("params", {}))
     torch.manual_seed(0)
@@ -243,8 +243,8 @@ def _our_lora(case: Case, pair: Side) -> tuple[nn.Module, Callable[[], Tensor]]:
     from sat.adapters.lora import Adapted
     from sat.conditioning.condition import Condition
     from sat.config.schema import LoraConfig
+    from sat.kernels import apply as speed
     from sat.parallel.launch import keep_freed_memory
-    from sat.sampling import speed
     from sat.train import lora
 
     if case.device == "cpu":

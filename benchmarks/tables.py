@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from benchmarks.cases import Case
-from sat.transformer.kernels import Backend
+from sat.kernels.attention import Backend
 
 
 @dataclass(frozen=True)

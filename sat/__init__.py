@@ -9,12 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sat.pipeline import CascadeOutput, CascadePipeline, Output, Pipeline
+    from sat.sampling.pipeline import CascadeOutput, CascadePipeline, Output, Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["CascadeOutput", "CascadePipeline", "Output", "Pipeline", "__version__"]
 
-_LAZY = dict.fromkeys(("CascadeOutput", "CascadePipeline", "Output", "Pipeline"), "sat.pipeline")
+_LAZY = dict.fromkeys(("CascadeOutput", "CascadePipeline", "Output", "Pipeline"), "sat.sampling.pipeline")
 
 
 def __getattr__(name: str) -> object:

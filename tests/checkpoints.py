@@ -33,7 +33,7 @@ TEXT: dict[str, Any] = {
 
 CONFIG: dict[str, Any] = {
     "model": {"target": "sat.models.cogview3_plus.CogView3Plus", "params": MODEL},
-    "first_stage": {"target": "sat.first_stage.autoencoder.AutoencoderKL", "params": FIRST_STAGE},
+    "first_stage": {"target": "sat.first_stage.model.AutoencoderKL", "params": FIRST_STAGE},
     "conditioning": {
         "text": {"target": "sat.models.t5.T5Encoder", "params": TEXT},
         "size": {"target": "sat.conditioning.size.SizeConditioner", "params": {"dim": 8}},
@@ -41,7 +41,7 @@ CONFIG: dict[str, Any] = {
     },
     "diffusion": {
         "schedule": {"target": "sat.diffusion.schedule.ZeroSNR", "params": {"shift": 2.5}},
-        "parameterisation": {"target": "sat.diffusion.parameterisation.V", "params": {}},
+        "parameterisation": {"target": "sat.diffusion.prediction.V", "params": {}},
     },
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from sat.config.load import load
 from sat.config.schema import Experiment
-from sat.config.source import ConfigError
+from sat.config.yaml_source import ConfigError
 
 ROOT = Path(__file__).parents[1]
 DEBUG = ROOT / "configs" / "debug.yaml"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sat.diffusion.level import Level
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.sampler import Trajectory
+from sat.diffusion.samplers import Trajectory
 
 SHAPE = (2, 3, 4, 5)
 

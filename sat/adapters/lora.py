@@ -24,7 +24,9 @@ from sat.adapters.factors import (
     weight_change,
     widened,
 )
-from sat.memory.quantize import QuantizedLinear
+from sat.kernels.frozen import FrozenLinear, LowRank
+from sat.kernels.frozen import adapted as adapted_product
+from sat.kernels.quantize import QuantizedLinear
 from sat.parallel.apply import split
 from sat.parallel.linear import (
     RowLinear,
@@ -37,11 +39,9 @@ from sat.parallel.linear import (
     whole_weight,
 )
 from sat.parallel.mesh import Axis
-from sat.plan import Column, Cut, Row, Shard, of_factors
+from sat.sharding import Column, Cut, Row, Shard, of_factors
 from sat.transformer import Transformer
 from sat.transformer.attention import dtype_of
-from sat.transformer.frozen import FrozenLinear, LowRank
-from sat.transformer.frozen import adapted as adapted_product
 
 
 class Factors(nn.Module):
@@ -51,8 +51,8 @@ class Factors(nn.Module):
     starts at 0 and keeps its precision in bfloat16, where a norm itself would be rounded.
 
     ``layer`` is whole; of a base that is split over tensor ranks the factors are split as it is
-    (:func:`sat.plan.of_factors`), and so is the gain of a column. Where the base gathers its outputs, each
-    rank finds the change of its share of them, and the changes are gathered.
+    (:func:`sat.sharding.of_factors`), and so is the gain of a column. Where the base gathers its outputs,
+    each rank finds the change of its share of them, and the changes are gathered.
     """
 
     def __init__(self, layer: LayerFactors, base: nn.Module, dropout: float) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from sat.adapters.factors import AdapterError, LinearLike
 from sat.adapters.groups import GROUPS, hint, patterns
 from sat.adapters.lora import adapted, is_linear
-from sat.plan import Column, family_plan, style_of
+from sat.sharding import Column, family_plan, style_of
 
 Parts = Mapping[str, nn.Module]
 """The adaptable parts of an engine: ``model`` and ``text``. A layer's full name is ``part.name``."""

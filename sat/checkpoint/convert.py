@@ -52,7 +52,7 @@ DIFFUSION: dict[str, dict[str, Any]] = {
     PLUS: {"schedule": {"target": SCHEDULE, "params": {}}, "parameterisation": {"target": V, "params": {}}},
     UNET: {
         "schedule": {"target": "sat.diffusion.schedule.Discrete", "params": {}},
-        "parameterisation": {"target": "sat.diffusion.parameterisation.Eps", "params": {}},
+        "parameterisation": {"target": "sat.diffusion.prediction.Eps", "params": {}},
     },
 }
 TEXT_LENGTH = {PLUS: 224, UNET: 225}

@@ -25,7 +25,7 @@ from sat.checkpoint.format import (
 )
 from sat.checkpoint.formats import open_part
 from sat.checkpoint.ranks import RankFiles
-from sat.plan import family_plan, shards
+from sat.sharding import family_plan, shards
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
 
     The module may be on the meta device; each tensor is read, cast, moved to ``device`` and released before
     the next, so that host memory holds the result and one tensor. Of a layer that is split over tensor ranks
-    (:class:`sat.plan.Splits`) the file holds the whole tensor, and this rank's share is read. ``dtype`` is
-    for floating-point parameters; buffers keep their own. None keeps the module's (a meta module goes to the
-    CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and names in the file.
+    (:class:`sat.sharding.Splits`) the file holds the whole tensor, and this rank's share is read. ``dtype``
+    is for floating-point parameters; buffers keep their own. None keeps the module's (a meta module goes to
+    the CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and names in the file.
     ``placed(module, name)`` is called as soon as a tensor has its values, and may put another module in its
     owner's place.
     """

@@ -1,9 +1,9 @@
 """Official engine files that are split over model-parallel ranks: merged as they are read, and written.
 
-Which tensors are cut, and how, is the model's plan (:mod:`sat.plan`) carried over to the file's names by its
-key rules. Layers whose outputs we gather (adaLN) are plain linears there, whole in every file. The published
-networks are one file each; SwissArmyTransformer writes one a rank when it trains with ``model_parallel_size``
-above 1: rows of fused projections part by part (:class:`sat.plan.Column`).
+Which tensors are cut, and how, is the model's plan (:mod:`sat.sharding`) carried over to the file's names by
+its key rules. Layers whose outputs we gather (adaLN) are plain linears there, whole in every file. The
+published networks are one file each; SwissArmyTransformer writes one a rank when it trains with ``model_parallel_size``
+above 1: rows of fused projections part by part (:class:`sat.sharding.Column`).
 Source: SwissArmyTransformer ``mpu/layers.py`` (``stride``); official ``dit.py`` (``adaln_modules``).
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo
 from sat.checkpoint.rules import Source, read_map, write_map
 from sat.keys import Fuse, Rules, Split, SwapHalves
-from sat.plan import Cut, Plan, Row, named_cuts
+from sat.sharding import Cut, Plan, Row, named_cuts
 
 
 class RankFiles(LazyStateDict):

@@ -39,7 +39,7 @@ from sat.checkpoint.rules import as_theirs
 from sat.checkpoint.safetensors_file import Written, write_safetensors
 from sat.checkpoint.torch_file import write_torch
 from sat.checkpoint.whole import whole_folder
-from sat.plan import Cut, family_plan
+from sat.sharding import Cut, family_plan
 
 Parts = Mapping[Part, Mapping[str, Tensor]]
 SHARD_BYTES = 5_000_000_000

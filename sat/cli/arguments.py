@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from sat.cli.guard import UsageError
+from sat.cli.main_guard import UsageError
 
 if TYPE_CHECKING:
     from sat.parallel.launch import DeviceKind

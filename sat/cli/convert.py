@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sat.cli.arguments import lora
-from sat.cli.guard import UsageError, guard
+from sat.cli.main_guard import UsageError, guard
 
 if TYPE_CHECKING:
     from sat.checkpoint.convert import Sources
@@ -120,7 +120,7 @@ def _convert(args: argparse.Namespace) -> int:
     from sat.adapters.files import is_adapter
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
-    from sat.config.fill import build_empty
+    from sat.config.parts import build_empty
     from sat.config.schema import Component
 
     config, imports = _config(args.base)
@@ -199,7 +199,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
         return None
     from sat.adapters.merge import Loading, folded
     from sat.parallel.apply import check_plan
-    from sat.plan import family_plan
+    from sat.sharding import family_plan
 
     def change(parts: Any) -> Any:
         network = parts.get("model")
@@ -219,7 +219,7 @@ def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None,
     """An adapter from one layout to another."""
     from sat.adapters.convert import convert_adapter
     from sat.checkpoint import DTYPES
-    from sat.config.fill import build_empty
+    from sat.config.parts import build_empty
     from sat.config.schema import Component
 
     if args.merge_lora:

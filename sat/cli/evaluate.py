@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sat.cli.arguments import checked_device, sort_overrides
-from sat.cli.guard import guard
+from sat.cli.main_guard import guard
 from sat.util import threads
 
 CLASSIFIER = Path("checkpoints/tiny_classifier")
@@ -159,13 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     sort_overrides(args)
     threads.prepare()
-    from sat.cli import evaluate_work  # torch and all: only once the arguments are good
+    from sat.cli.commands import evaluate as evaluate_work  # torch and all: only once the arguments are good
 
     return evaluate_work.work(args)
 
 
 def _preference(args: argparse.Namespace) -> int:
-    from sat.cli.preference_work import work
+    from sat.cli.commands.preference import work
 
     return work(args)
 
@@ -173,7 +173,7 @@ def _preference(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from sat.evaluate.training import BELIEVED, Recipe, train
+    from sat.apps.evaluate.training import BELIEVED, Recipe, train
     from sat.parallel.launch import keep_freed_memory, pick_device
 
     if args.threads:
@@ -201,9 +201,9 @@ def _train(args: argparse.Namespace) -> int:
 def _retrieval(args: argparse.Namespace) -> int:
     import json
 
-    from sat.evaluate.classifier import Classifier
-    from sat.evaluate.retrieval import ENOUGH, score_folder
-    from sat.evaluate.training import BELIEVED
+    from sat.apps.evaluate.retrieval import ENOUGH, score_folder
+    from sat.apps.evaluate.training import BELIEVED
+    from sat.models.vision.classifier import Classifier
 
     classifier = Classifier.load(args.classifier)
     scores = score_folder(args.images, args.captions, classifier)
@@ -229,9 +229,9 @@ def _retrieval(args: argparse.Namespace) -> int:
 
 
 def _detail(args: argparse.Namespace) -> int:
-    from sat.evaluate.classifier import Classifier
-    from sat.evaluate.detail import detail_of_folders
-    from sat.evaluate.retrieval import ENOUGH
+    from sat.apps.evaluate.detail import detail_of_folders
+    from sat.apps.evaluate.retrieval import ENOUGH
+    from sat.models.vision.classifier import Classifier
 
     found = detail_of_folders(args.images, args.real, Classifier.load(args.classifier))
     few = "" if found.images >= ENOUGH else f" (fewer than {ENOUGH} images: too few to compare)"
@@ -245,7 +245,7 @@ def _detail(args: argparse.Namespace) -> int:
 
 
 def _sheet(args: argparse.Namespace) -> int:
-    from sat.evaluate.pictures import Opened, collect
+    from sat.apps.evaluate.pictures import Opened, collect
     from sat.util.images import grid, write_png
 
     pictures = list(Opened([path for path, _ in collect(args.images, args.captions)]))

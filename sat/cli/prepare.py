@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sat.cli.guard import UsageError, guard
+from sat.cli.main_guard import UsageError, guard
 
 if TYPE_CHECKING:
     from sat.config.schema import Experiment
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _emoji(args: argparse.Namespace) -> int:
-    from sat.data.emoji.build import build, check_styles
+    from sat.apps.emoji.build import build, check_styles
 
     styles = [style.strip() for style in args.styles.split(",") if style.strip()]
     try:
@@ -198,8 +198,8 @@ def _asked(args: argparse.Namespace) -> _Asked:
 
 def _vocabulary(experiment: Experiment) -> Path | None:
     """The tokenizer that the training would use, or None where its weights are not at hand."""
-    from sat.config.fill import find_vocabulary
-    from sat.config.source import ConfigError
+    from sat.config.parts import find_vocabulary
+    from sat.config.yaml_source import ConfigError
 
     try:
         return find_vocabulary(experiment.conditioning, experiment.checkpoint)
@@ -209,7 +209,7 @@ def _vocabulary(experiment: Experiment) -> Path | None:
 
 def _cache(args: argparse.Namespace) -> int:
     from sat.cli.arguments import sort_overrides
-    from sat.cli.cache_work import work
+    from sat.cli.commands.prepare import work
 
     sort_overrides(args)
     if not args.base:

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.cli.arguments import sort_overrides
-from sat.cli.guard import FAILED, UsageError, guard
-from sat.conditioning.prompt_optimizer import (
+from sat.apps.prompts.optimizer import (
     KEY,
     MODEL,
     NAME,
@@ -21,6 +19,8 @@ from sat.conditioning.prompt_optimizer import (
     OptimizerError,
     PromptOptimizer,
 )
+from sat.cli.arguments import sort_overrides
+from sat.cli.main_guard import FAILED, UsageError, guard
 from sat.sampling.prompts import check_text, read_prompt_file
 from sat.util import log as logs
 
@@ -114,7 +114,7 @@ def tokenizer(bases: Sequence[str] | None, overrides: Sequence[str] = ()) -> Cou
     if not bases:
         return None
     from sat.config.cascade import load_cascade
-    from sat.config.fill import find_tokenizer
+    from sat.config.parts import find_tokenizer
 
     experiment = load_cascade(bases, list(overrides)).stages[0].experiment
     return find_tokenizer(experiment.conditioning, experiment.checkpoint)

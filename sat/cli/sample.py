@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from sat.cli.arguments import Setting, lora, parse, reader, settings
-from sat.cli.guard import guard
+from sat.cli.main_guard import guard
 from sat.sampling.prompts import check_text
 from sat.util import threads
 
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         threads.prepare()
-        from sat.cli import sample_work  # torch and all: only once the arguments are good
+        from sat.cli.commands import sample as sample_work  # torch and all: only once the arguments are good
 
         return sample_work.work(args, given(args))
 

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from sat.cli.arguments import Setting, parse, reader, settings
-from sat.cli.guard import guard
-from sat.memory.size import parse_size
+from sat.cli.main_guard import guard
+from sat.util.sizes import parse_size
 
 DESCRIPTION = """\
 Train the model that --base describes; a later file is laid over the earlier ones.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.append(Setting("output.resume", True))
 
     def run() -> int:
-        from sat.cli.train_work import work
+        from sat.cli.commands.train import work
 
         return work(args, given)
 

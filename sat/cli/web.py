@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sat.cli.arguments import Setting, lora, parse, reader
-from sat.cli.guard import UsageError, guard
+from sat.cli.main_guard import UsageError, guard
 from sat.util import log as logs
 from sat.util import threads
 
 if TYPE_CHECKING:
-    from sat.web.access import Access
+    from sat.apps.web.access import Access
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if find_spec("gradio") is None:
             raise UsageError(INSTALL)
         threads.prepare()
-        from sat.cli import web_work  # torch and all: only once the arguments are good
+        from sat.cli.commands import web as web_work  # torch and all: only once the arguments are good
 
         return web_work.work(args, _settings(args), access)
 
@@ -86,7 +86,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
 
 def _access(args: argparse.Namespace) -> Access:
     """Who may come in; refused where others could without a password."""
-    from sat.web.access import Access
+    from sat.apps.web.access import Access
 
     if args.queue < 1 or args.max_images < 1:
         raise UsageError("--queue and --max-images: expected at least 1")

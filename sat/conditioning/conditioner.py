@@ -12,7 +12,7 @@ from sat.conditioning.condition import Condition
 from sat.conditioning.size import SizeConditioner, Sizes
 from sat.conditioning.text import Encoded, FreedEncoder, distinct, notices
 from sat.models.t5 import T5Encoder, T5Tokenizer
-from sat.models.t5.tokenizer import UNKNOWN
+from sat.tokenizers import UNKNOWN
 
 log = logging.getLogger(__name__)
 

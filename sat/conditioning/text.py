@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from sat.models.t5.tokenizer import T5Tokenizer
+from sat.tokenizers import T5Tokenizer
 
 MOSTLY_UNKNOWN = 0.3
 """Share of a prompt's characters, spaces aside, from which on losing them is worth a warning."""

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from sat.config.component import build
-from sat.config.fill import Fill, NoFill, build_empty, cast_weights, find_tokenizer, quantizers
+from sat.config.parts import Fill, NoFill, build_empty, cast_weights, find_tokenizer, quantizers
 from sat.config.schema import CheckpointConfig, Component, Experiment
 
 if TYPE_CHECKING:
     from sat.checkpoint.format import Part
     from sat.diffusion.guidance import Guider
-    from sat.diffusion.sampler import Sampler
+    from sat.diffusion.samplers import Sampler
     from sat.diffusion.step_cache import StepCache
     from sat.engine import DiffusionEngine
-    from sat.first_stage.autoencoder import AutoencoderKL
+    from sat.first_stage.model import AutoencoderKL
     from sat.models.t5 import T5Encoder, T5Tokenizer
     from sat.parallel.mesh import Mesh
 
@@ -64,7 +64,7 @@ def build_engine(
     Parts ``without`` are not loaded; whatever calls them raises. Network and text encoder are split over the
     tensor ranks of ``mesh`` by their plans, and each rank reads its share. Linears that ``memory.quantize``
     names are quantised as they are read. Parts ``hosted`` are left in host memory
-    (:mod:`sat.memory.offload`).
+    (:mod:`sat.offload.block_swap`).
     """
     weights = checkpoint or experiment.checkpoint
     fill = Fill(
@@ -106,7 +106,7 @@ def build_shapes(
 ) -> DiffusionEngine:
     """An engine whose parts are made inside ``mode``, which gives tensors no data; without a tokenizer.
 
-    For measuring (:mod:`sat.train.trace`): no file is read, and no memory taken.
+    For measuring (:mod:`sat.estimate.trace`): no file is read, and no memory taken.
     """
     made: dict[Part, nn.Module] = {}
     parts: dict[Part, Component] = {
@@ -137,7 +137,7 @@ def _assemble(
 ) -> DiffusionEngine:
     """The engine of these parts; something that raises stands where one of them was left out."""
     from sat.conditioning.conditioner import Conditioner
-    from sat.config.absent import Absent, AbsentAutoencoder
+    from sat.config.missing_part import Absent, AbsentAutoencoder
     from sat.engine import DiffusionEngine
 
     c, d = experiment.conditioning, experiment.diffusion

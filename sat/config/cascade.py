@@ -21,9 +21,9 @@ from sat.config.check import BAD, Checker
 from sat.config.load import Loaded, load_full, read_base
 from sat.config.merge import Override
 from sat.config.schema import Broken, Experiment, Section
-from sat.config.source import ConfigError, Problem, Source
-from sat.config.source import write as write_yaml
 from sat.config.targets import hint
+from sat.config.yaml_source import ConfigError, Problem, Source
+from sat.config.yaml_source import write as write_yaml
 
 FIRST_ONLY = (
     "sampling.height",
@@ -133,7 +133,7 @@ def dump_cascade(stages: Mapping[str, Path], keep: bool) -> str:
 def relay_factor(experiment: Experiment) -> int | None:
     """How much the experiment's relay enlarges; None for a model that draws from noise alone."""
     from sat.config.component import build
-    from sat.diffusion.relay import relay_of
+    from sat.mixins.relay import relay_of
 
     relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))
     return None if relay is None else relay.factor

@@ -21,7 +21,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sat.config.paths import find
 from sat.config.schema import Component, Makes, MustExist, RuleError
-from sat.config.source import Key, Marks, Problem, dotted, shown, where
 from sat.config.targets import (
     Signature,
     TargetError,
@@ -33,6 +32,7 @@ from sat.config.targets import (
     resolve,
     signature,
 )
+from sat.config.yaml_source import Key, Marks, Problem, dotted, shown, where
 from sat.data.shards import expand
 
 BAD: Final = object()

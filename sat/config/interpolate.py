@@ -9,7 +9,7 @@ import copy
 import re
 from typing import Any
 
-from sat.config.source import Key, Marks, Problem, dotted, where
+from sat.config.yaml_source import Key, Marks, Problem, dotted, where
 
 _REFERENCE = re.compile(r"(\\*)\$\{(?:([^{}$\\]*)(\}))?")
 

@@ -13,7 +13,7 @@ from sat.adapters.merge import adapter_name
 from sat.checkpoint import PARTS, digest
 from sat.config.build import build_guider
 from sat.config.schema import Experiment, plain
-from sat.sampling.draw import strength
+from sat.sampling.generator import strength
 from sat.sampling.output import Label, settings_digest
 
 _UNSEEN = frozenset(

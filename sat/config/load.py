@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat.config.between import between
 from sat.config.check import BAD, Checker
+from sat.config.constraints import between
 from sat.config.interpolate import escape, interpolate
 from sat.config.merge import PROMPTS, Override, latest_prompt, lay, override, start
 from sat.config.official import is_official, override_official, translate
 from sat.config.paths import HOME, find
 from sat.config.schema import Experiment, plain
-from sat.config.source import ConfigError, Marks, Problem, Source, dotted, read, where, write
 from sat.config.targets import hint
+from sat.config.yaml_source import ConfigError, Marks, Problem, Source, dotted, read, where, write
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from sat.config.interpolate import escape
 from sat.config.schema import Component, Experiment, plain
-from sat.config.source import DEFAULT, ConfigError, Key, Marks, Problem, Source, Where, dotted, parse
 from sat.config.targets import field_hints, hint
+from sat.config.yaml_source import DEFAULT, ConfigError, Key, Marks, Problem, Source, Where, dotted, parse
 
 Override = str | tuple[str, Any]
 """``"section.key=value"`` with a YAML value, or ``("section.key", value)`` with the value itself."""

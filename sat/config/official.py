@@ -18,7 +18,7 @@ from sat.config.merge import Override, plain_merge, read_override
 from sat.config.official_keys import FIRST_STAGE, MIXINS, NETWORK, T5, UNET, UNET_FIXED
 from sat.config.official_tree import Official
 from sat.config.paths import find
-from sat.config.source import ConfigError, Marks, Problem, Source, Where, dotted, shown
+from sat.config.yaml_source import ConfigError, Marks, Problem, Source, Where, dotted, shown
 
 _SIDES = (512, 2048, 32)
 """Smallest and largest side and their multiple in pixels. Source: official ``sample_dit.py:140-143``."""
@@ -254,7 +254,7 @@ def _first_stage(o: Official) -> None:
     else:
         encoder, quant = f"{at}.params.ddconfig", True
         o.same(f"{at}.params.embed_dim", f"{encoder}.z_channels")
-    o.put("first_stage.target", "sat.first_stage.autoencoder.AutoencoderKL", f"{at}.target")
+    o.put("first_stage.target", "sat.first_stage.model.AutoencoderKL", f"{at}.target")
     for theirs, ours in FIRST_STAGE.items():
         o.move(f"{encoder}.{theirs}", f"first_stage.params.{ours}")
         if found := re.fullmatch(r"(\d+)f", str(o.subtree(f"{encoder}.{theirs}"))):

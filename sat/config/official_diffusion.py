@@ -18,7 +18,7 @@ from sat.config.official_keys import (
     SCHEDULES,
 )
 from sat.config.official_tree import Official
-from sat.config.source import shown
+from sat.config.yaml_source import shown
 
 _TOTAL = 1000
 """Training timesteps of every official model."""
@@ -100,7 +100,7 @@ def _relay_sampler(o: Official, params: dict[str, Any]) -> None:
 def _relay(o: Official, partial: float, blend: str, key: str) -> None:
     """The process of relay diffusion over the first ``partial`` timesteps."""
     params = {"partial": partial, "blend": blend, "factor": o.take("model.lr_scale", 2)}
-    mixin = {"target": "sat.diffusion.relay.RelayNoise", "params": params}
+    mixin = {"target": "sat.mixins.relay.RelayNoise", "params": params}
     process = {"target": "sat.diffusion.process.Process", "params": {"mixins": {"relay": mixin}}}
     o.put("diffusion.process", process, key)
 

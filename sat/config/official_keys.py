@@ -74,20 +74,20 @@ SCHEDULES = {
     "LegacyDDPMDiscretization": "sat.diffusion.schedule.Discrete",
 }
 PARAMETERISATIONS = {
-    "ZeroSNRScaling": "sat.diffusion.parameterisation.V",
-    "EpsScaling": "sat.diffusion.parameterisation.Eps",
+    "ZeroSNRScaling": "sat.diffusion.prediction.V",
+    "EpsScaling": "sat.diffusion.prediction.Eps",
 }
 RELAY = "LinearRelayEDMSampler"
 SAMPLERS = {
-    "ZeroSNRDDIMSampler": "sat.diffusion.sampler.DDIM",
-    "EulerEDMSampler": "sat.diffusion.sampler.Euler",
-    RELAY: "sat.diffusion.sampler.Euler",
-    "HeunEDMSampler": "sat.diffusion.sampler.Heun",
-    "DDIMSampler": "sat.diffusion.sampler.DDIM",
-    "EulerAncestralSampler": "sat.diffusion.sampler.EulerAncestral",
-    "DPMPP2SAncestralSampler": "sat.diffusion.sampler.DPMSolver2SAncestral",
-    "DPMPP2MSampler": "sat.diffusion.sampler.DPMSolver2M",
-    "LinearMultistepSampler": "sat.diffusion.sampler.LinearMultistep",
+    "ZeroSNRDDIMSampler": "sat.diffusion.samplers.DDIM",
+    "EulerEDMSampler": "sat.diffusion.samplers.Euler",
+    RELAY: "sat.diffusion.samplers.Euler",
+    "HeunEDMSampler": "sat.diffusion.samplers.Heun",
+    "DDIMSampler": "sat.diffusion.samplers.DDIM",
+    "EulerAncestralSampler": "sat.diffusion.samplers.EulerAncestral",
+    "DPMPP2SAncestralSampler": "sat.diffusion.samplers.DPMSolver2SAncestral",
+    "DPMPP2MSampler": "sat.diffusion.samplers.DPMSolver2M",
+    "LinearMultistepSampler": "sat.diffusion.samplers.LinearMultistep",
 }
 CHURN = {"s_churn": "churn", "s_tmin": "lowest", "s_tmax": "highest", "s_noise": "noise"}
 SAMPLER_PARAMS: dict[str, dict[str, str]] = {

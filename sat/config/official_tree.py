@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sat.config.official_keys import FIXED, INSTEAD, NOTHING
-from sat.config.source import ConfigError, Key, Marks, Problem, Where, dotted, shown, where
+from sat.config.yaml_source import ConfigError, Key, Marks, Problem, Where, dotted, shown, where
 
 
 class Official:

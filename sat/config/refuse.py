@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sat.config.component import build
-from sat.config.fill import build_empty, quantizers
+from sat.config.parts import build_empty, quantizers
 from sat.config.schema import Component, Experiment, LoraConfig
-from sat.config.source import Key
+from sat.config.yaml_source import Key
 from sat.parallel.apply import check_plan
-from sat.plan import family_plan
+from sat.sharding import family_plan
 
 if TYPE_CHECKING:
-    from sat.memory.quantize import Quantizer
+    from sat.kernels.quantize import Quantizer
 
 
 def refusals(experiment: Experiment) -> Iterator[tuple[Key, str]]:

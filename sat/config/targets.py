@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Union, get_args, get_origin
 
-LATER = {"DeviceKind": "sat.parallel.launch.DeviceKind", "Backend": "sat.transformer.kernels.Backend"}
+LATER = {"DeviceKind": "sat.parallel.launch.DeviceKind", "Backend": "sat.kernels.attention.Backend"}
 """Names that a schema annotation uses without importing them."""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.level import Level, Scalar
-from sat.diffusion.parameterisation import Parameterisation
+from sat.diffusion.prediction import Parameterisation
 
 
 class Network(Protocol):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.transformer import Context, Transformer
-from sat.transformer.points import Layer
+from sat.transformer.hooks import Layer
 
 
 @dataclass

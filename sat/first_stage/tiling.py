@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sat.first_stage.autoencoder import AutoencoderKL
+from sat.first_stage.model import AutoencoderKL
 from sat.first_stage.posterior import Posterior
 
 Work = Callable[[Sequence[Callable[[], Tensor]]], Iterable[Tensor]]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.context import Context, LayerModulation, Modulation
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 
 
 class AdaLN(Mixin):

@@ -8,12 +8,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sat.kernels import attention as kernels
 from sat.mixin import Mixin, replaces, wraps
-from sat.transformer import kernels
 from sat.transformer.attention import dtype_of, expand, shrink
 from sat.transformer.block import AffineLayerNorm
 from sat.transformer.context import Context
-from sat.transformer.points import Prepare, TransformerHooks
+from sat.transformer.hooks import Prepare, TransformerHooks
 
 
 class CrossLayer(nn.Module):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.context import Context
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 
 EPS = 1e-6
 """Of the group norm in front of a transformer; the UNet's other norms use 1e-5.

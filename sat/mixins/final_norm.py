@@ -7,7 +7,7 @@ from torch import Tensor
 from sat.mixin import Mixin, replaces
 from sat.transformer.block import RMSNorm
 from sat.transformer.context import Context
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 
 
 class FinalNorm(Mixin):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.context import Context
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 
 
 def sincos_table(height: int, width: int, dim: int) -> Tensor:

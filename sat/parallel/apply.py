@@ -9,7 +9,7 @@ from torch import nn
 
 from sat.parallel.linear import ColumnEmbedding, ColumnLinear, GatheredLinear, RowLinear
 from sat.parallel.mesh import Axis
-from sat.plan import Column, Plan, Row, style_of
+from sat.sharding import Column, Plan, Row, style_of
 
 
 def apply_plan(model: nn.Module, plan: Plan, tensor: Axis) -> nn.Module:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.kernels.packed import PackedLinear
 from sat.parallel.mesh import Axis
-from sat.plan import Column, Cut, Row, Shard, cuts
-from sat.transformer.packed import PackedLinear
+from sat.sharding import Column, Cut, Row, Shard, cuts
 
 
 def shard_on(tensor: Axis, cut: Cut) -> Shard:

@@ -24,7 +24,7 @@ from sat.mixin import Mixin, wraps
 from sat.parallel.collectives import stacked
 from sat.parallel.mesh import Axis
 from sat.transformer import Context, Transformer, TransformerHooks
-from sat.transformer.points import Attend, Embed, Final, Position, Prepare
+from sat.transformer.hooks import Attend, Embed, Final, Position, Prepare
 
 
 def apply_sequence(network: nn.Module, axis: Axis) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sat.diffusion.sampler import StepCallback
+from sat.diffusion.samplers import StepCallback
 from sat.parallel.collectives import by_first
-from sat.sampling.draw import Drawer, Encoded, Look
+from sat.sampling.generator import Drawer, Encoded, Look
 from sat.sampling.inputs import Inputs
 from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt

@@ -28,7 +28,7 @@ from sat.data.cache import (
     prune,
 )
 from sat.parallel.collectives import barrier, from_main, gather
-from sat.sampling.draw import Encoded
+from sat.sampling.generator import Encoded
 from sat.train.step import computing
 from sat.util.progress import progress
 

@@ -24,7 +24,7 @@ from sat.config.schema import TrainConfig
 from sat.parallel.launch import Runtime
 from sat.parallel.linear import joined, summed
 from sat.parallel.mesh import Mesh
-from sat.plan import shards
+from sat.sharding import shards
 from sat.train.optim import trainable
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sat.config.schema import TrainConfig
 from sat.data.batch import Batch
 from sat.engine import DiffusionEngine
+from sat.estimate.trace import flops_of
 from sat.parallel.launch import Runtime
 from sat.train.objectives import Objective
-from sat.train.trace import flops_of
 
 PEAKS = {
     "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0,

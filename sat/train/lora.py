@@ -18,9 +18,9 @@ from sat.adapters.lora import Adapted, attach, base_norms, extract
 from sat.adapters.select import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig, TrainConfig
+from sat.kernels.frozen import FrozenLinear, freezable
 from sat.train.objectives import Objective
 from sat.transformer.attention import Attention, FeedForward
-from sat.transformer.frozen import FrozenLinear, freezable
 
 log = logging.getLogger(__name__)
 

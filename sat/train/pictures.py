@@ -15,7 +15,7 @@ from sat.config.schema import Experiment
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
-from sat.sampling.draw import Drawer, Encoded, Look
+from sat.sampling.generator import Drawer, Encoded, Look
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import safe_name
 from sat.sampling.prompts import Prompt

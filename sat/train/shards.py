@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sat.checkpoint.format import TensorInfo
 from sat.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
-from sat.plan import Cut
+from sat.sharding import Cut
 from sat.train.deepspeed import Fragment, TrainEngine
 from sat.train.ema import Ema
 from sat.train.resume import ResumeError

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sat.kernels.packed import PackedLinear
 from sat.transformer.context import Context
-from sat.transformer.packed import PackedLinear
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 
 FP16_HEADROOM = 64.0
 """Projections back into the residual stream run at 1/64 scale in float16 and are scaled up in float32:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sat.transformer.attention import Attention, FeedForward
 from sat.transformer.context import Context, LayerModulation, Modulation
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 
 
 @dataclass(frozen=True)

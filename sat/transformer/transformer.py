@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sat.kernels import attention as kernels
 from sat.mixin import Mixin, Resolved, resolve
-from sat.transformer import kernels
 from sat.transformer.block import Block, BlockSpec
 from sat.transformer.context import Context, LayerModulation, Modulation
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 
 
 class RunBlock(Protocol):

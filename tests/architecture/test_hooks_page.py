@@ -10,7 +10,7 @@ from typing import get_type_hints
 import pytest
 
 from sat.diffusion.process import ProcessHooks
-from sat.transformer.points import TransformerHooks
+from sat.transformer.hooks import TransformerHooks
 from tests.architecture.tree import ROOT
 
 

@@ -29,13 +29,13 @@ from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
+from sat.parallel.cfg_parallel import share_guidance
 from sat.parallel.collectives import explain, taking_turns
-from sat.parallel.guidance import share_guidance
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
-from sat.pipeline import open_drawer
-from sat.sampling.draw import Encoded, Look
+from sat.sampling.generator import Encoded, Look
+from sat.sampling.pipeline import open_drawer
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective

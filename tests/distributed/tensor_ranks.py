@@ -20,14 +20,14 @@ from sat.adapters.lora import attach, extract, merge
 from sat.checkpoint import load
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
-from sat.memory.offload import Guest, carousels
 from sat.models.t5 import T5Encoder
+from sat.offload.block_swap import Guest, carousels
 from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
 from sat.parallel.linear import GatheredLinear
 from sat.parallel.mesh import Axis, Mesh
-from sat.plan import Column, family_plan, shards
+from sat.sharding import Column, family_plan, shards
 from sat.train.checkpoints import Export
 from sat.train.ema import masters
 from sat.train.export import ModelExport

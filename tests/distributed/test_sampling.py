@@ -123,7 +123,7 @@ def test_a_failing_rank_ends_all_and_both_say_why(words, tmp_path) -> None:
 
 _AT_SECOND_PICTURE = """
 import time
-from sat.sampling.draw import Drawer
+from sat.sampling.generator import Drawer
 latents, count = Drawer.latents, []
 def act(self, *given):
     count.append(1)

@@ -24,15 +24,15 @@ from sat.config.component import build
 from sat.config.load import load_full
 from sat.config.official import translate
 from sat.config.schema import Experiment
-from sat.config.source import Source
+from sat.config.yaml_source import Source
 from sat.engine import DiffusionEngine
-from sat.first_stage.autoencoder import AutoencoderKL
+from sat.first_stage.model import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
 from sat.parallel.apply import apply_plan
 from sat.parallel.mesh import Axis
-from sat.plan import family_plan
+from sat.sharding import family_plan
 
 TENSOR = Axis()
 """The ranks that the models are split over; tests/distributed/tensor_ranks.py names its own."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from sat.conditioning.condition import Condition
 from sat.conditioning.size import Sizes
 from sat.config.build import build_guider, build_sampler
-from sat.diffusion.relay import enlarged, relay_of
 from sat.diffusion.schedule import ZeroSNR
 from sat.engine import DiffusionEngine
+from sat.mixins.relay import enlarged, relay_of
 from sat.util.images import to_uint8
 from tests.golden.build import engine
 from tests.golden.file import Golden, GoldenError

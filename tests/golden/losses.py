@@ -7,10 +7,10 @@ from torch import Tensor
 
 from sat.diffusion.denoiser import Denoiser
 from sat.diffusion.loss import DenoisingLoss, Draw
-from sat.diffusion.parameterisation import Eps, V
+from sat.diffusion.prediction import Eps, V
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.relay import RelayNoise
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.mixins.relay import RelayNoise
 from tests.golden.file import Golden, GoldenError
 from tests.golden.options import number, option
 from tests.golden.report import Comparison, Report

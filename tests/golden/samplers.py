@@ -13,10 +13,9 @@ from sat.conditioning.condition import Condition
 from sat.diffusion.denoiser import Denoiser
 from sat.diffusion.guidance import ClassifierFree, Embedded, Guider, Unguided
 from sat.diffusion.level import Level
-from sat.diffusion.parameterisation import Eps, V
+from sat.diffusion.prediction import Eps, V
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.relay import RelayNoise
-from sat.diffusion.sampler import (
+from sat.diffusion.samplers import (
     DDIM,
     DPMSolver2M,
     DPMSolver2SAncestral,
@@ -28,6 +27,7 @@ from sat.diffusion.sampler import (
     Trajectory,
 )
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.mixins.relay import RelayNoise
 from tests.golden.file import Golden, GoldenError
 from tests.golden.options import class_name, number, option
 from tests.golden.report import Comparison, Report

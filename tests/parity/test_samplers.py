@@ -20,9 +20,9 @@ from diffusers import (
 from torch import Tensor
 
 from sat.diffusion.level import CLEAN, Level
-from sat.diffusion.parameterisation import Eps, V
+from sat.diffusion.prediction import Eps, V
 from sat.diffusion.process import Process
-from sat.diffusion.sampler import DDIM, DPMSolver2M, Euler, EulerAncestral, Heun, Sampler, Trajectory
+from sat.diffusion.samplers import DDIM, DPMSolver2M, Euler, EulerAncestral, Heun, Sampler, Trajectory
 from sat.diffusion.schedule import Discrete, scaled_linear_alphas
 from sat.diffusion.spacing import timesteps
 from tests.tolerances import F32

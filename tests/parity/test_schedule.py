@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
-from sat.diffusion.parameterisation import V
+from sat.diffusion.prediction import V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import ZeroSNR
 from tests.tolerances import F32

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sat.config.interpolate import escape, interpolate
 from sat.config.load import dump, load
 from sat.config.merge import lay, start
-from sat.config.source import Marks, Source, parse, write
+from sat.config.yaml_source import Marks, Source, parse, write
 from tests.configs import DEBUG
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=20)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from sat.cli.sample import main
 from sat.config.build import build_engine
 from sat.config.load import load
-from sat.memory.budget import within
+from sat.estimate.budget import within
 from tests.configs import DEBUG
 from tests.smoke.plan_runs import resident
 

@@ -19,7 +19,7 @@ import PIL.Image
 
 from sat.cli import prepare
 from sat.cli.train import main
-from sat.config.fill import Fill
+from sat.config.parts import Fill
 from tests.configs import DEBUG
 
 CONFIG = """\
@@ -44,9 +44,9 @@ RELAY = """\
 diffusion:
   process:
     target: sat.diffusion.process.Process
-    params: {mixins: {relay: {target: sat.diffusion.relay.RelayNoise, params: {partial: 500, blend: linear}}}}
+    params: {mixins: {relay: {target: sat.mixins.relay.RelayNoise, params: {partial: 500, blend: linear}}}}
   schedule: {target: sat.diffusion.schedule.Discrete}
-  parameterisation: {target: sat.diffusion.parameterisation.Eps}
+  parameterisation: {target: sat.diffusion.prediction.Eps}
 train:
   objective:
     target: sat.train.objectives.diffusion.DiffusionObjective

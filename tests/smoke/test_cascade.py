@@ -217,7 +217,7 @@ def test_relay_samples_over_the_plus_transformer(sample: Command, tmp_path: Path
     Image.new("RGB", (32, 24), (200, 40, 40)).save(folder / "000000000.png")
     done = sample(
         [DEBUG], "--prompt", "x", f"sampling.input_dir={tmp_path / 'in'}", "--output-dir", tmp_path / "out",
-        "diffusion.process.params.mixins={relay: {target: sat.diffusion.relay.RelayNoise}}",
+        "diffusion.process.params.mixins={relay: {target: sat.mixins.relay.RelayNoise}}",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert pixels(tmp_path / "out" / "0_x" / "000000000.png").shape == (48, 64, 3)

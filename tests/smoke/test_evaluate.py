@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sat.apps.evaluate import metrics as judges
 from sat.cli.evaluate import main
-from sat.evaluate import judges
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, ROOT, Done, files
 

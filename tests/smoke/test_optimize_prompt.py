@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from sat.cli import sample_work
+from sat.cli.commands import sample as sample_work
 from sat.config.load import load
 from sat.util.images import read_png_text
 from tests.chat import KEY, Says, chat

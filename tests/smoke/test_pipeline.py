@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sat
-from sat.config.source import ConfigError
+from sat.config.yaml_source import ConfigError
 from sat.util.rng import image_noise
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, Command, pixels

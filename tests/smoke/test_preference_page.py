@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from sat.evaluate.preference.pairs import pairs_of
-from sat.evaluate.preference.server import Server, Study
-from sat.evaluate.preference.votes import VoteFile, read
-from sat.evaluate.prompts import plain
+from sat.apps.evaluate.prompts import plain
+from sat.apps.preference.pairs import pairs_of
+from sat.apps.preference.server import Server, Study
+from sat.apps.preference.votes import VoteFile, read
 from tests.browser import PHONE, browser, outside, visiting
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (requirements-dev.txt)")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sat.cli import sample_work
+from sat.cli.commands import sample as sample_work
 from sat.cli.sample import main
 from sat.config.load import load
 from sat.sampling.output import OutputFolder

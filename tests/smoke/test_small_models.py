@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sat import CascadePipeline
-from sat.evaluate.classifier import Classifier
-from sat.evaluate.retrieval import score
+from sat.apps.evaluate.retrieval import score
+from sat.models.vision.classifier import Classifier
 from tests.configs import ROOT
 
 WEIGHTS = ROOT / "checkpoints"

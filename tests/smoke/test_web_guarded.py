@@ -130,7 +130,7 @@ def test_no_secret_is_written(server) -> None:
 def test_what_is_shared_is_what_listens(host, reached, monkeypatch) -> None:
     from gradio import networking
 
-    from sat.web.serve import share
+    from sat.apps.web.serve import share
 
     asked: list[Any] = []
     monkeypatch.setattr(networking, "setup_tunnel", lambda *words: asked.append(words[:2]) or "https://x")

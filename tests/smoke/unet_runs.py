@@ -90,7 +90,7 @@ PLUS_RELAY = """\
 diffusion:
   process:
     target: sat.diffusion.process.Process
-    params: {mixins: {relay: {target: sat.diffusion.relay.RelayNoise, params: {blend: exp}}}}
+    params: {mixins: {relay: {target: sat.mixins.relay.RelayNoise, params: {blend: exp}}}}
 """
 
 

@@ -7,9 +7,9 @@ import torch
 
 from sat.config.build import build_engine
 from sat.config.schema import Experiment
-from sat.memory.budget import SPARE, BudgetError, Planner, within
-from sat.memory.size import parse_size
-from sat.parallel.pretend import pretended
+from sat.estimate.budget import SPARE, BudgetError, Planner, within
+from sat.parallel.fake_group import pretended
+from sat.util.sizes import parse_size
 from tests.configs import DEBUG, debug, refused
 
 HOST, DEVICE = torch.device("cpu"), torch.device("meta")

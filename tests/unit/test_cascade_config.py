@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sat.config.cascade import Cascade, dump_cascade, load_cascade, relay_factor
-from sat.config.source import ConfigError
+from sat.config.yaml_source import ConfigError
 from tests.configs import DEBUG, ROOT
 
 TOY = ROOT / "tests" / "assets" / "toy"

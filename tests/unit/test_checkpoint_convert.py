@@ -15,7 +15,7 @@ from sat.checkpoint import WRITERS, CheckpointError, detect, find_tokenizer, loa
 from sat.checkpoint.convert import DIFFUSION, UNET, Sources, _matched, convert
 from sat.checkpoint.format import PARTS, InMemory
 from sat.cli.convert import main, size
-from sat.cli.guard import UsageError
+from sat.cli.main_guard import UsageError
 from sat.config.component import build as build_component
 from tests.checkpoints import CONFIG, build, same, spec, tensors, tokenizer
 
@@ -230,8 +230,8 @@ def test_an_interrupted_conversion_leaves_nothing(written, tmp_path):
         ("plus_sat", "model", None, "sat.models.cogview3_plus.CogView3Plus"),
         ("unet_sat", "model", None, "sat.models.cogview3_unet.CogView3UNet"),
         ("unet_sat", "model", 256, "sat.models.cogview3_unet.CogView3UNet"),
-        ("vae16_sat", "first_stage", None, "sat.first_stage.autoencoder.AutoencoderKL"),
-        ("vae4_sat", "first_stage", None, "sat.first_stage.autoencoder.AutoencoderKL"),
+        ("vae16_sat", "first_stage", None, "sat.first_stage.model.AutoencoderKL"),
+        ("vae4_sat", "first_stage", None, "sat.first_stage.model.AutoencoderKL"),
     ],
 )
 def test_published_networks_are_recognised_without_a_config(name, part, features, target):

@@ -27,10 +27,10 @@ from pathlib import Path
 from torch import nn
 from sat.checkpoint import load, open_part, Options
 from sat.checkpoint.save import _sharded, _torch
-from sat.memory.quantize import Quantizer, Scheme
+from sat.kernels.quantize import Quantizer, Scheme
 from sat.parallel.apply import apply_plan
 from sat.parallel.mesh import Axis
-from sat.plan import Column, Row
+from sat.sharding import Column, Row
 
 folder = Path(sys.argv[1])
 

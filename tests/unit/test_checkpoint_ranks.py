@@ -12,7 +12,7 @@ from sat.config.component import build as build_component
 from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.apply import apply_plan
 from sat.parallel.mesh import Axis
-from sat.plan import family_plan
+from sat.sharding import family_plan
 from tests.checkpoints import CONFIG, build, same, tensors
 from tests.small import fill
 from tests.unit.test_checkpoint_convert import UNET_PARAMS

@@ -16,12 +16,12 @@ from torch import nn
 from sat.checkpoint.save import save_native
 from sat.config.build import build_engine
 from sat.config.component import build
-from sat.config.fill import build_empty
 from sat.config.load import load
+from sat.config.parts import build_empty
 from sat.config.record import commit, record
 from sat.config.schema import CheckpointConfig, Component, plain
-from sat.config.source import ConfigError
 from sat.config.targets import TargetError, check_import, resolve, signature
+from sat.config.yaml_source import ConfigError
 from tests.configs import Brush, Range, Wide, debug
 from tests.vocabulary import write_vocabulary
 

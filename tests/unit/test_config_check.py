@@ -30,7 +30,7 @@ sampling:
 diffusion:
   schedule: {target: sat.diffusion.schedule.ZeroSNR, params: {shift: "4", spacing: trailling, rescal: x}}
   parameterisation: {target: os.system, params: {command: ls}}
-first_stage: {target: sat.first_stage.autoencoder.AutoencoderKL, prams: {}}
+first_stage: {target: sat.first_stage.model.AutoencoderKL, prams: {}}
 conditioning:
   text: {target: sat.models.t5.T5Encoder, params: {dim: 3.5}}
   size: {params: 3}
@@ -99,7 +99,7 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         (["model.target=sat.diffusion.schedule.ZeroSNR"], "expected Module, got sat.diffusion.schedule.ZeroSNR"),
         (["model.target=sat.config.schema.base.Path"], "'sat.config.schema.base.Path' is defined in 'pathlib"),
         (["model.target=sat.config.record.subprocess"], "'sat.config.record.subprocess' is not a class or function"),
-        (["model.target=sat.config.source._int"], "module 'sat.config.source' has no '_int'"),
+        (["model.target=sat.config.yaml_source._int"], "module 'sat.config.yaml_source' has no '_int'"),
         (["diffusion.loss={target: sat.diffusion.loss.DenoisingLoss, params: {weighting: 3}}"],
          "diffusion.loss.params.weighting: expected Weighting, got 3 (int)"),
         (["diffusion.process={target: sat.diffusion.process.Process, params: {mixins: [a]}}"],

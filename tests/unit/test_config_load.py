@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sat.config.load import dump, load, load_full
-from sat.config.source import ConfigError, parse
+from sat.config.yaml_source import ConfigError, parse
 from tests.configs import DEBUG, ROOT, debug, refused
 
 

@@ -348,7 +348,7 @@ def test_every_official_sampler_and_its_options(official, sampler, params, targe
     e = load(
         [official("model.sampler_config", {"target": f"x.{sampler}", "params": {**own, **params}}, of=BASE)]
     )
-    assert e.sampling.sampler.target == f"sat.diffusion.sampler.{target}"
+    assert e.sampling.sampler.target == f"sat.diffusion.samplers.{target}"
     assert dict(e.sampling.sampler.params) == ours
 
 

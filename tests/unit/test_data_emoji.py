@@ -9,12 +9,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from sat.apps.emoji.build import HELD_OUT_PAIRS, build, is_held_out
+from sat.apps.emoji.captions import captions, with_article
+from sat.apps.emoji.concepts import Concept, code_points, core_labels, read_concepts, select, slug
+from sat.apps.emoji.icons import IconSet, svg
+from sat.apps.emoji.packages import LABELS, STYLES, TRAINING_STYLES, Archive, Package, PackageError, fetch
 from sat.cli import prepare
-from sat.data.emoji.build import HELD_OUT_PAIRS, build, is_held_out
-from sat.data.emoji.captions import captions, with_article
-from sat.data.emoji.concepts import Concept, code_points, core_labels, read_concepts, select, slug
-from sat.data.emoji.icons import IconSet, svg
-from sat.data.emoji.packages import LABELS, STYLES, TRAINING_STYLES, Archive, Package, PackageError, fetch
 from sat.data.sources import read_source
 from tests.configs import ROOT
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sat.conditioning.condition import Condition
 from sat.diffusion.denoiser import Denoiser
 from sat.diffusion.loss import DenoisingLoss
-from sat.diffusion.parameterisation import X0, Eps, Parameterisation, V
+from sat.diffusion.prediction import X0, Eps, Parameterisation, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR, scaled_linear_alphas, snr_shift
 from sat.diffusion.spacing import karras, timesteps

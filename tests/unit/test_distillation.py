@@ -9,8 +9,8 @@ from torch import Tensor
 from sat.diffusion.distillation import LevelTable, step_gain, student_target
 from sat.diffusion.level import Level
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.relay import RelayNoise
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.mixins.relay import RelayNoise
 from sat.train.objectives.distillation import Distillation
 
 SHAPE = (2, 3, 4, 5)

@@ -8,12 +8,12 @@ import torch
 from sat.checkpoint.digest import part_digest
 from sat.checkpoint.format import PARTS
 from sat.checkpoint.save import save_native
-from sat.config.absent import AbsentPartError
 from sat.config.build import build_engine
 from sat.config.load import load
+from sat.config.missing_part import AbsentPartError
 from sat.data.batch import Batch
 from sat.diffusion.process import Process
-from sat.diffusion.relay import RelayNoise
+from sat.mixins.relay import RelayNoise
 from sat.train.objectives.diffusion import DiffusionObjective
 from sat.train.objectives.distillation import Distillation
 from sat.train.objectives.first_stage import FirstStageObjective

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL.PngImagePlugin import PngInfo
 
+from sat.apps.emoji.concepts import core_labels
+from sat.apps.evaluate.augment import Strength, augment
+from sat.apps.evaluate.distances import frechet, statistics
+from sat.apps.evaluate.pictures import collect
+from sat.apps.evaluate.retrieval import score, score_folder, wanted
+from sat.apps.evaluate.training import Recipe, train
 from sat.cli import evaluate
-from sat.data.emoji.concepts import core_labels
 from sat.data.records import DataError
 from sat.data.transforms import to_tensor
-from sat.evaluate.augment import Strength, augment
-from sat.evaluate.classifier import Card, Classifier, embed, top_shares
-from sat.evaluate.features import frechet, statistics
-from sat.evaluate.pictures import collect
-from sat.evaluate.retrieval import score, score_folder, wanted
-from sat.evaluate.training import Recipe, train
+from sat.models.vision.classifier import Card, Classifier, embed, top_shares
 
 COLOURS = {"red apple": "#e01010", "lime": "#20c020", "blue heart": "#2030e0"}
 CARD = Card(("heart", "red heart", "fire engine"), ("noto", "3d"), 16, 14)

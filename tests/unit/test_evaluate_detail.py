@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from sat.apps.evaluate.detail import crops, detail_distance, fine_energy, real_pictures
+from sat.apps.evaluate.kernel import kernel_distance
 from sat.cli.evaluate import main
 from sat.data.records import DataError
-from sat.evaluate.classifier import Classifier
-from sat.evaluate.detail import crops, detail_distance, fine_energy, real_pictures
-from sat.evaluate.kernel import kernel_distance
+from sat.models.vision.classifier import Classifier
 from sat.util.images import from_pil
 from tests.configs import ROOT
 

@@ -12,13 +12,21 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sat.apps.evaluate.distances import precision_recall
+from sat.apps.evaluate.metrics import Score, best_of
+from sat.apps.evaluate.pictures import Opened, Picture, drawn
+from sat.apps.evaluate.prompts import PromptList, plain, read_list
+from sat.apps.evaluate.report import html, spread
+from sat.apps.evaluate.scores import (
+    Folder,
+    Results,
+    as_dict,
+    by_category,
+    open_folders,
+    standard_error,
+    table,
+)
 from sat.data.records import DataError
-from sat.evaluate.features import precision_recall
-from sat.evaluate.judges import Score, best_of
-from sat.evaluate.pictures import Opened, Picture, drawn
-from sat.evaluate.prompts import PromptList, plain, read_list
-from sat.evaluate.report import html, spread
-from sat.evaluate.scores import Folder, Results, as_dict, by_category, open_folders, standard_error, table
 from sat.sampling.prompts import Prompt, PromptError
 
 ROWS = (

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from sat.adapters.lora import Adapted, merge
 from sat.config.schema import LoraConfig
-from sat.memory.quantize import QuantizedLinear, Scheme
+from sat.kernels.frozen import FrozenLinear
+from sat.kernels.packed import packable
+from sat.kernels.quantize import QuantizedLinear, Scheme
 from sat.models.cogview3_plus import CogView3Plus
 from sat.train import lora
 from sat.train.flops import _Count
-from sat.transformer.frozen import FrozenLinear
-from sat.transformer.packed import packable
 from tests.small import condition, plus
 from tests.tolerances import F32
 

@@ -13,7 +13,7 @@ from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Context, TransformerHooks
-from sat.transformer.points import Layer
+from sat.transformer.hooks import Layer
 from tests.small import condition, plus
 
 

@@ -16,13 +16,13 @@ import scipy.stats
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sat.apps.evaluate.prompts import PromptList, plain
+from sat.apps.preference.pairs import Pair, fingerprint, order, pairs_of
+from sat.apps.preference.server import Server, Study
+from sat.apps.preference.statistics import agreement, outcome, summary, wilson
+from sat.apps.preference.votes import Vote, VoteFile, read
 from sat.cli.evaluate import main
 from sat.data.records import DataError
-from sat.evaluate.preference.pairs import Pair, fingerprint, order, pairs_of
-from sat.evaluate.preference.server import Server, Study
-from sat.evaluate.preference.statistics import agreement, outcome, summary, wilson
-from sat.evaluate.preference.votes import Vote, VoteFile, read
-from sat.evaluate.prompts import PromptList, plain
 
 TEXTS = ("a red apple", "the <sun> & moon", "a dog")
 COLOURS = {"A": "red", "B": "blue"}

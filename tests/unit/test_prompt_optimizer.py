@@ -9,9 +9,7 @@ import sys
 
 import pytest
 
-from sat.cli import prompt_optimize
-from sat.cli.guard import FAILED, MISUSED
-from sat.conditioning.prompt_optimizer import (
+from sat.apps.prompts.optimizer import (
     Cache,
     Endpoint,
     OptimizerError,
@@ -19,7 +17,9 @@ from sat.conditioning.prompt_optimizer import (
     UnusableServerError,
     fit,
 )
-from sat.conditioning.prompt_writing import EXAMPLES, AnswerError, Words, is_english, read_answer
+from sat.apps.prompts.writing import EXAMPLES, AnswerError, Words, is_english, read_answer
+from sat.cli import prompt_optimize
+from sat.cli.main_guard import FAILED, MISUSED
 from sat.models.t5 import T5Tokenizer
 from tests.chat import KEY, LONG, Chat, Says, chat
 from tests.checkpoints import tokenizer as vocabulary
@@ -226,7 +226,7 @@ def test_a_dry_run_shows_the_messages_and_sends_nothing(capsys) -> None:
 
 
 def test_a_file_is_rewritten_line_by_line_and_what_fails_stays(capsys, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("sat.conditioning.prompt_optimizer.AT_ONCE", 1)
+    monkeypatch.setattr("sat.apps.prompts.optimizer.AT_ONCE", 1)
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
     bad = Says("不行")
     with chat(Says(), bad, bad) as server:

@@ -13,9 +13,9 @@ from sat.adapters import lora
 from sat.checkpoint.load import load
 from sat.cli.train import main as train_main
 from sat.config.build import build_engine
-from sat.config.fill import quantizers
+from sat.config.parts import quantizers
 from sat.config.schema import QuantizeConfig
-from sat.memory.quantize import Kind, QuantizedLinear, Quantizer, Scheme, quantized, quantized_layers, whole
+from sat.kernels.quantize import Kind, QuantizedLinear, Quantizer, Scheme, quantized, quantized_layers, whole
 from tests.adapters import output, t5, trained, unet
 from tests.configs import DEBUG, ROOT, debug, refused
 from tests.small import fill, plus

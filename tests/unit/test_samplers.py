@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sat.diffusion.level import CLEAN, Level
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.relay import RelayNoise
-from sat.diffusion.sampler import (
+from sat.diffusion.samplers import (
     DDIM,
     DPMSolver2M,
     DPMSolver2SAncestral,
@@ -26,6 +25,7 @@ from sat.diffusion.sampler import (
     Trajectory,
 )
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.mixins.relay import RelayNoise
 from tests.diffusion import SHAPE, Gaussian, drawn, exploding, level, path, preserving
 from tests.tolerances import EXACT, F64
 

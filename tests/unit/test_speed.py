@@ -16,16 +16,19 @@ from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.first_stage.blocks import Upsample
+from sat.kernels import apply as speed
+from sat.kernels import attention as kernels
+from sat.kernels import compile as fast
+from sat.kernels import exp_attention, packed
+from sat.kernels.compile import pack
+from sat.kernels.packed import PackedLinear, packable
 from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus
 from sat.parallel.mesh import Axis
 from sat.parallel.sequence import apply_sequence
-from sat.sampling import speed
-from sat.transformer import Context, Transformer, TransformerHooks, exp_attention, fast, kernels, packed
-from sat.transformer.fast import pack
-from sat.transformer.packed import PackedLinear, packable
+from sat.transformer import Context, Transformer, TransformerHooks
 from tests.small import condition, fill, plus
 from tests.tolerances import BF16, F32, F64
 

@@ -11,9 +11,9 @@ from torch import nn
 from sat.mixin import replaces
 from sat.mixins.relative_bias import RelativeBias, buckets_of
 from sat.models.t5 import T5Encoder, from_huggingface
-from sat.models.t5.encoder import EPS
-from sat.models.t5.plan import PLAN
-from sat.plan import Column, Row
+from sat.models.t5.model import EPS
+from sat.models.t5.sharding import PLAN
+from sat.sharding import Column, Row
 from sat.transformer import Context
 from tests.small import fill
 from tests.tolerances import F32

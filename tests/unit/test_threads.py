@@ -46,7 +46,7 @@ from sat.util import threads
 threads.prepare()
 import torch
 from sat.first_stage.blocks import ResBlock, Upsample
-from sat.transformer.packed import PackedLinear, packable
+from sat.kernels.packed import PackedLinear, packable
 torch.manual_seed(0)
 time, image = torch.randn(6, 256), torch.randn(1, 128, 16, 16)
 linear, block = torch.nn.Linear(256, 64), ResBlock(128, 64, 8)

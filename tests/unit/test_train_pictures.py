@@ -12,7 +12,7 @@ from sat.config.build import build_engine
 from sat.config.load import load
 from sat.parallel.launch import launch
 from sat.parallel.mesh import Mesh
-from sat.sampling.draw import Drawer
+from sat.sampling.generator import Drawer
 from sat.train.pictures import Pictures
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT

@@ -22,9 +22,9 @@ PIPELINE = "CogView3PlusPipeline"
 SCHEDULER = "CogVideoXDDIMScheduler"
 
 PLUS = "sat.models.cogview3_plus.CogView3Plus"
-AUTOENCODER = "sat.first_stage.autoencoder.AutoencoderKL"
+AUTOENCODER = "sat.first_stage.model.AutoencoderKL"
 SCHEDULE = "sat.diffusion.schedule.ZeroSNR"
-V = "sat.diffusion.parameterisation.V"
+V = "sat.diffusion.prediction.V"
 
 
 class DiffusersPipeline:

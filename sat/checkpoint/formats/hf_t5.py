@@ -8,7 +8,7 @@ from typing import Any
 
 from sat.checkpoint.files import open_folder, read_json
 from sat.checkpoint.format import CheckpointError, LazyStateDict, Part
-from sat.models.t5.encoder import from_huggingface
+from sat.models.t5.model import from_huggingface
 
 T5 = "sat.models.t5.T5Encoder"
 

@@ -23,7 +23,7 @@ class Experiment(Section):
     model: Annotated[Component, Makes("torch.nn.Module")]
     diffusion: DiffusionConfig
     conditioning: ConditioningConfig
-    first_stage: Annotated[Component, Makes("sat.first_stage.autoencoder.AutoencoderKL")]
+    first_stage: Annotated[Component, Makes("sat.first_stage.model.AutoencoderKL")]
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

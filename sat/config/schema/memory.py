@@ -7,7 +7,7 @@ from typing import Literal
 
 from sat.adapters import groups
 from sat.config.schema.base import Broken, Section
-from sat.memory.size import parse_size
+from sat.util.sizes import parse_size
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class DiffusionConfig(Section):
 
     section = "diffusion"
     schedule: Annotated[Component, Makes("sat.diffusion.schedule.Schedule")]
-    parameterisation: Annotated[Component, Makes("sat.diffusion.parameterisation.Parameterisation")]
+    parameterisation: Annotated[Component, Makes("sat.diffusion.prediction.Parameterisation")]
     process: Annotated[Component, Makes("sat.diffusion.process.Process")] = Component(
         "sat.diffusion.process.Process"
     )

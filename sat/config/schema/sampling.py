@@ -11,7 +11,7 @@ from sat.sampling.prompts import PromptError, parse_share
 from sat.sampling.sizes import SizeError, SizeRule
 
 if TYPE_CHECKING:
-    from sat.transformer.kernels import Backend
+    from sat.kernels.attention import Backend
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class SamplingConfig(Section):
     guider: Annotated[Component, Makes("sat.diffusion.guidance.Guider")] = Component(
         "sat.diffusion.guidance.ClassifierFree", {"scale": 5.0}
     )
-    sampler: Annotated[Component, Makes("sat.diffusion.sampler.Sampler")] = Component(
-        "sat.diffusion.sampler.DDIM"
+    sampler: Annotated[Component, Makes("sat.diffusion.samplers.Sampler")] = Component(
+        "sat.diffusion.samplers.DDIM"
     )
     cache: Annotated[Component, Makes("sat.diffusion.step_cache.StepCache")] | None = None
     sizes: SizeRule = field(default_factory=SizeRule)

@@ -14,7 +14,7 @@ from sat.diffusion.level import Scalar
 from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
 from sat.mixin import Mixin
 from sat.mixins.adaln import AdaLN
-from sat.mixins.final_layer import FinalLayer
+from sat.mixins.heads import FinalLayer
 from sat.mixins.patch_embed import PatchEmbed
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.sincos import SinCos2D

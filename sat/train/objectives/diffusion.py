@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sat.conditioning.condition import Condition
 from sat.conditioning.size import Sizes
 from sat.data.batch import Batch
-from sat.diffusion.relay import enlarged, relay_of, shrunk
 from sat.engine import DiffusionEngine
 from sat.first_stage.posterior import Posterior
+from sat.mixins.relay import enlarged, relay_of, shrunk
 from sat.train.objectives.base import Degradation, Objective
 
 

@@ -1,0 +1,1 @@
+"""Applications: nothing in the library imports them."""

@@ -1,0 +1,250 @@
+"""The HTTP API in OpenAI's form, so that existing clients draw with this model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from sat.apps.web.job_queue import FullError, Job, Line
+from sat.apps.web.request import Wish, WishError
+from sat.apps.web.service import Studio
+from sat.util.errors import describe
+
+log = logging.getLogger(__name__)
+
+POLL = 0.05  # seconds between looks at a job
+
+
+class Body(BaseModel):
+    """``POST /v1/images/generations``: OpenAI's fields that mean something here, and four of our own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    model: str | None = None
+    n: Annotated[int, Field(strict=True)] | None = None
+    size: str | None = None  # WIDTHxHEIGHT, as OpenAI writes it; auto is the config's
+    response_format: Literal["url", "b64_json"] | None = None
+    user: str | None = None  # taken and not used
+    seed: Annotated[int, Field(strict=True)] | None = None
+    steps: Annotated[int, Field(strict=True)] | None = None
+    guidance: float | None = None
+    negative_prompt: str = ""
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's form."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
+        kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
+        told = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
+        return JSONResponse({"error": told}, self.status, headers)
+
+
+class Links:
+    """Addresses of pictures that nobody can guess: signed with a secret of this process."""
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_bytes(32)
+
+    def to(self, name: str) -> str:
+        """The address of picture ``name``, from the root of the server."""
+        return f"/pictures/{name}?key={self._sign(name)}"
+
+    def fits(self, name: str, key: str) -> bool:
+        """Whether ``key`` is that of picture ``name``."""
+        return hmac.compare_digest(self._sign(name).encode(), key.encode("utf-8", "replace"))
+
+    def _sign(self, name: str) -> str:
+        return hmac.new(self._secret, name.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:32]
+
+
+def picture_routes(app: FastAPI, studio: Studio, links: Links) -> None:
+    """``GET /pictures/…``: pictures of the output folder, for those who were given the address."""
+
+    @app.get("/pictures/{name:path}", include_in_schema=False)
+    def picture(name: str, key: str = "") -> Response:
+        try:
+            if not links.fits(name, key):
+                raise WishError("there is no such picture")
+            path = studio.pictures.at(name)
+        except WishError as error:
+            return ApiError(404, str(error)).response()
+        return FileResponse(
+            path,
+            media_type="image/png",
+            filename=name.replace("/", "_"),
+            content_disposition_type="inline",
+            headers={"Cache-Control": "private"},
+        )
+
+
+def health_route(app: FastAPI, studio: Studio, line: Line[Studio]) -> None:
+    """``GET /health``: whether pictures are drawn, and how many jobs wait."""
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        alive = line.is_alive
+        told = {
+            "status": "ok" if alive else "down",
+            "model": studio.name,
+            "drawing": line.is_busy,
+            "waiting": line.length,
+            "most": line.most,
+        }
+        return JSONResponse(told, 200 if alive else 503)
+
+
+def api_routes(app: FastAPI, studio: Studio, line: Line[Studio], links: Links, token: str | None) -> None:
+    """``/v1``: models and image generation, behind the bearer ``token`` if there is one."""
+
+    async def allowed(request: Request) -> None:
+        if token is not None and not _bears(request.headers.get("authorization", ""), token):
+            raise ApiError(
+                401, "this server wants its token: Authorization: Bearer TOKEN", code="invalid_api_key"
+            )
+
+    router = APIRouter(prefix="/v1", dependencies=[Depends(allowed)])
+    created = int(time.time())
+
+    def card() -> dict[str, Any]:
+        return {"id": studio.name, "object": "model", "created": created, "owned_by": "local"}
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card()]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _known(studio, name)
+        return card()
+
+    @router.post("/images/generations")
+    async def generations(body: Body, request: Request) -> dict[str, Any]:
+        _known(studio, body.model)
+        wish = wish_of(body, studio)
+        try:
+            job = line.submit(studio.job(wish, whole=True))
+        except FullError as error:
+            raise ApiError(429, str(error), code="queue_full") from None
+        except ValueError as error:
+            raise ApiError(400, describe(error)) from None
+        await _over(job, line, request)
+        base = str(request.base_url).rstrip("/")
+        data = [_item(path, body, studio, base, links, wish.seed + i) for i, path in enumerate(job.pictures)]
+        return {"created": int(time.time()), "data": data}
+
+    app.include_router(router)
+    _errors(app)
+
+
+def _errors(app: FastAPI) -> None:
+    """Every error in OpenAI's form."""
+
+    @app.exception_handler(ApiError)
+    async def ours(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def unread(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        what = "is not one of this server's" if first["type"] == "extra_forbidden" else first["msg"]
+        return ApiError(400, f"{where or 'the request'}: {what}", param=where or None).response()
+
+
+def wish_of(body: Body, studio: Studio) -> Wish:
+    """What the request asks for; ``size`` is that of the result, after all enlarging."""
+    default = studio.first.sampling
+    width, height = _size(body.size, studio)
+    count = 1 if body.n is None else body.n
+    guidance = body.guidance
+    if guidance is not None and studio.guidance is None:
+        raise ApiError(400, "guidance: this model has no strength of guidance to set", param="guidance")
+    return Wish(
+        prompt=body.prompt,
+        height=height,
+        width=width,
+        steps=default.steps if body.steps is None else body.steps,
+        guidance=studio.guidance if guidance is None else guidance,
+        seed=secrets.randbelow(2**32 - 1024) if body.seed is None else body.seed,
+        count=count,
+        negative_prompt=body.negative_prompt,
+        adapters={name: offer.strength for name, offer in studio.offers.items() if offer.strength},
+    )
+
+
+def _size(text: str | None, studio: Studio) -> tuple[int, int]:
+    """(width, height) of the first stage for a result of ``WIDTHxHEIGHT``."""
+    default, scale = studio.first.sampling, studio.scale
+    if text is None or text == "auto":
+        return default.width, default.height
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
+    if match is None:
+        usual = f"{default.width * scale}x{default.height * scale}"
+        raise ApiError(
+            400, f"size: expected WIDTHxHEIGHT such as {usual}, or auto, got {text[:40]!r}", param="size"
+        )
+    width, height = int(match[1]), int(match[2])
+    if width % scale or height % scale or not studio.sizes.allows(height // scale, width // scale):
+        near = studio.sizes.nearest(height // scale, width // scale)
+        nearest = f"{near[1] * scale}x{near[0] * scale}"
+        raise ApiError(400, f"size: this model does not draw {text}; the nearest is {nearest}", param="size")
+    return width // scale, height // scale
+
+
+def _known(studio: Studio, name: str | None) -> None:
+    if name is not None and name != studio.name:
+        raise ApiError(
+            404, f"there is no model {name[:80]!r} here, only {studio.name!r}", code="model_not_found"
+        )
+
+
+def _bears(header: str, token: str) -> bool:
+    """Whether the header holds the token; takes as long whatever is wrong with it."""
+    kind, _, given = header.partition(" ")
+    return hmac.compare_digest(given.strip().encode(), token.encode()) and kind.lower() == "bearer"
+
+
+async def _over(job: Job, line: Line[Studio], request: Request) -> None:
+    """Wait until ``job`` is over; cancel it when nobody listens any more."""
+    try:
+        while not job.is_over:
+            if await request.is_disconnected():
+                raise ApiError(499, "the client left")
+            await asyncio.sleep(POLL)
+    finally:
+        line.cancel(job)
+    if job.view().state == "failed" and job.error is not None:
+        raise ApiError(400 if isinstance(job.error, ValueError) else 500, describe(job.error))
+    if job.view().state == "cancelled":
+        raise ApiError(503, "the server is closing")
+
+
+def _item(path: Path, body: Body, studio: Studio, base: str, links: Links, seed: int) -> dict[str, Any]:
+    """One picture of the answer; ``seed`` is ours."""
+    if body.response_format == "b64_json":
+        return {"b64_json": base64.b64encode(path.read_bytes()).decode(), "seed": seed}
+    return {"url": base + links.to(studio.pictures.name(path)), "seed": seed}

@@ -1,0 +1,317 @@
+"""The models behind the page and the API: what may be wished for, and drawing it into the output folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sat.adapters.files import is_adapter
+from sat.adapters.merge import Loading, adapter_name, load_adapters
+from sat.apps.web.job_queue import Job
+from sat.apps.web.preview import LatentPreview
+from sat.apps.web.request import Limits, Pictures, Settings, Wish, WishError, settings_of
+from sat.config.build import adaptable, build_guider
+from sat.config.cascade import Cascade, relay_factor
+from sat.config.label import adapter_digest, label, model_name, weight_digests
+from sat.config.schema import Component, Experiment, LoadConfig
+from sat.parallel.launch import launch
+from sat.sampling.generator import Look, strength
+from sat.sampling.output import OutputFolder, prove_writable
+from sat.sampling.pipeline import Pipeline, asked_again
+from sat.sampling.prompts import Prompt, check_text
+from sat.sampling.run import Noise, Run
+from sat.sampling.sizes import SizeError, SizeRule
+from sat.util.images import from_pil
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """An adapter that can be used: its file, and the strength it has when nobody says otherwise."""
+
+    path: Path
+    strength: float
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A loaded stage."""
+
+    pipeline: Pipeline
+    preview: LatentPreview
+    attached: dict[str, str]  # adapters that were wanted so far: our name -> the model's name for it
+
+
+class Studio:
+    """Draws with the stages of a cascade (or the one model); one at a time is loaded, or with ``keep`` all.
+
+    What draws or opens runs on the drawing thread; what checks, on any.
+    """
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        root: Path,
+        name: str,
+        *,
+        adapters: Path | None = None,
+        limits: Limits | None = None,
+        keep: bool = False,
+    ) -> None:
+        self.name, self.keep = name, keep
+        self.limits = limits or Limits()
+        self.pictures = Pictures(root)
+        self.stages = [asked_again(stage.experiment) for stage in cascade.stages]
+        self.factors = [relay_factor(stage) or 1 for stage in self.stages]
+        if self.factors[0] != 1:
+            raise WishError("this model only enlarges pictures: name a cascade that begins with a base model")
+        self.offers = _offers(self.stages[0], adapters)
+        if not self.stages[0].adapters.merge:  # attached when wanted, at the wanted strength
+            first = self.stages[0]
+            self.stages[0] = replace(first, adapters=replace(first.adapters, load=[]))
+        self._digests: dict[int, Mapping[str, object]] = {}
+        self._loaded: dict[int, _Open] = {}
+        self._preview: LatentPreview | None = None
+
+    # -- what may be wished for
+
+    @property
+    def first(self) -> Experiment:
+        """The config of the model that draws from noise."""
+        return self.stages[0]
+
+    @property
+    def sizes(self) -> SizeRule:
+        """The sizes it draws, before enlarging."""
+        return self.first.sampling.sizes
+
+    @property
+    def scale(self) -> int:
+        """How much larger the pictures of the last stage are."""
+        return math.prod(self.factors)
+
+    @property
+    def guidance(self) -> float | None:
+        """The strength of guidance in the config; None where there is none to set."""
+        return strength(build_guider(self.first))
+
+    def check(self, wish: Wish) -> None:
+        """Raise with a sentence unless ``wish`` can be drawn."""
+        check_text(wish.prompt, "the prompt")
+        check_text(wish.negative_prompt, "the negative prompt")
+        self.limits.check(wish)
+        self.sizes.check(wish.height, wish.width)
+        for name in wish.adapters:
+            if name not in self.offers:
+                raise WishError(f"there is no LoRA {name!r}; there are {', '.join(self.offers) or 'none'}")
+
+    def enlarger(self, size: tuple[int, int]) -> int | None:
+        """The stage that enlarges pictures of this (height, width): the one that is made for it."""
+        height, width = size
+        able = [
+            index
+            for index in range(1, len(self.stages))
+            if self.stages[index].sampling.sizes.allows(
+                self.factors[index] * height, self.factors[index] * width
+            )
+        ]
+
+        def off(index: int) -> float:
+            asked = self.stages[index].sampling
+            there = self.factors[index] ** 2 * height * width
+            return abs(math.log(there / (asked.height * asked.width)))
+
+        return min(able, key=off, default=None)
+
+    # -- drawing
+
+    def open(self) -> Studio:
+        """Load the first stage, so that the first wish does not wait; on the drawing thread."""
+        launch(self.first.parallel.device)  # the device, and denormals flushed, for this thread
+        self._open(0)
+        return self
+
+    def job(self, wish: Wish, *, whole: bool = False) -> Job:
+        """The drawing of ``wish``; ``whole``: through all stages, as ``sample.py`` does."""
+        self.check(wish)
+        last = len(self.stages) if whole else 1
+        parts = [wish.steps, *(stage.sampling.steps for stage in self.stages[1:last])]
+        chunks = [-(-wish.count // stage.sampling.at_once) for stage in self.stages[:last]]
+
+        def work(job: Job) -> list[Path]:
+            paths = self._draw(0, wish, None, job)
+            for index in range(1, last):
+                paths = self._draw(index, self._enlarged(index, wish), paths, job)
+            return paths
+
+        return Job(work, sum(a * b for a, b in zip(parts, chunks, strict=True)))
+
+    def enlarging(self, name: str) -> Job:
+        """The enlarging of one picture of the folder, with its own prompt and seed."""
+        path = self.pictures.at(name)
+        said = settings_of(path)
+        with Image.open(path) as picture:
+            size = (picture.height, picture.width)
+        index = self.enlarger(size)
+        if index is None:
+            raise WishError(f"nothing here enlarges a picture of {size[0]} x {size[1]} (height x width)")
+        wish = Wish(said.prompt, *size, 1, None, said.seed or 0, negative_prompt=said.negative_prompt)
+        wish = self._enlarged(index, wish, before=1)
+        return Job(lambda job: self._draw(index, wish, [path], job), wish.steps)
+
+    def preview(self, latents: Tensor) -> Image.Image | None:
+        """A small picture of predicted latents; from any thread."""
+        made = self._preview
+        return None if made is None else made.images(latents[:1])[0]
+
+    def _enlarged(self, index: int, wish: Wish, before: int | None = None) -> Wish:
+        """What stage ``index`` is asked for to enlarge ``wish``; ``before``: by how much it is already."""
+        scale = self.factors[index] * (math.prod(self.factors[:index]) if before is None else before)
+        stage = self.stages[index]
+        return replace(
+            wish,
+            height=wish.height * scale,
+            width=wish.width * scale,
+            steps=stage.sampling.steps,
+            guidance=None,
+            adapters={},
+        )
+
+    def _draw(self, index: int, wish: Wish, inputs: Sequence[Path] | None, job: Job) -> list[Path]:
+        """The pictures of stage ``index``, numbered after all others in the folder."""
+        now = self._open(index)
+        self._adapt(now, wish.adapters)
+        experiment = self._experiment(index, wish)
+        sampling, drawer = experiment.sampling, now.pipeline.drawer
+        look = Look(sampling.height, sampling.width, sampling.steps, build_guider(experiment), sampling.tile)
+        noise = Noise(sampling.seed, drawer.engine.latent_shape(look.height, look.width), wish.count)
+        about = label(experiment, weights=self._weights(index, experiment))
+        folder = OutputFolder(self.pictures.root, about, wish.count, sampling.grid_columns)
+        prove_writable(folder.root)
+        run = Run(
+            drawer,
+            look,
+            noise,
+            folder,
+            wish.negative_prompt,
+            inputs=None if inputs is None else _Files(inputs),
+            preview=job.step,
+        )
+        written = run([Prompt(folder.next_index(), wish.prompt.strip())]).written
+        return written[: wish.count]  # without the sheet
+
+    def _experiment(self, index: int, wish: Wish) -> Experiment:
+        """The config of the run that draws ``wish``; its rules are checked by making it."""
+        stage = self.stages[index]
+        guider = stage.sampling.guider
+        if wish.guidance is not None and strength(build_guider(stage)) is not None:
+            guider = Component(guider.target, {**guider.params, "scale": float(wish.guidance)})
+        sampling = replace(
+            stage.sampling, prompt=[wish.prompt], prompt_file=None, share=None, latents=None, input_dir=None,
+            negative_prompt=wish.negative_prompt, height=wish.height, width=wish.width, steps=wish.steps,
+            seed=wish.seed, batch_size=wish.count, guider=guider,
+        )  # fmt: skip
+        load = [LoadConfig(self.offers[n].path, s) for n, s in wish.adapters.items() if s]
+        if not load:
+            return replace(stage, sampling=sampling)
+        adapters = replace(stage.adapters, load=[*stage.adapters.load, *load])
+        return replace(stage, sampling=sampling, adapters=adapters)
+
+    def _weights(self, index: int, experiment: Experiment) -> Mapping[str, object]:
+        """Fingerprints of the weights in use; checkpoints are read once, adapters are small."""
+        if index not in self._digests:
+            stage = self.stages[index]
+            self._digests[index] = weight_digests(replace(stage, adapters=replace(stage.adapters, load=[])))
+        found = dict(self._digests[index])
+        if load := experiment.adapters.load:
+            found["adapters"] = [[adapter_digest(item.path), item.strength] for item in load]
+        return found
+
+    def _open(self, index: int) -> _Open:
+        """Stage ``index``, loaded in place of the one before, or beside it."""
+        if index not in self._loaded:
+            runtime = launch(self.stages[index].parallel.device)
+            if not self.keep:
+                self._loaded.clear()
+                runtime.free_memory()
+            pipeline = Pipeline.open(self.stages[index], runtime.device)
+            self._loaded[index] = _Open(pipeline, LatentPreview.fit(pipeline.drawer.engine), {})
+            log.info("%s is loaded on %s", model_name(self.stages[index]), runtime.device)
+        self._preview = self._loaded[index].preview
+        return self._loaded[index]
+
+    def _adapt(self, now: _Open, wanted: Mapping[str, float]) -> None:
+        """Set the strengths of adapters, attaching those that are wanted for the first time."""
+        for name, value in wanted.items():
+            if value and name not in now.attached:
+                offer = self.offers[name]
+                (own,) = load_adapters(adaptable(now.pipeline.drawer.engine), [Loading(offer.path, 0.0)])
+                now.attached[name] = own
+        for name, own in now.attached.items():
+            now.pipeline.set_strength(own, wanted.get(name, 0.0))
+
+
+class _Files:
+    """Pictures to enlarge, by number."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def read(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
+        """(n, 3, h, w) float32 in [-1, 1] of some of them."""
+        out = []
+        for index in images:
+            with Image.open(self.paths[index]) as picture:
+                out.append(from_pil(picture))
+        return torch.stack(out)
+
+
+def _offers(experiment: Experiment, folder: Path | None) -> dict[str, Offer]:
+    """Adapters by name: those of the config, then those in ``folder``."""
+    found: dict[str, Offer] = {}
+    for item in () if experiment.adapters.merge else experiment.adapters.load:
+        found[adapter_name(item.path, found)] = Offer(item.path, item.strength)
+    if folder is not None:
+        if not folder.is_dir():
+            raise WishError(f"{folder}: no such folder of LoRA files")
+        for path in sorted(folder.iterdir()):
+            if (path.is_dir() or path.suffix == ".safetensors") and is_adapter(path):
+                found[adapter_name(path, found)] = Offer(path, 0.0)
+    return found
+
+
+def fitted(said: Settings, studio: Studio) -> tuple[Wish, list[str]]:
+    """The wish that repeats a picture as well as this model can, and what had to be changed, in sentences."""
+    default, notes = studio.first.sampling, []
+    height, width = said.height or default.height, said.width or default.width
+    try:
+        studio.sizes.check(height, width)
+    except SizeError as error:
+        height, width = studio.sizes.nearest(height, width)
+        notes.append(f"{error}, which is set instead.")
+    steps = min(said.steps or default.steps, studio.limits.steps)
+    guidance = studio.guidance
+    if guidance is not None and said.guidance is not None:
+        guidance = said.guidance
+    seed = min(said.seed or 0, 2**32 - 1)
+    if said.model and said.model != model_name(studio.first):
+        notes.append(f"The picture is from another model, {said.model}: this one draws it differently.")
+    adapters, unknown = _offered(said, studio)
+    notes += [f"It was drawn with the LoRA {name}, which is not offered here." for name in unknown]
+    return Wish(said.prompt, height, width, steps, guidance, seed, 1, said.negative_prompt, adapters), notes
+
+
+def _offered(said: Settings, studio: Studio) -> tuple[dict[str, float], list[str]]:
+    """Strengths of the adapters that a picture was drawn with, and the names of those that are not here."""
+    folded = {adapter_name(item.path): item.strength for item in studio.first.adapters.load}
+    most = studio.limits.strength
+    adapters = {n: max(-most, min(s, most)) for n, s in said.adapters.items() if n in studio.offers}
+    return adapters, [n for n, s in said.adapters.items() if n not in adapters and folded.get(n) != s]

@@ -1,0 +1,1 @@
+"""The work behind each command, imported once its arguments are good."""

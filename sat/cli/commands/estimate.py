@@ -1,0 +1,143 @@
+"""``train.py --plan``: what a training will take, as a table."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from sat.config.schema import Experiment, OffloadConfig
+from sat.parallel.mesh import data_ranks
+from sat.train.estimate import LIVE, Plan, Planner, on_host, sections
+from sat.train.search import Fit, fit, offloaded
+
+GB = 1e9
+STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+
+
+def plan(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
+    """Print the plan on ``ranks`` ranks (None: those started, or a team), and how to fit ``budget`` bytes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    sizes = experiment.parallel.sizes
+    count = ranks or int(os.environ.get("WORLD_SIZE", math.prod(sizes.values())))
+    readers = data_ranks(count, **sizes)
+    planner = Planner()
+    now = planner.plan(experiment, count)
+    for line in [
+        *_head(experiment, now),
+        *_table(now),
+        *_others(planner, experiment, count),
+        *_work(now, readers),
+    ]:
+        print(line)
+    if count > readers:
+        print(_team(sizes))
+    if budget is not None:
+        for line in _fitting(fit(planner, experiment, count, budget)):
+            print(line)
+
+
+def _team(sizes: Mapping[str, int]) -> str:
+    """What the numbers are of, where ranks work on the same images."""
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return f"weights, activations and TFLOP are those of the first rank of a team of {layout}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f}" if size >= 0.095 * GB else f"{size / GB:.3f}"
+
+
+def _row(name: str, size: float, note: str = "") -> str:
+    return f"  {name:<24}{_gb(size):>8}   {note}".rstrip()
+
+
+def _head(experiment: Experiment, now: Plan) -> Iterator[str]:
+    train, _ = sections(experiment)
+    height, width = now.measured.size
+    model, objective = (c.target.rpartition(".")[2] for c in (experiment.model, train.objective))
+    precision = train.dtype if train.autocast is None else f"{train.dtype} with {train.autocast} autocast"
+    lora = experiment.adapters.lora
+    yield (
+        f"{model}, {objective}{'' if lora is None else f', LoRA of rank {lora.rank}'}: "
+        f"{height} x {width} (height x width), {train.batch_size} x {train.accumulate} images a rank and "
+        f"step, {precision}, ZeRO {now.zero}, {_ranks(now.ranks)}, "
+        f"{'with' if train.activation_checkpointing else 'without'} activation checkpointing"
+    )
+    yield f"memory of each rank in GB (1e9 bytes), {'on the CPU' if now.host else 'on a GPU'}"
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
+def _table(now: Plan) -> Iterator[str]:
+    weights, trace = now.weights, now.measured.trace
+    yield _row("weights, trained", weights.trained, f"{weights.trained_elements / 1e6:,.1f} M parameters")
+    frozen = ", ".join(f"{name} {_gb(size)}" for name, size in weights.frozen.items())
+    yield _row("weights, frozen", sum(weights.frozen.values()), frozen)
+    part = "" if now.zero == 0 or now.sharing == 1 else f"1/{now.sharing} of them"
+    yield _row("float32 masters", now.masters, part)
+    yield _row("optimizer state", now.optimizer, part)
+    yield _row("moving average (EMA)", now.average, part)
+    yield _row("gradients", now.gradients, part if now.zero > 1 else "")
+    if now.zero and not now.host:
+        yield _row("gradient buffer", now.bucket, "DeepSpeed's")
+    yield _row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")
+    if now.host:
+        yield _row("batches being read", now.loading)
+    if now.away:
+        yield _row("in the CPU's memory", now.away, "masters, optimizer, EMA, weights: what is offloaded")
+    phases = ", ".join(f"{phase.name} {_gb(now.lasting + phase.extra)}" for phase in now.phases)
+    yield _row("most at a time", now.total, phases)
+
+
+def _others(planner: Planner, experiment: Experiment, ranks: int) -> Iterator[str]:
+    """The same at other ZeRO stages, with and without checkpointing; nothing offloaded but where said."""
+    train, _ = sections(experiment)
+    yield f"most at a time, otherwise the same:{'checkpointing':>25}{'without':>12}"
+    gathered = f"(estimate: at most {LIVE / 1e9:g} G weights gathered)"
+    rows = [
+        (f"ZeRO {zero} {gathered if zero == 3 else ''}", replace(train, zero=zero, offload=OffloadConfig()))
+        for zero in STAGES
+        if zero or train.dtype == "fp32"
+    ]
+    away = sections(offloaded(experiment))[0]
+    rows += [] if on_host(experiment) else [("ZeRO 3 offloaded (configs/zero3_offload.yaml)", away)]
+    for name, stage in rows:
+        totals = []
+        for checkpointing in (True, False):
+            changed = replace(stage, activation_checkpointing=checkpointing)
+            totals.append(planner.plan(replace(experiment, train=changed), ranks).total)
+        yield f"  {name:<46}{_gb(totals[0]):>12}{_gb(totals[1]):>12}"
+
+
+def _work(now: Plan, readers: int) -> Iterator[str]:
+    """``readers``: the ranks that read different images."""
+    measured, images = now.measured, now.batch_size * now.accumulate * readers
+    tokens = measured.image_tokens + measured.text_tokens
+    flops = measured.trace.flops / now.batch_size
+    yield (
+        f"each optimizer step: {images} images, {images * tokens:,} tokens "
+        f"({measured.image_tokens:,} image + {measured.text_tokens} text each), "
+        f"{images * flops / 1e12:,.4g} TFLOP ({flops / 1e12:,.4g} an image)"
+    )
+    process = "the process with its libraries" if now.host else "the device's context, libraries' workspaces"
+    yield f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters"
+
+
+def _fitting(found: Fit) -> Iterator[str]:
+    budget = _gb(found.budget)
+    if not found.now.changes and found.found is found.now:
+        yield f"fits {budget} GB with {_gb(found.budget - found.now.total)} to spare"
+        return
+    yield f"does not fit {budget} GB: {_gb(found.now.total)}. One change alone gives:"
+    for outcome in found.alone:
+        yield f"  {_gb(outcome.total):>8}   {outcome.says}"
+    if found.found is None:
+        yield f"nothing of this is enough; all together: {_gb(found.best.total)}   {found.best.says}"
+        return
+    where = "" if found.found.ranks == found.now.ranks else f" on {_ranks(found.found.ranks)}"
+    yield f"fits with{where}: {found.found.says} ({_gb(found.found.total)})"

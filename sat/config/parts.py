@@ -1,0 +1,198 @@
+"""The parts of an engine: built without memory, then filled from a checkpoint or at random, and split."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sat.config.component import build
+from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, QuantizeConfig
+from sat.config.yaml_source import ConfigError, Problem
+from sat.parallel.apply import apply_plan
+from sat.sharding import family_plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sat.checkpoint.format import Part
+    from sat.kernels.quantize import Quantizer
+    from sat.models.t5 import T5Tokenizer
+    from sat.parallel.mesh import Mesh
+
+_VOCABULARY = "spiece.model"
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Makes the parts of an engine with their weights."""
+
+    weights: CheckpointConfig
+    device: torch.device
+    dtype: torch.dtype
+    imports: Collection[str]
+    load: bool
+    without: frozenset[Part] = frozenset()
+    mesh: Mesh | None = None
+    quantizers: Mapping[str, Quantizer] = field(default_factory=dict)
+    hosted: frozenset[Part] = frozenset()
+
+    def part(self, component: Component, part: Part) -> nn.Module:
+        """The module of one part, filled from its file or at random; those left out stay empty."""
+        if part in self.without:
+            return build_empty(component, self.imports)
+        source = self.weights.source(part)
+        if not self.load:
+            return self._random(component, part)
+        if source is None and self.weights.random is None:
+            raise ConfigError(
+                [
+                    Problem(
+                        "checkpoint",
+                        part,
+                        f"no weights are named: set checkpoint.path (a folder with every part) or "
+                        f"checkpoint.{part}; checkpoint.random=SEED draws them at random",
+                    )
+                ]
+            )
+        if source is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed(part))
+                return self._random(component, part)
+        if not source.exists():
+            raise ConfigError([Problem("checkpoint", part, f"there is no {str(source)!r}; {WEIGHTS}")])
+        from sat.checkpoint.load import load
+
+        module = self._split(build_empty(component, self.imports), part)
+        quantizer = self.quantizers.get(part)
+        load(
+            module,
+            source,
+            part,
+            device=self.device_of(part),
+            dtype=self.dtype_of(part),
+            allow_missing=self.weights.allow_missing,
+            allow_unexpected=self.weights.allow_unexpected,
+            allow_pickle=self.weights.allow_pickle,
+            placed=None if quantizer is None else quantizer.placed,
+        )
+        return module
+
+    def dtype_of(self, part: Part) -> torch.dtype:
+        """The dtype of a part: float32 for an autoencoder that would run, and overflow, in float16.
+
+        The transformers of the other parts guard themselves (:mod:`sat.transformer.attention`).
+        """
+        narrow = part == "first_stage" and self.dtype == torch.float16
+        return torch.float32 if narrow else self.dtype
+
+    def _seed(self, part: Part) -> int:
+        """Each part has its own: its weights do not depend on which others are read from files."""
+        return (self.weights.random or 0) + {"model": 0, "first_stage": 1, "text": 2}[part]
+
+    def _random(self, component: Component, part: Part) -> nn.Module:
+        """Made on the CPU, so that a seed means the same weights on every device and layout.
+
+        Whole there too; what is not this rank's goes layer by layer before the rest moves to the device.
+        """
+        module: nn.Module = build(component, imports=self.imports)
+        module = self._split(module, part)
+        return self.quantised(cast_weights(module, self.dtype_of(part)).to(self.device_of(part)), part)
+
+    def _split(self, module: nn.Module, part: Part) -> nn.Module:
+        """``module`` with this tensor rank's share of its planned layers; the autoencoder stays whole."""
+        if self.mesh is None or part == "first_stage":
+            return module
+        return apply_plan(module, family_plan(type(module)), self.mesh.tensor)
+
+    def device_of(self, part: Part) -> torch.device:
+        """Where a part is to be."""
+        return torch.device("cpu") if part in self.hosted else self.device
+
+    def quantised(self, module: nn.Module, part: Part) -> nn.Module:
+        """``module`` with the linears quantised that ``memory.quantize`` names."""
+        if part in self.quantizers:
+            self.quantizers[part](module)
+        return module
+
+
+def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:
+    """The module that ``component`` names on the meta device: shapes and names, no memory."""
+    with torch.device("meta"), NoFill():
+        module: nn.Module = build(component, imports=imports)
+    return module
+
+
+class NoFill(TorchFunctionMode):
+    """Skips ``torch.nn.init``: no effect on the meta device, where it first imports sympy, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (
+            torch.Tensor.normal_,
+            torch.Tensor.uniform_,
+        ):
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **kwargs)
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``module`` with its floating-point parameters in ``dtype``; buffers keep theirs (float32 tables)."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return module
+
+
+def quantizers(config: QuantizeConfig) -> dict[str, Quantizer]:
+    """What quantises each part that ``memory.quantize`` names."""
+    kinds = {"model": config.network, "text": config.text_encoder}
+    if not any(kinds.values()):
+        return {}
+    from sat.kernels.quantize import Quantizer, Scheme
+
+    return {
+        part: Quantizer(part, Scheme(kind, config.group), tuple(config.patterns()))
+        for part, kind in kinds.items()
+        if kind is not None
+    }
+
+
+def find_tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5Tokenizer | None:
+    """The tokenizer of the config, or the one beside the text encoder's weights; None without either."""
+    from sat.models.t5 import T5Tokenizer
+
+    found = find_vocabulary(config, weights)
+    return None if found is None else T5Tokenizer(found, config.max_length)
+
+
+def find_vocabulary(config: ConditioningConfig, weights: CheckpointConfig) -> Path | None:
+    """The file of that tokenizer. Raises if the text encoder has weights and none lies beside them."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    beside = weights.source("text")
+    if beside is None:
+        return None
+    folders = (
+        beside if beside.is_dir() else beside.parent,
+        beside / "tokenizer",
+        beside.parent / "tokenizer",
+    )
+    found = next((f / _VOCABULARY for f in folders if (f / _VOCABULARY).is_file()), None)
+    if found is None:
+        raise ConfigError(
+            [
+                Problem(
+                    "conditioning",
+                    "tokenizer",
+                    f"there is no {_VOCABULARY} in {beside}; name one in conditioning.tokenizer",
+                )
+            ]
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Memory and time of a run, estimated before weights are read."""

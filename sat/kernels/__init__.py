@@ -1,0 +1,1 @@
+"""Speed: attention kernels, packed, frozen and quantised weights, compilation; applied to a built model."""

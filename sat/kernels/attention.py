@@ -1,0 +1,211 @@
+"""Attention arithmetic: the one place that calls an attention kernel, and the choice among kernels."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sat.kernels.exp_attention import LARGEST_LOGIT, by_head, pays, works
+
+Backend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"]
+"""Names of kernels: ``auto`` picks by device, ``torch`` leaves it to torch; see docs/performance.md."""
+
+_SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_MASKED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What is left, in this order, where a mask is given that the chosen kernel may not take."""
+_ORDER = {"set_priority": True} if "set_priority" in inspect.signature(sdpa_kernel).parameters else {}
+"""Before torch 2.6 the order is torch's own."""
+
+
+class Kernel(Protocol):
+    """softmax(q k^T * scale + bias) v, (B, H, L, d) each; arguments as of :func:`attend`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor: ...
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v, (B, H, L, d), by whichever kernel torch picks.
+
+    ``mask`` (B, 1 or H, 1 or L, L) is true where a key may be seen. ``scale`` None is 1/sqrt(d). With neither
+    bias nor mask no mask tensor is made, so the fast kernels apply.
+    """
+    if mask is not None:
+        hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+        bias = hidden if bias is None else bias + hidden
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One kernel of torch's; calls with a bias or a mask, which not all take, go to the next that does."""
+
+    backend: SDPBackend
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        plain = bias is None and mask is None
+        with sdpa_kernel(self.backend) if plain else sdpa_kernel([self.backend, *_MASKED], **_ORDER):
+            return attend(q, k, v, bias=bias, mask=mask, scale=scale)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A kernel for q, k, v and scale alone; calls with a bias or a mask go to torch's.
+
+    So do those that gradients flow through, unless it ``trains``.
+    """
+
+    function: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    trains: bool = False
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        if bias is not None or mask is not None or (torch.is_grad_enabled() and not self.trains):
+            return attend(q, k, v, bias=bias, mask=mask, scale=scale)
+        return self.function(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+SHORTEST = 384
+"""Keys below which starting two matrix products a head costs more than they save."""
+
+
+def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention :mod:`head by head <sat.kernels.exp_attention>`; torch's where that is not for it."""
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if k.shape[2] < SHORTEST or (trained and q.dtype != torch.float32):
+        return attend(q, k, v, scale=scale)
+    return by_head(q, k, v, scale)
+
+
+def choose(
+    name: Backend, device: torch.device, dtype: torch.dtype, bound: float | None
+) -> tuple[Kernel, str]:
+    """The kernel called ``name`` for tensors of ``dtype`` on ``device``, and what it is, for the log.
+
+    ``bound``: no logit is larger (None: not known). Raises ``ValueError`` where the kernel cannot work.
+    """
+    small = bound is not None and bound <= LARGEST_LOGIT
+    if name == "auto":
+        name = _fastest(device, dtype, small)
+    if name == "torch":
+        return attend, "torch's choice"
+    if name == "exp":
+        if not small:
+            raise ValueError(
+                f"sampling.attention=exp needs logits of at most {LARGEST_LOGIT:g}, which only "
+                f"layer-normalised queries and keys promise; this network has none: use auto"
+            )
+        if device.type != "cpu" or not works(dtype):
+            raise ValueError("sampling.attention=exp needs a CPU with oneDNN, in bf16 or fp32: use auto")
+        return Plain(exp_attention, trains=True), f"exp per head (logits at most {bound:.3g})"
+    if name in ("flash3", "sage"):
+        return Plain(_optional(name, device, dtype)), name
+    if name not in _SDPA:
+        raise ValueError(f"sampling.attention is {name!r}, expected one of {', '.join(get_args(Backend))}")
+    if device.type == "cpu" and name in ("cudnn", "efficient"):
+        raise ValueError(f"sampling.attention={name} needs a GPU, but the network is on the CPU: use auto")
+    return Chosen(_SDPA[name]), name
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, small: bool) -> Backend:
+    """What was fastest for heads of 40 and 64 channels: on a CPU as measured, elsewhere as is usual.
+
+    ``benchmarks/run.py --suite gpu`` times every kernel beside the choice made here.
+    """
+    if device.type == "cpu":
+        return "exp" if small and pays(dtype) else "torch"
+    if dtype == torch.float32:
+        return "torch"
+    return "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"
+
+
+def _optional(
+    name: Literal["flash3", "sage"], device: torch.device, dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    """A kernel of a package that is not required."""
+    module, package = {
+        "flash3": ("flash_attn_interface", "flash-attn 3"),
+        "sage": ("sageattention", "sageattention"),
+    }[name]
+    if device.type == "cpu" or dtype == torch.float32:
+        raise ValueError(
+            f"sampling.attention={name} needs a GPU and bf16 or fp16, got {device.type}: use auto"
+        )
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"sampling.attention={name} needs the package {package}: see docs/performance.md for how to "
+            f"install it, or use auto"
+        ) from error
+    return functools.partial(_flash3 if name == "flash3" else _sage, found)
+
+
+def _flash3(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """flash-attn 3 wants (B, L, H, d)."""
+    out = package.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale)
+    return cast(Tensor, out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _sage(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """SageAttention quantises q and k to int8: not exact."""
+    return cast(Tensor, package.sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=scale))
+
+
+def repeated(x: Tensor, text_len: int, times: int) -> Tensor:
+    """Keys or values (B, H, L, d) with each of the first ``text_len`` tokens ``times`` times."""
+    text = x[:, :, :text_len].repeat_interleave(times, 2)
+    return torch.cat([text, x[:, :, text_len:]], 2)
+
+
+def key_mask(text_mask: Tensor, length: int) -> Tensor:
+    """(B, T) text mask, true = real -> (B, 1, 1, L) key mask in which every image token is visible."""
+    rest = length - text_mask.shape[1]
+    return F.pad(text_mask, (0, rest), value=True)[:, None, None, :]

@@ -1,1 +1,0 @@
-"""Less memory: quantised weights, parts and blocks that wait on the host, budgets."""

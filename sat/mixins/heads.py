@@ -1,0 +1,40 @@
+"""The head of a diffusion transformer: modulated norm, projection, unpatchify."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from sat.mixin import Mixin, replaces
+from sat.transformer.block import LayerNorm
+from sat.transformer.context import Context
+from sat.transformer.hooks import TransformerHooks
+
+
+class FinalLayer(Mixin):
+    """Image tokens of (B, L, D) -> (B, C, h, w); text tokens are dropped.
+
+    ``double_norm`` normalises twice (eps 1e-5, then 1e-6) as the original does through its transformer's own
+    final norm; diffusers normalises once. Both norms have no parameters. The adaLN rows are (shift, scale).
+    Source: official ``dit.py:217``, reference notes on eps in ``docs/parity.md``.
+    """
+
+    host = TransformerHooks
+    text_alike = True
+
+    def __init__(self, dim: int, emb_dim: int, patch: int, channels: int, double_norm: bool = True) -> None:
+        super().__init__()
+        self.patch = patch
+        self.first_norm = LayerNorm(dim, 1e-5) if double_norm else nn.Identity()
+        self.norm = LayerNorm(dim, 1e-6)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * dim))
+        self.linear = nn.Linear(dim, channels * patch**2)
+
+    @replaces("final")
+    def final(self, x: Tensor, ctx: Context) -> Tensor:
+        shift, scale = self.adaln(ctx.emb)[:, None].chunk(2, -1)
+        x = self.norm(self.first_norm(x[:, ctx.text_len :]))
+        x = torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
+        x = self.linear(x.to(self.linear.weight.dtype))
+        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=ctx.grid.h, p=self.patch, q=self.patch)

@@ -1,0 +1,1 @@
+"""Image encoders for losses, controls and scores."""

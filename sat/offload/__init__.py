@@ -1,0 +1,1 @@
+"""Weights that wait in host memory until they are needed."""

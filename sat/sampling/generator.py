@@ -1,0 +1,243 @@
+"""From prompts and noise to latents and pictures, the text encoder moved as memory asks."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sat.conditioning.condition import Condition
+from sat.conditioning.size import Sizes
+from sat.diffusion.guidance import Guider
+from sat.diffusion.samplers import Sampler, StepCallback
+from sat.diffusion.step_cache import Count, StepCache
+from sat.engine import DiffusionEngine, NonFiniteError
+from sat.mixins.relay import RelayNoise, enlarged, relay_of
+from sat.offload.block_swap import Stages
+from sat.parallel.collectives import taking_turns
+from sat.parallel.mesh import ALONE, Axis
+from sat.util.images import to_pil
+from sat.util.rng import ImageRng
+
+log = logging.getLogger(__name__)
+
+TextMemory = Literal["keep", "free", "cpu", "blocks"]
+"""Whether the text encoder stays between prompts, is dropped for good, or waits in host memory."""
+
+
+@runtime_checkable
+class _Strong(Protocol):
+    """A guider with a strength."""
+
+    scale: float
+
+
+def strength(guider: Guider) -> float | None:
+    """The guidance scale, or None for a guider without one."""
+    return float(guider.scale) if isinstance(guider, _Strong) else None
+
+
+def with_strength(guider: Guider, scale: float | None) -> Guider:
+    """``guider`` at another guidance ``scale``; None leaves it as it is."""
+    if scale is None:
+        return guider
+    if not isinstance(guider, _Strong):
+        raise ValueError(
+            f"guidance {scale:g} is asked for, but {type(guider).__name__} has no strength to set"
+        )
+    other = copy.copy(guider)
+    other.scale = float(scale)
+    return other
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's output for one prompt, on the CPU; ``negative`` None stands for zeros."""
+
+    text: Tensor  # (1, T, C_text)
+    mask: Tensor | None = None  # (1, T)
+    negative: Tensor | None = None  # (1, T, C_text)
+    negative_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is the same for every picture of a call. Pixels for ``height`` and ``width``.
+
+    ``tile``: the side, in latent cells, of the squares that a larger picture is denoised by; None is whole.
+    """
+
+    height: int
+    width: int
+    steps: int
+    guider: Guider
+    tile: int | None = None
+
+
+class Drawer:
+    """An engine with its sampler: encodes prompts, turns noise into latents, latents into pictures.
+
+    ``at_once`` images go through the network together. With 1 a picture is bitwise the same however many are
+    asked for, because no matrix product changes its shape with the batch; more is faster where the network
+    is small or the device large. ``team``: the ranks that draw the same pictures; they share the first
+    stage's tiles, and each of them makes the same calls.
+    """
+
+    def __init__(
+        self,
+        engine: DiffusionEngine,
+        sampler: Sampler,
+        *,
+        device: torch.device,
+        text_memory: TextMemory = "keep",
+        at_once: int = 1,
+        decode_batch: int = 1,
+        decode_tile: int | None = None,
+        team: Axis = ALONE,
+    ) -> None:
+        self.engine = engine.eval()
+        self.sampler = sampler
+        self.device = device
+        self.text_memory: TextMemory = text_memory
+        self.at_once = at_once
+        self.decode_batch = decode_batch
+        self.decode_tile = decode_tile
+        self.team = team
+        self.speed = ""  # what makes the network fast, in words
+        self.stages = Stages()  # of the parts that wait in host memory
+        self.cache: StepCache | None = None
+        self.count = Count()  # of the network's looks, where a step cache is in use
+        self._negative: tuple[str, Tensor, Tensor | None] | None = None  # the last one and its encoding
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], negative: str = "") -> list[Encoded]:
+        """Encoder outputs of ``texts``, each encoded alone; afterwards the encoder goes if memory asks.
+
+        An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
+        """
+        self.stages.enter("text")
+        against, against_mask = self._against(negative)
+        encoded = [Encoded(*self._encode(text), against, against_mask) for text in texts]
+        if self.text_memory == "free":
+            self.engine.conditioner.free_text_encoder()
+        return encoded
+
+    def condition(self, encoded: Encoded, height: int, width: int, batch: int) -> tuple[Condition, Condition]:
+        """Conditional and unconditional input of ``batch`` images of a prompt; both have the size vector."""
+        sizes = Sizes.uncropped(height, width, batch)
+        vector = self.engine.conditioner.size(*sizes).to(self.device)
+
+        def whole(text: Tensor, mask: Tensor | None) -> Condition:
+            rows = text.to(self.device).expand(batch, -1, -1)
+            return Condition(rows, vector, None if mask is None else mask.to(self.device).expand(batch, -1))
+
+        cond = whole(encoded.text, encoded.mask)
+        if encoded.negative is None:
+            return cond, cond.null()
+        return cond, whole(encoded.negative, encoded.negative_mask)
+
+    @property
+    def relay(self) -> RelayNoise | None:
+        """The relay of the engine's process, or None for a model that draws from noise alone."""
+        return relay_of(self.engine.process)
+
+    def latents(
+        self,
+        encoded: Encoded,
+        rng: ImageRng,
+        look: Look,
+        callback: StepCallback | None = None,
+        low: Tensor | None = None,
+    ) -> Tensor:
+        """Latents (B, C, h, w) float32 on the CPU for the B images of ``rng``, for one prompt.
+
+        ``low`` (B, 3, H / factor, W / factor) in [-1, 1]: the low-resolution images that relay starts from.
+        """
+        parts = []
+        for start in range(0, len(rng), self.at_once):
+            rows = slice(start, start + self.at_once)
+            part = rng.part(rows)
+            cond, uncond = self.condition(encoded, *self._seen(look), len(part))
+            low_latent = self._low(None if low is None else low[rows], part, look)
+            self.stages.enter("model")
+            out = self.engine.sample(
+                cond,
+                uncond,
+                part.start().to(self.device),
+                steps=look.steps,
+                guider=look.guider,
+                sampler=self.sampler,
+                low=low_latent,
+                fresh=lambda part=part: part.unit().to(self.device),  # type: ignore[misc]
+                tile=look.tile,
+                callback=callback,
+                reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
+            )
+            parts.append(out.float().cpu())
+        return torch.cat(parts)
+
+    def _seen(self, look: Look) -> tuple[int, int]:
+        """Height and width, in pixels, of what the network sees at once: the picture, or a tile of it."""
+        if look.tile is None:
+            return look.height, look.width
+        factor = self.engine.first_stage.factor
+        return min(look.height, look.tile * factor), min(look.width, look.tile * factor)
+
+    def _low(self, images: Tensor | None, rng: ImageRng, look: Look) -> Tensor | None:
+        """The latent (B, C, h, w) of the enlarged low-resolution images; None for plain diffusion."""
+        relay = self.relay
+        if relay is None or images is None:
+            if relay is not None or images is not None:
+                raise ValueError(
+                    "relay starts from low-resolution images, and only relay does: "
+                    + ("none are given" if images is None else "this model has no relay")
+                )
+            return None
+        expected = (look.height // relay.factor, look.width // relay.factor)
+        if tuple(images.shape[2:]) != expected:
+            raise ValueError(
+                f"low-resolution images are {images.shape[2]} x {images.shape[3]} pixels, expected "
+                f"{expected[0]} x {expected[1]} for {look.height} x {look.width} (height x width)"
+            )
+        self.stages.enter("first_stage")
+        large = enlarged(images.to(self.device), relay.factor)
+        return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile, work=self._work)
+
+    def images(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""
+        if self.team.rank and self.decode_tile is None:
+            return []
+        self.stages.enter("first_stage")
+        pixels = self.engine.decode(
+            latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile, work=self._work
+        )
+        if self.team.rank:
+            return []
+        if not bool(torch.isfinite(pixels).all()):
+            name = str(self.engine.first_stage.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"the decoded image is not finite ({name} first stage): try sampling.dtype=bf16 or fp32"
+            )
+        return [to_pil(image) for image in pixels]
+
+    def _work(self, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
+        """The first stage's tiles, shared over the team."""
+        return taking_turns(self.team, jobs)
+
+    def _encode(self, text: str) -> tuple[Tensor, Tensor | None]:
+        out, mask = self.engine.conditioner.encode([text], self.device)
+        return out.cpu(), None if mask is None else mask.cpu()
+
+    def _against(self, negative: str) -> tuple[Tensor | None, Tensor | None]:
+        """The encoding of the negative prompt, made once for all prompts; nothing for an empty one."""
+        if not negative.strip():
+            return None, None
+        if self._negative is None or self._negative[0] != negative:
+            self._negative = negative, *self._encode(negative)
+        return self._negative[1:]

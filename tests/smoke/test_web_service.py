@@ -1,0 +1,157 @@
+"""The studio behind page and API, on toy models: the same pictures as sample.py's, LoRA, relay, previews."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sat import Pipeline
+from sat.adapters.write import write
+from sat.apps.web.job_queue import Job
+from sat.apps.web.preview import LatentPreview
+from sat.apps.web.request import Settings, Wish, WishError, settings_of
+from sat.apps.web.service import Studio, fitted
+from sat.cli.sample import main
+from sat.config.build import adaptable
+from sat.config.cascade import load_cascade
+from sat.sampling.sizes import SizeError
+from tests.adapters import adapter, noisy, start
+from tests.checkpoints import tokenizer
+from tests.configs import DEBUG, ROOT
+
+pytest.importorskip("gradio", reason="the web page is an extra")
+
+TOY = ROOT / "tests" / "assets" / "toy"
+WISH = Wish("a cat", 32, 48, 3, 2.5, 5, 2)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    spiece = tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
+    return [f"conditioning.tokenizer={spiece}", "parallel.device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def style(words, tmp_path_factory) -> Path:
+    """A folder with an adapter for the toy base model, and something else."""
+    folder = tmp_path_factory.mktemp("lora")
+    pipe = Pipeline.from_config([DEBUG, TOY / "base.yaml"], words, device="cpu")
+    model = adaptable(pipe.drawer.engine)["model"]
+    layers = noisy(start(model, ["attention"]), std=1.0)
+    write(folder / "fur", adapter(layers), "native", {"model": model})
+    (folder / "notes.txt").write_text("not an adapter")
+    return folder
+
+
+@pytest.fixture
+def studio(words, style, tmp_path) -> Studio:
+    cascade = load_cascade([TOY / "cascade.yaml"], words)
+    return Studio(cascade, tmp_path / "web", "toy", adapters=style).open()
+
+
+def drawn(studio: Studio, job: Job) -> list[Path]:
+    return job.work(job)
+
+
+def sample(words: list[str], *more: object) -> None:
+    handlers, term = list(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*words, *map(str, more)]) == 0
+    finally:
+        logging.getLogger().handlers[:] = handlers
+        signal.signal(signal.SIGTERM, term)
+
+
+def test_pictures_are_the_files_that_sample_py_writes(studio, words, tmp_path) -> None:
+    """Pixels and text fields: through all stages at once, and one picture enlarged by hand."""
+    asked = ("--prompt", "a cat", "--steps", 3, "--guidance", 2.5, "--seed", 5, "--batch-size", 2)
+    sample(
+        words, "--base", TOY / "cascade.yaml", *asked, "--output-dir", tmp_path / "cli", "cascade.keep=true"
+    )
+    job = studio.job(WISH, whole=True)
+    large = drawn(studio, job)
+    assert [path.name for path in large] == ["000000000.png", "000000001.png"]
+    theirs = [tmp_path / "cli" / "0_a_cat" / path.name for path in large]
+    assert [path.read_bytes() for path in large] == [path.read_bytes() for path in theirs]
+    assert job.view().step == job.view().steps == 2 * (3 + 3)
+    small = drawn(studio, studio.job(WISH))
+    before = [tmp_path / "cli" / "stages" / "base" / "0_a_cat" / path.name for path in small]
+    assert [path.read_bytes() for path in small] == [path.read_bytes() for path in before]
+    (again,) = drawn(studio, studio.enlarging(studio.pictures.name(small[1])))
+    assert again.read_bytes() == large[1].read_bytes()
+    assert [p.split("_")[0] for p in studio.pictures.newest(9)] == ["3", "2", "2", "1", "1", "0", "0"]
+
+
+def test_a_lora_counts_as_much_as_its_strength(studio, words, style, tmp_path) -> None:
+    def with_fur(**strengths: float) -> Path:
+        wish = Wish("a cat", 32, 48, 3, 2.5, 5, adapters=strengths)
+        return drawn(studio, studio.job(wish))[0]
+
+    plain, half, none = with_fur(), with_fur(fur=0.5), with_fur(fur=0.0)
+    assert _pixels(plain) == _pixels(none) != _pixels(half)
+    assert plain.read_bytes() == none.read_bytes()
+    base = (
+        "--base",
+        DEBUG,
+        TOY / "base.yaml",
+        "--lora",
+        f"{style / 'fur'}:0.5",
+        "--output-dir",
+        tmp_path / "cli",
+    )
+    sample(words, *base, "--prompt", "a cat", "--steps", 3, "--guidance", 2.5, "--seed", 5)
+    assert half.read_bytes() == (tmp_path / "cli" / "0_a_cat" / "000000000.png").read_bytes()
+    again, notes = fitted(settings_of(half), studio)
+    assert (again, notes) == (Wish("a cat", 32, 48, 3, 2.5, 5, adapters={"fur": 0.5}), [])
+    assert fitted(settings_of(plain), studio)[0].adapters == {}
+    with pytest.raises(WishError, match="there is no LoRA 'silk'; there are fur"):
+        studio.job(Wish("a cat", 32, 48, 3, 2.5, 5, adapters={"silk": 1.0}))
+
+
+def _pixels(path: Path) -> bytes:
+    from PIL import Image
+
+    return np.asarray(Image.open(path)).tobytes()
+
+
+def test_what_cannot_be_drawn_is_refused_before_it_waits(studio) -> None:
+    with pytest.raises(SizeError, match="The nearest size is 32 x 48"):
+        studio.job(Wish("a cat", 33, 48, 3, 2.5, 5))
+    assert studio.enlarger((32, 48)) == 1 and studio.enlarger((33, 48)) is None
+    with pytest.raises(WishError, match="no such picture"):
+        studio.enlarging("../x/000000000.png")
+
+
+def test_settings_of_another_model_are_fitted_and_told(studio) -> None:
+    said = Settings("a cat", "rain", 1024, 1000, 500, 7.0, 3, "CogView3Plus big", {"silk": 1.0, "fur": 9.0})
+    wish, notes = fitted(said, studio)
+    assert (wish.prompt, wish.negative_prompt, wish.seed, wish.guidance) == ("a cat", "rain", 3, 7.0)
+    assert studio.sizes.allows(wish.height, wish.width) and wish.steps == 200
+    assert "1024 x 1000 is not possible" in notes[0] and "CogView3Plus big" in notes[1]
+    assert notes[2] == "It was drawn with the LoRA silk, which is not offered here."
+    assert wish.adapters == {"fur": studio.limits.strength}
+    studio.check(wish)
+    (path,) = drawn(studio, studio.job(Wish("a cat", 32, 48, 3, 2.5, 5)))
+    assert fitted(settings_of(path), studio) == (Wish("a cat", 32, 48, 3, 2.5, 5), [])
+
+
+def test_the_preview_is_near_what_is_decoded() -> None:
+    """Of the small model that ships: the colour of every cell of a real drawing, half-way and at its end."""
+    pipe = Pipeline.from_config(ROOT / "configs" / "tiny.yaml", device="cpu")
+    preview = LatentPreview.fit(pipe.drawer.engine)
+    seen: list[torch.Tensor] = []
+    out = pipe("a red apple", seed=0, steps=10, callback=lambda i, n, z: seen.append(z.clone()))
+    factor = pipe.drawer.engine.first_stage.factor
+    for latents in (seen[5], out.latents):
+        true = F.avg_pool2d(pipe.drawer.engine.decode(latents), factor)
+        near = preview.colours(latents)
+        assert near.shape == true.shape
+        assert torch.corrcoef(torch.stack([near.flatten(), true.flatten()]))[0, 1] > 0.85
+        assert (near - true).abs().mean() < 0.12
+    assert preview.images(out.latents)[0].size == (8, 8)
