@@ -13,17 +13,14 @@ from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.conditioning.conditioner import Conditioner
-from sat.diffusion.denoiser import Denoiser, Network
 from sat.diffusion.guidance import Guider
-from sat.diffusion.level import Level
 from sat.diffusion.loss import DenoisingLoss
-from sat.diffusion.prediction import Parameterisation
+from sat.diffusion.prediction import Denoiser, Network, Parameterisation
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Sampler, StepCallback, Trajectory
-from sat.diffusion.schedule import Schedule
+from sat.diffusion.schedule import Level, Schedule
 from sat.diffusion.tiles import Tiled, tile_size
-from sat.first_stage.model import AutoencoderKL
-from sat.first_stage.posterior import Posterior
+from sat.first_stage.model import AutoencoderKL, Posterior
 from sat.first_stage.tiling import (
     Tiling,
     Work,

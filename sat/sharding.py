@@ -1,6 +1,6 @@
 """How the layers of a model may be split over tensor-parallel ranks, as data.
 
-A model declares a :data:`Plan`; nothing here knows about process groups, and no model imports them. What a
+A model declares a :data:`Sharding`; nothing here knows about process groups, and no model imports them. What a
 rank holds of one tensor is a :class:`Shard`; a layer that is split says so by :class:`Splits`.
 """
 
@@ -41,22 +41,22 @@ class Row:
     unit: str | None = None
 
 
-Plan = Mapping[str, Column | Row]
+Sharding = Mapping[str, Column | Row]
 """Module-name pattern (``fnmatch``: ``transformer.blocks.*.attn.qkv``) -> style."""
 
 
-def style_of(plan: Plan, name: str) -> Column | Row | None:
+def style_of(plan: Sharding, name: str) -> Column | Row | None:
     """The style of the module ``name``: of the first pattern that matches it."""
     return next((style for pattern, style in plan.items() if fnmatchcase(name, pattern)), None)
 
 
-def family_plan(kind: type[nn.Module]) -> Plan:
-    """The plan of a model class, of ``plan.py`` beside its module; it says also what is fused."""
+def family_sharding(kind: type[nn.Module]) -> Sharding:
+    """Sharding of a model class: ``SHARDING`` in ``keys.py`` beside its module; it says also what is fused."""
     package = kind.__module__.rpartition(".")[0]
-    if not package or find_spec(f"{package}.plan") is None:
+    if not package or find_spec(f"{package}.keys") is None:
         return {}
-    plan: Plan = getattr(import_module(f"{package}.plan"), "PLAN", {})
-    return plan
+    sharding: Sharding = getattr(import_module(f"{package}.keys"), "SHARDING", {})
+    return sharding
 
 
 def of_factors(style: Column | Row | None) -> tuple[Column | Row | None, Column | Row | None]:
@@ -154,7 +154,7 @@ def cuts(style: Column | Row, kind: type[nn.Module] = nn.Linear) -> dict[str, Cu
     return {"weight": Cut(1)}
 
 
-def named_cuts(names: Iterable[str], plan: Plan) -> dict[str, Cut]:
+def named_cuts(names: Iterable[str], plan: Sharding) -> dict[str, Cut]:
     """How the tensors ``names`` of whole linears are cut by ``plan``; those that are not named stay whole."""
     found: dict[str, Cut] = {}
     for name in names:

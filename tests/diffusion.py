@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sat.diffusion.level import Level
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Trajectory
+from sat.diffusion.schedule import Level
 
 SHAPE = (2, 3, 4, 5)
 

@@ -24,21 +24,21 @@ from sat.adapters.factors import (
     weight_change,
     widened,
 )
-from sat.kernels.frozen import FrozenLinear, LowRank
-from sat.kernels.frozen import adapted as adapted_product
+from sat.kernels.packed import FrozenLinear, LowRank
+from sat.kernels.packed import adapted as adapted_product
 from sat.kernels.quantize import QuantizedLinear
-from sat.parallel.apply import split
-from sat.parallel.linear import (
+from sat.parallel.mesh import Axis
+from sat.parallel.tensor import (
     RowLinear,
     ShareOfDropout,
     SplitLinear,
     gathered,
     joined,
     shard_on,
+    split,
     summed,
     whole_weight,
 )
-from sat.parallel.mesh import Axis
 from sat.sharding import Column, Cut, Row, Shard, of_factors
 from sat.transformer import Transformer
 from sat.transformer.attention import dtype_of

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
-from sat.adapters.select import linears
-from sat.checkpoint.fit import family_rules
-from sat.checkpoint.rules import Source, write_map
+from sat.adapters.targets import linears
+from sat.checkpoint.rules import Source, family_rules, write_map
 from sat.keys import Rules, Split, SwapHalves
 
 WEIGHT = ".weight"

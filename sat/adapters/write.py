@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat.adapters.factors import AdapterError, LayerFactors
 from sat.adapters.files import (
@@ -20,13 +21,16 @@ from sat.adapters.files import (
     PEFT_FILE,
     About,
     Adapter,
+    base_of,
+    read,
 )
 from sat.adapters.names import Flat, layouts, to_theirs
-from sat.adapters.select import Parts
+from sat.adapters.targets import Parts
+from sat.checkpoint.files import whole_folder
 from sat.checkpoint.format import TensorInfo
+from sat.checkpoint.formats.diffusers import PLUS
 from sat.checkpoint.safetensors_file import write_safetensors
 from sat.checkpoint.save import write_json
-from sat.checkpoint.whole import whole_folder
 
 LAYOUTS = ("native", "peft", "diffusers")
 
@@ -174,3 +178,37 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _save(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     write_safetensors(file, infos, lambda name: tensors[name].contiguous(), header)
+
+
+# -- an adapter from one layout to another
+
+
+def convert_adapter(
+    source: Path,
+    folder: Path,
+    layout: str,
+    build: Callable[[Mapping[str, Any]], nn.Module],
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Adapter, list[Path]]:
+    """Write the adapter at ``source`` to the new ``folder`` in another ``layout``; what was read, and files.
+
+    ``build`` makes the network of a config component on the meta device. ``config`` are sections of a YAML
+    file; without it the components that the adapter names are used, else the published CogView3-Plus.
+    """
+    if layout not in LAYOUTS:
+        raise AdapterError(f"an adapter is written as {', '.join(LAYOUTS)}, not as {layout}")
+    if config is not None:
+        base = {"model": config["model"], "text": config["conditioning"]["text"]}
+    else:
+        base = base_of(source) or {"model": {"target": PLUS, "params": {}}}
+    parts = {part: build(component) for part, component in base.items()}
+    try:
+        adapter = read(source, parts)
+    except AdapterError as error:
+        advice = "" if config is not None else " (--base names the YAML of the model it belongs to)"
+        raise AdapterError(f"{error}{advice}") from None
+    used = {part: component for part, component in base.items() if adapter.of(part)}
+    adapter = replace(adapter, about=replace(adapter.about, base=used))
+    return adapter, write(folder, adapter, layout, parts, dtype)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.fit import Fit
+from sat.checkpoint.files import refuse_occupied
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo
 from sat.checkpoint.formats import detect, open_part
 from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, V, size_component
 from sat.checkpoint.formats.hf_t5 import T5
 from sat.checkpoint.load import Computes, match
+from sat.checkpoint.rules import Fit
 from sat.checkpoint.save import WRITERS, Options
-from sat.checkpoint.whole import refuse_occupied
 
 #: Builds the network that a component (``target`` and ``params``) describes; on the meta device where it can.
 Build = Callable[[Mapping[str, Any]], nn.Module]

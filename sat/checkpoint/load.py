@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.fit import Fit, family_rules, fit
 from sat.checkpoint.format import (
     ENGINE_PREFIXES,
     CheckpointError,
@@ -25,7 +24,8 @@ from sat.checkpoint.format import (
 )
 from sat.checkpoint.formats import open_part
 from sat.checkpoint.ranks import RankFiles
-from sat.sharding import family_plan, shards
+from sat.checkpoint.rules import Fit, family_rules, fit
+from sat.sharding import family_sharding, shards
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     the next, so that host memory holds the result and one tensor. Of a layer that is split over tensor ranks
     (:class:`sat.sharding.Splits`) the file holds the whole tensor, and this rank's share is read. ``dtype``
     is for floating-point parameters; buffers keep their own. None keeps the module's (a meta module goes to
-    the CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and names in the file.
+    the CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and the file's.
     ``placed(module, name)`` is called as soon as a tensor has its values, and may put another module in its
     owner's place.
     """
@@ -132,7 +132,7 @@ def match(
     """How ``theirs`` fills ``module``, by names and shapes alone; one line lists all that does not fit."""
     expected, layouts = wanted(module), family_rules(type(module))
     if isinstance(theirs, RankFiles) and "SAT" in layouts:
-        plan = family_plan(type(module))
+        plan = family_sharding(type(module))
         theirs = theirs.merged(expected, plan, layouts["SAT"], ENGINE_PREFIXES[part])
     found = fit(theirs, expected, layouts, part)
     if isinstance(module, Adopts):

@@ -2,8 +2,8 @@
 
 Which tensors are cut, and how, is the model's plan (:mod:`sat.sharding`) carried over to the file's names by
 its key rules. Layers whose outputs we gather (adaLN) are plain linears there, whole in every file. The
-published networks are one file each; SwissArmyTransformer writes one a rank when it trains with ``model_parallel_size``
-above 1: rows of fused projections part by part (:class:`sat.sharding.Column`).
+published networks are one file each; SwissArmyTransformer writes one a rank when it trains with
+``model_parallel_size`` above 1: rows of fused projections part by part (:class:`sat.sharding.Column`).
 Source: SwissArmyTransformer ``mpu/layers.py`` (``stride``); official ``dit.py`` (``adaln_modules``).
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo
 from sat.checkpoint.rules import Source, read_map, write_map
 from sat.keys import Fuse, Rules, Split, SwapHalves
-from sat.sharding import Cut, Plan, Row, named_cuts
+from sat.sharding import Cut, Sharding, Row, named_cuts
 
 
 class RankFiles(LazyStateDict):
@@ -66,7 +66,7 @@ class RankFiles(LazyStateDict):
         return len(self.files[0])
 
     def merged(
-        self, expected: Mapping[str, TensorInfo], plan: Plan, rules: Rules, prefix: str
+        self, expected: Mapping[str, TensorInfo], plan: Sharding, rules: Rules, prefix: str
     ) -> LazyStateDict:
         """The tensors whole, for a network with the ``expected`` ones that names them by ``rules``.
 
@@ -166,7 +166,7 @@ class ShareOf(LazyStateDict):
         return len(self._whole)
 
 
-def their_cuts(ours: Mapping[str, TensorInfo], plan: Plan, rules: Rules, size: int) -> dict[str, Cut]:
+def their_cuts(ours: Mapping[str, TensorInfo], plan: Sharding, rules: Rules, size: int) -> dict[str, Cut]:
     """How our tensors are cut under their names; an error where one does not divide over ``size`` ranks."""
     cuts = named_cuts(ours, _official(plan))
     for name, cut in cuts.items():
@@ -184,7 +184,7 @@ def their_cuts(ours: Mapping[str, TensorInfo], plan: Plan, rules: Rules, size: i
     }
 
 
-def _official(plan: Plan) -> Plan:
+def _official(plan: Sharding) -> Sharding:
     """What the official code splits too: not the layers whose outputs we gather, plain linears there."""
     return {name: style for name, style in plan.items() if isinstance(style, Row) or not style.gather}
 

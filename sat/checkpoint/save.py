@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.fit import family_rules
+from sat.checkpoint.files import whole_folder
 from sat.checkpoint.format import (
     ENGINE_PREFIXES,
     PARTS,
@@ -35,11 +35,10 @@ from sat.checkpoint.formats.native import FORMAT, MANIFEST, VERSION
 from sat.checkpoint.formats.sat import SIDECAR, rank_file
 from sat.checkpoint.load import Overflow
 from sat.checkpoint.ranks import ShareOf, their_cuts
-from sat.checkpoint.rules import as_theirs
+from sat.checkpoint.rules import as_theirs, family_rules
 from sat.checkpoint.safetensors_file import Written, write_safetensors
 from sat.checkpoint.torch_file import write_torch
-from sat.checkpoint.whole import whole_folder
-from sat.sharding import Cut, family_plan
+from sat.sharding import Cut, family_sharding
 
 Parts = Mapping[Part, Mapping[str, Tensor]]
 SHARD_BYTES = 5_000_000_000
@@ -208,7 +207,7 @@ def _cuts(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ranks: int) 
     if ranks == 1:
         return {}
     kind = _class(str(config["model"]["target"]), "model")
-    return their_cuts(as_lazy(tensors).infos(), family_plan(kind), family_rules(kind)["SAT"], ranks)
+    return their_cuts(as_lazy(tensors).infos(), family_sharding(kind), family_rules(kind)["SAT"], ranks)
 
 
 def _class(target: str, part: Part) -> type[nn.Module]:

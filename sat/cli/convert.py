@@ -157,7 +157,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _of_run(sources: Sources) -> Sources:
     """``sources`` of a training's folder: its newest checkpoint, and the parts that it did not train."""
-    from sat.train.export import is_run, outcome
+    from sat.train.checkpoints import is_run, outcome
 
     if not is_run(sources.path):
         return sources
@@ -198,8 +198,8 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
     if not wanted and ranks == 1:
         return None
     from sat.adapters.merge import Loading, folded
-    from sat.parallel.apply import check_plan
-    from sat.sharding import family_plan
+    from sat.parallel.tensor import check_plan
+    from sat.sharding import family_sharding
 
     def change(parts: Any) -> Any:
         network = parts.get("model")
@@ -207,7 +207,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
             raise UsageError("--tensor-parallel splits the network, which is not among the parts to convert")
         if ranks > 1:
             try:
-                check_plan(network.module, family_plan(type(network.module)), ranks)
+                check_plan(network.module, family_sharding(type(network.module)), ranks)
             except ValueError as error:
                 raise UsageError(f"--tensor-parallel {ranks}: {error}") from error
         return folded(parts, [Loading(*lora(text)) for text in wanted]) if wanted else parts
@@ -217,7 +217,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
 
 def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None, imports: list[str]) -> int:
     """An adapter from one layout to another."""
-    from sat.adapters.convert import convert_adapter
+    from sat.adapters.write import convert_adapter
     from sat.checkpoint import DTYPES
     from sat.config.parts import build_empty
     from sat.config.schema import Component

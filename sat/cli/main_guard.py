@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-from sat.util.errors import describe
+from sat.util.log import describe
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 

@@ -120,7 +120,7 @@ def _emoji(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
-    from sat.data.vocabulary import captions_of, train_vocabulary
+    from sat.data.sources import captions_of, train_vocabulary
 
     pieces = train_vocabulary(captions_of(args.captions), args.out, args.vocab, args.words)
     print(f"{args.out}: {pieces} pieces")

@@ -14,8 +14,8 @@ from sat.config.parts import find_tokenizer
 from sat.config.schema import Experiment
 from sat.parallel.collectives import from_main
 from sat.parallel.launch import Runtime
+from sat.sampling.generator import title
 from sat.sampling.prompts import Prompt
-from sat.sampling.run import title
 
 log = logging.getLogger(__name__)
 

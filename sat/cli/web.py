@@ -17,7 +17,7 @@ from sat.util import log as logs
 from sat.util import threads
 
 if TYPE_CHECKING:
-    from sat.apps.web.access import Access
+    from sat.apps.web.serve import Access
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _settings(args: argparse.Namespace) -> list[Setting]:
 
 def _access(args: argparse.Namespace) -> Access:
     """Who may come in; refused where others could without a password."""
-    from sat.apps.web.access import Access
+    from sat.apps.web.serve import Access
 
     if args.queue < 1 or args.max_images < 1:
         raise UsageError("--queue and --max-images: expected at least 1")

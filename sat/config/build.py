@@ -137,7 +137,7 @@ def _assemble(
 ) -> DiffusionEngine:
     """The engine of these parts; something that raises stands where one of them was left out."""
     from sat.conditioning.conditioner import Conditioner
-    from sat.config.missing_part import Absent, AbsentAutoencoder
+    from sat.config.parts import Absent, AbsentAutoencoder
     from sat.engine import DiffusionEngine
 
     c, d = experiment.conditioning, experiment.diffusion

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sat.config.paths import find
 from sat.config.schema import Component, Makes, MustExist, RuleError
 from sat.config.targets import (
     Signature,
@@ -32,8 +31,8 @@ from sat.config.targets import (
     resolve,
     signature,
 )
-from sat.config.yaml_source import Key, Marks, Problem, dotted, shown, where
-from sat.data.shards import expand
+from sat.config.yaml_source import Key, Marks, Problem, dotted, find, shown, where
+from sat.data.formats import expand
 
 BAD: Final = object()
 _PLAIN = (str, int, float, bool, type(None), Path, object)

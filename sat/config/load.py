@@ -17,10 +17,9 @@ from sat.config.constraints import between
 from sat.config.interpolate import escape, interpolate
 from sat.config.merge import PROMPTS, Override, latest_prompt, lay, override, start
 from sat.config.official import is_official, override_official, translate
-from sat.config.paths import HOME, find
 from sat.config.schema import Experiment, plain
 from sat.config.targets import hint
-from sat.config.yaml_source import ConfigError, Marks, Problem, Source, dotted, read, where, write
+from sat.config.yaml_source import HOME, ConfigError, Marks, Problem, Source, dotted, find, read, where, write
 
 log = logging.getLogger(__name__)
 

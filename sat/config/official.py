@@ -17,8 +17,7 @@ from sat.config import official_diffusion as diffusion
 from sat.config.merge import Override, plain_merge, read_override
 from sat.config.official_keys import FIRST_STAGE, MIXINS, NETWORK, T5, UNET, UNET_FIXED
 from sat.config.official_tree import Official
-from sat.config.paths import find
-from sat.config.yaml_source import ConfigError, Marks, Problem, Source, Where, dotted, shown
+from sat.config.yaml_source import ConfigError, Marks, Problem, Source, Where, dotted, find, shown
 
 _SIDES = (512, 2048, 32)
 """Smallest and largest side and their multiple in pixels. Source: official ``sample_dit.py:140-143``."""
@@ -202,7 +201,7 @@ def _conditioner(o: Official, t5: Mapping[str, Any] | None) -> None:
         o.refuse(at, f"expected one outdim for all three sizes, got {dims}")
     o.put(
         "conditioning.size",
-        {"target": "sat.conditioning.size.SizeConditioner", "params": {"dim": dims[0]}},
+        {"target": "sat.conditioning.condition.SizeConditioner", "params": {"dim": dims[0]}},
         at,
     )
 

@@ -1,20 +1,21 @@
-"""The parts of an engine: built without memory, then filled from a checkpoint or at random, and split."""
+"""Parts of a model, built without memory and filled from a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sat.config.component import build
 from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, QuantizeConfig
 from sat.config.yaml_source import ConfigError, Problem
-from sat.parallel.apply import apply_plan
-from sat.sharding import family_plan
+from sat.first_stage.model import AutoencoderKL, Posterior
+from sat.parallel.tensor import apply_sharding
+from sat.sharding import family_sharding
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,54 @@ if TYPE_CHECKING:
     from sat.kernels.quantize import Quantizer
     from sat.models.t5 import T5Tokenizer
     from sat.parallel.mesh import Mesh
+
+
+class AbsentPartError(RuntimeError):
+    """Something needs a part of the engine that was left out."""
+
+
+def _absent(what: str) -> NoReturn:
+    raise AbsentPartError(
+        f"the {what} was not loaded, because a cache (data.cache) stands for it: "
+        "set data.cache to null, or build the engine with every part"
+    )
+
+
+class AbsentAutoencoder(AutoencoderKL):
+    """The sizes of an autoencoder that is not there."""
+
+    def __init__(self, like: AutoencoderKL) -> None:
+        nn.Module.__init__(self)
+        self.factor, self.channels = like.factor, like.channels
+        self.image_channels, self.scale_factor = like.image_channels, like.scale_factor
+
+    def encode(self, image: Tensor) -> Posterior:
+        """Raise: there is nothing to encode with."""
+        _absent("first stage")
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Raise: there is nothing to decode with."""
+        _absent("first stage")
+
+
+class Absent(nn.Module):
+    """Any other module that is not there."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+
+    def prepare(self, *args: Any) -> NoReturn:
+        """Raise: there is no network."""
+        _absent(self._what)
+
+    def forward(self, *args: Any) -> NoReturn:
+        """Raise: there is nothing to run."""
+        _absent(self._what)
+
+
+# -- the parts of an engine: built without memory, then filled from a checkpoint or at random, and split
+
 
 _VOCABULARY = "spiece.model"
 
@@ -107,7 +156,7 @@ class Fill:
         """``module`` with this tensor rank's share of its planned layers; the autoencoder stays whole."""
         if self.mesh is None or part == "first_stage":
             return module
-        return apply_plan(module, family_plan(type(module)), self.mesh.tensor)
+        return apply_sharding(module, family_sharding(type(module)), self.mesh.tensor)
 
     def device_of(self, part: Part) -> torch.device:
         """Where a part is to be."""

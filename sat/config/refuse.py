@@ -12,8 +12,8 @@ from sat.config.component import build
 from sat.config.parts import build_empty, quantizers
 from sat.config.schema import Component, Experiment, LoraConfig
 from sat.config.yaml_source import Key
-from sat.parallel.apply import check_plan
-from sat.sharding import family_plan
+from sat.parallel.tensor import check_plan
+from sat.sharding import family_sharding
 
 if TYPE_CHECKING:
     from sat.kernels.quantize import Quantizer
@@ -57,7 +57,7 @@ def _splits(parts: Mapping[Key, nn.Module], size: int) -> Iterator[tuple[Key, st
     """Parts that do not divide over ``size`` tensor ranks."""
     for module in parts.values():
         try:
-            check_plan(module, family_plan(type(module)), size)
+            check_plan(module, family_sharding(type(module)), size)
         except ValueError as error:
             yield ("parallel", "tensor"), str(error)
 
@@ -65,7 +65,7 @@ def _splits(parts: Mapping[Key, nn.Module], size: int) -> Iterator[tuple[Key, st
 def _targets(lora: LoraConfig, model: nn.Module, text: nn.Module) -> Iterator[tuple[Key, str]]:
     """Targets of LoRA that the model has no layers for."""
     from sat.adapters.factors import AdapterError
-    from sat.adapters.select import choose
+    from sat.adapters.targets import choose
 
     try:
         choose({"model": model, "text": text}, lora.targets, lora.rank, lora.ranks)

@@ -1,8 +1,4 @@
-"""YAML as experiments use it: read with the line of every key, written so that it reads back the same.
-
-Scalars follow YAML 1.2: ``1e-4`` is a number, ``yes``, ``on`` and ``12:30`` are text. A key given twice is an
-error. No tag builds a Python object.
-"""
+"""YAML files with the line of every key, and where the files lie."""
 
 from __future__ import annotations
 
@@ -13,6 +9,41 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+HOME = Path(__file__).resolve().parents[2]
+"""The folder that holds the ``sat`` package, and in a checkout ``configs/`` and ``checkpoints/``."""
+
+_SIGNS = ("pyproject.toml", ".git")
+
+
+def find(path: str | Path, folder: Path | None = None) -> Path | None:
+    """The existing file or folder that ``path`` names, absolute; None when there is none.
+
+    A relative path is looked up from the current folder, then from the project that ``folder`` (the YAML
+    file's) belongs to, then from this one.
+    """
+    path = Path(path).expanduser()
+    roots = [Path.cwd(), *([project(folder)] if folder else []), HOME]
+    return next((root / path for root in roots if _exists(root / path)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def project(folder: Path) -> Path:
+    """The nearest folder at or above ``folder`` that looks like the top of a project, else ``folder``."""
+    return next((p for p in (folder, *folder.parents) if any((p / s).exists() for s in _SIGNS)), folder)
+
+
+# -- YAML as experiments use it: read with the line of every key, written so that it reads back the same
+#
+# Scalars follow YAML 1.2: ``1e-4`` is a number, ``yes``, ``on`` and ``12:30`` are text. A key given twice is
+# an error. No tag builds a Python object.
+
 
 Key = tuple[str, ...]
 """Where a value sits: the names from the top of the tree; list items are named by their index."""

@@ -1,4 +1,4 @@
-"""What the loader hands to training: one picture with its caption, and a batch of them."""
+"""Batches of a data set, and their order over epochs and ranks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from sat.data.buckets import Buckets
+from sat.data.records import RecordSet
 
 
 @dataclass(frozen=True)
@@ -87,3 +92,141 @@ def collate(samples: Sequence[Sample]) -> Batch:
         low_moments=stacked("low_moments"),
         text=stacked("text"),
     )
+
+
+# -- in which order items come: endless streams of shuffles, and batches of one bucket at a time
+#
+# Everything depends on the seed and the place alone, so a place is all that resuming needs.
+
+
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Items of which ``draws`` come in every round of a stream; as many as there are: each once."""
+
+    items: Numbers
+    draws: int
+
+
+Group = tuple[Share, ...]
+
+
+def whole(count: int) -> list[Group]:
+    """One group in which each of ``count`` items comes once a round."""
+    return [(Share(np.arange(count), count),)]
+
+
+def groups(records: RecordSet, buckets: Buckets | None = None) -> list[Group]:
+    """The group of each bucket (without buckets: one), shared out over the sources by their weights.
+
+    A round is as long as there are records. The weights of sources hold within each bucket's rounds rounded
+    to whole items, of which every source that is in a bucket has at least one.
+    """
+    members = [np.arange(len(records))] if buckets is None else [np.array(items) for items in buckets.items]
+    if not records.shares:
+        return [(Share(items, len(items)),) for items in members]
+    total = sum(weight for _, weight in records.shares)
+    starts = np.cumsum([0, *(count for count, _ in records.shares)])
+    out: list[Group] = []
+    for items in members:
+        shares = []
+        for start, (count, weight) in zip(starts, records.shares, strict=False):
+            own = items[(items >= start) & (items < start + count)]
+            if len(own) and weight:
+                draws = len(records) * weight / total * len(own) / count
+                shares.append(Share(own, max(1, round(draws))))
+        if shares:
+            out.append(tuple(shares))
+    return out
+
+
+class Stream:
+    """Items of one group without end: round after round, each shuffled.
+
+    A share with other ``draws`` than items goes through its own shuffles one after the other, so that none
+    of its items comes twice before all have come once.
+    """
+
+    def __init__(self, group: Group, seed: int, number: int | None = None) -> None:
+        self.group = group
+        self.size = sum(share.draws for share in group)
+        self._key = [seed] if number is None else [seed, number]
+        self._plain = all(share.draws == len(share.items) for share in group)
+        self._items = np.concatenate([share.items for share in group])
+        self._round: tuple[int, Numbers, Numbers] | None = None
+
+    def at(self, place: int) -> tuple[int, int]:
+        """The item at ``place``, and how often it has come before."""
+        number, offset = divmod(place, self.size)
+        kept = self._round
+        if kept is None or kept[0] != number:
+            kept = self._round = (number, *self._make(number))
+        return int(kept[1][offset]), int(kept[2][offset])
+
+    def _make(self, number: int) -> tuple[Numbers, Numbers]:
+        """The items of a round, and how often each has come before."""
+        order = self._shuffled([*self._key, number], self.size)
+        if self._plain:
+            return self._items[order], np.full(self.size, number)
+        items, times = [], []
+        for which, share in enumerate(self.group):
+            count = len(share.items)
+            places = np.arange(number * share.draws, (number + 1) * share.draws)
+            for again in range(int(places[0]) // count, int(places[-1]) // count + 1):
+                own = share.items[self._shuffled([*self._key, 1 + which, again, 0], count)]
+                items.append(own[places[places // count == again] % count])
+                times.append(np.full(len(items[-1]), again))
+        return np.concatenate(items)[order], np.concatenate(times)[order]
+
+    @staticmethod
+    def _shuffled(key: list[int], count: int) -> Numbers:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).permutation(count)
+
+
+class Schedule:
+    """Which group each global batch of ``batch`` items is taken from.
+
+    Group g, with n items a round, gives floor((r + 1) n / batch) - floor(r n / batch) batches in round r,
+    shuffled among those of the others: what does not fill a batch waits for the next round, so nothing is
+    lost and no group runs ahead. ``key`` seeds the shuffles.
+    """
+
+    def __init__(self, sizes: Sequence[int], batch: int, key: Sequence[int]) -> None:
+        self.sizes, self.batch, self.key = tuple(sizes), batch, list(key)
+        self._round: tuple[int, int, list[int]] | None = None  # number, its first batch, group of each
+
+    def at(self, number: int) -> tuple[int, int]:
+        """(group, how many batches it has given before) of batch ``number``."""
+        round_, first, order = self._at(number)
+        group = order[number - first]
+        before = round_ * self.sizes[group] // self.batch
+        return group, before + order[: number - first].count(group)
+
+    def given(self, number: int) -> list[int]:
+        """How many batches each group has given before batch ``number``."""
+        round_, first, order = self._at(number)
+        return [
+            round_ * size // self.batch + order[: number - first].count(group)
+            for group, size in enumerate(self.sizes)
+        ]
+
+    def _at(self, number: int) -> tuple[int, int, list[int]]:
+        """The round that batch ``number`` is in."""
+        kept = self._round
+        if kept is not None and kept[1] <= number < kept[1] + len(kept[2]):
+            return kept
+        low, high = 0, (number + len(self.sizes) + 1) * self.batch // sum(self.sizes) + 1
+        while high - low > 1:  # the last round that begins at or before the batch
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._before(middle) <= number else (low, middle)
+        counts = [(low + 1) * size // self.batch - low * size // self.batch for size in self.sizes]
+        order = [group for group, count in enumerate(counts) for _ in range(count)]
+        np.random.Generator(np.random.PCG64(np.random.SeedSequence([*self.key, low]))).shuffle(order)
+        self._round = (low, self._before(low), order)
+        return self._round
+
+    def _before(self, round_: int) -> int:
+        """How many batches come before a round."""
+        return sum(round_ * size // self.batch for size in self.sizes)

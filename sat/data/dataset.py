@@ -12,9 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sat.data.batch import Sample, collate
+from sat.data.batch import Sample, collate, groups
 from sat.data.buckets import Buckets
-from sat.data.order import groups
 from sat.data.records import Bad, DataError, Record, RecordSet, check_bad_share
 from sat.data.transforms import Draws, Fitted, Transform
 

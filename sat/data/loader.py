@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from sat.data.batch import Batch, Sample, collate
+from sat.data.batch import Batch, Group, Sample, Schedule, Stream, collate, whole
 from sat.data.dataset import Items
-from sat.data.order import Group, Schedule, Stream, whole
 from sat.data.records import DataError
 
 AHEAD = 2  # batches that are read before they are asked for

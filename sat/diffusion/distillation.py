@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat.diffusion.level import Level
 from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.schedule import Level
 
 SMALLEST_GAIN = 1e-4
 """A step that moves with x0 less than this teaches nothing: its target would be rounding errors."""

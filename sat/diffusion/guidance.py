@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sat.conditioning.condition import Condition
-from sat.diffusion.level import Level
+from sat.diffusion.schedule import Level
 
 Denoise = Callable[[Tensor, Level], Tensor]
 """(rows, C, h, w) -> predicted x0 of the same shape, for the rows that :meth:`Guider.rows` asked for."""

@@ -8,8 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from sat.diffusion.level import Level
-from sat.diffusion.schedule import Schedule
+from sat.diffusion.schedule import Level, Schedule
 from sat.mixin import Mixin, Resolved, resolve
 
 

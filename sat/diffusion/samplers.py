@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sat.diffusion.guidance import Denoise
-from sat.diffusion.level import Level
 from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.schedule import Level
 
 StepCallback = Callable[[int, int, Tensor], None]
 """(steps done, steps in all, predicted x0 (B, C, h, w))."""

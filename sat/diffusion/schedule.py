@@ -1,16 +1,77 @@
-"""Noise schedules: the levels a sampler visits and the levels training draws from. All tables are float64."""
+"""Noise levels, their spacing over a run, and the schedules that give them."""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sat.diffusion.level import CLEAN, Level
-from sat.diffusion.spacing import Spacing, karras, timesteps
+Scalar = float | Tensor
+"""A float while sampling (one level for the batch), a (B, 1, 1, 1) float32 tensor while training."""
+
+
+class Level(NamedTuple):
+    """x_t = alpha x0 + sigma eps, and what the network is told about it.
+
+    ``index`` is the timestep the network sees, 0 … 999. ``net_alpha`` and ``net_sigma`` turn the network's
+    output into x0: officially they are those of the nearest of the 1000 training levels, which differ a
+    little from ``alpha`` and ``sigma`` wherever the schedule of a short run does (reference: traps 8).
+    ``ratio`` is the relay blend: 0 without relay, 1 at the low-resolution image.
+    """
+
+    alpha: Scalar
+    sigma: Scalar
+    index: Scalar  # type: ignore[assignment] # hides tuple.index, which nothing here needs
+    net_alpha: Scalar
+    net_sigma: Scalar
+    ratio: Scalar = 0.0
+
+
+CLEAN = Level(1.0, 0.0, 0.0, 1.0, 0.0)
+"""Where sampling ends: no noise."""
+
+
+# -- which of the training timesteps a run of a few steps visits
+
+
+Spacing = Literal["trailing", "leading", "karras"]
+"""``trailing`` and ``leading`` pick training timesteps; ``karras`` noise levels between them."""
+
+
+def timesteps(steps: int, total: int, spacing: Spacing = "trailing") -> list[int]:
+    """``steps`` timesteps of 0 … total - 1, descending.
+
+    ``trailing`` always starts at total - 1: 50 of 1000 are 999, 979, …, 19. ``leading`` always ends at 0:
+    980, …, 0. Source: arXiv:2305.08891, table 2; official ``discretizer.py:14``.
+    """
+    if spacing == "karras":
+        raise ValueError("karras spacing gives noise levels, not timesteps: see `karras`")
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total} (the training levels), got {steps}")
+    if spacing == "trailing":
+        return [int(t) for t in np.linspace(total - 1, 0, steps, endpoint=False).astype(int)]
+    return [int(t) for t in (np.arange(steps) * (total // steps))[::-1]]
+
+
+def karras(steps: int, smallest: float, largest: float, rho: float = 7.0) -> list[float]:
+    """``steps`` noise levels from ``largest`` to ``smallest``, evenly spaced in noise^(1 / rho).
+
+    Source: arXiv:2206.00364, eq. 5; official ``discretizer.py`` (``EDMDiscretization``).
+    """
+    if steps < 1 or not 0 < smallest <= largest or rho <= 0:
+        raise ValueError(
+            f"expected at least one step, 0 < smallest <= largest and rho > 0; "
+            f"got steps {steps}, smallest {smallest}, largest {largest}, rho {rho}"
+        )
+    first, last = largest ** (1 / rho), smallest ** (1 / rho)
+    return [float(s) for s in (first + np.linspace(0, 1, steps) * (last - first)) ** rho]
+
+
+# -- noise schedules: the levels a sampler visits and the levels training draws from. All tables are float64
+
 
 Table = NDArray[np.float64]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sat.diffusion.guidance import Denoise
-from sat.diffusion.level import Level
+from sat.diffusion.schedule import Level
 from sat.first_stage.tiling import Tiling
 
 SPREAD = 0.3

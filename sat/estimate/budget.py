@@ -24,9 +24,9 @@ from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger
 from sat.mixins.relay import relay_of
 from sat.offload.block_swap import parts, resident, tensors, turned
-from sat.parallel.apply import apply_plan
 from sat.parallel.mesh import Axis
-from sat.sharding import family_plan
+from sat.parallel.tensor import apply_sharding
+from sat.sharding import family_sharding
 from sat.util.sizes import parse_size
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class Planner:
             split = {"model": engine.network, "text": engine.conditioner.text}
             with ledger.without_data():
                 for module in split.values():
-                    apply_plan(module, family_plan(type(module)), Axis(ranks))
+                    apply_sharding(module, family_sharding(type(module)), Axis(ranks))
             self._shares[ranks] = parts(engine.requires_grad_(False))
         return self._shares[ranks]
 

@@ -1,6 +1,5 @@
 """First stage: the autoencoder between images and latents."""
 
-from sat.first_stage.model import AutoencoderKL
-from sat.first_stage.posterior import Posterior
+from sat.first_stage.model import AutoencoderKL, Posterior
 
 __all__ = ["AutoencoderKL", "Posterior"]

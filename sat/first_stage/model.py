@@ -1,16 +1,208 @@
-"""The first stage: images to latents and back."""
+"""The autoencoder: encoder, decoder and the posterior between pixels and latents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sat.first_stage.blocks import Pointwise
-from sat.first_stage.decoder import Decoder
-from sat.first_stage.encoder import Encoder
-from sat.first_stage.posterior import Posterior
+from sat.first_stage.blocks import Downsample, Middle, Pointwise, ResBlock, Upsample, group_norm
+
+LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Independent normal distributions, one per latent value; ``mean`` and ``logvar`` are (B, C, h, w).
+
+    ``logvar`` is clamped to [-30, 20] on construction. Latents are unscaled: multiply by the autoencoder's
+    ``scale_factor`` before diffusion. The official code always samples, also when it encodes for relay.
+    Source: arXiv:1312.6114; official ``sgm/modules/distributions/distributions.py``.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.shape != self.logvar.shape:
+            raise ValueError(
+                f"posterior mean {tuple(self.mean.shape)} and logvar {tuple(self.logvar.shape)} differ"
+            )
+        object.__setattr__(self, "logvar", self.logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
+
+    @classmethod
+    def from_moments(cls, moments: Tensor) -> Posterior:
+        """Posterior of an encoder output (B, 2C, h, w): the means, then the log variances."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return cls(mean, logvar)
+
+    @property
+    def moments(self) -> Tensor:
+        """(B, 2C, h, w): the means, then the clamped log variances."""
+        return torch.cat([self.mean, self.logvar], dim=1)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation (B, C, h, w)."""
+        return torch.exp(0.5 * self.logvar)
+
+    def mode(self) -> Tensor:
+        """The most likely latent (B, C, h, w): the mean."""
+        return self.mean
+
+    def sample(self, noise: Tensor | None = None, *, generator: torch.Generator | None = None) -> Tensor:
+        """A latent (B, C, h, w) drawn with ``noise`` (standard normal, same shape) or with ``generator``.
+
+        Neither given: torch's global generator. A generator of another device draws there, so a CPU generator
+        gives the same latent on every device.
+        """
+        if noise is not None and generator is not None:
+            raise ValueError("give noise or a generator, not both")
+        if noise is None:
+            noise = normal_like(self.mean, generator)
+        if noise.shape != self.mean.shape:
+            raise ValueError(f"noise is {tuple(noise.shape)}, the latent {tuple(self.mean.shape)}")
+        return self.mean + self.std * noise.to(self.mean)
+
+    def kl(self) -> Tensor:
+        """Divergence to the standard normal (B,), in nats, summed over C, h, w; at least float32."""
+        dtype = torch.promote_types(self.mean.dtype, torch.float32)
+        mean, logvar = self.mean.to(dtype), self.logvar.to(dtype)
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+
+
+def normal_like(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of the shape, type and device of ``like``, drawn on the generator's device."""
+    device = generator.device if generator is not None else like.device
+    return torch.randn(like.shape, generator=generator, device=device).to(like)
+
+
+# -- image -> moments of the latent distribution
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks at one resolution, then halving unless it is the last level."""
+
+    def __init__(self, channels: int, out_channels: int, *, blocks: int, groups: int, halve: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResBlock(channels if index == 0 else out_channels, out_channels, groups)
+            for index in range(blocks)
+        )
+        self.down = Downsample(out_channels) if halve else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, h/2, w/2), or (B, C_out, h, w) on the last level."""
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.down(x)
+        return out
+
+
+class Encoder(nn.Module):
+    """(B, image_channels, H, W) in [-1, 1] -> (B, 2C, h, w): the mean, then the log variance.
+
+    ``widths`` are the feature widths of the levels, finest first; each level but the last halves the image.
+    Source: official ``sgm/modules/diffusionmodules/model.py`` Encoder.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        blocks: int,
+        groups: int,
+        latent_channels: int,
+        image_channels: int = 3,
+        mid_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        last = len(widths) - 1
+        self.stem = nn.Conv2d(image_channels, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            EncoderLevel(widths[max(i - 1, 0)], width, blocks=blocks, groups=groups, halve=i < last)
+            for i, width in enumerate(widths)
+        )
+        self.middle = Middle(widths[-1], groups, mid_attention)
+        self.norm = group_norm(widths[-1], groups)
+        self.head = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, image_channels, H, W) -> (B, 2C, h, w)."""
+        x = self.stem(image)
+        for level in self.levels:
+            x = level(x)
+        out: Tensor = self.head(F.silu(self.norm(self.middle(x))))
+        return out
+
+
+# -- latent -> image
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks at one resolution, then doubling unless it is the last level."""
+
+    def __init__(self, channels: int, out_channels: int, *, blocks: int, groups: int, double: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResBlock(channels if index == 0 else out_channels, out_channels, groups)
+            for index in range(blocks)
+        )
+        self.up = Upsample(out_channels) if double else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, C_out, 2h, 2w), or (B, C_out, h, w) on the last level."""
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.up(x)
+        return out
+
+
+class Decoder(nn.Module):
+    """(B, C, h, w) -> (B, image_channels, H, W), about [-1, 1], not clamped.
+
+    ``widths`` are the feature widths finest first, as for the encoder; level 0 is the coarsest (the first to
+    run) and each level has one block more than the encoder's. Every level but the last doubles the image.
+    Source: official ``sgm/modules/diffusionmodules/model.py`` Decoder.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        blocks: int,
+        groups: int,
+        latent_channels: int,
+        image_channels: int = 3,
+        mid_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        coarse_first = list(reversed(widths))
+        last = len(coarse_first) - 1
+        self.stem = nn.Conv2d(latent_channels, coarse_first[0], 3, padding=1)
+        self.middle = Middle(coarse_first[0], groups, mid_attention)
+        self.levels = nn.ModuleList(
+            DecoderLevel(
+                coarse_first[max(i - 1, 0)], width, blocks=blocks + 1, groups=groups, double=i < last
+            )
+            for i, width in enumerate(coarse_first)
+        )
+        self.norm = group_norm(coarse_first[-1], groups)
+        self.head = nn.Conv2d(coarse_first[-1], image_channels, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, image_channels, H, W)."""
+        x = self.middle(self.stem(latent))
+        for level in self.levels:
+            x = level(x)
+        out: Tensor = self.head(F.silu(self.norm(x), inplace=not torch.is_grad_enabled()))
+        return out
+
+
+# -- the first stage: images to latents and back
 
 
 class AutoencoderKL(nn.Module):

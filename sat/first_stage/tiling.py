@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sat.first_stage.model import AutoencoderKL
-from sat.first_stage.posterior import Posterior
+from sat.first_stage.model import AutoencoderKL, Posterior
 
 Work = Callable[[Sequence[Callable[[], Tensor]]], Iterable[Tensor]]
 """Does jobs whose results have one shape, and gives the results in order."""

@@ -1,4 +1,4 @@
-"""The head of a diffusion transformer: modulated norm, projection, unpatchify."""
+"""Heads: final norms and the way from tokens back to latents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces
-from sat.transformer.block import LayerNorm
+from sat.transformer.block import LayerNorm, RMSNorm
 from sat.transformer.context import Context
 from sat.transformer.hooks import TransformerHooks
 
@@ -38,3 +38,22 @@ class FinalLayer(Mixin):
         x = torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
         x = self.linear(x.to(self.linear.weight.dtype))
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=ctx.grid.h, p=self.patch, q=self.patch)
+
+
+# -- the head of a text encoder: one last norm
+
+
+class FinalNorm(Mixin):
+    """RMS norm of every token, (B, L, D) -> (B, L, D) in the type of the weights."""
+
+    host = TransformerHooks
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, eps)
+
+    @replaces("final")
+    def final(self, x: Tensor, ctx: Context) -> Tensor:
+        """(B, L, D), normalised."""
+        out: Tensor = self.norm(x)
+        return out

@@ -1,4 +1,4 @@
-"""Image patches and projected text become one token sequence, text first."""
+"""Embeddings: image patches with text, feature maps, or token ids become one sequence of tokens."""
 
 from __future__ import annotations
 
@@ -40,3 +40,59 @@ class PatchEmbed(Mixin):
         assert ctx.image is not None and ctx.tokens is not None, "embed needs an image and prepared text"
         p = rearrange(ctx.image, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         return torch.cat([ctx.tokens, self.proj(p)], 1)
+
+
+# -- a convolutional feature map as tokens, one a cell, and back onto the map
+
+
+EPS = 1e-6
+"""Of the group norm in front of a transformer; the UNet's other norms use 1e-5.
+
+Source: official ``attention.py``.
+"""
+
+
+class FeatureMap(Mixin):
+    """``ctx.image`` (B, C, h, w), normalised and projected, as tokens (B, h w, D); back, added to the map."""
+
+    host = TransformerHooks
+
+    def __init__(self, channels: int, dim: int, groups: int = 32) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=EPS)
+        self.enter = nn.Linear(channels, dim)
+        self.leave = nn.Linear(dim, channels)
+
+    @replaces("embed")
+    def embed(self, ctx: Context) -> Tensor:
+        assert ctx.image is not None, "the caller gives the map"
+        out: Tensor = self.enter(self.norm(ctx.image).flatten(2).transpose(1, 2))
+        return out
+
+    @replaces("final")
+    def final(self, x: Tensor, ctx: Context) -> Tensor:
+        assert ctx.image is not None, "the caller gives the map"
+        cells = self.leave(x.to(self.leave.weight.dtype)).transpose(1, 2)
+        out: Tensor = cells.reshape(ctx.image.shape) + ctx.image
+        return out
+
+
+# -- token ids become tokens: the input of a text encoder
+
+
+class TokenEmbed(Mixin):
+    """Looks ``ctx.ids`` (B, T) up in a (vocab, D) table -> (B, T, D)."""
+
+    host = TransformerHooks
+
+    def __init__(self, vocab: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab, dim)
+
+    @replaces("embed")
+    def embed(self, ctx: Context) -> Tensor:
+        """(B, T, D) tokens of the context's ids."""
+        if ctx.ids is None:
+            raise ValueError("a text encoder needs token ids: the context has no `ids`")
+        tokens: Tensor = self.table(ctx.ids)
+        return tokens

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sat.diffusion.level import Level
 from sat.diffusion.process import At, Levels, Mean, Near, ProcessContext, ProcessHooks, Span
-from sat.diffusion.schedule import Schedule
+from sat.diffusion.schedule import Level, Schedule
 from sat.mixin import Mixin, replaces, wraps
 
 Blend = Literal["linear", "sigma", "exp"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.guidance import Denoise, Guider
-from sat.diffusion.level import Level
+from sat.diffusion.schedule import Level
 from sat.parallel.collectives import stacked
 from sat.parallel.mesh import Axis
 

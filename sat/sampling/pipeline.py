@@ -28,11 +28,9 @@ from sat.parallel.cfg_parallel import share_guidance
 from sat.parallel.launch import pick_device
 from sat.parallel.mesh import ALONE, Mesh, data_ranks
 from sat.parallel.sequence import apply_sequence
-from sat.sampling.generator import Drawer, Look, with_strength
-from sat.sampling.inputs import InputFolder
-from sat.sampling.latents import checked_latents
+from sat.sampling.generator import Drawer, Look, Noise, with_strength
+from sat.sampling.inputs import InputFolder, checked_latents
 from sat.sampling.prompts import check_text, checked_prompts
-from sat.sampling.run import Noise
 from sat.util.images import from_pil
 
 log = logging.getLogger(__name__)

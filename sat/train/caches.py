@@ -29,8 +29,8 @@ from sat.data.cache import (
 )
 from sat.parallel.collectives import barrier, from_main, gather
 from sat.sampling.generator import Encoded
-from sat.train.step import computing
-from sat.util.progress import progress
+from sat.train.loop import computing
+from sat.util.log import progress
 
 if TYPE_CHECKING:
     from pathlib import Path

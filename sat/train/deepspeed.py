@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 
 from sat.config.schema import TrainConfig
 from sat.parallel.launch import Runtime
-from sat.parallel.linear import joined, summed
 from sat.parallel.mesh import Mesh
+from sat.parallel.tensor import joined, summed
 from sat.sharding import shards
 from sat.train.optim import trainable
 

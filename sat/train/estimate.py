@@ -28,11 +28,10 @@ from sat.data.loader import AHEAD
 from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger, Trace, trace
 from sat.kernels.packed import packable
-from sat.parallel.apply import apply_plan
-from sat.parallel.fake_group import pretended
-from sat.parallel.mesh import Mesh
+from sat.parallel.mesh import Mesh, pretended
 from sat.parallel.sequence import apply_sequence
-from sat.sharding import family_plan
+from sat.parallel.tensor import apply_sharding
+from sat.sharding import family_sharding
 from sat.tokenizers import T5Tokenizer, Tokens
 from sat.train import optim
 from sat.train.caches import spare_parts
@@ -373,7 +372,7 @@ def _split(engine: DiffusionEngine, mesh: Mesh, spare: Collection[Part]) -> None
     """As a training does: network and text encoder over tensor ranks, the network's tokens over others."""
     parts: dict[Part, nn.Module] = {"model": engine.network, "text": engine.conditioner.text}
     for module in (module for part, module in parts.items() if part not in spare and mesh.tensor.size > 1):
-        apply_plan(module, family_plan(type(module)), mesh.tensor)
+        apply_sharding(module, family_sharding(type(module)), mesh.tensor)
     apply_sequence(engine.network, mesh.sequence)
 
 
@@ -398,7 +397,7 @@ class _AnyText(T5Tokenizer):
 
 
 def _autocast(train: TrainConfig) -> AbstractContextManager[Any]:
-    """As :func:`sat.train.step.computing`; tensors without data say that they are on the CPU."""
+    """As :func:`sat.train.loop.computing`; tensors without data say that they are on the CPU."""
     return nullcontext() if train.autocast is None else torch.autocast(_here(), torch.bfloat16)
 
 

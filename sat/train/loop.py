@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +21,7 @@ from torch import Tensor
 from sat.config.schema import TrainConfig
 from sat.data.batch import Batch
 from sat.parallel.collectives import agree, barrier, mean
+from sat.parallel.launch import Runtime
 from sat.train.checkpoints import Checkpoints, Export
 from sat.train.deepspeed import StepResult, TrainEngine
 from sat.train.ema import Ema
@@ -24,10 +30,94 @@ from sat.train.log import Averages, Record, line
 from sat.train.optim import rate, set_rate
 from sat.train.resume import Layout, Progress, RunFolder, Saved
 from sat.train.shards import cuttable
-from sat.train.step import computing, step_generator
-from sat.train.stop import stop_signals
-from sat.train.validate import validate
-from sat.util.progress import progress
+from sat.util.log import progress
+
+VALIDATION = -1
+"""The step that validation draws its noise for: the same noise every time."""
+
+
+def computing(config: TrainConfig, runtime: Runtime) -> AbstractContextManager[Any]:
+    """bf16 computation with float32 weights, if ``train.autocast`` asks for it."""
+    if config.autocast is None:
+        return nullcontext()
+    return torch.autocast(runtime.device.type, torch.bfloat16)
+
+
+def step_generator(seed: int, step: int, place: int) -> torch.Generator:
+    """A CPU generator for the micro-batch at ``place`` among those of one step over all ranks.
+
+    Also seeds torch's global generators, for modules that draw from them. Nothing random is carried from step
+    to step, so a resumed run needs no generator state, and a step does not depend on how its micro-batches
+    are split over ranks and accumulation.
+    """
+    digest = hashlib.blake2b(f"{seed} {step} {place}".encode(), digest_size=4).digest()
+    mixed = int.from_bytes(digest, "little")  # 32 bits: torch's CPU generator looks at no more
+    torch.manual_seed(mixed)
+    return torch.Generator().manual_seed(mixed)
+
+
+# -- asking a run to stop: the first Ctrl-C, SIGTERM or SIGUSR1 lets the step end and the state be saved
+
+
+_ECHO = 2.0
+"""Seconds in which a repeated signal is the same wish: torchrun sends on what a terminal has sent already."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event set by SIGINT, SIGTERM or SIGUSR1; a later second one acts as before. Old handlers return.
+
+    SIGUSR1 is what SLURM is mostly told to send before a job's time is over. Outside the main thread no
+    signal arrives, so the event stays clear.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    first = 0.0
+    old: dict[signal.Signals, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not event.is_set():
+            event.set()
+            first = time.monotonic()
+            os.write(2, b"\nstopping after this step (once more to stop at once)\n")
+        elif time.monotonic() - first > _ECHO:
+            signal.signal(number, old[signal.Signals(number)])
+            os.kill(os.getpid(), number)
+
+    for wanted in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        old[wanted] = signal.signal(wanted, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+# -- scores on held-out data
+
+
+@torch.no_grad()
+def validate(engine: TrainEngine, batches: Sequence[Batch]) -> dict[str, float]:
+    """Means of the objective's ``evaluate`` over ``batches`` of every rank, with the same noise each time."""
+    averages = Averages()
+    objective, mesh = engine.objective, engine.mesh
+    objective.eval()
+    try:
+        with computing(engine.config, engine.runtime):
+            for index, batch in enumerate(batches):
+                place = index * mesh.data_ranks + mesh.data_rank
+                generator = step_generator(engine.config.seed, VALIDATION, place)
+                averages.add(objective.evaluate(batch.to(engine.runtime.device), generator))
+    finally:
+        objective.train()
+    return {f"validation/{name}": value for name, value in averages.take().items()}
+
+
+# -- the training loop: the same for every objective, precision, ZeRO stage and number of ranks
+
 
 log = logging.getLogger(__name__)
 

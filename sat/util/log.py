@@ -1,9 +1,104 @@
-"""Logging of the commands: short lines on standard error, rank 0 first, kept clear of a progress bar."""
+"""Log lines, progress lines and errors in words."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from types import TracebackType
+from typing import Protocol, TextIO
+
+# Their text is a sentence for the user; anything else is shown with its kind.
+_PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)
+
+
+def describe(error: BaseException) -> str:
+    """``error`` in one clear line (or, for a list of problems, one line each)."""
+    text = str(error).strip()
+    kind = type(error).__name__
+    if kind in ("OutOfMemoryError", "MemoryError"):
+        first = text.splitlines()[0] if text else kind
+        return (
+            f"out of memory: {first} Try a smaller --height and --width, sampling.dtype=bf16, "
+            f"memory.text_encoder=free or memory.decode_tile=64"
+        )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if not text:
+        return kind
+    return text if isinstance(error, _PLAIN_ERRORS) else f"{kind}: {text}"
+
+
+# -- a progress line over many steps, shown on a terminal and silent elsewhere
+
+
+class Progress(Protocol):
+    """What a long task tells about how far it is."""
+
+    def note(self, text: str) -> None:
+        """Show what is being worked on."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Count ``steps`` more as done."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Silent:
+    """Progress nobody sees."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Count nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class Bar:
+    """A tqdm bar with the time left; what :meth:`note` says stands before it."""
+
+    def __init__(self, total: int, unit: str, stream: TextIO) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit=unit, file=stream, dynamic_ncols=True, leave=True, mininterval=0.1)
+
+    def note(self, text: str) -> None:
+        """Show ``text`` before the bar."""
+        self._bar.set_description_str(text, refresh=True)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the bar on by ``steps``."""
+        self._bar.update(steps)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+def progress(total: int, *, unit: str = "step", rank: int = 0, stream: TextIO | None = None) -> Progress:
+    """A bar over ``total`` steps on rank 0 if ``stream`` (standard error) is a terminal, else silence."""
+    out = stream if stream is not None else sys.stderr
+    if rank != 0 or total <= 0 or not out.isatty():
+        return Silent()
+    return Bar(total, unit, out)
+
+
+# -- logging of the commands: short lines on standard error, rank 0 first, kept clear of a progress bar
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]

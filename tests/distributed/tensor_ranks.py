@@ -22,15 +22,13 @@ from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
 from sat.models.t5 import T5Encoder
 from sat.offload.block_swap import Guest, carousels
-from sat.parallel.apply import apply_plan
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
-from sat.parallel.linear import GatheredLinear
 from sat.parallel.mesh import Axis, Mesh
-from sat.sharding import Column, family_plan, shards
-from sat.train.checkpoints import Export
+from sat.parallel.tensor import GatheredLinear, apply_sharding
+from sat.sharding import Column, family_sharding, shards
+from sat.train.checkpoints import Export, ModelExport
 from sat.train.ema import masters
-from sat.train.export import ModelExport
 from sat.train.lora import AdapterExport, add_lora
 from sat.train.objectives import Objective
 from sat.train.resume import Saved
@@ -93,7 +91,7 @@ def models(runtime: Runtime, folder: Path, size: int) -> dict[str, Any]:
     found = {}
     for name in MODELS if size == 2 else ["plus"]:
         make = MODELS[name]
-        split = apply_plan(make().double(), family_plan(type(make())), tensor)
+        split = apply_sharding(make().double(), family_sharding(type(make())), tensor)
         found[name] = compared(make().double(), split)
     return {**found, "fused": fused(tensor)}
 
@@ -124,11 +122,11 @@ def read(runtime: Runtime, folder: Path) -> dict[str, bool]:
         torch.save({"module": whole.state_dict()}, folder / "whole.pt")
     barrier(runtime.device)
     found = {}
-    wanted = apply_plan(plus(), family_plan(type(whole)), tensor).state_dict()
+    wanted = apply_sharding(plus(), family_sharding(type(whole)), tensor).state_dict()
     for file in ("whole.safetensors", "whole.pt"):
         with torch.device("meta"):
             made = plus()
-        made = apply_plan(made, family_plan(type(made)), tensor)
+        made = apply_sharding(made, family_sharding(type(made)), tensor)
         load(made, folder / file, "model")
         state = made.state_dict()
         found[file] = state.keys() == wanted.keys() and all(torch.equal(state[n], wanted[n]) for n in wanted)
@@ -140,7 +138,7 @@ def adapters(runtime: Runtime, folder: Path, dora: bool) -> dict[str, Any]:
     tensor = Mesh(runtime, tensor=runtime.world).tensor
 
     def made(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
-        pair = plus().double(), apply_plan(plus().double(), family_plan(type(plus())), tensor)
+        pair = plus().double(), apply_sharding(plus().double(), family_sharding(type(plus())), tensor)
         layers = noisy(start(pair[0], dora=dora))
         for model in pair:
             attach(model, "style", layers, dropout=dropout)
@@ -172,14 +170,17 @@ def halves(runtime: Runtime, folder: Path) -> dict[str, Any]:
     tensor = Mesh(runtime, tensor=runtime.world).tensor
     found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float16):
-        whole, split = plus().to(dtype), apply_plan(plus().to(dtype), family_plan(type(plus())), tensor)
+        whole, split = (
+            plus().to(dtype),
+            apply_sharding(plus().to(dtype), family_sharding(type(plus())), tensor),
+        )
         a, b = (run_plain(model) for model in (whole, split))
         everyone = [torch.empty_like(b) for _ in range(tensor.size)]
         torch.distributed.all_gather(everyone, b)
         same = all(torch.equal(other, b) for other in everyone)
         found[str(dtype)] = {"types": a.dtype == b.dtype, "far": worst(b.float(), a.float()), "same": same}
     with torch.autocast("cpu", torch.bfloat16):
-        whole, split = plus(), apply_plan(plus(), family_plan(type(plus())), tensor)
+        whole, split = plus(), apply_sharding(plus(), family_sharding(type(plus())), tensor)
         a, b = (run_plain(model) for model in (whole, split))
         found["autocast"] = {"types": a.dtype == b.dtype, "far": worst(b.float(), a.float()), "same": True}
     return found
@@ -198,7 +199,7 @@ def run_plain(model: nn.Module) -> Tensor:
 def offloaded(runtime: Runtime, folder: Path) -> bool:
     """Whether a split model whose blocks and modulation layers wait on the host computes the same bits."""
     tensor = Mesh(runtime, tensor=runtime.world).tensor
-    there, waits = (apply_plan(plus(), family_plan(type(plus())), tensor) for _ in range(2))
+    there, waits = (apply_sharding(plus(), family_sharding(type(plus())), tensor) for _ in range(2))
     lane = Recorder()
     guest = Guest(waits, lane, carousels(waits, blocks=True, adaln=True))
     guest.arrive()
@@ -234,8 +235,8 @@ class Painter(Objective):
 
     def __init__(self, tensor: Axis, lora: LoraConfig | None = None, unsplit: Sequence[str] = ()) -> None:
         super().__init__()
-        plan = {name: style for name, style in family_plan(type(plus())).items() if name not in unsplit}
-        self.network = apply_plan(plus(), plan, tensor)
+        plan = {name: style for name, style in family_sharding(type(plus())).items() if name not in unsplit}
+        self.network = apply_sharding(plus(), plan, tensor)
         if lora is not None:
             add_lora(self, lora, seed=0)
 

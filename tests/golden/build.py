@@ -30,9 +30,9 @@ from sat.first_stage.model import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
-from sat.parallel.apply import apply_plan
 from sat.parallel.mesh import Axis
-from sat.sharding import family_plan
+from sat.parallel.tensor import apply_sharding
+from sat.sharding import family_sharding
 
 TENSOR = Axis()
 """The ranks that the models are split over; tests/distributed/tensor_ranks.py names its own."""
@@ -160,8 +160,8 @@ def fill(module: Any, weights: Mapping[str, Tensor], part: Part) -> Any:
 
 def split(module: nn.Module) -> nn.Module:
     """``module`` with this rank's share of its layers, if it has a plan."""
-    plan = family_plan(type(module))
-    return apply_plan(module, plan, TENSOR) if plan else module
+    plan = family_sharding(type(module))
+    return apply_sharding(module, plan, TENSOR) if plan else module
 
 
 def write_engine(folder: Path, weights: Mapping[str, Tensor]) -> None:

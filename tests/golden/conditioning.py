@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sat.conditioning.condition import Condition
-from sat.conditioning.size import SizeConditioner
+from sat.conditioning.condition import Condition, SizeConditioner
 from tests.golden.build import size_dim, text_encoder
 from tests.golden.file import Golden
 from tests.golden.report import Report

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sat.conditioning.size import SizeConditioner
+from sat.conditioning.condition import SizeConditioner
 from sat.embeddings import guidance_sinusoid, sinusoid
 from sat.mixins.sincos import SinCos2D, sincos_table
 from sat.transformer.context import Context, Grid

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
-from sat.conditioning.size import Sizes
+from sat.conditioning.condition import Condition, Sizes
 from sat.config.build import build_guider, build_sampler
 from sat.diffusion.schedule import ZeroSNR
 from sat.engine import DiffusionEngine

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sat.diffusion.denoiser import Denoiser
 from sat.diffusion.loss import DenoisingLoss, Draw
-from sat.diffusion.prediction import Eps, V
+from sat.diffusion.prediction import Denoiser, Eps, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from sat.conditioning.condition import Condition
-from sat.diffusion.denoiser import Denoiser
 from sat.diffusion.guidance import ClassifierFree, Embedded, Guider, Unguided
-from sat.diffusion.level import Level
-from sat.diffusion.prediction import Eps, V
+from sat.diffusion.prediction import Denoiser, Eps, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import (
     DDIM,
@@ -26,7 +24,7 @@ from sat.diffusion.samplers import (
     Sampler,
     Trajectory,
 )
-from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.diffusion.schedule import Discrete, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
 from tests.golden.file import Golden, GoldenError
 from tests.golden.options import class_name, number, option

@@ -7,8 +7,7 @@ import re
 import numpy as np
 import torch
 
-from sat.diffusion.schedule import Discrete, ZeroSNR
-from sat.diffusion.spacing import karras, timesteps
+from sat.diffusion.schedule import Discrete, ZeroSNR, karras, timesteps
 from tests.golden.file import Golden
 from tests.golden.report import Report
 from tests.golden.samplers import noises

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sat.conditioning.condition import Condition
-from sat.diffusion.level import Scalar
+from sat.diffusion.schedule import Scalar
 from sat.embeddings import guidance_sinusoid
 from tests.golden.file import Golden, GoldenError
 from tests.golden.options import option

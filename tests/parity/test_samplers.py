@@ -19,12 +19,10 @@ from diffusers import (
 )
 from torch import Tensor
 
-from sat.diffusion.level import CLEAN, Level
 from sat.diffusion.prediction import Eps, V
 from sat.diffusion.process import Process
 from sat.diffusion.samplers import DDIM, DPMSolver2M, Euler, EulerAncestral, Heun, Sampler, Trajectory
-from sat.diffusion.schedule import Discrete, scaled_linear_alphas
-from sat.diffusion.spacing import timesteps
+from sat.diffusion.schedule import CLEAN, Discrete, Level, scaled_linear_alphas, timesteps
 from tests.tolerances import F32
 
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sat.data.batch import Sample
+from sat.data.batch import Sample, Share
+from sat.data.batch import groups as order_groups
 from sat.data.buckets import BucketRule, Buckets
 from sat.data.loader import Loader
-from sat.data.order import Share
-from sat.data.order import groups as order_groups
 from sat.data.records import Record, RecordSet
 from sat.data.transforms import Augment, Draws, Transform
 

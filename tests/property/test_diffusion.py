@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.guidance import ClassifierFree, IntervalLimited, Unguided
-from sat.diffusion.level import Level
 from sat.diffusion.prediction import X0, Eps, Parameterisation, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import (
@@ -27,8 +26,7 @@ from sat.diffusion.samplers import (
     LinearMultistep,
     Sampler,
 )
-from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
-from sat.diffusion.spacing import karras, timesteps
+from sat.diffusion.schedule import Discrete, Level, Schedule, ZeroSNR, karras, timesteps
 from sat.mixins.relay import RelayNoise, steps_of_whole
 from tests.diffusion import SHAPE, Gaussian, path, preserving
 from tests.tolerances import F64

@@ -3,7 +3,7 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sat.sampling.sizes import SizeRule
+from sat.sampling.prompts import SizeRule
 
 
 @st.composite

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageDraw
 
-from sat.apps.evaluate.prompts import plain
+from sat.apps.evaluate.pictures import plain
 from sat.apps.preference.pairs import pairs_of
 from sat.apps.preference.server import Server, Study
 from sat.apps.preference.votes import VoteFile, read

@@ -14,13 +14,12 @@ from torch.nn import functional as F
 from sat import Pipeline
 from sat.adapters.write import write
 from sat.apps.web.job_queue import Job
-from sat.apps.web.preview import LatentPreview
 from sat.apps.web.request import Settings, Wish, WishError, settings_of
-from sat.apps.web.service import Studio, fitted
+from sat.apps.web.service import LatentPreview, Studio, fitted
 from sat.cli.sample import main
 from sat.config.build import adaptable
 from sat.config.cascade import load_cascade
-from sat.sampling.sizes import SizeError
+from sat.sampling.prompts import SizeError
 from tests.adapters import adapter, noisy, start
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT

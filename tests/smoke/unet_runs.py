@@ -31,7 +31,7 @@ train:
 diffusion:
   loss:
     target: sat.diffusion.loss.DenoisingLoss
-    params: {{offset_noise: 0.05, weighting: {{target: sat.diffusion.weighting.MinSNR}}}}
+    params: {{offset_noise: 0.05, weighting: {{target: sat.diffusion.loss.MinSNR}}}}
 data:
   sources: [{{path: {root}/data/emoji_sample}}]
   validation: [{{path: {root}/data/emoji_sample}}]

@@ -8,7 +8,7 @@ import torch
 from sat.config.build import build_engine
 from sat.config.schema import Experiment
 from sat.estimate.budget import SPARE, BudgetError, Planner, within
-from sat.parallel.fake_group import pretended
+from sat.parallel.mesh import pretended
 from sat.util.sizes import parse_size
 from tests.configs import DEBUG, debug, refused
 

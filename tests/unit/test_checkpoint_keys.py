@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from sat.checkpoint import InMemory, match
-from sat.checkpoint.fit import family_rules
 from sat.checkpoint.format import CheckpointError
-from sat.checkpoint.rules import as_theirs
+from sat.checkpoint.rules import as_theirs, family_rules
 from sat.first_stage import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet

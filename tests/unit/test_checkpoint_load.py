@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from sat.checkpoint import CheckpointError, InMemory, load, match
-from sat.checkpoint.fit import family_rules
-from sat.checkpoint.rules import as_theirs
+from sat.checkpoint.rules import as_theirs, family_rules
 from sat.mixin import Mixin
 from sat.mixins.rope import Rope
 from sat.models.cogview3_plus import CogView3Plus

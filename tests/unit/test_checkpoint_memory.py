@@ -28,7 +28,7 @@ from torch import nn
 from sat.checkpoint import load, open_part, Options
 from sat.checkpoint.save import _sharded, _torch
 from sat.kernels.quantize import Quantizer, Scheme
-from sat.parallel.apply import apply_plan
+from sat.parallel.tensor import apply_sharding
 from sat.parallel.mesh import Axis
 from sat.sharding import Column, Row
 
@@ -61,7 +61,7 @@ def read_share(file, rank):
     # this rank's half: rows of every other layer, columns of the others
     with torch.device("meta"):
         module = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(50)))
-    apply_plan(module, {"*[02468]": Column(), "*[13579]": Row()}, Axis(2, rank))
+    apply_sharding(module, {"*[02468]": Column(), "*[13579]": Row()}, Axis(2, rank))
     load(module, folder / file, "model")
     assert [float(module[i].weight[0, 0]) for i in range(50)] == list(range(50))
     assert sum(p.numel() for p in module.parameters()) == 25 << 20

@@ -10,9 +10,9 @@ from sat.checkpoint.convert import Sources, convert
 from sat.cli.convert import main
 from sat.config.component import build as build_component
 from sat.models.cogview3_unet import CogView3UNet
-from sat.parallel.apply import apply_plan
 from sat.parallel.mesh import Axis
-from sat.sharding import family_plan
+from sat.parallel.tensor import apply_sharding
+from sat.sharding import family_sharding
 from tests.checkpoints import CONFIG, build, same, tensors
 from tests.small import fill
 from tests.unit.test_checkpoint_convert import UNET_PARAMS
@@ -110,9 +110,9 @@ def test_what_ranks_hold_whole_all_the_same_is_read(tmp_path) -> None:
 @pytest.mark.parametrize("size", (2, 4))
 def test_any_layout_is_read_by_any_other(written, layout, size) -> None:
     for rank in range(size):
-        wanted = apply_plan(build("model"), family_plan(type(build("model"))), Axis(size, rank))
+        wanted = apply_sharding(build("model"), family_sharding(type(build("model"))), Axis(size, rank))
         module = build("model", meta=True)
-        apply_plan(module, family_plan(type(module)), Axis(size, rank))
+        apply_sharding(module, family_sharding(type(module)), Axis(size, rank))
         load(module, written / layout, "model")
         assert same(module.state_dict(), wanted.state_dict())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sat.conditioning.condition import Condition
 from sat.mixins.cross_attention import CrossLayer
 from sat.models.cogview3_unet import CogView3UNet
-from sat.models.cogview3_unet.blocks import Downsample, ResBlock, Upsample
+from sat.models.cogview3_unet.model import Downsample, ResBlock, Upsample
 from sat.transformer import Transformer
 from tests.small import fill
 from tests.tolerances import BF16, EXACT, F64

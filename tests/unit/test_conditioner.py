@@ -7,9 +7,8 @@ import logging
 import pytest
 import torch
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.condition import Condition, SizeConditioner, Sizes
 from sat.conditioning.conditioner import Conditioner
-from sat.conditioning.size import SizeConditioner, Sizes
 from sat.models.t5 import T5Encoder, T5Tokenizer
 from tests.small import fill
 from tests.tolerances import F32

@@ -90,7 +90,7 @@ def test_what_dead_writers_left_is_cleared_but_not_what_is_being_written(store):
 
 
 def test_a_stamp_changes_with_the_file_its_time_and_the_member(tmp_path):
-    from sat.data.shards import Member
+    from sat.data.formats import Member
 
     path = tmp_path / "a.png"
     path.write_bytes(b"1")

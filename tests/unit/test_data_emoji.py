@@ -10,10 +10,24 @@ import PIL.Image
 import pytest
 
 from sat.apps.emoji.build import HELD_OUT_PAIRS, build, is_held_out
-from sat.apps.emoji.captions import captions, with_article
-from sat.apps.emoji.concepts import Concept, code_points, core_labels, read_concepts, select, slug
+from sat.apps.emoji.concepts import (
+    LABELS,
+    STYLES,
+    TRAINING_STYLES,
+    Archive,
+    Concept,
+    Package,
+    PackageError,
+    captions,
+    code_points,
+    core_labels,
+    fetch,
+    read_concepts,
+    select,
+    slug,
+    with_article,
+)
 from sat.apps.emoji.icons import IconSet, svg
-from sat.apps.emoji.packages import LABELS, STYLES, TRAINING_STYLES, Archive, Package, PackageError, fetch
 from sat.cli import prepare
 from sat.data.sources import read_source
 from tests.configs import ROOT

@@ -5,10 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sat.data.batch import Sample
+from sat.data.batch import Sample, Schedule, Share, Stream, groups, whole
 from sat.data.buckets import Buckets
 from sat.data.loader import Loader
-from sat.data.order import Schedule, Share, Stream, groups, whole
 from sat.data.records import Record, RecordSet
 
 

@@ -9,8 +9,8 @@ import PIL.Image
 import pytest
 
 from sat.data.dataset import Dataset
+from sat.data.formats import expand
 from sat.data.records import DataError
-from sat.data.shards import expand
 from sat.data.sources import read_source, read_sources
 from sat.data.transforms import Transform
 

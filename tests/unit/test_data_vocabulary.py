@@ -6,7 +6,7 @@ import pytest
 import sentencepiece
 
 from sat.cli import prepare
-from sat.data.vocabulary import captions_of
+from sat.data.sources import captions_of
 
 SAMPLE = ["data/emoji_sample", "data/emoji_sample_3d"]
 

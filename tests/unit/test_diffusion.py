@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from sat.conditioning.condition import Condition
-from sat.diffusion.denoiser import Denoiser
-from sat.diffusion.loss import DenoisingLoss
-from sat.diffusion.prediction import X0, Eps, Parameterisation, V
+from sat.diffusion.loss import DenoisingLoss, MinSNR, SNRPlusOne, TruncatedSNR, Uniform, Weighting
+from sat.diffusion.prediction import X0, Denoiser, Eps, Parameterisation, V
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR, scaled_linear_alphas, snr_shift
-from sat.diffusion.spacing import karras, timesteps
-from sat.diffusion.weighting import MinSNR, SNRPlusOne, TruncatedSNR, Uniform, Weighting
+from sat.diffusion.schedule import (
+    Discrete,
+    Schedule,
+    ZeroSNR,
+    karras,
+    scaled_linear_alphas,
+    snr_shift,
+    timesteps,
+)
 from tests.tolerances import F32
 
 CTX = ProcessContext()

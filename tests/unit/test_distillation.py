@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from sat.diffusion.distillation import LevelTable, step_gain, student_target
-from sat.diffusion.level import Level
 from sat.diffusion.process import Process, ProcessContext
-from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.diffusion.schedule import Discrete, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
 from sat.train.objectives.distillation import Distillation
 

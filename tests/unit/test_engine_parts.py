@@ -10,7 +10,7 @@ from sat.checkpoint.format import PARTS
 from sat.checkpoint.save import save_native
 from sat.config.build import build_engine
 from sat.config.load import load
-from sat.config.missing_part import AbsentPartError
+from sat.config.parts import AbsentPartError
 from sat.data.batch import Batch
 from sat.diffusion.process import Process
 from sat.mixins.relay import RelayNoise

@@ -11,11 +11,10 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from sat.apps.emoji.concepts import core_labels
-from sat.apps.evaluate.augment import Strength, augment
 from sat.apps.evaluate.distances import frechet, statistics
 from sat.apps.evaluate.pictures import collect
 from sat.apps.evaluate.retrieval import score, score_folder, wanted
-from sat.apps.evaluate.training import Recipe, train
+from sat.apps.evaluate.training import Recipe, Strength, augment, train
 from sat.cli import evaluate
 from sat.data.records import DataError
 from sat.data.transforms import to_tensor

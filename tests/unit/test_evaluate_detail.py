@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from sat.apps.evaluate.detail import crops, detail_distance, fine_energy, real_pictures
-from sat.apps.evaluate.kernel import kernel_distance
+from sat.apps.evaluate.distances import kernel_distance
 from sat.cli.evaluate import main
 from sat.data.records import DataError
 from sat.models.vision.classifier import Classifier

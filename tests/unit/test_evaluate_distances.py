@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.apps.evaluate.distances import frechet, statistics
-from sat.apps.evaluate.limit import FEWEST, frechet_of_many
+from sat.apps.evaluate.distances import FEWEST, frechet, frechet_of_many, statistics
 from sat.cli.evaluate import main
 from sat.util.images import write_png
 from tests.configs import ROOT

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from sat.adapters.lora import Adapted, merge
 from sat.config.schema import LoraConfig
-from sat.kernels.frozen import FrozenLinear
-from sat.kernels.packed import packable
+from sat.kernels.packed import FrozenLinear, packable
 from sat.kernels.quantize import QuantizedLinear, Scheme
 from sat.models.cogview3_plus import CogView3Plus
 from sat.train import lora

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.guidance import ClassifierFree, Embedded, Guider, IntervalLimited, Unguided
-from sat.diffusion.level import Level
 from sat.diffusion.prediction import V
 from sat.diffusion.samplers import DDIM, DPMSolver2M, Heun
-from sat.diffusion.schedule import ZeroSNR
+from sat.diffusion.schedule import Level, ZeroSNR
 from sat.engine import DiffusionEngine
 from tests.tolerances import EXACT, F32, F64
 

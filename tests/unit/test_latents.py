@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sat.sampling.latents import LatentsError, checked_latents, read_latents
+from sat.sampling.inputs import LatentsError, checked_latents, read_latents
 
 NOISE = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(0))
 

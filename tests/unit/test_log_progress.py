@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from sat.util import log as logs
-from sat.util.progress import Silent, progress
+from sat.util.log import Silent, progress
 
 
 @pytest.fixture(autouse=True)

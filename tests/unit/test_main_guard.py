@@ -7,7 +7,7 @@ import pytest
 
 from sat.cli.main_guard import UsageError, guard
 from sat.parallel.collectives import ToldError
-from sat.util.errors import describe
+from sat.util.log import describe
 
 
 class ConfigError(ValueError):

@@ -16,7 +16,7 @@ import scipy.stats
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sat.apps.evaluate.prompts import PromptList, plain
+from sat.apps.evaluate.pictures import PromptList, plain
 from sat.apps.preference.pairs import Pair, fingerprint, order, pairs_of
 from sat.apps.preference.server import Server, Study
 from sat.apps.preference.statistics import agreement, outcome, summary, wilson

@@ -9,13 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.diffusion.denoiser import Denoiser
-from sat.diffusion.level import CLEAN, Level
 from sat.diffusion.loss import DenoisingLoss
-from sat.diffusion.prediction import X0, Eps, Parameterisation, V
+from sat.diffusion.prediction import X0, Denoiser, Eps, Parameterisation, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import DDIM, Trajectory
-from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.diffusion.schedule import CLEAN, Discrete, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise, enlarged, relay_of, shrunk, steps_of_whole
 from tests.tolerances import EXACT, F32, F64
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.diffusion.level import CLEAN, Level
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import (
     DDIM,
@@ -24,7 +23,7 @@ from sat.diffusion.samplers import (
     SamplerError,
     Trajectory,
 )
-from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
+from sat.diffusion.schedule import CLEAN, Discrete, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
 from tests.diffusion import SHAPE, Gaussian, drawn, exploding, level, path, preserving
 from tests.tolerances import EXACT, F64

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from sat.models.cogview3_plus import CogView3Plus
-from sat.parallel.apply import apply_plan, check_plan
-from sat.parallel.fake_group import pretended
-from sat.parallel.mesh import Axis
-from sat.sharding import Column, Row, family_plan
+from sat.parallel.mesh import Axis, pretended
+from sat.parallel.tensor import apply_sharding, check_plan
+from sat.sharding import Column, Row, family_sharding
 from tests.small import plus
 
 
@@ -23,20 +22,20 @@ def test_one_of_two_ranks_holds_at_most_55_percent_of_the_network(params) -> Non
     with torch.device("meta"):
         whole, split = CogView3Plus(**params), CogView3Plus(**params)
     with pretended(tensor=2) as mesh:
-        apply_plan(split, family_plan(CogView3Plus), mesh.tensor)
+        apply_sharding(split, family_sharding(CogView3Plus), mesh.tensor)
     assert 0.5 < count(split) / count(whole) < 0.55
 
 
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
     with pytest.raises(ValueError, match=r"over 3 tensor ranks: the 4 heads .* possible are 1, 2"):
-        check_plan(plus(), family_plan(CogView3Plus), 3)
+        check_plan(plus(), family_sharding(CogView3Plus), 3)
 
 
 def test_a_pattern_without_a_layer_is_refused_but_for_gathered_layers() -> None:
     """A mixin that makes modulations in its own way may stand for adaLN."""
     model = plus()
     model.transformer.mixins["adaln"] = nn.Identity()
-    split = apply_plan(model, family_plan(CogView3Plus), Axis(2, 1))
+    split = apply_sharding(model, family_sharding(CogView3Plus), Axis(2, 1))
     assert split.transformer.blocks[0].mlp.up.weight.shape == (64, 32)
     with pytest.raises(ValueError, match=r"plan patterns match no module of CogView3Plus: blocks\.\*\.gate"):
         check_plan(model, {"blocks.*.gate": Column()}, 2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sat.sampling.sizes import SizeError, SizeRule
+from sat.sampling.prompts import SizeError, SizeRule
 
 PLUS = SizeRule()
 

@@ -11,8 +11,8 @@ from torch import nn
 from sat.mixin import replaces
 from sat.mixins.relative_bias import RelativeBias, buckets_of
 from sat.models.t5 import T5Encoder, from_huggingface
+from sat.models.t5.keys import SHARDING
 from sat.models.t5.model import EPS
-from sat.models.t5.sharding import PLAN
 from sat.sharding import Column, Row
 from sat.transformer import Context
 from tests.small import fill
@@ -142,7 +142,7 @@ def test_checkpointed_blocks_give_the_same_gradients(encoder, ids):
 
 def test_the_plan_names_every_sharded_layer_and_fits_its_direction(encoder):
     modules = dict(encoder.named_modules())
-    for pattern, style in PLAN.items():
+    for pattern, style in SHARDING.items():
         found = [name for name in modules if fnmatch(name, pattern)]
         assert found, f"{pattern} matches no module"
         for name in found:
@@ -152,8 +152,8 @@ def test_the_plan_names_every_sharded_layer_and_fits_its_direction(encoder):
             shared = 1 if isinstance(style, Row) else style.parts
             assert size // shared in ({3} if is_table else {24, 40}), "heads, heads x head_dim, mlp_dim"
     linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    assert all(any(fnmatch(name, pattern) for pattern in PLAN) for name in linears)
-    assert PLAN["transformer.blocks.*.attn.qkv"] == Column(parts=3, unit="head_dim")
+    assert all(any(fnmatch(name, pattern) for pattern in SHARDING) for name in linears)
+    assert SHARDING["transformer.blocks.*.attn.qkv"] == Column(parts=3, unit="head_dim")
 
 
 @torch.no_grad()
@@ -214,7 +214,7 @@ def test_ids_are_asked_for(encoder):
 
 def test_a_second_owner_of_the_input_is_an_error(encoder):
     from sat.mixin import HookConflictError, Mixin, resolve
-    from sat.mixins.token_embed import TokenEmbed
+    from sat.mixins.patch_embed import TokenEmbed
     from sat.transformer import TransformerHooks
 
     class Other(Mixin):

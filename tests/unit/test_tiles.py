@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.diffusion.level import Level
+from sat.diffusion.schedule import Level
 from sat.diffusion.tiles import Tiled, tile_size
 
 LEVEL = Level(1.0, 0.5, 3.0, 1.0, 0.5)

@@ -10,8 +10,7 @@ import torch
 
 from sat.parallel.launch import Runtime
 from sat.train.deepspeed import check_dtype, settings
-from sat.train.step import computing, step_generator
-from sat.train.stop import stop_signals
+from sat.train.loop import computing, step_generator, stop_signals
 from tests.training import CONFIG, changed
 
 
@@ -50,7 +49,7 @@ def test_the_first_signal_sets_the_event_and_handlers_come_back(number, capfd) -
 
 
 def test_a_later_second_signal_acts_as_before(monkeypatch, capfd) -> None:
-    monkeypatch.setattr("sat.train.stop._ECHO", -1.0)
+    monkeypatch.setattr("sat.train.loop._ECHO", -1.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with pytest.raises(KeyboardInterrupt), stop_signals() as stopping:
         signal.raise_signal(signal.SIGINT)

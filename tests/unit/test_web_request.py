@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sat.apps.web.access import Access
 from sat.apps.web.request import Limits, Pictures, Wish, WishError, settings_of
-from sat.sampling.sizes import SizeRule
+from sat.apps.web.serve import Access
+from sat.sampling.prompts import SizeRule
 from sat.util.images import write_png
 
 FIELDS = {

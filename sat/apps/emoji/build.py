@@ -11,10 +11,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sat.apps.emoji.captions import captions
-from sat.apps.emoji.concepts import Concept, read_concepts, select
+from sat.apps.emoji.concepts import (
+    HELD_OUT_STYLE,
+    LABELS,
+    STYLES,
+    Archive,
+    Concept,
+    captions,
+    fetch,
+    read_concepts,
+    select,
+)
 from sat.apps.emoji.icons import Drawings, SvgDrawings, open_drawings
-from sat.apps.emoji.packages import HELD_OUT_STYLE, LABELS, STYLES, Archive, fetch
 from sat.data.records import HELD_OUT, TABLE
 
 logger = logging.getLogger(__name__)

@@ -1,17 +1,244 @@
-"""Concepts: what an emoji shows, by its English label; which of them are used."""
+"""Concepts and captions of the emoji data set, from the packages that hold its pictures."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import random
 import re
+import shutil
+import subprocess
+import tarfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TypedDict, cast
+from types import TracebackType
+from typing import Literal, NamedTuple, TypedDict, cast
 
-from sat.apps.emoji.packages import Archive
+
+class PackageError(RuntimeError):
+    """A package could not be fetched or does not hold what is expected."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One npm package at the version the small model was trained on, with whom to credit."""
+
+    name: str
+    version: str
+    licence: str  # SPDX identifier of the drawings (or of the texts, for emojibase-data)
+    author: str
+    source: str  # address of the upstream project
+
+    @property
+    def tarball(self) -> str:
+        """File name ``npm pack`` gives the package."""
+        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+@dataclass(frozen=True)
+class Style:
+    """One drawing style: the word used in captions and the package that draws it."""
+
+    word: str
+    package: Package
+    kind: Literal["svg", "webp"] = "svg"
+
+
+LABELS = Package("emojibase-data", "17.0.0", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase")
+
+STYLES: dict[str, Style] = {
+    style.word: style
+    for style in (
+        Style(
+            "noto",
+            Package(
+                "@iconify-json/noto",
+                "1.2.9",
+                "Apache-2.0",
+                "Google Inc",
+                "https://github.com/googlefonts/noto-emoji",
+            ),
+        ),
+        Style(
+            "twemoji",
+            Package(
+                "@iconify-json/twemoji",
+                "1.2.5",
+                "CC-BY-4.0",
+                "Twitter, Inc and other contributors",
+                "https://github.com/jdecked/twemoji",
+            ),
+        ),
+        Style(
+            "flat",
+            Package(
+                "@iconify-json/fluent-emoji-flat",
+                "1.2.6",
+                "MIT",
+                "Microsoft Corporation",
+                "https://github.com/microsoft/fluentui-emoji",
+            ),
+        ),
+        Style(
+            "blob",
+            Package(
+                "@iconify-json/noto-v1",
+                "1.2.5",
+                "Apache-2.0",
+                "Google Inc",
+                "https://github.com/googlefonts/noto-emoji",
+            ),
+        ),
+        Style(
+            "emojitwo",
+            Package(
+                "@iconify-json/emojione",
+                "1.2.3",
+                "CC-BY-4.0",
+                "EmojiTwo",
+                "https://github.com/EmojiTwo/emojitwo",
+            ),
+        ),
+        Style(
+            "3d",
+            Package(
+                "@lobehub/fluent-emoji-3d",
+                "1.1.0",
+                "MIT",
+                "Microsoft Corporation (drawings), LobeHub (packaging)",
+                "https://github.com/microsoft/fluentui-emoji",
+            ),
+            "webp",
+        ),
+    )
+}
+TRAINING_STYLES = ("noto", "twemoji", "flat", "blob", "emojitwo")
+HELD_OUT_STYLE = "3d"  # of all training of the small model: it is what a LoRA learns later
+
+
+def fetch(package: Package, folder: Path) -> Path:
+    """Path of the package's tarball in ``folder``, downloaded there with ``npm pack`` if absent."""
+    path = folder / package.tarball
+    if path.exists():
+        return path
+    others = sorted(other.name for other in folder.glob(package.tarball.replace(package.version, "[0-9]*")))
+    npm = shutil.which("npm")
+    if npm is None:
+        found = f" (found another version: {', '.join(others)})" if others else ""
+        raise PackageError(
+            f"{path} is missing{found} and npm is not installed: install npm, or run "
+            f"'npm pack {package.name}@{package.version}' elsewhere and give its folder as --packages"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = f"{package.name}@{package.version}"
+    command = [npm, "pack", "--silent", spec, "--pack-destination", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not path.exists():
+        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise PackageError(f"npm pack {spec} failed with code {done.returncode}: {reason}")
+    return path
+
+
+class Archive:
+    """Read-only view of one package tarball; nothing is unpacked to disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._tar = tarfile.open(path, "r:gz")  # noqa: SIM115 (closed in __exit__)
+            self.names = frozenset(self._tar.getnames())
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise PackageError(f"{path} is not a readable npm tarball: {error}") from error
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tar.close()
+
+    def read(self, name: str) -> bytes:
+        """Content of ``package/name``."""
+        try:
+            member = self._tar.extractfile(f"package/{name}")
+        except KeyError as error:
+            raise PackageError(f"{self.path}: no file package/{name}") from error
+        if member is None:
+            raise PackageError(f"{self.path}: package/{name} is not a file")
+        return member.read()
+
+    def json(self, name: str) -> object:
+        """Parsed content of the JSON file ``package/name``."""
+        return json.loads(self.read(name))
+
+    def sha256(self) -> str:
+        """Digest of the tarball."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+# -- captions of one picture, with weights: the recipe the small model is trained on
+
+
+TAG_VARIANTS = 3  # captions with different pairs of tags
+
+
+class Caption(NamedTuple):
+    """A caption and how often it is drawn (the weights of one picture sum to 1)."""
+
+    text: str
+    weight: float
+
+
+def with_article(label: str) -> str:
+    """``label`` with "a" or "an" before it, as people type; unchanged where it is plural or has one."""
+    last = label.split(" with ")[0].split(" of ")[0].split()[-1].lower()
+    if label.startswith(("a ", "an ", "the ")) or (
+        last.endswith("s") and not last.endswith(("ss", "us", "is"))
+    ):
+        return label
+    return f"{'an' if re.match('[aeiouAEIO]', label) and not label.startswith('uni') else 'a'} {label}"
+
+
+def captions(concept: Concept, style: str) -> list[Caption]:
+    """Weighted captions of ``concept`` drawn in ``style``.
+
+    45 % "red apple, noto style"; 20 % "a noto emoji of red apple"; 15 % the label alone, half of it with an
+    article; 20 % the label, two of its tags and the style (without tags, the first form takes its place).
+    """
+    label = concept.label
+    named = f"{label}, {style} style"
+    tagged = _tagged(concept, style)
+    bare, articled = label, with_article(label)
+    weights: dict[str, float] = {}
+    article = "an" if style[0] in "aeiou" else "a"
+    for caption, weight in (
+        (named, 0.45),
+        (f"{article} {style} emoji of {label}", 0.20),
+        (bare, 0.075),
+        (articled, 0.075),
+        *((caption, 0.20 / len(tagged)) for caption in tagged),
+    ):
+        weights[caption] = weights.get(caption, 0.0) + weight
+    return [Caption(text, round(weight, 6)) for text, weight in weights.items()]
+
+
+def _tagged(concept: Concept, style: str) -> list[str]:
+    """Up to ``TAG_VARIANTS`` captions with two tags each, the same ones every time."""
+    if not concept.tags:
+        return [f"{concept.label}, {style} style"]
+    chooser = random.Random(f"{concept.code}/{style}")
+    pick = min(2, len(concept.tags))
+    drawn = (chooser.sample(concept.tags, pick) for _ in range(TAG_VARIANTS))
+    return list(dict.fromkeys(f"{concept.label}, {', '.join(tags)}, {style} style" for tags in drawn))
+
+
+# -- concepts: what an emoji shows, by its English label; which of them are used
+
 
 PEOPLE_GROUP, COMPONENT_GROUP, FLAG_GROUP = 1, 2, 9  # emojibase's meta/groups.json
 JOINER, VARIATION = "200d", "fe0f"

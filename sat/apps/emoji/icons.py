@@ -8,8 +8,7 @@ from typing import Protocol, TypedDict, cast
 
 import PIL.Image
 
-from sat.apps.emoji.concepts import Concept, code_points
-from sat.apps.emoji.packages import Archive, PackageError, Style
+from sat.apps.emoji.concepts import Archive, Concept, PackageError, Style, code_points
 
 RENDER = 128  # pixels: SVG are drawn at this size or the asked one, whichever is larger
 

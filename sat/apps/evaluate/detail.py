@@ -10,9 +10,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from sat.apps.evaluate.distances import frechet, statistics
-from sat.apps.evaluate.kernel import kernel_distance
-from sat.apps.evaluate.limit import frechet_of_many
+from sat.apps.evaluate.distances import frechet, frechet_of_many, kernel_distance, statistics
 from sat.apps.evaluate.pictures import Opened, collect, pictures_below
 from sat.data.records import HELD_OUT, TABLE, DataError
 from sat.models.vision.classifier import Classifier, embed

@@ -19,10 +19,10 @@ from sat.apps.evaluate.distances import (
     Extractor,
     features_of,
     frechet,
+    kernel_distance,
     precision_recall,
     statistics,
 )
-from sat.apps.evaluate.kernel import kernel_distance
 from sat.apps.evaluate.pictures import Opened, Picture, pictures_below
 from sat.apps.evaluate.retrieval import ENOUGH, prepared, score, wanted
 from sat.checkpoint.files import open_file

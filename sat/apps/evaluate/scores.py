@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sat.apps.evaluate.metrics import KINDS, Score, Setting
-from sat.apps.evaluate.pictures import Picture, drawn
-from sat.apps.evaluate.prompts import PromptList
+from sat.apps.evaluate.pictures import Picture, PromptList, drawn
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from sat.apps.evaluate.pictures import PICTURES, Picture, found
-from sat.apps.evaluate.prompts import PromptList
+from sat.apps.evaluate.pictures import PICTURES, Picture, PromptList, found
 from sat.data.records import DataError
 from sat.sampling.output import numbered
 from sat.sampling.prompts import Prompt

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sat.apps.web.job_queue import FullError, Job, Line
 from sat.apps.web.request import Wish, WishError
 from sat.apps.web.service import Studio
-from sat.util.errors import describe
+from sat.util.log import describe
 
 log = logging.getLogger(__name__)
 

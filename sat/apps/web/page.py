@@ -20,7 +20,7 @@ from sat.apps.web.api import Links
 from sat.apps.web.job_queue import FullError, Job, Line
 from sat.apps.web.request import Wish, WishError, settings_of
 from sat.apps.web.service import Studio, fitted
-from sat.util.errors import describe
+from sat.util.log import describe
 
 log = logging.getLogger(__name__)
 

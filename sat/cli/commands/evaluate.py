@@ -9,8 +9,7 @@ import os
 from pathlib import Path
 
 from sat.apps.evaluate.metrics import KINDS, Setting, lacking
-from sat.apps.evaluate.pictures import PICTURES
-from sat.apps.evaluate.prompts import PromptList, plain, read_list
+from sat.apps.evaluate.pictures import PICTURES, PromptList, plain, read_list
 from sat.apps.evaluate.report import html
 from sat.apps.evaluate.scores import Results, as_dict, open_folders, table, take
 from sat.cli import sample

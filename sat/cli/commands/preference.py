@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from sat.apps.evaluate.prompts import read_list
+from sat.apps.evaluate.pictures import read_list
 from sat.apps.preference.pairs import QUESTIONS, fingerprint, pairs_of
 from sat.apps.preference.server import Server, Study
 from sat.apps.preference.statistics import summary

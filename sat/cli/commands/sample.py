@@ -15,9 +15,8 @@ from sat.cli.commands.stages import Place, finish, inputs_of, places
 from sat.cli.main_guard import Stopped, UsageError
 from sat.cli.prompt_rewriting import one_by_one, optimizer, rewrite_all
 from sat.config.cascade import Cascade, load_cascade
-from sat.config.label import label, weight_digests
 from sat.config.load import dump
-from sat.config.record import amend, record
+from sat.config.record import amend, label, record, weight_digests
 from sat.config.schema import Experiment
 from sat.config.yaml_source import ConfigError
 from sat.estimate.budget import within
@@ -25,14 +24,13 @@ from sat.parallel.collectives import LostRankError, by_first, explain
 from sat.parallel.heartbeat import Watch
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import Mesh
-from sat.sampling.generator import Drawer, Look
-from sat.sampling.latents import checked_latents, read_latents
+from sat.sampling.generator import Drawer, Look, Noise, Run
+from sat.sampling.inputs import checked_latents, read_latents
 from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.pipeline import asked_again, budgeted, input_folder, open_drawer
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, parse_share, read_prompt_file, share
-from sat.sampling.run import Noise, Run
 from sat.util import log as logs
-from sat.util.errors import describe
+from sat.util.log import describe
 
 log = logging.getLogger(__name__)
 

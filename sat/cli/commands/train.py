@@ -35,17 +35,16 @@ from sat.parallel.sequence import apply_sequence
 from sat.sampling.pipeline import DTYPES, input_folder
 from sat.train import optim
 from sat.train.caches import Caches
+from sat.train.checkpoints import exporter
 from sat.train.data import DataSets, bucket_rule, in_memory, open_data
 from sat.train.deepspeed import TrainEngine, check_dtype
-from sat.train.export import exporter
 from sat.train.flops import token_counter
 from sat.train.log import Record
-from sat.train.loop import Extras, Trainer
+from sat.train.loop import Extras, Trainer, computing
 from sat.train.lora import add_lora, pack_frozen, unpacked
 from sat.train.objectives import Objective
 from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder, Saved
-from sat.train.step import computing
 from sat.util import log as logs
 
 log = logging.getLogger(__name__)

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sat.apps.prompts.optimizer import Cache, Endpoint, PromptOptimizer
-from sat.apps.web.access import Access
 from sat.apps.web.job_queue import Line
 from sat.apps.web.request import Limits
-from sat.apps.web.serve import application, bind, run, share
+from sat.apps.web.serve import Access, application, bind, run, share
 from sat.apps.web.service import Studio
 from sat.config.cascade import load_cascade
 from sat.config.load import dump

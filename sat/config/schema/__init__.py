@@ -5,15 +5,39 @@ field says otherwise. Rules about several fields of a section are its ``_rules``
 in ``between.py``.
 """
 
-from sat.config.schema.adapters import AdaptersConfig, LoadConfig, LoraConfig
-from sat.config.schema.base import Broken, Component, Makes, MustExist, Precision, RuleError, Section, plain
-from sat.config.schema.data import AugmentConfig, BucketsConfig, DataConfig, SourceConfig
-from sat.config.schema.experiment import Experiment
-from sat.config.schema.memory import MemoryConfig, QuantizeConfig
-from sat.config.schema.model import WEIGHTS, CheckpointConfig, ConditioningConfig, DiffusionConfig
-from sat.config.schema.run import OutputConfig, ParallelConfig
+from sat.config.schema.base import (
+    WEIGHTS,
+    Broken,
+    CheckpointConfig,
+    Component,
+    ConditioningConfig,
+    DiffusionConfig,
+    Makes,
+    MustExist,
+    OutputConfig,
+    ParallelConfig,
+    Precision,
+    RuleError,
+    Section,
+    plain,
+)
+from sat.config.schema.experiment import (
+    AdaptersConfig,
+    Experiment,
+    LoadConfig,
+    LoraConfig,
+    MemoryConfig,
+    QuantizeConfig,
+)
 from sat.config.schema.sampling import SamplingConfig
-from sat.config.schema.train import OffloadConfig, TrainConfig
+from sat.config.schema.train import (
+    AugmentConfig,
+    BucketsConfig,
+    DataConfig,
+    OffloadConfig,
+    SourceConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "Precision",

@@ -1,11 +1,15 @@
-"""What sections of a config are made of: components, paths, and rules that are checked when one is built."""
+"""Sections and components of a config, and the sections of the model and the run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from sat.parallel.launch import DeviceKind
+
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Broken = Iterator[tuple[str, str]]
@@ -78,3 +82,107 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+# -- where a run writes, and how its ranks are laid out
+
+
+@dataclass(frozen=True)
+class OutputConfig(Section):
+    """Where results go, null is the command's folder; ``resume`` skips prompts whose files are all there."""
+
+    section = "output"
+    dir: Path | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """Device and rank layout; ``timeout`` in seconds ends a run whose other ranks are silent.
+
+    ``tensor`` x ``sequence`` x ``guidance`` ranks work on the same pictures, sharing weights, tokens and the
+    two halves of guidance; what is left of the world shares out the pictures (docs/parallel.md).
+    """
+
+    section = "parallel"
+    device: DeviceKind = "auto"
+    tensor: int = 1
+    sequence: int = 1
+    guidance: int = 1
+    timeout: float = 600.0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Ranks of each kind that work on the same pictures."""
+        return {"tensor": self.tensor, "sequence": self.sequence, "guidance": self.guidance}
+
+    def _rules(self) -> Broken:
+        yield from self._at_least_1("tensor", "sequence")
+        if self.guidance not in (1, 2):
+            yield "guidance", f"expected 1 or 2 (guidance has two halves), got {self.guidance}"
+        if not self.timeout > 0:
+            yield "timeout", f"expected more than 0 seconds, got {self.timeout}"
+
+
+# -- the model: how it is noised, what it is conditioned on, where its weights are read
+
+
+WEIGHTS = "see docs/checkpoints.md for where weights come from, or name another folder"
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Section):
+    """How images are noised, what the network predicts, and how training is scored."""
+
+    section = "diffusion"
+    schedule: Annotated[Component, Makes("sat.diffusion.schedule.Schedule")]
+    parameterisation: Annotated[Component, Makes("sat.diffusion.prediction.Parameterisation")]
+    process: Annotated[Component, Makes("sat.diffusion.process.Process")] = Component(
+        "sat.diffusion.process.Process"
+    )
+    loss: Annotated[Component, Makes("sat.diffusion.loss.DenoisingLoss")] | None = None
+
+
+@dataclass(frozen=True)
+class ConditioningConfig(Section):
+    """Text encoder, size embedding and tokenizer. ``max_length`` is in tokens, the end mark included."""
+
+    section = "conditioning"
+    text: Annotated[Component, Makes("sat.models.t5.T5Encoder")]
+    size: Annotated[Component, Makes("sat.conditioning.condition.SizeConditioner")]
+    max_length: int = 224
+    tokenizer: Annotated[
+        Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")
+    ] = None
+
+    def _rules(self) -> Broken:
+        if self.max_length < 1:
+            yield "max_length", f"expected at least 1 token, got {self.max_length}"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """Where weights are read: ``path`` has every part, the other three name one part each and win over it.
+
+    ``random`` is a seed: parts that no path covers are drawn at random from it. Without it they are an error.
+    ``allow_missing`` are shell patterns over our tensor names, ``allow_unexpected`` over those in the file.
+    """
+
+    section = "checkpoint"
+    path: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    model: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    first_stage: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    text: Annotated[Path | None, MustExist(WEIGHTS)] = None
+    random: int | None = None
+    allow_missing: list[str] = field(default_factory=list)
+    allow_unexpected: list[str] = field(default_factory=list)
+    allow_pickle: bool = False
+
+    def source(self, part: Literal["model", "first_stage", "text"]) -> Path | None:
+        """The file or folder that ``part`` is read from, or None when no path names one."""
+        own: Path | None = getattr(self, part)
+        return own if own is not None else self.path
+
+    def _rules(self) -> Broken:
+        if self.random is not None and self.random < 0:
+            yield "random", f"expected a seed of at least 0, got {self.random}"

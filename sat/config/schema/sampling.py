@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from sat.config.schema.base import Broken, Component, Makes, MustExist, Precision, Section
-from sat.sampling.prompts import PromptError, parse_share
-from sat.sampling.sizes import SizeError, SizeRule
+from sat.sampling.prompts import PromptError, SizeError, SizeRule, parse_share
 
 if TYPE_CHECKING:
     from sat.kernels.attention import Backend

@@ -7,6 +7,7 @@ Sources: official ``sat/dit.py``; diffusers ``scripts/convert_cogview3_to_diffus
 from __future__ import annotations
 
 from sat.keys import Computed, Fuse, Rename, Rules, SwapHalves
+from sat.sharding import Column, Sharding, Row
 
 _OURS = "transformer.blocks.{}."
 _MIXINS = "transformer.mixins."
@@ -53,3 +54,15 @@ DIFFUSERS: Rules = [
     SwapHalves("norm_out.linear.*", _MIXINS + "final_layer.adaln.1.*"),
     Rename("proj_out.*", _MIXINS + "final_layer.linear.*"),
 ]
+
+
+# -- how CogView3-Plus may be split over tensor ranks
+
+
+SHARDING: Sharding = {
+    "transformer.blocks.*.attn.qkv": Column(parts=3, unit="head_dim"),
+    "transformer.blocks.*.attn.proj": Row(unit="head_dim"),
+    "transformer.blocks.*.mlp.up": Column(),
+    "transformer.blocks.*.mlp.down": Row(),
+    "transformer.mixins.adaln.layers.*.1": Column(gather=True),
+}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
-from sat.diffusion.level import Scalar
+from sat.diffusion.schedule import Scalar
 from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
 from sat.mixin import Mixin
 from sat.mixins.adaln import AdaLN

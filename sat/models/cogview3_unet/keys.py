@@ -8,6 +8,7 @@ official ``input_blocks``, ``middle_block`` and ``output_blocks``. Source: offic
 from __future__ import annotations
 
 from sat.keys import Fuse, Rename, Rule, Rules, Split
+from sat.sharding import Column, Sharding, Row
 
 
 def _layers(theirs: str, ours: str) -> list[Rule]:
@@ -52,3 +53,18 @@ SAT: Rules = [
     Rename("out.0.*", "head.0.*"),
     Rename("out.2.*", "head.2.*"),
 ]
+
+
+# -- how the UNet may be split over tensor ranks: its transformers are; its convolutions stay whole
+
+
+SHARDING: Sharding = {
+    "*.blocks.*.attn.qkv": Column(parts=3, unit="head_dim"),
+    "*.blocks.*.attn.proj": Row(unit="head_dim"),
+    "*.mixins.cross.layers.*.q": Column(unit="head_dim"),
+    "*.mixins.cross.layers.*.kv": Column(parts=2, unit="head_dim"),
+    "*.mixins.cross.layers.*.proj": Row(unit="head_dim"),
+    "*.blocks.*.mlp.gate": Column(),
+    "*.blocks.*.mlp.up": Column(),
+    "*.blocks.*.mlp.down": Row(),
+}

@@ -7,6 +7,7 @@ The same names stand in an official engine file, behind ``conditioner.embedders.
 from __future__ import annotations
 
 from sat.keys import Drop, Fuse, Rename, Rules, Tie
+from sat.sharding import Column, Sharding, Row
 
 _BLOCK = "encoder.block.{}.layer"
 
@@ -32,3 +33,18 @@ HF: Rules = (
 )
 SAT: Rules = HF
 DIFFUSERS: Rules = HF
+
+
+# -- how a T5 encoder may be split over tensor-parallel ranks
+
+
+SHARDING: Sharding = {
+    "transformer.blocks.*.attn.qkv": Column(parts=3, unit="head_dim"),
+    "transformer.blocks.*.attn.proj": Row(unit="head_dim"),
+    "transformer.blocks.*.mlp.gate": Column(),
+    "transformer.blocks.*.mlp.up": Column(),
+    "transformer.blocks.*.mlp.down": Row(),
+    # An embedding (buckets, heads): a rank holds the columns of its heads.
+    "transformer.mixins.relative_bias.table": Column(),
+}
+"""Heads and hidden units are shared out; the token table (263 MB in bfloat16 for XXL) stays whole."""

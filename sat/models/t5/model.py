@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sat.mixins.final_norm import FinalNorm
+from sat.mixins.heads import FinalNorm
+from sat.mixins.patch_embed import TokenEmbed
 from sat.mixins.relative_bias import RelativeBias
-from sat.mixins.token_embed import TokenEmbed
 from sat.transformer import BlockSpec, Context, Transformer
 from sat.transformer.block import Block
 

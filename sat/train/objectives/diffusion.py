@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
-from sat.conditioning.size import Sizes
+from sat.conditioning.condition import Condition, Sizes
 from sat.data.batch import Batch
 from sat.engine import DiffusionEngine
-from sat.first_stage.posterior import Posterior
+from sat.first_stage.model import Posterior
 from sat.mixins.relay import enlarged, relay_of, shrunk
 from sat.train.objectives.base import Degradation, Objective
 

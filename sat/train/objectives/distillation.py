@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.data.batch import Batch
-from sat.diffusion.denoiser import Denoiser, Network
 from sat.diffusion.distillation import SMALLEST_GAIN, LevelTable, step_gain, student_target
-from sat.diffusion.level import Level
-from sat.diffusion.loss import DenoisingLoss
+from sat.diffusion.loss import DenoisingLoss, TruncatedSNR, Weighting
+from sat.diffusion.prediction import Denoiser, Network
 from sat.diffusion.process import ProcessContext
-from sat.diffusion.weighting import TruncatedSNR, Weighting
+from sat.diffusion.schedule import Level
 from sat.engine import DiffusionEngine
 from sat.train.objectives.base import Round
 from sat.train.objectives.diffusion import DiffusionObjective

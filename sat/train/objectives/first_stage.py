@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.data.batch import Batch
-from sat.first_stage.model import AutoencoderKL
-from sat.first_stage.posterior import Posterior, normal_like
+from sat.first_stage.model import AutoencoderKL, Posterior, normal_like
 from sat.train.objectives.base import Objective
 
 
