@@ -1,7 +1,7 @@
 """How the layers of a model may be split over tensor-parallel ranks, as data.
 
-A model declares a :data:`Sharding`; nothing here knows about process groups, and no model imports them. What a
-rank holds of one tensor is a :class:`Shard`; a layer that is split says so by :class:`Splits`.
+A model declares a :data:`Sharding`; nothing here knows about process groups, and no model imports them. What
+a rank holds of one tensor is a :class:`Shard`; a layer that is split says so by :class:`Splits`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def style_of(plan: Sharding, name: str) -> Column | Row | None:
 
 
 def family_sharding(kind: type[nn.Module]) -> Sharding:
-    """Sharding of a model class: ``SHARDING`` in ``keys.py`` beside its module; it says also what is fused."""
+    """Sharding of a model class: ``SHARDING`` in ``keys.py`` beside its module, with what is fused."""
     package = kind.__module__.rpartition(".")[0]
     if not package or find_spec(f"{package}.keys") is None:
         return {}

@@ -18,7 +18,7 @@ from torch import Tensor
 from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo
 from sat.checkpoint.rules import Source, read_map, write_map
 from sat.keys import Fuse, Rules, Split, SwapHalves
-from sat.sharding import Cut, Sharding, Row, named_cuts
+from sat.sharding import Cut, Row, Sharding, named_cuts
 
 
 class RankFiles(LazyStateDict):

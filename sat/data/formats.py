@@ -195,8 +195,8 @@ def read_parquet(path: Path) -> Iterator[Record | Bad]:
 # -- WebDataset shards: tar files whose members with one key (``0001.jpg``, ``0001.txt``) are one sample
 #
 # Read with the standard library: a shard's headers are gone through once, after which every picture can be
-# read by itself from where it lies. The webdataset library only streams shards, in an order that cannot be resumed
-# exactly or kept for other numbers of ranks.
+# read by itself from where it lies. The webdataset library only streams shards, in an order that cannot be
+# resumed exactly or kept for other numbers of ranks.
 
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key, extension: webdataset's rule

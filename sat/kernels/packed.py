@@ -104,7 +104,8 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None, after: str = "none",
 #
 # Nothing but the product with the input and, backwards, with the transposed weight is ever asked of a frozen
 # weight: both are kept in oneDNN's order, in place of the original. Low-rank factors join the same pass:
-# their change is added to the output where it lies, and those of a fused layer share one product with the input.
+# their change is added to the output where it lies, and those of a fused layer share one product with the
+# input.
 
 
 class FrozenLinear(PackedLinear):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sat.kernels.packed import PackedLinear
 from sat.parallel.mesh import Axis
-from sat.sharding import Column, Cut, Sharding, Row, Shard, cuts, style_of
+from sat.sharding import Column, Cut, Row, Shard, Sharding, cuts, style_of
 
 
 def shard_on(tensor: Axis, cut: Cut) -> Shard:

@@ -31,8 +31,8 @@ class LoraConfig(Section):
 
     ``alpha`` is for layers of ``rank`` (null: equal to it, so that the factors count as they are); layers
     that ``ranks`` gives another rank keep the ratio. ``targets`` are groups of layers
-    (``sat/adapters/targets.py``) or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter to
-    go on from.
+    (``sat/adapters/targets.py``) or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter
+    to go on from.
     """
 
     section = "adapters.lora"

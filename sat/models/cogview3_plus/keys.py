@@ -7,7 +7,7 @@ Sources: official ``sat/dit.py``; diffusers ``scripts/convert_cogview3_to_diffus
 from __future__ import annotations
 
 from sat.keys import Computed, Fuse, Rename, Rules, SwapHalves
-from sat.sharding import Column, Sharding, Row
+from sat.sharding import Column, Row, Sharding
 
 _OURS = "transformer.blocks.{}."
 _MIXINS = "transformer.mixins."

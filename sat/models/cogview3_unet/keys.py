@@ -8,7 +8,7 @@ official ``input_blocks``, ``middle_block`` and ``output_blocks``. Source: offic
 from __future__ import annotations
 
 from sat.keys import Fuse, Rename, Rule, Rules, Split
-from sat.sharding import Column, Sharding, Row
+from sat.sharding import Column, Row, Sharding
 
 
 def _layers(theirs: str, ours: str) -> list[Rule]:

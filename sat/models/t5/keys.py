@@ -7,7 +7,7 @@ The same names stand in an official engine file, behind ``conditioner.embedders.
 from __future__ import annotations
 
 from sat.keys import Drop, Fuse, Rename, Rules, Tie
-from sat.sharding import Column, Sharding, Row
+from sat.sharding import Column, Row, Sharding
 
 _BLOCK = "encoder.block.{}.layer"
 
