@@ -4,8 +4,6 @@ from __future__ import annotations
 
 MODULES: dict[str, str] = {
     "sat.adapters.convert": "sat.adapters.write",
-    "sat.adapters.groups": "sat.adapters.targets",
-    "sat.adapters.select": "sat.adapters.targets",
     "sat.checkpoint.fit": "sat.checkpoint.rules",
     "sat.checkpoint.whole": "sat.checkpoint.files",
     "sat.cli.cache_work": "sat.cli.commands.prepare",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sat.adapters.factors import LayerFactors, LinearLike, Pair, fresh, row_norms, with_magnitude
 from sat.adapters.files import About, Adapter
 from sat.adapters.lora import attach
-from sat.adapters.targets import choose
+from sat.adapters.select import choose
 from sat.conditioning.condition import Condition
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
 from sat.adapters.lora import check
 from sat.adapters.names import Flat, Layout, layouts, to_ours
-from sat.adapters.targets import Parts
+from sat.adapters.select import Parts
 from sat.checkpoint.format import CheckpointError, listing
 from sat.checkpoint.safetensors_file import SafetensorsFile
 

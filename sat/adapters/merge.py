@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sat.adapters.factors import LayerFactors, weight_change
 from sat.adapters.files import Adapter, read
 from sat.adapters.lora import attach, merge, names
-from sat.adapters.targets import Parts
+from sat.adapters.select import Parts
 from sat.checkpoint.format import LazyStateDict, Part, TensorInfo
 
 ADAPTABLE: tuple[Part, ...] = ("model", "text")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
-from sat.adapters.targets import linears
+from sat.adapters.select import linears
 from sat.checkpoint.rules import Source, family_rules, write_map
 from sat.keys import Rules, Split, SwapHalves
 

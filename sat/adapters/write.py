@@ -25,7 +25,7 @@ from sat.adapters.files import (
     read,
 )
 from sat.adapters.names import Flat, layouts, to_theirs
-from sat.adapters.targets import Parts
+from sat.adapters.select import Parts
 from sat.checkpoint.files import whole_folder
 from sat.checkpoint.format import TensorInfo
 from sat.checkpoint.formats.diffusers import PLUS

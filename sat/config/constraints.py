@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from sat.adapters import targets as groups
+from sat.adapters import groups
 from sat.config.schema import BucketsConfig, Component, Experiment
 from sat.config.targets import resolve, signature
 from sat.config.yaml_source import Key, Marks, Problem, dotted, where

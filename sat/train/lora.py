@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sat.adapters.factors import AdapterError, LayerFactors, LinearLike, fresh, with_magnitude
 from sat.adapters.files import NATIVE_FILE, About, read
 from sat.adapters.lora import Adapted, attach, base_norms, extract
-from sat.adapters.targets import choose
+from sat.adapters.select import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.kernels.packed import FrozenLinear, freezable

@@ -19,7 +19,7 @@ from sat.adapters.files import NATIVE_FILE, is_adapter, locate, read
 from sat.adapters.lora import attach, detach, merge
 from sat.adapters.merge import Loading, load_adapters
 from sat.adapters.names import layouts, to_ours, to_theirs
-from sat.adapters.targets import choose
+from sat.adapters.select import choose
 from sat.adapters.write import LAYOUTS, write
 from sat.checkpoint import load, open_part, save_native
 from sat.checkpoint.format import ENGINE_PREFIXES

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from sat.adapters import targets as groups
+from sat.adapters import groups
 from sat.config.schema.base import (
     Broken,
     CheckpointConfig,
@@ -31,7 +31,7 @@ class LoraConfig(Section):
 
     ``alpha`` is for layers of ``rank`` (null: equal to it, so that the factors count as they are); layers
     that ``ranks`` gives another rank keep the ratio. ``targets`` are groups of layers
-    (``sat/adapters/targets.py``) or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter
+    (``sat/adapters/groups.py``) or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter
     to go on from.
     """
 
@@ -99,7 +99,7 @@ class AdaptersConfig(Section):
 class QuantizeConfig(Section):
     """Linears kept as int8 or int4, made whole for each product: ``network`` and ``text_encoder`` by kind.
 
-    ``layers`` are groups of layers (``sat/adapters/targets.py``) or shell patterns over ``model.…`` and
+    ``layers`` are groups of layers (``sat/adapters/groups.py``) or shell patterns over ``model.…`` and
     ``text.…``; other layers, embeddings and norms stay as they are. ``group`` inputs share a scale (null: a
     whole row in int8, 32 in int4).
     """
