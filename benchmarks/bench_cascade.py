@@ -175,7 +175,7 @@ class Judge:
         """Fill in the scores of a row; its first picture of every prompt."""
         for pipeline in (drawn.base, drawn.relay):
             if pipeline is not None:
-                pipeline.drawer.at_once = 16
+                pipeline.generator.at_once = 16
         base, count = drawn.row.base, self.per_prompt
         if base not in self._small:
             self._small[base] = [drawn.small([prompt], count) for prompt in self.prompts]
@@ -207,7 +207,7 @@ def enlarge(drawn: Sequence[Drawn]) -> list[Enlarged]:
     """The second table: bicubic interpolation and every second stage, over real pictures."""
     classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
     sets = [_pairs(REAL / "metadata.jsonl", 6), _pairs(REAL / "heldout.jsonl", 1)]
-    first_stage = drawn[0].base.drawer.engine.first_stage
+    first_stage = drawn[0].base.generator.engine.first_stage
     lows = [_as_drawn(first_stage, [picture for _, picture in pairs]) for pairs in sets]
     bicubic = [[low.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for low in some] for some in lows]
     made = {"bicubic": bicubic}

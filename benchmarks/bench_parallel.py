@@ -95,8 +95,8 @@ def work(args: argparse.Namespace) -> None:
     from sat.config.load import load
     from sat.parallel.launch import launch
     from sat.parallel.mesh import Mesh
-    from sat.sampling.generator import Look
-    from sat.sampling.pipeline import open_drawer
+    from sat.sampling.generator import SamplingParams
+    from sat.sampling.pipeline import open_generator
     from sat.util.rng import ImageRng
 
     layout = json.loads(args.layout)
@@ -108,14 +108,14 @@ def work(args: argparse.Namespace) -> None:
     sizes = {axis: layout[axis] for axis in AXES if axis != "data"}
     experiment = load([CONFIG], overrides(args, sizes))
     mesh = Mesh(runtime, **sizes)
-    drawer, guider = open_drawer(experiment, runtime.device, mesh)
+    generator, guider = open_generator(experiment, runtime.device, mesh)
     side = experiment.sampling.height
-    look = Look(side, side, args.steps, guider)
-    (encoded,) = drawer.encode(["a red apple on a table"])
-    shape = drawer.engine.latent_shape(side, side)
+    params = SamplingParams(side, side, args.steps, guider)
+    (encoded,) = generator.encode(["a red apple on a table"])
+    shape = generator.engine.latent_shape(side, side)
 
     def draw(callback: Any = None) -> None:
-        drawer.latents(encoded, ImageRng.of(mesh.data_rank, [0], shape), look, callback)
+        generator.latents(encoded, ImageRng.of(mesh.data_rank, [0], shape), params, callback)
 
     draw()
     runtime.synchronize()
@@ -132,7 +132,7 @@ def work(args: argparse.Namespace) -> None:
     found = {
         "steps": steps,
         "sent": traffic.sent / args.steps / 1e6,
-        "weights": weights(drawer.engine.network) / 1e6,
+        "weights": weights(generator.engine.network) / 1e6,
         "peak": 1e3 * (runtime.peak_memory() - before),
     }
     Path(args.worker, f"{runtime.rank}.json").write_text(json.dumps(found))

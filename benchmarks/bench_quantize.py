@@ -63,7 +63,7 @@ def cases(pipe: Pipeline) -> list[tuple[str, Overrides]]:
     for kind in ("int8", "int4"):
         for parts in (("network",), ("text_encoder",), ("network", "text_encoder")):
             found.append((f"{kind} {' and '.join(parts)}", [(f"memory.quantize.{p}", kind) for p in parts]))
-    if isinstance(getattr(pipe.drawer.engine.network, "transformer", None), Transformer):
+    if isinstance(getattr(pipe.generator.engine.network, "transformer", None), Transformer):
         target = "sat.diffusion.step_cache.FirstBlock"
         for threshold in THRESHOLDS:
             node = {"target": target, "params": {"threshold": threshold}}
@@ -86,7 +86,7 @@ def draw(pipe: Pipeline, prompt: str, steps: int) -> tuple[Output, float]:
 
 def megabytes(pipe: Pipeline) -> float:
     """Of the weights of network and text encoder."""
-    engine = pipe.drawer.engine
+    engine = pipe.generator.engine
     held = tensors([engine.network, engine.conditioner.text])
     return sum(t.numel() * t.element_size() for t in held) / 1e6
 
@@ -114,7 +114,7 @@ def compare(name: str, pipe: Pipeline, plain: Pipeline, prompts: Sequence[str], 
     error = float((latents - wanted).square().mean().sqrt() / wanted.std())
     images = [image for output in outputs for image in output.images]
     moved = distance(judge, images, [image for output in references for image in output.images])
-    count = pipe.drawer.count
+    count = pipe.generator.count
     share = count.computed / count.looks if count.looks else None
     top1 = score(images, prompts, judge).top1
     return Result(name, error, moved, top1, megabytes(pipe), statistics.median(ratios), share)

@@ -52,7 +52,7 @@ class Result:
 
 def draw(pipe: Pipeline, sampler: Sampler, steps: int, prompts: Sequence[str]) -> tuple[Output, float]:
     """Pictures of all prompts and the median seconds of one."""
-    pipe.drawer.sampler = sampler
+    pipe.generator.sampler = sampler
     outputs, seconds = [], []
     for prompt in prompts:
         began = time.perf_counter()

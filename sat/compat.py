@@ -128,7 +128,14 @@ MODULES: dict[str, str] = {
 }
 """Old module -> its module now."""
 
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "sat.pipeline.asked_again": "sat.sampling.pipeline.keep_text_encoder",
+    "sat.pipeline.open_drawer": "sat.sampling.pipeline.open_generator",
+    "sat.sampling.draw.Drawer": "sat.sampling.generator.Generator",
+    "sat.sampling.draw.Encoded": "sat.sampling.generator.EncodedPrompt",
+    "sat.sampling.draw.Look": "sat.sampling.generator.SamplingParams",
+    "sat.sampling.run.Noise": "sat.sampling.generator.InitialNoise",
+}
 """Old ``module.name`` -> ``module.name`` now, for names that changed themselves (not only their module)."""
 
 KEYS: dict[str, str] = {}

@@ -132,27 +132,31 @@ def _inspect(args: argparse.Namespace) -> int:
     from sat.data.records import Record
     from sat.data.survey import bucket_table, duplicates, sheet, survey
 
-    asked = _asked(args)
-    too_long = None if asked.tokenizer is None else _over_limit(asked.tokenizer, asked.max_length)
-    if args.base and asked.tokenizer is None:
+    requested = _requested(args)
+    too_long = None if requested.tokenizer is None else _over_limit(requested.tokenizer, requested.max_length)
+    if args.base and requested.tokenizer is None:
         print("captions over the token limit are not counted: no spiece.model is at hand (--tokenizer)")
     surveys = []
-    for source in asked.sources:
+    for source in requested.sources:
         surveys.append(survey(source, too_long))
-        print("\n".join(surveys[-1].lines(asked.height, asked.width)))
+        print("\n".join(surveys[-1].lines(requested.height, requested.width)))
     print("\n".join(duplicates(surveys) or ["no duplicates"]))
-    if asked.rule is not None:
+    if requested.rule is not None:
         sizes = [picture.size for one in surveys for picture in one.pictures]
-        print("\n".join(bucket_table(Buckets.of(sizes, asked.rule), asked.batch)) if sizes else "no buckets")
+        print(
+            "\n".join(bucket_table(Buckets.of(sizes, requested.rule), requested.batch))
+            if sizes
+            else "no buckets"
+        )
     shown: list[Record] = [record for one in surveys for record in one.readable][: args.sheet_limit]
     if args.sheet is not None and shown:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet(shown, min(16, len(shown)), asked.height or 64, asked.width or 64).save(args.sheet)
+        sheet(shown, min(16, len(shown)), requested.height or 64, requested.width or 64).save(args.sheet)
         print(f"{args.sheet}: {len(shown)} pictures")
     return 1 if any(one.bad for one in surveys) else 0
 
 
-class _Asked(NamedTuple):
+class _Requested(NamedTuple):
     """What ``inspect`` looks at: the options, and what a config says where they are silent."""
 
     sources: list[Path]
@@ -164,7 +168,7 @@ class _Asked(NamedTuple):
     max_length: int
 
 
-def _asked(args: argparse.Namespace) -> _Asked:
+def _requested(args: argparse.Namespace) -> _Requested:
     from sat.data.buckets import BucketRule
 
     height = args.height if args.height is not None else args.width
@@ -173,7 +177,9 @@ def _asked(args: argparse.Namespace) -> _Asked:
         rule = None if args.area is None else BucketRule(tuple(args.area), args.step, args.max_ratio)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    given = _Asked(args.sources, height, width, rule, args.batch or 1, args.tokenizer, args.max_length or 224)
+    given = _Requested(
+        args.sources, height, width, rule, args.batch or 1, args.tokenizer, args.max_length or 224
+    )
     if not args.base:
         if not args.sources:
             raise UsageError("nothing to look at: name folders, tables or shards, or --base with a config")
@@ -185,7 +191,7 @@ def _asked(args: argparse.Namespace) -> _Asked:
     data, train = experiment.data, experiment.train
     if data is None:
         raise UsageError("the config of --base has no `data` section")
-    return _Asked(
+    return _Requested(
         args.sources or [source.path for source in (*data.sources, *data.validation)],
         height or data.height,
         width or data.width,

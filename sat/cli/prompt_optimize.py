@@ -91,8 +91,8 @@ def work(args: argparse.Namespace) -> int:
     cache = None if args.no_cache else Cache.of_user()
     optimizer = PromptOptimizer(endpoint, tokenizer(args.base, args.overrides), cache)
     if args.dry_run:
-        asked = [{"model": endpoint.model, "messages": optimizer.messages(prompt)} for prompt in prompts]
-        print(json.dumps(asked if len(asked) > 1 else asked[0], indent=2, ensure_ascii=False))
+        requests = [{"model": endpoint.model, "messages": optimizer.messages(prompt)} for prompt in prompts]
+        print(json.dumps(requests if len(requests) > 1 else requests[0], indent=2, ensure_ascii=False))
         return 0
     answers = optimizer.all(prompts)
     failed = [answer for answer in answers if isinstance(answer, OptimizerError)]

@@ -61,7 +61,7 @@ def with_strength(guider: Guider, scale: float | None) -> Guider:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """The encoder's output for one prompt, on the CPU; ``negative`` None stands for zeros."""
 
     text: Tensor  # (1, T, C_text)
@@ -71,7 +71,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Look:
+class SamplingParams:
     """What is the same for every picture of a call. Pixels for ``height`` and ``width``.
 
     ``tile``: the side, in latent cells, of the squares that a larger picture is denoised by; None is whole.
@@ -84,7 +84,7 @@ class Look:
     tile: int | None = None
 
 
-class Drawer:
+class Generator:
     """An engine with its sampler: encodes prompts, turns noise into latents, latents into pictures.
 
     ``at_once`` images go through the network together. With 1 a picture is bitwise the same however many are
@@ -120,19 +120,21 @@ class Drawer:
         self._negative: tuple[str, Tensor, Tensor | None] | None = None  # the last one and its encoding
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], negative: str = "") -> list[Encoded]:
+    def encode(self, texts: Sequence[str], negative: str = "") -> list[EncodedPrompt]:
         """Encoder outputs of ``texts``, each encoded alone; afterwards the encoder goes if memory asks.
 
         An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
         """
         self.stages.enter("text")
         against, against_mask = self._against(negative)
-        encoded = [Encoded(*self._encode(text), against, against_mask) for text in texts]
+        encoded = [EncodedPrompt(*self._encode(text), against, against_mask) for text in texts]
         if self.text_memory == "free":
             self.engine.conditioner.free_text_encoder()
         return encoded
 
-    def condition(self, encoded: Encoded, height: int, width: int, batch: int) -> tuple[Condition, Condition]:
+    def condition(
+        self, encoded: EncodedPrompt, height: int, width: int, batch: int
+    ) -> tuple[Condition, Condition]:
         """Conditional and unconditional input of ``batch`` images of a prompt; both have the size vector."""
         sizes = Sizes.uncropped(height, width, batch)
         vector = self.engine.conditioner.size(*sizes).to(self.device)
@@ -153,9 +155,9 @@ class Drawer:
 
     def latents(
         self,
-        encoded: Encoded,
+        encoded: EncodedPrompt,
         rng: ImageRng,
-        look: Look,
+        params: SamplingParams,
         callback: StepCallback | None = None,
         low: Tensor | None = None,
     ) -> Tensor:
@@ -167,33 +169,33 @@ class Drawer:
         for start in range(0, len(rng), self.at_once):
             rows = slice(start, start + self.at_once)
             part = rng.part(rows)
-            cond, uncond = self.condition(encoded, *self._seen(look), len(part))
-            low_latent = self._low(None if low is None else low[rows], part, look)
+            cond, uncond = self.condition(encoded, *self._seen(params), len(part))
+            low_latent = self._low(None if low is None else low[rows], part, params)
             self.stages.enter("model")
             out = self.engine.sample(
                 cond,
                 uncond,
                 part.start().to(self.device),
-                steps=look.steps,
-                guider=look.guider,
+                steps=params.steps,
+                guider=params.guider,
                 sampler=self.sampler,
                 low=low_latent,
                 fresh=lambda part=part: part.unit().to(self.device),  # type: ignore[misc]
-                tile=look.tile,
+                tile=params.tile,
                 callback=callback,
                 reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
             )
             parts.append(out.float().cpu())
         return torch.cat(parts)
 
-    def _seen(self, look: Look) -> tuple[int, int]:
+    def _seen(self, params: SamplingParams) -> tuple[int, int]:
         """Height and width, in pixels, of what the network sees at once: the picture, or a tile of it."""
-        if look.tile is None:
-            return look.height, look.width
+        if params.tile is None:
+            return params.height, params.width
         factor = self.engine.first_stage.factor
-        return min(look.height, look.tile * factor), min(look.width, look.tile * factor)
+        return min(params.height, params.tile * factor), min(params.width, params.tile * factor)
 
-    def _low(self, images: Tensor | None, rng: ImageRng, look: Look) -> Tensor | None:
+    def _low(self, images: Tensor | None, rng: ImageRng, params: SamplingParams) -> Tensor | None:
         """The latent (B, C, h, w) of the enlarged low-resolution images; None for plain diffusion."""
         relay = self.relay
         if relay is None or images is None:
@@ -203,11 +205,11 @@ class Drawer:
                     + ("none are given" if images is None else "this model has no relay")
                 )
             return None
-        expected = (look.height // relay.factor, look.width // relay.factor)
+        expected = (params.height // relay.factor, params.width // relay.factor)
         if tuple(images.shape[2:]) != expected:
             raise ValueError(
                 f"low-resolution images are {images.shape[2]} x {images.shape[3]} pixels, expected "
-                f"{expected[0]} x {expected[1]} for {look.height} x {look.width} (height x width)"
+                f"{expected[0]} x {expected[1]} for {params.height} x {params.width} (height x width)"
             )
         self.stages.enter("first_stage")
         large = enlarged(images.to(self.device), relay.factor)
@@ -255,7 +257,7 @@ TITLE = 32
 
 
 @dataclass(frozen=True)
-class Noise:
+class InitialNoise:
     """Where every image starts: ``given`` latents (n, C, h, w), else the generator of ``seed`` + i.
 
     ``given`` holds ``batch_size`` images for every prompt, or one for each image of the run.
@@ -287,13 +289,13 @@ class Run:
     """Everything that is the same for all prompts of a run. ``beat`` is called at every step.
 
     ``preview`` is told of every step; an error of its own ends the run.
-    ``inputs`` are the low-resolution pictures that relay starts from. Of the drawer's team, the first rank
+    ``inputs`` are the low-resolution pictures that relay starts from. Of the generator's team, the first rank
     decides what is to be drawn, reads inputs and writes files, for all.
     """
 
-    drawer: Drawer
-    look: Look
-    noise: Noise
+    generator: Generator
+    params: SamplingParams
+    noise: InitialNoise
     folder: OutputFolder
     negative_prompt: str = ""
     rank: int = 0
@@ -303,7 +305,7 @@ class Run:
 
     def __call__(self, prompts: Sequence[Prompt], *, resume: bool = False) -> Report:
         """Draw ``prompts`` one after the other; with ``resume``, only what is not there yet."""
-        team = self.drawer.team
+        team = self.generator.team
         leads = team.rank == 0
         todo = by_first(team, lambda: [(prompt, self._missing(prompt, resume)) for prompt in prompts])
         skipped = sum(images is None for _, images in todo)
@@ -328,20 +330,20 @@ class Run:
             return list(range(self.noise.batch_size))
         return None if self.folder.finished(prompt) else self.folder.missing(prompt)
 
-    def _encode(self, prompts: Sequence[Prompt]) -> dict[int, Encoded]:
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[int, EncodedPrompt]:
         """All prompts at once where the encoder leaves afterwards; nothing where it stays."""
-        if self.drawer.text_memory == "keep" or not prompts:
+        if self.generator.text_memory == "keep" or not prompts:
             return {}
-        encoded = self.drawer.encode([prompt.text for prompt in prompts], self.negative_prompt)
+        encoded = self.generator.encode([prompt.text for prompt in prompts], self.negative_prompt)
         return {prompt.index: one for prompt, one in zip(prompts, encoded, strict=True)}
 
-    def _encode_one(self, prompt: Prompt) -> Encoded:
-        return self.drawer.encode([prompt.text], self.negative_prompt)[0]
+    def _encode_one(self, prompt: Prompt) -> EncodedPrompt:
+        return self.generator.encode([prompt.text], self.negative_prompt)[0]
 
     def _steps(self, images: Sequence[int]) -> int:
-        return -(-len(images) // self.drawer.at_once) * self.look.steps
+        return -(-len(images) // self.generator.at_once) * self.params.steps
 
-    def _draw(self, prompt: Prompt, images: list[int], encoded: Encoded, bar: Progress) -> None:
+    def _draw(self, prompt: Prompt, images: list[int], encoded: EncodedPrompt, bar: Progress) -> None:
         """Draw and write ``images`` of ``prompt``, each file as soon as its picture is there."""
 
         def step(done: int, total: int, latents: Tensor) -> None:
@@ -350,11 +352,11 @@ class Run:
             if self.preview is not None:
                 self.preview(done, total, latents)
 
-        for start in range(0, len(images), self.drawer.at_once):
-            part = images[start : start + self.drawer.at_once]
+        for start in range(0, len(images), self.generator.at_once):
+            part = images[start : start + self.generator.at_once]
             low = self._low(prompt, part)
-            latents = self.drawer.latents(encoded, self.noise.of(prompt, part), self.look, step, low)
-            pictures = self.drawer.images(latents)  # one rank of a team has them
+            latents = self.generator.latents(encoded, self.noise.of(prompt, part), self.params, step, low)
+            pictures = self.generator.images(latents)  # one rank of a team has them
             for index, image in zip(part, pictures, strict=bool(pictures)):
                 self.folder.write_image(prompt, index, image)
             self.beat()
@@ -362,7 +364,7 @@ class Run:
     def _low(self, prompt: Prompt, images: Sequence[int]) -> Tensor | None:
         """The low-resolution pictures of ``images``; not every rank of a team need see the folder."""
         inputs = self.inputs
-        return None if inputs is None else by_first(self.drawer.team, lambda: inputs.read(prompt, images))
+        return None if inputs is None else by_first(self.generator.team, lambda: inputs.read(prompt, images))
 
 
 def title(text: str) -> str:

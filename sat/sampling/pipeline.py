@@ -28,7 +28,7 @@ from sat.parallel.cfg_parallel import share_guidance
 from sat.parallel.launch import pick_device
 from sat.parallel.mesh import ALONE, Mesh, data_ranks
 from sat.parallel.sequence import apply_sequence
-from sat.sampling.generator import Drawer, Look, Noise, with_strength
+from sat.sampling.generator import Generator, InitialNoise, SamplingParams, with_strength
 from sat.sampling.inputs import InputFolder, checked_latents
 from sat.sampling.prompts import check_text, checked_prompts
 from sat.util.images import from_pil
@@ -54,8 +54,8 @@ class Pipeline:
     >>> pipe(["a red apple"], seed=0).images[0].save("apple.png")
     """
 
-    def __init__(self, drawer: Drawer, guider: Guider, experiment: Experiment) -> None:
-        self.drawer = drawer
+    def __init__(self, generator: Generator, guider: Guider, experiment: Experiment) -> None:
+        self.generator = generator
         self.guider = guider
         self.experiment = experiment
 
@@ -84,25 +84,30 @@ class Pipeline:
         """The model of a loaded config, with its weights; ``device`` wins over ``parallel.device``."""
         place = torch.device(device) if device is not None else pick_device(experiment.parallel.device)
         if experiment.memory.budget is not None:
-            experiment = budgeted(asked_again(experiment), place)
-        return cls(*open_drawer(experiment, place), experiment)
+            experiment = budgeted(keep_text_encoder(experiment), place)
+        return cls(*open_generator(experiment, place), experiment)
 
     @property
     def device(self) -> torch.device:
         """Where the network runs."""
-        return self.drawer.device
+        return self.generator.device
+
+    @property
+    def drawer(self) -> Generator:
+        """The generator, by its name before 0.2; write ``generator``."""
+        return self.generator
 
     @property
     def adapters(self) -> dict[str, float]:
         """The adapters in use (``adapters.load``) by name, with their strengths."""
-        parts = adaptable(self.drawer.engine).values()
+        parts = adaptable(self.generator.engine).values()
         return {n: s for part in parts for _, layer in lora.adapted(part) for n, s in layer.strengths.items()}
 
     def set_strength(self, name: str, strength: float) -> None:
         """How much the adapter ``name`` counts in the next pictures: 0 not at all, 1 as trained."""
         if name not in self.adapters:
             raise ValueError(f"no adapter {name!r} is loaded; there are {', '.join(self.adapters) or 'none'}")
-        for part in adaptable(self.drawer.engine).values():
+        for part in adaptable(self.generator.engine).values():
             if name in lora.names(part):
                 lora.set_strength(part, name, strength)
 
@@ -129,34 +134,34 @@ class Pipeline:
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
-        asked = self._asked(height, width, steps, seed, batch_size)
+        requested = self._requested(height, width, steps, seed, batch_size)
         texts = checked_prompts([prompts] if isinstance(prompts, str) else prompts)
         if not texts:
             raise ValueError("no prompt: give at least one")
-        negative = asked.negative_prompt if negative_prompt is None else negative_prompt
+        negative = requested.negative_prompt if negative_prompt is None else negative_prompt
         check_text(negative, "the negative prompt")
         guider = with_strength(self.guider, guidance)
-        look = Look(asked.height, asked.width, asked.steps, guider, asked.tile)
+        params = SamplingParams(requested.height, requested.width, requested.steps, guider, requested.tile)
         low = None if images is None else _low(images, len(texts) * batch_size)
-        shape = self.drawer.engine.latent_shape(look.height, look.width)
+        shape = self.generator.engine.latent_shape(params.height, params.width)
         given = None if latents is None else checked_latents(latents, shape, len(texts), batch_size)
-        noise = Noise(asked.seed, shape, batch_size, given)
-        report = _counted(callback, len(texts) * -(-batch_size // self.drawer.at_once) * look.steps)
+        noise = InitialNoise(requested.seed, shape, batch_size, given)
+        report = _counted(callback, len(texts) * -(-batch_size // self.generator.at_once) * params.steps)
         drawn = [
-            self.drawer.latents(
+            self.generator.latents(
                 encoded,
                 noise.of(prompt, range(batch_size)),
-                look,
+                params,
                 report,
                 None if low is None else low[prompt.index * batch_size : (prompt.index + 1) * batch_size],
             )
             for prompt, encoded in zip(
-                texts, self.drawer.encode([t.text for t in texts], negative), strict=True
+                texts, self.generator.encode([t.text for t in texts], negative), strict=True
             )
         ]
-        return Output([image for z in drawn for image in self.drawer.images(z)], torch.cat(drawn))
+        return Output([image for z in drawn for image in self.generator.images(z)], torch.cat(drawn))
 
-    def _asked(
+    def _requested(
         self, height: int | None, width: int | None, steps: int | None, seed: int | None, batch_size: int
     ) -> SamplingConfig:
         """The sampling section with what the call changes; its own rules check it."""
@@ -241,7 +246,7 @@ class CascadePipeline:
         return pipeline
 
 
-def asked_again(experiment: Experiment) -> Experiment:
+def keep_text_encoder(experiment: Experiment) -> Experiment:
     """``experiment`` for prompts that come one by one: the text encoder waits on the CPU instead of going."""
     memory = experiment.memory
     if memory.text_encoder == "keep" and memory.budget is not None:  # or the budget would have it go
@@ -261,9 +266,9 @@ def budgeted(experiment: Experiment, device: torch.device) -> Experiment:
     return picked.experiment
 
 
-def open_drawer(
+def open_generator(
     experiment: Experiment, device: torch.device, mesh: Mesh | None = None
-) -> tuple[Drawer, Guider]:
+) -> tuple[Generator, Guider]:
     """The engine of ``experiment`` with its weights on ``device``, ready to draw, and its guider.
 
     ``mesh``: the ranks that share the work; None is this process alone, which must be all that is asked for.
@@ -275,8 +280,8 @@ def open_drawer(
     engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh, hosted=waiting)
     engine.conditioner.follows = "text" not in waiting
     wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
-    said = quicken(engine, Speed(*wanted), device)
-    drawer = Drawer(
+    message = quicken(engine, Speed(*wanted), device)
+    generator = Generator(
         engine,
         build_sampler(experiment),
         device=device,
@@ -286,14 +291,14 @@ def open_drawer(
         decode_tile=memory.decode_tile,
         team=ALONE if mesh is None else mesh.team,
     )
-    drawer.speed = said
-    drawer.stages = stages(engine, memory, device)
-    drawer.cache = build_cache(experiment)
+    generator.speed = message
+    generator.stages = stages(engine, memory, device)
+    generator.cache = build_cache(experiment)
     guider = build_guider(experiment)
     if mesh is not None:
         apply_sequence(engine.network, mesh.sequence)
         guider = share_guidance(guider, mesh.guidance)
-    return drawer, guider
+    return generator, guider
 
 
 def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFolder | None:

@@ -28,7 +28,7 @@ from sat.data.cache import (
     prune,
 )
 from sat.parallel.collectives import barrier, from_main, gather
-from sat.sampling.generator import Encoded
+from sat.sampling.generator import EncodedPrompt
 from sat.train.loop import computing
 from sat.util.log import progress
 
@@ -135,7 +135,7 @@ class Caches:
                 cached.settle(cached.jobs())
         return count
 
-    def encoded(self) -> list[Encoded] | None:
+    def encoded(self) -> list[EncodedPrompt] | None:
         """The encodings of ``train.sample_prompts``, if they are all kept; None if no embeddings are."""
         if not self.text:
             return None
@@ -146,7 +146,7 @@ class Caches:
 
         negative = self.experiment.sampling.negative_prompt
         against = read(negative) if negative.strip() else None
-        return [Encoded(read(prompt), negative=against) for prompt in self.train.sample_prompts]
+        return [EncodedPrompt(read(prompt), negative=against) for prompt in self.train.sample_prompts]
 
     def prune(self, sets: Sequence[Cached]) -> int:
         """Delete what these sets do not use; how many files that were (0 on other ranks)."""

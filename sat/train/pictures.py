@@ -15,7 +15,7 @@ from sat.config.schema import Experiment
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
-from sat.sampling.generator import Drawer, Encoded, Look
+from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import safe_name
 from sat.sampling.prompts import Prompt
@@ -39,22 +39,22 @@ class Pictures:
         mesh: Mesh,
         *,
         learns: bool,
-        known: Sequence[Encoded] | None = None,
+        known: Sequence[EncodedPrompt] | None = None,
     ) -> None:
         assert experiment.train is not None, "only a training draws in between"
         self.prompts, self.sampling = experiment.train.sample_prompts, experiment.sampling
         self.runtime, self.mesh = runtime, mesh
-        self.drawer = Drawer(
+        self.generator = Generator(
             engine, build_sampler(experiment), device=runtime.device,
             decode_batch=experiment.memory.decode_batch, team=mesh.team,
         )  # fmt: skip
-        self.look = Look(
+        self.params = SamplingParams(
             self.sampling.height, self.sampling.width, self.sampling.steps, build_guider(experiment)
         )
         self.inputs: InputFolder | None = None
         self.mine = range(mesh.data_rank, len(self.prompts), mesh.data_ranks)
         self._waits = not learns and known is None and experiment.memory.text_encoder != "keep"
-        self._encoded: list[Encoded] | None = None
+        self._encoded: list[EncodedPrompt] | None = None
         if known is not None:
             dtype = DTYPES[experiment.train.dtype]
             self._encoded = [_in(dtype, known[index]) for index in self.mine]
@@ -70,7 +70,7 @@ class Pictures:
         """One picture of each prompt into ``folder``, and a grid where one rank has them all."""
         encoded = self._encode() if self._encoded is None else self._encoded
         if self._waits:
-            self.drawer.engine.conditioner.text_encoder_to(torch.device("cpu"))
+            self.generator.engine.conditioner.text_encoder_to(torch.device("cpu"))
             self.runtime.free_memory()
         pictures = []
         for index, text in zip(self.mine, encoded, strict=True):
@@ -82,18 +82,18 @@ class Pictures:
         if self.mesh.data_ranks == 1 and len(pictures) > 1:
             write_png(folder / "grid.png", grid(pictures, columns=min(8, len(pictures))))
 
-    def _encode(self) -> list[Encoded]:
+    def _encode(self) -> list[EncodedPrompt]:
         """The prompts of this rank through the text encoder."""
-        return self.drawer.encode([self.prompts[i] for i in self.mine], self.sampling.negative_prompt)
+        return self.generator.encode([self.prompts[i] for i in self.mine], self.sampling.negative_prompt)
 
-    def _draw(self, index: int, text: Encoded) -> list[Image.Image]:
-        shape = self.drawer.engine.latent_shape(self.look.height, self.look.width)
+    def _draw(self, index: int, text: EncodedPrompt) -> list[Image.Image]:
+        shape = self.generator.engine.latent_shape(self.params.height, self.params.width)
         rng = ImageRng.of(self.sampling.seed, [index], shape)
         low = None if self.inputs is None else self.inputs.read(Prompt(index, self.prompts[index]), [0])
-        return self.drawer.images(self.drawer.latents(text, rng, self.look, low=low))
+        return self.generator.images(self.generator.latents(text, rng, self.params, low=low))
 
 
-def _in(dtype: torch.dtype, one: Encoded) -> Encoded:
+def _in(dtype: torch.dtype, one: EncodedPrompt) -> EncodedPrompt:
     """``one`` in the type of the network's weights."""
     negative = None if one.negative is None else one.negative.to(dtype)
     return replace(one, text=one.text.to(dtype), negative=negative)

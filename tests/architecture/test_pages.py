@@ -44,7 +44,7 @@ def test_the_code_of_the_page_on_extending_runs(tmp_path: Path, monkeypatch: pyt
         used += 1
         if "picture" in names:
             assert names["picture"].size == (64, 48)
-            hooks = str(names["pipe"].drawer.engine.network.hooks)
+            hooks = str(names["pipe"].generator.engine.network.hooks)
             assert re.search(r"^layer +gain -> default$", hooks, re.MULTILINE), hooks
     assert sample.main(["--base", "configs/debug.yaml", "my.yaml", "--check"]) == 0
     for name in ("my_parts", "my_format"):

@@ -34,8 +34,8 @@ from sat.parallel.collectives import explain, taking_turns
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
-from sat.sampling.generator import Encoded, Look
-from sat.sampling.pipeline import open_drawer
+from sat.sampling.generator import EncodedPrompt, SamplingParams
+from sat.sampling.pipeline import open_generator
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective
@@ -78,23 +78,23 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
         ["sampling.steps=4", *(f"parallel.{axis}={size}" for axis, size in layout.items())],
     )
     mesh = Mesh(runtime, **experiment.parallel.sizes)
-    drawer, guider = open_drawer(experiment, runtime.device, mesh)
-    encoded = drawer.encode(["a red apple"], "a blue car")[0]
+    generator, guider = open_generator(experiment, runtime.device, mesh)
+    encoded = generator.encode(["a red apple"], "a blue car")[0]
 
-    def drawn(look: Look, encoded: Encoded = encoded) -> Tensor:
-        shape = drawer.engine.latent_shape(look.height, look.width)
-        return drawer.latents(encoded, ImageRng.of(7, [0], shape), look)
+    def drawn(params: SamplingParams, encoded: EncodedPrompt = encoded) -> Tensor:
+        shape = generator.engine.latent_shape(params.height, params.width)
+        return generator.latents(encoded, ImageRng.of(7, [0], shape), params)
 
-    found = {"latents": drawn(Look(64, 64, 4, guider))}
-    found["pixels"] = drawer.engine.decode(found["latents"])
+    found = {"latents": drawn(SamplingParams(64, 64, 4, guider))}
+    found["pixels"] = generator.engine.decode(found["latents"])
     if mesh.guidance.size > 1 or not layout:
         within = share_guidance(IntervalLimited(3.0, 200.0, 700.0), mesh.guidance)
-        found["interval"] = drawn(Look(64, 64, 4, within))
-    if isinstance(network := drawer.engine.network, CogView3Plus):
+        found["interval"] = drawn(SamplingParams(64, 64, 4, within))
+    if isinstance(network := generator.engine.network, CogView3Plus):
         network.fold = 1
         seen, prepare = [], network.prepare
         network.prepare = lambda *given: seen.append(prepare(*given)) or seen[-1]  # type: ignore[method-assign]
-        found["folded"] = drawn(Look(64, 64, 4, guider), drawer.encode(["a red apple"])[0])
+        found["folded"] = drawn(SamplingParams(64, 64, 4, guider), generator.encode(["a red apple"])[0])
         unguided = mesh.guidance.rank == mesh.guidance.size - 1 > 0
         assert [made.folded is not None for made in seen] == [not unguided], "as one rank does"
     return found

@@ -123,14 +123,14 @@ def test_a_failing_rank_ends_all_and_both_say_why(words, tmp_path) -> None:
 
 _AT_SECOND_PICTURE = """
 import time
-from sat.sampling.generator import Drawer
-latents, count = Drawer.latents, []
+from sat.sampling.generator import Generator
+latents, count = Generator.latents, []
 def act(self, *given):
     count.append(1)
     if len(count) == 2:
         {act}
     return latents(self, *given)
-Drawer.latents = act
+Generator.latents = act
 """
 
 

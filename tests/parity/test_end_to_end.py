@@ -51,14 +51,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[CogView3PlusPipeline
 def both(pair: tuple[CogView3PlusPipeline, Pipeline], negative: str | None) -> tuple[Tensor, Tensor]:
     """Pictures (1, 3, H, W) in [0, 1] of the same latents, theirs and ours."""
     theirs, ours = pair
-    shape = ours.drawer.engine.latent_shape(HEIGHT, WIDTH)
+    shape = ours.generator.engine.latent_shape(HEIGHT, WIDTH)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
     their_image = theirs(
         PROMPT, negative, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
         latents=noise.clone(), max_sequence_length=ours.experiment.conditioning.max_length, output_type="pt",
     ).images  # fmt: skip
     out = ours([PROMPT], steps=STEPS, guidance=GUIDANCE, latents=noise, negative_prompt=negative)
-    return their_image, ours.drawer.engine.decode(out.latents)
+    return their_image, ours.generator.engine.decode(out.latents)
 
 
 @pytest.mark.parametrize("negative", [None, "a blue box"])
@@ -101,4 +101,4 @@ def test_the_small_model_that_ships_draws_the_same_through_diffusers(
     ).images
     out = ours(["rocket, noto style"], steps=20, guidance=GUIDANCE, latents=noise)
     assert their_image.std() > 0.1
-    assert (their_image - ours.drawer.engine.decode(out.latents)).abs().max() < 1e-3
+    assert (their_image - ours.generator.engine.decode(out.latents)).abs().max() < 1e-3

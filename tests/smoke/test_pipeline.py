@@ -104,10 +104,10 @@ def test_a_negative_prompt_is_used(pipe) -> None:
 
 
 def test_the_size_vector_is_that_of_an_uncropped_picture_height_first(pipe) -> None:
-    (encoded,) = pipe.drawer.encode(["a dog"])
-    cond, uncond = pipe.drawer.condition(encoded, 32, 64, batch=2)
+    (encoded,) = pipe.generator.encode(["a dog"])
+    cond, uncond = pipe.generator.condition(encoded, 32, 64, batch=2)
     size, corner = torch.tensor([[32, 64]] * 2), torch.zeros(2, 2)
-    assert torch.equal(cond.vector, pipe.drawer.engine.conditioner.size(size, corner, size))
+    assert torch.equal(cond.vector, pipe.generator.engine.conditioner.size(size, corner, size))
     assert torch.equal(uncond.vector, cond.vector)
     assert not uncond.text.any()
     assert cond.text.any()
@@ -116,7 +116,7 @@ def test_the_size_vector_is_that_of_an_uncropped_picture_height_first(pipe) -> N
 def test_dtypes_may_be_named_or_given(spiece) -> None:
     for dtype in ("bf16", torch.bfloat16):
         pipe = sat.Pipeline.from_config(DEBUG, [("conditioning.tokenizer", str(spiece))], "cpu", dtype)
-        assert next(pipe.drawer.engine.network.parameters()).dtype == torch.bfloat16
+        assert next(pipe.generator.engine.network.parameters()).dtype == torch.bfloat16
         assert pipe.experiment.sampling.dtype == "bf16"
         assert pipe("a dog").latents.dtype == torch.float32
 

@@ -345,8 +345,8 @@ class _Terminal:
 
 def test_without_a_prompt_a_terminal_is_asked_until_end_of_file(sample, tmp_path, monkeypatch) -> None:
     loaded = []
-    opened = sample_work.open_drawer
-    monkeypatch.setattr(sample_work, "open_drawer", lambda *a: loaded.append(a) or opened(*a))
+    opened = sample_work.open_generator
+    monkeypatch.setattr(sample_work, "open_generator", lambda *a: loaded.append(a) or opened(*a))
     answers = iter(["a red apple", "  ", "bad \udce9", "the sun"])
 
     def answer(question: str) -> str:
@@ -380,15 +380,15 @@ def test_a_prompt_the_encoder_does_not_know_is_warned_about(sample, tmp_path) ->
 
 
 def test_a_non_finite_latent_stops_the_run_with_step_and_dtype(sample, tmp_path, monkeypatch) -> None:
-    opened = sample_work.open_drawer
+    opened = sample_work.open_generator
 
     def poisoned(*given):
-        drawer, guider = opened(*given)
+        generator, guider = opened(*given)
         with torch.no_grad():
-            next(drawer.engine.network.parameters()).fill_(float("nan"))
-        return drawer, guider
+            next(generator.engine.network.parameters()).fill_(float("nan"))
+        return generator, guider
 
-    monkeypatch.setattr(sample_work, "open_drawer", poisoned)
+    monkeypatch.setattr(sample_work, "open_generator", poisoned)
     done = sample("--prompt", "a dog", "--output-dir", tmp_path)
     assert done.code == 1
     assert "error: the latent is not finite at step 1 (timestep 999, float32)" in done.err

@@ -188,7 +188,7 @@ def test_what_a_run_trained_draws_the_same_through_diffusers(ran, tmp_path) -> N
     ).images  # fmt: skip
     latents = ours(["a red apple"], steps=10, guidance=3.0, latents=noise).latents
     assert picture.std() > 0.02  # not flat, not saturated
-    assert (picture - ours.drawer.engine.decode(latents)).abs().max() < 1e-3
+    assert (picture - ours.generator.engine.decode(latents)).abs().max() < 1e-3
 
 
 def test_a_part_that_began_at_random_is_not_converted_in_silence(ran, tmp_path, capsys) -> None:

@@ -30,7 +30,7 @@ TOY = ROOT / "tests" / "assets" / "toy" / "base.yaml"
 def fur(folder: Path) -> None:
     """An adapter for the toy model."""
     pipe = Pipeline.from_config([DEBUG, TOY], device="cpu")
-    model = adaptable(pipe.drawer.engine)["model"]
+    model = adaptable(pipe.generator.engine)["model"]
     write(folder / "fur", adapter(noisy(start(model, ["attention"]), std=1.0)), "native", {"model": model})
 
 

@@ -41,7 +41,7 @@ def style(words, tmp_path_factory) -> Path:
     """A folder with an adapter for the toy base model, and something else."""
     folder = tmp_path_factory.mktemp("lora")
     pipe = Pipeline.from_config([DEBUG, TOY / "base.yaml"], words, device="cpu")
-    model = adaptable(pipe.drawer.engine)["model"]
+    model = adaptable(pipe.generator.engine)["model"]
     layers = noisy(start(model, ["attention"]), std=1.0)
     write(folder / "fur", adapter(layers), "native", {"model": model})
     (folder / "notes.txt").write_text("not an adapter")
@@ -143,12 +143,12 @@ def test_settings_of_another_model_are_fitted_and_told(studio) -> None:
 def test_the_preview_is_near_what_is_decoded() -> None:
     """Of the small model that ships: the colour of every cell of a real drawing, half-way and at its end."""
     pipe = Pipeline.from_config(ROOT / "configs" / "tiny.yaml", device="cpu")
-    preview = LatentPreview.fit(pipe.drawer.engine)
+    preview = LatentPreview.fit(pipe.generator.engine)
     seen: list[torch.Tensor] = []
     out = pipe("a red apple", seed=0, steps=10, callback=lambda i, n, z: seen.append(z.clone()))
-    factor = pipe.drawer.engine.first_stage.factor
+    factor = pipe.generator.engine.first_stage.factor
     for latents in (seen[5], out.latents):
-        true = F.avg_pool2d(pipe.drawer.engine.decode(latents), factor)
+        true = F.avg_pool2d(pipe.generator.engine.decode(latents), factor)
         near = preview.colours(latents)
         assert near.shape == true.shape
         assert torch.corrcoef(torch.stack([near.flatten(), true.flatten()]))[0, 1] > 0.85

@@ -22,7 +22,7 @@ from sat.offload.block_swap import (
     resident,
     stages,
 )
-from sat.sampling.generator import Drawer, Look
+from sat.sampling.generator import Generator, SamplingParams
 from sat.util.rng import ImageRng
 from tests.adapters import output, t5, unet
 from tests.checkpoints import tokenizer as written
@@ -147,17 +147,19 @@ def test_every_block_has_a_turn_and_nothing_else_does() -> None:
 # ---------------------------------------------------------------------- in a run
 
 
-def drawer(tokenizer: Path, *overrides: str, lane: Recorder | None = None) -> tuple[Drawer, Look]:
+def generator(
+    tokenizer: Path, *overrides: str, lane: Recorder | None = None
+) -> tuple[Generator, SamplingParams]:
     experiment = debug(f"conditioning.tokenizer={tokenizer}", "checkpoint.random=0", *overrides)
     engine = build_engine(experiment, device="cpu", dtype=torch.float32)
     engine.conditioner.follows = False
     sampling, memory = experiment.sampling, experiment.memory
-    made = Drawer(
+    made = Generator(
         engine, build_sampler(experiment), device=torch.device("cpu"), text_memory=memory.text_encoder
     )
     if lane is not None:
         made.stages = stages(engine, memory, torch.device("cpu"), lane)
-    return made, Look(sampling.height, sampling.width, 3, build_guider(experiment))
+    return made, SamplingParams(sampling.height, sampling.width, 3, build_guider(experiment))
 
 
 @pytest.fixture(scope="module")
@@ -172,28 +174,28 @@ WAYS = [
 ]
 
 
-def pictures(made: Drawer, look: Look) -> list[bytes]:
-    shape = made.engine.latent_shape(look.height, look.width)
+def pictures(made: Generator, params: SamplingParams) -> list[bytes]:
+    shape = made.engine.latent_shape(params.height, params.width)
     encoded = made.encode(["a red apple", "a blue bird"])
     rngs = [ImageRng.of(0, [i], shape) for i in range(2)]
     return [
         image.tobytes()
         for one, rng in zip(encoded, rngs, strict=True)
-        for image in made.images(made.latents(one, rng, look))
+        for image in made.images(made.latents(one, rng, params))
     ]
 
 
 @pytest.mark.parametrize("ways", WAYS)
 def test_pictures_are_the_same_wherever_parts_wait(ways: list[str], tokenizer: Path) -> None:
-    plain = pictures(*drawer(tokenizer))
+    plain = pictures(*generator(tokenizer))
     lane = Recorder()
-    made, look = drawer(tokenizer, *ways, lane=lane)
-    assert pictures(made, look) == plain
+    made, params = generator(tokenizer, *ways, lane=lane)
+    assert pictures(made, params) == plain
     assert lane.brought or lane.said
 
 
 def test_only_the_part_whose_stage_it_is_is_on_the_device(tokenizer: Path) -> None:
-    made, _ = drawer(tokenizer, *WAYS[0], lane=Recorder())
+    made, _ = generator(tokenizer, *WAYS[0], lane=Recorder())
     guests = made.stages._guests
     for part in ("text", "model", "first_stage", "model"):
         made.stages.enter(part)  # type: ignore[arg-type]
@@ -201,7 +203,7 @@ def test_only_the_part_whose_stage_it_is_is_on_the_device(tokenizer: Path) -> No
 
 
 def test_a_network_that_stays_comes_once_the_text_encoder_has_gone(tokenizer: Path) -> None:
-    made, look = drawer(tokenizer, "memory.text_encoder=free", lane=Recorder())
+    made, params = generator(tokenizer, "memory.text_encoder=free", lane=Recorder())
     guest = made.stages._guests["model"]
     made.encode(["a red apple"])
     assert not guest.there

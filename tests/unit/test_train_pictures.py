@@ -12,7 +12,7 @@ from sat.config.build import build_engine
 from sat.config.load import load
 from sat.parallel.launch import launch
 from sat.parallel.mesh import Mesh
-from sat.sampling.generator import Drawer
+from sat.sampling.generator import Generator
 from sat.train.pictures import Pictures
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
@@ -40,15 +40,15 @@ def events(
     runtime = launch("cpu")
     engine = build_engine(experiment, device="cpu", dtype=torch.float32, load_weights=False)
     happened: list[Any] = []
-    encode, latents = Drawer.encode, Drawer.latents
+    encode, latents = Generator.encode, Generator.latents
 
-    def watched(self: Drawer, texts: Any, negative: str = "") -> Any:
+    def watched(self: Generator, texts: Any, negative: str = "") -> Any:
         happened.append(("encode", list(texts)))
         return encode(self, texts, negative)
 
-    monkeypatch.setattr(Drawer, "encode", watched)
+    monkeypatch.setattr(Generator, "encode", watched)
     monkeypatch.setattr(
-        Drawer, "latents", lambda self, *a, **k: (happened.append("draw"), latents(self, *a, **k))[1]
+        Generator, "latents", lambda self, *a, **k: (happened.append("draw"), latents(self, *a, **k))[1]
     )
     monkeypatch.setattr(
         engine.conditioner, "text_encoder_to", lambda device: happened.append(("text to", device.type))

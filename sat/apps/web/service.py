@@ -23,9 +23,9 @@ from sat.config.record import adapter_digest, label, model_name, weight_digests
 from sat.config.schema import Component, Experiment, LoadConfig
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import launch
-from sat.sampling.generator import Look, Noise, Run, strength
+from sat.sampling.generator import InitialNoise, Run, SamplingParams, strength
 from sat.sampling.output import OutputFolder, prove_writable
-from sat.sampling.pipeline import Pipeline, asked_again
+from sat.sampling.pipeline import Pipeline, keep_text_encoder
 from sat.sampling.prompts import Prompt, SizeError, SizeRule, check_text
 from sat.util.images import from_pil, to_pil
 
@@ -135,7 +135,7 @@ class Studio:
         self.name, self.keep = name, keep
         self.limits = limits or Limits()
         self.pictures = Pictures(root)
-        self.stages = [asked_again(stage.experiment) for stage in cascade.stages]
+        self.stages = [keep_text_encoder(stage.experiment) for stage in cascade.stages]
         self.factors = [relay_factor(stage) or 1 for stage in self.stages]
         if self.factors[0] != 1:
             raise WishError("this model only enlarges pictures: name a cascade that begins with a base model")
@@ -256,15 +256,19 @@ class Studio:
         now = self._open(index)
         self._adapt(now, wish.adapters)
         experiment = self._experiment(index, wish)
-        sampling, drawer = experiment.sampling, now.pipeline.drawer
-        look = Look(sampling.height, sampling.width, sampling.steps, build_guider(experiment), sampling.tile)
-        noise = Noise(sampling.seed, drawer.engine.latent_shape(look.height, look.width), wish.count)
+        sampling, generator = experiment.sampling, now.pipeline.generator
+        params = SamplingParams(
+            sampling.height, sampling.width, sampling.steps, build_guider(experiment), sampling.tile
+        )
+        noise = InitialNoise(
+            sampling.seed, generator.engine.latent_shape(params.height, params.width), wish.count
+        )
         about = label(experiment, weights=self._weights(index, experiment))
         folder = OutputFolder(self.pictures.root, about, wish.count, sampling.grid_columns)
         prove_writable(folder.root)
         run = Run(
-            drawer,
-            look,
+            generator,
+            params,
             noise,
             folder,
             wish.negative_prompt,
@@ -309,7 +313,7 @@ class Studio:
                 self._loaded.clear()
                 runtime.free_memory()
             pipeline = Pipeline.open(self.stages[index], runtime.device)
-            self._loaded[index] = _Open(pipeline, LatentPreview.fit(pipeline.drawer.engine), {})
+            self._loaded[index] = _Open(pipeline, LatentPreview.fit(pipeline.generator.engine), {})
             log.info("%s is loaded on %s", model_name(self.stages[index]), runtime.device)
         self._preview = self._loaded[index].preview
         return self._loaded[index]
@@ -319,7 +323,7 @@ class Studio:
         for name, value in wanted.items():
             if value and name not in now.attached:
                 offer = self.offers[name]
-                (own,) = load_adapters(adaptable(now.pipeline.drawer.engine), [Loading(offer.path, 0.0)])
+                (own,) = load_adapters(adaptable(now.pipeline.generator.engine), [Loading(offer.path, 0.0)])
                 now.attached[name] = own
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, wanted.get(name, 0.0))

@@ -24,10 +24,10 @@ from sat.parallel.collectives import LostRankError, by_first, explain
 from sat.parallel.heartbeat import Watch
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import Mesh
-from sat.sampling.generator import Drawer, Look, Noise, Run
+from sat.sampling.generator import Generator, InitialNoise, Run, SamplingParams
 from sat.sampling.inputs import checked_latents, read_latents
 from sat.sampling.output import OutputFolder, prove_writable
-from sat.sampling.pipeline import asked_again, budgeted, input_folder, open_drawer
+from sat.sampling.pipeline import budgeted, input_folder, keep_text_encoder, open_generator
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, parse_share, read_prompt_file, share
 from sat.util import log as logs
 from sat.util.log import describe
@@ -61,7 +61,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     try:
         ranks = _Ranks(runtime, _mesh(cascade, runtime), watch)
         if prompts is None:
-            _ask(_open(Place.alone(asked_again(first)), ranks, 1), one_by_one(ask))
+            _ask(_open(Place.alone(keep_text_encoder(first)), ranks, 1), one_by_one(ask))
         else:
             _draw_all(*rewrite_all(ask, cascade, prompts, runtime), ranks)
         watch.finish()
@@ -206,28 +206,28 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
     given = None if sampling.latents is None else read_latents(sampling.latents)
     if mesh.leads:
         prove_writable(place.pictures)
-    drawer, guider = open_drawer(experiment, runtime.device, mesh)
+    generator, guider = open_generator(experiment, runtime.device, mesh)
     if runtime.device.type == "cpu" and experiment.memory.budget is None:
         keep_freed_memory()  # every step asks for the same large buffers; those of loading have gone by now
-    look = Look(sampling.height, sampling.width, sampling.steps, guider, sampling.tile)
-    shape = drawer.engine.latent_shape(look.height, look.width)
+    params = SamplingParams(sampling.height, sampling.width, sampling.steps, guider, sampling.tile)
+    shape = generator.engine.latent_shape(params.height, params.width)
     if given is not None:
         given = checked_latents(given, shape, prompts, sampling.batch_size)
-    noise = Noise(sampling.seed, shape, sampling.batch_size, given)
+    noise = InitialNoise(sampling.seed, shape, sampling.batch_size, given)
     about = label(experiment, given)
     folder = OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns)
     if runtime.is_main:
-        _record(experiment, drawer, place, runtime)
+        _record(experiment, generator, place, runtime)
         seconds = time.monotonic() - started
-        log.info("loaded in %.1f s on %s (%s); %s", seconds, runtime.device, mesh, drawer.speed)
+        log.info("loaded in %.1f s on %s (%s); %s", seconds, runtime.device, mesh, generator.speed)
     run = Run(
-        drawer, look, noise, folder, sampling.negative_prompt, runtime.rank, ranks.watch.beat,
-        input_folder(sampling, drawer.relay),
+        generator, params, noise, folder, sampling.negative_prompt, runtime.rank, ranks.watch.beat,
+        input_folder(sampling, generator.relay),
     )  # fmt: skip
     return _Session(run, folder, runtime, experiment.output.resume, place.records)
 
 
-def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runtime) -> None:
+def _record(experiment: Experiment, generator: Generator, place: Place, runtime: Runtime) -> None:
     """``resolved.yaml`` and ``run.json``; the config is a fresh, whole run's: it draws everything again."""
     sampling = replace(experiment.sampling, share=None)
     output = replace(experiment.output, dir=place.pictures, resume=False)
@@ -235,7 +235,7 @@ def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runti
     record(
         place.records,
         fresh,
-        hooks=drawer.engine.hooks,
+        hooks=generator.engine.hooks,
         world=runtime.world,
         seeds={"sampling": experiment.sampling.seed},
         weights=weight_digests(experiment),
@@ -245,7 +245,7 @@ def _record(experiment: Experiment, drawer: Drawer, place: Place, runtime: Runti
 
 def _tell_reuse(session: _Session) -> None:
     """How often the step cache spared the network, in the log and in ``run.json``."""
-    count = session.run.drawer.count
+    count = session.run.generator.count
     log.info("step cache: %d of %d looks at the network were computed", count.computed, count.looks)
     amend(session.records, {"step_cache": asdict(count)})
 
@@ -261,7 +261,7 @@ def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], 
             others[0],
         )
     report = session.run(mine, resume=session.resume)
-    if main and session.run.drawer.cache is not None:
+    if main and session.run.generator.cache is not None:
         _tell_reuse(session)
     if not main or not result:
         return

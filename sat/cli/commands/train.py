@@ -379,7 +379,7 @@ def _pictures(
     pictures = Pictures(
         experiment, engine, runtime, mesh, learns="text" in objective.parts(), known=known
     )  # fmt: skip
-    inputs = input_folder(experiment.sampling, pictures.drawer.relay)
+    inputs = input_folder(experiment.sampling, pictures.generator.relay)
     if inputs is not None:
         pictures.enlarge(inputs)
     return pictures
