@@ -135,6 +135,12 @@ NAMES: dict[str, str] = {
     "sat.sampling.draw.Encoded": "sat.sampling.generator.EncodedPrompt",
     "sat.sampling.draw.Look": "sat.sampling.generator.SamplingParams",
     "sat.sampling.run.Noise": "sat.sampling.generator.InitialNoise",
+    "sat.web.line.FullError": "sat.apps.web.job_queue.QueueFullError",
+    "sat.web.line.Line": "sat.apps.web.job_queue.JobQueue",
+    "sat.web.studio.Offer": "sat.apps.web.service.AdapterEntry",
+    "sat.web.studio.Studio": "sat.apps.web.service.GenerationService",
+    "sat.web.wish.Wish": "sat.apps.web.request.GenerationRequest",
+    "sat.web.wish.WishError": "sat.apps.web.request.RequestError",
 }
 """Old ``module.name`` -> ``module.name`` now, for names that changed themselves (not only their module)."""
 

@@ -25,7 +25,7 @@ _USER_ERRORS = frozenset(
         "SizeError",
         "LatentsError",
         "AdapterError",
-        "WishError",
+        "RequestError",
     }
     | {"LayoutError"}
 )

@@ -1,4 +1,4 @@
-"""The studio behind page and API, on toy models: the same pictures as sample.py's, LoRA, relay, previews."""
+"""The service behind page and API, on toy models: the same pictures as sample.py's, LoRA, relay, previews."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from sat import Pipeline
 from sat.adapters.write import write
 from sat.apps.web.job_queue import Job
-from sat.apps.web.request import Settings, Wish, WishError, settings_of
-from sat.apps.web.service import LatentPreview, Studio, fitted
+from sat.apps.web.request import GenerationRequest, RequestError, Settings, settings_of
+from sat.apps.web.service import GenerationService, LatentPreview, fitted
 from sat.cli.sample import main
 from sat.config.build import adaptable
 from sat.config.cascade import load_cascade
@@ -27,7 +27,7 @@ from tests.configs import DEBUG, ROOT
 pytest.importorskip("gradio", reason="the web page is an extra")
 
 TOY = ROOT / "tests" / "assets" / "toy"
-WISH = Wish("a cat", 32, 48, 3, 2.5, 5, 2)
+REQUEST = GenerationRequest("a cat", 32, 48, 3, 2.5, 5, 2)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def style(words, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def studio(words, style, tmp_path) -> Studio:
+def service(words, style, tmp_path) -> GenerationService:
     cascade = load_cascade([TOY / "cascade.yaml"], words)
-    return Studio(cascade, tmp_path / "web", "toy", adapters=style).open()
+    return GenerationService(cascade, tmp_path / "web", "toy", adapters=style).open()
 
 
-def drawn(studio: Studio, job: Job) -> list[Path]:
+def drawn(service: GenerationService, job: Job) -> list[Path]:
     return job.work(job)
 
 
@@ -67,30 +67,30 @@ def sample(words: list[str], *more: object) -> None:
         signal.signal(signal.SIGTERM, term)
 
 
-def test_pictures_are_the_files_that_sample_py_writes(studio, words, tmp_path) -> None:
+def test_pictures_are_the_files_that_sample_py_writes(service, words, tmp_path) -> None:
     """Pixels and text fields: through all stages at once, and one picture enlarged by hand."""
     asked = ("--prompt", "a cat", "--steps", 3, "--guidance", 2.5, "--seed", 5, "--batch-size", 2)
     sample(
         words, "--base", TOY / "cascade.yaml", *asked, "--output-dir", tmp_path / "cli", "cascade.keep=true"
     )
-    job = studio.job(WISH, whole=True)
-    large = drawn(studio, job)
+    job = service.job(REQUEST, whole=True)
+    large = drawn(service, job)
     assert [path.name for path in large] == ["000000000.png", "000000001.png"]
     theirs = [tmp_path / "cli" / "0_a_cat" / path.name for path in large]
     assert [path.read_bytes() for path in large] == [path.read_bytes() for path in theirs]
     assert job.view().step == job.view().steps == 2 * (3 + 3)
-    small = drawn(studio, studio.job(WISH))
+    small = drawn(service, service.job(REQUEST))
     before = [tmp_path / "cli" / "stages" / "base" / "0_a_cat" / path.name for path in small]
     assert [path.read_bytes() for path in small] == [path.read_bytes() for path in before]
-    (again,) = drawn(studio, studio.enlarging(studio.pictures.name(small[1])))
+    (again,) = drawn(service, service.enlarging(service.pictures.name(small[1])))
     assert again.read_bytes() == large[1].read_bytes()
-    assert [p.split("_")[0] for p in studio.pictures.newest(9)] == ["3", "2", "2", "1", "1", "0", "0"]
+    assert [p.split("_")[0] for p in service.pictures.newest(9)] == ["3", "2", "2", "1", "1", "0", "0"]
 
 
-def test_a_lora_counts_as_much_as_its_strength(studio, words, style, tmp_path) -> None:
+def test_a_lora_counts_as_much_as_its_strength(service, words, style, tmp_path) -> None:
     def with_fur(**strengths: float) -> Path:
-        wish = Wish("a cat", 32, 48, 3, 2.5, 5, adapters=strengths)
-        return drawn(studio, studio.job(wish))[0]
+        request = GenerationRequest("a cat", 32, 48, 3, 2.5, 5, adapters=strengths)
+        return drawn(service, service.job(request))[0]
 
     plain, half, none = with_fur(), with_fur(fur=0.5), with_fur(fur=0.0)
     assert _pixels(plain) == _pixels(none) != _pixels(half)
@@ -106,11 +106,11 @@ def test_a_lora_counts_as_much_as_its_strength(studio, words, style, tmp_path) -
     )
     sample(words, *base, "--prompt", "a cat", "--steps", 3, "--guidance", 2.5, "--seed", 5)
     assert half.read_bytes() == (tmp_path / "cli" / "0_a_cat" / "000000000.png").read_bytes()
-    again, notes = fitted(settings_of(half), studio)
-    assert (again, notes) == (Wish("a cat", 32, 48, 3, 2.5, 5, adapters={"fur": 0.5}), [])
-    assert fitted(settings_of(plain), studio)[0].adapters == {}
-    with pytest.raises(WishError, match="there is no LoRA 'silk'; there are fur"):
-        studio.job(Wish("a cat", 32, 48, 3, 2.5, 5, adapters={"silk": 1.0}))
+    again, notes = fitted(settings_of(half), service)
+    assert (again, notes) == (GenerationRequest("a cat", 32, 48, 3, 2.5, 5, adapters={"fur": 0.5}), [])
+    assert fitted(settings_of(plain), service)[0].adapters == {}
+    with pytest.raises(RequestError, match="there is no LoRA 'silk'; there are fur"):
+        service.job(GenerationRequest("a cat", 32, 48, 3, 2.5, 5, adapters={"silk": 1.0}))
 
 
 def _pixels(path: Path) -> bytes:
@@ -119,25 +119,30 @@ def _pixels(path: Path) -> bytes:
     return np.asarray(Image.open(path)).tobytes()
 
 
-def test_what_cannot_be_drawn_is_refused_before_it_waits(studio) -> None:
+def test_what_cannot_be_drawn_is_refused_before_it_waits(service) -> None:
     with pytest.raises(SizeError, match="The nearest size is 32 x 48"):
-        studio.job(Wish("a cat", 33, 48, 3, 2.5, 5))
-    assert studio.enlarger((32, 48)) == 1 and studio.enlarger((33, 48)) is None
-    with pytest.raises(WishError, match="no such picture"):
-        studio.enlarging("../x/000000000.png")
+        service.job(GenerationRequest("a cat", 33, 48, 3, 2.5, 5))
+    assert service.enlarger((32, 48)) == 1 and service.enlarger((33, 48)) is None
+    with pytest.raises(RequestError, match="no such picture"):
+        service.enlarging("../x/000000000.png")
 
 
-def test_settings_of_another_model_are_fitted_and_told(studio) -> None:
+def test_settings_of_another_model_are_fitted_and_told(service) -> None:
     said = Settings("a cat", "rain", 1024, 1000, 500, 7.0, 3, "CogView3Plus big", {"silk": 1.0, "fur": 9.0})
-    wish, notes = fitted(said, studio)
-    assert (wish.prompt, wish.negative_prompt, wish.seed, wish.guidance) == ("a cat", "rain", 3, 7.0)
-    assert studio.sizes.allows(wish.height, wish.width) and wish.steps == 200
+    request, notes = fitted(said, service)
+    assert (request.prompt, request.negative_prompt, request.seed, request.guidance) == (
+        "a cat",
+        "rain",
+        3,
+        7.0,
+    )
+    assert service.sizes.allows(request.height, request.width) and request.steps == 200
     assert "1024 x 1000 is not possible" in notes[0] and "CogView3Plus big" in notes[1]
     assert notes[2] == "It was drawn with the LoRA silk, which is not offered here."
-    assert wish.adapters == {"fur": studio.limits.strength}
-    studio.check(wish)
-    (path,) = drawn(studio, studio.job(Wish("a cat", 32, 48, 3, 2.5, 5)))
-    assert fitted(settings_of(path), studio) == (Wish("a cat", 32, 48, 3, 2.5, 5), [])
+    assert request.adapters == {"fur": service.limits.strength}
+    service.check(request)
+    (path,) = drawn(service, service.job(GenerationRequest("a cat", 32, 48, 3, 2.5, 5)))
+    assert fitted(settings_of(path), service) == (GenerationRequest("a cat", 32, 48, 3, 2.5, 5), [])
 
 
 def test_the_preview_is_near_what_is_decoded() -> None:

@@ -1,4 +1,4 @@
-"""The line of jobs: order, bounds, cancelling, and what one job's end means for the next."""
+"""The queue of jobs: order, bounds, cancelling, and what one job's end means for the next."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from threading import Event
 import pytest
 import torch
 
-from sat.apps.web.job_queue import FullError, Job, Line
+from sat.apps.web.job_queue import Job, JobQueue, QueueFullError
 
 
 @pytest.fixture
-def line() -> Iterator[Line[str]]:
-    line = Line(lambda: "ready", most=3)
-    assert line.open() == "ready"
-    yield line
-    line.close(5)
-    assert not line.is_alive
+def queue() -> Iterator[JobQueue]:
+    queue = JobQueue(lambda: "ready", most=3)
+    assert queue.open() == "ready"
+    yield queue
+    queue.close(5)
+    assert not queue.is_alive
 
 
 class Held:
@@ -38,43 +38,43 @@ def quick(name: str) -> Job:
     return Job(lambda job: [Path(name)], 1)
 
 
-def test_jobs_are_done_in_order_and_the_line_is_bounded(line) -> None:
+def test_jobs_are_done_in_order_and_the_queue_is_bounded(queue) -> None:
     held = Held()
-    first = line.submit(Job(held, 1))
+    first = queue.submit(Job(held, 1))
     assert held.begun.wait(5)
-    waiting = [line.submit(quick(f"{i}.png")) for i in range(3)]
-    assert [line.ahead(job) for job in [first, *waiting]] == [0, 1, 2, 3]
-    with pytest.raises(FullError, match="3 pictures are waiting already"):
-        line.submit(quick("one too many"))
+    waiting = [queue.submit(quick(f"{i}.png")) for i in range(3)]
+    assert [queue.ahead(job) for job in [first, *waiting]] == [0, 1, 2, 3]
+    with pytest.raises(QueueFullError, match="3 pictures are waiting already"):
+        queue.submit(quick("one too many"))
     held.go.set()
     assert all(job.wait(5) for job in [first, *waiting])
     assert [job.pictures[0].name for job in [first, *waiting]] == ["held.png", "0.png", "1.png", "2.png"]
 
 
-def test_a_cancelled_job_frees_its_place_or_ends_at_its_next_step(line) -> None:
+def test_a_cancelled_job_frees_its_place_or_ends_at_its_next_step(queue) -> None:
     held = Held()
-    first = line.submit(Job(held, 1))
+    first = queue.submit(Job(held, 1))
     assert held.begun.wait(5)
-    second, third = line.submit(quick("second")), line.submit(quick("third"))
-    line.cancel(second)
-    assert second.is_over and second.view().state == "cancelled" and line.length == 1
-    line.cancel(first)
+    second, third = queue.submit(quick("second")), queue.submit(quick("third"))
+    queue.cancel(second)
+    assert second.is_over and second.view().state == "cancelled" and queue.length == 1
+    queue.cancel(first)
     assert first.wait(5) and first.view().state == "cancelled" and first.pictures == []
     assert third.wait(5) and third.view().state == "done"
 
 
-def test_an_error_ends_its_own_job_alone(line) -> None:
+def test_an_error_ends_its_own_job_alone(queue) -> None:
     def fail(job: Job) -> list[Path]:
         raise ValueError("no such thing")
 
-    failed = line.submit(Job(fail, 1))
-    good = line.submit(quick("good"))
+    failed = queue.submit(Job(fail, 1))
+    good = queue.submit(quick("good"))
     assert failed.wait(5) and good.wait(5)
     assert failed.view().state == "failed" and str(failed.error) == "no such thing"
     assert good.view().state == "done"
 
 
-def test_progress_is_counted_and_the_prediction_is_let_go(line) -> None:
+def test_progress_is_counted_and_the_prediction_is_let_go(queue) -> None:
     seen = []
 
     def work(job: Job) -> list[Path]:
@@ -83,21 +83,21 @@ def test_progress_is_counted_and_the_prediction_is_let_go(line) -> None:
             seen.append((job.view().step, job.view().latents))
         return []
 
-    job = line.submit(Job(work, 3))
+    job = queue.submit(Job(work, 3))
     assert job.wait(5)
     assert [(step, float(latents)) for step, latents in seen] == [(1, 0.0), (2, 1.0), (3, 2.0)]
     assert job.view().latents is None
 
 
 def test_closing_cancels_what_is_left() -> None:
-    line, held = Line(lambda: "ready", most=3), Held()
-    line.open()
-    first, second = line.submit(Job(held, 1)), line.submit(quick("second"))
+    queue, held = JobQueue(lambda: "ready", most=3), Held()
+    queue.open()
+    first, second = queue.submit(Job(held, 1)), queue.submit(quick("second"))
     assert held.begun.wait(5)
-    line.close(5)
+    queue.close(5)
     assert [first.view().state, second.view().state] == ["cancelled", "cancelled"]
-    with pytest.raises(FullError, match="closing"):
-        line.submit(quick("late"))
+    with pytest.raises(QueueFullError, match="closing"):
+        queue.submit(quick("late"))
 
 
 def test_an_error_while_opening_is_raised_where_it_is_opened() -> None:
@@ -105,4 +105,4 @@ def test_an_error_while_opening_is_raised_where_it_is_opened() -> None:
         raise OSError("no weights")
 
     with pytest.raises(OSError, match="no weights"):
-        Line(fail, most=1).open()
+        JobQueue(fail, most=1).open()

@@ -1,4 +1,4 @@
-"""What may be wished for, what a picture tells, and which files can be reached at all."""
+"""What may be requested, what a picture tells, and which files can be reached at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sat.apps.web.request import Limits, Pictures, Wish, WishError, settings_of
+from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, settings_of
 from sat.apps.web.serve import Access
 from sat.sampling.prompts import SizeRule
 from sat.util.images import write_png
@@ -51,7 +51,7 @@ def test_nothing_but_pictures_of_the_folder_can_be_reached(root, name) -> None:
     picture(root.parent / "secret.png")
     (root / "run.json").write_text("{}")
     (root / "9_link").symlink_to(root.parent / "1_x")
-    with pytest.raises(WishError, match="no such picture"):
+    with pytest.raises(RequestError, match="no such picture"):
         Pictures(root).at(name)
 
 
@@ -62,10 +62,10 @@ def test_settings_are_read_from_the_png(tmp_path) -> None:
     assert settings_of(picture(tmp_path / "b.png", odd))[2:7] == (None, 48, None, None, 3)
     worn = {**FIELDS, "lora": "fur:0.5, silk:-1e-05, , :3, odd, x:nan"}
     assert settings_of(picture(tmp_path / "e.png", worn)).adapters == {"fur": 0.5, "silk": -1e-05}
-    with pytest.raises(WishError, match="holds no settings"):
+    with pytest.raises(RequestError, match="holds no settings"):
         settings_of(picture(tmp_path / "c.png", {}))
     (tmp_path / "d.png").write_bytes(b"no picture")
-    with pytest.raises(WishError, match="no whole PNG file"):
+    with pytest.raises(RequestError, match="no whole PNG file"):
         settings_of(tmp_path / "d.png")
 
 
@@ -84,9 +84,9 @@ def test_settings_are_read_from_the_png(tmp_path) -> None:
 )
 def test_limits_are_told(change, match) -> None:
     good = {"prompt": "a cat", "height": 32, "width": 48, "steps": 5, "guidance": 2.0, "seed": 0}
-    Limits().check(Wish(**good))
-    with pytest.raises(WishError, match=match):
-        Limits().check(Wish(**{**good, **change}))
+    Limits().check(GenerationRequest(**good))
+    with pytest.raises(RequestError, match=match):
+        Limits().check(GenerationRequest(**{**good, **change}))
 
 
 def test_sides_that_are_offered_are_those_that_are_possible() -> None:

@@ -18,9 +18,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from sat.apps.web.job_queue import FullError, Job, Line
-from sat.apps.web.request import Wish, WishError
-from sat.apps.web.service import Studio
+from sat.apps.web.job_queue import Job, JobQueue, QueueFullError
+from sat.apps.web.request import GenerationRequest, RequestError
+from sat.apps.web.service import GenerationService
 from sat.util.log import describe
 
 log = logging.getLogger(__name__)
@@ -81,16 +81,16 @@ class Links:
         return hmac.new(self._secret, name.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:32]
 
 
-def picture_routes(app: FastAPI, studio: Studio, links: Links) -> None:
+def picture_routes(app: FastAPI, service: GenerationService, links: Links) -> None:
     """``GET /pictures/…``: pictures of the output folder, for those who were given the address."""
 
     @app.get("/pictures/{name:path}", include_in_schema=False)
     def picture(name: str, key: str = "") -> Response:
         try:
             if not links.fits(name, key):
-                raise WishError("there is no such picture")
-            path = studio.pictures.at(name)
-        except WishError as error:
+                raise RequestError("there is no such picture")
+            path = service.pictures.at(name)
+        except RequestError as error:
             return ApiError(404, str(error)).response()
         return FileResponse(
             path,
@@ -101,27 +101,33 @@ def picture_routes(app: FastAPI, studio: Studio, links: Links) -> None:
         )
 
 
-def health_route(app: FastAPI, studio: Studio, line: Line[Studio]) -> None:
+def health_route(app: FastAPI, service: GenerationService, queue: JobQueue) -> None:
     """``GET /health``: whether pictures are drawn, and how many jobs wait."""
 
     @app.get("/health")
     def health() -> JSONResponse:
-        alive = line.is_alive
+        alive = queue.is_alive
         told = {
             "status": "ok" if alive else "down",
-            "model": studio.name,
-            "drawing": line.is_busy,
-            "waiting": line.length,
-            "most": line.most,
+            "model": service.name,
+            "drawing": queue.is_busy,
+            "waiting": queue.length,
+            "most": queue.most,
         }
         return JSONResponse(told, 200 if alive else 503)
 
 
-def api_routes(app: FastAPI, studio: Studio, line: Line[Studio], links: Links, token: str | None) -> None:
+def api_routes(
+    app: FastAPI,
+    service: GenerationService,
+    queue: JobQueue,
+    links: Links,
+    token: str | None,
+) -> None:
     """``/v1``: models and image generation, behind the bearer ``token`` if there is one."""
 
-    async def allowed(request: Request) -> None:
-        if token is not None and not _bears(request.headers.get("authorization", ""), token):
+    async def allowed(http: Request) -> None:
+        if token is not None and not _bears(http.headers.get("authorization", ""), token):
             raise ApiError(
                 401, "this server wants its token: Authorization: Bearer TOKEN", code="invalid_api_key"
             )
@@ -130,7 +136,7 @@ def api_routes(app: FastAPI, studio: Studio, line: Line[Studio], links: Links, t
     created = int(time.time())
 
     def card() -> dict[str, Any]:
-        return {"id": studio.name, "object": "model", "created": created, "owned_by": "local"}
+        return {"id": service.name, "object": "model", "created": created, "owned_by": "local"}
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -138,22 +144,24 @@ def api_routes(app: FastAPI, studio: Studio, line: Line[Studio], links: Links, t
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        _known(studio, name)
+        _known(service, name)
         return card()
 
     @router.post("/images/generations")
-    async def generations(body: Body, request: Request) -> dict[str, Any]:
-        _known(studio, body.model)
-        wish = wish_of(body, studio)
+    async def generations(body: Body, http: Request) -> dict[str, Any]:
+        _known(service, body.model)
+        request = request_of(body, service)
         try:
-            job = line.submit(studio.job(wish, whole=True))
-        except FullError as error:
+            job = queue.submit(service.job(request, whole=True))
+        except QueueFullError as error:
             raise ApiError(429, str(error), code="queue_full") from None
         except ValueError as error:
             raise ApiError(400, describe(error)) from None
-        await _over(job, line, request)
-        base = str(request.base_url).rstrip("/")
-        data = [_item(path, body, studio, base, links, wish.seed + i) for i, path in enumerate(job.pictures)]
+        await _over(job, queue, http)
+        base = str(http.base_url).rstrip("/")
+        data = [
+            _item(path, body, service, base, links, request.seed + i) for i, path in enumerate(job.pictures)
+        ]
         return {"created": int(time.time()), "data": data}
 
     app.include_router(router)
@@ -175,30 +183,30 @@ def _errors(app: FastAPI) -> None:
         return ApiError(400, f"{where or 'the request'}: {what}", param=where or None).response()
 
 
-def wish_of(body: Body, studio: Studio) -> Wish:
+def request_of(body: Body, service: GenerationService) -> GenerationRequest:
     """What the request asks for; ``size`` is that of the result, after all enlarging."""
-    default = studio.first.sampling
-    width, height = _size(body.size, studio)
+    default = service.first.sampling
+    width, height = _size(body.size, service)
     count = 1 if body.n is None else body.n
     guidance = body.guidance
-    if guidance is not None and studio.guidance is None:
+    if guidance is not None and service.guidance is None:
         raise ApiError(400, "guidance: this model has no strength of guidance to set", param="guidance")
-    return Wish(
+    return GenerationRequest(
         prompt=body.prompt,
         height=height,
         width=width,
         steps=default.steps if body.steps is None else body.steps,
-        guidance=studio.guidance if guidance is None else guidance,
+        guidance=service.guidance if guidance is None else guidance,
         seed=secrets.randbelow(2**32 - 1024) if body.seed is None else body.seed,
         count=count,
         negative_prompt=body.negative_prompt,
-        adapters={name: offer.strength for name, offer in studio.offers.items() if offer.strength},
+        adapters={name: entry.strength for name, entry in service.adapters.items() if entry.strength},
     )
 
 
-def _size(text: str | None, studio: Studio) -> tuple[int, int]:
+def _size(text: str | None, service: GenerationService) -> tuple[int, int]:
     """(width, height) of the first stage for a result of ``WIDTHxHEIGHT``."""
-    default, scale = studio.first.sampling, studio.scale
+    default, scale = service.first.sampling, service.scale
     if text is None or text == "auto":
         return default.width, default.height
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
@@ -208,17 +216,17 @@ def _size(text: str | None, studio: Studio) -> tuple[int, int]:
             400, f"size: expected WIDTHxHEIGHT such as {usual}, or auto, got {text[:40]!r}", param="size"
         )
     width, height = int(match[1]), int(match[2])
-    if width % scale or height % scale or not studio.sizes.allows(height // scale, width // scale):
-        near = studio.sizes.nearest(height // scale, width // scale)
+    if width % scale or height % scale or not service.sizes.allows(height // scale, width // scale):
+        near = service.sizes.nearest(height // scale, width // scale)
         nearest = f"{near[1] * scale}x{near[0] * scale}"
         raise ApiError(400, f"size: this model does not draw {text}; the nearest is {nearest}", param="size")
     return width // scale, height // scale
 
 
-def _known(studio: Studio, name: str | None) -> None:
-    if name is not None and name != studio.name:
+def _known(service: GenerationService, name: str | None) -> None:
+    if name is not None and name != service.name:
         raise ApiError(
-            404, f"there is no model {name[:80]!r} here, only {studio.name!r}", code="model_not_found"
+            404, f"there is no model {name[:80]!r} here, only {service.name!r}", code="model_not_found"
         )
 
 
@@ -228,23 +236,25 @@ def _bears(header: str, token: str) -> bool:
     return hmac.compare_digest(given.strip().encode(), token.encode()) and kind.lower() == "bearer"
 
 
-async def _over(job: Job, line: Line[Studio], request: Request) -> None:
+async def _over(job: Job, queue: JobQueue, http: Request) -> None:
     """Wait until ``job`` is over; cancel it when nobody listens any more."""
     try:
         while not job.is_over:
-            if await request.is_disconnected():
+            if await http.is_disconnected():
                 raise ApiError(499, "the client left")
             await asyncio.sleep(POLL)
     finally:
-        line.cancel(job)
+        queue.cancel(job)
     if job.view().state == "failed" and job.error is not None:
         raise ApiError(400 if isinstance(job.error, ValueError) else 500, describe(job.error))
     if job.view().state == "cancelled":
         raise ApiError(503, "the server is closing")
 
 
-def _item(path: Path, body: Body, studio: Studio, base: str, links: Links, seed: int) -> dict[str, Any]:
+def _item(
+    path: Path, body: Body, service: GenerationService, base: str, links: Links, seed: int
+) -> dict[str, Any]:
     """One picture of the answer; ``seed`` is ours."""
     if body.response_format == "b64_json":
         return {"b64_json": base64.b64encode(path.read_bytes()).decode(), "seed": seed}
-    return {"url": base + links.to(studio.pictures.name(path)), "seed": seed}
+    return {"url": base + links.to(service.pictures.name(path)), "seed": seed}

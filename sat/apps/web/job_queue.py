@@ -1,4 +1,4 @@
-"""The line of jobs before the one thread that draws: bounded, cancellable, watched from other threads."""
+"""A bounded queue of jobs before the one drawing thread; other threads watch and cancel them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event, Thread
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 
 
-class FullError(RuntimeError):
-    """Too many jobs are waiting already."""
+class QueueFullError(RuntimeError):
+    """The queue takes no more jobs."""
 
 
 class CancelledError(Exception):
@@ -36,7 +36,7 @@ class View:
 
 
 class Job:
-    """One wish in the line. The drawing thread calls :meth:`step`; everybody else looks and may cancel."""
+    """One request in the queue. The drawing thread calls :meth:`step`; other threads watch and may cancel."""
 
     def __init__(self, work: Callable[[Job], list[Path]], steps: int) -> None:
         self.work = work
@@ -92,19 +92,16 @@ class Job:
         self._over.set()
 
 
-T = TypeVar("T")
-
-
-class Line(Generic[T]):
+class JobQueue:
     """At most ``most`` waiting jobs, and the thread that does one after the other.
 
     ``prepare`` runs first, on that thread: what it opens (a model, a device's context) belongs to it.
     """
 
-    def __init__(self, prepare: Callable[[], T], most: int) -> None:
+    def __init__(self, prepare: Callable[[], object], most: int) -> None:
         self.most = most
         self._prepare = prepare
-        self._ready: T | None = None
+        self._ready: object = None
         self._failed: BaseException | None = None
         self._opened = Event()
         self._waiting: deque[Job] = deque()
@@ -113,23 +110,24 @@ class Line(Generic[T]):
         self._change = Condition()
         self._thread = Thread(target=self._work, name="drawing", daemon=True)
 
-    def open(self) -> T:
+    def open(self) -> object:
         """Start; what ``prepare`` made. Its error is raised here."""
         self._thread.start()
         while not self._opened.wait(0.2):  # in slices, so that Ctrl-C is heard
             pass
         if self._failed is not None:
             raise self._failed
-        assert self._ready is not None, "prepare returned"
         return self._ready
 
     def submit(self, job: Job) -> Job:
-        """Put ``job`` at the end; :class:`FullError` if too many are before it."""
+        """Put ``job`` at the end; :class:`QueueFullError` if too many are before it."""
         with self._change:
             if self._closing:
-                raise FullError("the server is closing")
+                raise QueueFullError("the server is closing")
             if len(self._waiting) >= self.most:
-                raise FullError(f"{len(self._waiting)} pictures are waiting already: try again in a moment")
+                raise QueueFullError(
+                    f"{len(self._waiting)} pictures are waiting already: try again in a moment"
+                )
             self._waiting.append(job)
             self._change.notify()
         return job
@@ -187,7 +185,7 @@ class Line(Generic[T]):
             self._do(job)
 
     def _next(self) -> Job | None:
-        """The next job, when there is one; None when the line is closed."""
+        """The next job, when there is one; None when the queue is closed."""
         with self._change:
             self._current = None
             while not self._waiting and not self._closing:

@@ -10,9 +10,9 @@ import gradio as gr
 
 from sat.apps.prompts.optimizer import PromptOptimizer
 from sat.apps.web.api import Links
-from sat.apps.web.job_queue import Line
+from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.page import EMPTY, Page
-from sat.apps.web.service import Studio
+from sat.apps.web.service import GenerationService
 
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1200px !important; min-width: 0; margin: auto;
@@ -75,13 +75,13 @@ class Form:
                 self.seed, self.anew, *self.adapters.values()]  # fmt: skip
 
 
-def page(studio: Studio, line: Line[Studio], links: Links, optimizer: PromptOptimizer) -> Any:  # noqa: ANN401
+def page(service: GenerationService, queue: JobQueue, links: Links, optimizer: PromptOptimizer) -> Any:  # noqa: ANN401
     """The Gradio blocks."""
-    does = Page(studio, line, links, optimizer, list(studio.offers))
-    with gr.Blocks(title=studio.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+    does = Page(service, queue, links, optimizer, list(service.adapters))
+    with gr.Blocks(title=service.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         with gr.Row(equal_height=False, elem_id="layout"):
             with gr.Column(elem_id="top"):  # on a phone: what to draw, the picture, the settings
-                prompt, buttons, status = _top(studio)
+                prompt, buttons, status = _top(service)
             with gr.Column(elem_id="right"):
                 canvas = gr.HTML(EMPTY, elem_id="canvas")
                 facts = gr.HTML("", elem_id="facts")
@@ -92,14 +92,14 @@ def page(studio: Studio, line: Line[Studio], links: Links, optimizer: PromptOpti
                         size="sm",
                         elem_id="enlarge",
                         min_width=120,
-                        visible=len(studio.stages) > 1,
+                        visible=len(service.stages) > 1,
                     )
                 gallery = gr.Gallery(
                     label="Pictures", show_label=False, columns=6, allow_preview=False, object_fit="cover",
                     buttons=[], interactive=False, elem_id="gallery",
                 )  # fmt: skip
             with gr.Column(elem_id="settings"):
-                form, buttons["upload"] = _settings(studio, prompt)
+                form, buttons["upload"] = _settings(service, prompt)
         names, chosen = gr.State([]), gr.State("")
         quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         shown = [canvas, status, form.seed, gallery, names, chosen, facts]
@@ -133,10 +133,10 @@ def _flat(draw: Callable[..., AsyncIterator[tuple[Any, ...]]]) -> Callable[..., 
     return run
 
 
-def _top(studio: Studio) -> tuple[Any, dict[str, Any], Any]:
+def _top(service: GenerationService) -> tuple[Any, dict[str, Any], Any]:
     """The prompt, the buttons below it by name, and the line that says what happens."""
     prompt = gr.Textbox(
-        label="Prompt", lines=3, max_lines=8, max_length=studio.limits.prompt, elem_id="prompt",
+        label="Prompt", lines=3, max_lines=8, max_length=service.limits.prompt, elem_id="prompt",
         placeholder="What is to be seen?",
     )  # fmt: skip
     with gr.Row():
@@ -146,9 +146,9 @@ def _top(studio: Studio) -> tuple[Any, dict[str, Any], Any]:
     return prompt, {"draw": draw, "cancel": cancel, "enhance": enhance}, gr.HTML("", elem_id="status")
 
 
-def _settings(studio: Studio, prompt: Any) -> tuple[Form, Any]:  # noqa: ANN401
+def _settings(service: GenerationService, prompt: Any) -> tuple[Form, Any]:  # noqa: ANN401
     """The other fields, with those of LoRA files if there are any, and the button that reads a PNG file."""
-    sampling, most, sizes, strength = studio.first.sampling, studio.limits, studio.sizes, studio.guidance
+    sampling, most, sizes, strength = service.first.sampling, service.limits, service.sizes, service.guidance
     with gr.Row():
         width = gr.Dropdown(sizes.sides(), value=sampling.width, label="Width", elem_id="width", min_width=80)
         height = gr.Dropdown(
@@ -172,10 +172,10 @@ def _settings(studio: Studio, prompt: Any) -> tuple[Form, Any]:  # noqa: ANN401
         placeholder="What is not to be seen",
     )  # fmt: skip
     adapters = {}
-    with gr.Accordion("LoRA", open=True, visible=bool(studio.offers), elem_id="lora"):
-        for name, offer in studio.offers.items():
+    with gr.Accordion("LoRA", open=True, visible=bool(service.adapters), elem_id="lora"):
+        for name, entry in service.adapters.items():
             adapters[name] = gr.Slider(
-                -most.strength, most.strength, value=offer.strength, step=0.05, label=name, info="0: not used"
+                -most.strength, most.strength, value=entry.strength, step=0.05, label=name, info="0: not used"
             )
     upload = gr.UploadButton(
         "Settings from a PNG", file_types=[".png"], type="filepath", size="sm", elem_id="upload"

@@ -17,9 +17,9 @@ from PIL import Image
 
 from sat.apps.prompts.optimizer import OptimizerError, PromptOptimizer
 from sat.apps.web.api import Links
-from sat.apps.web.job_queue import FullError, Job, Line
-from sat.apps.web.request import Wish, WishError, settings_of
-from sat.apps.web.service import Studio, fitted
+from sat.apps.web.job_queue import Job, JobQueue, QueueFullError
+from sat.apps.web.request import GenerationRequest, RequestError, settings_of
+from sat.apps.web.service import GenerationService, fitted
 from sat.util.log import describe
 
 log = logging.getLogger(__name__)
@@ -34,64 +34,67 @@ class Page:
     """What happens when something is pressed; jobs by session, so that each can cancel its own."""
 
     def __init__(
-        self, studio: Studio, line: Line[Studio], links: Links, optimizer: PromptOptimizer, names: list[str]
+        self,
+        service: GenerationService,
+        queue: JobQueue,
+        links: Links,
+        optimizer: PromptOptimizer,
+        names: list[str],
     ) -> None:
-        self.studio, self.line, self.links, self.optimizer = studio, line, links, optimizer
+        self.service, self.queue, self.links, self.optimizer = service, queue, links, optimizer
         self.adapters = names
         self._jobs: dict[str, Job] = {}
 
-    def wish(self, *values: Any) -> Wish:  # noqa: ANN401 - the values of Form.fields
-        """The form as a wish; what was left empty or typed wrong is a sentence."""
+    def request(self, *values: Any) -> GenerationRequest:  # noqa: ANN401 - the values of Form.fields
+        """The form as a request; :class:`RequestError` for what was left empty or typed wrong."""
         prompt, negative, width, height, count, steps, guidance, seed, anew, *strengths = values
         if anew:
-            seed = secrets.randbelow(2**32 - self.studio.limits.count)
+            seed = secrets.randbelow(2**32 - self.service.limits.count)
 
         def whole(value: Any, name: str) -> int:  # noqa: ANN401
             if value is None or float(value) != int(value):
-                raise WishError(
+                raise RequestError(
                     f"{name}: expected a whole number, got {'nothing' if value is None else value}"
                 )
             return int(value)
 
-        return Wish(
+        return GenerationRequest(
             (prompt or "").strip(),
             whole(height, "height"),
             whole(width, "width"),
             whole(steps, "steps"),
-            None if self.studio.guidance is None else float(guidance),
+            None if self.service.guidance is None else float(guidance),
             whole(seed, "seed"),
             whole(count, "pictures"),
             (negative or "").strip(),
             {name: float(value) for name, value in zip(self.adapters, strengths, strict=True) if value},
         )
 
-    async def draw(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, ...]]:  # noqa: ANN401
+    async def draw(self, http: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, ...]]:  # noqa: ANN401
         """(canvas, status, seed, gallery, chosen, facts) again and again until the pictures are there."""
         try:
-            wish = self.wish(*values)
-            job = self.line.submit(self.studio.job(wish))
-        except (ValueError, FullError) as error:
+            request = self.request(*values)
+            job = self.queue.submit(self.service.job(request))
+        except (ValueError, QueueFullError) as error:
             yield gr.skip(), _error(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
-        async for update in self._follow(job, request, wish.seed):
+        async for update in self._follow(job, http, request.seed):
             yield update
 
-    async def enlarge(self, request: gr.Request, chosen: str) -> AsyncIterator[tuple[Any, ...]]:
+    async def enlarge(self, http: gr.Request, chosen: str) -> AsyncIterator[tuple[Any, ...]]:
         """As :meth:`draw`, of the chosen picture enlarged."""
         try:
-            job = self.line.submit(self.studio.enlarging(chosen or ""))
-        except (ValueError, FullError) as error:
+            job = self.queue.submit(self.service.enlarging(chosen or ""))
+        except (ValueError, QueueFullError) as error:
             known = error if chosen else "Choose a picture first."
             yield gr.skip(), _error(known), gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
-        async for update in self._follow(job, request, None):
+        async for update in self._follow(job, http, None):
             yield update
 
-    async def _follow(
-        self, job: Job, request: gr.Request, seed: int | None
-    ) -> AsyncIterator[tuple[Any, ...]]:
-        session = str(request.session_hash)
-        self.cancel(request)  # one job at a time for each page
+    async def _follow(self, job: Job, http: gr.Request, seed: int | None) -> AsyncIterator[tuple[Any, ...]]:
+        session = str(http.session_hash)
+        self.cancel(http)  # one job at a time for each page
         self._jobs[session] = job
         shown = gr.skip() if seed is None else seed
         seen = -1
@@ -104,12 +107,12 @@ class Page:
                     yield canvas, self._told(job), shown, gr.skip(), gr.skip(), gr.skip()
                 await asyncio.sleep(_LOOK)
         finally:
-            self.line.cancel(job)  # the page was closed; nothing happens to a job that is over
+            self.queue.cancel(job)  # the page was closed; nothing happens to a job that is over
             if self._jobs.get(session) is job:
                 del self._jobs[session]
         state = job.view().state
         if state == "done":
-            names = [self.studio.pictures.name(path) for path in job.pictures]
+            names = [self.service.pictures.name(path) for path in job.pictures]
             yield (self._canvas(names), _said(f"Done: {_count(len(names))}."), shown, await self.gallery(),
                    names[0], self._facts(names[0]))  # fmt: skip
         elif state == "failed":
@@ -117,16 +120,16 @@ class Page:
         else:
             yield EMPTY, _said("Cancelled."), shown, await self.gallery(), gr.skip(), gr.skip()
 
-    def cancel(self, request: gr.Request) -> None:
+    def cancel(self, http: gr.Request) -> None:
         """End the job of this page, if it has one."""
-        job = self._jobs.get(str(request.session_hash))
+        job = self._jobs.get(str(http.session_hash))
         if job is not None:
-            self.line.cancel(job)
+            self.queue.cancel(job)
 
     def enhance(self, prompt: str) -> tuple[Any, str]:
         """(prompt, status): the prompt as a description, or as it was and why."""
         try:
-            better = self.optimizer((prompt or "")[: self.studio.limits.prompt])
+            better = self.optimizer((prompt or "")[: self.service.limits.prompt])
         except OptimizerError as error:
             return gr.skip(), _error(error)
         cut = f" What did not fit was cut: “{html.escape(better.dropped)}”." if better.dropped else ""
@@ -142,8 +145,8 @@ class Page:
     def reuse(self, chosen: str) -> list[Any]:
         """Form values and status from the chosen picture."""
         try:
-            return self._filled(self.studio.pictures.at(chosen or ""))
-        except WishError as error:
+            return self._filled(self.service.pictures.at(chosen or ""))
+        except RequestError as error:
             return [
                 *([gr.skip()] * (9 + len(self.adapters))),
                 _error(error if chosen else "Choose a picture first."),
@@ -153,36 +156,36 @@ class Page:
         """Form values and status from an uploaded PNG file, which lies in the output folder."""
         try:
             file = Path(path).resolve()
-            if not file.is_relative_to(self.studio.pictures.root):
-                raise WishError("this file was not uploaded")
+            if not file.is_relative_to(self.service.pictures.root):
+                raise RequestError("this file was not uploaded")
             return self._filled(file)
-        except WishError as error:
+        except RequestError as error:
             return [*([gr.skip()] * (9 + len(self.adapters))), _error(error)]
 
     def sizes(self, width: Any, height: Any) -> Any:  # noqa: ANN401
         """The heights that go with a width, the nearest of them chosen."""
-        sides = self.studio.sizes.sides(int(width))
+        sides = self.service.sizes.sides(int(width))
         return gr.update(choices=sides, value=min(sides, key=lambda side: abs(side - int(height or 0))))
 
     def _filled(self, path: Path) -> list[Any]:
         said = settings_of(path)
-        wish, notes = fitted(said, self.studio)
-        heights = gr.update(choices=self.studio.sizes.sides(wish.width), value=wish.height)
+        request, notes = fitted(said, self.service)
+        heights = gr.update(choices=self.service.sizes.sides(request.width), value=request.height)
         status = _said("The settings of the picture are set. " + " ".join(html.escape(n) for n in notes))
-        return [wish.prompt, wish.negative_prompt, wish.width, heights, 1, wish.steps,
-                wish.guidance if wish.guidance is not None else gr.skip(), wish.seed, False,
-                *(wish.adapters.get(name, 0.0) for name in self.adapters), status]  # fmt: skip
+        return [request.prompt, request.negative_prompt, request.width, heights, 1, request.steps,
+                request.guidance if request.guidance is not None else gr.skip(), request.seed, False,
+                *(request.adapters.get(name, 0.0) for name in self.adapters), status]  # fmt: skip
 
     async def gallery(self) -> tuple[list[Image.Image], list[str]]:
         """(thumbnails, names), the newest first."""
-        names = self.studio.pictures.newest(GALLERY)
-        small = await asyncio.to_thread(lambda: [self.studio.pictures.thumbnail(name) for name in names])
+        names = self.service.pictures.newest(GALLERY)
+        small = await asyncio.to_thread(lambda: [self.service.pictures.thumbnail(name) for name in names])
         return small, names
 
     def _progress(self, job: Job) -> str:
         view = job.view()
         picture = ""
-        if view.latents is not None and (image := self.studio.preview(view.latents)) is not None:
+        if view.latents is not None and (image := self.service.preview(view.latents)) is not None:
             picture = f'<img class="live" alt="preview" src="{_inline(image)}">'
         share = 100 * view.step // max(view.steps, 1)
         bar = f'<div class="bar" role="progressbar" aria-valuenow="{share}">'
@@ -191,7 +194,7 @@ class Page:
     def _told(self, job: Job) -> str:
         view = job.view()
         if view.state == "waiting":
-            ahead = self.line.ahead(job)
+            ahead = self.queue.ahead(job)
             return _said(f"Waiting: {ahead} before this one." if ahead else "Starting …")
         return _said(f"Drawing: step {view.step} of {view.steps}.")
 
@@ -205,8 +208,8 @@ class Page:
 
     def _facts(self, name: str) -> str:
         try:
-            said = settings_of(self.studio.pictures.at(name))
-        except WishError as error:
+            said = settings_of(self.service.pictures.at(name))
+        except RequestError as error:
             return _error(error)
         rows = {
             "prompt": said.prompt, "negative prompt": said.negative_prompt or "none",

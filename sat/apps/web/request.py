@@ -1,4 +1,4 @@
-"""What somebody wants drawn, what a picture says of its making, and the pictures of the output folder."""
+"""Requests for pictures, the settings stored in a PNG file, and the pictures of the output folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from sat.errors import UserError
 from sat.sampling.output import IMAGE, numbered
 from sat.util.images import read_png_text
 
@@ -22,12 +23,12 @@ _NAME = re.compile(r"\d+_[\w-]{0,20}/\d{9}\.png", re.ASCII)
 _THUMBNAIL = 256  # pixels, the longer side
 
 
-class WishError(ValueError):
-    """Something is wished for that cannot be drawn; the text is for whoever wishes."""
+class RequestError(UserError, ValueError):
+    """A request that this server cannot draw; the text is shown to the user."""
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerationRequest:
     """One request for pictures. ``guidance`` None: the model has no strength to set. Sizes in pixels."""
 
     prompt: str
@@ -43,7 +44,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one wish may ask for at most."""
+    """Upper bounds of one request."""
 
     count: int = 8
     steps: int = 200
@@ -51,24 +52,24 @@ class Limits:
     guidance: float = 100.0
     strength: float = 4.0  # of an adapter, either way
 
-    def check(self, wish: Wish) -> None:
-        """Raise :class:`WishError` with a sentence unless ``wish`` keeps to them."""
-        if not wish.prompt.strip():
-            raise WishError("the prompt is empty: say what to draw")
-        for name, text in (("prompt", wish.prompt), ("negative prompt", wish.negative_prompt)):
+    def check(self, request: GenerationRequest) -> None:
+        """Raise :class:`RequestError` with a sentence unless ``request`` keeps to them."""
+        if not request.prompt.strip():
+            raise RequestError("the prompt is empty: say what to draw")
+        for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
             if len(text) > self.prompt:
-                raise WishError(f"the {name} has {len(text)} characters, more than {self.prompt}")
+                raise RequestError(f"the {name} has {len(text)} characters, more than {self.prompt}")
         ranges: dict[str, tuple[float, float, float]] = {
-            "pictures": (wish.count, 1, self.count),
-            "steps": (wish.steps, 1, self.steps),
-            "seed": (wish.seed, 0, 2**32 - max(wish.count, 1)),
-            "guidance": (wish.guidance or 0.0, -self.guidance, self.guidance),
+            "pictures": (request.count, 1, self.count),
+            "steps": (request.steps, 1, self.steps),
+            "seed": (request.seed, 0, 2**32 - max(request.count, 1)),
+            "guidance": (request.guidance or 0.0, -self.guidance, self.guidance),
         }
-        for name, strength in wish.adapters.items():
+        for name, strength in request.adapters.items():
             ranges[f"strength of {name}"] = (strength, -self.strength, self.strength)
         for name, (value, least, most) in ranges.items():
             if not least <= value <= most:
-                raise WishError(f"{name}: expected {least:.10g} to {most:.10g}, got {value:.10g}")
+                raise RequestError(f"{name}: expected {least:.10g} to {most:.10g}, got {value:.10g}")
 
 
 class Settings(NamedTuple):
@@ -86,12 +87,14 @@ class Settings(NamedTuple):
 
 
 def settings_of(path: Path) -> Settings:
-    """The settings in a PNG file that this program wrote; :class:`WishError` says why there are none."""
+    """The settings in a PNG file that this program wrote; :class:`RequestError` says why there are none."""
     fields = read_png_text(path)
     if fields is None:
-        raise WishError("this is no whole PNG file, so no settings can be read from it")
+        raise RequestError("this is no whole PNG file, so no settings can be read from it")
     if "prompt" not in fields or "seed" not in fields:
-        raise WishError("this picture holds no settings: it was not drawn here, or another program saved it")
+        raise RequestError(
+            "this picture holds no settings: it was not drawn here, or another program saved it"
+        )
 
     def whole(name: str) -> int | None:
         text = fields.get(name, "").partition("-")[0]  # the sheet of several pictures names a range of seeds
@@ -143,10 +146,10 @@ class Pictures:
         return path.resolve().relative_to(self.root).as_posix()
 
     def at(self, name: str) -> Path:
-        """The file of a picture; :class:`WishError` unless it is one of this folder, links followed."""
+        """The file of a picture; :class:`RequestError` unless it is one of this folder, links followed."""
         path = (self.root / name).resolve()
         if not _NAME.fullmatch(name) or not path.is_relative_to(self.root) or not path.is_file():
-            raise WishError("there is no such picture")
+            raise RequestError("there is no such picture")
         return path
 
     def thumbnail(self, name: str) -> Image.Image:

@@ -16,8 +16,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sat.apps.prompts.optimizer import PromptOptimizer
 from sat.apps.web.api import ApiError, Links, api_routes, health_route, picture_routes
-from sat.apps.web.job_queue import Line
-from sat.apps.web.service import Studio
+from sat.apps.web.job_queue import JobQueue
+from sat.apps.web.service import GenerationService
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -63,25 +63,30 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def application(
-    studio: Studio, line: Line[Studio], access: Access, *, api: bool, optimizer: PromptOptimizer
+    service: GenerationService,
+    queue: JobQueue,
+    access: Access,
+    *,
+    api: bool,
+    optimizer: PromptOptimizer,
 ) -> FastAPI:
     """Everything that answers, ready for a server."""
-    root = studio.pictures.root
+    root = service.pictures.root
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")  # uploads and thumbnails stay in the output folder
     import gradio
 
     from sat.apps.web.layout import CSS, page, theme
 
-    app = FastAPI(title=f"{studio.name}", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title=f"{service.name}", docs_url=None, redoc_url=None, openapi_url=None)
     links = Links()
-    health_route(app, studio, line)
-    picture_routes(app, studio, links)
+    health_route(app, service, queue)
+    picture_routes(app, service, links)
     if api:
-        api_routes(app, studio, line, links, access.token)
+        api_routes(app, service, queue, links, access.token)
     mounted: FastAPI = gradio.mount_gradio_app(
         app,
-        page(studio, line, links, optimizer),
+        page(service, queue, links, optimizer),
         path="/",
         auth=None if access.password is None else access.knows,
         show_error=True,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sat.adapters.files import is_adapter
 from sat.adapters.merge import Loading, adapter_name, load_adapters
 from sat.apps.web.job_queue import Job
-from sat.apps.web.request import Limits, Pictures, Settings, Wish, WishError, settings_of
+from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
 from sat.config.build import adaptable, build_guider
 from sat.config.cascade import Cascade, relay_factor
 from sat.config.record import adapter_digest, label, model_name, weight_digests
@@ -93,14 +93,14 @@ def _drawings(factor: int) -> Tensor:
     return torch.stack(out)
 
 
-# -- the models behind the page and the API: what may be wished for, and drawing it into the output folder
+# -- the models behind the page and the API: the requests they allow, and drawing into the output folder
 
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Offer:
+class AdapterEntry:
     """An adapter that can be used: its file, and the strength it has when nobody says otherwise."""
 
     path: Path
@@ -116,7 +116,7 @@ class _Open:
     attached: dict[str, str]  # adapters that were wanted so far: our name -> the model's name for it
 
 
-class Studio:
+class GenerationService:
     """Draws with the stages of a cascade (or the one model); one at a time is loaded, or with ``keep`` all.
 
     What draws or opens runs on the drawing thread; what checks, on any.
@@ -138,8 +138,10 @@ class Studio:
         self.stages = [keep_text_encoder(stage.experiment) for stage in cascade.stages]
         self.factors = [relay_factor(stage) or 1 for stage in self.stages]
         if self.factors[0] != 1:
-            raise WishError("this model only enlarges pictures: name a cascade that begins with a base model")
-        self.offers = _offers(self.stages[0], adapters)
+            raise RequestError(
+                "this model only enlarges pictures: name a cascade that begins with a base model"
+            )
+        self.adapters = _adapter_entries(self.stages[0], adapters)
         if not self.stages[0].adapters.merge:  # attached when wanted, at the wanted strength
             first = self.stages[0]
             self.stages[0] = replace(first, adapters=replace(first.adapters, load=[]))
@@ -147,7 +149,7 @@ class Studio:
         self._loaded: dict[int, _Open] = {}
         self._preview: LatentPreview | None = None
 
-    # -- what may be wished for
+    # -- what may be requested
 
     @property
     def first(self) -> Experiment:
@@ -169,15 +171,17 @@ class Studio:
         """The strength of guidance in the config; None where there is none to set."""
         return strength(build_guider(self.first))
 
-    def check(self, wish: Wish) -> None:
-        """Raise with a sentence unless ``wish`` can be drawn."""
-        check_text(wish.prompt, "the prompt")
-        check_text(wish.negative_prompt, "the negative prompt")
-        self.limits.check(wish)
-        self.sizes.check(wish.height, wish.width)
-        for name in wish.adapters:
-            if name not in self.offers:
-                raise WishError(f"there is no LoRA {name!r}; there are {', '.join(self.offers) or 'none'}")
+    def check(self, request: GenerationRequest) -> None:
+        """Raise with a sentence unless ``request`` can be drawn."""
+        check_text(request.prompt, "the prompt")
+        check_text(request.negative_prompt, "the negative prompt")
+        self.limits.check(request)
+        self.sizes.check(request.height, request.width)
+        for name in request.adapters:
+            if name not in self.adapters:
+                raise RequestError(
+                    f"there is no LoRA {name!r}; there are {', '.join(self.adapters) or 'none'}"
+                )
 
     def enlarger(self, size: tuple[int, int]) -> int | None:
         """The stage that enlarges pictures of this (height, width): the one that is made for it."""
@@ -199,23 +203,23 @@ class Studio:
 
     # -- drawing
 
-    def open(self) -> Studio:
-        """Load the first stage, so that the first wish does not wait; on the drawing thread."""
+    def open(self) -> GenerationService:
+        """Load the first stage, so that the first request does not wait; on the drawing thread."""
         launch(self.first.parallel.device)  # the device, and denormals flushed, for this thread
         self._open(0)
         return self
 
-    def job(self, wish: Wish, *, whole: bool = False) -> Job:
-        """The drawing of ``wish``; ``whole``: through all stages, as ``sample.py`` does."""
-        self.check(wish)
+    def job(self, request: GenerationRequest, *, whole: bool = False) -> Job:
+        """The drawing of ``request``; ``whole``: through all stages, as ``sample.py`` does."""
+        self.check(request)
         last = len(self.stages) if whole else 1
-        parts = [wish.steps, *(stage.sampling.steps for stage in self.stages[1:last])]
-        chunks = [-(-wish.count // stage.sampling.at_once) for stage in self.stages[:last]]
+        parts = [request.steps, *(stage.sampling.steps for stage in self.stages[1:last])]
+        chunks = [-(-request.count // stage.sampling.at_once) for stage in self.stages[:last]]
 
         def work(job: Job) -> list[Path]:
-            paths = self._draw(0, wish, None, job)
+            paths = self._draw(0, request, None, job)
             for index in range(1, last):
-                paths = self._draw(index, self._enlarged(index, wish), paths, job)
+                paths = self._draw(index, self._enlarged(index, request), paths, job)
             return paths
 
         return Job(work, sum(a * b for a, b in zip(parts, chunks, strict=True)))
@@ -228,68 +232,75 @@ class Studio:
             size = (picture.height, picture.width)
         index = self.enlarger(size)
         if index is None:
-            raise WishError(f"nothing here enlarges a picture of {size[0]} x {size[1]} (height x width)")
-        wish = Wish(said.prompt, *size, 1, None, said.seed or 0, negative_prompt=said.negative_prompt)
-        wish = self._enlarged(index, wish, before=1)
-        return Job(lambda job: self._draw(index, wish, [path], job), wish.steps)
+            raise RequestError(f"nothing here enlarges a picture of {size[0]} x {size[1]} (height x width)")
+        request = GenerationRequest(
+            said.prompt, *size, 1, None, said.seed or 0, negative_prompt=said.negative_prompt
+        )
+        request = self._enlarged(index, request, before=1)
+        return Job(lambda job: self._draw(index, request, [path], job), request.steps)
 
     def preview(self, latents: Tensor) -> Image.Image | None:
         """A small picture of predicted latents; from any thread."""
         made = self._preview
         return None if made is None else made.images(latents[:1])[0]
 
-    def _enlarged(self, index: int, wish: Wish, before: int | None = None) -> Wish:
-        """What stage ``index`` is asked for to enlarge ``wish``; ``before``: by how much it is already."""
+    def _enlarged(
+        self, index: int, request: GenerationRequest, before: int | None = None
+    ) -> GenerationRequest:
+        """What stage ``index`` is asked for to enlarge ``request``; ``before``: by how much it is already."""
         scale = self.factors[index] * (math.prod(self.factors[:index]) if before is None else before)
         stage = self.stages[index]
         return replace(
-            wish,
-            height=wish.height * scale,
-            width=wish.width * scale,
+            request,
+            height=request.height * scale,
+            width=request.width * scale,
             steps=stage.sampling.steps,
             guidance=None,
             adapters={},
         )
 
-    def _draw(self, index: int, wish: Wish, inputs: Sequence[Path] | None, job: Job) -> list[Path]:
+    def _draw(
+        self, index: int, request: GenerationRequest, inputs: Sequence[Path] | None, job: Job
+    ) -> list[Path]:
         """The pictures of stage ``index``, numbered after all others in the folder."""
         now = self._open(index)
-        self._adapt(now, wish.adapters)
-        experiment = self._experiment(index, wish)
+        self._adapt(now, request.adapters)
+        experiment = self._experiment(index, request)
         sampling, generator = experiment.sampling, now.pipeline.generator
         params = SamplingParams(
             sampling.height, sampling.width, sampling.steps, build_guider(experiment), sampling.tile
         )
         noise = InitialNoise(
-            sampling.seed, generator.engine.latent_shape(params.height, params.width), wish.count
+            sampling.seed, generator.engine.latent_shape(params.height, params.width), request.count
         )
         about = label(experiment, weights=self._weights(index, experiment))
-        folder = OutputFolder(self.pictures.root, about, wish.count, sampling.grid_columns)
+        folder = OutputFolder(self.pictures.root, about, request.count, sampling.grid_columns)
         prove_writable(folder.root)
         run = Run(
             generator,
             params,
             noise,
             folder,
-            wish.negative_prompt,
+            request.negative_prompt,
             inputs=None if inputs is None else _Files(inputs),
             preview=job.step,
         )
-        written = run([Prompt(folder.next_index(), wish.prompt.strip())]).written
-        return written[: wish.count]  # without the sheet
+        written = run([Prompt(folder.next_index(), request.prompt.strip())]).written
+        return written[: request.count]  # without the sheet
 
-    def _experiment(self, index: int, wish: Wish) -> Experiment:
-        """The config of the run that draws ``wish``; its rules are checked by making it."""
+    def _experiment(self, index: int, request: GenerationRequest) -> Experiment:
+        """The config of the run that draws ``request``; its rules are checked by making it."""
         stage = self.stages[index]
         guider = stage.sampling.guider
-        if wish.guidance is not None and strength(build_guider(stage)) is not None:
-            guider = Component(guider.target, {**guider.params, "scale": float(wish.guidance)})
+        if request.guidance is not None and strength(build_guider(stage)) is not None:
+            guider = Component(guider.target, {**guider.params, "scale": float(request.guidance)})
         sampling = replace(
-            stage.sampling, prompt=[wish.prompt], prompt_file=None, share=None, latents=None, input_dir=None,
-            negative_prompt=wish.negative_prompt, height=wish.height, width=wish.width, steps=wish.steps,
-            seed=wish.seed, batch_size=wish.count, guider=guider,
+            stage.sampling, prompt=[request.prompt], prompt_file=None, share=None, latents=None,
+            input_dir=None, negative_prompt=request.negative_prompt, height=request.height,
+            width=request.width, steps=request.steps, seed=request.seed, batch_size=request.count,
+            guider=guider,
         )  # fmt: skip
-        load = [LoadConfig(self.offers[n].path, s) for n, s in wish.adapters.items() if s]
+        load = [LoadConfig(self.adapters[n].path, s) for n, s in request.adapters.items() if s]
         if not load:
             return replace(stage, sampling=sampling)
         adapters = replace(stage.adapters, load=[*stage.adapters.load, *load])
@@ -322,8 +333,8 @@ class Studio:
         """Set the strengths of adapters, attaching those that are wanted for the first time."""
         for name, value in wanted.items():
             if value and name not in now.attached:
-                offer = self.offers[name]
-                (own,) = load_adapters(adaptable(now.pipeline.generator.engine), [Loading(offer.path, 0.0)])
+                entry = self.adapters[name]
+                (own,) = load_adapters(adaptable(now.pipeline.generator.engine), [Loading(entry.path, 0.0)])
                 now.attached[name] = own
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, wanted.get(name, 0.0))
@@ -344,44 +355,46 @@ class _Files:
         return torch.stack(out)
 
 
-def _offers(experiment: Experiment, folder: Path | None) -> dict[str, Offer]:
+def _adapter_entries(experiment: Experiment, folder: Path | None) -> dict[str, AdapterEntry]:
     """Adapters by name: those of the config, then those in ``folder``."""
-    found: dict[str, Offer] = {}
+    found: dict[str, AdapterEntry] = {}
     for item in () if experiment.adapters.merge else experiment.adapters.load:
-        found[adapter_name(item.path, found)] = Offer(item.path, item.strength)
+        found[adapter_name(item.path, found)] = AdapterEntry(item.path, item.strength)
     if folder is not None:
         if not folder.is_dir():
-            raise WishError(f"{folder}: no such folder of LoRA files")
+            raise RequestError(f"{folder}: no such folder of LoRA files")
         for path in sorted(folder.iterdir()):
             if (path.is_dir() or path.suffix == ".safetensors") and is_adapter(path):
-                found[adapter_name(path, found)] = Offer(path, 0.0)
+                found[adapter_name(path, found)] = AdapterEntry(path, 0.0)
     return found
 
 
-def fitted(said: Settings, studio: Studio) -> tuple[Wish, list[str]]:
-    """The wish that repeats a picture as well as this model can, and what had to be changed, in sentences."""
-    default, notes = studio.first.sampling, []
+def fitted(said: Settings, service: GenerationService) -> tuple[GenerationRequest, list[str]]:
+    """The request that repeats a picture as well as this model can, and a sentence for every change."""
+    default, notes = service.first.sampling, []
     height, width = said.height or default.height, said.width or default.width
     try:
-        studio.sizes.check(height, width)
+        service.sizes.check(height, width)
     except SizeError as error:
-        height, width = studio.sizes.nearest(height, width)
+        height, width = service.sizes.nearest(height, width)
         notes.append(f"{error}, which is set instead.")
-    steps = min(said.steps or default.steps, studio.limits.steps)
-    guidance = studio.guidance
+    steps = min(said.steps or default.steps, service.limits.steps)
+    guidance = service.guidance
     if guidance is not None and said.guidance is not None:
         guidance = said.guidance
     seed = min(said.seed or 0, 2**32 - 1)
-    if said.model and said.model != model_name(studio.first):
+    if said.model and said.model != model_name(service.first):
         notes.append(f"The picture is from another model, {said.model}: this one draws it differently.")
-    adapters, unknown = _offered(said, studio)
+    adapters, unknown = _known_adapters(said, service)
     notes += [f"It was drawn with the LoRA {name}, which is not offered here." for name in unknown]
-    return Wish(said.prompt, height, width, steps, guidance, seed, 1, said.negative_prompt, adapters), notes
+    return GenerationRequest(
+        said.prompt, height, width, steps, guidance, seed, 1, said.negative_prompt, adapters
+    ), notes
 
 
-def _offered(said: Settings, studio: Studio) -> tuple[dict[str, float], list[str]]:
+def _known_adapters(said: Settings, service: GenerationService) -> tuple[dict[str, float], list[str]]:
     """Strengths of the adapters that a picture was drawn with, and the names of those that are not here."""
-    folded = {adapter_name(item.path): item.strength for item in studio.first.adapters.load}
-    most = studio.limits.strength
-    adapters = {n: max(-most, min(s, most)) for n, s in said.adapters.items() if n in studio.offers}
+    folded = {adapter_name(item.path): item.strength for item in service.first.adapters.load}
+    most = service.limits.strength
+    adapters = {n: max(-most, min(s, most)) for n, s in said.adapters.items() if n in service.adapters}
     return adapters, [n for n, s in said.adapters.items() if n not in adapters and folded.get(n) != s]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sat.apps.prompts.optimizer import Cache, Endpoint, PromptOptimizer
-from sat.apps.web.job_queue import Line
+from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.request import Limits
 from sat.apps.web.serve import Access, application, bind, run, share
-from sat.apps.web.service import Studio
+from sat.apps.web.service import GenerationService
 from sat.config.cascade import load_cascade
 from sat.config.load import dump
 from sat.config.parts import find_tokenizer
@@ -37,20 +37,20 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]], acces
     listening = bind(access.host, args.port)  # before the model is loaded
     name = "+".join(Path(base).stem for base in args.base)
     limits = Limits(count=args.max_images)
-    studio = Studio(
+    service = GenerationService(
         cascade, args.output_dir, name, adapters=args.lora_dir, limits=limits, keep=args.keep_loaded
     )
-    prove_writable(studio.pictures.root)
-    first = studio.first
+    prove_writable(service.pictures.root)
+    first = service.first
     optimizer = PromptOptimizer(
         Endpoint.found(args.optimizer_url, args.optimizer_model),
         find_tokenizer(first.conditioning, first.checkpoint),
         Cache.of_user(),
     )
-    line: Line[Studio] = Line(studio.open, args.queue)
-    line.open()
+    queue: JobQueue = JobQueue(service.open, args.queue)
+    queue.open()
     host, port = listening.getsockname()[:2]
-    app = application(studio, line, access, api=args.api, optimizer=optimizer)
+    app = application(service, queue, access, api=args.api, optimizer=optimizer)
     shared = share(host, port) if access.share else None
 
     def ready() -> None:
@@ -60,5 +60,5 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]], acces
     try:
         run(app, listening, ready)
     finally:
-        line.close()
+        queue.close()
     return 0
