@@ -1,4 +1,4 @@
-"""Errors of a user's making, with the exit code that a command ends with."""
+"""Errors that commands know: mistakes of the user's, with their exit code, and failures of another rank."""
 
 from __future__ import annotations
 
@@ -10,3 +10,11 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class LostRankError(RuntimeError):
+    """Another rank died or fell silent; this one cannot go on."""
+
+
+class ReportedError(LostRankError):
+    """Another rank failed and has reported it itself."""

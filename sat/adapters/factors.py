@@ -17,8 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sat.errors import UserError
 
-class AdapterError(ValueError):
+
+class AdapterError(UserError, ValueError):
     """An adapter that does not fit the model, or a file that holds none. One line a user can act on."""
 
 

@@ -1,4 +1,4 @@
-"""What every command does around its work: one clear line for an error, and an exit code."""
+"""Errors of a command: one clear line, and an exit code."""
 
 from __future__ import annotations
 
@@ -11,27 +11,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+from sat.errors import ReportedError, UserError
 from sat.util.log import describe
 
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-
-# Raised far below by what the user typed or wrote; told by name so that a command imports only what it needs.
-_USER_ERRORS = frozenset(
-    {
-        "ConfigError",
-        "RuleError",
-        "UsageError",
-        "PromptError",
-        "SizeError",
-        "LatentsError",
-        "AdapterError",
-        "RequestError",
-    }
-    | {"LayoutError"}
-)
+FAILED, INTERRUPTED = 1, 130
 
 
-class UsageError(ValueError):
+class UsageError(UserError, ValueError):
     """The command line asks for something impossible."""
 
 
@@ -42,9 +28,10 @@ class Stopped(KeyboardInterrupt):
 def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") -> int:
     """Run ``work`` and return its exit code; an error becomes one line on standard error and code 1 or 2.
 
-    2 stands for a mistake in the command line or the config, 1 for everything else, 130 for Ctrl-C and
-    SIGTERM. A mistake is the same on every rank, so only rank 0 tells it; of a rank's failure only that rank
-    and rank 0 tell. ``debug`` prints the traceback too; ``on_stop`` says how to go on after an interruption.
+    A :class:`UserError` brings its code, 2 for a mistake in the command line or the config; 130 stands for
+    Ctrl-C and SIGTERM, 1 for everything else. A mistake is the same on every rank, so only rank 0 tells it; a
+    rank's failure is told by that rank and rank 0. ``debug`` prints the traceback; ``on_stop`` says how to
+    go on after an interruption.
     """
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us keeps the signal
         signal.signal(signal.SIGTERM, _stop)
@@ -55,18 +42,15 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
         _tell(f"stopped by {cause}" + (f"; {on_stop}" if on_stop else ""))
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nobody reads on; quiet Python's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # quiet the last flush
         return FAILED
     except Exception as error:
         if debug:
             traceback.print_exc()
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        mistake = bool(_USER_ERRORS & kinds)
-        if not (mistake or "ToldError" in kinds) or _rank() == 0:
+        mistake = isinstance(error, UserError)
+        if _rank() == 0 or not (mistake or isinstance(error, ReportedError)):
             _tell(f"error: {describe(error)}" + ("" if debug or mistake else " (--debug shows where)"))
-        return MISUSED if mistake else FAILED
+        return error.exit_code if isinstance(error, UserError) else FAILED
 
 
 def _tell(line: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from sat.errors import UserError
+
 HOME = Path(__file__).resolve().parents[2]
 """The folder that holds the ``sat`` package, and in a checkout ``configs/`` and ``checkpoints/``."""
 
@@ -94,7 +96,7 @@ class Problem:
         return ": ".join(part for part in (self.where, self.key, self.what) if part)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """An experiment that cannot be run; the message has one line per problem."""
 
     def __init__(self, problems: list[Problem]) -> None:

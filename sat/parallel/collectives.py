@@ -14,14 +14,6 @@ from sat.parallel.mesh import Axis
 T = TypeVar("T")
 
 
-class LostRankError(RuntimeError):
-    """Another rank died or fell silent; this one cannot go on."""
-
-
-class ToldError(LostRankError):
-    """Another rank failed and has said why itself."""
-
-
 def world_size() -> int:
     """Number of ranks, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1

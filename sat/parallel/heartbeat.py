@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
-from sat.parallel.collectives import LostRankError, ToldError
+from sat.errors import LostRankError, ReportedError
 
 _T = TypeVar("_T")
 
@@ -100,7 +100,7 @@ class Watch:
         if self._ask(lambda store: store.check(["failed"])):
             reason = self._ask(lambda store: store.get("failed")).decode()
             if not reason.startswith(f"rank {self._rank} "):
-                raise ToldError(f"{reason}; this rank stops too")
+                raise ReportedError(f"{reason}; this rank stops too")
 
     def _count(self, key: str) -> int:
         return int(self._ask(lambda store: store.add(key, 0)))

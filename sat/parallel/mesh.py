@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sat.errors import UserError
 from sat.parallel.launch import Runtime
 
 AXES = ("data", "guidance", "sequence", "tensor")
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError, ValueError):
     """The number of processes does not fit the layout that is asked for."""
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sat.errors import UserError
 from sat.sampling.output import IMAGE, STAGES, folder_name, numbered
 from sat.sampling.prompts import Prompt
 from sat.util.images import from_pil, read_png_text
@@ -159,7 +160,7 @@ NAME = "latents"
 """The key looked for in a file that holds several tensors."""
 
 
-class LatentsError(ValueError):
+class LatentsError(UserError, ValueError):
     """Initial latents that do not fit the run, or a file of them that cannot be read."""
 
 

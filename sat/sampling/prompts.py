@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from sat.errors import UserError
 
-class PromptError(ValueError):
+
+class PromptError(UserError, ValueError):
     """A prompt, or a file of prompts, that cannot be used."""
 
 
@@ -87,7 +89,7 @@ def share(prompts: Sequence[Prompt], part: int, parts: int) -> list[Prompt]:
 # -- which image sizes a model draws, and the nearest one to a size that it does not. Standard library only
 
 
-class SizeError(ValueError):
+class SizeError(UserError, ValueError):
     """A height and width outside the rule of the model."""
 
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from sat.parallel.collectives import LostRankError, ToldError
+from sat.errors import LostRankError, ReportedError
 from sat.parallel.heartbeat import Watch
 
 
@@ -90,7 +90,7 @@ def test_the_first_cause_is_the_one_that_is_told() -> None:
     first, second, third = (Watch(rank, 3, 5.0, store) for rank in range(3))
     second.fail("disk full")
     first.fail("another rank died")  # because the second is gone
-    with pytest.raises(ToldError, match="rank 1 failed: disk full; this rank stops too"):
+    with pytest.raises(ReportedError, match="rank 1 failed: disk full; this rank stops too"):
         third.lost("connection closed by peer")
 
 
@@ -98,5 +98,5 @@ def test_a_broken_exchange_without_a_reason_is_told_to_the_others() -> None:
     store = dist.HashStore()
     with pytest.raises(LostRankError, match="connection closed"):
         Watch(0, 3, 5.0, store).lost("connection closed", patience=0.1)
-    with pytest.raises(ToldError, match="rank 0 failed: connection closed"):
+    with pytest.raises(ReportedError, match="rank 0 failed: connection closed"):
         Watch(2, 3, 5.0, store).beat()

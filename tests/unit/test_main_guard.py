@@ -6,12 +6,9 @@ import time
 import pytest
 
 from sat.cli.main_guard import UsageError, guard
-from sat.parallel.collectives import ToldError
+from sat.config.yaml_source import ConfigError, Problem
+from sat.errors import ReportedError, UserError
 from sat.util.log import describe
-
-
-class ConfigError(ValueError):
-    pass
 
 
 def _fail(error: BaseException):
@@ -25,7 +22,7 @@ def _fail(error: BaseException):
     ("error", "code", "line"),
     [
         (UsageError("give a prompt"), 2, "error: give a prompt\n"),
-        (ConfigError("a.yaml:3: steps: wrong"), 2, "error: a.yaml:3: steps: wrong\n"),
+        (ConfigError([Problem("a.yaml:3", "steps", "wrong")]), 2, "error: a.yaml:3: steps: wrong\n"),
         (ValueError("height is 3"), 1, "error: height is 3 (--debug shows where)\n"),
         (KeyError("x"), 1, "error: KeyError: 'x' (--debug shows where)\n"),
         (AssertionError(), 1, "error: AssertionError (--debug shows where)\n"),
@@ -63,10 +60,10 @@ def test_a_mistake_is_told_by_rank_0_and_a_failure_by_each(capsys, monkeypatch) 
 
 
 def test_what_another_rank_has_told_is_repeated_by_rank_0_alone(capsys, monkeypatch) -> None:
-    assert guard(_fail(ToldError("rank 2 failed: disk full"))) == 1
+    assert guard(_fail(ReportedError("rank 2 failed: disk full"))) == 1
     assert "rank 2 failed: disk full" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    assert guard(_fail(ToldError("rank 2 failed: disk full"))) == 1
+    assert guard(_fail(ReportedError("rank 2 failed: disk full"))) == 1
     assert capsys.readouterr().err == ""
 
 
@@ -87,3 +84,10 @@ def test_sigterm_stops_like_ctrl_c(capsys) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
+
+
+def test_an_error_of_the_users_brings_its_exit_code() -> None:
+    class Unanswered(UserError):
+        exit_code = 7
+
+    assert guard(_fail(Unanswered("nobody answers"))) == 7

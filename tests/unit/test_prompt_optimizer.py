@@ -19,7 +19,7 @@ from sat.apps.prompts.optimizer import (
 )
 from sat.apps.prompts.writing import EXAMPLES, AnswerError, Words, is_english, read_answer
 from sat.cli import prompt_optimize
-from sat.cli.main_guard import FAILED, MISUSED
+from sat.cli.main_guard import FAILED
 from sat.models.t5 import T5Tokenizer
 from tests.chat import KEY, LONG, Chat, Says, chat
 from tests.checkpoints import tokenizer as vocabulary
@@ -242,8 +242,8 @@ def test_a_file_is_rewritten_line_by_line_and_what_fails_stays(capsys, tmp_path,
 def test_the_command_fails_in_one_line(capsys, tmp_path) -> None:
     code, out, err = command(capsys, "--prompt", "an apple")
     assert code == FAILED and out == "" and re.fullmatch(r"error: no API key for .*\n", err)
-    assert command(capsys, "--prompt", " ")[0] == MISUSED
-    assert command(capsys, "--prompt-file", tmp_path / "none.txt")[0] == MISUSED
+    assert command(capsys, "--prompt", " ")[0] == 2
+    assert command(capsys, "--prompt-file", tmp_path / "none.txt")[0] == 2
 
 
 def test_the_key_is_in_no_log(capsys, caplog) -> None:

@@ -19,8 +19,9 @@ from sat.config.load import dump
 from sat.config.record import amend, label, record, weight_digests
 from sat.config.schema import Experiment
 from sat.config.yaml_source import ConfigError
+from sat.errors import LostRankError
 from sat.estimate.budget import within
-from sat.parallel.collectives import LostRankError, by_first, explain
+from sat.parallel.collectives import by_first, explain
 from sat.parallel.heartbeat import Watch
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import Mesh

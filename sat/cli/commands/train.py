@@ -27,8 +27,9 @@ from sat.config.yaml_source import ConfigError, Problem
 from sat.data.dataset import Items
 from sat.data.loader import Loader, once
 from sat.engine import DiffusionEngine
+from sat.errors import LostRankError
 from sat.kernels.apply import compiled, use_kernel
-from sat.parallel.collectives import LostRankError, barrier, explain, from_main
+from sat.parallel.collectives import barrier, explain, from_main
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence

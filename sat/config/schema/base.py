@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from sat.errors import UserError
+
 if TYPE_CHECKING:
     from sat.parallel.launch import DeviceKind
 
@@ -33,7 +35,7 @@ class MustExist:
     ranges: bool = False  # ``a-{00..12}.tar`` stands for many files
 
 
-class RuleError(ValueError):
+class RuleError(UserError, ValueError):
     """Broken cross-field rules of one section, as (field, what is wrong) pairs."""
 
     def __init__(self, section: str, broken: list[tuple[str, str]]) -> None:
