@@ -129,6 +129,8 @@ MODULES: dict[str, str] = {
 """Old module -> its module now."""
 
 NAMES: dict[str, str] = {
+    "sat.diffusion.parameterisation.Parameterisation": "sat.diffusion.prediction.Prediction",
+    "sat.diffusion.process.Near": "sat.diffusion.process.LevelAtSigma",
     "sat.pipeline.asked_again": "sat.sampling.pipeline.keep_text_encoder",
     "sat.pipeline.open_drawer": "sat.sampling.pipeline.open_generator",
     "sat.sampling.draw.Drawer": "sat.sampling.generator.Generator",
@@ -144,7 +146,9 @@ NAMES: dict[str, str] = {
 }
 """Old ``module.name`` -> ``module.name`` now, for names that changed themselves (not only their module)."""
 
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "diffusion.parameterisation": "diffusion.prediction",
+}
 """Old dotted key of a config (``section.key``) -> the key now."""
 
 PARAMETERS: dict[str, dict[str, str]] = {}

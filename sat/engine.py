@@ -15,7 +15,7 @@ from sat.conditioning.condition import Condition
 from sat.conditioning.conditioner import Conditioner
 from sat.diffusion.guidance import Guider
 from sat.diffusion.loss import DenoisingLoss
-from sat.diffusion.prediction import Denoiser, Network, Parameterisation
+from sat.diffusion.prediction import Denoiser, Network, Prediction
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Sampler, StepCallback, Trajectory
 from sat.diffusion.schedule import Level, Schedule
@@ -49,7 +49,7 @@ class DiffusionEngine(nn.Module):
         conditioner: Conditioner,
         first_stage: AutoencoderKL,
         schedule: Schedule,
-        parameterisation: Parameterisation,
+        prediction: Prediction,
         process: Process | None = None,
         loss: DenoisingLoss | None = None,
     ) -> None:
@@ -59,13 +59,13 @@ class DiffusionEngine(nn.Module):
         self.first_stage = first_stage
         self.process = process or Process()
         self.schedule = schedule
-        self.parameterisation = parameterisation
+        self.prediction = prediction
         self.denoising_loss = loss or DenoisingLoss()
 
     @property
     def denoiser(self) -> Denoiser:
         """The network behind the contract ``denoise(x, level, prepared) -> x0``."""
-        return Denoiser(cast(Network, self.network), self.parameterisation)
+        return Denoiser(cast(Network, self.network), self.prediction)
 
     @property
     def hooks(self) -> str:
@@ -87,25 +87,25 @@ class DiffusionEngine(nn.Module):
         steps: int,
         guider: Guider,
         sampler: Sampler,
-        low: Tensor | None = None,
-        fresh: Callable[[], Tensor] | None = None,
+        low_res: Tensor | None = None,
+        noise_sampler: Callable[[], Tensor] | None = None,
         tile: int | None = None,
         callback: StepCallback | None = None,
         reuse: AbstractContextManager[None] | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) float32 from unit noise of the same shape.
 
-        ``low``: the low-resolution image's latent, for relay. ``fresh`` draws unit noise like ``noise``, for
-        samplers that need more of it. ``tile``: the side, in latent cells, of the overlapping squares that a
-        larger latent is denoised by; the conditions are then those of one square. ``reuse`` is a step cache
-        over this engine's network (:mod:`sat.diffusion.step_cache`).
+        ``low_res``: the low-resolution image's latent, for relay. ``noise_sampler`` draws unit noise like
+        ``noise``, for samplers that need more of it. ``tile``: the side, in latent cells, of the overlapping
+        squares that a larger latent is denoised by; the conditions are then those of one square. ``reuse`` is
+        a step cache over this engine's network (:mod:`sat.diffusion.step_cache`).
 
         Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
         step on an accelerator, where looking earlier would stall the device.
         """
         levels = self.process.hooks.levels(self.schedule, steps)
         rows = guider.rows(cond, uncond)
-        indices = [float(level.index) for level in levels[:-1]]
+        timesteps = [float(level.timestep) for level in levels[:-1]]
         size = (noise.shape[2], noise.shape[3])
         tiles = tile is not None and max(size) > tile
         if tile is not None:
@@ -115,7 +115,7 @@ class DiffusionEngine(nn.Module):
         def ready(count: int) -> Any:
             if count not in prepared:
                 part = rows.rows(slice(len(rows) - count, None))
-                prepared[count] = self.network.prepare(part, size, indices)  # type: ignore[operator]
+                prepared[count] = self.network.prepare(part, size, timesteps)  # type: ignore[operator]
             return prepared[count]
 
         watch = _FiniteWatch(noise.device, next(self.network.parameters(), noise).dtype)
@@ -132,10 +132,13 @@ class DiffusionEngine(nn.Module):
             return x0
 
         path = Trajectory(
-            levels, self.process, ProcessContext(low), partial(self.process.hooks.near, self.schedule)
+            levels,
+            self.process,
+            ProcessContext(low_res),
+            partial(self.process.hooks.level_at_sigma, self.schedule),
         )
-        if fresh is not None:
-            path = replace(path, fresh=fresh)
+        if noise_sampler is not None:
+            path = replace(path, noise_sampler=noise_sampler)
         with reuse or nullcontext():
             out = sampler(guided, noise.float(), path, callback)
         watch.finish()
@@ -181,19 +184,19 @@ class DiffusionEngine(nn.Module):
         cond: Condition,
         *,
         generator: torch.Generator | None = None,
-        index: Tensor | None = None,
-        low: Tensor | None = None,
+        timestep: Tensor | None = None,
+        low_res: Tensor | None = None,
     ) -> Tensor:
         """(B,) float32 denoising loss of clean latents (B, C, h, w).
 
-        ``index`` (B,) fixes the timesteps, for validation at given noise levels; otherwise they are drawn.
+        ``timestep`` (B,) fixes the timesteps, for validation at given noise levels; otherwise they are drawn.
         """
         draw = self.denoising_loss.draw(latents, self.process.hooks.span(self.schedule), generator)
-        if index is not None:
-            draw = draw._replace(index=index)
+        if timestep is not None:
+            draw = draw._replace(timestep=timestep)
         prepared = self.network.prepare(cond, tuple(latents.shape[2:]))  # type: ignore[operator]
         return self.denoising_loss(
-            self.denoiser, latents, prepared, draw, self.schedule, self.process, ProcessContext(low)
+            self.denoiser, latents, prepared, draw, self.schedule, self.process, ProcessContext(low_res)
         )
 
 
@@ -222,5 +225,5 @@ class _FiniteWatch:
         name = str(self.dtype).removeprefix("torch.")
         raise NonFiniteError(
             f"the latent is not finite at step {step + 1} "
-            f"(timestep {self.seen[step][0].index:g}, {name}): {advice}"
+            f"(timestep {self.seen[step][0].timestep:g}, {name}): {advice}"
         )

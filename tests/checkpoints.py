@@ -41,7 +41,7 @@ CONFIG: dict[str, Any] = {
     },
     "diffusion": {
         "schedule": {"target": "sat.diffusion.schedule.ZeroSNR", "params": {"shift": 2.5}},
-        "parameterisation": {"target": "sat.diffusion.prediction.V", "params": {}},
+        "prediction": {"target": "sat.diffusion.prediction.V", "params": {}},
     },
 }
 

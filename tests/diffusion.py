@@ -42,8 +42,8 @@ class Gaussian:
 
     def split(self, at: Level) -> tuple[float, float, float]:
         """Mean of x_t, the factor of x0 in it, and its deviation."""
-        factor = at.alpha * (1 - at.ratio)
-        offset = at.alpha * at.ratio * self.low + factor * self.mean
+        factor = at.alpha * (1 - at.relay_blend)
+        offset = at.alpha * at.relay_blend * self.low + factor * self.mean
         return offset, factor, math.hypot(factor * self.deviation, at.sigma)
 
     def denoise(self, x: Tensor, at: Level) -> Tensor:

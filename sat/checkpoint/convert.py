@@ -47,12 +47,12 @@ PUBLISHED: dict[Part, list[dict[str, Any]]] = {
     ],
     "text": [{"target": T5, "params": {}}],
 }
-#: Schedule and parameterisation of a published network.
+#: Schedule and prediction of a published network.
 DIFFUSION: dict[str, dict[str, Any]] = {
-    PLUS: {"schedule": {"target": SCHEDULE, "params": {}}, "parameterisation": {"target": V, "params": {}}},
+    PLUS: {"schedule": {"target": SCHEDULE, "params": {}}, "prediction": {"target": V, "params": {}}},
     UNET: {
         "schedule": {"target": "sat.diffusion.schedule.Discrete", "params": {}},
-        "parameterisation": {"target": "sat.diffusion.prediction.Eps", "params": {}},
+        "prediction": {"target": "sat.diffusion.prediction.Eps", "params": {}},
     },
 }
 TEXT_LENGTH = {PLUS: 224, UNET: 225}

@@ -150,7 +150,7 @@ def _assemble(
         conditioner,
         AbsentAutoencoder(first_stage) if "first_stage" in without else first_stage,
         make(d.schedule),
-        make(d.parameterisation),
+        make(d.prediction),
         make(d.process),
         None if d.loss is None else make(d.loss),
     )

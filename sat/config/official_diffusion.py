@@ -11,7 +11,7 @@ from sat.config.official_keys import (
     BLENDS,
     GUIDERS,
     LOSSES,
-    PARAMETERISATIONS,
+    PREDICTIONS,
     RELAY,
     SAMPLER_PARAMS,
     SAMPLERS,
@@ -29,13 +29,13 @@ _DEAF = {"ZeroSNRDDIMSampler", "LinearMultistepSampler"}
 
 
 def denoiser(o: Official) -> None:
-    """Schedule and parameterisation."""
+    """Schedule and prediction."""
     o.choose(_DENOISER, {"DiscreteDenoiser": ""}, "denoiser")
     levels, scales = (f"{_DENOISER}.params.{name}_config" for name in ("discretization", "scaling"))
     target, params = _schedule(o, levels)
     o.put("diffusion.schedule", {"target": target, "params": params}, levels)
-    scaling = o.choose(scales, PARAMETERISATIONS, "scaling")
-    o.put("diffusion.parameterisation", {"target": scaling, "params": {}}, scales)
+    scaling = o.choose(scales, PREDICTIONS, "scaling")
+    o.put("diffusion.prediction", {"target": scaling, "params": {}}, scales)
     quantised = f"{_DENOISER}.params.quantize_c_noise"
     if o.take(quantised, True) == target.endswith("ZeroSNR"):
         if target.endswith("ZeroSNR"):

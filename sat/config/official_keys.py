@@ -73,7 +73,7 @@ SCHEDULES = {
     "ZeroSNRDDPMDiscretization": "sat.diffusion.schedule.ZeroSNR",
     "LegacyDDPMDiscretization": "sat.diffusion.schedule.Discrete",
 }
-PARAMETERISATIONS = {
+PREDICTIONS = {
     "ZeroSNRScaling": "sat.diffusion.prediction.V",
     "EpsScaling": "sat.diffusion.prediction.Eps",
 }

@@ -1,1 +1,1 @@
-"""Noise schedules, the noising process, parameterisations, samplers, guidance and losses."""
+"""Noise schedules, the noising process, predictions, samplers, guidance and losses."""

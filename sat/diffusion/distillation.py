@@ -25,35 +25,35 @@ class LevelTable:
         )
 
     def at(self, places: Tensor, dtype: torch.dtype = torch.float32) -> Level:
-        """The levels at ``places`` (B,), each field (B, 1, 1, 1) but the index, which is (B,)."""
+        """The levels at ``places`` (B,), each field (B, 1, 1, 1) but the timestep, which is (B,)."""
         rows = self._table.to(places.device)[places].to(dtype)
         fields: Any = {name: rows[:, i, None, None, None] for i, name in enumerate(Level._fields)}
-        return Level(**{**fields, "index": rows[:, Level._fields.index("index")]})
+        return Level(**{**fields, "timestep": rows[:, Level._fields.index("timestep")]})
 
 
 def student_target(
-    process: Process, x: Tensor, arrived: Tensor, now: Level, to: Level, ctx: ProcessContext
+    process: Process, x: Tensor, arrived: Tensor, level: Level, next_level: Level, ctx: ProcessContext
 ) -> Tensor:
-    """The x0 (B, C, h, w) with which one step from ``x`` at ``now`` reaches ``arrived`` at ``to``.
+    """The x0 (B, C, h, w) with which one step from ``x`` at ``level`` reaches ``arrived`` at ``next_level``.
 
     The sampler's step is affine in x0, step(x, x0) = gain x0 + rest, whatever the process (plain or relay,
     exploding or preserving): both are read off the step itself. In float64, since the gain falls as steps
     get short. Source: arXiv:2202.00512, section 3; CogView3, arXiv:2403.05121, eq. 8 and 9.
     """
-    wide = replace(ctx, low=None if ctx.low is None else ctx.low.double())
-    now, to = _double(now), _double(to)
+    wide = replace(ctx, low_res=None if ctx.low_res is None else ctx.low_res.double())
+    level, next_level = _double(level), _double(next_level)
     x, arrived = x.double(), arrived.double()
-    rest = process.step(x, torch.zeros_like(x), now, to, wide)
-    gain = process.step(x, torch.ones_like(x), now, to, wide) - rest
+    rest = process.step(x, torch.zeros_like(x), level, next_level, wide)
+    gain = process.step(x, torch.ones_like(x), level, next_level, wide) - rest
     return (arrived - rest) / gain
 
 
-def step_gain(process: Process, now: Level, to: Level) -> float:
-    """How much of a change of x0 one step from ``now`` to ``to`` passes on."""
+def step_gain(process: Process, level: Level, next_level: Level) -> float:
+    """How much of a change of x0 one step from ``level`` to ``next_level`` passes on."""
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     ctx = ProcessContext(nothing)
-    rest = process.step(nothing, nothing, now, to, ctx)
-    return float(process.step(nothing, nothing + 1, now, to, ctx) - rest)
+    rest = process.step(nothing, nothing, level, next_level, ctx)
+    return float(process.step(nothing, nothing + 1, level, next_level, ctx) - rest)
 
 
 def _double(level: Level) -> Level:

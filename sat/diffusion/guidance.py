@@ -69,7 +69,7 @@ class IntervalLimited(ClassifierFree):
         self.lowest, self.highest = lowest, highest
 
     def __call__(self, denoise: Denoise, x: Tensor, level: Level) -> Tensor:
-        if self.lowest <= float(level.index) <= self.highest:
+        if self.lowest <= float(level.timestep) <= self.highest:
             return super().__call__(denoise, x, level)
         return denoise(x, level)
 
@@ -85,7 +85,7 @@ class Unguided:
 
 
 class Embedded:
-    """The strength is an input of the network, as in distilled models: one row an image, one look a step.
+    """The strength is an input of the network, as in distilled models: one row an image in every step.
 
     ``scale`` is in the convention of :class:`ClassifierFree`, which it stands for.
     Source: arXiv:2210.03142; official ``sampling.py:92`` (``cfg_cond_scale``).

@@ -59,13 +59,13 @@ def _snr(level: Level) -> Tensor:
     return torch.as_tensor(level.alpha) ** 2 / torch.as_tensor(level.sigma) ** 2
 
 
-# -- the training loss of a denoising network, for every process and parameterisation
+# -- the training loss of a denoising network, for every process and prediction
 
 
 class Draw(NamedTuple):
     """The random choices of one training batch."""
 
-    index: Tensor  # type: ignore[assignment] # (B,) int64 timestep; hides tuple.index
+    timestep: Tensor  # (B,) int64
     eps: Tensor  # (B, C, h, w) unit noise, plus the offset
 
 
@@ -85,12 +85,12 @@ class DenoisingLoss:
     def draw(self, x0: Tensor, span: int, generator: torch.Generator | None = None) -> Draw:
         """Uniform timesteps below ``span`` and unit noise, from ``generator`` (on its device) or torch's."""
         device = x0.device if generator is None else generator.device
-        index = torch.randint(0, span, (x0.shape[0],), generator=generator, device=device)
+        timestep = torch.randint(0, span, (x0.shape[0],), generator=generator, device=device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
         if self.offset_noise:
             offset = torch.randn(x0.shape[:1], generator=generator, device=device)
             eps = eps + self.offset_noise * offset[:, None, None, None]
-        return Draw(index.to(x0.device), eps.to(x0.device))
+        return Draw(timestep.to(x0.device), eps.to(x0.device))
 
     def __call__(
         self,
@@ -103,13 +103,13 @@ class DenoisingLoss:
         ctx: ProcessContext,
     ) -> Tensor:
         """(B,) float32 loss of the clean latents ``x0`` (B, C, h, w) float32."""
-        level = process.hooks.at(schedule, draw.index)
+        level = process.hooks.at(schedule, draw.timestep)
         x = process.noise(x0, draw.eps, level, ctx)
         out = denoiser.output(x, level, prepared)
         seen = process.noise_seen(x0, draw.eps, level, ctx)
-        return self.error(out, denoiser.parameterisation.target(x0, seen, level), level, denoiser)
+        return self.error(out, denoiser.prediction.target(x0, seen, level), level, denoiser)
 
     def error(self, out: Tensor, target: Tensor, level: Level, denoiser: Denoiser) -> Tensor:
         """(B,) weighted squared error of the network's output."""
-        weight = self.weighting(level, denoiser.parameterisation.gain(level))
+        weight = self.weighting(level, denoiser.prediction.gain(level))
         return (weight * (out - target) ** 2).mean((1, 2, 3))

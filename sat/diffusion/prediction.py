@@ -11,7 +11,7 @@ from sat.conditioning.condition import Condition
 from sat.diffusion.schedule import Level, Scalar
 
 
-class Parameterisation(Protocol):
+class Prediction(Protocol):
     """The network's input scaling, its target, and x0 from its output; float32 throughout."""
 
     def scale_in(self, x: Tensor, level: Level) -> Tensor:
@@ -91,31 +91,31 @@ class Eps:
 class Network(Protocol):
     """What every image network offers. ``prepared`` is its own business; only ``prepare`` makes one."""
 
-    def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Any:
+    def prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float] = ()) -> Any:
         """Everything that depends on the condition and the latent size (h, w) but not on the step.
 
-        ``indices`` are the timesteps that will follow, so that what depends on them alone is computed now
+        ``timesteps`` are the timesteps that will follow, so that what depends on them alone is computed now
         too.
         """
         ...
 
-    def __call__(self, x: Tensor, index: Scalar, prepared: Any) -> Tensor:
-        """(B, C, h, w) at timestep ``index``, one float for all or (B,) -> the network's output."""
+    def __call__(self, x: Tensor, timestep: Scalar, prepared: Any) -> Tensor:
+        """(B, C, h, w) at timestep ``timestep``, one float for all or (B,) -> the network's output."""
         ...
 
 
 class Denoiser:
-    """Predicted x0 of a network under a parameterisation; float32 in and out, whatever its dtype."""
+    """Predicted x0 of a network under a prediction; float32 in and out, whatever its dtype."""
 
-    def __init__(self, network: Network, parameterisation: Parameterisation) -> None:
+    def __init__(self, network: Network, prediction: Prediction) -> None:
         self.network = network
-        self.parameterisation = parameterisation
+        self.prediction = prediction
 
     def __call__(self, x: Tensor, level: Level, prepared: Any) -> Tensor:
         """(B, C, h, w) at ``level`` -> predicted x0."""
         out = self.output(x, level, prepared)
-        return self.parameterisation.to_x0(out, x, level)
+        return self.prediction.to_x0(out, x, level)
 
     def output(self, x: Tensor, level: Level, prepared: Any) -> Tensor:
         """The raw network output, cast back to the dtype of ``x``."""
-        return self.network(self.parameterisation.scale_in(x, level), level.index, prepared).to(x.dtype)
+        return self.network(self.prediction.scale_in(x, level), level.timestep, prepared).to(x.dtype)

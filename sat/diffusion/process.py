@@ -16,7 +16,7 @@ from sat.mixin import Mixin, Resolved, resolve
 class ProcessContext:
     """What a process mixin may read."""
 
-    low: Tensor | None = None  # (B, C, h, w) latent of the upsampled low-resolution image, for relay
+    low_res: Tensor | None = None  # (B, C, h, w) latent of the upsampled low-resolution image, for relay
 
 
 class Mean(Protocol):
@@ -37,10 +37,10 @@ class Levels(Protocol):
     def __call__(self, schedule: Schedule, steps: int) -> list[Level]: ...
 
 
-class Near(Protocol):
-    """-> the level whose sigma / alpha is ``noise``, for samplers that look between two levels."""
+class LevelAtSigma(Protocol):
+    """-> the level whose sigma / alpha is ``sigma``, for samplers that evaluate between two levels."""
 
-    def __call__(self, schedule: Schedule, noise: float) -> Level: ...
+    def __call__(self, schedule: Schedule, sigma: float) -> Level: ...
 
 
 class Span(Protocol):
@@ -52,7 +52,7 @@ class Span(Protocol):
 class At(Protocol):
     """-> the training levels of integer timesteps (B,), as (B, 1, 1, 1) float32 tensors."""
 
-    def __call__(self, schedule: Schedule, index: Tensor) -> Level: ...
+    def __call__(self, schedule: Schedule, timestep: Tensor) -> Level: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ProcessHooks:
     mean: Mean
     start: Start
     levels: Levels
-    near: Near
+    level_at_sigma: LevelAtSigma
     span: Span
     at: At
 
@@ -78,7 +78,7 @@ class Process(nn.Module):
                 mean=self._mean,
                 start=self._start,
                 levels=self._levels,
-                near=self._near,
+                level_at_sigma=self._level_at_sigma,
                 span=self._span,
                 at=self._at,
             ),
@@ -105,14 +105,14 @@ class Process(nn.Module):
         """x at the first level of sampling."""
         return self.hooks.start(noise, level, ctx)
 
-    def step(self, x: Tensor, x0: Tensor, now: Level, to: Level, ctx: ProcessContext) -> Tensor:
-        """x at level ``to``: keep the predicted noise, move the predicted mean.
+    def step(self, x: Tensor, x0: Tensor, level: Level, next_level: Level, ctx: ProcessContext) -> Tensor:
+        """x at ``next_level``: keep the predicted noise, move the predicted mean.
 
         This is the official Euler, zero-SNR DDIM and relay step in one (DDIM, arXiv:2010.02502 eq. 12 with
         eta 0).
         """
-        keep = to.sigma / now.sigma
-        return self.hooks.mean(x0, to, ctx) + keep * (x - self.hooks.mean(x0, now, ctx))
+        keep = next_level.sigma / level.sigma
+        return self.hooks.mean(x0, next_level, ctx) + keep * (x - self.hooks.mean(x0, level, ctx))
 
     def _mean(self, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
         return level.alpha * x0
@@ -123,11 +123,11 @@ class Process(nn.Module):
     def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
         return schedule.levels(steps)
 
-    def _near(self, schedule: Schedule, noise: float) -> Level:
-        return schedule.near(noise)
+    def _level_at_sigma(self, schedule: Schedule, sigma: float) -> Level:
+        return schedule.level_at_sigma(sigma)
 
     def _span(self, schedule: Schedule) -> int:
         return schedule.total
 
-    def _at(self, schedule: Schedule, index: Tensor) -> Level:
-        return schedule.at(index)
+    def _at(self, schedule: Schedule, timestep: Tensor) -> Level:
+        return schedule.at(timestep)

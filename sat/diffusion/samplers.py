@@ -32,19 +32,22 @@ def _no_noise() -> Tensor:
     raise SamplerError("this sampler draws noise at its steps: give the images' generators")
 
 
-def _no_between(noise: float) -> Level:
-    raise SamplerError("this sampler looks between two levels: give the schedule's `near`")
+def _no_level_at_sigma(sigma: float) -> Level:
+    raise SamplerError("this sampler evaluates between two levels: give the schedule's `level_at_sigma`")
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a sampler walks along. ``between``: the level at a noise sigma / alpha; ``fresh``: unit noise."""
+    """The levels that a sampler visits, and the process they belong to.
+
+    ``level_at_sigma`` gives the level at a noise sigma / alpha, ``noise_sampler`` draws unit noise.
+    """
 
     levels: Sequence[Level]
     process: Process
     ctx: ProcessContext = field(default_factory=ProcessContext)
-    between: Callable[[float], Level] = _no_between
-    fresh: Callable[[], Tensor] = _no_noise
+    level_at_sigma: Callable[[float], Level] = _no_level_at_sigma
+    noise_sampler: Callable[[], Tensor] = _no_noise
 
     @property
     def steps(self) -> int:
@@ -126,7 +129,7 @@ class DDIM(_Stepwise):
         x0 = denoise(x, now)
         up = self.share * _number(to.sigma) if self.share else _split(now, to, self.eta)
         draws = bool(self.eta or self.share)
-        return _Step(_ancestral(x, x0, now, to, up, path, path.fresh() if draws else None), x0)
+        return _Step(_ancestral(x, x0, now, to, up, path, path.noise_sampler() if draws else None), x0)
 
 
 class EulerAncestral(_Stepwise):
@@ -141,11 +144,11 @@ class EulerAncestral(_Stepwise):
     def advance(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
         x0 = denoise(x, now)
         up = _split(now, to, self.eta)
-        return _Step(_ancestral(x, x0, now, to, up, path, self.noise * path.fresh()), x0)
+        return _Step(_ancestral(x, x0, now, to, up, path, self.noise * path.noise_sampler()), x0)
 
 
 class DPMSolver2SAncestral(_Stepwise):
-    """DPM-Solver++ of order 2, single step, with noise drawn anew: two looks a step, one at the last.
+    """DPM-Solver++ of order 2, single step, with noise drawn anew: two evaluations a step, one at the last.
 
     Source: arXiv:2211.01095, algorithm 1; official ``DPMPP2SAncestralSampler``.
     """
@@ -158,10 +161,10 @@ class DPMSolver2SAncestral(_Stepwise):
         up = _split(now, to, self.eta)
         down = _lowered(to, up)
         if not down.sigma:
-            return _Step(_ancestral(x, x0, now, to, up, path, self.noise * path.fresh()), x0)
-        middle = path.between(math.sqrt(_noise(now) * _noise(down)))
+            return _Step(_ancestral(x, x0, now, to, up, path, self.noise * path.noise_sampler()), x0)
+        middle = path.level_at_sigma(math.sqrt(_noise(now) * _noise(down)))
         better = denoise(path.step(x, x0, now, middle), middle)
-        return _Step(_ancestral(x, better, now, to, up, path, self.noise * path.fresh()), x0)
+        return _Step(_ancestral(x, better, now, to, up, path, self.noise * path.noise_sampler()), x0)
 
 
 class _Churned(_Stepwise):
@@ -183,10 +186,11 @@ class _Churned(_Stepwise):
             min(self.churn / path.steps, math.sqrt(2) - 1) if self.lowest <= level <= self.highest else 0.0
         )
         if gamma > 0:
-            raised = path.between(level * (1 + gamma))._replace(ratio=now.ratio)  # noise leaves relay's blend
+            # The noise leaves relay's blend as it is.
+            raised = path.level_at_sigma(level * (1 + gamma))._replace(relay_blend=now.relay_blend)
             keep = _number(raised.alpha) / _number(now.alpha)
             added = math.sqrt(max(_number(raised.sigma) ** 2 - (keep * _number(now.sigma)) ** 2, 0.0))
-            x = keep * x + added * self.noise * path.fresh()
+            x = keep * x + added * self.noise * path.noise_sampler()
             now = raised
         return self.correct(denoise, x, now, to, path)
 
@@ -206,7 +210,7 @@ class Euler(_Churned):
 
 
 class Heun(_Churned):
-    """Second order: the slopes at both ends of a step, averaged; two looks a step, one at the last.
+    """Second order: the slopes at both ends of a step, averaged; two evaluations a step, one at the last.
 
     Source: arXiv:2206.00364, algorithm 1; official ``HeunEDMSampler``.
     """
@@ -222,7 +226,7 @@ class Heun(_Churned):
 
 
 class DPMSolver2M:
-    """DPM-Solver++ of order 2 with a memory of one prediction: one look a step, deterministic.
+    """DPM-Solver++ of order 2 with a memory of one prediction: one evaluation a step, deterministic.
 
     On a zero-SNR schedule the first step, from pure noise, is of first order, as is the last.
     Source: arXiv:2211.01095, algorithm 2; official ``DPMPP2MSampler``.
@@ -247,7 +251,7 @@ class DPMSolver2M:
 
 
 class LinearMultistep:
-    """Adams-Bashforth in sigma / alpha over the last ``order`` predicted noises: one look a step.
+    """Adams-Bashforth in sigma / alpha over the last ``order`` predicted noises: one evaluation a step.
 
     Deterministic. Exact for polynomials of that noise; with relay x0 is extrapolated alike. A first level
     without any signal is left out of the memory. Source: official ``LinearMultistepSampler``.
@@ -262,12 +266,12 @@ class LinearMultistep:
         self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
     ) -> Tensor:
         x = path.process.start(noise, path.levels[0], path.ctx)
-        seen: list[_Look] = []  # the newest first
+        seen: list[_Evaluation] = []  # the newest first
         for i in range(path.steps):
             now, to = path.levels[i], path.levels[i + 1]
             x0 = denoise(x, now)
             if now.alpha:
-                seen = [_Look(_noise(now), x0, path.eps(x, x0, now)), *seen[: self.order - 1]]
+                seen = [_Evaluation(_noise(now), x0, path.eps(x, x0, now)), *seen[: self.order - 1]]
                 x = self.advance(x, seen, now, to, path)
             else:
                 x = path.step(x, x0, now, to)
@@ -275,16 +279,16 @@ class LinearMultistep:
                 callback(i + 1, path.steps, x0)
         return x
 
-    def advance(self, x: Tensor, seen: list[_Look], now: Level, to: Level, path: Trajectory) -> Tensor:
+    def advance(self, x: Tensor, seen: list[_Evaluation], now: Level, to: Level, path: Trajectory) -> Tensor:
         """One step in the scale where alpha is 1."""
-        weights = _adams(_noise(now), _noise(to), [look.noise for look in seen])
-        x0 = torch.stack([w * look.x0 for w, look in zip(weights, seen, strict=True)]).sum(0)
-        eps = torch.stack([w * look.eps for w, look in zip(weights, seen, strict=True)]).sum(0)
+        weights = _adams(_noise(now), _noise(to), [e.noise for e in seen])
+        x0 = torch.stack([w * e.x0 for w, e in zip(weights, seen, strict=True)]).sum(0)
+        eps = torch.stack([w * e.eps for w, e in zip(weights, seen, strict=True)]).sum(0)
         ones = [level._replace(alpha=1.0, sigma=_noise(level)) for level in (now, to)]
         return _number(to.alpha) * path.move(x / now.alpha, x0, eps, *ones)
 
 
-class _Look(NamedTuple):
+class _Evaluation(NamedTuple):
     """What a multistep sampler remembers of a step."""
 
     noise: float  # sigma / alpha

@@ -16,18 +16,18 @@ Scalar = float | Tensor
 class Level(NamedTuple):
     """x_t = alpha x0 + sigma eps, and what the network is told about it.
 
-    ``index`` is the timestep the network sees, 0 … 999. ``net_alpha`` and ``net_sigma`` turn the network's
+    ``timestep`` is the one the network sees, 0 … 999. ``net_alpha`` and ``net_sigma`` turn the network's
     output into x0: officially they are those of the nearest of the 1000 training levels, which differ a
     little from ``alpha`` and ``sigma`` wherever the schedule of a short run does (reference: traps 8).
-    ``ratio`` is the relay blend: 0 without relay, 1 at the low-resolution image.
+    ``relay_blend`` is relay's r: 0 without relay, 1 at the low-resolution image.
     """
 
     alpha: Scalar
     sigma: Scalar
-    index: Scalar  # type: ignore[assignment] # hides tuple.index, which nothing here needs
+    timestep: Scalar
     net_alpha: Scalar
     net_sigma: Scalar
-    ratio: Scalar = 0.0
+    relay_blend: Scalar = 0.0
 
 
 CLEAN = Level(1.0, 0.0, 0.0, 1.0, 0.0)
@@ -85,15 +85,15 @@ class Schedule(Protocol):
         """``steps`` + 1 levels from noise to data; the last has sigma 0."""
         ...
 
-    def at(self, index: Tensor) -> Level:
+    def at(self, timestep: Tensor) -> Level:
         """The training levels of integer timesteps (B,), as (B, 1, 1, 1) float32 tensors."""
         ...
 
-    def near(self, noise: float) -> Level:
-        """The level whose sigma / alpha is ``noise``; the network sees the nearest training level."""
+    def level_at_sigma(self, sigma: float) -> Level:
+        """The level whose sigma / alpha is ``sigma``; the network sees the nearest training level."""
         ...
 
-    def noise(self, index: float) -> float:
+    def sigma_at(self, timestep: float) -> float:
         """sigma / alpha of a training timestep, interpolated between two."""
         ...
 
@@ -156,32 +156,32 @@ class ZeroSNR:
     def levels(self, steps: int) -> list[Level]:
         if self.spacing == "karras":  # the terminal level has infinite noise: it comes first, by itself
             last = self._level(float(self.trained[-1]), self.total - 1)
-            rest = karras(steps - 1, self.noise(0), self.noise(self.total - 2)) if steps > 1 else []
-            return [last, *(self.near(s) for s in rest), CLEAN]
-        indices = timesteps(steps, self.total, self.spacing)
+            rest = karras(steps - 1, self.sigma_at(0), self.sigma_at(self.total - 2)) if steps > 1 else []
+            return [last, *(self.level_at_sigma(s) for s in rest), CLEAN]
+        visited = timesteps(steps, self.total, self.spacing)
         if self.rescale == "after_spacing":
-            alphas = zero_terminal(self.root[indices][::-1])[::-1]
+            alphas = zero_terminal(self.root[visited][::-1])[::-1]
         else:
-            alphas = self.trained[indices]
-        out = [self._level(float(a), i) for a, i in zip(alphas, indices, strict=True)]
+            alphas = self.trained[visited]
+        out = [self._level(float(a), i) for a, i in zip(alphas, visited, strict=True)]
         return [*out, CLEAN]
 
-    def near(self, noise: float) -> Level:
-        alpha = (1 + noise**2) ** -0.5
+    def level_at_sigma(self, sigma: float) -> Level:
+        alpha = (1 + sigma**2) ** -0.5
         return self._level(alpha, int(np.abs(self.trained - alpha).argmin()))
 
-    def noise(self, index: float) -> float:
-        alpha = float(np.interp(index, np.arange(self.total), self.trained))
+    def sigma_at(self, timestep: float) -> float:
+        alpha = float(np.interp(timestep, np.arange(self.total), self.trained))
         return float("inf") if alpha == 0 else (1 - alpha**2) ** 0.5 / alpha
 
-    def _level(self, alpha: float, index: int) -> Level:
+    def _level(self, alpha: float, timestep: int) -> Level:
         net = float(self.trained[np.abs(self.trained - alpha).argmin()]) if self.quantise else alpha
-        return Level(alpha, (1 - alpha**2) ** 0.5, float(index), net, (1 - net**2) ** 0.5)
+        return Level(alpha, (1 - alpha**2) ** 0.5, float(timestep), net, (1 - net**2) ** 0.5)
 
-    def at(self, index: Tensor) -> Level:
-        alpha = torch.from_numpy(self.trained).to(index.device)[index]
+    def at(self, timestep: Tensor) -> Level:
+        alpha = torch.from_numpy(self.trained).to(timestep.device)[timestep]
         sigma = (1 - alpha**2).sqrt()
-        return _training_level(alpha, sigma, index)
+        return _training_level(alpha, sigma, timestep)
 
 
 class Discrete:
@@ -201,20 +201,20 @@ class Discrete:
             sigmas = karras(steps, float(self.trained[0]), float(self.trained[-1]))
         else:
             sigmas = [float(self.trained[i]) for i in timesteps(steps, self.total, self.spacing)]
-        return [*(self.near(s) for s in sigmas), CLEAN]
+        return [*(self.level_at_sigma(s) for s in sigmas), CLEAN]
 
-    def near(self, noise: float) -> Level:
-        index = int(np.abs(self.trained - noise).argmin())
-        return Level(1.0, noise, float(index), 1.0, float(self.trained[index]))
+    def level_at_sigma(self, sigma: float) -> Level:
+        timestep = int(np.abs(self.trained - sigma).argmin())
+        return Level(1.0, sigma, float(timestep), 1.0, float(self.trained[timestep]))
 
-    def noise(self, index: float) -> float:
-        return float(np.interp(index, np.arange(self.total), self.trained))
+    def sigma_at(self, timestep: float) -> float:
+        return float(np.interp(timestep, np.arange(self.total), self.trained))
 
-    def at(self, index: Tensor) -> Level:
-        sigma = torch.from_numpy(self.trained).to(index.device)[index]
-        return _training_level(torch.ones_like(sigma), sigma, index)
+    def at(self, timestep: Tensor) -> Level:
+        sigma = torch.from_numpy(self.trained).to(timestep.device)[timestep]
+        return _training_level(torch.ones_like(sigma), sigma, timestep)
 
 
-def _training_level(alpha: Tensor, sigma: Tensor, index: Tensor) -> Level:
+def _training_level(alpha: Tensor, sigma: Tensor, timestep: Tensor) -> Level:
     a, s = alpha.float()[:, None, None, None], sigma.float()[:, None, None, None]
-    return Level(a, s, index.float(), a, s)
+    return Level(a, s, timestep.float(), a, s)

@@ -287,8 +287,8 @@ def _denoise(experiment: Experiment, engine: DiffusionEngine) -> None:
     strengths = None if rows.guidance is None else rows.guidance[:1]
     rows = replace(rows, vector=rows.vector[:1], guidance=strengths)
     levels = engine.process.hooks.levels(engine.schedule, sampling.steps)
-    indices = [float(level.index) for level in levels[:-1]]
-    prepared = engine.network.prepare(rows, size, indices)  # type: ignore[operator]
+    timesteps = [float(level.timestep) for level in levels[:-1]]
+    prepared = engine.network.prepare(rows, size, timesteps)  # type: ignore[operator]
     kept = [torch.zeros(batch, *shape) for _ in range(4)]  # the sampler's
     engine.denoiser(torch.zeros(len(rows), shape[0], *size), levels[0], prepared)
     del kept

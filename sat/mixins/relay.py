@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sat.diffusion.process import At, Levels, Mean, Near, ProcessContext, ProcessHooks, Span
+from sat.diffusion.process import At, LevelAtSigma, Levels, Mean, ProcessContext, ProcessHooks, Span
 from sat.diffusion.schedule import Level, Schedule
 from sat.mixin import Mixin, replaces, wraps
 
@@ -19,13 +19,13 @@ Blend = Literal["linear", "sigma", "exp"]
 
 
 class RelayNoise(Mixin):
-    """The mean moves from the image to ``ctx.low``, the latent of the upsampled low-resolution image.
+    """The mean moves from the image to ``ctx.low_res``, the latent of the upsampled low-resolution image.
 
-    x_t = alpha ((1 - r) x0 + r low) + sigma eps over the first ``partial`` training timesteps; r is 0 at the
-    image and 1 where relay starts. Sampling starts there, from low and noise, and its steps are those that a
-    run over all timesteps would take in that part: 12 steps at ``partial`` 500 of 1000 are the last 12 of 24.
-    Training draws timesteps below ``partial``. Works over any schedule and any network. ``factor`` is the
-    enlargement: training makes its low-resolution image by shrinking and enlarging the image by it.
+    x_t = alpha ((1 - r) x0 + r low_res) + sigma eps over the first ``partial`` training timesteps; r is 0 at
+    the image and 1 where relay starts. Sampling starts there, from low_res and noise, and its steps are those
+    that a run over all timesteps would take in that part: 12 steps at ``partial`` 500 of 1000 are the last
+    12 of 24. Training draws timesteps below ``partial``. Works over any schedule and any network. ``factor``
+    is the enlargement: training makes its low-resolution image by shrinking and enlarging the image by it.
 
     Source: CogView3, arXiv:2403.05121, section 3.3; official ``loss.py:98-130``, ``sampling.py:455-506``.
     """
@@ -42,12 +42,12 @@ class RelayNoise(Mixin):
 
     @wraps("mean")
     def mean(self, inner: Mean, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        low = _low(ctx)
-        return inner(x0 + level.ratio * (low - x0), level, ctx)
+        low_res = _low_res(ctx)
+        return inner(x0 + level.relay_blend * (low_res - x0), level, ctx)
 
     @replaces("start")
     def start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        return level.alpha * _low(ctx) + level.sigma * noise
+        return level.alpha * _low_res(ctx) + level.sigma * noise
 
     @wraps("levels")
     def levels(self, inner: Levels, schedule: Schedule, steps: int) -> list[Level]:
@@ -58,33 +58,33 @@ class RelayNoise(Mixin):
         first = self._fades_from(_noise(taken[0]))
         shares = [(steps - i) / steps for i in range(steps + 1)]
         return [
-            level._replace(ratio=self._ratio(share, _noise(level) / first))
+            level._replace(relay_blend=self._ratio(share, _noise(level) / first))
             for level, share in zip(taken, shares, strict=True)
         ]
 
-    @wraps("near")
-    def near(self, inner: Near, schedule: Schedule, noise: float) -> Level:
-        grid = [schedule.noise(i) for i in range(self.span_of(schedule))]
-        share = (float(np.interp(noise, grid, np.arange(len(grid)))) + 1) / self.partial
-        ratio = self._ratio(min(share, 1.0), min(noise / grid[-1], 1.0))
-        return inner(schedule, noise)._replace(ratio=ratio)
+    @wraps("level_at_sigma")
+    def level_at_sigma(self, inner: LevelAtSigma, schedule: Schedule, sigma: float) -> Level:
+        grid = [schedule.sigma_at(i) for i in range(self.span_of(schedule))]
+        share = (float(np.interp(sigma, grid, np.arange(len(grid)))) + 1) / self.partial
+        ratio = self._ratio(min(share, 1.0), min(sigma / grid[-1], 1.0))
+        return inner(schedule, sigma)._replace(relay_blend=ratio)
 
     @wraps("span")
     def span(self, inner: Span, schedule: Schedule) -> int:
         return min(inner(schedule), self.span_of(schedule))
 
     @wraps("at")
-    def at(self, inner: At, schedule: Schedule, index: Tensor) -> Level:
-        level = inner(schedule, index)
-        t = index.float()[:, None, None, None]
+    def at(self, inner: At, schedule: Schedule, timestep: Tensor) -> Level:
+        level = inner(schedule, timestep)
+        t = timestep.float()[:, None, None, None]
         if self.blend == "linear":
             ratio = t / self.partial
         elif self.blend == "exp":
             ratio = _fade((t + 1) / self.partial)
         else:
-            end = self._fades_from(schedule.noise(min(self.partial, schedule.total - 1)))
+            end = self._fades_from(schedule.sigma_at(min(self.partial, schedule.total - 1)))
             ratio = torch.as_tensor(level.sigma) / torch.as_tensor(level.alpha) / end
-        return level._replace(ratio=ratio.clamp(max=1.0))
+        return level._replace(relay_blend=ratio.clamp(max=1.0))
 
     def span_of(self, schedule: Schedule) -> int:
         """Training timesteps that relay covers."""
@@ -151,7 +151,7 @@ def _noise(level: Level) -> float:
     return level.sigma / level.alpha if level.alpha else math.inf
 
 
-def _low(ctx: ProcessContext) -> Tensor:
-    if ctx.low is None:
+def _low_res(ctx: ProcessContext) -> Tensor:
+    if ctx.low_res is None:
         raise ValueError("relay needs the low-resolution image's latent: give one (sampling.input_dir)")
-    return ctx.low
+    return ctx.low_res

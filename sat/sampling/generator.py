@@ -179,8 +179,8 @@ class Generator:
                 steps=params.steps,
                 guider=params.guider,
                 sampler=self.sampler,
-                low=low_latent,
-                fresh=lambda part=part: part.unit().to(self.device),  # type: ignore[misc]
+                low_res=low_latent,
+                noise_sampler=lambda part=part: part.unit().to(self.device),  # type: ignore[misc]
                 tile=params.tile,
                 callback=callback,
                 reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),

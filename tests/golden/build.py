@@ -120,7 +120,7 @@ def engine(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[Di
         Conditioner(made["text"], build(conditioning.size), None, conditioning.max_length),
         made["first_stage"],
         build(diffusion.schedule),
-        build(diffusion.parameterisation),
+        build(diffusion.prediction),
         build(diffusion.process),
     )
     return whole.eval(), experiment

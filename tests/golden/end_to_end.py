@@ -58,8 +58,8 @@ def check(golden: Golden, report: Report) -> None:
         steps=experiment.sampling.steps,
         guider=build_guider(experiment),
         sampler=sampler,
-        low=None if low is None else low.latent,
-        fresh=partial(next_draw, draws(golden), golden),
+        low_res=None if low is None else low.latent,
+        noise_sampler=partial(next_draw, draws(golden), golden),
         callback=recorder.done,
     )
     raw = whole.first_stage.decode(latent / whole.first_stage.scale_factor)

@@ -27,7 +27,7 @@ def check(golden: Golden, report: Report) -> None:
     denoiser = Denoiser(network, V() if zero else Eps())
     draw = draw_of(golden)
     loss = DenoisingLoss()(denoiser, x0, prepared, draw, schedule, process, ctx)
-    level = process.hooks.at(schedule, draw.index)
+    level = process.hooks.at(schedule, draw.timestep)
     noised = process.noise(x0, draw.eps, level, ctx)
     times = network.times[0]
     ours: dict[str, Comparison] = {
@@ -39,7 +39,7 @@ def check(golden: Golden, report: Report) -> None:
         "mid.network_output": (report.network, network.outputs[0]),
         "mid.model_output": (
             report.network,
-            denoiser.parameterisation.to_x0(network.outputs[0], noised, level),
+            denoiser.prediction.to_x0(network.outputs[0], noised, level),
         ),
         "out.loss_per_sample": (report.network, loss),
     }

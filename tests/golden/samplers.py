@@ -106,7 +106,7 @@ def check(golden: Golden, report: Report) -> None:
         process.hooks.levels(schedule, steps),
         process,
         ProcessContext(low_of(golden) if name == RELAY else None),
-        partial(process.hooks.near, schedule),
+        partial(process.hooks.level_at_sigma, schedule),
         partial(next_draw, draws(golden), golden),
     )
     x = sampler(partial(guider, denoise), noise, path, recorder.done)

@@ -50,7 +50,7 @@ def _sigmas(steps: int) -> list[float]:
 _ALL, _N, _SHIFT = r"out\.", r"\.n(\d+)", r"zerosnr_shift([\d.]+)"
 _TABLES = {
     rf"{_ALL}timesteps_ascending{_N}": lambda n: timesteps(n, 1000)[::-1],
-    rf"{_ALL}{_SHIFT}\.idx_ascending{_N}": lambda s, n: [int(v.index) for v in ZeroSNR(s).levels(n)[:-1]][
+    rf"{_ALL}{_SHIFT}\.idx_ascending{_N}": lambda s, n: [int(v.timestep) for v in ZeroSNR(s).levels(n)[:-1]][
         ::-1
     ],
     rf"{_ALL}{_SHIFT}\.alpha_sqrt_append0{_N}": _zero_alphas,

@@ -43,7 +43,7 @@ class Toy:
         self.times: list[Tensor] = []
         self.outputs: list[Tensor] = []
 
-    def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Tensor:
+    def prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float] = ()) -> Tensor:
         """(B, 1, 1, 1): what the conditions add inside the tanh."""
         shift = self.on_text * cond.text.mean((1, 2)) + self.on_vector * cond.vector.mean(1)
         if cond.guidance is not None:
@@ -53,8 +53,8 @@ class Toy:
             shift = shift + self.on_strength * self.features.mean(1)
         return shift[:, None, None, None]
 
-    def __call__(self, x: Tensor, index: Scalar, prepared: Tensor) -> Tensor:
-        t = torch.as_tensor(index, dtype=torch.float32).expand(x.shape[0])
+    def __call__(self, x: Tensor, timestep: Scalar, prepared: Tensor) -> Tensor:
+        t = torch.as_tensor(timestep, dtype=torch.float32).expand(x.shape[0])
         out = torch.tanh(self.on_x * x + (self.on_t * t / self.t_range)[:, None, None, None] + prepared)
         self.inputs.append(x)
         self.times.append(t)

@@ -85,12 +85,16 @@ def steps(
 
 
 def prepared(
-    golden: Golden, net: CogView3UNet, cond: Condition, cells: tuple[int, int], indices: Sequence[float] = ()
+    golden: Golden,
+    net: CogView3UNet,
+    cond: Condition,
+    cells: tuple[int, int],
+    timesteps: Sequence[float] = (),
 ) -> Prepared:
     """What the steps share. The features of a guidance strength are the file's where it holds them."""
     if "in.scale_emb" not in golden:
         strength = option(golden, "cfg_cond_scale")
-        return net.prepare(cond if strength is None else cond.guided(float(strength)), cells, indices)
+        return net.prepare(cond if strength is None else cond.guided(float(strength)), cells, timesteps)
     if net.guidance is None:
         raise GoldenError(f"{golden.path}: in.scale_emb is there, but the config has no cfg_cond_embed_dim")
     features = golden["in.scale_emb"]

@@ -41,12 +41,12 @@ def network(x: Tensor, t: float) -> Tensor:
 def ours(sampler: Sampler, levels: list[Level], generator: torch.Generator | None = None) -> Tensor:
     """Predicts noise, from unit variance."""
     return sampler(
-        lambda x, at: Eps().to_x0(network(Eps().scale_in(x, at), float(at.index)), x, at),
+        lambda x, at: Eps().to_x0(network(Eps().scale_in(x, at), float(at.timestep)), x, at),
         NOISE,
         Trajectory(
             levels,
             Process(),
-            fresh=lambda: torch.randn(NOISE.shape, generator=generator, dtype=torch.float64),
+            noise_sampler=lambda: torch.randn(NOISE.shape, generator=generator, dtype=torch.float64),
         ),
     )
 
@@ -127,10 +127,12 @@ def test_ddim_with_eta_equals_diffusers_on_a_preserving_schedule(eta: float) -> 
             theirs = scheduler.step(out, t, theirs, eta=eta, variance_noise=drawn).prev_sample
     again = torch.Generator().manual_seed(4)
     mine = DDIM(eta)(
-        lambda x, at: V().to_x0(network(x, float(at.index)), x, at),
+        lambda x, at: V().to_x0(network(x, float(at.timestep)), x, at),
         NOISE,
         Trajectory(
-            levels, Process(), fresh=lambda: torch.randn(NOISE.shape, generator=again, dtype=torch.float64)
+            levels,
+            Process(),
+            noise_sampler=lambda: torch.randn(NOISE.shape, generator=again, dtype=torch.float64),
         ),
     )
     assert apart(mine, theirs) < F32

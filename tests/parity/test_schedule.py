@@ -21,7 +21,7 @@ def test_steps_equal_diffusers(steps: int) -> None:
     )  # fmt: skip
     peer.set_timesteps(steps)
     levels = ZeroSNR(rescale="before_spacing").levels(steps)
-    assert [round(float(level.index)) for level in levels[:-1]] == [int(t) for t in peer.timesteps]
+    assert [round(float(level.timestep)) for level in levels[:-1]] == [int(t) for t in peer.timesteps]
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     mine = theirs = x
     for i, t in enumerate(peer.timesteps):

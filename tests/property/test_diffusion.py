@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.guidance import ClassifierFree, IntervalLimited, Unguided
-from sat.diffusion.prediction import X0, Eps, Parameterisation, V
+from sat.diffusion.prediction import X0, Eps, Prediction, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import (
     DDIM,
@@ -64,7 +64,7 @@ def test_a_perfect_denoiser_is_sampled_exactly(
     schedule: Schedule, sampler: Sampler, steps: int, seed: int
 ) -> None:
     x0 = drawn(seed)
-    out = sampler(lambda x, at: x0, drawn(seed + 1), path(schedule.levels(steps), schedule.near))
+    out = sampler(lambda x, at: x0, drawn(seed + 1), path(schedule.levels(steps), schedule.level_at_sigma))
     assert (out - x0).abs().max() < 1e-8  # churn at 60 levels of noise up to 1e3 costs digits
 
 
@@ -79,7 +79,9 @@ def test_a_perfect_denoiser_is_sampled_exactly_with_relay(
         blend = "linear"
     process = Process({"relay": RelayNoise(share, blend)})
     x0, low = drawn(seed), drawn(seed + 2)
-    walk = path(process.hooks.levels(schedule, steps), partial(process.hooks.near, schedule), process, low)
+    walk = path(
+        process.hooks.levels(schedule, steps), partial(process.hooks.level_at_sigma, schedule), process, low
+    )
     assert (sampler(lambda x, at: x0, drawn(seed + 1), walk) - x0).abs().max() < 1e-8
 
 
@@ -89,8 +91,8 @@ def test_levels_go_from_noise_to_data(schedule: Schedule, steps: int) -> None:
     noise = [level.sigma / level.alpha if level.alpha else math.inf for level in levels]
     assert len(levels) == steps + 1 and levels[-1].alpha == 1 and levels[-1].sigma == 0
     assert all(a > b for a, b in zip(noise, noise[1:], strict=False))
-    indices = [level.index for level in levels[:-1]]
-    assert indices == sorted(indices, reverse=True) and all(0 <= i <= 999 for i in indices)
+    timesteps = [level.timestep for level in levels[:-1]]
+    assert timesteps == sorted(timesteps, reverse=True) and all(0 <= i <= 999 for i in timesteps)
 
 
 @given(st.integers(1, 1000), st.sampled_from(["trailing", "leading"]))
@@ -111,11 +113,11 @@ def test_karras_levels_fall_from_the_largest_to_the_smallest(
 
 @given(st.floats(1e-3, 1e3), seeds, st.sampled_from([V(), X0()]))
 def test_x0_follows_from_the_target_where_variance_is_preserved(
-    noise: float, seed: int, parameterisation: Parameterisation
+    noise: float, seed: int, prediction: Prediction
 ) -> None:
     level, x0, eps = preserving(noise), drawn(seed), drawn(seed + 1)
     x = Process().noise(x0, eps, level, ProcessContext())
-    back = parameterisation.to_x0(parameterisation.target(x0, eps, level), x, level)
+    back = prediction.to_x0(prediction.target(x0, eps, level), x, level)
     assert (back - x0).abs().max() < F64
 
 
@@ -131,7 +133,10 @@ def test_a_step_keeps_the_noise_that_is_in_x(
     now_noise: float, to_noise: float, now_ratio: float, to_ratio: float, seed: int
 ) -> None:
     process, ctx = Process({"relay": RelayNoise()}), ProcessContext(drawn(seed + 2))
-    now, to = preserving(now_noise)._replace(ratio=now_ratio), preserving(to_noise)._replace(ratio=to_ratio)
+    now, to = (
+        preserving(now_noise)._replace(relay_blend=now_ratio),
+        preserving(to_noise)._replace(relay_blend=to_ratio),
+    )
     x0, eps = drawn(seed), drawn(seed + 1)
     moved = process.step(process.noise(x0, eps, now, ctx), x0, now, to, ctx)
     assert (moved - process.noise(x0, eps, to, ctx)).abs().max() < 1e-9  # divides by sigma of 0.01
@@ -164,8 +169,8 @@ def test_guidance_between_equal_predictions_changes_nothing(scale: float, rescal
 
 
 @given(st.floats(0, 999), seeds)
-def test_scale_one_is_unguided_inside_and_outside_an_interval(index: float, seed: int) -> None:
-    x, level = drawn(seed), preserving(1.0)._replace(index=index)
+def test_scale_one_is_unguided_inside_and_outside_an_interval(timestep: float, seed: int) -> None:
+    x, level = drawn(seed), preserving(1.0)._replace(timestep=timestep)
     for guider in (ClassifierFree(1.0), IntervalLimited(1.0, 200, 700)):
         assert torch.equal(guider(Gaussian().denoise, x, level), Unguided()(Gaussian().denoise, x, level))
 

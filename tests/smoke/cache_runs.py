@@ -46,7 +46,7 @@ diffusion:
     target: sat.diffusion.process.Process
     params: {mixins: {relay: {target: sat.mixins.relay.RelayNoise, params: {partial: 500, blend: linear}}}}
   schedule: {target: sat.diffusion.schedule.Discrete}
-  parameterisation: {target: sat.diffusion.prediction.Eps}
+  prediction: {target: sat.diffusion.prediction.Eps}
 train:
   objective:
     target: sat.train.objectives.diffusion.DiffusionObjective

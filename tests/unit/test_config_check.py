@@ -29,7 +29,7 @@ sampling:
   prompt: [a, 3]
 diffusion:
   schedule: {target: sat.diffusion.schedule.ZeroSNR, params: {shift: "4", spacing: trailling, rescal: x}}
-  parameterisation: {target: os.system, params: {command: ls}}
+  prediction: {target: os.system, params: {command: ls}}
 first_stage: {target: sat.first_stage.model.AutoencoderKL, prams: {}}
 conditioning:
   text: {target: sat.models.t5.T5Encoder, params: {dim: 3.5}}
@@ -55,7 +55,7 @@ LINES = """\
 12: diffusion.schedule.params.shift: expected float, got '4' (str); remove the quotes
 12: diffusion.schedule.params.spacing: expected one of 'trailing', 'leading', 'karras', got 'trailling' (str); did you mean
 12: diffusion.schedule.params.rescal: ZeroSNR has no parameter 'rescal'; did you mean 'rescale'? (it takes shift,
-13: diffusion.parameterisation.target: 'os.system' is outside sat and torch.optim; list its module in `imports`
+13: diffusion.prediction.target: 'os.system' is outside sat and torch.optim; list its module in `imports`
 14: first_stage.prams: a component has only `target` and `params`; did you mean 'params'?
 16: conditioning.text.params.dim: expected int, got 3.5 (float)
 17: conditioning.size.params: expected a mapping of parameters, got 3 (int)

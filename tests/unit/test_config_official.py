@@ -242,7 +242,7 @@ def test_the_official_unet_configs_are_ours_with_their_own_paths(name):
     assert {**theirs.model.params, "attention": sorted(attention)} == dict(ours.model.params)
     assert theirs.model.target == ours.model.target
     assert theirs.diffusion.schedule.target == ours.diffusion.schedule.target
-    assert theirs.diffusion.parameterisation.target == ours.diffusion.parameterisation.target
+    assert theirs.diffusion.prediction.target == ours.diffusion.prediction.target
     assert (theirs.conditioning.size, theirs.conditioning.max_length) == (ours.conditioning.size, 225)
     for key in ("guider", "sampler", "steps", "dtype", "height", "width", "sizes"):
         assert getattr(theirs.sampling, key) == getattr(ours.sampling, key), key

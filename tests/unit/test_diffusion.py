@@ -1,4 +1,4 @@
-"""Schedules, spacings, the process, parameterisations, weightings and the loss."""
+"""Schedules, spacings, the process, predictions, weightings and the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sat.conditioning.condition import Condition
 from sat.diffusion.loss import DenoisingLoss, MinSNR, SNRPlusOne, TruncatedSNR, Uniform, Weighting
-from sat.diffusion.prediction import X0, Denoiser, Eps, Parameterisation, V
+from sat.diffusion.prediction import X0, Denoiser, Eps, Prediction, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import (
     Discrete,
@@ -79,21 +79,21 @@ def test_karras_spacing_spans_the_schedule(steps: int) -> None:
     table = Discrete().trained
     assert [level.sigma for level in exploding[:-1]] == karras(steps, table[0], table[-1])
     preserving = ZeroSNR(spacing="karras").levels(steps)
-    assert len(preserving) == steps + 1 and preserving[0].alpha == 0 and preserving[0].index == 999
+    assert len(preserving) == steps + 1 and preserving[0].alpha == 0 and preserving[0].timestep == 999
     noise = [level.sigma / level.alpha for level in preserving[1:-1]]
     schedule = ZeroSNR()
-    want = karras(steps - 1, schedule.noise(0), schedule.noise(998)) if steps > 1 else []
+    want = karras(steps - 1, schedule.sigma_at(0), schedule.sigma_at(998)) if steps > 1 else []
     assert noise == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_level_near_a_noise_has_it_exactly_and_shows_the_nearest_timestep(schedule: Schedule) -> None:
-    for index in (3, 500, 998):
-        noise = 1.0001 * schedule.noise(index)
-        level = schedule.near(noise)
+    for timestep in (3, 500, 998):
+        noise = 1.0001 * schedule.sigma_at(timestep)
+        level = schedule.level_at_sigma(noise)
         assert level.sigma / level.alpha == pytest.approx(noise, rel=1e-12)
-        assert level.index == index
-        inside = schedule.at(torch.tensor([index]))
+        assert level.timestep == timestep
+        inside = schedule.at(torch.tensor([timestep]))
         net = level.net_sigma / level.net_alpha
         quantised = not (isinstance(schedule, ZeroSNR) and not schedule.quantise)
         want = float(inside.sigma / inside.alpha) if quantised else noise
@@ -102,15 +102,16 @@ def test_the_level_near_a_noise_has_it_exactly_and_shows_the_nearest_timestep(sc
 
 def test_noise_is_interpolated_between_timesteps_and_infinite_at_the_last_of_a_zero_snr_schedule() -> None:
     table = Discrete().trained
-    assert Discrete().noise(7.25) == pytest.approx(0.75 * table[7] + 0.25 * table[8], rel=1e-12)
-    assert ZeroSNR().noise(999) == math.inf
-    assert ZeroSNR().noise(0) == pytest.approx((1 - ZeroSNR().trained[0] ** 2) ** 0.5 / ZeroSNR().trained[0])
+    assert Discrete().sigma_at(7.25) == pytest.approx(0.75 * table[7] + 0.25 * table[8], rel=1e-12)
+    assert ZeroSNR().sigma_at(999) == math.inf
+    clean = ZeroSNR().trained[0]
+    assert ZeroSNR().sigma_at(0) == pytest.approx((1 - clean**2) ** 0.5 / clean)
 
 
 def test_exploding_levels_are_those_of_latent_diffusion() -> None:
     """14.6146 down to 0.0292: original_behaviour.md, section 7."""
     levels = Discrete().levels(4)
-    assert levels[0].sigma == pytest.approx(14.6146, abs=1e-4) and levels[0].index == 999
+    assert levels[0].sigma == pytest.approx(14.6146, abs=1e-4) and levels[0].timestep == 999
     assert Discrete().trained[0] == pytest.approx(0.0292, abs=1e-4)
     assert all(level.alpha == level.net_alpha == 1 and level.net_sigma == level.sigma for level in levels)
 
@@ -129,7 +130,7 @@ def test_levels_go_monotonically_from_noise_to_data(schedule: Schedule, steps: i
     assert len(levels) == steps + 1
     sigmas = [level.sigma for level in levels]
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] == 0
-    assert levels[0].index == 999 and levels[-1].alpha == 1
+    assert levels[0].timestep == 999 and levels[-1].alpha == 1
 
 
 def test_zero_snr_starts_without_signal_and_keeps_its_variance() -> None:
@@ -163,12 +164,12 @@ def test_a_schedule_refuses_a_shift_that_is_not_positive() -> None:
         ZeroSNR(shift=0)
 
 
-@pytest.mark.parametrize(("schedule", "parameterisation"), [(ZeroSNR(), V()), (Discrete(), Eps())])
-def test_x0_follows_from_the_target(schedule: Schedule, parameterisation: Parameterisation) -> None:
+@pytest.mark.parametrize(("schedule", "prediction"), [(ZeroSNR(), V()), (Discrete(), Eps())])
+def test_x0_follows_from_the_target(schedule: Schedule, prediction: Prediction) -> None:
     x0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     level = schedule.at(torch.tensor([999, 17]))
     x = Process().noise(x0, eps, level, CTX)
-    back = parameterisation.to_x0(parameterisation.target(x0, eps, level), x, level)
+    back = prediction.to_x0(prediction.target(x0, eps, level), x, level)
     assert (back - x0).abs().max() < 1e-4  # eps prediction loses digits to sigma 14.6
 
 
@@ -217,21 +218,21 @@ class Fixed:
     def __init__(self, out: Tensor) -> None:
         self.out = out
 
-    def prepare(self, cond: Condition, size: tuple[int, int], indices: object = ()) -> None: ...
+    def prepare(self, cond: Condition, size: tuple[int, int], timesteps: object = ()) -> None: ...
 
-    def __call__(self, x: Tensor, index: object, prepared: object) -> Tensor:
+    def __call__(self, x: Tensor, timestep: object, prepared: object) -> Tensor:
         return self.out
 
 
-@pytest.mark.parametrize(("schedule", "parameterisation"), [(ZeroSNR(), V()), (Discrete(), Eps())])
-def test_the_loss_is_the_weighted_error_of_x0(schedule: Schedule, parameterisation: Parameterisation) -> None:
+@pytest.mark.parametrize(("schedule", "prediction"), [(ZeroSNR(), V()), (Discrete(), Eps())])
+def test_the_loss_is_the_weighted_error_of_x0(schedule: Schedule, prediction: Prediction) -> None:
     """The official statement: x0 error weighted by 1 / sigma^2."""
     x0, out = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
     loss = DenoisingLoss()
     draw = loss.draw(x0, 1000, torch.Generator().manual_seed(0))
-    denoiser = Denoiser(Fixed(out), parameterisation)
+    denoiser = Denoiser(Fixed(out), prediction)
     mine = loss(denoiser, x0, None, draw, schedule, Process(), CTX)
-    level = schedule.at(draw.index)
+    level = schedule.at(draw.timestep)
     x = level.alpha * x0 + level.sigma * draw.eps
     theirs = ((denoiser(x, level, None) - x0) ** 2 / level.sigma**2).mean((1, 2, 3))
     assert torch.allclose(mine, theirs, rtol=1e-4)
@@ -243,14 +244,14 @@ def test_offset_noise_shifts_whole_images() -> None:
     plain = DenoisingLoss().draw(x0, 1000, torch.Generator().manual_seed(0))
     offset = DenoisingLoss(offset_noise=0.5).draw(x0, 1000, torch.Generator().manual_seed(0))
     moved = offset.eps - plain.eps
-    assert torch.equal(plain.index, offset.index)
+    assert torch.equal(plain.timestep, offset.timestep)
     assert moved.std((1, 2, 3)).max() < F32 and moved.mean((1, 2, 3)).abs().min() > 0
 
 
 def test_draws_come_from_the_generator() -> None:
     x0 = torch.zeros(3, 2, 4, 5)
     a, b = (DenoisingLoss().draw(x0, 1000, torch.Generator().manual_seed(7)) for _ in range(2))
-    assert torch.equal(a.eps, b.eps) and torch.equal(a.index, b.index)
+    assert torch.equal(a.eps, b.eps) and torch.equal(a.timestep, b.timestep)
 
 
 SNR_CASES: list[tuple[Weighting, object]] = [
@@ -264,20 +265,20 @@ NOISY = torch.tensor([998, 700, 400, 120, 3])
 
 @pytest.mark.parametrize(("weighting", "on_x0"), SNR_CASES, ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize(
-    ("schedule", "parameterisation"), [(ZeroSNR(), V()), (Discrete(), Eps()), (ZeroSNR(), X0())]
+    ("schedule", "prediction"), [(ZeroSNR(), V()), (Discrete(), Eps()), (ZeroSNR(), X0())]
 )
 def test_weightings_are_their_formula_on_the_error_of_x0(
-    weighting: Weighting, on_x0: object, schedule: Schedule, parameterisation: Parameterisation
+    weighting: Weighting, on_x0: object, schedule: Schedule, prediction: Prediction
 ) -> None:
     x0, out = torch.randn(5, 2, 4, 5), torch.randn(5, 2, 4, 5)
-    draw = DenoisingLoss().draw(x0, 1000)._replace(index=NOISY)
-    denoiser = Denoiser(Fixed(out), parameterisation)
+    draw = DenoisingLoss().draw(x0, 1000)._replace(timestep=NOISY)
+    denoiser = Denoiser(Fixed(out), prediction)
     got = DenoisingLoss(weighting)(denoiser, x0, None, draw, schedule, Process(), CTX)
     level = schedule.at(NOISY)
     x = level.alpha * x0 + level.sigma * draw.eps
     error = ((denoiser(x, level, None) - x0) ** 2).mean((1, 2, 3))
-    for i, index in enumerate(NOISY.tolist()):
-        snr = 1 / schedule.noise(index) ** 2
+    for i, timestep in enumerate(NOISY.tolist()):
+        snr = 1 / schedule.sigma_at(timestep) ** 2
         assert float(got[i]) == pytest.approx(on_x0(snr) * float(error[i]), rel=2e-3)  # float32 x0 error
 
 
@@ -301,4 +302,4 @@ def test_min_snr_needs_a_positive_gamma() -> None:
 
 def test_timesteps_are_drawn_below_the_span() -> None:
     drawn = DenoisingLoss().draw(torch.zeros(400, 1, 2, 3), 7, torch.Generator().manual_seed(0))
-    assert set(drawn.index.tolist()) == set(range(7))
+    assert set(drawn.timestep.tolist()) == set(range(7))

@@ -69,7 +69,7 @@ def test_the_relay_target_is_that_of_the_paper() -> None:
     process = PROCESSES["relay"]
     now, _, to = intervals(process, Discrete(), 6)[2]
     x, arrived, low = noise(0), noise(1), noise(2)
-    keep, r, r2 = float(to.sigma) / float(now.sigma), float(now.ratio), float(to.ratio)
+    keep, r, r2 = float(to.sigma) / float(now.sigma), float(now.relay_blend), float(to.relay_blend)
     expected = (arrived - r2 * low - keep * (x - r * low)) / ((1 - r2) - keep * (1 - r))
     assert torch.allclose(
         student_target(process, x, arrived, now, to, ProcessContext(low)), expected, atol=1e-10
@@ -92,12 +92,12 @@ def test_a_linear_teacher_has_a_linear_target(process: Process) -> None:
     def coefficients(start: Level, end: Level) -> tuple[float, float]:
         """step = slope x + offset, with low = 0."""
         keep = float(end.sigma) / float(start.sigma)
-        gain = (1 - float(end.ratio)) - keep * (1 - float(start.ratio))
+        gain = (1 - float(end.relay_blend)) - keep * (1 - float(start.relay_blend))
         return keep + gain * a, gain * b
 
     (s1, o1), (s2, o2) = coefficients(now, middle), coefficients(middle, to)
     keep = float(to.sigma) / float(now.sigma)
-    gain = (1 - float(to.ratio)) - keep * (1 - float(now.ratio))
+    gain = (1 - float(to.relay_blend)) - keep * (1 - float(now.relay_blend))
     expected = ((s2 * s1 - keep) * x + s2 * o1 + o2) / gain
     assert torch.allclose(target, expected, atol=1e-10)
 
@@ -105,9 +105,9 @@ def test_a_linear_teacher_has_a_linear_target(process: Process) -> None:
 def test_levels_are_looked_up_image_by_image() -> None:
     levels = Discrete().levels(4)
     level = LevelTable(levels).at(torch.tensor([3, 0]))
-    assert level.sigma.shape == (2, 1, 1, 1) and level.index.shape == (2,)
+    assert level.sigma.shape == (2, 1, 1, 1) and level.timestep.shape == (2,)
     assert torch.allclose(level.sigma.flatten(), torch.tensor([levels[3].sigma, levels[0].sigma]))
-    assert level.index.tolist() == [levels[3].index, levels[0].index]
+    assert level.timestep.tolist() == [levels[3].timestep, levels[0].timestep]
 
 
 def test_the_gain_of_a_step_to_the_image_is_one() -> None:

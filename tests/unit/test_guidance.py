@@ -19,8 +19,8 @@ UNCOND = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(2), dty
 COND = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def at(index: float) -> Level:
-    return Level(0.6, 0.8, index, 0.6, 0.8)
+def at(timestep: float) -> Level:
+    return Level(0.6, 0.8, timestep, 0.6, 0.8)
 
 
 def rows() -> tuple[Condition, Condition]:
@@ -86,13 +86,13 @@ def test_a_rescale_beyond_its_range_is_refused(rescale: float) -> None:
         ClassifierFree(5.0, rescale)
 
 
-@pytest.mark.parametrize(("index", "inside"), [(199, False), (200, True), (700, True), (701, False)])
+@pytest.mark.parametrize(("timestep", "inside"), [(199, False), (200, True), (700, True), (701, False)])
 def test_limited_guidance_is_guidance_inside_and_the_conditional_prediction_outside(
-    index: float, inside: bool
+    timestep: float, inside: bool
 ) -> None:
     told = Told()
-    out = IntervalLimited(5.0, 200, 700, rescale=0.4)(told, X, at(index))
-    want = ClassifierFree(5.0, 0.4)(Told(), X, at(index)) if inside else COND
+    out = IntervalLimited(5.0, 200, 700, rescale=0.4)(told, X, at(timestep))
+    want = ClassifierFree(5.0, 0.4)(Told(), X, at(timestep)) if inside else COND
     assert torch.equal(out, want)
     assert told.asked == [4 if inside else 2]
 
@@ -139,13 +139,13 @@ class Rows(nn.Module):
         self.seen: list[tuple[float, int]] = []
         self.prepared: list[int] = []
 
-    def prepare(self, cond: Condition, size: tuple[int, int], indices: object = ()) -> Tensor:
+    def prepare(self, cond: Condition, size: tuple[int, int], timesteps: object = ()) -> Tensor:
         self.prepared.append(len(cond))
         strength = 0 if cond.guidance is None else cond.guidance[:, None]
         return (cond.text.mean((1, 2))[:, None] + strength)[:, :, None, None]
 
-    def forward(self, x: Tensor, index: float, prepared: Tensor) -> Tensor:
-        self.seen.append((float(index), len(x)))
+    def forward(self, x: Tensor, timestep: float, prepared: Tensor) -> Tensor:
+        self.seen.append((float(timestep), len(x)))
         assert len(x) == len(prepared)
         return torch.tanh(self.weight * x + prepared)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sat.diffusion.loss import DenoisingLoss
-from sat.diffusion.prediction import X0, Denoiser, Eps, Parameterisation, V
+from sat.diffusion.prediction import X0, Denoiser, Eps, Prediction, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import DDIM, Trajectory
 from sat.diffusion.schedule import CLEAN, Discrete, Level, Schedule, ZeroSNR
@@ -41,7 +41,7 @@ def fade(share: float) -> float:
 
 @each_schedule
 def test_without_any_ratio_relay_is_plain(schedule: Schedule) -> None:
-    levels = [level._replace(ratio=0.0) for level in schedule.levels(6)]
+    levels = [level._replace(relay_blend=0.0) for level in schedule.levels(6)]
     for now, to in zip(levels, levels[1:], strict=False):
         plain = Process().step(NOISE, CLEAR, now, to, ProcessContext())
         assert (relay().step(NOISE, CLEAR, now, to, CTX) - plain).abs().max() == EXACT
@@ -52,7 +52,7 @@ def test_without_any_ratio_relay_is_plain(schedule: Schedule) -> None:
 def test_sampling_starts_at_the_noised_low_resolution_image(schedule: Schedule) -> None:
     """Unscaled noise on the low-resolution latent: original_behaviour.md, section 7."""
     first = relay().hooks.levels(schedule, 12)[0]
-    assert first.ratio == 1
+    assert first.relay_blend == 1
     start = relay().start(NOISE, first, CTX)
     assert (start - (first.alpha * LOW + first.sigma * NOISE)).abs().max() < F64
     assert (start - relay().noise(CLEAR, NOISE, first, CTX)).abs().max() < F64  # x0 has no part
@@ -68,11 +68,11 @@ def test_its_steps_are_the_last_of_a_run_over_all_timesteps(
     """12 steps of 500 are 499, 457, …; 1 of 200 is a single look at 199."""
     levels = relay(partial).hooks.levels(schedule, steps)
     plain = schedule.levels(whole)[-(steps + 1) :]
-    assert [level._replace(ratio=0.0) for level in levels] == plain
+    assert [level._replace(relay_blend=0.0) for level in levels] == plain
     if steps == 12:
-        assert [level.index for level in levels[:2]] == [499, 457]
+        assert [level.timestep for level in levels[:2]] == [499, 457]
     if steps == 1:
-        assert [level.index for level in levels[:-1]] == [199]
+        assert [level.timestep for level in levels[:-1]] == [199]
 
 
 @each_schedule
@@ -83,8 +83,8 @@ def test_the_ratio_of_a_sampling_level_is_its_blend(schedule: Schedule, blend: s
     for done, level in enumerate(levels):
         left = (12 - done) / 12
         want = {"linear": left, "sigma": noise[done] / noise[0], "exp": fade(left)}[blend]
-        assert level.ratio == pytest.approx(want, rel=1e-9, abs=1e-12)
-    assert levels[-1].ratio == 0 and levels[-1]._replace(ratio=0.0) == CLEAN
+        assert level.relay_blend == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert levels[-1].relay_blend == 0 and levels[-1]._replace(relay_blend=0.0) == CLEAN
 
 
 @each_schedule
@@ -97,10 +97,10 @@ def test_the_ratio_of_a_training_level_is_its_blend(schedule: Schedule, blend: s
     for row, t in enumerate(index.tolist()):
         want = {
             "linear": t / 500,
-            "sigma": schedule.noise(t) / schedule.noise(500),
+            "sigma": schedule.sigma_at(t) / schedule.sigma_at(500),
             "exp": fade((t + 1) / 500),
         }[blend]
-        assert float(level.ratio[row]) == pytest.approx(want, rel=1e-4, abs=1e-6)  # float32
+        assert float(level.relay_blend[row]) == pytest.approx(want, rel=1e-4, abs=1e-6)  # float32
 
 
 @each_schedule
@@ -110,10 +110,10 @@ def test_a_level_between_two_has_a_ratio_between_theirs(schedule: Schedule, blen
     levels = process.hooks.levels(schedule, 12)
     for now, to in zip(levels[:-2], levels[1:-1], strict=True):
         noise = math.sqrt(now.sigma * to.sigma / (now.alpha * to.alpha))
-        middle = process.hooks.near(schedule, noise)
-        assert now.ratio > middle.ratio > to.ratio
-        again = process.hooks.near(schedule, now.sigma / now.alpha)
-        assert again.ratio == pytest.approx(now.ratio, abs=6e-3)  # traps 8
+        middle = process.hooks.level_at_sigma(schedule, noise)
+        assert now.relay_blend > middle.relay_blend > to.relay_blend
+        again = process.hooks.level_at_sigma(schedule, now.sigma / now.alpha)
+        assert again.relay_blend == pytest.approx(now.relay_blend, abs=6e-3)  # traps 8
 
 
 def test_a_step_is_the_official_one() -> None:
@@ -125,26 +125,28 @@ def test_a_step_is_the_official_one() -> None:
         r, k = to.sigma / now.sigma, steps - i
         beta = r * k / steps - (k - 1) / steps
         x = r * x + (1 - r + beta) * torch.tanh(x + i) - beta * LOW
-    index = {level.index: i for i, level in enumerate(levels)}
-    out = DDIM()(lambda x, level: torch.tanh(x + index[level.index]), NOISE, Trajectory(levels, process, CTX))
+    index = {level.timestep: i for i, level in enumerate(levels)}
+    out = DDIM()(
+        lambda x, level: torch.tanh(x + index[level.timestep]), NOISE, Trajectory(levels, process, CTX)
+    )
     assert (out - x).abs().max() < F64
 
 
 @each_schedule
 def test_x_is_a_blend_under_noise(schedule: Schedule) -> None:
     level = relay().hooks.at(schedule, torch.tensor([430, 20]))
-    a, s, r = (t.double() for t in (level.alpha, level.sigma, level.ratio))
+    a, s, r = (t.double() for t in (level.alpha, level.sigma, level.relay_blend))
     want = a * (CLEAR * (1 - r) + LOW * r) + s * NOISE
     assert (relay().noise(CLEAR, NOISE, level, CTX) - want).abs().max() < F32
 
 
 @pytest.mark.parametrize(
-    ("schedule", "parameterisation"),
+    ("schedule", "prediction"),
     [(Discrete(), Eps()), (ZeroSNR(), V()), (Discrete(), X0()), (ZeroSNR(), X0())],
     ids=["eps", "v", "x0 exploding", "x0 zero-snr"],
 )
 def test_a_network_that_meets_its_target_gives_the_clean_image(
-    schedule: Schedule, parameterisation: Parameterisation
+    schedule: Schedule, prediction: Prediction
 ) -> None:
     """The blend counts as noise, so that the target is for the clean image and not for the blend."""
     process = relay()
@@ -152,9 +154,9 @@ def test_a_network_that_meets_its_target_gives_the_clean_image(
     x = process.noise(CLEAR, NOISE, level, CTX)
     seen = process.noise_seen(CLEAR, NOISE, level, CTX)
     assert (level.alpha * CLEAR + level.sigma * seen - x).abs().max() < F64
-    out = parameterisation.target(CLEAR, seen, level)
+    out = prediction.target(CLEAR, seen, level)
     # The levels are float32: alpha^2 + sigma^2, which v relies on, is 1 to seven digits.
-    assert (parameterisation.to_x0(out, x, level) - CLEAR).abs().max() < F32
+    assert (prediction.to_x0(out, x, level) - CLEAR).abs().max() < F32
 
 
 class Meets:
@@ -163,24 +165,24 @@ class Meets:
     def __init__(self, out: Tensor) -> None:
         self.out = out
 
-    def prepare(self, cond: object, size: tuple[int, int], indices: object = ()) -> None: ...
+    def prepare(self, cond: object, size: tuple[int, int], timesteps: object = ()) -> None: ...
 
-    def __call__(self, x: Tensor, index: object, prepared: object) -> Tensor:
+    def __call__(self, x: Tensor, timestep: object, prepared: object) -> Tensor:
         return self.out
 
 
 @each_schedule
 def test_the_loss_is_the_error_of_the_clean_image(schedule: Schedule) -> None:
     """Official ``LinearRelayDiffusionLoss``: weight sigma^-2 on x0, the target is the clean x."""
-    parameterisation: Parameterisation = Eps() if isinstance(schedule, Discrete) else V()
+    prediction: Prediction = Eps() if isinstance(schedule, Discrete) else V()
     x0, low, out = CLEAR.float(), LOW.float(), NOISE.float()
     loss, process, ctx = DenoisingLoss(), relay(), ProcessContext(LOW.float())
     draw = loss.draw(x0, process.hooks.span(schedule), torch.Generator().manual_seed(0))
-    got = loss(Denoiser(Meets(out), parameterisation), x0, None, draw, schedule, process, ctx)
-    plain = schedule.at(draw.index)
-    r = (draw.index / 500)[:, None, None, None]
+    got = loss(Denoiser(Meets(out), prediction), x0, None, draw, schedule, process, ctx)
+    plain = schedule.at(draw.timestep)
+    r = (draw.timestep / 500)[:, None, None, None]
     x = plain.alpha * ((1 - r) * x0 + r * low) + plain.sigma * draw.eps
-    theirs = ((parameterisation.to_x0(out, x, plain) - x0) ** 2 / plain.sigma**2).mean((1, 2, 3))
+    theirs = ((prediction.to_x0(out, x, plain) - x0) ** 2 / plain.sigma**2).mean((1, 2, 3))
     assert torch.allclose(got, theirs, rtol=1e-4)
 
 
@@ -189,7 +191,7 @@ def test_the_loss_is_the_error_of_the_clean_image(schedule: Schedule) -> None:
 def test_training_draws_below_where_relay_starts(schedule: Schedule, partial: float, span: int) -> None:
     assert relay(partial).hooks.span(schedule) == span
     drawn_ = DenoisingLoss().draw(torch.zeros(2000, 1, 1, 1), span, torch.Generator().manual_seed(0))
-    assert drawn_.index.max() == span - 1 or span == 1000
+    assert drawn_.timestep.max() == span - 1 or span == 1000
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_relay_over_all_timesteps_of_a_zero_snr_schedule_is_finite_or_refused(bl
             process.hooks.at(ZeroSNR(), torch.tensor([999, 3]))
         return
     levels = process.hooks.levels(ZeroSNR(), 4)
-    assert all(0 <= level.ratio <= 1 for level in levels)
+    assert all(0 <= level.relay_blend <= 1 for level in levels)
     out = DDIM()(lambda x, level: CLEAR, NOISE, Trajectory(levels, process, CTX))
     assert (out - CLEAR).abs().max() < F64
 
@@ -255,7 +257,7 @@ def test_the_mixin_is_found_in_its_process() -> None:
     process = relay()
     assert relay_of(process) is process.mixins["relay"]
     assert relay_of(Process()) is None
-    assert "mean    relay -> default" in str(process.resolved)
+    assert "mean            relay -> default" in str(process.resolved)
 
 
 def test_a_flat_image_survives_shrinking_and_enlarging() -> None:

@@ -61,7 +61,7 @@ def bent(x: Tensor, at: Level) -> Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 @pytest.mark.parametrize("steps", [1, 2, 3, 13])
 def test_a_perfect_denoiser_is_sampled_exactly(sampler: Sampler, schedule: Schedule, steps: int) -> None:
-    out = sampler(lambda x, at: X0, NOISE, path(schedule.levels(steps), schedule.near))
+    out = sampler(lambda x, at: X0, NOISE, path(schedule.levels(steps), schedule.level_at_sigma))
     assert (out - X0).abs().max() < F64
 
 
@@ -74,7 +74,7 @@ def test_a_perfect_denoiser_is_sampled_exactly_with_relay(
     process = Process({"relay": RelayNoise(500.0, blend)})
     for steps in (1, 7):
         levels = process.hooks.levels(schedule, steps)
-        walk = path(levels, partial(process.hooks.near, schedule), process, LOW)
+        walk = path(levels, partial(process.hooks.level_at_sigma, schedule), process, LOW)
         assert (sampler(lambda x, at: X0, NOISE, walk) - X0).abs().max() < F64
 
 
@@ -86,7 +86,7 @@ def test_the_callback_hears_every_step_once_in_order(sampler: Sampler, schedule:
     def callback(done: int, total: int, x0: Tensor) -> None:
         heard.append((done, total, bool((x0 == X0).all())))
 
-    sampler(lambda x, at: X0, NOISE, path(schedule.levels(5), schedule.near), callback)
+    sampler(lambda x, at: X0, NOISE, path(schedule.levels(5), schedule.level_at_sigma), callback)
     assert heard == [(i, 5, True) for i in range(1, 6)]
 
 
@@ -102,7 +102,7 @@ def test_the_same_draws_give_the_same_image(sampler: Sampler) -> None:
 def test_the_start_is_not_written_to(sampler: Sampler, schedule: Schedule) -> None:
     """The official sampler scales the caller's noise in place."""
     noise = NOISE.clone()
-    sampler(bent, noise, path(schedule.levels(4), schedule.near))
+    sampler(bent, noise, path(schedule.levels(4), schedule.level_at_sigma))
     assert torch.equal(noise, NOISE)
 
 
@@ -117,7 +117,7 @@ def test_looks_at_the_network(sampler: Sampler, exploding_looks: int, zero_snr_l
     """Two a step for the single-step solvers of order 2, but one from pure noise and one at the last."""
     for schedule, count in ((Discrete(), exploding_looks), (ZeroSNR(), zero_snr_looks)):
         seen: list[Level] = []
-        sampler(lambda x, at: seen.append(at) or X0, NOISE, path(schedule.levels(6), schedule.near))  # noqa: B023
+        sampler(lambda x, at: seen.append(at) or X0, NOISE, path(schedule.levels(6), schedule.level_at_sigma))  # noqa: B023
         assert len(seen) == count
 
 
@@ -133,7 +133,7 @@ def test_euler_is_its_formula() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_euler_without_churn_is_ddim(schedule: Schedule) -> None:
-    walk = path(schedule.levels(7), schedule.near)
+    walk = path(schedule.levels(7), schedule.level_at_sigma)
     assert (Euler()(bent, NOISE, walk) - DDIM()(bent, NOISE, walk)).abs().max() == EXACT
 
 
@@ -328,11 +328,11 @@ def test_solvers_of_higher_order_are_finite_and_beat_ddim_at_zero_snr(sampler: S
     schedule, data = ZeroSNR(), Gaussian()
     for steps in (1, 2, 3, 10):
         levels = schedule.levels(steps)
-        out = sampler(data.denoise, NOISE, path(levels, schedule.near))
+        out = sampler(data.denoise, NOISE, path(levels, schedule.level_at_sigma))
         assert out.isfinite().all()
     levels = schedule.levels(10)[:-1]  # the last step is of first order in all
     want = data.flow(NOISE, levels[0], levels[-1])
-    mine, plain = (s(data.denoise, NOISE, path(levels, schedule.near)) for s in (sampler, DDIM()))
+    mine, plain = (s(data.denoise, NOISE, path(levels, schedule.level_at_sigma)) for s in (sampler, DDIM()))
     assert (mine - want).abs().max() < (plain - want).abs().max() / 1.5
 
 
@@ -375,8 +375,10 @@ def test_churn_shows_the_network_what_its_level_says(sampler: Sampler, start: An
     low = torch.full(shape, 3.0, dtype=torch.float64)
     x0 = torch.full(shape, -1.0, dtype=torch.float64)
     process = Process({"relay": RelayNoise()})
-    levels = [start(s)._replace(ratio=s / 5) for s in (5.0, 3.0, 1.0, 0.2)]
-    walk = path([*levels, CLEAN], lambda s: start(s)._replace(ratio=min(1.0, s / 5)), process, low, shape)
+    levels = [start(s)._replace(relay_blend=s / 5) for s in (5.0, 3.0, 1.0, 0.2)]
+    walk = path(
+        [*levels, CLEAN], lambda s: start(s)._replace(relay_blend=min(1.0, s / 5)), process, low, shape
+    )
     seen: list[float] = []
 
     def denoise(x: Tensor, at: Level) -> Tensor:
@@ -406,13 +408,13 @@ def test_churn_shows_the_network_what_its_level_says(sampler: Sampler, start: An
 )
 def test_a_sampler_that_draws_says_that_it_needs_generators(sampler: Sampler) -> None:
     with pytest.raises(SamplerError, match="draws noise at its steps: give the images' generators"):
-        sampler(bent, NOISE, Trajectory(EXPLODING, Process(), between=exploding))
+        sampler(bent, NOISE, Trajectory(EXPLODING, Process(), level_at_sigma=exploding))
 
 
 @pytest.mark.parametrize("sampler", [DPMSolver2SAncestral(), Euler(churn=1.0), Heun(churn=1.0)])
-def test_a_sampler_that_looks_between_levels_says_that_it_needs_them(sampler: Sampler) -> None:
-    with pytest.raises(SamplerError, match="looks between two levels: give the schedule's `near`"):
-        sampler(bent, NOISE, Trajectory(EXPLODING, Process(), fresh=drawn()))
+def test_a_sampler_that_evaluates_between_levels_says_that_it_needs_them(sampler: Sampler) -> None:
+    with pytest.raises(SamplerError, match="between two levels: give the schedule's `level_at_sigma`"):
+        sampler(bent, NOISE, Trajectory(EXPLODING, Process(), noise_sampler=drawn()))
 
 
 @pytest.mark.parametrize("sampler", [DDIM(), Euler(), Heun(), DPMSolver2M(), LinearMultistep()])

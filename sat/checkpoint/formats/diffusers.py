@@ -214,7 +214,7 @@ def _diffusion(file: Path) -> dict[str, Any]:
     }
     return {
         "schedule": {"target": SCHEDULE, "params": params},
-        "parameterisation": {"target": V, "params": {}},
+        "prediction": {"target": V, "params": {}},
     }
 
 

@@ -138,7 +138,7 @@ class DiffusionConfig(Section):
 
     section = "diffusion"
     schedule: Annotated[Component, Makes("sat.diffusion.schedule.Schedule")]
-    parameterisation: Annotated[Component, Makes("sat.diffusion.prediction.Parameterisation")]
+    prediction: Annotated[Component, Makes("sat.diffusion.prediction.Prediction")]
     process: Annotated[Component, Makes("sat.diffusion.process.Process")] = Component(
         "sat.diffusion.process.Process"
     )

@@ -123,8 +123,8 @@ class CogView3Plus(nn.Module):
             else:
                 nn.init.xavier_uniform_(module.weight)
 
-    def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Prepared:
-        """``size`` is the latent's (h, w) in cells; ``indices`` the timesteps of a sampling run, if any."""
+    def prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float] = ()) -> Prepared:
+        """``size`` is the latent's (h, w) in cells; ``timesteps`` the timesteps of a sampling run, if any."""
         h, w = size
         if h % self.patch or w % self.patch:
             raise ValueError(f"a latent of {h} x {w} cells does not divide into patches of {self.patch}")
@@ -137,12 +137,12 @@ class CogView3Plus(nn.Module):
             text_mask=cond.text_mask,
         )
         vector, strength = cond.vector, cond.guidance
-        if indices:
+        if timesteps:
             vector, strength = one_row(vector), None if strength is None else one_row(strength)
         size_emb = self.size(vector.to(self.dtype))
         guidance = embedded(self.guidance, strength)
         alike = len(vector) == 1 and (guidance is None or len(guidance) == 1)
-        steps = self._steps(indices, size_emb, guidance) if indices and alike else {}
+        steps = self._steps(timesteps, size_emb, guidance) if timesteps and alike else {}
         long = self.fold is not None and context.grid.h * context.grid.w + self.text_len >= self.fold
         count = _equal_tokens(cond.text) if long and steps and foldable(self.transformer, context) else 0
         if not count:
@@ -158,10 +158,10 @@ class CogView3Plus(nn.Module):
         if self.guidance is not None:
             self.guidance.adopt({"weight": shapes.get("guidance.weight", ())})
 
-    def forward(self, x: Tensor, index: Scalar, prepared: Prepared) -> Tensor:
-        step = prepared.steps.get(index) if isinstance(index, float) else None
+    def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:
+        step = prepared.steps.get(timestep) if isinstance(timestep, float) else None
         if step is None:
-            t = torch.as_tensor(index, dtype=torch.float32, device=x.device).reshape(-1)
+            t = torch.as_tensor(timestep, dtype=torch.float32, device=x.device).reshape(-1)
             step = Step(self._time(t, prepared.guidance) + prepared.size_emb, None)
         image = x.to(self.dtype)
 
@@ -182,15 +182,15 @@ class CogView3Plus(nn.Module):
         return out
 
     def _steps(
-        self, indices: Sequence[float], size_emb: Tensor, guidance: Tensor | None
+        self, timesteps: Sequence[float], size_emb: Tensor, guidance: Tensor | None
     ) -> dict[float, Step]:
         """Embedding and modulations of each timestep, for a batch whose rows have one size vector (1, E)."""
-        times = torch.tensor(indices, dtype=torch.float32, device=size_emb.device)
+        times = torch.tensor(timesteps, dtype=torch.float32, device=size_emb.device)
         emb = self._time(times, guidance) + size_emb
         modulations = self.transformer.modulations(emb, self.text_len)
         return {
             float(t): Step(emb[s : s + 1], modulations[s] if modulations else None)
-            for s, t in enumerate(indices)
+            for s, t in enumerate(timesteps)
         }
 
 

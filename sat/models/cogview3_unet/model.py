@@ -192,8 +192,8 @@ class CogView3UNet(nn.Module):
         if self.guidance is not None:
             self.guidance.adopt({"weight": shapes.get("guidance.weight", ())})
 
-    def prepare(self, cond: Condition, size: tuple[int, int], indices: Sequence[float] = ()) -> Prepared:
-        """``size`` is the latent's (h, w) in cells; ``indices`` the timesteps of a sampling run, if any."""
+    def prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float] = ()) -> Prepared:
+        """``size`` is the latent's (h, w) in cells; ``timesteps`` the timesteps of a sampling run, if any."""
         h, w = size
         if h % self.factor or w % self.factor:
             raise ValueError(
@@ -207,16 +207,16 @@ class CogView3UNet(nn.Module):
             name: cast(Transformer, self.get_submodule(name)).prepare(context) for name in self._spatial
         }
         vector, strength = cond.vector, cond.guidance
-        if indices:
+        if timesteps:
             vector, strength = one_row(vector), None if strength is None else one_row(strength)
         guidance = embedded(self.guidance, strength)
         prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {})
-        return replace(prepared, steps={float(t): self._embedding(float(t), prepared) for t in indices})
+        return replace(prepared, steps={float(t): self._embedding(float(t), prepared) for t in timesteps})
 
-    def forward(self, x: Tensor, index: Scalar, prepared: Prepared) -> Tensor:
-        emb = prepared.steps.get(index) if isinstance(index, float) else None
+    def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:
+        emb = prepared.steps.get(timestep) if isinstance(timestep, float) else None
         if emb is None:
-            emb = self._embedding(index, prepared)
+            emb = self._embedding(timestep, prepared)
         h = self.stem(x.to(self.dtype))
         skips = [h]
         for place, layers in enumerate(self.down):
@@ -240,10 +240,10 @@ class CogView3UNet(nn.Module):
                 h = layer(h)
         return h
 
-    def _embedding(self, index: Scalar, prepared: Prepared) -> Tensor:
+    def _embedding(self, timestep: Scalar, prepared: Prepared) -> Tensor:
         """(B or 1, E): timestep, guidance strength and size, activated for the residual blocks."""
         device = prepared.size_emb.device
-        t = torch.as_tensor(index, dtype=torch.float32, device=device).reshape(-1)
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=device).reshape(-1)
         features = sinusoid(t, self.width).to(self.dtype)
         if prepared.guidance is not None:
             features = features + prepared.guidance

@@ -71,12 +71,12 @@ class DiffusionObjective(Objective):
         if self.caption_dropout:
             drop = torch.rand(len(batch), generator=generator) < self.caption_dropout
             cond = cond.dropped(drop.to(latents.device))
-        low = self.low(batch, generator)
-        return {"loss": self.engine.loss(latents, cond, generator=generator, low=low).mean()}
+        low_res = self.low_res(batch, generator)
+        return {"loss": self.engine.loss(latents, cond, generator=generator, low_res=low_res).mean()}
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Losses at fixed levels, with right and with shuffled captions and the same noise."""
-        latents, low = self.latents(batch, generator), self.low(batch, generator)
+        latents, low_res = self.latents(batch, generator), self.low_res(batch, generator)
         cond = self.condition(batch, latents.device)
         span = self.engine.process.hooks.span(self.engine.schedule)
         mask = None if cond.text_mask is None else cond.text_mask.roll(1, 0)
@@ -86,10 +86,10 @@ class DiffusionObjective(Objective):
         for name, text in (("loss", cond), ("shuffled", shuffled)):
             for level in self.levels:
                 timestep = int(level * span)
-                index = torch.full((len(batch),), timestep, device=latents.device)
+                every = torch.full((len(batch),), timestep, device=latents.device)
                 noise = torch.Generator().manual_seed(seed + timestep)
                 losses[f"{name}_{timestep}"] = self.engine.loss(
-                    latents, text, generator=noise, index=index, low=low
+                    latents, text, generator=noise, timestep=every, low_res=low_res
                 ).mean()
             losses[name] = torch.stack([v for k, v in losses.items() if k.startswith(f"{name}_")]).mean()
         return losses
@@ -103,7 +103,7 @@ class DiffusionObjective(Objective):
             raise ValueError("a batch holds neither images nor latent moments")
         return self.engine.latents(self.engine.first_stage.encode(batch.image), generator)
 
-    def low(self, batch: Batch, generator: torch.Generator | None) -> Tensor | None:
+    def low_res(self, batch: Batch, generator: torch.Generator | None) -> Tensor | None:
         """Scaled latents (B, C, h, w) of the low-resolution images, for relay; None for plain diffusion."""
         degrade = self.degrade()
         if degrade is None:

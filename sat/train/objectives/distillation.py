@@ -29,7 +29,7 @@ class Distillation(DiffusionObjective):
     strengths are drawn from ``guidance`` (smallest, largest) and both teacher and student see the same, the
     student as an input (``guidance_dim`` of the model); from the second on the teacher takes it as an input
     too. Noise levels are exactly those that the student samples with. For plain diffusion and relay, any
-    schedule, parameterisation and network.
+    schedule, prediction and network.
 
     Source: arXiv:2202.00512, algorithm 2; arXiv:2210.03142; CogView3, arXiv:2403.05121, section 3.4.
     """
@@ -62,13 +62,14 @@ class Distillation(DiffusionObjective):
         self._teacher = (copy.deepcopy(engine.network).requires_grad_(False),)
         hooks = engine.process.hooks
         levels = hooks.levels(engine.schedule, self.steps)
-        between = hooks.levels(engine.schedule, 2 * self.steps)[1::2]
-        for now, to in zip(levels, levels[1:], strict=False):
-            if abs(step_gain(engine.process, now, to)) < SMALLEST_GAIN:
+        middles = hooks.levels(engine.schedule, 2 * self.steps)[1::2]
+        for level, next_level in zip(levels, levels[1:], strict=False):
+            if abs(step_gain(engine.process, level, next_level)) < SMALLEST_GAIN:
                 raise ValueError(
-                    f"distillation: the step from timestep {now.index:g} to {to.index:g} is too short"
+                    f"distillation: the step from timestep {level.timestep:g} to {next_level.timestep:g} "
+                    f"is too short"
                 )
-        self._levels, self._between = LevelTable(levels), LevelTable(between)
+        self._levels, self._middles = LevelTable(levels), LevelTable(middles)
 
     @classmethod
     def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
@@ -84,21 +85,21 @@ class Distillation(DiffusionObjective):
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``loss``: mean over the batch."""
         engine = self.engine
-        x0, low = self.latents(batch, generator), self.low(batch, generator)
-        cond, ctx = self.condition(batch, x0.device), ProcessContext(low)
+        x0, low_res = self.latents(batch, generator), self.low_res(batch, generator)
+        cond, ctx = self.condition(batch, x0.device), ProcessContext(low_res)
         place = torch.randint(0, self.steps, (len(batch),), generator=generator).to(x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
         low_w, high_w = self.guidance
         strength = (low_w + (high_w - low_w) * torch.rand(len(batch), generator=generator)).to(x0.device)
-        now, to = self._levels.at(place), self._levels.at(place + 1)
-        x = engine.process.noise(x0, eps, now, ctx)
+        level, next_level = self._levels.at(place), self._levels.at(place + 1)
+        x = engine.process.noise(x0, eps, level, ctx)
         arrived = self._two_steps(x, place, cond, strength, ctx)
-        target_x0 = student_target(engine.process, x, arrived, now, to, ctx).float()
+        target_x0 = student_target(engine.process, x, arrived, level, next_level, ctx).float()
         denoiser = engine.denoiser
         prepared = engine.network.prepare(cond.guided(strength), _size(x))  # type: ignore[operator]
-        out = denoiser.output(x, now, prepared)
-        target = denoiser.parameterisation.target(target_x0, (x - now.alpha * target_x0) / now.sigma, now)
-        return {"loss": self.loss.error(out, target, now, denoiser).mean()}
+        out = denoiser.output(x, level, prepared)
+        target = denoiser.prediction.target(target_x0, (x - level.alpha * target_x0) / level.sigma, level)
+        return {"loss": self.loss.error(out, target, level, denoiser).mean()}
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """The same on held-out data."""
@@ -111,7 +112,7 @@ class Distillation(DiffusionObjective):
         """Where the teacher arrives from ``x`` at the student's ``place``, through the middle level."""
         process = self.engine.process
         network = cast(Network, self._teacher[0])
-        teacher = Denoiser(network, self.engine.parameterisation)
+        teacher = Denoiser(network, self.engine.prediction)
         rows = Condition.cat([cond.null(), cond]) if self.guided else cond.guided(strength)
         prepared = network.prepare(rows, _size(x))
 
@@ -121,9 +122,13 @@ class Distillation(DiffusionObjective):
             uncond, with_text = teacher(torch.cat([x, x]), _twice(level), prepared).chunk(2)
             return uncond + strength[:, None, None, None] * (with_text - uncond)
 
-        now, middle, to = self._levels.at(place), self._between.at(place), self._levels.at(place + 1)
-        x = process.step(x, predict(x, now), now, middle, ctx)
-        return process.step(x, predict(x, middle), middle, to, ctx)
+        level, middle, next_level = (
+            self._levels.at(place),
+            self._middles.at(place),
+            self._levels.at(place + 1),
+        )
+        x = process.step(x, predict(x, level), level, middle, ctx)
+        return process.step(x, predict(x, middle), middle, next_level, ctx)
 
 
 def _check(teacher_steps: int, rounds: Sequence[int], guidance: Sequence[float]) -> None:
