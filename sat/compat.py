@@ -131,6 +131,7 @@ MODULES: dict[str, str] = {
 NAMES: dict[str, str] = {
     "sat.diffusion.parameterisation.Parameterisation": "sat.diffusion.prediction.Prediction",
     "sat.diffusion.process.Near": "sat.diffusion.process.LevelAtSigma",
+    "sat.mixins.rope.Rope": "sat.mixins.rope.RoPE",
     "sat.pipeline.asked_again": "sat.sampling.pipeline.keep_text_encoder",
     "sat.pipeline.open_drawer": "sat.sampling.pipeline.open_generator",
     "sat.sampling.draw.Drawer": "sat.sampling.generator.Generator",

@@ -14,7 +14,7 @@ from sat.kernels import attention as kernels
 from sat.kernels.compile import compile_blocks, pack, replayed
 from sat.mixins.cross_attention import CrossAttention
 from sat.mixins.qk_norm import QKNorm
-from sat.mixins.rope import Rope
+from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.parallel.sequence import SequenceParallel
 from sat.transformer import Transformer
@@ -116,7 +116,7 @@ def layers_alike(transformer: Transformer) -> bool:
     """Whether no hook inside a block looks at the layer's number; modulations come from outside."""
     owners = transformer.resolved.owners
     known = all(
-        type(_owner(transformer, hook)) in (QKNorm, Rope, type(None)) for hook in ("norm_qk", "rotate_qk")
+        type(_owner(transformer, hook)) in (QKNorm, RoPE, type(None)) for hook in ("norm_qk", "rotate_qk")
     )
     plain = all(owners[hook] == ("default",) for hook in ("attend", "cross"))
     return known and plain and len(owners["norm_qk"]) == len(owners["rotate_qk"]) == 1
@@ -129,7 +129,7 @@ def largest_logit(transformer: Transformer) -> float | None:
     is at most d, times the scale. Anything else that touches q and k takes the promise away.
     """
     norm, rotation = _owner(transformer, "norm_qk"), _owner(transformer, "rotate_qk")
-    if type(norm) is not QKNorm or type(rotation) not in (Rope, type(None)):
+    if type(norm) is not QKNorm or type(rotation) not in (RoPE, type(None)):
         return None
     owners = transformer.resolved.owners
     others = {type(dict(transformer.mixins)[name]) for name in owners["attend"] if name != "default"}

@@ -31,7 +31,7 @@ def rotary_angles(grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000
     return torch.cat([angles, angles], 1)
 
 
-class Rope(Mixin):
+class RoPE(Mixin):
     """Rotates q and k of the image tokens; text tokens are left as they are. Angles are float32.
 
     ``height`` and ``width`` are the patch grid that every size is scaled to.

@@ -26,7 +26,7 @@ from sat.data.batch import Batch, Sample, collate
 from sat.diffusion.guidance import IntervalLimited
 from sat.first_stage import AutoencoderKL
 from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
-from sat.mixins.rope import Rope
+from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.cfg_parallel import share_guidance
@@ -134,7 +134,7 @@ def _plus() -> nn.Module:
 
 
 def _rotary() -> nn.Module:
-    return plus({"position": Rope(8, 4, 6)})
+    return plus({"position": RoPE(8, 4, 6)})
 
 
 def _unet() -> nn.Module:

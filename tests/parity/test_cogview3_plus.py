@@ -9,7 +9,7 @@ from diffusers import CogView3PlusTransformer2DModel, CogView4Transformer2DModel
 from sat.checkpoint.load import load
 from sat.conditioning.condition import Condition
 from sat.embeddings import sinusoid
-from sat.mixins.rope import Rope, rotary_angles
+from sat.mixins.rope import RoPE, rotary_angles
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Grid
 from tests.small import fill
@@ -84,7 +84,7 @@ def test_rotated_attention_equals_cogview4() -> None:
         elementwise_affine=False, eps=1e-6, processor=CogView4AttnProcessor(),
     ).double()  # fmt: skip
     fill(peer)
-    mixins = {"norm": QKNorm(16), "rope": Rope(16, 16, 16)}
+    mixins = {"norm": QKNorm(16), "rope": RoPE(16, 16, 16)}
     ours = Transformer(32, 2, 1, mixins).double()
     attention = ours.blocks[0].attn
     with torch.no_grad():

@@ -7,7 +7,7 @@ from torch import nn
 from sat.checkpoint import CheckpointError, InMemory, load, match
 from sat.checkpoint.rules import as_theirs, family_rules
 from sat.mixin import Mixin
-from sat.mixins.rope import Rope
+from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_plus.keys import SAT
 from tests.checkpoints import MODEL, build, same, tensors
@@ -144,7 +144,7 @@ def test_a_value_that_nothing_can_give_is_an_error():
             super().__init__()
             self.scale = nn.Parameter(torch.ones(3))
 
-        host = Rope.host
+        host = RoPE.host
 
     with torch.device("meta"):
         module = CogView3Plus(**MODEL, mixins={"bare": Bare()})
@@ -174,7 +174,7 @@ def test_without_a_position_table_the_computed_one_stays():
 
 def test_a_position_table_where_the_model_has_none_is_unexpected():
     with torch.device("meta"):
-        module = CogView3Plus(**MODEL, mixins={"position": Rope(8, 12, 12)})
+        module = CogView3Plus(**MODEL, mixins={"position": RoPE(8, 12, 12)})
     assert "1 unexpected: 'model.diffusion_model.mixins.pos_embed.image_pos_embedding'" in message(
         engine(), module=module
     )

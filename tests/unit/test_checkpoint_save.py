@@ -184,7 +184,7 @@ def test_nothing_to_write_is_an_error(tmp_path):
     ("change", "says"),
     [
         (
-            {"mixins": {"position": {"target": "sat.mixins.rope.Rope"}}},
+            {"mixins": {"position": {"target": "sat.mixins.rope.RoPE"}}},
             "no place for the mixins ['position']",
         ),
         ({"table_size": [9, 12]}, "position table is square"),

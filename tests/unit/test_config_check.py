@@ -35,7 +35,7 @@ conditioning:
   text: {target: sat.models.t5.T5Encoder, params: {dim: 3.5}}
   size: {params: 3}
 model:
-  params: {mixins: {position: {target: sat.mixins.rope.Rop}, x: 5}, depth: yes}
+  params: {mixins: {position: {target: sat.mixins.rope.RoP}, x: 5}, depth: yes}
 parallel: {tensor: 0, device: gpu}
 train: {optimizer: {params: {foo: 1, params: 3}}}
 data: {sources: [{path: /nope, repeat: 3}], height: 64, augment: {scale: [1, 2, 3]}}
@@ -59,7 +59,7 @@ LINES = """\
 14: first_stage.prams: a component has only `target` and `params`; did you mean 'params'?
 16: conditioning.text.params.dim: expected int, got 3.5 (float)
 17: conditioning.size.params: expected a mapping of parameters, got 3 (int)
-19: model.params.mixins.position.target: module 'sat.mixins.rope' has no 'Rop'; did you mean 'Rope'?
+19: model.params.mixins.position.target: module 'sat.mixins.rope' has no 'RoP'; did you mean 'RoPE'?
 19: model.params.mixins.x: expected Mixin, got 5 (int)
 19: model.params.depth: expected int, got 'yes' (str)
 20: parallel.tensor: expected at least 1, got 0

@@ -86,8 +86,8 @@ def test_prompts_as_overrides(override, value):
 def test_overrides_of_new_parameters_list_items_and_dates():
     assert debug("diffusion.schedule.params.total=500").diffusion.schedule.params["total"] == 500
     rope = "model.params.mixins.position"
-    e = debug(f"{rope}.target=sat.mixins.rope.Rope", f"{rope}.params={{head_dim: 8, height: 4, width: 6}}")
-    assert e.model.params["mixins"]["position"]["target"] == "sat.mixins.rope.Rope"
+    e = debug(f"{rope}.target=sat.mixins.rope.RoPE", f"{rope}.params={{head_dim: 8, height: 4, width: 6}}")
+    assert e.model.params["mixins"]["position"]["target"] == "sat.mixins.rope.RoPE"
     e = debug("sampling.prompt=[a, b]", "sampling.prompt.1=c")
     assert e.sampling.prompt == ["a", "c"]
     assert debug("sampling.prompt=2026-01-01").sampling.prompt == "2026-01-01"

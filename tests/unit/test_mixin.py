@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sat.mixin import HookConflictError, HookError, Mixin, replaces, wraps
 from sat.mixins.qk_norm import QKNorm
-from sat.mixins.rope import Rope
+from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Context, TransformerHooks
 from sat.transformer.hooks import Layer
@@ -83,7 +83,7 @@ def test_wrappers_apply_in_order() -> None:
 
 
 def test_a_mixin_takes_the_place_of_a_standard_one_by_name() -> None:
-    model = plus(mixins={"position": Rope(8, 6, 10)})
+    model = plus(mixins={"position": RoPE(8, 6, 10)})
     assert "rotate_qk  position" in model.hooks
     assert not [k for k in model.state_dict() if "position" in k]
 

@@ -24,7 +24,7 @@ from sat.kernels.compile import pack
 from sat.kernels.packed import PackedLinear, packable
 from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
-from sat.mixins.rope import Rope
+from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.parallel.mesh import Axis
 from sat.parallel.sequence import apply_sequence
@@ -223,7 +223,7 @@ def test_only_normed_queries_and_keys_bound_the_logits() -> None:
 
     bound = speed.largest_logit(plus().transformer)
     assert bound == pytest.approx(8**0.5)
-    assert speed.largest_logit(plus({"position": Rope(8, 9, 11)}).transformer) == bound
+    assert speed.largest_logit(plus({"position": RoPE(8, 9, 11)}).transformer) == bound
     assert speed.largest_logit(plus({"louder": Louder()}).transformer) is None
     shared = plus()
     apply_sequence(shared, Axis(2))
@@ -296,7 +296,7 @@ def guided_step(model: CogView3Plus, rows: int = 1, text: Tensor | None = None) 
         return model(x, TIMES[0], prepared)
 
 
-@pytest.mark.parametrize("mixins", [{}, {"position": Rope(8, 9, 11)}], ids=["table", "rope"])
+@pytest.mark.parametrize("mixins", [{}, {"position": RoPE(8, 9, 11)}], ids=["table", "rope"])
 def test_one_text_token_for_all_is_the_same_step(mixins: dict[str, Mixin]) -> None:
     model = plus(mixins).double()
     expected = guided_step(model)
