@@ -46,7 +46,7 @@ class CogView3Plus(nn.Module):
 
     ``patch`` counts latent cells, ``table_size`` (rows, columns) patches. ``mixins`` are added to the
     standard ones (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place
-    by name; to rotate instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.Rope, params:
+    by name; to rotate instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.RoPE, params:
     {…}}}``. ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
     ``guidance_dim``: features of a guidance strength that the network takes as an input (distilled models).
     ``fold`` (an attribute): in sampling of at least that many tokens, let one text token stand for all where
