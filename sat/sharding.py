@@ -45,9 +45,9 @@ Sharding = Mapping[str, Column | Row]
 """Module-name pattern (``fnmatch``: ``transformer.blocks.*.attn.qkv``) -> style."""
 
 
-def style_of(plan: Sharding, name: str) -> Column | Row | None:
+def style_of(sharding: Sharding, name: str) -> Column | Row | None:
     """The style of the module ``name``: of the first pattern that matches it."""
-    return next((style for pattern, style in plan.items() if fnmatchcase(name, pattern)), None)
+    return next((style for pattern, style in sharding.items() if fnmatchcase(name, pattern)), None)
 
 
 def family_sharding(kind: type[nn.Module]) -> Sharding:
@@ -147,19 +147,19 @@ def cuts(style: Column | Row, kind: type[nn.Module] = nn.Linear) -> dict[str, Cu
     """
     if issubclass(kind, nn.Embedding):
         if isinstance(style, Row):
-            raise ValueError("an embedding is split over its outputs: its plan must say Column, not Row")
+            raise ValueError("an embedding is split over its outputs: its sharding must say Column, not Row")
         return {"weight": Cut(1, style.parts)}
     if isinstance(style, Column):
         return {"weight": Cut(0, style.parts), "bias": Cut(0, style.parts)}
     return {"weight": Cut(1)}
 
 
-def named_cuts(names: Iterable[str], plan: Sharding) -> dict[str, Cut]:
-    """How the tensors ``names`` of whole linears are cut by ``plan``; those that are not named stay whole."""
+def named_cuts(names: Iterable[str], sharding: Sharding) -> dict[str, Cut]:
+    """Cuts of the tensors ``names`` of whole linears; those that ``sharding`` does not name stay whole."""
     found: dict[str, Cut] = {}
     for name in names:
         path, _, local = name.rpartition(".")
-        style = style_of(plan, path)
+        style = style_of(sharding, path)
         if style is not None and (cut := cuts(style).get(local)) is not None:
             found[name] = cut
     return found

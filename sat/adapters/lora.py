@@ -32,7 +32,7 @@ from sat.parallel.tensor import (
     RowLinear,
     ShareOfDropout,
     SplitLinear,
-    gathered,
+    gather_from_ranks,
     joined,
     shard_on,
     split,
@@ -120,7 +120,7 @@ class Factors(nn.Module):
         if not isinstance(self.style, Column) or not self.style.gather or self.tensor is None:
             return self._change(x, out, base)
         own = shard_on(self.tensor, Cut(out.dim() - 1, self.parts)).take(out)
-        return gathered(self._change(x, own, base), self.parts, self.tensor)
+        return gather_from_ranks(self._change(x, own, base), self.parts, self.tensor)
 
     def _change(self, x: Tensor, out: Tensor, base: LinearLike) -> Tensor:
         """The same, of this rank's outputs if the base is split over them."""

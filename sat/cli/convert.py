@@ -198,7 +198,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
     if not wanted and ranks == 1:
         return None
     from sat.adapters.merge import Loading, folded
-    from sat.parallel.tensor import check_plan
+    from sat.parallel.tensor import check_sharding
     from sat.sharding import family_sharding
 
     def change(parts: Any) -> Any:
@@ -207,7 +207,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
             raise UsageError("--tensor-parallel splits the network, which is not among the parts to convert")
         if ranks > 1:
             try:
-                check_plan(network.module, family_sharding(type(network.module)), ranks)
+                check_sharding(network.module, family_sharding(type(network.module)), ranks)
             except ValueError as error:
                 raise UsageError(f"--tensor-parallel {ranks}: {error}") from error
         return folded(parts, [Loading(*lora(text)) for text in wanted]) if wanted else parts

@@ -54,7 +54,7 @@ def build_engine(
     checkpoint: CheckpointConfig | None = None,
     without: Collection[Part] = (),
     mesh: Mesh | None = None,
-    hosted: Collection[Part] = (),
+    offloaded: Collection[Part] = (),
 ) -> DiffusionEngine:
     """The engine on ``device``, its weights in ``dtype``, read from ``checkpoint`` (None: the experiment's).
 
@@ -63,13 +63,13 @@ def build_engine(
     seed: for training from scratch. With float16 the first stage stays float32, whose range it needs.
     Parts ``without`` are not loaded; whatever calls them raises. Network and text encoder are split over the
     tensor ranks of ``mesh`` by their plans, and each rank reads its share. Linears that ``memory.quantize``
-    names are quantised as they are read. Parts ``hosted`` are left in host memory
+    names are quantised as they are read. Parts ``offloaded`` are left in host memory
     (:mod:`sat.offload.block_swap`).
     """
     weights = checkpoint or experiment.checkpoint
     fill = Fill(
         weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without), mesh,
-        quantizers(experiment.memory.quantize), frozenset(hosted),
+        quantizers(experiment.memory.quantize), frozenset(offloaded),
     )  # fmt: skip
     text = cast(
         "T5Encoder", fill.part(experiment.conditioning.text, "text")
@@ -78,7 +78,7 @@ def build_engine(
     first_stage = cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage"))
     tokenizer = find_tokenizer(experiment.conditioning, weights)
     engine = _assemble(experiment, network, text, first_stage, tokenizer, without)
-    _move(engine, torch.device(device), hosted)
+    _move(engine, torch.device(device), offloaded)
     if experiment.adapters.load:
         from sat.adapters.merge import Loading, load_adapters
 
@@ -88,13 +88,13 @@ def build_engine(
     return engine
 
 
-def _move(engine: DiffusionEngine, device: torch.device, hosted: Collection[Part]) -> None:
-    """Everything to ``device`` but the parts that are ``hosted``."""
+def _move(engine: DiffusionEngine, device: torch.device, offloaded: Collection[Part]) -> None:
+    """Everything to ``device`` but the parts that are ``offloaded``."""
     named: dict[nn.Module, Part] = {
         engine.network: "model", engine.conditioner.text: "text", engine.first_stage: "first_stage"
     }  # fmt: skip
     for module in (*engine.children(), *engine.conditioner.children()):
-        if module is not engine.conditioner and named.get(module) not in hosted:
+        if module is not engine.conditioner and named.get(module) not in offloaded:
             module.to(device)
 
 

@@ -88,7 +88,7 @@ class Fill:
     without: frozenset[Part] = frozenset()
     mesh: Mesh | None = None
     quantizers: Mapping[str, Quantizer] = field(default_factory=dict)
-    hosted: frozenset[Part] = frozenset()
+    offloaded: frozenset[Part] = frozenset()
 
     def part(self, component: Component, part: Part) -> nn.Module:
         """The module of one part, filled from its file or at random; those left out stay empty."""
@@ -160,7 +160,7 @@ class Fill:
 
     def device_of(self, part: Part) -> torch.device:
         """Where a part is to be."""
-        return torch.device("cpu") if part in self.hosted else self.device
+        return torch.device("cpu") if part in self.offloaded else self.device
 
     def quantised(self, module: nn.Module, part: Part) -> nn.Module:
         """``module`` with the linears quantised that ``memory.quantize`` names."""

@@ -12,7 +12,7 @@ from sat.config.component import build
 from sat.config.parts import build_empty, quantizers
 from sat.config.schema import Component, Experiment, LoraConfig
 from sat.config.yaml_source import Key
-from sat.parallel.tensor import check_plan
+from sat.parallel.tensor import check_sharding
 from sat.sharding import family_sharding
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _splits(parts: Mapping[Key, nn.Module], size: int) -> Iterator[tuple[Key, st
     """Parts that do not divide over ``size`` tensor ranks."""
     for module in parts.values():
         try:
-            check_plan(module, family_sharding(type(module)), size)
+            check_sharding(module, family_sharding(type(module)), size)
         except ValueError as error:
             yield ("parallel", "tensor"), str(error)
 

@@ -23,7 +23,7 @@ from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger
 from sat.mixins.relay import relay_of
-from sat.offload.block_swap import parts, resident, tensors, turned
+from sat.offload.block_swap import parts, resident_bytes, swap_groups, tensors
 from sat.parallel.mesh import Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
@@ -61,7 +61,7 @@ class Peaks:
 
 
 @dataclass(frozen=True)
-class Way:
+class MemoryOption:
     """One way to save memory, as it is written, and how it changes an experiment."""
 
     says: str
@@ -69,11 +69,11 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Picked:
+class Budgeted:
     """An experiment that is within its budget, and the ways that brought it there."""
 
     experiment: Experiment
-    ways: tuple[Way, ...]
+    ways: tuple[MemoryOption, ...]
     peaks: Peaks
     budget: int
 
@@ -86,24 +86,26 @@ class Picked:
 _WHILE = {"text": "encoding text", "denoising": "denoising", "decoding": "decoding"}
 
 
-def within(experiment: Experiment, device: torch.device, planner: Planner | None = None) -> Picked | None:
+def apply_budget(
+    experiment: Experiment, device: torch.device, estimator: SamplingEstimator | None = None
+) -> Budgeted | None:
     """``experiment`` with what its ``memory.budget`` needs, the cheapest ways first; None without a budget.
 
-    ``planner``: of an earlier call for the same experiment, so that nothing is measured twice. Raises
+    ``estimator``: of an earlier call for the same experiment, so that nothing is measured twice. Raises
     :class:`BudgetError` where all ways together are not enough.
     """
     if experiment.memory.budget is None:
         return None
     budget = parse_size(experiment.memory.budget)
-    planner = planner or Planner(host=device.type == torch.device("cpu").type)
+    estimator = estimator or SamplingEstimator(host=device.type == torch.device("cpu").type)
     limit = int(budget * (1 - SPARE))
 
-    def peaks(ways: Sequence[Way]) -> Peaks:
-        return planner.peaks(_changed(experiment, ways))
+    def peaks(ways: Sequence[MemoryOption]) -> Peaks:
+        return estimator.peaks(_changed(experiment, ways))
 
-    taken: list[Way] = []
+    taken: list[MemoryOption] = []
     best = peaks(taken)
-    for way in planner.ways(experiment):
+    for way in estimator.ways(experiment):
         if best.total <= limit:
             break
         tried = peaks([*taken, way])
@@ -122,16 +124,16 @@ def within(experiment: Experiment, device: torch.device, planner: Planner | None
         fewer = [one for one in taken if one is not way]
         if (without := peaks(fewer)).total <= limit:
             taken, best = fewer, without
-    return Picked(_changed(experiment, taken), tuple(taken), best, budget)
+    return Budgeted(_changed(experiment, taken), tuple(taken), best, budget)
 
 
-def _changed(experiment: Experiment, ways: Sequence[Way]) -> Experiment:
+def _changed(experiment: Experiment, ways: Sequence[MemoryOption]) -> Experiment:
     for way in ways:
         experiment = way.apply(experiment)
     return experiment
 
 
-class Planner:
+class SamplingEstimator:
     """Peaks of one experiment and of changes to it; each stage is run once for what it depends on.
 
     ``host``: the device is the CPU, where nothing can wait elsewhere.
@@ -151,7 +153,7 @@ class Planner:
             found[stage] = weights + self._activation(experiment, stage)
         return Peaks(**found)
 
-    def ways(self, experiment: Experiment) -> Iterator[Way]:
+    def ways(self, experiment: Experiment) -> Iterator[MemoryOption]:
         """What could be done that is not: first what costs nothing, last what costs time at every step."""
         memory, sampling = experiment.memory, experiment.sampling
         if memory.text_encoder == "keep":
@@ -159,7 +161,9 @@ class Planner:
         if memory.decode_batch > 1:
             yield _memory("memory.decode_batch=1", decode_batch=1)
         if sampling.at_once > 1:
-            yield Way("sampling.at_once=1", lambda e: replace(e, sampling=replace(e.sampling, at_once=1)))
+            yield MemoryOption(
+                "sampling.at_once=1", lambda e: replace(e, sampling=replace(e.sampling, at_once=1))
+            )
         yield from () if self.host else _waiting(experiment)
         yield from self._tiles(experiment)
         if experiment.parallel.tensor == 1:
@@ -167,7 +171,7 @@ class Planner:
         if not (self.host or sampling.graphs or sampling.compile) and memory.network != "blocks":
             yield _memory("memory.network=blocks", network="blocks")
 
-    def _tiles(self, experiment: Experiment) -> Iterator[Way]:
+    def _tiles(self, experiment: Experiment) -> Iterator[MemoryOption]:
         """Decoding in tiles, the larger first."""
         _, engine = self._engine(experiment)
         side = max(engine.latent_shape(experiment.sampling.height, experiment.sampling.width)[1:])
@@ -213,7 +217,7 @@ class Planner:
             return 0  # it comes once the text encoder has gone
         if part != worker and waits[part] != "keep":
             return 0
-        return resident(module, turned(module, memory, part))
+        return resident_bytes(module, swap_groups(module, memory, part))
 
     def _activation(self, experiment: Experiment, stage: str) -> int:
         """The most bytes beside the weights in a stage."""
@@ -241,7 +245,7 @@ class Planner:
         return self._activations[repr(key)]
 
 
-def _waiting(experiment: Experiment) -> Iterator[Way]:
+def _waiting(experiment: Experiment) -> Iterator[MemoryOption]:
     """Parts that may wait on the host: pictures stay the same, and each costs copies."""
     memory = experiment.memory
     if memory.first_stage == "keep":
@@ -256,11 +260,11 @@ def _waiting(experiment: Experiment) -> Iterator[Way]:
         yield _memory("memory.network=cpu", network="cpu")
 
 
-def _integers(memory: MemoryConfig) -> Iterator[Way]:
+def _integers(memory: MemoryConfig) -> Iterator[MemoryOption]:
     """Parts whose weights may be int8; int4 is never picked, as it shows in pictures."""
     for name in ("network", "text_encoder"):
         if getattr(memory.quantize, name) is None:
-            yield Way(f"memory.quantize.{name}=int8", _quantised(name))
+            yield MemoryOption(f"memory.quantize.{name}=int8", _quantised(name))
 
 
 def _encode(experiment: Experiment, engine: DiffusionEngine) -> None:
@@ -307,12 +311,12 @@ def _size(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors([module]))
 
 
-def _memory(says: str, **values: object) -> Way:
+def _memory(says: str, **values: object) -> MemoryOption:
     def apply(experiment: Experiment) -> Experiment:
         memory: MemoryConfig = replace(experiment.memory, **values)  # type: ignore[arg-type]
         return replace(experiment, memory=memory)
 
-    return Way(says, apply)
+    return MemoryOption(says, apply)
 
 
 def _quantised(name: str) -> Callable[[Experiment], Experiment]:

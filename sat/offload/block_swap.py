@@ -1,12 +1,12 @@
-"""Parts of an engine, or single blocks of them, that wait in host memory and come to the device to work.
+"""Offloading of an engine's parts to host memory while sampling, whole or group by group of their blocks.
 
-Weights do not change while sampling, so nothing is ever copied back: leaving means pointing at the host's
-copy again. Results are the same to the last bit.
+Weights do not change while sampling, so nothing is ever copied back: to offload a tensor is to point it at
+the host's copy again. Results are the same to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,17 +19,17 @@ from sat.mixins.adaln import AdaLN
 from sat.mixins.cross_attention import CrossAttention, CrossLayer
 from sat.transformer import Transformer
 
-ALIGNED = 256
-"""Bytes that tensors in a packed buffer start at multiples of."""
-SLOTS = 2
-"""Turns of a carousel on the device at a time: the one that runs and the next."""
+ALIGNMENT = 256
+"""Bytes; every tensor in a packed buffer begins at a multiple of them."""
+BUFFERS = 2
+"""Device buffers of a :class:`BlockSwap`: one for the group that runs, one for the next."""
 
-Turn = Sequence[nn.Module]
-"""Modules that run together; the first of them begins and ends it."""
+BlockGroup = Sequence[nn.Module]
+"""Modules that run one after the other; the first of them begins and ends the group."""
 
 
-class Placing(Protocol):
-    """Where parts are while others work, as the config's section ``memory`` says it."""
+class Placement(Protocol):
+    """Section ``memory`` of a config: where each part waits while others work."""
 
     @property
     def text_encoder(self) -> str: ...  # noqa: D102
@@ -41,294 +41,313 @@ class Placing(Protocol):
     def adaln(self) -> str: ...  # noqa: D102
 
 
+# -- copies between host and device
+
+
 @dataclass(eq=False)
-class Slot:
-    """Device memory, uint8, that turns come into, with the lane's own notes of what to wait for."""
+class DeviceBuffer:
+    """Device memory, uint8, that holds one group at a time, with the events of its last copy and use."""
 
     memory: Tensor
-    arrived: Any = None
+    copied: Any = None
     free: Any = None
 
 
-class Lane(Protocol):
-    """The way from host memory to a device, and the order of copies and computing on it."""
+class TransferStream(Protocol):
+    """Copies from host memory to a device, ordered against what is computed there."""
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def to_host(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` in host memory from which the device reads fast."""
         ...
 
-    def host(self, nbytes: int) -> Tensor:
-        """As much of such memory, as uint8."""
+    def host_buffer(self, nbytes: int) -> Tensor:
+        """Such host memory, uint8."""
         ...
 
-    def slot(self, nbytes: int) -> Slot:
-        """As much memory of the device."""
+    def device_buffer(self, nbytes: int) -> DeviceBuffer:
+        """Device memory of the same size."""
         ...
 
-    def bring(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` on the device, for whatever is computed there next."""
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor`` on the device, ready for what is computed next."""
         ...
 
-    def fetch(self, slot: Slot, source: Tensor) -> None:
-        """Copy ``source`` to the slot's beginning beside what is computed, but not before it is free."""
+    def prefetch(self, buffer: DeviceBuffer, source: Tensor) -> None:
+        """Start to copy ``source`` to the beginning of ``buffer``, once the buffer is free."""
         ...
 
-    def arrived(self, slot: Slot) -> None:
-        """What is computed from now on waits for the copy into ``slot``."""
+    def wait_copied(self, buffer: DeviceBuffer) -> None:
+        """Let everything computed from now on wait for the copy into ``buffer``."""
         ...
 
-    def used(self, slot: Slot) -> None:
-        """``slot`` is free when what has been asked of the device so far is computed."""
+    def mark_free(self, buffer: DeviceBuffer) -> None:
+        """Let the next copy into ``buffer`` wait for everything computed so far."""
         ...
 
 
-class Streams:
-    """A lane of an accelerator: pinned memory, and a stream of its own for copies."""
+class DeviceStream:
+    """Transfer stream of an accelerator: pinned host memory, and copies on a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._on = torch.get_device_module(device)
-        self._copies = self._on.Stream(device)
+        self._module = torch.get_device_module(device)
+        self._copies = self._module.Stream(device)
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def to_host(self, tensor: Tensor) -> Tensor:
         """A pinned copy."""
         return tensor.cpu().pin_memory()
 
-    def host(self, nbytes: int) -> Tensor:
-        """Pinned."""
+    def host_buffer(self, nbytes: int) -> Tensor:
+        """Pinned memory."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def slot(self, nbytes: int) -> Slot:
-        """The copies' stream waits for whatever used this memory before."""
-        made = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        self._copies.wait_stream(self._on.current_stream(self.device))
-        return Slot(made)
+    def device_buffer(self, nbytes: int) -> DeviceBuffer:
+        """Memory that copies enter only after its previous owner's work is done."""
+        buffer = DeviceBuffer(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
+        self._copies.wait_stream(self._module.current_stream(self.device))
+        return buffer
 
-    def bring(self, tensor: Tensor) -> Tensor:
-        """On the stream that computes."""
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copied on the computing stream."""
         return tensor.to(self.device, non_blocking=True)
 
-    def fetch(self, slot: Slot, source: Tensor) -> None:
-        """On the copies' stream, once the event of the slot's last use has come."""
-        with self._on.stream(self._copies):
-            if slot.free is not None:
-                self._copies.wait_event(slot.free)
-            slot.memory[: len(source)].copy_(source, non_blocking=True)
-            slot.arrived = self._copies.record_event()
+    def prefetch(self, buffer: DeviceBuffer, source: Tensor) -> None:
+        """Copied on the transfer stream, after the event of the buffer's last use."""
+        with self._module.stream(self._copies):
+            if buffer.free is not None:
+                self._copies.wait_event(buffer.free)
+            buffer.memory[: len(source)].copy_(source, non_blocking=True)
+            buffer.copied = self._copies.record_event()
 
-    def arrived(self, slot: Slot) -> None:
-        """Waits on the device, not here."""
-        self._on.current_stream(self.device).wait_event(slot.arrived)
+    def wait_copied(self, buffer: DeviceBuffer) -> None:
+        """The device waits; the host goes on."""
+        self._module.current_stream(self.device).wait_event(buffer.copied)
 
-    def used(self, slot: Slot) -> None:
-        """Records an event."""
-        slot.free = self._on.current_stream(self.device).record_event()
+    def mark_free(self, buffer: DeviceBuffer) -> None:
+        """Records an event on the computing stream."""
+        buffer.free = self._module.current_stream(self.device).record_event()
 
 
-class Packed:
-    """The tensors of some modules, one after the other in one piece of host memory, which they point at."""
+# -- blocks that are on the device only while they run
 
-    def __init__(self, modules: Turn, lane: Lane) -> None:
-        self._tensors = list(tensors(modules))
-        self._places: list[int] = []
+
+class _PackedGroup:
+    """Tensors of a group, packed into one host buffer that they point at while they do not run."""
+
+    def __init__(self, group: BlockGroup, stream: TransferStream) -> None:
+        self._tensors = list(tensors(group))
+        self._offsets: list[int] = []
         self.nbytes = 0
         for tensor in self._tensors:
-            self._places.append(self.nbytes)
-            self.nbytes += -(-_bytes(tensor) // ALIGNED) * ALIGNED
-        self.host = lane.host(self.nbytes)
-        self._home = self.views(self.host)
-        for tensor, home in zip(self._tensors, self._home, strict=True):
-            home.copy_(tensor.data)
-            tensor.data = home
+            self._offsets.append(self.nbytes)
+            self.nbytes += _aligned(tensor)
+        self.host = stream.host_buffer(self.nbytes)
+        self._host_views = self.views(self.host)
+        for tensor, view in zip(self._tensors, self._host_views, strict=True):
+            view.copy_(tensor.data)
+            tensor.data = view
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors as they lie in ``buffer``."""
         return [
-            buffer[place : place + _bytes(tensor)].view(tensor.dtype).view(tensor.shape)
-            for place, tensor in zip(self._places, self._tensors, strict=True)
+            buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for offset, tensor in zip(self._offsets, self._tensors, strict=True)
         ]
 
-    def point(self, views: Sequence[Tensor] | None = None) -> None:
-        """Have the modules' tensors be ``views``; None is the host's."""
-        for tensor, view in zip(self._tensors, self._home if views is None else views, strict=True):
+    def point_at(self, views: Sequence[Tensor] | None = None) -> None:
+        """Point the modules' tensors at ``views``, by default at those of the host."""
+        for tensor, view in zip(self._tensors, views or self._host_views, strict=True):
             tensor.data = view
 
 
-class Carousel:
-    """Turns whose weights are on the device only while they run, the next one's arriving meanwhile.
+class BlockSwap:
+    """Keeps groups of blocks in host memory and prefetches the next group while the current one runs.
 
-    Two slots of device memory, each as large as the largest turn, take them in. The turns should run in
-    order, over and over; one out of order is fetched when it is due.
+    Two device buffers, each as large as the largest group, hold the weights. Groups should run in order, over
+    and over; one out of order is copied when it is due.
     """
 
-    def __init__(self, turns: Sequence[Turn], lane: Lane) -> None:
-        self._lane = lane
-        self._packed = [Packed(turn, lane) for turn in turns]
-        self._count = min(SLOTS, len(turns))
-        self._slots: list[Slot] = []
-        self._views: dict[tuple[int, int], list[Tensor]] = {}  # (turn, slot) -> its tensors there
-        self._holds: dict[int, int] = {}  # slot -> the turn whose weights are there, or on their way
-        self._slot = 0  # of the turn that runs, or ran last
-        for number, turn in enumerate(turns):
-            turn[0].register_forward_pre_hook(_hook(self._begin, number))
-            turn[0].register_forward_hook(_hook(self._end, number), always_call=True)
+    def __init__(self, groups: Sequence[BlockGroup], stream: TransferStream) -> None:
+        self._stream = stream
+        self._packed = [_PackedGroup(group, stream) for group in groups]
+        self._count = min(BUFFERS, len(groups))
+        self._buffers: list[DeviceBuffer] = []
+        self._views: dict[tuple[int, int], list[Tensor]] = {}  # (group, buffer) -> its tensors there
+        self._holds: dict[int, int] = {}  # buffer -> the group whose weights are there, or on their way
+        self._buffer = 0  # of the group that runs, or ran last
+        for index, group in enumerate(groups):
+            group[0].register_forward_pre_hook(lambda *_, index=index: self._begin(index))
+            group[0].register_forward_hook(lambda *_, index=index: self._end(index), always_call=True)
 
     def close(self) -> None:
-        """Give the slots back until the next turn."""
-        for number in self._holds:  # a copy on its way must not write into what others get
-            self._lane.arrived(self._slots[number])
-            self._lane.used(self._slots[number])
-        self._slots, self._views, self._holds = [], {}, {}
+        """Give the device buffers back until the next group runs."""
+        for index in self._holds:  # a copy on its way must not write into memory that others get
+            self._stream.wait_copied(self._buffers[index])
+            self._stream.mark_free(self._buffers[index])
+        self._buffers, self._views, self._holds = [], {}, {}
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _begin(self, number: int) -> None:
-        """Wait for the turn's weights, and send for the next one's."""
-        slot = next((slot for slot, held in self._holds.items() if held == number), None)
-        if slot is None:
-            slot = self._send(number, (self._slot + 1) % self._count)
-        self._slot = slot
-        self._lane.arrived(self._slots[slot])
-        packed, key = self._packed[number], (number, slot)
-        if key not in self._views:
-            self._views[key] = packed.views(self._slots[slot].memory)
-        packed.point(self._views[key])
-        following = (number + 1) % len(self._packed)
+    def _begin(self, group: int) -> None:
+        """Wait for the group's weights, and prefetch the next group's."""
+        index = next((index for index, held in self._holds.items() if held == group), None)
+        if index is None:
+            index = self._prefetch(group, (self._buffer + 1) % self._count)
+        self._buffer = index
+        self._stream.wait_copied(self._buffers[index])
+        if (group, index) not in self._views:
+            self._views[group, index] = self._packed[group].views(self._buffers[index].memory)
+        self._packed[group].point_at(self._views[group, index])
+        following = (group + 1) % len(self._packed)
         if following not in self._holds.values():
-            self._send(following, (slot + 1) % self._count)
+            self._prefetch(following, (index + 1) % self._count)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _end(self, number: int) -> None:
-        """The weights may go."""
-        self._lane.used(self._slots[self._slot])
-        self._packed[number].point()
+    def _end(self, group: int) -> None:
+        """Release the buffer of a group that has run."""
+        self._stream.mark_free(self._buffers[self._buffer])
+        self._packed[group].point_at()
 
-    def _send(self, number: int, slot: int) -> int:
-        if not self._slots:
+    def _prefetch(self, group: int, index: int) -> int:
+        if not self._buffers:
             largest = max(packed.nbytes for packed in self._packed)
-            self._slots = [self._lane.slot(largest) for _ in range(self._count)]
-        self._lane.fetch(self._slots[slot], self._packed[number].host)
-        self._holds[slot] = number
-        return slot
+            self._buffers = [self._stream.device_buffer(largest) for _ in range(self._count)]
+        self._stream.prefetch(self._buffers[index], self._packed[group].host)
+        self._holds[index] = group
+        return index
 
 
-def _hook(act: Callable[[int], None], number: int) -> Callable[..., None]:
-    def hook(*_: object) -> None:
-        act(number)
-
-    return hook
+# -- parts that are on the device only in their stage
 
 
-class Guest:
-    """A part that is on the device only from ``arrive`` to ``leave``, apart from what ``carousels`` turn.
+class OffloadedPart:
+    """A part that is on the device from ``onload`` to ``offload``; ``swapped`` groups only while they run.
 
-    ``stays``: once there it does not leave, and the host keeps nothing.
+    ``stays``: once loaded it remains on the device, and the host keeps no copy.
     """
 
     def __init__(
-        self, module: nn.Module, lane: Lane, carousels: Sequence[Sequence[Turn]] = (), *, stays: bool = False
+        self,
+        module: nn.Module,
+        stream: TransferStream,
+        swapped: Sequence[Sequence[BlockGroup]] = (),
+        *,
+        stays: bool = False,
     ) -> None:
-        self._lane, self._stays = lane, stays
-        turned = {id(t) for turns in carousels for turn in turns for t in tensors(turn)}
-        self._carousels = [Carousel(turns, lane) for turns in carousels]
-        self._tensors = [tensor for tensor in tensors([module]) if id(tensor) not in turned]
-        self._home: list[Tensor] = []
+        self._stream, self._stays = stream, stays
+        apart = _swapped_tensors(swapped)
+        self._swaps = [BlockSwap(groups, stream) for groups in swapped]
+        self._tensors = [tensor for tensor in tensors([module]) if id(tensor) not in apart]
+        self._host: list[Tensor] = []
         for tensor in self._tensors:
             if not stays:
-                tensor.data = lane.keep(tensor.data)
-            self._home.append(tensor.data)
-        self.there = False
+                tensor.data = stream.to_host(tensor.data)
+            self._host.append(tensor.data)
+        self.on_device = False
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def arrive(self) -> None:
-        """Be on the device."""
-        if self.there:
+    def onload(self) -> None:
+        """Copy the weights to the device."""
+        if self.on_device:
             return
-        for number, (tensor, home) in enumerate(zip(self._tensors, self._home, strict=True)):
-            tensor.data = self._lane.bring(home)
+        for index, (tensor, host) in enumerate(zip(self._tensors, self._host, strict=True)):
+            tensor.data = self._stream.to_device(host)
             if self._stays:
-                self._home[number] = tensor.data
-        self.there = True
+                self._host[index] = tensor.data
+        self.on_device = True
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Give the device's memory back."""
-        if self._stays or not self.there:
+        if self._stays or not self.on_device:
             return
-        for tensor, home in zip(self._tensors, self._home, strict=True):
-            tensor.data = home
-        for carousel in self._carousels:
-            carousel.close()
-        self.there = False
+        for tensor, host in zip(self._tensors, self._host, strict=True):
+            tensor.data = host
+        for swap in self._swaps:
+            swap.close()
+        self.on_device = False
 
 
-class Stages:
-    """Which of the ``guests`` is on the device: the one whose stage it is, and those that stay."""
+class OffloadSchedule:
+    """Keeps the part of the current stage on the device, and the other ``offloaded`` parts off it."""
 
-    def __init__(self, guests: Mapping[Part, Guest] | None = None) -> None:
-        self._guests = dict(guests or {})
+    def __init__(self, offloaded: Mapping[Part, OffloadedPart] | None = None) -> None:
+        self._offloaded = dict(offloaded or {})
 
     def enter(self, part: Part) -> None:
-        """Others leave, ``part`` arrives; whatever is no guest is there anyway."""
-        for name, guest in self._guests.items():
+        """Offload other parts, then onload ``part``; a part that is never offloaded is there anyway."""
+        for name, other in self._offloaded.items():
             if name != part:
-                guest.leave()
-        if part in self._guests:
-            self._guests[part].arrive()
+                other.offload()
+        if part in self._offloaded:
+            self._offloaded[part].onload()
 
     def drop(self, part: Part) -> None:
-        """Forget a guest that is needed no more."""
-        self._guests.pop(part, None)
+        """Forget a part that is needed no more."""
+        self._offloaded.pop(part, None)
 
 
-def stages(
-    engine: DiffusionEngine, memory: Placing, device: torch.device, lane: Lane | None = None
-) -> Stages:
-    """The guests that ``memory`` asks for, of an engine whose :func:`hosted` parts are in host memory.
+def offload_schedule(
+    engine: DiffusionEngine, memory: Placement, device: torch.device, stream: TransferStream | None = None
+) -> OffloadSchedule:
+    """Offload the parts of ``engine`` that ``memory`` asks for.
 
-    ``lane`` None is the device's own; with one, parts are guests on any device.
+    :func:`offloaded_parts` must be in host memory. ``stream`` None is the device's own; with one, parts are
+    offloaded on any device, the CPU included.
     """
-    there = hosted(memory, device) if lane is None else _waiting(memory)
-    if not there:
-        return Stages()
-    lane = lane or Streams(device)
-    guests = {}
+    names = offloaded_parts(memory, device if stream is None else None)
+    if not names:
+        return OffloadSchedule()
+    stream = stream or DeviceStream(device)
+    offloaded: dict[Part, OffloadedPart] = {}
     for part, module in parts(engine).items():
-        if part in there:
-            guests[part] = Guest(module, lane, turned(module, memory, part), stays=stays(memory, part))
-    return Stages(guests)
+        if part in names:
+            stays = part == "model" and memory.network == "keep"
+            offloaded[part] = OffloadedPart(module, stream, swap_groups(module, memory, part), stays=stays)
+    return OffloadSchedule(offloaded)
 
 
 def parts(engine: DiffusionEngine) -> dict[Part, nn.Module]:
-    """The modules of an engine that can be guests."""
+    """Modules of an engine that can be offloaded."""
     return {"text": engine.conditioner.text, "model": engine.network, "first_stage": engine.first_stage}
 
 
-def hosted(memory: Placing, device: torch.device) -> frozenset[Part]:
-    """Parts that begin in host memory, none where that is the device's."""
-    return frozenset() if device.type == torch.device("cpu").type else _waiting(memory)
-
-
-def _waiting(memory: Placing) -> frozenset[Part]:
-    """A text encoder that is freed has gone before the network comes."""
+def offloaded_parts(memory: Placement, device: torch.device | None = None) -> frozenset[Part]:
+    """Parts to build in host memory for a run on ``device`` (None: any accelerator); on the CPU none."""
+    if device is not None and device.type == torch.device("cpu").type:
+        return frozenset()
     waits = {
         "text": memory.text_encoder in ("cpu", "blocks"),
+        # A text encoder that is freed has gone before the network is loaded.
         "model": memory.network != "keep" or memory.adaln == "cpu" or memory.text_encoder == "free",
         "first_stage": memory.first_stage == "cpu",
     }
     return frozenset(part for part in PARTS if waits[part])
 
 
-def stays(memory: Placing, part: Part) -> bool:
-    """Whether ``part``, once on the device, does not leave it."""
-    return part == "model" and memory.network == "keep"
+def swap_groups(module: nn.Module, memory: Placement, part: Part) -> list[list[BlockGroup]]:
+    """Groups of ``module`` that ``memory`` has swapped, one list for each :class:`BlockSwap`, in run order.
 
-
-def turned(module: nn.Module, memory: Placing, part: Part) -> list[list[Turn]]:
-    """The carousels of a part."""
+    The blocks of all transformers, each with its cross-attention's queries and output; the cross-attention's
+    keys and values, which run once per image; and the modulation layers (adaLN), which do so too.
+    """
     blocks = {"text": memory.text_encoder, "model": memory.network}.get(part) == "blocks"
-    return carousels(module, blocks=blocks, adaln=part == "model" and memory.adaln == "cpu")
+    found: list[list[BlockGroup]] = [[], [], []]
+    for transformer in [m for m in module.modules() if isinstance(m, Transformer)] if blocks else []:
+        crossed = [
+            layer
+            for mixin in transformer.mixins.values()
+            if isinstance(mixin, CrossAttention)
+            for layer in mixin.layers
+            if isinstance(layer, CrossLayer)
+        ]
+        beside = [[layer.norm, layer.q, layer.proj] for layer in crossed] or [[]] * len(transformer.blocks)
+        found[0] += [[block, *rest] for block, rest in zip(transformer.blocks, beside, strict=True)]
+        found[1] += [[layer.kv] for layer in crossed]
+    if blocks or (part == "model" and memory.adaln == "cpu"):
+        found[2] = [[layer] for m in module.modules() if isinstance(m, AdaLN) for layer in m.layers]
+    return [groups for groups in found if groups]
 
 
 def tensors(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
@@ -337,52 +356,19 @@ def tensors(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
     return found.values()
 
 
-def block_turns(part: nn.Module) -> list[Turn]:
-    """The blocks of all transformers of ``part`` in the order they run, each with its cross-attention."""
-    turns: list[Turn] = []
-    for transformer in _transformers(part):
-        crossed = _cross_layers(transformer)
-        beside = [[layer.norm, layer.q, layer.proj] for layer in crossed] or [[]] * len(transformer.blocks)
-        turns += [[block, *others] for block, others in zip(transformer.blocks, beside, strict=True)]
-    return turns
+def resident_bytes(module: nn.Module, swapped: Sequence[Sequence[BlockGroup]]) -> int:
+    """Bytes of ``module`` on the device while it works, the buffers of its ``swapped`` groups included."""
+    apart = _swapped_tensors(swapped)
+    rest = sum(t.nbytes for t in tensors([module]) if id(t) not in apart)
+    largest = [max(sum(map(_aligned, tensors(group))) for group in groups) for groups in swapped]
+    return rest + sum(min(BUFFERS, len(groups)) * most for groups, most in zip(swapped, largest, strict=True))
 
 
-def key_turns(part: nn.Module) -> list[Turn]:
-    """The projections of the text to keys and values, which run once per image."""
-    return [[layer.kv] for transformer in _transformers(part) for layer in _cross_layers(transformer)]
+def _swapped_tensors(swapped: Sequence[Sequence[BlockGroup]]) -> set[int]:
+    """Ids of the tensors in swapped groups."""
+    return {id(t) for groups in swapped for group in groups for t in tensors(group)}
 
 
-def adaln_turns(part: nn.Module) -> list[Turn]:
-    """The modulation layers, which run once per image."""
-    return [[layer] for module in part.modules() if isinstance(module, AdaLN) for layer in module.layers]
-
-
-def _transformers(part: nn.Module) -> list[Transformer]:
-    return [module for module in part.modules() if isinstance(module, Transformer)]
-
-
-def _cross_layers(transformer: Transformer) -> list[CrossLayer]:
-    mixins = [mixin for mixin in transformer.mixins.values() if isinstance(mixin, CrossAttention)]
-    return [layer for mixin in mixins for layer in mixin.layers if isinstance(layer, CrossLayer)]
-
-
-def carousels(part: nn.Module, *, blocks: bool, adaln: bool) -> list[list[Turn]]:
-    """What of ``part`` comes to the device turn by turn."""
-    made = [block_turns(part), key_turns(part)] if blocks else []
-    made += [adaln_turns(part)] if blocks or adaln else []
-    return [turns for turns in made if turns]
-
-
-def resident(part: nn.Module, found: Sequence[Sequence[Turn]]) -> int:
-    """Bytes that ``part`` takes on the device while it works, ``found`` of it in carousels."""
-    turned = {id(t): t for turns in found for turn in turns for t in tensors(turn)}
-    rest = sum(_bytes(t) for t in tensors([part]) if id(t) not in turned)
-    return rest + sum(min(SLOTS, len(turns)) * max(map(_packed_bytes, turns)) for turns in found)
-
-
-def _packed_bytes(turn: Turn) -> int:
-    return sum(-(-_bytes(t) // ALIGNED) * ALIGNED for t in tensors(turn))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _aligned(tensor: Tensor) -> int:
+    """Bytes of ``tensor``, rounded up to the alignment."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

@@ -12,12 +12,7 @@ from sat.parallel.collectives import stacked
 from sat.parallel.mesh import Axis
 
 
-def share_guidance(guider: Guider, axis: Axis) -> Guider:
-    """``guider`` over the two ranks of ``axis``; itself where that is one rank."""
-    return guider if axis.size == 1 else SharedGuidance(guider, axis)
-
-
-class SharedGuidance:
+class CfgParallel:
     """The first rank predicts without the condition, the second with it; both get both and guide alike.
 
     Where a guider asks for the conditional rows alone, as outside an interval, the second rank predicts for

@@ -90,7 +90,7 @@ def taking_turns(axis: Axis, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[T
         yield from done[: len(jobs) - start]
 
 
-def explain(error: BaseException) -> str | None:
+def lost_rank_message(error: BaseException) -> str | None:
     """One line about a rank that was lost, if that is what ``error`` says; else nothing."""
     words = ("Connection closed by peer", "Connection reset", "Timed out waiting", "timed out", "Broken pipe",
              "ncclRemoteError", "Watchdog caught collective")  # fmt: skip

@@ -19,7 +19,7 @@ from sat.errors import LostRankError, ReportedError
 _T = TypeVar("_T")
 
 
-class Watch:
+class Heartbeat:
     """Tells the other ranks that this one moves, and learns of those that do not.
 
     ``timeout`` is in seconds. Without a process group, or alone in it, every method does nothing.
@@ -33,7 +33,7 @@ class Watch:
         self._store: Store | None = None
         if world > 1:
             base = store if store is not None else _get_default_store()
-            self._store = PrefixStore("watch", base)
+            self._store = PrefixStore("heartbeat", base)
 
     def beat(self) -> None:
         """This rank moves. Raises if another has failed. Cheap: the store is asked once a second at most."""
@@ -51,7 +51,7 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # nobody left to tell
             self._store.compare_set("failed", "", f"rank {self._rank} failed: {reason}")
 
-    def lost(self, line: str, patience: float = 2.0) -> NoReturn:
+    def abort(self, line: str, patience: float = 2.0) -> NoReturn:
         """Stop because an exchange with another rank broke off, as ``line`` says; raises why.
 
         A rank that fails tells why before it leaves: that is waited for, for ``patience`` seconds.

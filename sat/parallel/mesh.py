@@ -142,7 +142,7 @@ def _axis(ranks: torch.Tensor, dims: list[int], runtime: Runtime) -> Axis:
 
 
 @contextmanager
-def pretended(*, tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
+def fake_group(*, tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
     """The mesh of one team, as its first rank sees it; what is sent along it inside the block goes nowhere.
 
     For tensors without data. Not for a process that has joined others.
@@ -153,7 +153,7 @@ def pretended(*, tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
         yield Mesh(runtime)
         return
     if dist.is_initialized():
-        raise RuntimeError("a process that has joined others cannot pretend to be in a team")
+        raise RuntimeError("a process that has joined others cannot measure a team of others")
     from torch.testing._internal.distributed.fake_pg import FakeStore  # also makes the backend known
 
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())

@@ -38,7 +38,7 @@ def joined(share: Tensor, cut: Cut, tensor: Axis) -> Tensor:
     return cut.join(parts)
 
 
-class _Enter(torch.autograd.Function):
+class _CopyToTensorRanks(torch.autograd.Function):
     """The same on every rank; the gradients that come back are summed."""
 
     @staticmethod
@@ -52,7 +52,7 @@ class _Enter(torch.autograd.Function):
         return summed(gradient.clone(memory_format=torch.contiguous_format), ctx.tensor), None
 
 
-class _Leave(torch.autograd.Function):
+class _ReduceFromTensorRanks(torch.autograd.Function):
     """Summed over the ranks, in place; every rank's gradient is the one that comes back."""
 
     @staticmethod
@@ -66,7 +66,7 @@ class _Leave(torch.autograd.Function):
         return gradient, None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherFromTensorRanks(torch.autograd.Function):
     """The outputs of all ranks; of their gradient, which is the same on every rank, each takes its share."""
 
     @staticmethod
@@ -79,30 +79,30 @@ class _Gather(torch.autograd.Function):
         return ctx.shard.take(gradient), None, None
 
 
-def enter(x: Tensor, tensor: Axis) -> Tensor:
+def copy_to_ranks(x: Tensor, tensor: Axis) -> Tensor:
     """``x``, which all ranks hold, on its way into a split layer."""
     if not (torch.is_grad_enabled() and x.requires_grad) or tensor.size == 1:
         return x
-    out: Tensor = _Enter.apply(x, tensor)  # type: ignore[no-untyped-call]
+    out: Tensor = _CopyToTensorRanks.apply(x, tensor)  # type: ignore[no-untyped-call]
     return out
 
 
-def leave(x: Tensor, tensor: Axis) -> Tensor:
+def reduce_from_ranks(x: Tensor, tensor: Axis) -> Tensor:
     """The sum of all ranks' ``x``, which is consumed."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return summed(x, tensor)
     if tensor.size == 1:
         return x
-    out: Tensor = _Leave.apply(x.contiguous(), tensor)  # type: ignore[no-untyped-call]
+    out: Tensor = _ReduceFromTensorRanks.apply(x.contiguous(), tensor)  # type: ignore[no-untyped-call]
     return out
 
 
-def gathered(share: Tensor, parts: int, tensor: Axis) -> Tensor:
+def gather_from_ranks(share: Tensor, parts: int, tensor: Axis) -> Tensor:
     """(…, O) on every rank, of shares (…, O / ranks) of the outputs of ``parts`` fused projections."""
     cut = Cut(share.dim() - 1, parts)
     if not (torch.is_grad_enabled() and share.requires_grad):
         return joined(share, cut, tensor)
-    out: Tensor = _Gather.apply(share, cut, tensor)  # type: ignore[no-untyped-call]
+    out: Tensor = _GatherFromTensorRanks.apply(share, cut, tensor)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -142,7 +142,7 @@ class ColumnLinear(SplitLinear):
     """(…, I) on every rank -> this rank's share (…, O / ranks) of the outputs."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
-        return F.linear(enter(x, self.tensor), self.weight, self.bias)
+        return F.linear(copy_to_ranks(x, self.tensor), self.weight, self.bias)
 
     def packed(self) -> nn.Module:
         """With a packed weight, for inference alone: then nothing is sent here."""
@@ -153,8 +153,8 @@ class GatheredLinear(SplitLinear):
     """(…, I) -> (…, O), on every rank: each has the weights of its share of the outputs alone."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
-        share = F.linear(enter(x, self.tensor), self.weight, self.bias)
-        return gathered(share, self.cuts["weight"].parts, self.tensor)
+        share = F.linear(copy_to_ranks(x, self.tensor), self.weight, self.bias)
+        return gather_from_ranks(share, self.cuts["weight"].parts, self.tensor)
 
 
 class RowLinear(SplitLinear):
@@ -164,7 +164,7 @@ class RowLinear(SplitLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
-        out = leave(F.linear(x, self.weight), self.tensor)
+        out = reduce_from_ranks(F.linear(x, self.weight), self.tensor)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def packed(self) -> nn.Module:
@@ -249,21 +249,21 @@ class ShareOfDropout(nn.Module):
         return x * shard_on(self.tensor, Cut(x.dim() - 1)).take(F.dropout(whole, self.p))
 
 
-# -- splitting a built model over tensor ranks by its plan; no model imports this
+# -- splitting a built model over tensor ranks by its sharding; no model imports this
 
 
-def apply_sharding(model: nn.Module, plan: Sharding, tensor: Axis) -> nn.Module:
-    """Put layers split over ``tensor`` in the place of those of ``model`` that ``plan`` names.
+def apply_sharding(model: nn.Module, sharding: Sharding, tensor: Axis) -> nn.Module:
+    """Put layers split over ``tensor`` in the place of those of ``model`` that ``sharding`` names.
 
     Of a model on the meta device, only shapes change, and a checkpoint is then read share by share
-    (:func:`sat.checkpoint.load`); of one with values, each layer keeps its rank's share. What the plan does
-    not name stays whole on every rank. Raises where a pattern matches nothing or a size does not divide; only
-    a layer whose outputs are gathered may be missing, as nothing around it is split with it.
+    (:func:`sat.checkpoint.load`); of one with values, each layer keeps its rank's share. Layers that
+    ``sharding`` does not name stay whole on every rank. Raises where a pattern matches nothing or a size does
+    not divide; only a layer with gathered outputs may be missing, as nothing around it is split with it.
     """
     if tensor.size == 1:
         return model
-    check_plan(model, plan, tensor.size)
-    for path, style in [(path, style) for path, _, style in _planned(model, plan)]:  # whole layers may go
+    check_sharding(model, sharding, tensor.size)
+    for path, style in [(path, style) for path, _, style in _named(model, sharding)]:  # whole layers may go
         parent, _, leaf = path.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, leaf, split(owner.get_submodule(leaf), style, tensor))
@@ -282,19 +282,17 @@ def split(layer: nn.Module, style: Column | Row, tensor: Axis) -> nn.Module:
     return kind(layer, style, tensor)
 
 
-def check_plan(model: nn.Module, plan: Sharding, size: int) -> None:
-    """Refuse a plan that is not of ``model``, and a number of tensor ranks that does not divide its sizes."""
+def check_sharding(model: nn.Module, sharding: Sharding, size: int) -> None:
+    """Refuse a sharding of another model, and a number of tensor ranks that does not divide the sizes."""
     kind = type(model).__name__
-    if not plan:
-        raise ValueError(
-            f"{kind} has no plan that says how it is split over tensor ranks (plan.py beside it)"
-        )
-    found = [(path, *_pieces(model, path, layer, style)) for path, layer, style in _planned(model, plan)]
+    if not sharding:
+        raise ValueError(f"{kind} cannot be split over tensor ranks: keys.py beside it declares no SHARDING")
+    found = [(path, *_pieces(model, path, layer, style)) for path, layer, style in _named(model, sharding)]
     names = [path for path, _, _ in found]
-    needed = [pattern for pattern, style in plan.items() if not _gathers(style)]
+    needed = [pattern for pattern, style in sharding.items() if not _gathers(style)]
     unused = [pattern for pattern in needed if not any(style_of({pattern: Row()}, name) for name in names)]
     if unused:
-        raise ValueError(f"plan patterns match no module of {kind}: {', '.join(unused)}")
+        raise ValueError(f"sharding patterns match no module of {kind}: {', '.join(unused)}")
     bad = [(path, count, what) for path, count, what in found if count % size]
     if bad:
         path, count, what = bad[0]
@@ -306,19 +304,20 @@ def check_plan(model: nn.Module, plan: Sharding, size: int) -> None:
         )
 
 
-def _planned(model: nn.Module, plan: Sharding) -> Iterator[tuple[str, nn.Module, Column | Row]]:
-    """(name, layer, style) of what ``plan`` names in ``model``."""
+def _named(model: nn.Module, sharding: Sharding) -> Iterator[tuple[str, nn.Module, Column | Row]]:
+    """(name, layer, style) of what ``sharding`` names in ``model``."""
     for path, layer in model.named_modules():
-        style = style_of(plan, path)
+        style = style_of(sharding, path)
         if style is None:
             continue
         if type(layer) is nn.Embedding and (isinstance(style, Row) or _gathers(style)):
             raise ValueError(
-                f"the plan of {path}, an embedding, must be Column without gather: it is split by its outputs"
+                f"the sharding of {path}, an embedding, must be Column without gather: "
+                f"it is split by its outputs"
             )
         if type(layer) not in (nn.Linear, nn.Embedding):
             raise ValueError(
-                f"the plan names {path}, a {type(layer).__name__}: only linears and embeddings are split"
+                f"the sharding names {path}, a {type(layer).__name__}: only linears and embeddings are split"
             )
         yield path, layer, style
 

@@ -19,7 +19,7 @@ from sat.diffusion.samplers import Sampler, StepCallback
 from sat.diffusion.step_cache import Count, StepCache
 from sat.engine import DiffusionEngine, NonFiniteError
 from sat.mixins.relay import RelayNoise, enlarged, relay_of
-from sat.offload.block_swap import Stages
+from sat.offload.block_swap import OffloadSchedule
 from sat.parallel.collectives import by_first, taking_turns
 from sat.parallel.mesh import ALONE, Axis
 from sat.sampling.inputs import Inputs
@@ -114,7 +114,7 @@ class Generator:
         self.decode_tile = decode_tile
         self.team = team
         self.speed = ""  # what makes the network fast, in words
-        self.stages = Stages()  # of the parts that wait in host memory
+        self.offload = OffloadSchedule()  # of the parts that wait in host memory
         self.cache: StepCache | None = None
         self.count = Count()  # of the network's looks, where a step cache is in use
         self._negative: tuple[str, Tensor, Tensor | None] | None = None  # the last one and its encoding
@@ -125,7 +125,7 @@ class Generator:
 
         An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
         """
-        self.stages.enter("text")
+        self.offload.enter("text")
         against, against_mask = self._against(negative)
         encoded = [EncodedPrompt(*self._encode(text), against, against_mask) for text in texts]
         if self.text_memory == "free":
@@ -171,7 +171,7 @@ class Generator:
             part = rng.part(rows)
             cond, uncond = self.condition(encoded, *self._seen(params), len(part))
             low_latent = self._low(None if low is None else low[rows], part, params)
-            self.stages.enter("model")
+            self.offload.enter("model")
             out = self.engine.sample(
                 cond,
                 uncond,
@@ -211,7 +211,7 @@ class Generator:
                 f"low-resolution images are {images.shape[2]} x {images.shape[3]} pixels, expected "
                 f"{expected[0]} x {expected[1]} for {params.height} x {params.width} (height x width)"
             )
-        self.stages.enter("first_stage")
+        self.offload.enter("first_stage")
         large = enlarged(images.to(self.device), relay.factor)
         return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile, work=self._work)
 
@@ -219,7 +219,7 @@ class Generator:
         """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""
         if self.team.rank and self.decode_tile is None:
             return []
-        self.stages.enter("first_stage")
+        self.offload.enter("first_stage")
         pixels = self.engine.decode(
             latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile, work=self._work
         )

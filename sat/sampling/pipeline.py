@@ -20,11 +20,11 @@ from sat.config.schema import Experiment, Precision, SamplingConfig
 from sat.config.yaml_source import ConfigError, Problem
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import StepCallback
-from sat.estimate.budget import within
+from sat.estimate.budget import apply_budget
 from sat.kernels.apply import Speed, quicken
 from sat.mixins.relay import RelayNoise
-from sat.offload.block_swap import hosted, stages
-from sat.parallel.cfg_parallel import share_guidance
+from sat.offload.block_swap import offload_schedule, offloaded_parts
+from sat.parallel.cfg_parallel import CfgParallel
 from sat.parallel.launch import pick_device
 from sat.parallel.mesh import ALONE, Mesh, data_ranks
 from sat.parallel.sequence import apply_sequence
@@ -259,7 +259,7 @@ def keep_text_encoder(experiment: Experiment) -> Experiment:
 
 def budgeted(experiment: Experiment, device: torch.device) -> Experiment:
     """``experiment`` with what its ``memory.budget`` needs on ``device``, said in one line of the log."""
-    picked = within(experiment, device)
+    picked = apply_budget(experiment, device)
     if picked is None:
         return experiment
     log.info("%s", picked)
@@ -276,8 +276,10 @@ def open_generator(
     sampling, memory = experiment.sampling, experiment.memory
     if mesh is None:
         data_ranks(1, **experiment.parallel.sizes)
-    waiting = hosted(memory, device)
-    engine = build_engine(experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh, hosted=waiting)
+    waiting = offloaded_parts(memory, device)
+    engine = build_engine(
+        experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh, offloaded=waiting
+    )
     engine.conditioner.follows = "text" not in waiting
     wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
     message = quicken(engine, Speed(*wanted), device)
@@ -292,12 +294,13 @@ def open_generator(
         team=ALONE if mesh is None else mesh.team,
     )
     generator.speed = message
-    generator.stages = stages(engine, memory, device)
+    generator.offload = offload_schedule(engine, memory, device)
     generator.cache = build_cache(experiment)
     guider = build_guider(experiment)
     if mesh is not None:
         apply_sequence(engine.network, mesh.sequence)
-        guider = share_guidance(guider, mesh.guidance)
+        if mesh.guidance.size > 1:
+            guider = CfgParallel(guider, mesh.guidance)
     return generator, guider
 
 

@@ -28,7 +28,7 @@ from sat.data.loader import AHEAD
 from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger, Trace, trace
 from sat.kernels.packed import packable
-from sat.parallel.mesh import Mesh, pretended
+from sat.parallel.mesh import Mesh, fake_group
 from sat.parallel.sequence import apply_sequence
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
@@ -93,7 +93,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """The memory of one of ``ranks`` ranks, of which ``tensor`` share the weights; see the module."""
 
     measured: Measured
@@ -249,15 +249,15 @@ class Plan:
         return gathered + (whole if self.averaged else 0)
 
 
-class Planner:
+class Estimator:
     """Plans of one experiment and of changes to it. Each micro-batch is measured once."""
 
     def __init__(self) -> None:
         self._measured: dict[str, Measured] = {}
         self._states: dict[str, State] = {}
 
-    def plan(self, experiment: Experiment, ranks: int, zero: int | None = None) -> Plan:
-        """The plan of ``experiment`` on ``ranks`` ranks, at its own ZeRO stage or at another."""
+    def estimate(self, experiment: Experiment, ranks: int, zero: int | None = None) -> Estimate:
+        """Memory of ``experiment`` on ``ranks`` ranks, at its own ZeRO stage or at another."""
         train, data = sections(experiment)
         measured = self.measured(experiment)
         stage = train.zero if zero is None else zero
@@ -265,7 +265,7 @@ class Planner:
         key = repr((train.optimizer, train.weight_decay))
         if key not in self._states:
             self._states[key] = optimizer_state(train, tuple(experiment.imports))
-        return Plan(
+        return Estimate(
             measured, self._states[key], ranks, stage, train.accumulate, train.batch_size,
             train.ema is not None, host, AHEAD if data.workers else 0, train.offload,
             experiment.parallel.tensor,
@@ -289,12 +289,12 @@ class Planner:
 def sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
     """The sections that a training has."""
     if experiment.train is None or experiment.data is None:
-        raise ValueError("a plan needs the config sections train and data")
+        raise ValueError("an estimate needs the config sections train and data")
     return experiment.train, experiment.data
 
 
 def on_host(experiment: Experiment) -> bool:
-    """Whether the run is planned for the CPU: if it says so; anything else is planned for a GPU."""
+    """Whether the run is estimated for the CPU: if it says so; anything else is estimated for a GPU."""
     return experiment.parallel.device == "cpu"
 
 
@@ -303,10 +303,10 @@ def measure(experiment: Experiment) -> Measured:
     team = max(experiment.parallel.tensor, experiment.parallel.sequence) > 1
     if team and not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
         raise RuntimeError(
-            f"torch {torch.__version__} cannot plan for a team, as its collectives take no tensors without "
-            f"data: install a newer one, or plan with parallel.tensor and parallel.sequence 1"
+            f"torch {torch.__version__} cannot estimate a team, as its collectives take no tensors without "
+            f"data: install a newer one, or estimate with parallel.tensor and parallel.sequence 1"
         )
-    with pretended(tensor=experiment.parallel.tensor, sequence=experiment.parallel.sequence) as mesh:
+    with fake_group(tensor=experiment.parallel.tensor, sequence=experiment.parallel.sequence) as mesh:
         return _measure(experiment, mesh)
 
 

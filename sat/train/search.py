@@ -1,4 +1,4 @@
-"""Which changes bring a training into a memory budget: each is planned, none guessed."""
+"""Which changes bring a training into a memory budget: each is estimated, none guessed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from sat.config.schema import Experiment, LoraConfig, OffloadConfig
 from sat.config.targets import resolve
 from sat.train.caches import spare_parts
-from sat.train.estimate import Planner, on_host, sections
+from sat.train.estimate import Estimator, on_host, sections
 
 MOST_RANKS = 64
 LORA = LoraConfig(targets=["attention", "mlp"])
@@ -39,7 +39,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Fit:
+class SettingsSearch:
     """``alone``: each change by itself. ``found``: the least that fits, or None; ``best``: all of them."""
 
     budget: int
@@ -49,18 +49,18 @@ class Fit:
     best: Outcome
 
 
-def fit(planner: Planner, experiment: Experiment, ranks: int, budget: int) -> Fit:
+def find_settings(estimator: Estimator, experiment: Experiment, ranks: int, budget: int) -> SettingsSearch:
     """What makes ``experiment`` fit ``budget`` bytes a rank. Those that cost least come first."""
 
     def outcome(changes: Sequence[Change], on: int = ranks) -> Outcome:
         changed = experiment
         for change in changes:
             changed = change.apply(changed)
-        return Outcome(tuple(changes), on, planner.plan(changed, on).total)
+        return Outcome(tuple(changes), on, estimator.estimate(changed, on).total)
 
     now = outcome(())
     if now.total <= budget:
-        return Fit(budget, now, (), now, now)
+        return SettingsSearch(budget, now, (), now, now)
     offered = list(_changes(experiment, ranks))
     alone = tuple(outcome([change]) for change in offered)
     taken: list[Change] = []
@@ -70,8 +70,8 @@ def fit(planner: Planner, experiment: Experiment, ranks: int, budget: int) -> Fi
         if tried.total < best.total:
             taken, best = list(tried.changes), tried
         if best.total <= budget:
-            return Fit(budget, now, alone, _pruned(best, outcome, budget), best)
-    return Fit(budget, now, alone, _more_ranks(experiment, taken, outcome, ranks, budget), best)
+            return SettingsSearch(budget, now, alone, _pruned(best, outcome, budget), best)
+    return SettingsSearch(budget, now, alone, _more_ranks(experiment, taken, outcome, ranks, budget), best)
 
 
 def _pruned(enough: Outcome, outcome: Callable[[Sequence[Change]], Outcome], budget: int) -> Outcome:
@@ -120,7 +120,7 @@ def _changes(experiment: Experiment, ranks: int) -> Iterator[Change]:
     if train.zero < 3 and ranks > 1:
         yield Change("train.zero=3", _train(zero=3))
     if not (train.offload.optimizer and train.offload.parameters) and not on_host(experiment):
-        yield Change("configs/zero3_offload.yaml laid over it", offloaded)
+        yield Change("configs/zero3_offload.yaml laid over it", zero3_offload)
     if experiment.adapters.lora is None and _adaptable(experiment):
         yield Change("LoRA (configs/lora.yaml laid over it)", _lora)
 
@@ -139,7 +139,7 @@ def _train(**values: object) -> Callable[[Experiment], Experiment]:
     return apply
 
 
-def offloaded(experiment: Experiment) -> Experiment:
+def zero3_offload(experiment: Experiment) -> Experiment:
     """``experiment`` with configs/zero3_offload.yaml laid over it."""
     return _train(zero=3, offload=OffloadConfig(optimizer=True, parameters=True))(experiment)
 

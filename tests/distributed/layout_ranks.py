@@ -29,7 +29,7 @@ from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
 from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
-from sat.parallel.cfg_parallel import share_guidance
+from sat.parallel.cfg_parallel import CfgParallel
 from sat.parallel.collectives import explain, taking_turns
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
@@ -88,7 +88,7 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
     found = {"latents": drawn(SamplingParams(64, 64, 4, guider))}
     found["pixels"] = generator.engine.decode(found["latents"])
     if mesh.guidance.size > 1 or not layout:
-        within = share_guidance(IntervalLimited(3.0, 200.0, 700.0), mesh.guidance)
+        within = CfgParallel(IntervalLimited(3.0, 200.0, 700.0), mesh.guidance)
         found["interval"] = drawn(SamplingParams(64, 64, 4, within))
     if isinstance(network := generator.engine.network, CogView3Plus):
         network.fold = 1

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from sat.cli.sample import main
 from sat.config.build import build_engine
 from sat.config.load import load
-from sat.estimate.budget import within
+from sat.estimate.budget import apply_budget
 from tests.configs import DEBUG
 from tests.smoke.plan_runs import resident
 
@@ -65,7 +65,7 @@ if __name__ == "__main__":
     reader.add_argument("budget")
     args = reader.parse_args()
     settings = [*weights(args.folder / "model.safetensors"), f"memory.budget={args.budget}"]
-    picked = within(load([DEBUG], settings), torch.device("cpu"))
+    picked = apply_budget(load([DEBUG], settings), torch.device("cpu"))
     assert picked is not None
     found = measured(args.folder, settings)
     print(

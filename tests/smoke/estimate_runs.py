@@ -1,4 +1,4 @@
-"""A short training beside its plan: ``python -m tests.smoke.plan_runs FOLDER ARGUMENTS`` prints both peaks.
+"""A short training beside its estimate: ``python -m tests.smoke.estimate_runs FOLDER ARGUMENTS`` prints both.
 
 The same training runs first for a step, so that libraries are loaded, their kernels built and their scratch
 space taken: what the process holds then is not the training's. Large buffers come from the system and go back
@@ -18,7 +18,7 @@ from pathlib import Path
 from sat.cli.train import main
 from sat.config.load import load
 from sat.parallel.launch import Runtime
-from sat.train.estimate import Planner
+from sat.train.estimate import Estimator
 from tests.configs import ROOT
 from tests.training import ranks
 
@@ -66,7 +66,7 @@ def of_team(folder: Path, base: list[str], settings: list[str]) -> int:
 
 def report(peak: int, base: list[str], settings: list[str], count: int) -> None:
     """Print a measured peak and that of the plan of ``count`` ranks, in bytes."""
-    plan = Planner().plan(load(base, [*SAME, *settings]), count)
+    plan = Estimator().estimate(load(base, [*SAME, *settings]), count)
     print(json.dumps({"measured": peak, "planned": plan.total}))
 
 

@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from sat.config.build import build_engine, build_guider, build_sampler
+from sat.config.schema import MemoryConfig
 from sat.kernels.quantize import Quantizer, Scheme
 from sat.offload.block_swap import (
-    Carousel,
-    Guest,
-    Slot,
-    adaln_turns,
-    block_turns,
-    carousels,
-    hosted,
-    resident,
-    stages,
+    BlockSwap,
+    DeviceBuffer,
+    OffloadedPart,
+    offload_schedule,
+    offloaded_parts,
+    resident_bytes,
+    swap_groups,
 )
 from sat.sampling.generator import Generator, SamplingParams
 from sat.util.rng import ImageRng
@@ -30,125 +29,131 @@ from tests.configs import debug
 from tests.small import plus
 from tests.tolerances import EXACT
 
+BLOCKS = MemoryConfig(text_encoder="free", network="blocks")
 MODELS = {"plus": plus, "unet": unet, "t5": t5}
 
 
 @dataclass
 class Recorder:
-    """A lane to a device that is more of the host's memory: copies wait until they are waited for.
+    """A transfer stream to a device that is more of the host's memory: copies wait until they are waited for.
 
-    What a slot held is wiped when it is fetched into, and a copy that overtakes its slot's use is an error.
+    A buffer is wiped when it is prefetched into, and a copy that overtakes the use of its buffer is an error.
     """
 
     said: list[str] = field(default_factory=list)
     waiting: dict[int, Tensor] = field(default_factory=dict)
-    slots: list[Slot] = field(default_factory=list)
+    buffers: list[DeviceBuffer] = field(default_factory=list)
     busy: set[int] = field(default_factory=set)
     on_device: int = 0
-    brought: list[Tensor] = field(default_factory=list)
+    onloaded: list[Tensor] = field(default_factory=list)
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def to_host(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
 
-    def host(self, nbytes: int) -> Tensor:
+    def host_buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def slot(self, nbytes: int) -> Slot:
+    def device_buffer(self, nbytes: int) -> DeviceBuffer:
         self.on_device += nbytes
-        self.slots.append(Slot(torch.full((nbytes,), 255, dtype=torch.uint8)))  # NaN in every floating type
-        return self.slots[-1]
+        self.buffers.append(
+            DeviceBuffer(torch.full((nbytes,), 255, dtype=torch.uint8))
+        )  # NaN in every floating type
+        return self.buffers[-1]
 
-    def bring(self, tensor: Tensor) -> Tensor:
-        self.brought.append(tensor.clone())
-        return self.brought[-1]
+    def to_device(self, tensor: Tensor) -> Tensor:
+        self.onloaded.append(tensor.clone())
+        return self.onloaded[-1]
 
-    def fetch(self, slot: Slot, source: Tensor) -> None:
-        number = self.slots.index(slot)
-        assert number not in self.busy, "the turn in this slot is not over"
-        slot.memory.fill_(255)
+    def prefetch(self, buffer: DeviceBuffer, source: Tensor) -> None:
+        number = self.buffers.index(buffer)
+        assert number not in self.busy, "the group in this buffer still runs"
+        buffer.memory.fill_(255)
         self.waiting[number] = source
-        self.said.append(f"fetch {number}")
+        self.said.append(f"prefetch {number}")
 
-    def arrived(self, slot: Slot) -> None:
-        number = self.slots.index(slot)
+    def wait_copied(self, buffer: DeviceBuffer) -> None:
+        number = self.buffers.index(buffer)
         if number in self.waiting:
             source = self.waiting.pop(number)
-            slot.memory[: len(source)] = source
+            buffer.memory[: len(source)] = source
         self.busy.add(number)
-        self.said.append(f"arrived {number}")
+        self.said.append(f"copied {number}")
 
-    def used(self, slot: Slot) -> None:
-        self.busy.discard(self.slots.index(slot))
-        self.said.append(f"used {self.slots.index(slot)}")
+    def mark_free(self, buffer: DeviceBuffer) -> None:
+        self.busy.discard(self.buffers.index(buffer))
+        self.said.append(f"free {self.buffers.index(buffer)}")
 
 
 @pytest.mark.parametrize("quantise", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_blocks_that_come_in_turn_compute_the_same(name: str, quantise: bool) -> None:
+def test_swapped_blocks_compute_the_same(name: str, quantise: bool) -> None:
     model = MODELS[name]()
     if quantise:
         Quantizer("any", Scheme("int8"), ["*"])(model)
     plain = [output(model), output(model)]
-    lane = Recorder()
-    found = carousels(model, blocks=True, adaln=True)
-    kept = resident(model, found)
-    guest = Guest(model, lane, found)
-    guest.arrive()
+    stream = Recorder()
+    groups = swap_groups(model, BLOCKS, "model")
+    kept = resident_bytes(model, groups)
+    part = OffloadedPart(model, stream, groups)
+    part.onload()
     assert [(output(model) - before).abs().max().item() for before in plain] == [EXACT, EXACT]
-    there = lane.on_device + sum(t.numel() * t.element_size() for t in lane.brought)
+    there = stream.on_device + sum(t.numel() * t.element_size() for t in stream.onloaded)
     assert there == kept
-    guest.leave()
+    part.offload()
     assert not any(torch.isnan(p).any() for p in model.parameters() if p.is_floating_point())
-    guest.arrive()
+    part.onload()
     assert (output(model) - plain[0]).abs().max() == EXACT
 
 
-def test_the_next_turn_is_sent_for_while_one_runs() -> None:
+def test_the_next_group_is_prefetched_while_one_runs() -> None:
     layers = [nn.Linear(3, 3) for _ in range(3)]
-    lane = Recorder()
-    Carousel([[layer] for layer in layers], lane)
+    stream = Recorder()
+    BlockSwap([[layer] for layer in layers], stream)
     x = torch.ones(1, 3)
     with torch.inference_mode():
         for layer in (*layers, *layers):
             x = layer(x)
-    said = " ".join(lane.said)
-    assert said.startswith("fetch 1 arrived 1 fetch 0 used 1 arrived 0 fetch 1 used 0")
-    turns = said.split("used")
-    assert len(turns) == 7 and all("fetch" in turn for turn in turns[:-1])  # the next one's, before its end
-    assert said.count("fetch") == 7  # one a turn, and the first
+    said = " ".join(stream.said)
+    assert said.startswith("prefetch 1 copied 1 prefetch 0 free 1 copied 0 prefetch 1 free 0")
+    groups = said.split("free")
+    assert len(groups) == 7 and all("prefetch" in group for group in groups[:-1])  # before its end
+    assert said.count("prefetch") == 7  # one a group, and the first
 
 
-def test_a_turn_out_of_order_is_fetched_when_it_is_due() -> None:
+def test_a_group_out_of_order_is_copied_when_it_is_due() -> None:
     layers = [nn.Linear(3, 3) for _ in range(4)]
     want = [layer(torch.ones(1, 3)).detach() for layer in layers]
-    Carousel([[layer] for layer in layers], Recorder())
+    BlockSwap([[layer] for layer in layers], Recorder())
     for number in (2, 0, 3, 3, 1, 2):
         assert torch.equal(layers[number](torch.ones(1, 3)), want[number])
 
 
-def test_a_turn_that_fails_leaves_its_weights_at_home() -> None:
+def test_a_group_that_fails_is_back_on_the_host() -> None:
     layers = [nn.Linear(3, 3) for _ in range(3)]
     home = [layer.weight.detach().clone() for layer in layers]
-    lane = Recorder()
-    Carousel([[layer] for layer in layers], lane)
+    stream = Recorder()
+    BlockSwap([[layer] for layer in layers], stream)
     with pytest.raises(RuntimeError):
         layers[1](torch.ones(1, 5))
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, home, strict=True))
-    assert not lane.busy
+    assert not stream.busy
 
 
-def test_every_block_has_a_turn_and_nothing_else_does() -> None:
+def test_every_block_has_a_group_and_nothing_else_does() -> None:
     blocks = {n.rpartition(".")[0] for n, _ in plus().named_modules() if n.endswith(".attn")}
-    assert len(block_turns(plus())) == len(blocks) and len(adaln_turns(plus())) == 2
-    assert len(block_turns(unet())) == len([n for n, _ in unet().named_modules() if n.endswith(".attn")])
-    assert not adaln_turns(unet())
+    assert [len(groups) for groups in swap_groups(plus(), BLOCKS, "model")] == [len(blocks), 2]  # 2 of adaLN
+    count = len([n for n, _ in unet().named_modules() if n.endswith(".attn")])
+    assert [len(groups) for groups in swap_groups(unet(), BLOCKS, "model")] == [
+        count,
+        count,
+    ]  # keys and values
 
 
 # ---------------------------------------------------------------------- in a run
 
 
 def generator(
-    tokenizer: Path, *overrides: str, lane: Recorder | None = None
+    tokenizer: Path, *overrides: str, stream: Recorder | None = None
 ) -> tuple[Generator, SamplingParams]:
     experiment = debug(f"conditioning.tokenizer={tokenizer}", "checkpoint.random=0", *overrides)
     engine = build_engine(experiment, device="cpu", dtype=torch.float32)
@@ -157,8 +162,8 @@ def generator(
     made = Generator(
         engine, build_sampler(experiment), device=torch.device("cpu"), text_memory=memory.text_encoder
     )
-    if lane is not None:
-        made.stages = stages(engine, memory, torch.device("cpu"), lane)
+    if stream is not None:
+        made.offload = offload_schedule(engine, memory, torch.device("cpu"), stream)
     return made, SamplingParams(sampling.height, sampling.width, 3, build_guider(experiment))
 
 
@@ -188,31 +193,31 @@ def pictures(made: Generator, params: SamplingParams) -> list[bytes]:
 @pytest.mark.parametrize("ways", WAYS)
 def test_pictures_are_the_same_wherever_parts_wait(ways: list[str], tokenizer: Path) -> None:
     plain = pictures(*generator(tokenizer))
-    lane = Recorder()
-    made, params = generator(tokenizer, *ways, lane=lane)
+    stream = Recorder()
+    made, params = generator(tokenizer, *ways, stream=stream)
     assert pictures(made, params) == plain
-    assert lane.brought or lane.said
+    assert stream.onloaded or stream.said
 
 
 def test_only_the_part_whose_stage_it_is_is_on_the_device(tokenizer: Path) -> None:
-    made, _ = generator(tokenizer, *WAYS[0], lane=Recorder())
-    guests = made.stages._guests
+    made, _ = generator(tokenizer, *WAYS[0], stream=Recorder())
+    offloaded = made.offload._offloaded
     for part in ("text", "model", "first_stage", "model"):
-        made.stages.enter(part)  # type: ignore[arg-type]
-        assert [name for name, guest in guests.items() if guest.there] == [part]
+        made.offload.enter(part)  # type: ignore[arg-type]
+        assert [name for name, one in offloaded.items() if one.on_device] == [part]
 
 
 def test_a_network_that_stays_comes_once_the_text_encoder_has_gone(tokenizer: Path) -> None:
-    made, params = generator(tokenizer, "memory.text_encoder=free", lane=Recorder())
-    guest = made.stages._guests["model"]
+    made, params = generator(tokenizer, "memory.text_encoder=free", stream=Recorder())
+    part = made.offload._offloaded["model"]
     made.encode(["a red apple"])
-    assert not guest.there
-    made.stages.enter("model")
-    made.stages.enter("first_stage")
-    assert guest.there
+    assert not part.on_device
+    made.offload.enter("model")
+    made.offload.enter("first_stage")
+    assert part.on_device
 
 
 def test_on_the_cpu_nothing_waits() -> None:
     memory = debug("memory.network=blocks", "memory.text_encoder=cpu").memory
-    assert hosted(memory, torch.device("cpu")) == frozenset()
-    assert hosted(memory, torch.device("meta")) == {"model", "text"}
+    assert offloaded_parts(memory, torch.device("cpu")) == frozenset()
+    assert offloaded_parts(memory, torch.device("meta")) == {"model", "text"}

@@ -7,8 +7,8 @@ import torch
 
 from sat.config.build import build_engine
 from sat.config.schema import Experiment
-from sat.estimate.budget import SPARE, BudgetError, Planner, within
-from sat.parallel.mesh import pretended
+from sat.estimate.budget import SPARE, BudgetError, SamplingEstimator, apply_budget
+from sat.parallel.mesh import fake_group
 from sat.util.sizes import parse_size
 from tests.configs import DEBUG, debug, refused
 
@@ -22,12 +22,12 @@ def asked(budget: str | None, *overrides: str) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def planner() -> Planner:
-    return Planner(host=False)
+def estimator() -> SamplingEstimator:
+    return SamplingEstimator(host=False)
 
 
-def test_weights_are_those_of_the_engine_that_draws(planner: Planner) -> None:
-    peaks = planner.peaks(asked(None))
+def test_weights_are_those_of_the_engine_that_draws(estimator: SamplingEstimator) -> None:
+    peaks = estimator.peaks(asked(None))
     engine = build_engine(debug("checkpoint.random=0"), device="cpu", dtype=torch.float32)
     parts = (engine.network, engine.conditioner.text, engine.first_stage)
     weights = sum(t.numel() * t.element_size() for m in parts for t in (*m.parameters(), *m.buffers()))
@@ -36,11 +36,11 @@ def test_weights_are_those_of_the_engine_that_draws(planner: Planner) -> None:
 
 
 def test_of_ranks_that_share_the_weights_a_ranks_share_counts() -> None:
-    even, planner = "conditioning.text.params.heads=4", Planner(host=False)
-    whole, shared = (planner.peaks(asked(None, even, f"parallel.tensor={ranks}")) for ranks in (1, 2))
+    even, estimator = "conditioning.text.params.heads=4", SamplingEstimator(host=False)
+    whole, shared = (estimator.peaks(asked(None, even, f"parallel.tensor={ranks}")) for ranks in (1, 2))
     config, sizes = debug("checkpoint.random=0", even), []
     for ranks in (1, 2):
-        with pretended(tensor=ranks) as mesh:
+        with fake_group(tensor=ranks) as mesh:
             engine = build_engine(config, device="cpu", dtype=torch.float32, mesh=mesh)
         sizes.append(sum(p.numel() * p.element_size() for p in engine.parameters()))
     for stage in ("text", "denoising", "decoding"):
@@ -48,32 +48,32 @@ def test_of_ranks_that_share_the_weights_a_ranks_share_counts() -> None:
 
 
 def test_without_a_budget_nothing_is_planned() -> None:
-    assert within(debug(), HOST) is None
+    assert apply_budget(debug(), HOST) is None
 
 
-def test_what_fits_needs_no_change(planner: Planner) -> None:
-    picked = within(asked("1GB"), DEVICE, planner)
+def test_what_fits_needs_no_change(estimator: SamplingEstimator) -> None:
+    picked = apply_budget(asked("1GB"), DEVICE, estimator)
     assert picked is not None and not picked.ways and picked.experiment == asked("1GB")
     assert "nothing needs to change" in str(picked)
 
 
-def test_the_cheapest_ways_that_are_enough_are_picked(planner: Planner) -> None:
-    plain = planner.peaks(asked(None)).total
+def test_the_cheapest_ways_that_are_enough_are_picked(estimator: SamplingEstimator) -> None:
+    plain = estimator.peaks(asked(None)).total
     budgets = [int(plain * share / (1 - SPARE)) for share in (0.9, 0.6, 0.4)]
     counts = []
     for budget in budgets:
         try:
-            picked = within(asked(f"{budget / 1e6:.4f}MB"), DEVICE, planner)
+            picked = apply_budget(asked(f"{budget / 1e6:.4f}MB"), DEVICE, estimator)
         except BudgetError:
             counts.append(99)
             continue
         assert picked is not None and picked.ways
-        assert planner.peaks(picked.experiment).total == picked.peaks.total <= budget * (1 - SPARE)
+        assert estimator.peaks(picked.experiment).total == picked.peaks.total <= budget * (1 - SPARE)
         for way in picked.ways:  # each is needed
             fewer = asked(None)
             for other in picked.ways:
                 fewer = fewer if other is way else other.apply(fewer)
-            assert planner.peaks(fewer).total > budget * (1 - SPARE)
+            assert estimator.peaks(fewer).total > budget * (1 - SPARE)
             assert way.says in str(picked)
         counts.append(len(picked.ways))
     assert counts == sorted(counts) and counts[0] <= 2
@@ -83,7 +83,7 @@ def test_the_cheapest_ways_that_are_enough_are_picked(planner: Planner) -> None:
 def test_what_nothing_brings_into_the_budget_is_refused(device: torch.device) -> None:
     """On the host nothing can wait on the host."""
     with pytest.raises(BudgetError, match=r"memory.budget is 0.02MB.*sampling takes .* while") as caught:
-        within(asked("0.02MB"), device)
+        apply_budget(asked("0.02MB"), device)
     said = str(caught.value)
     assert ("memory.network=cpu" in said) == (device is DEVICE) and "quantize" in said
     assert said.count("memory.decode_tile=") <= 1

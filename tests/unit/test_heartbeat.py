@@ -8,13 +8,13 @@ import pytest
 import torch.distributed as dist
 
 from sat.errors import LostRankError, ReportedError
-from sat.parallel.heartbeat import Watch
+from sat.parallel.heartbeat import Heartbeat
 
 
-def _end(watch: Watch, ends: dict[int, object], rank: int) -> threading.Thread:
+def _end(heartbeat: Heartbeat, ends: dict[int, object], rank: int) -> threading.Thread:
     def finish() -> None:
         try:
-            watch.finish()
+            heartbeat.finish()
             ends[rank] = time.monotonic()
         except LostRankError as error:
             ends[rank] = str(error)
@@ -26,7 +26,7 @@ def _end(watch: Watch, ends: dict[int, object], rank: int) -> threading.Thread:
 
 def test_all_ranks_leave_together() -> None:
     store, ends = dist.HashStore(), {}
-    watches = [Watch(rank, 3, 5.0, store) for rank in range(3)]
+    watches = [Heartbeat(rank, 3, 5.0, store) for rank in range(3)]
     early = [_end(watches[rank], ends, rank) for rank in (0, 1)]
     time.sleep(0.2)
     assert not ends
@@ -39,8 +39,8 @@ def test_all_ranks_leave_together() -> None:
 
 def test_a_rank_may_take_longer_than_the_timeout_as_long_as_it_moves() -> None:
     store, ends = dist.HashStore(), {}
-    waiting = _end(Watch(0, 2, 2.0, store), ends, 0)
-    slow = Watch(1, 2, 2.0, store)
+    waiting = _end(Heartbeat(0, 2, 2.0, store), ends, 0)
+    slow = Heartbeat(1, 2, 2.0, store)
     for _ in range(4):
         time.sleep(1.0)
         slow.beat()
@@ -54,16 +54,16 @@ def test_a_rank_that_stands_still_is_named() -> None:
     with pytest.raises(
         LostRankError, match=r"rank 1, 2 of 3 gave no sign of life for 0.3 s \(parallel.timeout\)"
     ):
-        Watch(0, 3, 0.3, dist.HashStore()).finish()
+        Heartbeat(0, 3, 0.3, dist.HashStore()).finish()
 
 
 def test_bad_news_reaches_a_working_and_a_waiting_rank() -> None:
     store = dist.HashStore()
-    Watch(1, 3, 60.0, store).fail("disk full")
+    Heartbeat(1, 3, 60.0, store).fail("disk full")
     with pytest.raises(LostRankError, match="rank 1 failed: disk full; this rank stops too"):
-        Watch(0, 3, 60.0, store).beat()
+        Heartbeat(0, 3, 60.0, store).beat()
     with pytest.raises(LostRankError, match="rank 1 failed: disk full; this rank stops too"):
-        Watch(2, 3, 60.0, store).finish()
+        Heartbeat(2, 3, 60.0, store).finish()
 
 
 def test_the_end_of_the_store_is_told_as_such() -> None:
@@ -71,32 +71,32 @@ def test_the_end_of_the_store_is_told_as_such() -> None:
         "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=2), wait_for_workers=False
     )
     client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=2))
-    watch = Watch(1, 2, 60.0, client)
+    heartbeat = Heartbeat(1, 2, 60.0, client)
     del server
     with pytest.raises(LostRankError, match="common store is gone, so rank 0 or torchrun has ended"):
-        watch.finish()
-    watch.fail("nobody hears this")
+        heartbeat.finish()
+    heartbeat.fail("nobody hears this")
 
 
 def test_a_rank_alone_has_nothing_to_watch() -> None:
-    watch = Watch(0, 1, 0.1)
-    watch.beat()
-    watch.fail("x")
-    watch.finish()
+    heartbeat = Heartbeat(0, 1, 0.1)
+    heartbeat.beat()
+    heartbeat.fail("x")
+    heartbeat.finish()
 
 
 def test_the_first_cause_is_the_one_that_is_told() -> None:
     store = dist.HashStore()
-    first, second, third = (Watch(rank, 3, 5.0, store) for rank in range(3))
+    first, second, third = (Heartbeat(rank, 3, 5.0, store) for rank in range(3))
     second.fail("disk full")
     first.fail("another rank died")  # because the second is gone
     with pytest.raises(ReportedError, match="rank 1 failed: disk full; this rank stops too"):
-        third.lost("connection closed by peer")
+        third.abort("connection closed by peer")
 
 
 def test_a_broken_exchange_without_a_reason_is_told_to_the_others() -> None:
     store = dist.HashStore()
     with pytest.raises(LostRankError, match="connection closed"):
-        Watch(0, 3, 5.0, store).lost("connection closed", patience=0.1)
+        Heartbeat(0, 3, 5.0, store).abort("connection closed", patience=0.1)
     with pytest.raises(ReportedError, match="rank 0 failed: connection closed"):
-        Watch(2, 3, 5.0, store).beat()
+        Heartbeat(2, 3, 5.0, store).beat()

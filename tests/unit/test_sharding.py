@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sat.models.cogview3_plus import CogView3Plus
-from sat.parallel.mesh import Axis, pretended
-from sat.parallel.tensor import apply_sharding, check_plan
+from sat.parallel.mesh import Axis, fake_group
+from sat.parallel.tensor import apply_sharding, check_sharding
 from sat.sharding import Column, Row, family_sharding
 from tests.small import plus
 
@@ -21,14 +21,14 @@ def count(module: nn.Module) -> int:
 def test_one_of_two_ranks_holds_at_most_55_percent_of_the_network(params) -> None:
     with torch.device("meta"):
         whole, split = CogView3Plus(**params), CogView3Plus(**params)
-    with pretended(tensor=2) as mesh:
+    with fake_group(tensor=2) as mesh:
         apply_sharding(split, family_sharding(CogView3Plus), mesh.tensor)
     assert 0.5 < count(split) / count(whole) < 0.55
 
 
 def test_sizes_that_do_not_divide_are_refused_with_those_that_do() -> None:
     with pytest.raises(ValueError, match=r"over 3 tensor ranks: the 4 heads .* possible are 1, 2"):
-        check_plan(plus(), family_sharding(CogView3Plus), 3)
+        check_sharding(plus(), family_sharding(CogView3Plus), 3)
 
 
 def test_a_pattern_without_a_layer_is_refused_but_for_gathered_layers() -> None:
@@ -37,11 +37,13 @@ def test_a_pattern_without_a_layer_is_refused_but_for_gathered_layers() -> None:
     model.transformer.mixins["adaln"] = nn.Identity()
     split = apply_sharding(model, family_sharding(CogView3Plus), Axis(2, 1))
     assert split.transformer.blocks[0].mlp.up.weight.shape == (64, 32)
-    with pytest.raises(ValueError, match=r"plan patterns match no module of CogView3Plus: blocks\.\*\.gate"):
-        check_plan(model, {"blocks.*.gate": Column()}, 2)
+    with pytest.raises(
+        ValueError, match=r"sharding patterns match no module of CogView3Plus: blocks\.\*\.gate"
+    ):
+        check_sharding(model, {"blocks.*.gate": Column()}, 2)
 
 
 @pytest.mark.parametrize("style", (Row(), Column(gather=True)))
 def test_an_embedding_is_split_by_its_outputs_alone(style) -> None:
-    with pytest.raises(ValueError, match="the plan of 0, an embedding, must be Column without gather"):
-        check_plan(nn.Sequential(nn.Embedding(4, 8)), {"0": style}, 2)
+    with pytest.raises(ValueError, match="the sharding of 0, an embedding, must be Column without gather"):
+        check_sharding(nn.Sequential(nn.Embedding(4, 8)), {"0": style}, 2)

@@ -16,8 +16,8 @@ from sat.cli.train import main, size
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import Experiment, OffloadConfig
-from sat.train.estimate import PACKED, Plan, Planner, largest_size, sections
-from sat.train.search import fit, offloaded
+from sat.train.estimate import PACKED, Estimate, Estimator, largest_size, sections
+from sat.train.search import find_settings, zero3_offload
 from tests.configs import DEBUG, ROOT
 
 BASE = [DEBUG, ROOT / "configs" / "tiny_train.yaml"]
@@ -39,17 +39,17 @@ def experiment(*overrides: Any) -> Experiment:
     return load(BASE, [*SETTINGS, *overrides])
 
 
-PLANNER = Planner()  # measures each micro-batch once for all tests
+ESTIMATOR = Estimator()  # measures each micro-batch once for all tests
 
 
 @cache
-def planned(*overrides: Any, ranks: int = 1) -> Plan:
-    return PLANNER.plan(experiment(*overrides), ranks)
+def estimated(*overrides: Any, ranks: int = 1) -> Estimate:
+    return ESTIMATOR.estimate(experiment(*overrides), ranks)
 
 
 def test_weights_are_those_of_the_engine_that_training_builds() -> None:
     real = build_engine(experiment(), device="cpu", dtype=torch.bfloat16)
-    weights = planned().weights
+    weights = estimated().weights
     assert weights.trained_elements == sum(p.numel() for p in real.network.parameters())
     assert weights.trained == 2 * weights.trained_elements
     text = [*real.conditioner.text.parameters(), *real.conditioner.text.buffers()]
@@ -57,8 +57,8 @@ def test_weights_are_those_of_the_engine_that_training_builds() -> None:
 
 
 def test_masters_state_and_average_are_shared_out_by_zero() -> None:
-    elements = planned().weights.trained_elements
-    alone, eight = planned(), planned(ranks=8)
+    elements = estimated().weights.trained_elements
+    alone, eight = estimated(), estimated(ranks=8)
     assert (alone.masters, alone.optimizer, alone.average) == (
         4 * elements,
         pytest.approx(8 * elements),
@@ -66,67 +66,70 @@ def test_masters_state_and_average_are_shared_out_by_zero() -> None:
     )
     assert eight.masters == 4 * -(-elements // 8)
     assert eight.gradients == 2 * elements
-    assert planned("train.zero=2", ranks=8).gradients == 2 * -(-elements // 8)
+    assert estimated("train.zero=2", ranks=8).gradients == 2 * -(-elements // 8)
 
 
 def test_zero_0_keeps_no_masters_and_everything_on_every_rank() -> None:
-    plan = planned("train.zero=0", "train.dtype=fp32", ranks=8)
-    elements = plan.weights.trained_elements
-    assert (plan.masters, plan.bucket) == (0, 0)
-    assert (plan.gradients, plan.average) == (4 * elements, 4 * elements)
+    now = estimated("train.zero=0", "train.dtype=fp32", ranks=8)
+    elements = now.weights.trained_elements
+    assert (now.masters, now.bucket) == (0, 0)
+    assert (now.gradients, now.average) == (4 * elements, 4 * elements)
 
 
 def test_sgd_keeps_no_state() -> None:
-    assert planned("train.optimizer={target: torch.optim.SGD, params: {}}").optimizer == 0
+    assert estimated("train.optimizer={target: torch.optim.SGD, params: {}}").optimizer == 0
 
 
 def test_checkpointing_keeps_less_and_computes_more() -> None:
-    without, with_it = planned().measured.trace, planned("train.activation_checkpointing=true").measured.trace
+    without, with_it = (
+        estimated().measured.trace,
+        estimated("train.activation_checkpointing=true").measured.trace,
+    )
     assert with_it.kept < without.kept
     assert with_it.flops > without.flops
 
 
 def test_activations_grow_with_batch_and_size() -> None:
-    one = planned().measured.trace.kept
-    assert planned("train.batch_size=8").measured.trace.kept == pytest.approx(2 * one, rel=0.05)
-    assert planned("data.height=32").measured.trace.kept < one
+    one = estimated().measured.trace.kept
+    assert estimated("train.batch_size=8").measured.trace.kept == pytest.approx(2 * one, rel=0.05)
+    assert estimated("data.height=32").measured.trace.kept < one
 
 
 def test_lora_trains_the_factors_alone() -> None:
-    plan, whole = planned(LORA), planned()
+    now, whole = estimated(LORA), estimated()
     dim, rank, depth = 32, 2, 2
-    assert plan.weights.trained_elements == depth * (3 * 2 * rank * dim + 2 * rank * dim)
-    assert plan.weights.frozen["network"] == whole.weights.trained + whole.weights.frozen["network"]
-    assert plan.masters == 4 * plan.weights.trained_elements
+    assert now.weights.trained_elements == depth * (3 * 2 * rank * dim + 2 * rank * dim)
+    assert now.weights.frozen["network"] == whole.weights.trained + whole.weights.frozen["network"]
+    assert now.masters == 4 * now.weights.trained_elements
 
 
 def test_frozen_weights_packed_beside_lora_are_there_twice() -> None:
     settings = (LORA, "train.dtype=fp32", "parallel.device=cpu")
     dim, depth = 32, 2
     qkv, proj, up, down = 3 * dim**2, dim**2, 4 * dim**2, 4 * dim**2
-    assert planned(*settings).weights.frozen[PACKED] == 4 * depth * (qkv + proj + up + down)
-    assert PACKED not in planned(*settings, "train.pack=false").weights.frozen
-    assert PACKED not in PLANNER.plan(experiment(*settings), 1, zero=3).weights.frozen
+    assert estimated(*settings).weights.frozen[PACKED] == 4 * depth * (qkv + proj + up + down)
+    assert PACKED not in estimated(*settings, "train.pack=false").weights.frozen
+    assert PACKED not in ESTIMATOR.estimate(experiment(*settings), 1, zero=3).weights.frozen
 
 
 def test_distillation_holds_a_teacher() -> None:
-    plan = planned(*DISTILLATION)
-    assert plan.weights.frozen["teacher"] >= plan.weights.trained
+    now = estimated(*DISTILLATION)
+    assert now.weights.frozen["teacher"] >= now.weights.trained
 
 
 def test_first_stage_training_has_no_text() -> None:
-    plan = planned(FIRST_STAGE, "train.autocast=bf16", "train.dtype=fp32", "train.zero=0")
-    assert "first stage" not in plan.weights.frozen
-    assert plan.measured.text_tokens == 0
+    now = estimated(FIRST_STAGE, "train.autocast=bf16", "train.dtype=fp32", "train.zero=0")
+    assert "first stage" not in now.weights.frozen
+    assert now.measured.text_tokens == 0
 
 
 def test_caches_stand_for_text_encoder_and_first_stage() -> None:
-    assert {"text encoder", "first stage"} <= set(planned().weights.frozen)
-    assert set(planned("data.cache=somewhere").weights.frozen) == {"network"}  # its tables
+    assert {"text encoder", "first stage"} <= set(estimated().weights.frozen)
+    assert set(estimated("data.cache=somewhere").weights.frozen) == {"network"}  # its tables
 
 
 def test_tokens_are_patches_and_text() -> None:
-    measured = planned().measured
+    measured = estimated().measured
     cells = (48 // 8) * (64 // 8)
     assert (measured.image_tokens, measured.text_tokens) == (cells // 4, 8)
 
@@ -140,26 +143,26 @@ def test_largest_bucket_is_planned() -> None:
 
 
 def test_gpu_holds_the_whole_gradient_buffer_and_the_cpu_what_is_written() -> None:
-    assert planned("parallel.device=cuda").bucket == 2 * 500_000_000
-    host = planned("parallel.device=cpu")
+    assert estimated("parallel.device=cuda").bucket == 2 * 500_000_000
+    host = estimated("parallel.device=cpu")
     assert host.bucket == 2 * host.weights.trained_elements
 
 
 def test_whatever_fits_already_needs_no_change() -> None:
-    found = fit(PLANNER, experiment("parallel.device=cpu"), 1, 10**12)
+    found = find_settings(ESTIMATOR, experiment("parallel.device=cpu"), 1, 10**12)
     assert found.found is found.now
     assert found.alone == ()
 
 
 def test_changes_that_fit_are_planned_not_guessed() -> None:
     before = experiment("parallel.device=cpu")
-    total = PLANNER.plan(before, 1).total
-    found = fit(PLANNER, before, 1, int(0.6 * total))
+    total = ESTIMATOR.estimate(before, 1).total
+    found = find_settings(ESTIMATOR, before, 1, int(0.6 * total))
     assert found.found is not None
     changed = before
     for change in found.found.changes:
         changed = change.apply(changed)
-    assert PLANNER.plan(changed, 1).total == found.found.total <= int(0.6 * total) < total
+    assert ESTIMATOR.estimate(changed, 1).total == found.found.total <= int(0.6 * total) < total
     assert {c.says.partition("=")[0] for o in found.alone for c in o.changes} == {
         "data.cache", "train.zero", "train.activation_checkpointing", "train.batch_size",
         "LoRA (configs/lora.yaml laid over it)",
@@ -168,27 +171,27 @@ def test_changes_that_fit_are_planned_not_guessed() -> None:
 
 def test_on_a_gpu_sharing_out_weights_and_offloading_are_offered_after_what_costs_less() -> None:
     before = experiment("parallel.device=cuda", "train.zero=2")
-    offered = [o.says for o in fit(PLANNER, before, 8, 1000).alone]
+    offered = [o.says for o in find_settings(ESTIMATOR, before, 8, 1000).alone]
     assert offered.index("train.zero=3") + 1 == offered.index("configs/zero3_offload.yaml laid over it")
     assert [says.partition("=")[0] for says in offered].index("train.batch_size") < offered.index(
         "train.zero=3"
     )
-    away = offloaded(before)
-    enough = PLANNER.plan(away, 8).total
-    found = fit(PLANNER, before, 8, enough)
+    away = zero3_offload(before)
+    enough = ESTIMATOR.estimate(away, 8).total
+    found = find_settings(ESTIMATOR, before, 8, enough)
     assert found.found is not None
-    assert found.found.total <= enough < PLANNER.plan(before, 8).total
+    assert found.found.total <= enough < ESTIMATOR.estimate(before, 8).total
     assert sections(away)[0].offload == sections(load([*BASE, OFFLOADED], SETTINGS))[0].offload
     assert sections(away)[0].zero == 3
 
 
 def test_more_ranks_are_tried_with_what_is_offloaded_already() -> None:
-    before = offloaded(experiment("parallel.device=cuda"))
-    assert fit(PLANNER, before, 2, 1000).found is None
+    before = zero3_offload(experiment("parallel.device=cuda"))
+    assert find_settings(ESTIMATOR, before, 2, 1000).found is None
 
 
 def test_what_no_change_brings_into_the_budget_is_said() -> None:
-    found = fit(PLANNER, experiment("parallel.device=cpu"), 1, 1000)
+    found = find_settings(ESTIMATOR, experiment("parallel.device=cpu"), 1, 1000)
     assert found.found is None
     assert found.best.total > 1000
 
@@ -196,13 +199,13 @@ def test_what_no_change_brings_into_the_budget_is_said() -> None:
 def test_a_smaller_batch_keeps_the_images_of_a_step() -> None:
     before = experiment("parallel.device=cpu")
     train = sections(before)[0]
-    for change in (c for o in fit(PLANNER, before, 1, 1000).alone for c in o.changes):
+    for change in (c for o in find_settings(ESTIMATOR, before, 1, 1000).alone for c in o.changes):
         after = sections(change.apply(before))[0]
         assert after.batch_size * after.accumulate == train.batch_size * train.accumulate
 
 
 def test_offloading_takes_optimizer_and_weights_out_of_a_gpus_memory() -> None:
-    plain = replace(planned(ranks=8), zero=3, host=False)
+    plain = replace(estimated(ranks=8), zero=3, host=False)
     away = replace(plain, offload=OffloadConfig(optimizer=True, parameters=True))
     weights = plain.measured.weights.trained // 8
     assert plain.lasting - away.lasting == plain.masters + plain.optimizer + plain.average + weights
@@ -215,14 +218,14 @@ TEAMS = pytest.mark.skipif(torch.__version__ < "2.6", reason="collectives want d
 
 @pytest.mark.skipif(torch.__version__ >= "2.6", reason="teams can be planned")
 def test_an_old_torch_says_that_it_cannot_plan_a_team() -> None:
-    with pytest.raises(RuntimeError, match="cannot plan for a team, as its collectives take no tensors"):
-        planned("parallel.sequence=2", ranks=2)
+    with pytest.raises(RuntimeError, match="cannot estimate a team, as its collectives take no tensors"):
+        estimated("parallel.sequence=2", ranks=2)
 
 
 @TEAMS
 def test_tensor_ranks_hold_a_share_of_the_weights_and_of_what_is_kept_for_the_backward_pass() -> None:
     even = "conditioning.text.params.heads=4"
-    whole, split = planned(even, ranks=4), planned(even, "parallel.tensor=2", ranks=4)
+    whole, split = estimated(even, ranks=4), estimated(even, "parallel.tensor=2", ranks=4)
     assert 0.5 < split.weights.trained_elements / whole.weights.trained_elements < 0.8
     assert split.weights.frozen["text encoder"] < whole.weights.frozen["text encoder"]
     assert split.measured.trace.kept < whole.measured.trace.kept
@@ -232,17 +235,17 @@ def test_tensor_ranks_hold_a_share_of_the_weights_and_of_what_is_kept_for_the_ba
 
 @TEAMS
 def test_sequence_ranks_keep_a_share_of_the_activations() -> None:
-    whole, split = planned(ranks=2), planned("parallel.sequence=2", ranks=2)
+    whole, split = estimated(ranks=2), estimated("parallel.sequence=2", ranks=2)
     assert split.weights == whole.weights
     assert split.measured.trace.kept < whole.measured.trace.kept
     assert split.masters == whole.masters
 
 
 def test_zero_3_shares_out_the_weights() -> None:
-    plan = replace(planned(ranks=8), zero=3)
-    whole = planned().measured.weights
+    now = replace(estimated(ranks=8), zero=3)
+    whole = estimated().measured.weights
     gathered = whole.trained + whole.frozen["network"]
-    assert plan.weights.trained == whole.trained // 8 + gathered
+    assert now.weights.trained == whole.trained // 8 + gathered
 
 
 @pytest.mark.parametrize(

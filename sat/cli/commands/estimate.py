@@ -10,33 +10,33 @@ from typing import Literal
 
 from sat.config.schema import Experiment, OffloadConfig
 from sat.parallel.mesh import data_ranks
-from sat.train.estimate import LIVE, Plan, Planner, on_host, sections
-from sat.train.search import Fit, fit, offloaded
+from sat.train.estimate import LIVE, Estimate, Estimator, on_host, sections
+from sat.train.search import SettingsSearch, find_settings, zero3_offload
 
 GB = 1e9
 STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 
 
-def plan(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
-    """Print the plan on ``ranks`` ranks (None: those started, or a team), and how to fit ``budget`` bytes."""
+def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> None:
+    """Print the estimate for ``ranks`` ranks (None: those started, or one team) and how to fit ``budget``."""
     if os.environ.get("RANK", "0") != "0":
         return
     sizes = experiment.parallel.sizes
     count = ranks or int(os.environ.get("WORLD_SIZE", math.prod(sizes.values())))
     readers = data_ranks(count, **sizes)
-    planner = Planner()
-    now = planner.plan(experiment, count)
+    estimator = Estimator()
+    now = estimator.estimate(experiment, count)
     for line in [
         *_head(experiment, now),
         *_table(now),
-        *_others(planner, experiment, count),
+        *_others(estimator, experiment, count),
         *_work(now, readers),
     ]:
         print(line)
     if count > readers:
         print(_team(sizes))
     if budget is not None:
-        for line in _fitting(fit(planner, experiment, count, budget)):
+        for line in _fitting(find_settings(estimator, experiment, count, budget)):
             print(line)
 
 
@@ -54,7 +54,7 @@ def _row(name: str, size: float, note: str = "") -> str:
     return f"  {name:<24}{_gb(size):>8}   {note}".rstrip()
 
 
-def _head(experiment: Experiment, now: Plan) -> Iterator[str]:
+def _head(experiment: Experiment, now: Estimate) -> Iterator[str]:
     train, _ = sections(experiment)
     height, width = now.measured.size
     model, objective = (c.target.rpartition(".")[2] for c in (experiment.model, train.objective))
@@ -73,7 +73,7 @@ def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def _table(now: Plan) -> Iterator[str]:
+def _table(now: Estimate) -> Iterator[str]:
     weights, trace = now.weights, now.measured.trace
     yield _row("weights, trained", weights.trained, f"{weights.trained_elements / 1e6:,.1f} M parameters")
     frozen = ", ".join(f"{name} {_gb(size)}" for name, size in weights.frozen.items())
@@ -94,7 +94,7 @@ def _table(now: Plan) -> Iterator[str]:
     yield _row("most at a time", now.total, phases)
 
 
-def _others(planner: Planner, experiment: Experiment, ranks: int) -> Iterator[str]:
+def _others(estimator: Estimator, experiment: Experiment, ranks: int) -> Iterator[str]:
     """The same at other ZeRO stages, with and without checkpointing; nothing offloaded but where said."""
     train, _ = sections(experiment)
     yield f"most at a time, otherwise the same:{'checkpointing':>25}{'without':>12}"
@@ -104,17 +104,17 @@ def _others(planner: Planner, experiment: Experiment, ranks: int) -> Iterator[st
         for zero in STAGES
         if zero or train.dtype == "fp32"
     ]
-    away = sections(offloaded(experiment))[0]
+    away = sections(zero3_offload(experiment))[0]
     rows += [] if on_host(experiment) else [("ZeRO 3 offloaded (configs/zero3_offload.yaml)", away)]
     for name, stage in rows:
         totals = []
         for checkpointing in (True, False):
             changed = replace(stage, activation_checkpointing=checkpointing)
-            totals.append(planner.plan(replace(experiment, train=changed), ranks).total)
+            totals.append(estimator.estimate(replace(experiment, train=changed), ranks).total)
         yield f"  {name:<46}{_gb(totals[0]):>12}{_gb(totals[1]):>12}"
 
 
-def _work(now: Plan, readers: int) -> Iterator[str]:
+def _work(now: Estimate, readers: int) -> Iterator[str]:
     """``readers``: the ranks that read different images."""
     measured, images = now.measured, now.batch_size * now.accumulate * readers
     tokens = measured.image_tokens + measured.text_tokens
@@ -128,7 +128,7 @@ def _work(now: Plan, readers: int) -> Iterator[str]:
     yield f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters"
 
 
-def _fitting(found: Fit) -> Iterator[str]:
+def _fitting(found: SettingsSearch) -> Iterator[str]:
     budget = _gb(found.budget)
     if not found.now.changes and found.found is found.now:
         yield f"fits {budget} GB with {_gb(found.budget - found.now.total)} to spare"

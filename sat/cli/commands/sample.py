@@ -20,9 +20,9 @@ from sat.config.record import amend, label, record, weight_digests
 from sat.config.schema import Experiment
 from sat.config.yaml_source import ConfigError
 from sat.errors import LostRankError
-from sat.estimate.budget import within
-from sat.parallel.collectives import by_first, explain
-from sat.parallel.heartbeat import Watch
+from sat.estimate.budget import apply_budget
+from sat.parallel.collectives import by_first, lost_rank_message
+from sat.parallel.heartbeat import Heartbeat
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import Mesh
 from sat.sampling.generator import Generator, InitialNoise, Run, SamplingParams
@@ -58,20 +58,20 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     ask = optimizer(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout)
     logs.setup(runtime.rank, debug=args.debug)
-    watch = Watch(runtime.rank, runtime.world, first.parallel.timeout)
+    heartbeat = Heartbeat(runtime.rank, runtime.world, first.parallel.timeout)
     try:
-        ranks = _Ranks(runtime, _mesh(cascade, runtime), watch)
+        ranks = _Ranks(runtime, _mesh(cascade, runtime), heartbeat)
         if prompts is None:
             _ask(_open(Place.alone(keep_text_encoder(first)), ranks, 1), one_by_one(ask))
         else:
             _draw_all(*rewrite_all(ask, cascade, prompts, runtime), ranks)
-        watch.finish()
+        heartbeat.finish()
     except LostRankError:
         raise
     except BaseException as error:
-        if (lost := explain(error)) is not None:  # while this team exchanged something
-            watch.lost(lost)
-        watch.fail(describe(error))
+        if (lost := lost_rank_message(error)) is not None:  # while this team exchanged something
+            heartbeat.abort(lost)
+        heartbeat.fail(describe(error))
         raise
     finally:
         runtime.close()
@@ -84,7 +84,7 @@ class _Ranks:
 
     runtime: Runtime
     mesh: Mesh
-    watch: Watch
+    heartbeat: Heartbeat
 
 
 def _mesh(cascade: Cascade, runtime: Runtime) -> Mesh:
@@ -164,7 +164,7 @@ def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
             f"config ok: {name}{count}, {sampling.batch_size} x {sampling.height} x {sampling.width} "
             f"(images x height x width), {sampling.steps} step{'s' * (sampling.steps != 1)}, {sampling.dtype}"
         )
-        picked = within(stage.experiment, pick_device(stage.experiment.parallel.device))
+        picked = apply_budget(stage.experiment, pick_device(stage.experiment.parallel.device))
         if picked is not None:
             print(f"{name}{picked}")
     return 0
@@ -222,7 +222,7 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
         seconds = time.monotonic() - started
         log.info("loaded in %.1f s on %s (%s); %s", seconds, runtime.device, mesh, generator.speed)
     run = Run(
-        generator, params, noise, folder, sampling.negative_prompt, runtime.rank, ranks.watch.beat,
+        generator, params, noise, folder, sampling.negative_prompt, runtime.rank, ranks.heartbeat.beat,
         input_folder(sampling, generator.relay),
     )  # fmt: skip
     return _Session(run, folder, runtime, experiment.output.resume, place.records)

@@ -29,7 +29,7 @@ from sat.data.loader import Loader, once
 from sat.engine import DiffusionEngine
 from sat.errors import LostRankError
 from sat.kernels.apply import compiled, use_kernel
-from sat.parallel.collectives import barrier, explain, from_main
+from sat.parallel.collectives import barrier, from_main, lost_rank_message
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
@@ -64,9 +64,9 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     if args.check:
         return _check(loaded, train, data)
     if args.plan:
-        from sat.cli.commands.estimate import plan
+        from sat.cli.commands.estimate import estimate
 
-        plan(experiment, args.ranks, args.fit)
+        estimate(experiment, args.ranks, args.fit)
         return 0
     if loaded.missing:
         raise ConfigError(loaded.missing)
@@ -78,7 +78,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     try:
         _train_rounds(experiment, train, data, runtime)
     except RuntimeError as error:
-        if (line := explain(error)) is not None:
+        if (line := lost_rank_message(error)) is not None:
             raise LostRankError(line) from error
         raise
     if runtime.world > 1:  # alone, the group stays for another run in this process: DeepSpeed remembers it
