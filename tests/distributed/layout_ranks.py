@@ -30,7 +30,7 @@ from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.cfg_parallel import CfgParallel
-from sat.parallel.collectives import explain, taking_turns
+from sat.parallel.collectives import lost_rank_message, taking_turns
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
@@ -259,7 +259,7 @@ def dying(runtime: Runtime, folder: Path) -> dict[str, Any]:
         run.save()
     except RuntimeError as error:
         folders = [path.name for path in (folder / "run" / "checkpoints").iterdir()]
-        return {"said": explain(error), "folders": folders, "whole": run.folder.saved()}
+        return {"said": lost_rank_message(error), "folders": folders, "whole": run.folder.saved()}
     return {"said": "did not notice"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sat.config.schema import Component, OffloadConfig, TrainConfig
-from sat.parallel.collectives import explain, gather
+from sat.parallel.collectives import gather, lost_rank_message
 from sat.parallel.launch import Runtime
 from sat.train.ema import masters
 from tests.training import CONFIG, Toy, changed, ranks, rows, trainer, weights
@@ -106,7 +106,7 @@ def dying(runtime: Runtime, folder: Path, config: TrainConfig) -> str | None:
                 os._exit(7)
             run._train_step(batches)
     except RuntimeError as error:
-        return explain(error)
+        return lost_rank_message(error)
     return "did not notice"
 
 

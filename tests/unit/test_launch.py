@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sat.parallel.collectives import agree, explain, from_main, gather, mean
+from sat.parallel.collectives import agree, from_main, gather, lost_rank_message, mean
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import LayoutError, Mesh, data_ranks
 
@@ -119,8 +119,8 @@ def test_one_process_agrees_with_itself() -> None:
 
 
 def test_an_error_that_is_not_about_ranks_is_not_explained() -> None:
-    assert explain(RuntimeError("shapes differ")) is None
-    assert explain(RuntimeError("request timed out")) is None  # one process has no others
+    assert lost_rank_message(RuntimeError("shapes differ")) is None
+    assert lost_rank_message(RuntimeError("request timed out")) is None  # one process has no others
 
 
 def test_peak_memory_is_in_gigabytes() -> None:
