@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +23,6 @@ from sat.config.build import build_guider
 from sat.config.load import dump
 from sat.config.schema import Experiment, plain
 from sat.config.yaml_source import HOME
-from sat.sampling.generator import strength
-from sat.sampling.output import Label, settings_digest
 from sat.util.files import write_text
 
 _UNSEEN = frozenset(
@@ -42,6 +41,44 @@ _UNSEEN = frozenset(
     }
 )
 """Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""
+
+
+def settings_digest(settings: Mapping[str, object]) -> str:
+    """16 hexadecimal digits that change with any value in ``settings`` (JSON-like, keys in any order)."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Label:
+    """What every picture of a run says about how it was made; it becomes the PNG text fields."""
+
+    height: int  # pixels
+    width: int  # pixels
+    steps: int
+    guidance: float | None  # None where the guider has no strength
+    negative_prompt: str
+    seed: int  # of image 0; image i has seed + i
+    model: str
+    digest: str  # of the settings that decide the pixels
+    adapters: Mapping[str, float] = field(default_factory=dict)  # name -> strength
+
+    def fields(self, prompt: str, seeds: str) -> dict[str, str]:
+        """The text fields of one file, which shows the images of ``seeds``; ``lora`` if there is any."""
+        lora = ", ".join(f"{name}:{strength:g}" for name, strength in self.adapters.items())
+        return {
+            "prompt": prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": seeds,
+            "size": f"{self.height}x{self.width}",  # height x width
+            "height": str(self.height),
+            "width": str(self.width),
+            "steps": str(self.steps),
+            "guidance": "none" if self.guidance is None else f"{self.guidance:g}",
+            "model": self.model,
+            "config_digest": self.digest,
+            **({"lora": lora} if lora else {}),
+        }
 
 
 def label(
@@ -65,11 +102,12 @@ def label(
             "latents": None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest(),
         }
     )
+    scale = getattr(build_guider(experiment), "scale", None)
     return Label(
         height=asked.height,
         width=asked.width,
         steps=asked.steps,
-        guidance=strength(build_guider(experiment)),
+        guidance=None if scale is None else float(scale),
         negative_prompt=asked.negative_prompt,
         seed=asked.seed,
         model=model_name(experiment),

@@ -6,8 +6,6 @@ The layout ``OUT/<index>_<name>/000000000.png`` is the official one; the relay s
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import re
 import string
 import unicodedata
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sat.config.record import Label
 from sat.sampling.prompts import Prompt
 from sat.util import files, images
 
@@ -56,44 +55,6 @@ def safe_name(text: str) -> str:
 def folder_name(prompt: Prompt) -> str:
     """``<index>_<safe prefix of the prompt>``."""
     return f"{prompt.index}_{safe_name(prompt.text)}"
-
-
-def settings_digest(settings: Mapping[str, object]) -> str:
-    """16 hexadecimal digits that change with any value in ``settings`` (JSON-like, keys in any order)."""
-    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Label:
-    """What every picture of a run says about how it was made; it becomes the PNG text fields."""
-
-    height: int  # pixels
-    width: int  # pixels
-    steps: int
-    guidance: float | None  # None where the guider has no strength
-    negative_prompt: str
-    seed: int  # of image 0; image i has seed + i
-    model: str
-    digest: str  # of the settings that decide the pixels
-    adapters: Mapping[str, float] = field(default_factory=dict)  # name -> strength
-
-    def fields(self, prompt: str, seeds: str) -> dict[str, str]:
-        """The text fields of one file, which shows the images of ``seeds``; ``lora`` if there is any."""
-        lora = ", ".join(f"{name}:{strength:g}" for name, strength in self.adapters.items())
-        return {
-            "prompt": prompt,
-            "negative_prompt": self.negative_prompt,
-            "seed": seeds,
-            "size": f"{self.height}x{self.width}",  # height x width
-            "height": str(self.height),
-            "width": str(self.width),
-            "steps": str(self.steps),
-            "guidance": "none" if self.guidance is None else f"{self.guidance:g}",
-            "model": self.model,
-            "config_digest": self.digest,
-            **({"lora": lora} if lora else {}),
-        }
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sat.sampling.prompts import SizeRule
+from sat.config.schema.sampling import SizeRule
 
 
 @st.composite

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sat.sampling.output import Label, OutputError, OutputFolder, prove_writable, settings_digest
+from sat.config.record import Label, settings_digest
+from sat.sampling.output import OutputError, OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt
 from sat.util.images import read_png_text
 

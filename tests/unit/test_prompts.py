@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sat.sampling.prompts import Prompt, PromptError, checked_prompts, parse_share, read_prompt_file, share
+from sat.config.schema.sampling import parse_share
+from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file, share
 
 
 def _file(tmp_path: Path, data: bytes) -> Path:
@@ -70,5 +71,5 @@ def test_a_share_keeps_the_numbers_and_is_shared_by_ranks_evenly() -> None:
 
 @pytest.mark.parametrize("text", ["", "3/3", "-1/3", "1", "1/", "0/0", "1/2/3", "a/b", " 1/2", "\u0661/2"])
 def test_a_share_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(PromptError, match="expected K/N with K from 0 to N - 1"):
+    with pytest.raises(ValueError, match="expected K/N with K from 0 to N - 1"):
         parse_share(text)

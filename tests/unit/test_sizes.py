@@ -2,7 +2,7 @@
 
 import pytest
 
-from sat.sampling.prompts import SizeError, SizeRule
+from sat.config.schema.sampling import SizeError, SizeRule
 
 PLUS = SizeRule()
 

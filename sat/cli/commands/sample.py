@@ -18,6 +18,7 @@ from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import dump
 from sat.config.record import amend, label, record, weight_digests
 from sat.config.schema import Experiment
+from sat.config.schema.sampling import parse_share
 from sat.config.yaml_source import ConfigError
 from sat.errors import LostRankError
 from sat.estimate.budget import apply_budget
@@ -29,7 +30,7 @@ from sat.sampling.generator import Generator, InitialNoise, Run, SamplingParams
 from sat.sampling.inputs import checked_latents, read_latents
 from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.pipeline import budgeted, input_folder, keep_text_encoder, open_generator
-from sat.sampling.prompts import Prompt, check_text, checked_prompts, parse_share, read_prompt_file, share
+from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
 from sat.util import log as logs
 from sat.util.log import describe
 
