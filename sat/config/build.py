@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sat.config.component import build
-from sat.config.parts import Fill, NoFill, build_empty, cast_weights, find_tokenizer, quantizers
+from sat.config.parts import NoFill, PartBuilder, build_empty, cast_weights, find_tokenizer, quantizers
 from sat.config.schema import CheckpointConfig, Component, Experiment
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def build_engine(
     (:mod:`sat.offload.block_swap`).
     """
     weights = checkpoint or experiment.checkpoint
-    fill = Fill(
+    fill = PartBuilder(
         weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without), mesh,
         quantizers(experiment.memory.quantize), frozenset(offloaded),
     )  # fmt: skip
@@ -112,7 +112,7 @@ def build_shapes(
     parts: dict[Part, Component] = {
         "model": experiment.model, "text": experiment.conditioning.text, "first_stage": experiment.first_stage
     }  # fmt: skip
-    fill = Fill(
+    fill = PartBuilder(
         experiment.checkpoint, torch.device("meta"), dtype, experiment.imports, load=False,
         quantizers=quantizers(experiment.memory.quantize),
     )  # fmt: skip
@@ -137,18 +137,18 @@ def _assemble(
 ) -> DiffusionEngine:
     """The engine of these parts; something that raises stands where one of them was left out."""
     from sat.conditioning.conditioner import Conditioner
-    from sat.config.parts import Absent, AbsentAutoencoder
+    from sat.config.parts import MissingAutoencoder, MissingPart
     from sat.engine import DiffusionEngine
 
     c, d = experiment.conditioning, experiment.diffusion
     make = partial(build, imports=experiment.imports)
     conditioner = Conditioner(text, make(c.size), tokenizer, c.max_length)
     if "text" in without:
-        conditioner.text = Absent("text encoder")
+        conditioner.text = MissingPart("text encoder")
     return DiffusionEngine(
-        Absent("network") if "model" in without else network,
+        MissingPart("network") if "model" in without else network,
         conditioner,
-        AbsentAutoencoder(first_stage) if "first_stage" in without else first_stage,
+        MissingAutoencoder(first_stage) if "first_stage" in without else first_stage,
         make(d.schedule),
         make(d.prediction),
         make(d.process),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sat.config.check import BAD, Checker
+from sat.config.check import INVALID, Checker
 from sat.config.load import Loaded, load_full, read_base
 from sat.config.merge import Override
 from sat.config.schema import Broken, Experiment, Section
@@ -195,7 +195,7 @@ def _checked(source: Source, keep: list[Override] | None) -> CascadeConfig:
                 "a cascade file holds only `cascade`; lay other sections over it in a file of their own",
             )
         )
-    if problems or config is BAD:
+    if problems or config is INVALID:
         raise ConfigError(problems)
     assert isinstance(config, CascadeConfig), "the check made one"
     if keep is None:

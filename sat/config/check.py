@@ -34,7 +34,7 @@ from sat.config.targets import (
 from sat.config.yaml_source import Key, Marks, Problem, dotted, find, shown, where
 from sat.data.formats import expand
 
-BAD: Final = object()
+INVALID: Final = object()
 _PLAIN = (str, int, float, bool, type(None), Path, object)
 
 
@@ -65,7 +65,7 @@ class Checker:
         self.problems.append(Problem(str(where(self.marks, key)), dotted(key), what))
 
     def section(self, cls: type, tree: Mapping[str, Any], key: Key) -> Any:
-        """An instance of the dataclass ``cls`` from ``tree``, or BAD."""
+        """An instance of the dataclass ``cls`` from ``tree``, or INVALID."""
         hints = field_hints(cls)
         known = {f.name: f for f in fields(cls)}
         for name in tree:
@@ -77,7 +77,7 @@ class Checker:
         for name, f in known.items():
             if name in tree:
                 made = self.value(hints[name], tree[name], (*key, name))
-                if made is BAD:
+                if made is INVALID:
                     bad.append(name)
                 else:
                     values[name] = made
@@ -91,21 +91,21 @@ class Checker:
         known = {f.name: f for f in fields(cls)}
         plain_default = [known[n].default is not MISSING for n in bad]
         if not all(plain_default):  # needed keys, and whole sections, whose defaults would not fit the rest
-            return BAD
+            return INVALID
         try:
             made = cls(**values)
         except RuleError as error:
             for name, what in error.broken:
                 if name not in bad:
                     self.report((*key, name) if name else key, what)
-            return BAD
+            return INVALID
         except ValueError as error:
             self.report(key, str(error))
-            return BAD
-        return BAD if bad else made
+            return INVALID
+        return INVALID if bad else made
 
     def value(self, wanted: Any, value: Any, key: Key) -> Any:
-        """``value`` as the annotation ``wanted`` asks, components as written; BAD when it does not fit."""
+        """``value`` as the annotation ``wanted`` asks, or INVALID; components stay as written."""
         wanted, notes = split(wanted)
         for note in notes:
             if isinstance(note, MustExist) and isinstance(value, str):
@@ -137,7 +137,7 @@ class Checker:
                 self.value(a, v, (*key, str(i)))
                 for i, (a, v) in enumerate(zip(arguments, value, strict=True))
             ]
-            return BAD if BAD in parts else tuple(parts)
+            return INVALID if INVALID in parts else tuple(parts)
         elif isinstance(value, list) and _subclass(origin, (Sequence, AbstractSet)) and not is_plain(wanted):
             inner = arguments[0] if arguments else Any
             return self._all([self.value(inner, v, (*key, str(i))) for i, v in enumerate(value)])
@@ -147,11 +147,15 @@ class Checker:
         elif is_plain(wanted):
             return self._leaf(wanted, value, key)
         self.report(key, f"expected {show(wanted)}, got {shown(value)}")
-        return BAD
+        return INVALID
 
     def _all(self, made: Any) -> Any:
-        """``made``, or BAD when any item is."""
-        return BAD if any(v is BAD for v in (made.values() if isinstance(made, dict) else made)) else made
+        """``made``, or INVALID when any item is."""
+        return (
+            INVALID
+            if any(v is INVALID for v in (made.values() if isinstance(made, dict) else made))
+            else made
+        )
 
     def _inside(self, value: Any, key: Key) -> None:
         """Check the components inside a value whose type is not annotated."""
@@ -184,15 +188,15 @@ class Checker:
             self.problems += structured[0] if structured else tried[0]
         else:
             self.report(key, f"expected {show(wanted)}, got {shown(value)}")
-        return BAD
+        return INVALID
 
     def _leaf(self, wanted: Any, value: Any, key: Key) -> Any:
         """A plain value, checked by pydantic; text typed as an override stays text where text is wanted."""
         made = fit(wanted, value)
         mark = where(self.marks, key)
-        if made is BAD and mark.raw is not None and key in self.marks:
+        if made is INVALID and mark.raw is not None and key in self.marks:
             made = fit(wanted, mark.raw)
-        if made is BAD:
+        if made is INVALID:
             self.report(key, f"expected {show(wanted)}, got {shown(value)}{_advice(wanted, value)}")
         return made
 
@@ -215,7 +219,7 @@ class Checker:
             return None
         if not isinstance(value, Mapping):
             self.report(key, f"expected a component (`target` and `params`), got {shown(value)}")
-            return BAD
+            return INVALID
         if Component not in arms:
             return self.component(value, key, _either(arms))
         return self.component(value, key, makes)
@@ -233,21 +237,21 @@ class Checker:
             params = {}
         if "target" not in tree:
             self.report(key, f"a component needs `target`, got {shown(tree)}")
-            return BAD
+            return INVALID
         try:
             made = resolve(tree["target"], self.imports)
             takes = signature(made)
         except TargetError as error:
             if not str(tree["target"]).startswith(tuple(f"{name}." for name in self._absent)):  # told already
                 self.report((*key, "target"), str(error))
-            return BAD
+            return INVALID
         if not produces(made, makes):
             self.report(
                 key if (*key, "target") not in self.marks else (*key, "target"),
                 _wrong_kind(makes, tree["target"]),
             )
         params = self._params(takes, params, key)
-        return BAD if len(self.problems) > before else Component(tree["target"], params)
+        return INVALID if len(self.problems) > before else Component(tree["target"], params)
 
     def _params(self, takes: Signature, params: Mapping[str, Any], key: Key) -> dict[str, Any]:
         """Check ``params`` against a signature; gives them as written, with override texts settled."""
@@ -276,17 +280,17 @@ class Checker:
         if mark is None or mark.raw is None or name not in takes.params or isinstance(value, (dict, list)):
             return value
         wanted, _ = split(takes.params[name])
-        return value if not is_plain(wanted) or fit(wanted, value) is not BAD else mark.raw
+        return value if not is_plain(wanted) or fit(wanted, value) is not INVALID else mark.raw
 
 
 def fit(wanted: Any, value: Any) -> Any:
-    """``value`` of YAML as the plain annotation ``wanted``, or BAD; lists become tuples and texts paths."""
+    """``value`` of YAML as the plain annotation ``wanted``, or INVALID; lists become tuples, texts paths."""
     if isinstance(value, Path):
         value = str(value)
     try:
         return _adapter(wanted).validate_json(json.dumps(value), strict=True)
     except (ValidationError, TypeError, ValueError):
-        return BAD
+        return INVALID
 
 
 @functools.lru_cache(maxsize=1024)
@@ -378,4 +382,4 @@ def _advice(wanted: Any, value: Any) -> str:
         number: Any = json.loads(value)
     except ValueError:
         return ""
-    return "; remove the quotes" if not isinstance(number, str) and fit(wanted, number) is not BAD else ""
+    return "; remove the quotes" if not isinstance(number, str) and fit(wanted, number) is not INVALID else ""

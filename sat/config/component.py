@@ -7,7 +7,7 @@ import types
 from collections.abc import Collection, Mapping
 from typing import Any, Union, get_args, get_origin
 
-from sat.config.check import BAD, fit, is_plain, split
+from sat.config.check import INVALID, fit, is_plain, split
 from sat.config.schema import Component
 from sat.config.targets import resolve, signature
 
@@ -41,7 +41,7 @@ def _argument(wanted: Any, value: Any, imports: Collection[str]) -> Any:
         return build(value, imports=imports)
     if is_plain(wanted):
         made = fit(wanted, value)
-        if made is BAD:
+        if made is INVALID:
             raise TypeError(f"expected {wanted}, got {value!r}")
         return made
     arms = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)

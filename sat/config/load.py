@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sat.config.check import BAD, Checker
-from sat.config.constraints import between
+from sat.config.check import INVALID, Checker
 from sat.config.interpolate import escape, interpolate
-from sat.config.merge import PROMPTS, Override, latest_prompt, lay, override, start
+from sat.config.merge import PROMPTS, Override, latest_prompt, merge, override, start
 from sat.config.official import is_official, override_official, translate
 from sat.config.schema import Experiment, plain
 from sat.config.targets import hint
-from sat.config.yaml_source import HOME, ConfigError, Marks, Problem, Source, dotted, find, read, where, write
+from sat.config.yaml_source import HOME, ConfigError, Marks, Problem, Source, find, read, write
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +63,10 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
     experiment = checker.section(Experiment, tree, ())
     dangling = {problem.key for problem in unresolved}
     problems += [problem for problem in checker.problems if problem.key not in dangling]
-    if not problems and experiment is not BAD:
-        problems += between(experiment, marks) or trial(experiment, marks)
+    if not problems and experiment is not INVALID:
+        from sat.config.constraints import constraints  # which imports torch
+
+        problems += constraints(experiment, marks)
     if problems:
         raise ConfigError(problems)
     return Loaded(experiment, checker.missing, notices)
@@ -74,13 +75,6 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
 def dump(experiment: Experiment) -> str:
     """``experiment`` as YAML with every default written out; loading it gives an equal experiment."""
     return write(escape(plain(experiment)))
-
-
-def trial(experiment: Experiment, marks: Marks) -> list[Problem]:
-    """What the classes themselves refuse: every component is made once, without memory for its weights."""
-    from sat.config.refuse import refusals
-
-    return [Problem(str(where(marks, key)), dotted(key), what) for key, what in refusals(experiment)]
 
 
 def _merge_files(
@@ -109,7 +103,7 @@ def _merge_files(
             notices += translated.notices
             group = iter([translated.source])
         for source in group:
-            lay(tree, marks, source)
+            merge(tree, marks, source)
             latest_prompt(tree, source.tree.get("sampling"))
     return tree, marks, notices, ours
 

@@ -58,12 +58,14 @@ def start() -> tuple[dict[str, Any], Marks]:
     return defaults(Experiment), {(): DEFAULT}
 
 
-def lay(tree: dict[str, Any], marks: Marks, source: Source) -> None:
+def merge(tree: dict[str, Any], marks: Marks, source: Source) -> None:
     """Lay ``source`` over ``tree`` in place, and the places of its keys over ``marks``."""
-    _lay_mapping(tree, source.tree, (), marks, source.marks)
+    _merge_mapping(tree, source.tree, (), marks, source.marks)
 
 
-def _lay_mapping(tree: dict[str, Any], new: Mapping[str, Any], key: Key, marks: Marks, theirs: Marks) -> None:
+def _merge_mapping(
+    tree: dict[str, Any], new: Mapping[str, Any], key: Key, marks: Marks, theirs: Marks
+) -> None:
     for name, value in new.items():
         at = (*key, name)
         old = tree.get(name)
@@ -71,7 +73,7 @@ def _lay_mapping(tree: dict[str, Any], new: Mapping[str, Any], key: Key, marks: 
             old = tree[name] = defaults(cls)
         if isinstance(old, dict) and isinstance(value, dict) and not _other_target(old, value):
             marks[at] = theirs.get(at, marks.get(at, DEFAULT))
-            _lay_mapping(old, value, at, marks, theirs)
+            _merge_mapping(old, value, at, marks, theirs)
             continue
         tree[name] = copy.deepcopy(value)
         for known in [k for k in marks if k[: len(at)] == at]:
@@ -115,10 +117,10 @@ def override(given: Override, tree: dict[str, Any], marks: Marks, files: str) ->
     if isinstance(parent, list):
         index = int(key[-1])
         slot = {key[-1]: parent[index]}
-        _lay_mapping(slot, {key[-1]: value}, key[:-1], marks, theirs)
+        _merge_mapping(slot, {key[-1]: value}, key[:-1], marks, theirs)
         parent[index] = slot[key[-1]]
     else:
-        _lay_mapping(parent, {key[-1]: value}, key[:-1], marks, theirs)
+        _merge_mapping(parent, {key[-1]: value}, key[:-1], marks, theirs)
 
 
 def read_override(given: Override) -> tuple[Key, Any, Where]:

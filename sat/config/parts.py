@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from sat.parallel.mesh import Mesh
 
 
-class AbsentPartError(RuntimeError):
+class MissingPartError(RuntimeError):
     """Something needs a part of the engine that was left out."""
 
 
 def _absent(what: str) -> NoReturn:
-    raise AbsentPartError(
+    raise MissingPartError(
         f"the {what} was not loaded, because a cache (data.cache) stands for it: "
         "set data.cache to null, or build the engine with every part"
     )
 
 
-class AbsentAutoencoder(AutoencoderKL):
+class MissingAutoencoder(AutoencoderKL):
     """The sizes of an autoencoder that is not there."""
 
     def __init__(self, like: AutoencoderKL) -> None:
@@ -54,7 +54,7 @@ class AbsentAutoencoder(AutoencoderKL):
         _absent("first stage")
 
 
-class Absent(nn.Module):
+class MissingPart(nn.Module):
     """Any other module that is not there."""
 
     def __init__(self, what: str) -> None:
@@ -77,7 +77,7 @@ _VOCABULARY = "spiece.model"
 
 
 @dataclass(frozen=True)
-class Fill:
+class PartBuilder:
     """Makes the parts of an engine with their weights."""
 
     weights: CheckpointConfig

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sat.config.interpolate import escape, interpolate
 from sat.config.load import dump, load
-from sat.config.merge import lay, start
+from sat.config.merge import merge, start
 from sat.config.yaml_source import Marks, Source, parse, write
 from tests.configs import DEBUG
 
@@ -83,5 +83,5 @@ def test_files_about_different_keys_may_come_in_any_order(steps: int, seed: int,
     files = [{"sampling": {"steps": steps}}, {"sampling": {"seed": seed}}]
     tree, marks = start()
     for file in reversed(files) if swap else files:
-        lay(tree, marks, Source(file, {}))
+        merge(tree, marks, Source(file, {}))
     assert (tree["sampling"]["steps"], tree["sampling"]["seed"]) == (steps, seed)

@@ -19,7 +19,7 @@ import PIL.Image
 
 from sat.cli import prepare
 from sat.cli.train import main
-from sat.config.parts import Fill
+from sat.config.parts import PartBuilder
 from tests.configs import DEBUG
 
 CONFIG = """\
@@ -85,14 +85,14 @@ def everything(folder: Path, spiece: Path) -> None:
     cache = f"data.cache={folder}/cache"
     ends: dict[str, dict[str, object]] = {}
     loaded: list[str] = []
-    fill = Fill.part
+    fill = PartBuilder.part
 
-    def watched(self: Fill, component: object, part: str) -> object:
+    def watched(self: PartBuilder, component: object, part: str) -> object:
         if part not in self.without:
             loaded.append(part)
         return fill(self, component, part)  # type: ignore[arg-type]
 
-    Fill.part = watched  # type: ignore[assignment,method-assign]
+    PartBuilder.part = watched  # type: ignore[assignment,method-assign]
 
     def run(name: str, command: Callable[[list[str]], int], *arguments: str) -> None:
         loaded.clear()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from sat.config.check import BAD, Checker, fit, show
+from sat.config.check import INVALID, Checker, fit, show
 from sat.config.schema import DataConfig, ParallelConfig, SourceConfig, TrainConfig
 from sat.config.targets import TargetError, allowed, check_import, produces, resolve, signature
 from sat.diffusion.guidance import ClassifierFree, Guider
@@ -193,7 +193,7 @@ TRAIN = {"objective": {"target": "sat.train.objectives.first_stage.FirstStageObj
 )
 def test_rules_of_training(values, key):
     checker = Checker({})
-    assert checker.section(TrainConfig, {**TRAIN, **values}, ("train",)) is BAD
+    assert checker.section(TrainConfig, {**TRAIN, **values}, ("train",)) is INVALID
     assert f"train.{key}" in [p.key for p in checker.problems]
 
 
@@ -208,8 +208,8 @@ def test_rules_of_training(values, key):
 def test_rules_of_data(values):
     checker = Checker({})
     good = {"sources": [{"path": "."}], "height": 8, "width": 8}
-    assert checker.section(DataConfig, good, ()) is not BAD
-    assert checker.section(DataConfig, {**good, **values}, ()) is BAD
+    assert checker.section(DataConfig, good, ()) is not INVALID
+    assert checker.section(DataConfig, {**good, **values}, ()) is INVALID
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_rules_of_data(values):
 def test_rules_of_buckets(values, words):
     checker = Checker({})
     data = {"sources": [{"path": "."}], "buckets": {"area": [64, 256], "step": 8}}
-    assert checker.section(DataConfig, data, ("data",)) is not BAD
+    assert checker.section(DataConfig, data, ("data",)) is not INVALID
     data["buckets"] |= values
-    assert checker.section(DataConfig, data, ("data",)) is BAD
+    assert checker.section(DataConfig, data, ("data",)) is INVALID
     assert words in "\n".join(str(problem) for problem in checker.problems)
 
 
@@ -249,17 +249,17 @@ def test_a_section_made_in_python_keeps_its_rules():
     ("wanted", "value", "made"),
     [
         (float, 3, 3.0),
-        (float, True, BAD),
-        (float, "3", BAD),
-        (int, True, BAD),
-        (int, 3.0, BAD),
+        (float, True, INVALID),
+        (float, "3", INVALID),
+        (int, True, INVALID),
+        (int, 3.0, INVALID),
         (int, 2**70, 2**70),
-        (bool, 1, BAD),
-        (str, 1, BAD),
+        (bool, 1, INVALID),
+        (str, 1, INVALID),
         (tuple[int, int], [1, 2], (1, 2)),
-        (tuple[int, int], [1], BAD),
+        (tuple[int, int], [1], INVALID),
         (list[str], ["a"], ["a"]),
-        (list[str], "ab", BAD),
+        (list[str], "ab", INVALID),
         (int | None, None, None),
         (Path | None, "a/b", Path("a/b")),
         (float, float("inf"), float("inf")),
@@ -267,7 +267,7 @@ def test_a_section_made_in_python_keeps_its_rules():
 )
 def test_plain_values_are_taken_strictly(wanted, value, made):
     got = fit(wanted, value)
-    assert got is BAD if made is BAD else (got == made and type(got) is type(made))
+    assert got is INVALID if made is INVALID else (got == made and type(got) is type(made))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_parameters_are_checked_against_the_signature(params, problem):
     checker.allow(["tests.configs"])
     made = checker.component({"target": "tests.configs.Wide", "params": params}, ("c",), Brush)
     told = [str(p) for p in checker.problems]
-    assert (made is BAD) == (problem is not None), told
+    assert (made is INVALID) == (problem is not None), told
     assert (not told) if problem is None else (len(told) == 1 and problem in told[0]), told
 
 
@@ -316,7 +316,7 @@ def test_a_target_outside_needs_its_module_among_the_imports():
 def test_a_module_that_is_not_installed_is_told_once():
     checker = Checker({})
     checker.allow(["no_such_module.optim"])
-    assert checker.component({"target": "no_such_module.optim.Adam8bit"}, ("c",), Brush) is BAD
+    assert checker.component({"target": "no_such_module.optim.Adam8bit"}, ("c",), Brush) is INVALID
     assert ["cannot import" in str(problem) for problem in checker.problems] == [True]
 
 

@@ -10,7 +10,7 @@ from sat.checkpoint.format import PARTS
 from sat.checkpoint.save import save_native
 from sat.config.build import build_engine
 from sat.config.load import load
-from sat.config.parts import AbsentPartError
+from sat.config.parts import MissingPartError
 from sat.data.batch import Batch
 from sat.diffusion.process import Process
 from sat.mixins.relay import RelayNoise
@@ -68,10 +68,10 @@ def test_parts_left_out_have_no_weights_and_say_so_when_called(experiment):
         lambda: lean.decode(torch.zeros(1, 4, 6, 8)),
         lambda: lean.conditioner.encode(["x"]),
     ):
-        with pytest.raises(AbsentPartError, match=r"was not loaded, because a cache \(data\.cache\)"):
+        with pytest.raises(MissingPartError, match=r"was not loaded, because a cache \(data\.cache\)"):
             call()
     shell = engine(experiment, *PARTS)
-    with pytest.raises(AbsentPartError, match="the network was not loaded"):
+    with pytest.raises(MissingPartError, match="the network was not loaded"):
         shell.network.prepare(None, (6, 8))
     assert not list(shell.parameters())
 
