@@ -35,8 +35,8 @@ from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Pipeline  # noqa: E402
 from sat.apps.evaluate.detail import detail_distance, fine_energy, real_pictures  # noqa: E402
 from sat.apps.evaluate.retrieval import score  # noqa: E402
+from sat.diffusion.process import ProcessInput  # noqa: E402
 from sat.first_stage.model import AutoencoderKL  # noqa: E402
-from sat.mixins.relay import shrunk  # noqa: E402
 from sat.models.vision.classifier import Classifier  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 from sat.train.objectives.first_stage import peak_signal_to_noise  # noqa: E402
@@ -250,7 +250,7 @@ def _pairs(table: Path, every: int) -> list[tuple[str, Image.Image]]:
 @torch.inference_mode()
 def _as_drawn(first_stage: AutoencoderKL, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """``pictures`` at half the size, through the autoencoder."""
-    small = shrunk(torch.stack([from_pil(picture) for picture in pictures]), 2)
+    small = ProcessInput("low_res", 2).shrink(torch.stack([from_pil(picture) for picture in pictures]))
     seen = first_stage.decode(first_stage.encode(small).mode()).clamp(-1, 1)
     return [to_pil((picture + 1) / 2) for picture in seen]
 

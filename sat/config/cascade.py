@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sat.config.check import INVALID, Checker
 from sat.config.load import Loaded, load_full, read_base
@@ -24,6 +24,9 @@ from sat.config.schema import Broken, Experiment, Section
 from sat.config.targets import hint
 from sat.config.yaml_source import ConfigError, Problem, Source
 from sat.config.yaml_source import write as write_yaml
+
+if TYPE_CHECKING:
+    from sat.diffusion.process import Process, ProcessInput
 
 FIRST_ONLY = (
     "sampling.height",
@@ -130,13 +133,12 @@ def dump_cascade(stages: Mapping[str, Path], keep: bool) -> str:
     return write_yaml({"cascade": {"keep": keep, "stages": listed}})
 
 
-def relay_factor(experiment: Experiment) -> int | None:
-    """How much the experiment's relay enlarges; None for a model that draws from noise alone."""
+def process_input(experiment: Experiment) -> ProcessInput | None:
+    """The picture that the experiment's process needs; None for a model that draws from noise alone."""
     from sat.config.component import build
-    from sat.mixins.relay import relay_of
 
-    relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))
-    return None if relay is None else relay.factor
+    process: Process = build(experiment.diffusion.process, imports=experiment.imports)
+    return process.input
 
 
 def _enlarging(files: list[str | Path], settings: list[Override], before: Stage | None) -> Loaded:
@@ -144,8 +146,8 @@ def _enlarging(files: list[str | Path], settings: list[Override], before: Stage 
     loaded = load_full(files, settings)
     if before is None:
         return loaded
-    factor = relay_factor(loaded.experiment)
-    if factor is None:
+    wanted = process_input(loaded.experiment)
+    if wanted is None:
         raise ConfigError(
             [
                 Problem(
@@ -156,7 +158,7 @@ def _enlarging(files: list[str | Path], settings: list[Override], before: Stage 
             ]
         )
     was = before.experiment.sampling
-    height, width = factor * was.height, factor * was.width
+    height, width = wanted.factor * was.height, wanted.factor * was.width
     sampling = loaded.experiment.sampling
     if (sampling.height, sampling.width) != (height, width):
         loaded = load_full(files, [*settings, ("sampling.height", height), ("sampling.width", width)])

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.diffusion.schedule import Level, Schedule
-from sat.mixin import Mixin, Resolved, resolve
+from sat.mixin import HookConflictError, Mixin, Resolved, resolve
+
+
+@dataclass(frozen=True)
+class ProcessInput:
+    """The picture that a process needs beside noise; a mixin asks for it by an attribute ``input``.
+
+    ``kind``: the field of :class:`ProcessContext` that holds its latent.
+    ``factor``: the drawn picture is this many times larger, each way, than the given one.
+    ``required``: sampling without it is an error.
+    """
+
+    kind: Literal["low_res"]
+    factor: int = 1
+    required: bool = True
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of the given picture, from those of the drawn one."""
+        return height // self.factor, width // self.factor
+
+    def enlarge(self, image: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 3, factor h, factor w), bilinear. Source: official ``sample_unet.py:188``."""
+        return F.interpolate(image, scale_factor=float(self.factor), mode="bilinear", align_corners=False)
+
+    def shrink(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bilinear: the given picture, for training."""
+        return F.interpolate(image, scale_factor=1 / self.factor, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -68,7 +95,10 @@ class ProcessHooks:
 
 
 class Process(nn.Module):
-    """Plain diffusion: the mean is alpha x0, for variance-preserving and exploding schedules alike."""
+    """Plain diffusion: the mean is alpha x0, for variance-preserving and exploding schedules alike.
+
+    ``input`` is the picture that a mixin asks for; None draws from noise alone.
+    """
 
     def __init__(self, mixins: Mapping[str, Mixin] | None = None) -> None:
         super().__init__()
@@ -84,6 +114,11 @@ class Process(nn.Module):
             ),
             mixins or {},
         )
+        asked = {name: getattr(mixin, "input", None) for name, mixin in (mixins or {}).items()}
+        inputs = {name: given for name, given in asked.items() if isinstance(given, ProcessInput)}
+        if len(set(inputs.values())) > 1:
+            raise HookConflictError(f"mixins {list(inputs)} need different input pictures: keep one of them")
+        self.input: ProcessInput | None = next(iter(inputs.values()), None)
 
     @property
     def hooks(self) -> ProcessHooks:

@@ -22,7 +22,6 @@ from sat.config.schema import Experiment, MemoryConfig, QuantizeConfig
 from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger
-from sat.mixins.relay import relay_of
 from sat.offload.block_swap import parts, resident_bytes, swap_groups, tensors
 from sat.parallel.mesh import Axis
 from sat.parallel.tensor import apply_sharding
@@ -276,7 +275,7 @@ def _denoise(experiment: Experiment, engine: DiffusionEngine) -> None:
     """What is prepared for the pictures that are drawn together, and their first step."""
     sampling, conditioner = experiment.sampling, engine.conditioner
     shape = engine.latent_shape(sampling.height, sampling.width)
-    if relay_of(engine.process) is not None:  # the enlarged picture's latent, with the network there already
+    if engine.process.input is not None:  # the enlarged picture's latent, with the network there already
         large = torch.zeros(
             sampling.at_once, engine.first_stage.image_channels, sampling.height, sampling.width
         )

@@ -7,10 +7,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sat.diffusion.process import At, LevelAtSigma, Levels, Mean, ProcessContext, ProcessHooks, Span
+from sat.diffusion.process import (
+    At,
+    LevelAtSigma,
+    Levels,
+    Mean,
+    ProcessContext,
+    ProcessHooks,
+    ProcessInput,
+    Span,
+)
 from sat.diffusion.schedule import Level, Schedule
 from sat.mixin import Mixin, replaces, wraps
 
@@ -38,7 +46,8 @@ class RelayNoise(Mixin):
             raise ValueError(f"relay: partial is {partial:g} timesteps, expected more than 0")
         if factor < 2:
             raise ValueError(f"relay: factor is {factor}, expected an enlargement of at least 2")
-        self.partial, self.blend, self.factor = partial, blend, factor
+        self.partial, self.blend = partial, blend
+        self.input = ProcessInput("low_res", factor)
 
     @wraps("mean")
     def mean(self, inner: Mean, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
@@ -104,21 +113,6 @@ class RelayNoise(Mixin):
         if self.blend == "linear":
             return share
         return noise if self.blend == "sigma" else float(_fade(share))
-
-
-def enlarged(image: Tensor, factor: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, factor H, factor W), bilinear. Source: official ``sample_unet.py:188``."""
-    return F.interpolate(image, scale_factor=float(factor), mode="bilinear", align_corners=False)
-
-
-def shrunk(image: Tensor, factor: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bilinear."""
-    return F.interpolate(image, scale_factor=1 / factor, mode="bilinear", align_corners=False)
-
-
-def relay_of(process: Any) -> RelayNoise | None:
-    """The relay mixin of a process, or None for plain diffusion."""
-    return next((m for m in process.mixins.values() if isinstance(m, RelayNoise)), None)
 
 
 def steps_of_whole(steps: int, partial: float, total: int) -> int:

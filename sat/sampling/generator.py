@@ -18,7 +18,6 @@ from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import Sampler, StepCallback
 from sat.diffusion.step_cache import Count, StepCache
 from sat.engine import DiffusionEngine, NonFiniteError
-from sat.mixins.relay import RelayNoise, enlarged, relay_of
 from sat.offload.block_swap import OffloadSchedule
 from sat.parallel.collectives import by_first, taking_turns
 from sat.parallel.mesh import ALONE, Axis
@@ -148,11 +147,6 @@ class Generator:
             return cond, cond.null()
         return cond, whole(encoded.negative, encoded.negative_mask)
 
-    @property
-    def relay(self) -> RelayNoise | None:
-        """The relay of the engine's process, or None for a model that draws from noise alone."""
-        return relay_of(self.engine.process)
-
     def latents(
         self,
         encoded: EncodedPrompt,
@@ -197,22 +191,22 @@ class Generator:
 
     def _low(self, images: Tensor | None, rng: ImageRng, params: SamplingParams) -> Tensor | None:
         """The latent (B, C, h, w) of the enlarged low-resolution images; None for plain diffusion."""
-        relay = self.relay
-        if relay is None or images is None:
-            if relay is not None or images is not None:
+        wanted = self.engine.process.input
+        if wanted is None or images is None:
+            if images is not None or (wanted is not None and wanted.required):
                 raise ValueError(
                     "relay starts from low-resolution images, and only relay does: "
                     + ("none are given" if images is None else "this model has no relay")
                 )
             return None
-        expected = (params.height // relay.factor, params.width // relay.factor)
+        expected = wanted.size(params.height, params.width)
         if tuple(images.shape[2:]) != expected:
             raise ValueError(
                 f"low-resolution images are {images.shape[2]} x {images.shape[3]} pixels, expected "
                 f"{expected[0]} x {expected[1]} for {params.height} x {params.width} (height x width)"
             )
         self.offload.enter("first_stage")
-        large = enlarged(images.to(self.device), relay.factor)
+        large = wanted.enlarge(images.to(self.device))
         return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile, work=self._work)
 
     def images(self, latents: Tensor) -> list[Image.Image]:

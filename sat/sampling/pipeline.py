@@ -19,10 +19,10 @@ from sat.config.load import load
 from sat.config.schema import Experiment, Precision, SamplingConfig
 from sat.config.yaml_source import ConfigError, Problem
 from sat.diffusion.guidance import Guider
+from sat.diffusion.process import ProcessInput
 from sat.diffusion.samplers import StepCallback
 from sat.estimate.budget import apply_budget
 from sat.kernels.apply import Speed, quicken
-from sat.mixins.relay import RelayNoise
 from sat.offload.block_swap import offload_schedule, offloaded_parts
 from sat.parallel.cfg_parallel import CfgParallel
 from sat.parallel.launch import pick_device
@@ -304,9 +304,9 @@ def open_generator(
     return generator, guider
 
 
-def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFolder | None:
-    """The pictures that ``relay`` enlarges; None without one. An error where only one of the two is there."""
-    if relay is None:
+def input_folder(sampling: SamplingConfig, wanted: ProcessInput | None) -> InputFolder | None:
+    """The pictures that a process wants; None without one. An error where only one of the two is there."""
+    if wanted is None:
         if sampling.input_dir is not None:
             what = (
                 f"is {sampling.input_dir}, but this model draws from noise alone: "
@@ -315,12 +315,14 @@ def input_folder(sampling: SamplingConfig, relay: RelayNoise | None) -> InputFol
             raise ConfigError([Problem("", "sampling.input_dir", what)])
         return None
     if sampling.input_dir is None:
+        if not wanted.required:
+            return None
         what = (
             "this model enlarges pictures: name the output folder of a base model's run here, or draw both "
             "with a cascade (configs/cascade.yaml)"
         )
         raise ConfigError([Problem("", "sampling.input_dir", what)])
-    height, width = sampling.height // relay.factor, sampling.width // relay.factor
+    height, width = wanted.size(sampling.height, sampling.width)
     return InputFolder(sampling.input_dir, height, width, sampling.batch_size)
 
 

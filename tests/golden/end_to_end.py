@@ -14,7 +14,6 @@ from sat.conditioning.condition import Condition, Sizes
 from sat.config.build import build_guider, build_sampler
 from sat.diffusion.schedule import ZeroSNR
 from sat.engine import DiffusionEngine
-from sat.mixins.relay import enlarged, relay_of
 from sat.util.images import to_uint8
 from tests.golden.build import engine
 from tests.golden.file import Golden, GoldenError
@@ -50,7 +49,7 @@ def check(golden: Golden, report: Report) -> None:
     listener = Listener(whole.network)
     cond = _condition(golden, whole)
     uncond = cond.null()
-    low = low_image(golden, whole) if relay_of(whole.process) else None
+    low = low_image(golden, whole) if whole.process.input else None
     latent = whole.sample(
         cond,
         uncond,
@@ -102,9 +101,9 @@ def low_image(golden: Golden, whole: DiffusionEngine) -> Low:
     It is the file's three-channel input: at half the size, or at the result's size if only that is there.
     """
     height, width = _size(golden, whole)
-    relay = relay_of(whole.process)
-    assert relay is not None, "only asked for with relay"
-    small = (height // relay.factor, width // relay.factor)
+    wanted = whole.process.input
+    assert wanted is not None, "only asked for with relay"
+    small = wanted.size(height, width)
     sizes = {
         name: tuple(golden[name].shape[2:])
         for name in golden.names("in.")
@@ -125,7 +124,7 @@ def low_image(golden: Golden, whole: DiffusionEngine) -> Low:
         )
     image = signed(golden[(halves or wholes)[0]])
     if halves:
-        image = enlarged(image, relay.factor)
+        image = wanted.enlarge(image)
     posterior = whole.first_stage.encode(image)
     sample = posterior.sample(golden[noises[0]])
     return Low(image, posterior.mode(), sample, sample * whole.first_stage.scale_factor)

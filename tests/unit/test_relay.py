@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sat.diffusion.loss import DenoisingLoss
 from sat.diffusion.prediction import X0, Denoiser, Eps, Prediction, V
-from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.process import Process, ProcessContext, ProcessHooks, ProcessInput
 from sat.diffusion.samplers import DDIM, Trajectory
 from sat.diffusion.schedule import CLEAN, Discrete, Level, Schedule, ZeroSNR
-from sat.mixins.relay import RelayNoise, enlarged, relay_of, shrunk, steps_of_whole
+from sat.mixin import HookConflictError, Mixin
+from sat.mixins.relay import RelayNoise, steps_of_whole
 from tests.tolerances import EXACT, F32, F64
 
 SHAPE = (2, 3, 4, 5)
@@ -253,14 +254,29 @@ def test_relay_over_all_timesteps_of_a_zero_snr_schedule_is_finite_or_refused(bl
     assert (out - CLEAR).abs().max() < F64
 
 
-def test_the_mixin_is_found_in_its_process() -> None:
+def test_the_process_says_which_picture_it_needs_and_who_owns_its_hooks() -> None:
     process = relay()
-    assert relay_of(process) is process.mixins["relay"]
-    assert relay_of(Process()) is None
+    assert process.input == ProcessInput("low_res", factor=2, required=True)
+    assert Process().input is None
     assert "mean            relay -> default" in str(process.resolved)
+
+
+def test_two_mixins_that_need_different_pictures_are_refused() -> None:
+    class Other(Mixin):
+        host = ProcessHooks
+
+        def __init__(self, factor: int) -> None:
+            super().__init__()
+            self.input = ProcessInput("low_res", factor)
+
+    assert Process({"relay": RelayNoise(), "same": Other(2)}).input == ProcessInput("low_res", 2)
+    with pytest.raises(HookConflictError, match=r"\['relay', 'other'\] need different input pictures"):
+        Process({"relay": RelayNoise(), "other": Other(4)})
 
 
 def test_a_flat_image_survives_shrinking_and_enlarging() -> None:
     image = torch.rand(2, 3, 1, 1).expand(2, 3, 8, 12)
-    assert shrunk(image, 2).shape == (2, 3, 4, 6) and enlarged(image, 2).shape == (2, 3, 16, 24)
-    assert (enlarged(shrunk(image, 2), 2) - image).abs().max() < F32
+    given = ProcessInput("low_res", 2)
+    assert given.size(8, 12) == (4, 6)
+    assert given.shrink(image).shape == (2, 3, 4, 6) and given.enlarge(image).shape == (2, 3, 16, 24)
+    assert (given.enlarge(given.shrink(image)) - image).abs().max() < F32

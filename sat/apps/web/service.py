@@ -18,7 +18,7 @@ from sat.adapters.merge import Loading, adapter_name, load_adapters
 from sat.apps.web.job_queue import Job
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
 from sat.config.build import adaptable, build_guider
-from sat.config.cascade import Cascade, relay_factor
+from sat.config.cascade import Cascade, process_input
 from sat.config.record import adapter_digest, label, model_name, weight_digests
 from sat.config.schema import Component, Experiment, LoadConfig
 from sat.config.schema.sampling import SizeError, SizeRule
@@ -137,7 +137,8 @@ class GenerationService:
         self.limits = limits or Limits()
         self.pictures = Pictures(root)
         self.stages = [keep_text_encoder(stage.experiment) for stage in cascade.stages]
-        self.factors = [relay_factor(stage) or 1 for stage in self.stages]
+        inputs = [process_input(stage) for stage in self.stages]
+        self.factors = [1 if wanted is None else wanted.factor for wanted in inputs]
         if self.factors[0] != 1:
             raise RequestError(
                 "this model only enlarges pictures: name a cascade that begins with a base model"

@@ -224,7 +224,7 @@ def _open(place: Place, ranks: _Ranks, prompts: int) -> _Session:
         log.info("loaded in %.1f s on %s (%s); %s", seconds, runtime.device, mesh, generator.speed)
     run = Run(
         generator, params, noise, folder, sampling.negative_prompt, runtime.rank, ranks.heartbeat.beat,
-        input_folder(sampling, generator.relay),
+        input_folder(sampling, generator.engine.process.input),
     )  # fmt: skip
     return _Session(run, folder, runtime, experiment.output.resume, place.records)
 

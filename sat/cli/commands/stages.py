@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sat.config.cascade import Cascade, dump_cascade
-from sat.config.component import build
+from sat.config.cascade import Cascade, dump_cascade, process_input
 from sat.config.schema import Experiment
-from sat.mixins.relay import relay_of
 from sat.parallel.launch import Runtime
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import STAGES, folder_name
@@ -67,6 +65,5 @@ def finish(cascade: Cascade, places: Sequence[Place], mine: Sequence[Prompt], ru
 
 
 def inputs_of(experiment: Experiment) -> InputFolder | None:
-    """The pictures that the experiment's relay enlarges; None for a model that draws from noise alone."""
-    relay = relay_of(build(experiment.diffusion.process, imports=experiment.imports))
-    return input_folder(experiment.sampling, relay)
+    """The pictures that the experiment's process needs; None for a model that draws from noise alone."""
+    return input_folder(experiment.sampling, process_input(experiment))

@@ -380,7 +380,7 @@ def _pictures(
     pictures = Pictures(
         experiment, engine, runtime, mesh, learns="text" in objective.parts(), known=known
     )  # fmt: skip
-    inputs = input_folder(experiment.sampling, pictures.generator.relay)
+    inputs = input_folder(experiment.sampling, pictures.generator.engine.process.input)
     if inputs is not None:
         pictures.enlarge(inputs)
     return pictures

@@ -13,7 +13,6 @@ from sat.conditioning.condition import Condition, Sizes
 from sat.data.batch import Batch
 from sat.engine import DiffusionEngine
 from sat.first_stage.model import Posterior
-from sat.mixins.relay import enlarged, relay_of, shrunk
 from sat.train.objectives.base import Degradation, Objective
 
 
@@ -128,19 +127,19 @@ class DiffusionObjective(Objective):
     @classmethod
     def degradation(cls, params: Mapping[str, Any], engine: DiffusionEngine) -> Degradation | None:
         """As ``degrade``; ``params`` may have ``low_from``."""
-        relay = relay_of(engine.process)
-        if relay is None:
+        wanted = engine.process.input
+        if wanted is None:
             return None
         by_first_stage = params.get("low_from") == "first_stage"
 
         def degraded(images: Tensor) -> Tensor:
-            small = shrunk(images, relay.factor)
+            small = wanted.shrink(images)
             if by_first_stage:
                 first_stage = engine.first_stage
                 small = first_stage.decode(first_stage.encode(small).mode()).to(small.dtype).clamp(-1, 1)
-            return enlarged(small, relay.factor)
+            return wanted.enlarge(small)
 
-        return Degradation(f"relay {relay.factor} {'first_stage' if by_first_stage else 'image'}", degraded)
+        return Degradation(f"relay {wanted.factor} {'first_stage' if by_first_stage else 'image'}", degraded)
 
     def condition(self, batch: Batch, device: torch.device) -> Condition:
         """Text and sizes of the batch; gradients reach the text encoder only if it learns."""
