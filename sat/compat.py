@@ -167,6 +167,9 @@ NAMES: dict[str, str] = {
     "sat.train.fit.fit": "sat.train.search.find_settings",
     "sat.train.plan.Plan": "sat.train.estimate.Estimate",
     "sat.train.plan.Planner": "sat.train.estimate.Estimator",
+    "sat.models.t5.T5Tokenizer": "sat.tokenizers.T5Tokenizer",
+    "sat.models.t5.Tokens": "sat.conditioning.conditioner.Tokens",
+    "sat.models.t5.tokenizer.Tokens": "sat.conditioning.conditioner.Tokens",
 }
 """Old ``module.name`` -> ``module.name`` now, for names that changed themselves (not only their module)."""
 

@@ -1,4 +1,4 @@
-"""T5 tokenisation on sentencepiece alone; ids equal those of ``transformers``' T5 tokenizer."""
+"""T5 tokenisation by the sentencepiece library."""
 
 from __future__ import annotations
 
@@ -8,27 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from sat.models.t5.normalizer import Normalizer
-from sat.models.t5.sentencepiece_model import read_model
+from sat.conditioning.conditioner import Tokens
 
 PAD, EOS, UNKNOWN = 0, 1, 2
-_SPECIAL = {"<pad>": PAD, "</s>": EOS, "<unk>": UNKNOWN}
-_SPACE = "\u2581"  # how sentencepiece writes a space
-_WORD = re.compile(
-    r"[^\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"
-)  # Unicode White_Space
-_PART = re.compile(f"{_SPACE}[^{_SPACE}]*")
+_SPECIAL = ["<pad>", "</s>", "<unk>"]  # by id
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_CACHE_SIZE = 65_536
-
-
-class Tokens(NamedTuple):
-    """A batch of token ids."""
-
-    ids: Tensor  # (B, T) int64, padded with 0
-    mask: Tensor  # (B, T) bool, true = real token, the end of sequence included
 
 
 class Piece(NamedTuple):
@@ -40,14 +25,16 @@ class Piece(NamedTuple):
 
 
 class T5Tokenizer:
-    """Texts to token ids: pad 0, end of sequence 1 appended, unknown 2, ``<extra_id_0>`` the last id.
+    """Texts to token ids: pad 0, end of sequence 1 appended, unknown 2.
 
-    ``path`` is a sentencepiece unigram model (``spiece.model``) or the folder it lies in. ``max_length`` is
-    the number of tokens T of a batch, the end of sequence included. ``extra_ids`` sentinels ``<extra_id_k>``
-    follow the model's own ``trained`` pieces, in reverse order.
+    ``path`` is a sentencepiece model (``spiece.model``) or the folder it lies in. ``max_length`` is the
+    number of tokens T of a batch, the end of sequence included. ``trained`` is the number of pieces in the
+    model; ``vocab_size`` counts T5's sentinels too: ``<extra_id_k>`` has the id ``vocab_size - 1 - k``.
 
-    Special tokens written out in a text become their ids, whitespace of any kind and length separates words
-    and is otherwise lost: both as in ``transformers``.
+    The ids equal those of ``transformers``' T5 tokenizer except in four places, where these are
+    sentencepiece's own: special tokens typed into a text (``</s>``, ``<extra_id_0>``) are read as plain text;
+    piled-up combining marks and Korean letters typed one by one are normalised by the longest match, not
+    the shortest; U+0085 does not separate words. tests/parity/test_t5_tokenizer.py has an example of each.
     """
 
     def __init__(self, path: str | Path, max_length: int, extra_ids: int = 100) -> None:
@@ -58,37 +45,36 @@ class T5Tokenizer:
         file = Path(path)
         self.path = file / "spiece.model" if file.is_dir() else file
         self.max_length = max_length
-        model = read_model(self.path, (f"<extra_id_{k}>" for k in reversed(range(extra_ids))))
-        wrong = {text: i for text, i in _SPECIAL.items() if model.pieces[i : i + 1] != (text,)}
-        if wrong:
-            raise ValueError(
-                f"{self.path} is not a T5 vocabulary: "
-                f"ids 0, 1, 2 are {list(model.pieces[:3])}, not {list(_SPECIAL)}"
-            )
-        self.vocab_size = len(model.pieces)
-        self.trained = self.vocab_size - extra_ids
-        sentinels = {piece: self.trained + k for k, piece in enumerate(model.pieces[self.trained :])}
-        self._special = _SPECIAL | sentinels
-        self._special_pattern = re.compile("|".join(map(re.escape, self._special)))
-        self._normalize = Normalizer(model.charsmap)
-        self._segmenter = SentencePieceProcessor(model_proto=model.segmenter)
-        self._parts: dict[str, tuple[tuple[int, int], ...]] = {}
+        self._model = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(self.path.read_bytes())
+        except OSError as error:
+            raise FileNotFoundError(
+                f"cannot read the sentencepiece model {self.path}: {error.strerror or error}"
+            ) from error
+        except RuntimeError as error:
+            raise ValueError(f"{self.path} is not a usable sentencepiece model: {error}") from error
+        self.trained: int = self._model.vocab_size()
+        self.vocab_size = self.trained + extra_ids
+        first = self._model.id_to_piece(list(range(min(3, self.trained))))
+        if first != _SPECIAL:
+            raise ValueError(f"{self.path} is not a T5 vocabulary: ids 0, 1, 2 are {first}, not {_SPECIAL}")
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Ids (B, max_length) of ``texts``; longer ones lose their end, not the end mark."""
         if isinstance(texts, str):
             raise TypeError(f"expected a sequence of texts, got the text {texts[:40]!r}; wrap it in a list")
-        ids = torch.full((len(texts), self.max_length), PAD, dtype=torch.int64)
+        ids = torch.full((len(texts), self.max_length), PAD, dtype=torch.int64)  # (B, T)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, text in enumerate(texts):
-            tokens = [piece.id for piece in self.pieces(text)[: self.max_length - 1]]
-            ids[row, : len(tokens) + 1] = torch.tensor([*tokens, EOS])
-            mask[row, : len(tokens) + 1] = True
+            tokens = [*self.encode(text)[:-1][: self.max_length - 1], EOS]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = True
         return Tokens(ids, mask)
 
     def encode(self, text: str) -> list[int]:
         """All token ids of ``text``, end of sequence included, neither cut nor padded."""
-        return [*(piece.id for piece in self.pieces(text)), EOS]
+        return [*self._model.encode(_SURROGATE.sub("\ufffd", text), out_type=int), EOS]
 
     def truncation(self, text: str) -> str | None:
         """The end of ``text`` that does not fit into ``max_length`` tokens, None if all of it does."""
@@ -102,47 +88,17 @@ class T5Tokenizer:
         return sum(size for unknown, size in sizes if unknown) / total if total else 0.0
 
     def pieces(self, text: str) -> list[Piece]:
-        """The tokens of ``text`` with the places they came from, without the end of sequence."""
+        """The tokens of ``text`` with the places they came from, without the end of sequence.
+
+        The pieces put together are the normalised text, and sentencepiece tells the place in ``text`` of each
+        of its characters.
+        """
         clean = _SURROGATE.sub("\ufffd", text)
-        out: list[Piece] = []
-        at = 0
-        for special in self._special_pattern.finditer(clean):
-            self._plain(clean[at : special.start()], at, out)
-            out.append(Piece(self._special[special.group()], *special.span()))
-            at = special.end()
-        self._plain(clean[at:], at, out)
+        _, places = self._model.normalize(clean, with_offsets=True)
+        out, end = [], 0
+        for token, surface in zip(
+            self.encode(text)[:-1], self._model.encode(clean, out_type=str), strict=True
+        ):
+            start, end = end, end + len(surface)
+            out.append(Piece(token, places[start], places[end]))
         return out
-
-    def _plain(self, text: str, offset: int, out: list[Piece]) -> None:
-        """Append the pieces of ``text``, which holds no special token and starts at ``offset``."""
-        normal, starts, ends = self._normalize(text)
-        for word in _WORD.finditer(normal):
-            at = word.start()
-            marked = word.group()
-            added = 0 if marked.startswith(_SPACE) else 1  # characters of the word that are not in the text
-            for part in _PART.findall(_SPACE + marked if added else marked):
-                for token, length in self._segment(part):
-                    stop = at + length - added
-                    first, last = min(at, len(starts) - 1), max(stop - 1, at)
-                    out.append(
-                        Piece(
-                            token,
-                            offset + starts[first],
-                            offset + (ends[last] if stop > at else starts[first]),
-                        )
-                    )
-                    at, added = stop, 0
-
-    def _segment(self, part: str) -> tuple[tuple[int, int], ...]:
-        """(id, length in characters) of the most probable pieces of ``part``: a space mark and a word."""
-        known = self._parts.get(part)
-        if known is not None:
-            return known
-        tokens, surfaces = (
-            self._segmenter.encode(part, out_type=int),
-            self._segmenter.encode(part, out_type=str),
-        )
-        new = tuple(zip(tokens, map(len, surfaces), strict=True))
-        if len(self._parts) < _CACHE_SIZE:
-            self._parts[part] = new
-        return new

@@ -4,18 +4,60 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition, SizeConditioner, Sizes
-from sat.models.t5 import T5Encoder
-from sat.tokenizers import UNKNOWN, T5Tokenizer
 
 MOSTLY_UNKNOWN = 0.3
 """Share of a prompt's characters, spaces aside, from which on losing them is worth a warning."""
 _SHOWN = 40
+
+log = logging.getLogger(__name__)
+
+
+class Tokens(NamedTuple):
+    """A batch of token ids."""
+
+    ids: Tensor  # (B, T) int64, padded with 0
+    mask: Tensor  # (B, T) bool, true = real token, the end of sequence included
+
+
+class Tokenizer(Protocol):
+    """Texts to token ids; :class:`sat.tokenizers.T5Tokenizer` is one."""
+
+    max_length: int  # tokens T of a batch, the end of sequence included
+    trained: int  # ids below this one are those of real pieces
+    path: Any  # file of the vocabulary
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Ids (B, max_length) of ``texts``, cut and padded."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """All ids of ``text``, neither cut nor padded."""
+        ...
+
+    def truncation(self, text: str) -> str | None:
+        """The end of ``text`` that does not fit into ``max_length`` tokens, None if all of it does."""
+        ...
+
+    def unknown_share(self, text: str) -> float:
+        """Share of the characters of ``text`` that the vocabulary does not know; 0 to 1."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """A network (``nn.Module``) from token ids (B, T) to hidden states (B, T, dim)."""
+
+    dim: int  # C_text
+    vocab: int  # rows of the embedding table
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Hidden states (B, T, dim) of ``ids`` (B, T)."""
+        ...
 
 
 class Encoded(NamedTuple):
@@ -43,32 +85,23 @@ def distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:
     return list(places), index
 
 
-def notices(tokenizer: T5Tokenizer, caption: str) -> list[str]:
+def notices(tokenizer: Tokenizer, caption: str) -> list[str]:
     """One line for each way in which ``caption`` does not reach the encoder whole; [] if it does."""
+    shown = repr(caption if len(caption) <= _SHOWN else caption[: _SHOWN - 1] + "…")
     lines = []
     dropped = tokenizer.truncation(caption)
     if dropped is not None:
         lines.append(
-            f"prompt {_short(caption)} has {len(tokenizer.encode(caption))} tokens, more than the "
+            f"prompt {shown} has {len(tokenizer.encode(caption))} tokens, more than the "
             f"{tokenizer.max_length} of conditioning.max_length; these words were dropped: {dropped!r}"
         )
     unknown = tokenizer.unknown_share(caption)
     if unknown >= MOSTLY_UNKNOWN:
         lines.append(
-            f"the text encoder does not know {unknown:.0%} of the characters of prompt {_short(caption)} and "
+            f"the text encoder does not know {unknown:.0%} of the characters of prompt {shown} and "
             "will ignore them: translate the prompt into English or rewrite it"
         )
     return lines
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
-
-
-# -- from captions and sizes to what the network is conditioned on
-
-
-log = logging.getLogger(__name__)
 
 
 class Conditioner(nn.Module):
@@ -80,9 +113,10 @@ class Conditioner(nn.Module):
     """
 
     def __init__(
-        self, text: T5Encoder, size: SizeConditioner, tokenizer: T5Tokenizer | None, max_length: int
+        self, text: TextEncoder, size: SizeConditioner, tokenizer: Tokenizer | None, max_length: int
     ) -> None:
         super().__init__()
+        assert isinstance(text, nn.Module), "a text encoder is a network"
         if tokenizer is not None and tokenizer.max_length != max_length:
             raise ValueError(
                 f"the tokenizer cuts at {tokenizer.max_length} tokens, "
@@ -98,8 +132,7 @@ class Conditioner(nn.Module):
         self.size = size
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.follows = True  # the encoder moves to where it is asked for; else its weights come by themselves
-        self._rows = text.vocab
+        self.moves_encoder = True  # to the device that ``encode`` names; False: offloading moves its weights
 
     def encode(self, captions: Sequence[str], device: torch.device | None = None) -> Encoded:
         """Hidden states (B, T, C_text) of ``captions``, for sampling.
@@ -135,7 +168,7 @@ class Conditioner(nn.Module):
         return Condition(text, self.size(*sizes).to(text.device), mask)
 
     def unconditional(self, cond: Condition, negative: Sequence[str] | None = None) -> Condition:
-        """What guidance steers away from: ``cond`` with the text of B ``negative`` prompts.
+        """Condition that guidance steers away from: ``cond`` with the text of B ``negative`` prompts.
 
         An empty prompt is zeros, not the encoding of "", and does not run the encoder; None is empty for all.
         The size vector stays. Source: official ``force_uc_zero_embeddings``, ``sample_dit.py:149``.
@@ -163,14 +196,13 @@ class Conditioner(nn.Module):
         ids = self._tokenizer()(captions).ids
         here = next(self.text.parameters(), ids).device
         if device is not None and device != here:
-            if self.follows:
+            if self.moves_encoder:
                 self.text_encoder_to(device)
             here = device
-        ids = ids.masked_fill(ids >= self._rows, UNKNOWN)  # a small table may lack rows for the sentinels
         hidden: Tensor = self.text(ids.to(here))
         return hidden
 
-    def _tokenizer(self) -> T5Tokenizer:
+    def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError(
                 "captions need a tokenizer: name a sentencepiece model in conditioning.tokenizer"

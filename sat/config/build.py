@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from sat.diffusion.step_cache import StepCache
     from sat.engine import DiffusionEngine
     from sat.first_stage.model import AutoencoderKL
-    from sat.models.t5 import T5Encoder, T5Tokenizer
+    from sat.models.t5 import T5Encoder
     from sat.parallel.mesh import Mesh
+    from sat.tokenizers import T5Tokenizer
 
 
 def build_guider(experiment: Experiment) -> Guider:

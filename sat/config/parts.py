@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from sat.checkpoint.format import Part
     from sat.kernels.quantize import Quantizer
-    from sat.models.t5 import T5Tokenizer
     from sat.parallel.mesh import Mesh
+    from sat.tokenizers import T5Tokenizer
 
 
 class MissingPartError(RuntimeError):
@@ -215,7 +215,7 @@ def quantizers(config: QuantizeConfig) -> dict[str, Quantizer]:
 
 def find_tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5Tokenizer | None:
     """The tokenizer of the config, or the one beside the text encoder's weights; None without either."""
-    from sat.models.t5 import T5Tokenizer
+    from sat.tokenizers import T5Tokenizer
 
     found = find_vocabulary(config, weights)
     return None if found is None else T5Tokenizer(found, config.max_length)

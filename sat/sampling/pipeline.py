@@ -280,7 +280,7 @@ def open_generator(
     engine = build_engine(
         experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh, offloaded=waiting
     )
-    engine.conditioner.follows = "text" not in waiting
+    engine.conditioner.moves_encoder = "text" not in waiting
     wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
     message = quicken(engine, Speed(*wanted), device)
     generator = Generator(

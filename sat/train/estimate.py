@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.checkpoint.format import DTYPES, Part
+from sat.conditioning.conditioner import Tokens
 from sat.config.build import build_shapes
 from sat.config.component import build
 from sat.config.schema import DataConfig, Experiment, OffloadConfig, TrainConfig
@@ -32,7 +33,7 @@ from sat.parallel.mesh import Mesh, fake_group
 from sat.parallel.sequence import apply_sequence
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
-from sat.tokenizers import T5Tokenizer, Tokens
+from sat.tokenizers import T5Tokenizer
 from sat.train import optim
 from sat.train.caches import spare_parts
 from sat.train.data import bucket_rule

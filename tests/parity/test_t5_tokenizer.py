@@ -1,15 +1,46 @@
-"""Token ids against transformers' T5 tokenizer, which has one implementation under both of its names."""
+"""Token ids against transformers' T5 tokenizer, which has one implementation under both of its names.
+
+Ours are sentencepiece's own, as T5 was trained with; transformers runs a copy of its rules, and differs where
+``CAUSES`` says.
+"""
 
 from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import Path
 
 import pytest
 import transformers
 from transformers import T5TokenizerFast
 
-from sat.models.t5 import T5Tokenizer
+from sat.tokenizers import T5Tokenizer
 from tests.vocabulary import odd_strings, write_vocabulary
 
 LENGTH = 24
+TINY = Path("checkpoints/tiny/tokenizer")
+
+CAUSES = {
+    # transformers cuts special tokens out of a text and puts their ids there; to sentencepiece they are text.
+    "special token": re.compile("<(pad|/s|unk|extra_id_[0-9]+)>"),
+    # transformers splits at every Unicode white space; sentencepiece does not count this one.
+    "U+0085": re.compile("\x85"),
+    # transformers replaces a cluster by the shortest entry of the normalisation table that it begins with,
+    # and clusters of six bytes and more character by character; sentencepiece takes the longest entry.
+    "cluster": re.compile(
+        "["
+        + "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
+        + "\u0e33\u0eb3\uff9e\uff9f"  # vowels and marks that are letters to Unicode
+        + "\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]"  # letters of a Korean syllable
+        + "|\xa0[\u200c\u200d]"  # joiners, too, form clusters, of fewer than six bytes after this space alone
+    ),
+}
+
+
+def cause(text):
+    """The first cause for which the ids of ``text`` may differ, None where they must be equal."""
+    folded = unicodedata.normalize("NFKC", text)  # full-width brackets make special tokens, too
+    return next((name for name, rule in CAUSES.items() if rule.search(text) or rule.search(folded)), None)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +50,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strings():
-    return list(odd_strings(3000))
+    found = [text for text in odd_strings(8000) if cause(text) is None]
+    assert len(set(found)) > 2000
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +73,6 @@ def different(ours, peer, strings):
 
 
 def test_ids_equal_on_strings_of_every_kind(ours, peer, strings):
-    assert len(set(strings)) > 2500
     wrong = different(ours, peer, strings)
     assert not wrong, f"{len(wrong)} of {len(strings)}: {wrong[:5]}"
 
@@ -53,19 +85,41 @@ def test_padded_and_cut_batches_equal(ours, peer, strings):
 
 
 @pytest.mark.parametrize("first", [0x00, 0x300, 0x1E00, 0x2000, 0xFB00, 0xFF00])
-def test_every_character_of_a_block_normalises_alike_alone_and_with_marks(ours, peer, first):
+def test_every_character_of_a_block_normalises_alike_alone_and_with_one_mark(ours, peer, first):
     block = [chr(code) for code in range(first, first + 0x100)]
-    strings = [
-        text.format(c) for c in block for text in ("a{}b", "{}\u0301", "e\u0301{}", "{0}\u0302\u0301 {0}")
-    ]
-    wrong = different(ours, peer, strings)
+    strings = [text.format(c) for c in block for text in ("{}", "a{}b", "e\u0301 {}")]
+    wrong = different(ours, peer, [text for text in strings if "\x85" not in text])
     assert not wrong, f"{len(wrong)} of {len(strings)}: {wrong[:5]}"
 
 
-def test_sentinels_take_the_last_ids_in_reverse_order(ours, peer):
+def test_every_shipped_prompt_has_the_same_ids(pytestconfig):
+    root = pytestconfig.rootpath
+    files = sorted(root.glob("configs/*prompts.txt"))
+    prompts = [line for file in files for line in file.read_text().splitlines() if line.strip()]
+    assert len(prompts) > 250
+    assert not different(T5Tokenizer(root / TINY, 224), T5TokenizerFast.from_pretrained(root / TINY), prompts)
+
+
+@pytest.mark.parametrize(
+    ("text", "why", "read", "theirs"),
+    [
+        ("</s>", "special token", "▁< / s >", "</s>"),
+        ("a <extra_id_0> dog", "special token", "▁a ▁< e x tra _ i d _0 > ▁dog", "▁a <extra_id_0> ▁dog"),
+        ("a\x85b", "U+0085", "▁a <unk> b", "▁a ▁ b"),
+        ("e\u0302\u0301", "cluster", "▁\u1ebf", "▁ <unk>"),  # a Vietnamese letter with its marks apart
+        ("\u1100\u1161\u11a8", "cluster", "▁\uac01", "▁ <unk>"),  # a Korean syllable letter by letter
+    ],
+)
+def test_where_ids_differ_ours_are_those_of_the_text_as_written(ours, peer, text, why, read, theirs):
+    assert cause(text) == why
+    assert peer.convert_ids_to_tokens(ours.encode(text)[:-1]) == read.split()
+    assert peer.convert_ids_to_tokens(peer(text).input_ids[:-1]) == theirs.split()
+
+
+def test_sentinels_would_take_the_last_ids_in_reverse_order(ours, peer):
     assert ours.vocab_size == len(peer)
     for k in (0, 1, 10, 99):
-        assert ours.encode(f"<extra_id_{k}>") == [len(peer) - 1 - k, 1] == peer(f"<extra_id_{k}>").input_ids
+        assert peer(f"<extra_id_{k}>").input_ids == [ours.vocab_size - 1 - k, 1]
 
 
 def test_a_model_without_normalisation_gives_the_same_ids(tmp_path, strings):
@@ -84,5 +138,6 @@ def test_a_model_without_normalisation_gives_the_same_ids(tmp_path, strings):
         minloglevel=2,
     )
     peer, ours = T5TokenizerFast.from_pretrained(tmp_path), T5Tokenizer(tmp_path, LENGTH)
-    few = strings[:600]
+    few = [text for text in strings if not re.search(r"[^\S ]|▁", text)][:600]  # " " is its only white space
+    assert len(few) > 400
     assert [ours.encode(text) for text in few] == peer(few).input_ids

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sat.mixins.relative_bias import buckets_of
-from sat.models.t5 import T5Tokenizer
-from sat.models.t5.normalizer import clusters
+from sat.tokenizers import T5Tokenizer
 from tests.vocabulary import write_vocabulary
 
 TEXT = st.text(max_size=60) | st.text("a red apple,\n\t</s>é中😀", max_size=60)
@@ -58,13 +57,6 @@ def test_unknown_share_is_a_share(text):
     share = tokenizer().unknown_share(text)
     assert 0 <= share <= 1
     assert share == 0 or 2 in tokenizer().encode(text)
-
-
-@given(st.text())
-def test_clusters_part_a_text_without_gaps(text):
-    spans = list(clusters(text))
-    assert "".join(text[start:end] for start, end in spans) == text
-    assert all(end > start for start, end in spans)
 
 
 @given(st.sampled_from([4, 8, 12, 32]), st.integers(9, 300), st.integers(0, 2000))

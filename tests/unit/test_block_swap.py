@@ -157,7 +157,7 @@ def generator(
 ) -> tuple[Generator, SamplingParams]:
     experiment = debug(f"conditioning.tokenizer={tokenizer}", "checkpoint.random=0", *overrides)
     engine = build_engine(experiment, device="cpu", dtype=torch.float32)
-    engine.conditioner.follows = False
+    engine.conditioner.moves_encoder = False
     sampling, memory = experiment.sampling, experiment.memory
     made = Generator(
         engine, build_sampler(experiment), device=torch.device("cpu"), text_memory=memory.text_encoder

@@ -9,7 +9,8 @@ import torch
 
 from sat.conditioning.condition import Condition, SizeConditioner, Sizes
 from sat.conditioning.conditioner import Conditioner
-from sat.models.t5 import T5Encoder, T5Tokenizer
+from sat.models.t5 import T5Encoder
+from sat.tokenizers import T5Tokenizer
 from tests.small import fill
 from tests.tolerances import F32
 from tests.vocabulary import write_vocabulary
@@ -136,17 +137,17 @@ def test_a_prompt_the_encoder_cannot_read_is_warned_about(conditioner, caplog, p
     assert "translate the prompt into English or rewrite it" in line
 
 
-@pytest.mark.parametrize("prompt", ["a red apple 😀", "", "a café under the Straße", "a red apple <pad>"])
+@pytest.mark.parametrize("prompt", ["a red apple 😀", "", "a café under the Straße", "a red <pad>"])
 def test_a_prompt_that_is_mostly_known_is_not(conditioner, caplog, prompt):
     conditioner.encode([prompt])
     assert not warnings(caplog)
 
 
-def test_a_sentinel_without_a_row_in_a_small_table_is_unknown(tokenizer):
+def test_a_table_with_a_row_for_every_trained_piece_is_enough(tokenizer):
     text = T5Encoder(dim=24, heads=3, head_dim=8, mlp_dim=40, depth=1, vocab=tokenizer.trained)
     fill(text)
     conditioner = Conditioner(text, SizeConditioner(4), tokenizer, LENGTH)
-    assert conditioner.encode(["<extra_id_3> dog"]).text.equal(conditioner.encode(["<unk> dog"]).text)
+    assert conditioner.encode(["<extra_id_3> dog"]).text.isfinite().all()
 
 
 def test_a_vocabulary_larger_than_the_table_is_refused(tokenizer):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import sentencepiece
 
-from sat.models.t5 import T5Tokenizer
+from sat.tokenizers import T5Tokenizer
 from tests.vocabulary import odd_strings, write_vocabulary
 
 
@@ -70,10 +71,16 @@ def test_pieces_cover_the_text_in_order(tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "share"),
-    [("a red apple", 0), ("一只狗", 1), ("red 一只狗", 0.5), ("", 0), ("\n", 0), ("<unk>", 1), ("a </s>", 0)],
+    [("a red apple", 0), ("一只狗", 1), ("red 一只狗", 0.5), ("", 0), ("\n", 0), ("<unk>", 0), ("a </s>", 0)],
 )
 def test_unknown_share_counts_characters(tokenizer, text, share):
     assert tokenizer.unknown_share(text) == share
+
+
+def test_special_tokens_typed_into_a_text_are_text(tokenizer):
+    ids = tokenizer.encode("</s> <pad> <extra_id_0>")
+    assert min(ids[:-1]) > 2
+    assert max(ids) < tokenizer.trained == tokenizer.vocab_size - 100
 
 
 def test_lone_surrogates_count_as_unknown_characters(tokenizer):
@@ -98,7 +105,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_truncated_file_is_one_line(path, tmp_path, size):
     cut = tmp_path / "spiece.model"
     cut.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match="spiece.model is not a usable sentencepiece unigram") as raised:
+    with pytest.raises(ValueError, match="spiece.model is not a usable sentencepiece model") as raised:
         T5Tokenizer(cut, 6)
     assert "\n" not in str(raised.value)
 
@@ -106,28 +113,19 @@ def test_a_truncated_file_is_one_line(path, tmp_path, size):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     other = tmp_path / "spiece.model"
     other.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n")
-    with pytest.raises(ValueError, match="not a usable sentencepiece unigram model"):
+    with pytest.raises(ValueError, match="not a usable sentencepiece model"):
         T5Tokenizer(other, 6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"model_type": "bpe", "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}, "model_type=unigram"),
-        ({"hard_vocab_limit": False}, "not a T5 vocabulary: ids 0, 1, 2 are \\['<unk>', '<s>', '</s>'\\]"),
-    ],
-)
-def test_a_vocabulary_of_another_kind_is_refused(tmp_path, options, message):
-    import sentencepiece
-
+def test_a_vocabulary_without_the_ids_of_t5_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a red apple", "abc def ghi"] * 20),
         model_prefix=str(tmp_path / "spiece"),
         vocab_size=24,
+        hard_vocab_limit=False,
         minloglevel=2,
-        **options,
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="not a T5 vocabulary: ids 0, 1, 2 are \\['<unk>', '<s>', '</s>'\\]"):
         T5Tokenizer(tmp_path, 6)
 
 
