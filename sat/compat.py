@@ -11,7 +11,7 @@ MODULES: dict[str, str] = {
     "sat.cli.guard": "sat.cli.main_guard",
     "sat.cli.plan": "sat.cli.commands.estimate",
     "sat.cli.preference_work": "sat.cli.commands.preference",
-    "sat.cli.rewriting": "sat.cli.prompt_rewriting",
+    "sat.cli.rewriting": "sat.cli.commands.prompt",
     "sat.cli.sample_work": "sat.cli.commands.sample",
     "sat.cli.stages": "sat.cli.commands.stages",
     "sat.cli.train_work": "sat.cli.commands.train",

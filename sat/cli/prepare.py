@@ -100,23 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _emoji(args: argparse.Namespace) -> int:
-    from sat.apps.emoji.build import build, check_styles
+    from sat.cli.commands.prepare import emoji
 
-    styles = [style.strip() for style in args.styles.split(",") if style.strip()]
-    try:
-        check_styles(styles)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    packages = args.packages if args.packages is not None else args.out / "packages"
-    written = build(args.out, packages, styles, args.concepts, args.size)
-    for failure in written.failed:
-        print(f"not drawn: {failure}", file=sys.stderr)
-    print(
-        f"{args.out}: {written.trained.total()} images to train on (metadata.jsonl), "
-        f"{written.held_out.total()} held out (heldout.jsonl), "
-        f"{written.missing.total()} pairs without a drawing"
-    )
-    return 0
+    return emoji(args)
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
@@ -215,14 +201,14 @@ def _vocabulary(experiment: Experiment) -> Path | None:
 
 def _cache(args: argparse.Namespace) -> int:
     from sat.cli.arguments import sort_overrides
-    from sat.cli.commands.prepare import work
+    from sat.cli.commands.prepare import cache
 
     sort_overrides(args)
     if not args.base:
         raise UsageError("--base is needed: the config files of the training, such as configs/sft.yaml")
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: expected at least 1")
-    return work(args)
+    return cache(args)
 
 
 def _over_limit(model: Path, limit: int) -> Callable[[str], bool]:

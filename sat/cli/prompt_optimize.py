@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.apps.prompts.optimizer import (
-    KEY,
-    MODEL,
-    NAME,
-    URL,
-    Cache,
-    Counts,
-    Endpoint,
-    OptimizerError,
-    PromptOptimizer,
-)
 from sat.cli.arguments import sort_overrides
-from sat.cli.main_guard import FAILED, UsageError, guard
-from sat.sampling.prompts import check_text, read_prompt_file
-from sat.util import log as logs
+from sat.cli.main_guard import guard
 
+KEY, URL, NAME, MODEL = "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "gpt-5-mini"
 DESCRIPTION = """\
 Rewrite prompts with a language model on any server that speaks OpenAI's API, as long English descriptions,
 which image models follow best.
@@ -76,59 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, ask, print; the exit code."""
     args = parser().parse_args(argv)
     sort_overrides(args)
-    return guard(lambda: work(args), debug=args.debug)
 
+    def work() -> int:
+        from sat.cli.commands import prompt
 
-def work(args: argparse.Namespace) -> int:
-    """What the command does with parsed arguments."""
-    logs.setup(debug=args.debug)
-    prompts = list(args.prompt or []) or read_prompt_file(args.prompt_file)
-    for index, prompt in enumerate(prompts):
-        check_text(prompt, f"prompt {index}")
-        if not prompt.strip():
-            raise UsageError(f"prompt {index} is empty: there is nothing to rewrite")
-    endpoint = Endpoint.found(args.base_url, args.model, args.api_key)
-    cache = None if args.no_cache else Cache.of_user()
-    optimizer = PromptOptimizer(endpoint, tokenizer(args.base, args.overrides), cache)
-    if args.dry_run:
-        requests = [{"model": endpoint.model, "messages": optimizer.messages(prompt)} for prompt in prompts]
-        print(json.dumps(requests if len(requests) > 1 else requests[0], indent=2, ensure_ascii=False))
-        return 0
-    answers = optimizer.all(prompts)
-    failed = [answer for answer in answers if isinstance(answer, OptimizerError)]
-    if len(failed) == len(answers):
-        raise failed[0]
-    lines = [
-        prompt if isinstance(answer, OptimizerError) else answer.text
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    for number, answer in enumerate(answers):
-        if isinstance(answer, OptimizerError):
-            print(f"error: prompt {number} is left as it is: {answer}", file=sys.stderr)
-    _give(lines, args.output)
-    return FAILED if failed else 0
+        return prompt.work(args)
 
-
-def tokenizer(bases: Sequence[str] | None, overrides: Sequence[str] = ()) -> Counts | None:
-    """The tokenizer of a config; nothing without one."""
-    if not bases:
-        return None
-    from sat.config.cascade import load_cascade
-    from sat.config.parts import find_tokenizer
-
-    experiment = load_cascade(bases, list(overrides)).stages[0].experiment
-    return find_tokenizer(experiment.conditioning, experiment.checkpoint)
-
-
-def _give(lines: Sequence[str], output: Path | None) -> None:
-    """Print the descriptions, or write them where ``output`` says."""
-    if output is None:
-        print("\n".join(lines))
-        return
-    from sat.util.files import write_text
-
-    write_text(output, "\n".join(lines) + "\n")
-    print(output)
+    return guard(work, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sat.cli.arguments import Setting, lora, parse, reader
+from sat.cli.arguments import parse, reader
 from sat.cli.main_guard import UsageError, guard
 from sat.util import log as logs
 from sat.util import threads
-
-if TYPE_CHECKING:
-    from sat.apps.web.serve import Access
-
-log = logging.getLogger(__name__)
 
 PASSWORD, TOKEN = "COGVIEW3_WEB_PASSWORD", "COGVIEW3_API_TOKEN"
 INSTALL = 'the web page needs Gradio: pip install "gradio>=6,<7"'
@@ -65,59 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         logs.setup(debug=args.debug)
-        access = _access(args)
+        from sat.cli.commands import web
+
+        access = web.access(args)
         if find_spec("gradio") is None:
             raise UsageError(INSTALL)
         threads.prepare()
-        from sat.cli.commands import web as web_work  # torch and all: only once the arguments are good
-
-        return web_work.work(args, _settings(args), access)
+        return web.work(args, access)
 
     return guard(work, debug=args.debug)
-
-
-def _settings(args: argparse.Namespace) -> list[Setting]:
-    """Config keys that the options set."""
-    if not args.lora:
-        return []
-    found = [lora(text) for text in args.lora]
-    return [Setting("adapters.load", [{"path": str(one.path), "strength": one.strength} for one in found])]
-
-
-def _access(args: argparse.Namespace) -> Access:
-    """Who may come in; refused where others could without a password."""
-    from sat.apps.web.serve import Access
-
-    if args.queue < 1 or args.max_images < 1:
-        raise UsageError("--queue and --max-images: expected at least 1")
-    if not 0 <= args.port < 65536:
-        raise UsageError(f"--port {args.port}: expected 0 to 65535")
-    access = Access(
-        args.host,
-        args.share,
-        _secret(args.password_file, PASSWORD),
-        _secret(args.token_file, TOKEN),
-        args.user,
-    )
-    if not access.is_local and not access.password:
-        how = "--share" if args.share else f"--host {args.host}"
-        raise UsageError(f"{how} lets others in: set a password in {PASSWORD} or --password-file")
-    if not access.is_local and args.api and not access.token:
-        raise UsageError(f"--api is open to others here: set a token in {TOKEN} or --token-file")
-    return access
-
-
-def _secret(file: Path | None, name: str) -> str | None:
-    """What ``file`` holds, or the environment; None for neither."""
-    if file is None:
-        return os.environ.get(name) or None
-    try:
-        text = file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}") from error
-    if not text:
-        raise UsageError(f"{file} is empty: expected a password or token")
-    return text
 
 
 if __name__ == "__main__":

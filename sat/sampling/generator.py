@@ -23,7 +23,7 @@ from sat.parallel.collectives import by_first, taking_turns
 from sat.parallel.mesh import ALONE, Axis
 from sat.sampling.inputs import Inputs
 from sat.sampling.output import OutputFolder
-from sat.sampling.prompts import Prompt
+from sat.sampling.prompts import Prompt, title
 from sat.util.images import to_pil
 from sat.util.log import Progress, progress
 from sat.util.rng import ImageRng
@@ -246,10 +246,6 @@ class Generator:
 # -- one run: the prompts of this rank, drawn in order into the output folder, with progress and resuming
 
 
-TITLE = 32
-"""Characters of a prompt that the progress line shows."""
-
-
 @dataclass(frozen=True)
 class InitialNoise:
     """Where every image starts: ``given`` latents (n, C, h, w), else the generator of ``seed`` + i.
@@ -359,9 +355,3 @@ class Run:
         """The low-resolution pictures of ``images``; not every rank of a team need see the folder."""
         inputs = self.inputs
         return None if inputs is None else by_first(self.generator.team, lambda: inputs.read(prompt, images))
-
-
-def title(text: str) -> str:
-    """The beginning of a prompt, safe to print on one line."""
-    line = "".join(c if c.isprintable() else " " for c in text[: TITLE + 1])
-    return line if len(text) <= TITLE else line[: TITLE - 1] + "…"

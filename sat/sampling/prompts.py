@@ -21,6 +21,15 @@ class Prompt:
     text: str
 
 
+_TITLE = 32  # characters of a prompt that a progress line shows
+
+
+def title(text: str) -> str:
+    """The beginning of a prompt, safe to print on one line."""
+    line = "".join(c if c.isprintable() else " " for c in text[: _TITLE + 1])
+    return line if len(text) <= _TITLE else line[: _TITLE - 1] + "…"
+
+
 def read_prompt_file(path: Path) -> list[str]:
     """The prompts of a UTF-8 text file, one a line; blank lines and spaces around a prompt are dropped."""
     try:

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sat.apps.prompts.optimizer import PromptOptimizer
+from sat.apps.web import Access
 from sat.apps.web.api import ApiError, Links, api_routes, health_route, picture_routes
 from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.service import GenerationService
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may come in. ``password`` guards the page, ``token`` the API; neither is shown or written."""
-
-    host: str = "127.0.0.1"
-    share: bool = False
-    password: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    user: str = "user"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
-        return self.host in LOOPBACK and not self.share
-
-    def knows(self, user: str, password: str) -> bool:
-        """Whether these are the right ones; takes as long whatever is wrong."""
-        right = hmac.compare_digest(password.encode(), (self.password or "").encode())
-        return hmac.compare_digest(user.encode(), self.user.encode()) and right and self.password is not None
-
-
-# -- the process: who may reach it, what it may be sent, the page and the API on one address
-
 
 log = logging.getLogger(__name__)
 

@@ -1,23 +1,46 @@
-"""The work behind ``prepare cache``: fill the caches that a training config asks for."""
+"""The work of ``prepare``: emoji pictures, and the caches that a training config asks for."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import sys
 
 from sat.cli.main_guard import UsageError
-from sat.config.load import load_full
-from sat.config.yaml_source import ConfigError
-from sat.parallel.launch import launch
-from sat.train.caches import Caches
-from sat.train.data import open_data
-from sat.util import log as logs
 
 log = logging.getLogger(__name__)
 
 
-def work(args: argparse.Namespace) -> int:
+def emoji(args: argparse.Namespace) -> int:
+    """Draw emoji sets as image-caption pairs; the exit code."""
+    from sat.apps.emoji.build import build, check_styles
+
+    styles = [style.strip() for style in args.styles.split(",") if style.strip()]
+    try:
+        check_styles(styles)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    packages = args.packages if args.packages is not None else args.out / "packages"
+    written = build(args.out, packages, styles, args.concepts, args.size)
+    for failure in written.failed:
+        print(f"not drawn: {failure}", file=sys.stderr)
+    print(
+        f"{args.out}: {written.trained.total()} images to train on (metadata.jsonl), "
+        f"{written.held_out.total()} held out (heldout.jsonl), "
+        f"{written.missing.total()} pairs without a drawing"
+    )
+    return 0
+
+
+def cache(args: argparse.Namespace) -> int:
     """Make, count (``--check``) or clear (``--prune``) the caches; the exit code."""
+    from sat.config.load import load_full
+    from sat.config.yaml_source import ConfigError
+    from sat.parallel.launch import launch
+    from sat.train.caches import Caches
+    from sat.train.data import open_data
+    from sat.util import log as logs
+
     logs.setup(debug=args.debug)
     settings = [] if args.cache is None else [("data.cache", str(args.cache))]
     loaded = load_full(args.base, [*args.overrides, *settings])

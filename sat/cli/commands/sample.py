@@ -13,7 +13,6 @@ from pathlib import Path
 
 from sat.cli.commands.stages import Place, finish, inputs_of, places
 from sat.cli.main_guard import Stopped, UsageError
-from sat.cli.prompt_rewriting import one_by_one, optimizer, rewrite_all
 from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import dump
 from sat.config.record import amend, label, record, weight_digests
@@ -37,7 +36,7 @@ from sat.util.log import describe
 log = logging.getLogger(__name__)
 
 
-def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:
+def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:  # noqa: C901 - a run from top to bottom
     """What ``sample.py`` does with parsed arguments; the exit code."""
     logs.setup(debug=args.debug)
     cascade = load_cascade(args.base, [*args.overrides, *settings])
@@ -56,16 +55,23 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         log.warning("%s", notice)
     if prompts is None:
         _refuse_to_ask(cascade)
-    ask = optimizer(args, first)
+    rewriting = None
+    if args.optimize_prompt:
+        from sat.cli.commands.prompt import Rewriting
+
+        rewriting = Rewriting(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout)
     logs.setup(runtime.rank, debug=args.debug)
     heartbeat = Heartbeat(runtime.rank, runtime.world, first.parallel.timeout)
     try:
         ranks = _Ranks(runtime, _mesh(cascade, runtime), heartbeat)
         if prompts is None:
-            _ask(_open(Place.alone(keep_text_encoder(first)), ranks, 1), one_by_one(ask))
+            session = _open(Place.alone(keep_text_encoder(first)), ranks, 1)
+            _ask(session, str.strip if rewriting is None else lambda text: rewriting.texts([text])[0])
         else:
-            _draw_all(*rewrite_all(ask, cascade, prompts, runtime), ranks)
+            if rewriting is not None:
+                cascade, prompts = rewriting.whole(cascade, prompts, runtime)
+            _draw_all(cascade, prompts, ranks)
         heartbeat.finish()
     except LostRankError:
         raise

@@ -1,28 +1,66 @@
-"""The work behind ``python -m sat.cli.web``: check the config, load the model, serve until a signal."""
+"""The work of ``python -m sat.cli.web``: who may come in, the model, the server."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Sequence
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sat.apps.prompts.optimizer import Cache, Endpoint, PromptOptimizer
-from sat.apps.web.job_queue import JobQueue
-from sat.apps.web.request import Limits
-from sat.apps.web.serve import Access, application, bind, run, share
-from sat.apps.web.service import GenerationService
-from sat.config.cascade import load_cascade
-from sat.config.load import dump
-from sat.config.parts import find_tokenizer
-from sat.config.yaml_source import ConfigError
-from sat.sampling.output import prove_writable
+from sat.cli.arguments import lora
+from sat.cli.main_guard import UsageError
+from sat.cli.web import PASSWORD, TOKEN
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from sat.apps.web import Access
 
 
-def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]], access: Access) -> int:
-    """What the command does with parsed arguments; the exit code."""
+def access(args: argparse.Namespace) -> Access:
+    """The rights that the arguments give; refused where others could come in without a password."""
+    from sat.apps.web import Access
+
+    if args.queue < 1 or args.max_images < 1:
+        raise UsageError("--queue and --max-images: expected at least 1")
+    if not 0 <= args.port < 65536:
+        raise UsageError(f"--port {args.port}: expected 0 to 65535")
+    password, token = _secret(args.password_file, PASSWORD), _secret(args.token_file, TOKEN)
+    access = Access(args.host, args.share, password, token, args.user)
+    if not access.is_local and not access.password:
+        how = "--share" if args.share else f"--host {args.host}"
+        raise UsageError(f"{how} lets others in: set a password in {PASSWORD} or --password-file")
+    if not access.is_local and args.api and not access.token:
+        raise UsageError(f"--api is open to others here: set a token in {TOKEN} or --token-file")
+    return access
+
+
+def _secret(file: Path | None, name: str) -> str | None:
+    """The text of ``file``, or of the environment variable ``name``; None without both."""
+    if file is None:
+        return os.environ.get(name) or None
+    try:
+        text = file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from error
+    if not text:
+        raise UsageError(f"{file} is empty: expected a password or token")
+    return text
+
+
+def work(args: argparse.Namespace, access: Access) -> int:
+    """Check the config, load the model, serve until a signal; the exit code."""
+    from sat.apps.prompts.optimizer import Cache, Endpoint, PromptOptimizer
+    from sat.apps.web.job_queue import JobQueue
+    from sat.apps.web.request import Limits
+    from sat.apps.web.serve import application, bind, run, share
+    from sat.apps.web.service import GenerationService
+    from sat.config.cascade import load_cascade
+    from sat.config.load import dump
+    from sat.config.parts import find_tokenizer
+    from sat.config.yaml_source import ConfigError
+    from sat.sampling.output import prove_writable
+
+    adapters = [{"path": str(one.path), "strength": one.strength} for one in map(lora, args.lora or [])]
+    settings = [("adapters.load", adapters)] if adapters else []
     cascade = load_cascade(args.base, [*args.overrides, *settings])
     if args.print_config:
         for stage in cascade.stages:
