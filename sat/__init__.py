@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sat import compat
+
 if TYPE_CHECKING:
     from sat.sampling.pipeline import CascadeOutput, CascadePipeline, Output, Pipeline
 
@@ -15,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = ["CascadeOutput", "CascadePipeline", "Output", "Pipeline", "__version__"]
 
 _LAZY = dict.fromkeys(("CascadeOutput", "CascadePipeline", "Output", "Pipeline"), "sat.sampling.pipeline")
+
+compat.install()
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,19 @@
-"""Old names that stand in users' files, and what to write now. Standard library only."""
+"""Names from before the rings that stand in users' files: they keep working, with a notice of today's name.
+
+Configs are translated while they are read (:func:`target`, :data:`KEYS`, :data:`PARAMETERS`). Python imports
+of old modules and names are answered by a finder that :func:`install` adds. Standard library only.
+"""
 
 from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
 
 MODULES: dict[str, str] = {
     "sat.adapters.convert": "sat.adapters.write",
@@ -189,3 +202,78 @@ def target(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     moved = MODULES.get(module)
     return name if moved is None else f"{moved}.{attribute}"
+
+
+class _Aliases(Loader):
+    """Makes a module of the old name whose attributes are those of today's module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        if old not in MODULES:
+            return  # a folder that is gone
+        if old not in FOLDERS:  # else its modules say it themselves
+            warnings.warn(f"{old} is now {MODULES[old]}: import it from there", FutureWarning, stacklevel=2)
+
+        def attribute(name: str) -> Any:
+            if name == "__path__":
+                raise AttributeError(name)
+            where, _, today = target(f"{old}.{name}").rpartition(".")
+            return getattr(import_module(where), today)
+
+        vars(module)["__getattr__"] = attribute
+
+
+class _Renamed(Loader):
+    """Loads a module of today and answers for the names that were changed in it."""
+
+    def __init__(self, inner: Loader) -> None:
+        self.inner = inner
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.inner.exec_module(module)
+        own: Callable[[str], Any] | None = vars(module).get("__getattr__")
+
+        def attribute(name: str) -> Any:
+            today = NAMES.get(f"{module.__name__}.{name}")
+            if today is None:
+                if own is not None:
+                    return own(name)
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            warnings.warn(f"{module.__name__}.{name} is now {today}", FutureWarning, stacklevel=2)
+            where, _, name = today.rpartition(".")
+            return getattr(import_module(where), name)
+
+        vars(module)["__getattr__"] = attribute
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules by their old names, and today's modules that have renamed classes."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not name.startswith("sat."):
+            return None
+        if name in _RENAMED_IN:
+            spec = PathFinder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Renamed(spec.loader)
+            return spec
+        if name in MODULES or name in FOLDERS:
+            return ModuleSpec(name, _Aliases(), is_package=name in FOLDERS)
+        return None
+
+
+FOLDERS = {"sat.memory", "sat.web", "sat.evaluate", "sat.evaluate.preference", "sat.data.emoji"}
+"""Packages that are gone."""
+_RENAMED_IN = {name.rpartition(".")[0] for name in NAMES} - MODULES.keys()
+"""Modules of today in which something was renamed."""
+
+
+def install() -> None:
+    """Put the finder in front, once: it leaves every other import alone."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
