@@ -95,8 +95,8 @@ def work(args: argparse.Namespace) -> None:
     from sat.config.load import load
     from sat.parallel.launch import launch
     from sat.parallel.mesh import Mesh
+    from sat.pipeline import open_generator
     from sat.sampling.generator import SamplingParams
-    from sat.sampling.pipeline import open_generator
     from sat.util.rng import ImageRng
 
     layout = json.loads(args.layout)

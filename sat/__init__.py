@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from sat import compat
 
 if TYPE_CHECKING:
-    from sat.sampling.pipeline import CascadeOutput, CascadePipeline, Output, Pipeline
+    from sat.pipeline import CascadeOutput, CascadePipeline, Output, Pipeline
 
 __version__ = "0.1.0"
 __all__ = ["CascadeOutput", "CascadePipeline", "Output", "Pipeline", "__version__"]
 
-_LAZY = dict.fromkeys(("CascadeOutput", "CascadePipeline", "Output", "Pipeline"), "sat.sampling.pipeline")
+_LAZY = dict.fromkeys(("CascadeOutput", "CascadePipeline", "Output", "Pipeline"), "sat.pipeline")
 
 compat.install()
 

@@ -19,7 +19,7 @@ def module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None, f"{path} is importable"
     module = importlib.util.module_from_spec(spec)
-    spec.loader.execmodule(module)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -34,8 +34,8 @@ from sat.parallel.collectives import lost_rank_message, taking_turns
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
+from sat.pipeline import open_generator
 from sat.sampling.generator import EncodedPrompt, SamplingParams
-from sat.sampling.pipeline import open_generator
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sat.checkpoint import save_diffusers, save_native
 from sat.cli.convert import main as convert_main
-from sat.sampling.pipeline import Pipeline
+from sat.pipeline import Pipeline
 from tests.checkpoints import CONFIG, tensors, tokenizer
 
 ROOT = Path(__file__).parents[2]

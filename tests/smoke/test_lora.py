@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sat.adapters.files import NATIVE_FILE, locate
 from sat.cli.convert import main as convert
 from sat.cli.sample import main as sample
-from sat.sampling.pipeline import Pipeline
+from sat.pipeline import Pipeline
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.smoke.test_training import Ran, good, rows

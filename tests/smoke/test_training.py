@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from sat.cli.convert import main as convert
 from sat.cli.train import main
 from sat.config.load import load
-from sat.sampling.pipeline import Pipeline
+from sat.pipeline import Pipeline
 from sat.train.resume import RunFolder, torn
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT

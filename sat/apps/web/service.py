@@ -24,9 +24,9 @@ from sat.config.schema import Component, Experiment, LoadConfig
 from sat.config.schema.sampling import SizeError, SizeRule
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import launch
+from sat.pipeline import Pipeline, keep_text_encoder
 from sat.sampling.generator import InitialNoise, Run, SamplingParams, strength
 from sat.sampling.output import OutputFolder, prove_writable
-from sat.sampling.pipeline import Pipeline, keep_text_encoder
 from sat.sampling.prompts import Prompt, check_text
 from sat.util.images import from_pil, to_pil
 

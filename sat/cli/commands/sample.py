@@ -25,10 +25,10 @@ from sat.parallel.collectives import by_first, lost_rank_message
 from sat.parallel.heartbeat import Heartbeat
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import Mesh
+from sat.pipeline import budgeted, input_folder, keep_text_encoder, open_generator
 from sat.sampling.generator import Generator, InitialNoise, Run, SamplingParams
 from sat.sampling.inputs import checked_latents, read_latents
 from sat.sampling.output import OutputFolder, prove_writable
-from sat.sampling.pipeline import budgeted, input_folder, keep_text_encoder, open_generator
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
 from sat.util import log as logs
 from sat.util.log import describe

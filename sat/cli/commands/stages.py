@@ -10,9 +10,9 @@ from pathlib import Path
 from sat.config.cascade import Cascade, dump_cascade, process_input
 from sat.config.schema import Experiment
 from sat.parallel.launch import Runtime
+from sat.pipeline import input_folder
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import STAGES, folder_name
-from sat.sampling.pipeline import input_folder
 from sat.sampling.prompts import Prompt
 from sat.util.files import write_text
 

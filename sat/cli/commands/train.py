@@ -33,7 +33,7 @@ from sat.parallel.collectives import barrier, from_main, lost_rank_message
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
-from sat.sampling.pipeline import DTYPES, input_folder
+from sat.pipeline import DTYPES, input_folder
 from sat.train import optim
 from sat.train.caches import Caches
 from sat.train.checkpoints import exporter
