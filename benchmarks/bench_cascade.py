@@ -33,11 +33,15 @@ from PIL import Image  # noqa: E402
 
 from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Pipeline  # noqa: E402
-from sat.apps.evaluate.detail import detail_distance, fine_energy, real_pictures  # noqa: E402
-from sat.apps.evaluate.retrieval import score  # noqa: E402
+from sat.apps.evaluate.classifier import (  # noqa: E402
+    Classifier,
+    detail_distance,
+    fine_energy,
+    real_pictures,
+    score,
+)
 from sat.diffusion.process import ProcessInput  # noqa: E402
 from sat.first_stage.model import AutoencoderKL  # noqa: E402
-from sat.models.vision.classifier import Classifier  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 from sat.train.objectives.first_stage import peak_signal_to_noise  # noqa: E402
 from sat.util.images import from_pil, grid, to_pil, write_png  # noqa: E402
@@ -162,7 +166,7 @@ def measure(drawn: Sequence[Drawn], results: Sequence[Result], prompts: Sequence
                 result.base_seconds.append(between - began)
 
 
-class Judge:
+class Scorer:
     """Scores rows; pictures of a base stage are drawn once for all rows that have it."""
 
     def __init__(self, prompts: Sequence[str], per_prompt: int) -> None:
@@ -292,7 +296,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def main() -> int:
-    """Measure, judge, print, write."""
+    """Measure, score, print, write."""
     reader = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -312,12 +316,12 @@ def main() -> int:
             print(f"left out: {row.name}: {error}", file=sys.stderr)
     measure(drawn, results, prompts, args.repeats)
 
-    judge = Judge(prompts, args.per_prompt)
+    scorer = Scorer(prompts, args.per_prompt)
     for one, result in zip(drawn, results, strict=True):
         if not one.row.scored:
             continue
         print(f"judging {result.name}", file=sys.stderr, flush=True)
-        first = judge(one, result)
+        first = scorer(one, result)
         if args.sheets is not None:
             args.sheets.mkdir(parents=True, exist_ok=True)
             name = "".join(c if c.isalnum() else "_" for c in result.name)

@@ -32,9 +32,9 @@ from PIL.Image import Image  # noqa: E402
 
 from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Output, Pipeline  # noqa: E402
-from sat.apps.evaluate.retrieval import prepared, score  # noqa: E402
+from sat.apps.evaluate.classifier import Classifier, prepared, score  # noqa: E402
 from sat.config.load import load  # noqa: E402
-from sat.models.vision.classifier import Classifier, embed  # noqa: E402
+from sat.models.vision.classifier import embed  # noqa: E402
 from sat.offload.block_swap import tensors  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 from sat.transformer import Transformer  # noqa: E402
@@ -91,10 +91,10 @@ def megabytes(pipe: Pipeline) -> float:
     return sum(t.numel() * t.element_size() for t in held) / 1e6
 
 
-def distance(judge: Classifier, images: Sequence[Image], plain: Sequence[Image]) -> float:
+def distance(classifier: Classifier, images: Sequence[Image], plain: Sequence[Image]) -> float:
     """Mean distance of the features of each pair, over the mean one of different ``plain`` pictures."""
     made, wanted = (
-        embed(judge, torch.stack([prepared(image, judge.card.size) for image in each])).features
+        embed(classifier, torch.stack([prepared(image, classifier.card.size) for image in each])).features
         for each in (images, plain)
     )
     return float((made - wanted).norm(dim=1).mean() / torch.pdist(wanted).mean())
@@ -102,7 +102,7 @@ def distance(judge: Classifier, images: Sequence[Image], plain: Sequence[Image])
 
 def compare(name: str, pipe: Pipeline, plain: Pipeline, prompts: Sequence[str], steps: int) -> Result:
     """The case beside the plain run, prompt by prompt."""
-    judge = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
+    classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
     outputs, references, ratios = [], [], []
     for prompt in prompts:
         reference, before = draw(plain, prompt, steps)
@@ -113,10 +113,10 @@ def compare(name: str, pipe: Pipeline, plain: Pipeline, prompts: Sequence[str], 
     latents, wanted = torch.cat([o.latents for o in outputs]), torch.cat([o.latents for o in references])
     error = float((latents - wanted).square().mean().sqrt() / wanted.std())
     images = [image for output in outputs for image in output.images]
-    moved = distance(judge, images, [image for output in references for image in output.images])
+    moved = distance(classifier, images, [image for output in references for image in output.images])
     count = pipe.generator.count
     share = count.computed / count.looks if count.looks else None
-    top1 = score(images, prompts, judge).top1
+    top1 = score(images, prompts, classifier).top1
     return Result(name, error, moved, top1, megabytes(pipe), statistics.median(ratios), share)
 
 

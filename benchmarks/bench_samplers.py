@@ -26,9 +26,8 @@ import torch  # noqa: E402
 
 from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Output, Pipeline  # noqa: E402
-from sat.apps.evaluate.retrieval import score  # noqa: E402
+from sat.apps.evaluate.classifier import Classifier, score  # noqa: E402
 from sat.diffusion.samplers import DDIM, DPMSolver2M, Heun, LinearMultistep, Sampler  # noqa: E402
-from sat.models.vision.classifier import Classifier  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 
 PROMPTS = ROOT / "configs" / "tiny_train_prompts.txt"

@@ -38,7 +38,7 @@ def test_layers_import_only_what_lies_below_them() -> None:
 def test_test_peers_are_never_imported_by_the_package() -> None:
     """Not even inside a function, which import-linter also sees; this names the line.
 
-    But for one file: judges of pictures (an extra), which only ``sat.cli.evaluate`` loads.
+    But for one file: networks that score pictures (an extra), which only ``sat.cli.evaluate`` loads.
     """
     peers = {"transformers", "diffusers", "peft", "torchvision", "xformers", "SwissArmyTransformer"}
     found = []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from sat.apps.evaluate import metrics as judges
+from sat.apps.evaluate import metrics
 from sat.cli.evaluate import main
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, ROOT, Done, files
@@ -86,6 +86,7 @@ def test_check_draws_nothing_and_names_what_is_missing(evaluate, tmp_path) -> No
     assert "config ok: 4 prompts" in done.out
     assert "note: hps: " in done.out and "note: fid: compares with real pictures" in done.out
     assert "scores: retrieval, hps, fid" in done.out
+    words[-2] = "--metric-weights"  # the option's name; the other is its old one
     missing = evaluate(*words, "--scores", "retrieval,hps,fid")
     assert missing.code == 2
     assert "HPS_v2" in missing.err and "inception-2015-12-05.pt" in missing.err
@@ -116,12 +117,16 @@ def test_what_cannot_be_done_is_one_line(evaluate, tmp_path, words, message: str
     assert not (tmp_path / "out").exists()
 
 
-def test_a_judge_that_breaks_does_not_lose_the_others(evaluate, tmp_path, monkeypatch) -> None:
-    def broken(setting: judges.Setting) -> judges.Judge:
-        raise RuntimeError("weights are damaged")
+def test_a_metric_that_breaks_does_not_lose_the_others(evaluate, tmp_path, monkeypatch) -> None:
+    class Broken(metrics.Features):
+        def __init__(self, config: metrics.MetricConfig) -> None:
+            raise RuntimeError("weights are damaged")
 
-    kind = judges.KINDS["features"]._replace(make=broken, lacks=lambda setting, captions: iter(()))
-    monkeypatch.setitem(judges.KINDS, "features", kind)
+        @staticmethod
+        def missing(config: metrics.MetricConfig, captions: Sequence[str]) -> Iterator[str]:
+            return iter(())
+
+    monkeypatch.setitem(metrics.METRICS, "features", Broken)
     done = evaluate(*evaluate.draw, "--prompt", "a red apple", "--out", tmp_path / "out",
                     "--scores", "features,retrieval")  # fmt: skip
     assert done.code == 1

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sat import CascadePipeline
-from sat.apps.evaluate.retrieval import score
-from sat.models.vision.classifier import Classifier
+from sat.apps.evaluate.classifier import Classifier, score
 from tests.configs import ROOT
 
 WEIGHTS = ROOT / "checkpoints"
@@ -14,7 +13,7 @@ PROMPTS = ["red apple", "blue heart", "lion", "cactus", "rocket", "house", "star
 
 
 @pytest.mark.parametrize("config", ["tiny_cascade.yaml", "tiny_cascade_distill.yaml"])
-def test_the_judge_finds_in_the_cascades_pictures_what_was_asked_for(config: str) -> None:
+def test_the_classifier_finds_in_the_cascades_pictures_what_was_asked_for(config: str) -> None:
     draw = CascadePipeline.from_config(ROOT / "configs" / config, device="cpu", keep_loaded=True)
     out = draw(PROMPTS, seed=0)
     assert {image.size for image in out.images} == {(128, 128)}

@@ -1,4 +1,4 @@
-"""The retrieval score and its judge, on pictures of plain colours that a few steps of training tell apart."""
+"""The retrieval score and its classifier, on plain colours that a few steps of training tell apart."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from sat.apps.emoji.concepts import core_labels
+from sat.apps.evaluate.classifier import Classifier, score, score_folder, wanted
 from sat.apps.evaluate.distances import frechet, statistics
 from sat.apps.evaluate.pictures import collect
-from sat.apps.evaluate.retrieval import score, score_folder, wanted
 from sat.apps.evaluate.training import Recipe, Strength, augment, train
 from sat.cli import evaluate
 from sat.data.records import DataError
 from sat.data.transforms import to_tensor
-from sat.models.vision.classifier import Card, Classifier, embed, top_shares
+from sat.models.vision.classifier import Card, embed, top_shares
 
 COLOURS = {"red apple": "#e01010", "lime": "#20c020", "blue heart": "#2030e0"}
 CARD = Card(("heart", "red heart", "fire engine"), ("noto", "3d"), 16, 14)
@@ -56,7 +56,7 @@ def trained(data, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_trained_judge_knows_real_pictures_and_says_how_well(trained):
+def test_a_trained_classifier_knows_real_pictures_and_says_how_well(trained):
     model = Classifier.load(trained)
     assert model.card.concepts == tuple(COLOURS)
     assert model.card.scores["augmented_top1"] > 0.9
@@ -259,7 +259,7 @@ def test_a_missing_classifier_says_how_to_make_one(tmp_path, capsys):
     assert "sat.cli.evaluate train-classifier" in capsys.readouterr().err
 
 
-def test_a_judge_that_is_too_weak_is_not_believed(data, tmp_path, capsys):
+def test_a_classifier_that_is_too_weak_is_not_believed(data, tmp_path, capsys):
     command = [
         "train-classifier",
         "--data",
@@ -278,17 +278,17 @@ def test_a_judge_that_is_too_weak_is_not_believed(data, tmp_path, capsys):
     assert "do not believe it" in capsys.readouterr().out
 
 
-def test_the_judge_that_ships_knows_the_sample_and_the_style_it_has_never_seen(pytestconfig):
+def test_the_classifier_that_ships_knows_the_sample_and_the_style_it_has_never_seen(pytestconfig):
     root = pytestconfig.rootpath
-    judge = Classifier.load(root / "checkpoints/tiny_classifier")
-    assert judge.card.scores["augmented_top1"] >= 0.9
-    assert set(judge.card.concepts) == set(core_labels())
+    classifier = Classifier.load(root / "checkpoints/tiny_classifier")
+    assert classifier.card.scores["augmented_top1"] >= 0.9
+    assert set(classifier.card.concepts) == set(core_labels())
     for folder, least in (("emoji_sample", 1.0), ("emoji_sample_3d", 0.7)):  # 17 of 22; by chance 1 in 128
         table = root / "data" / folder / "metadata.jsonl"
-        assert score_folder(table.parent, table, judge).top1 >= least
+        assert score_folder(table.parent, table, classifier).top1 >= least
 
 
-def test_pictures_without_labels_cannot_train_a_judge(tmp_path):
+def test_pictures_without_labels_cannot_train_a_classifier(tmp_path):
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match=r"a\.png has no concept and style"):

@@ -9,15 +9,14 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from sat.apps.evaluate.detail import crops, detail_distance, fine_energy, real_pictures
+from sat.apps.evaluate.classifier import Classifier, crops, detail_distance, fine_energy, real_pictures
 from sat.apps.evaluate.distances import kernel_distance
 from sat.cli.evaluate import main
 from sat.data.records import DataError
-from sat.models.vision.classifier import Classifier
 from sat.util.images import from_pil
 from tests.configs import ROOT
 
-JUDGE = ROOT / "checkpoints" / "tiny_classifier"
+CLASSIFIER = ROOT / "checkpoints" / "tiny_classifier"
 
 
 def pictures(count: int, side: int = 128) -> list[Image.Image]:
@@ -35,17 +34,17 @@ def test_crops_cover_the_picture_and_overlap_by_half() -> None:
     assert torch.equal(parts[4], whole[:, 32:96, 32:96])
 
 
-def test_a_picture_of_the_judges_size_is_one_crop_and_a_smaller_one_is_refused() -> None:
+def test_a_picture_of_the_classifiers_size_is_one_crop_and_a_smaller_one_is_refused() -> None:
     assert len(crops(pictures(1, 64)[0], 64)) == 1
     with pytest.raises(DataError, match="60 x 60 is smaller than the classifier's 64 x 64"):
         crops(pictures(1, 60)[0], 64)
 
 
 def test_the_more_a_picture_is_blurred_the_farther_it_is() -> None:
-    judge = Classifier.load(JUDGE)
+    classifier = Classifier.load(CLASSIFIER)
     real = real_pictures(ROOT / "data" / "emoji_sample", [(64, 64)])[:24]
     far = [
-        detail_distance([p.filter(ImageFilter.GaussianBlur(radius)) for p in real], real, judge)
+        detail_distance([p.filter(ImageFilter.GaussianBlur(radius)) for p in real], real, classifier)
         for radius in (0, 1, 2, 4)
     ]
     assert far[0] == pytest.approx(0, abs=1e-6) and far == sorted(far) and far[1] > 0.1
@@ -59,7 +58,7 @@ def test_the_command_compares_folders_and_says_when_they_are_few(tmp_path: Path,
         for i, picture in enumerate(pictures(3)):
             write_png(tmp_path / name / f"{i}.png", picture, {"prompt": "x"})
     words = ["detail", "--images", str(tmp_path / "made"), "--real", str(tmp_path / "real")]
-    assert main([*words, "--classifier", str(JUDGE)]) == 0
+    assert main([*words, "--classifier", str(CLASSIFIER)]) == 0
     told = capsys.readouterr().out
     assert "full-resolution crops, 3 images: 0.000 (fewer than 500" in told
     assert "kernel distance of the same, which does not depend on the number: -" in told

@@ -1,4 +1,4 @@
-"""Judges that do not ship, in transformers' real classes with tiny random weights; what they miss."""
+"""Metrics that do not ship, in transformers' real classes with tiny random weights; what they lack."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIP
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from sat.apps.evaluate.backbones import Clip, Inception, pixels
-from sat.apps.evaluate.metrics import KINDS as JUDGES
 from sat.apps.evaluate.metrics import (
+    METRICS,
     REWARD,
     REWARD_MEAN,
     REWARD_STD,
     Aesthetic,
     ClipScore,
     Hps,
+    MetricConfig,
     Reward,
-    Setting,
-    lacking,
+    missing,
 )
 from sat.apps.evaluate.pictures import Picture
 from sat.checkpoint.format import CheckpointError
@@ -126,9 +126,9 @@ def cosines(model: CLIPModel, clip: Clip, pictures: list[Picture], *, whole: boo
 
 def test_clip_score_is_100_times_the_cosine_and_says_what_was_cut(tmp_path, pictures) -> None:
     model = clip_model(tmp_path / "clip")
-    judge = ClipScore(Setting(CPU, weights=tmp_path, batch_size=2))
-    (score,) = judge(pictures)
-    expected = 100 * cosines(model, judge.clip, pictures, whole=False).clamp_min(0)
+    metric = ClipScore(MetricConfig(CPU, weights=tmp_path, batch_size=2))
+    (score,) = metric(pictures)
+    expected = 100 * cosines(model, metric.clip, pictures, whole=False).clamp_min(0)
     torch.testing.assert_close(torch.tensor(score.each), expected, rtol=1e-4, atol=1e-4)
     assert score.value == pytest.approx(expected.mean().item(), rel=1e-4)
     assert score.note == "1 captions were cut at 24 tokens"
@@ -139,11 +139,11 @@ def test_the_published_names_of_hps_are_read_as_transformers_names(tmp_path, pic
     model = clip_model(tmp_path / "hps")
     torch.save({"epoch": 1, "state_dict": open_clip_names(model)}, tmp_path / "hps" / "HPS_v2_compressed.pt")
     (tmp_path / "hps" / "model.safetensors").unlink()  # config and tokenizer are enough
-    judge = Hps(Setting(CPU, weights=tmp_path))
-    (score,) = judge(pictures)
-    expected = cosines(model, judge.clip, pictures, whole=True)
+    metric = Hps(MetricConfig(CPU, weights=tmp_path))
+    (score,) = metric(pictures)
+    expected = cosines(model, metric.clip, pictures, whole=True)
     torch.testing.assert_close(torch.tensor(score.each), expected, rtol=1e-4, atol=1e-5)
-    assert (expected - cosines(model, judge.clip, pictures, whole=False)).abs().max() > 1e-4
+    assert (expected - cosines(model, metric.clip, pictures, whole=False)).abs().max() > 1e-4
 
 
 def test_a_damaged_hps_file_is_named(tmp_path) -> None:
@@ -154,7 +154,7 @@ def test_a_damaged_hps_file_is_named(tmp_path) -> None:
     with pytest.raises(
         CheckpointError, match=r"HPS_v2.1_compressed.pt: does not fit CLIPModel.*final_layer_norm"
     ):
-        Hps(Setting(CPU, weights=tmp_path))
+        Hps(MetricConfig(CPU, weights=tmp_path))
 
 
 def linears(*widths: int) -> nn.Sequential:
@@ -171,9 +171,9 @@ def test_the_aesthetic_head_is_linears_over_the_unit_vector(tmp_path, pictures) 
         for k in ("weight", "bias")
     }
     torch.save(state, tmp_path / "aesthetic.pth")
-    judge = Aesthetic(Setting(CPU, weights=tmp_path))
-    (score,) = judge(pictures)
-    vectors = judge.clip.images([Image.open(p.path) for p in pictures]).clone()
+    metric = Aesthetic(MetricConfig(CPU, weights=tmp_path))
+    (score,) = metric(pictures)
+    vectors = metric.clip.images([Image.open(p.path) for p in pictures]).clone()
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
     weight = head[2].weight @ head[1].weight @ head[0].weight
     bias = head[2].weight @ (head[1].weight @ head[0].bias + head[1].bias) + head[2].bias
@@ -185,8 +185,8 @@ def test_the_aesthetic_head_is_linears_over_the_unit_vector(tmp_path, pictures) 
 def test_an_aesthetic_head_of_another_clip_is_refused(tmp_path) -> None:
     clip_model(tmp_path / "clip")
     torch.save({"weight": torch.zeros(1, 7), "bias": torch.zeros(1)}, tmp_path / "aesthetic.pth")
-    with pytest.raises(CheckpointError, match="judges vectors of 7 numbers, those of .*clip have 12"):
-        Aesthetic(Setting(CPU, weights=tmp_path))
+    with pytest.raises(CheckpointError, match="reads vectors of 7 numbers, those of .*clip have 12"):
+        Aesthetic(MetricConfig(CPU, weights=tmp_path))
 
 
 def blip_names(vision: BlipVisionModel, text: BlipTextModel, head: nn.Sequential) -> dict[str, torch.Tensor]:
@@ -228,8 +228,8 @@ def test_image_reward_reads_the_picture_with_the_caption(tmp_path, pictures) -> 
     torch.save(blip_names(vision, text, head), folder / "ImageReward.pt")
     (folder / "med_config.json").write_text(json.dumps(med))
     (folder / "vocab.txt").write_text("\n".join(words))
-    setting = Setting(CPU, weights=tmp_path, batch_size=2)
-    (score,) = Reward(setting)(pictures)
+    config = MetricConfig(CPU, weights=tmp_path, batch_size=2)
+    (score,) = Reward(config)(pictures)
     ids = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 3, 0]])  # [CLS] a red apple [SEP]; [CLS] the sun [SEP]
     for row, picture in enumerate(pictures[:2]):
         with torch.no_grad():
@@ -243,7 +243,7 @@ def test_image_reward_reads_the_picture_with_the_caption(tmp_path, pictures) -> 
     swapped = [
         Picture(p.path, q.caption, p.prompt) for p, q in zip(pictures, reversed(pictures), strict=True)
     ]
-    assert Reward(setting)(swapped)[0].each[0] != pytest.approx(score.each[0], abs=1e-4)
+    assert Reward(config)(swapped)[0].each[0] != pytest.approx(score.each[0], abs=1e-4)
 
 
 class _Program(nn.Module):
@@ -282,10 +282,10 @@ def test_a_picture_is_seen_by_its_middle_or_whole() -> None:
     torch.testing.assert_close(whole[:, 14, 14], red)
 
 
-def test_every_judge_says_in_a_line_each_what_it_lacks(tmp_path, monkeypatch) -> None:
-    setting = Setting(CPU, weights=tmp_path / "judges", classifier=tmp_path / "none")
-    lines = lacking(list(JUDGES), setting, ["a red apple"])
-    assert {line.partition(":")[0] for line in lines} == set(JUDGES)
+def test_every_metric_says_in_a_line_each_what_it_lacks(tmp_path, monkeypatch) -> None:
+    config = MetricConfig(CPU, weights=tmp_path / "judges", classifier=tmp_path / "none")
+    lines = missing(list(METRICS), config, ["a red apple"])
+    assert {line.partition(":")[0] for line in lines} == set(METRICS)
     text = "\n".join(lines)
     files = ("inception-2015-12-05.pt", "HPS_v2", "sac+logos+ava1-l14-linearMSE.pth", *REWARD)
     for words in ("--classifier", "--real", "clip-vit-large-patch14", *files):
@@ -293,15 +293,17 @@ def test_every_judge_says_in_a_line_each_what_it_lacks(tmp_path, monkeypatch) ->
     assert "pip install" not in text
     how = "pip install 'transformers>=5,<6'"
     monkeypatch.setattr("sat.apps.evaluate.metrics.lacks_transformers", lambda: how)
-    asked = lacking(["clip", "image_reward"], setting, [])
+    asked = missing(["clip", "image_reward"], config, [])
     assert sum("needs transformers: pip install 'transformers>=5,<6'" in line for line in asked) == 2
 
 
 def test_a_list_without_known_things_cannot_be_judged_by_retrieval(tmp_path, pytestconfig) -> None:
-    setting = Setting(CPU, classifier=pytestconfig.rootpath / "checkpoints/tiny_classifier", real=tmp_path)
-    (line,) = lacking(["retrieval"], setting, ["zebra crossing"])
+    config = MetricConfig(
+        CPU, classifier=pytestconfig.rootpath / "checkpoints/tiny_classifier", real=tmp_path
+    )
+    (line,) = missing(["retrieval"], config, ["zebra crossing"])
     assert "none of the 1 prompts names one of the 128 things" in line
-    assert lacking(["retrieval"], setting, ["zebra", "a red apple"]) == []
+    assert missing(["retrieval"], config, ["zebra", "a red apple"]) == []
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (line,) = lacking(["features"], setting, [])
+    (line,) = missing(["features"], config, [])
     assert "holds 1 pictures, at least 4 are needed" in line

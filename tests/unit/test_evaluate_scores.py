@@ -15,13 +15,14 @@ from PIL.PngImagePlugin import PngInfo
 from sat.apps.evaluate.distances import precision_recall
 from sat.apps.evaluate.metrics import Score, best_of
 from sat.apps.evaluate.pictures import Opened, Picture, PromptList, drawn, plain, read_list
-from sat.apps.evaluate.report import html, spread
-from sat.apps.evaluate.scores import (
+from sat.apps.evaluate.report import (
     Folder,
     Results,
     as_dict,
     by_category,
+    html,
     open_folders,
+    spread,
     standard_error,
     table,
 )

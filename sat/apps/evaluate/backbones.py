@@ -1,4 +1,4 @@
-"""CLIP, BLIP and Inception networks read from local files, for judges that do not ship.
+"""CLIP, BLIP and Inception networks read from local files, for metrics that do not ship.
 
 The only file that imports transformers: an extra of evaluation, never of sampling or training.
 """
@@ -28,7 +28,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
-def _tower(theirs: str, ours: str) -> Rules:
+def _transformer(theirs: str, ours: str) -> Rules:
     """Rules of one of OpenCLIP's two transformers."""
     block, layer = f"{theirs}transformer.resblocks.{{}}", f"{ours}.encoder.layers.{{}}"
     split = [
@@ -46,8 +46,8 @@ def _tower(theirs: str, ours: str) -> Rules:
 
 
 OPEN_CLIP: Rules = (
-    *_tower("visual.", "vision_model"),
-    *_tower("", "text_model"),
+    *_transformer("visual.", "vision_model"),
+    *_transformer("", "text_model"),
     Rename("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     Rename("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     Rename("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
@@ -60,7 +60,7 @@ OPEN_CLIP: Rules = (
     Rename("text_projection", "text_projection.weight"),
     Rename("logit_scale", "logit_scale"),
 )
-"""OpenCLIP's names, which HPS v2 is published under, and transformers'."""
+"""OpenCLIP's names, under which HPS v2 is published, to transformers'."""
 
 TRANSPOSED = ("visual_projection.weight", "text_projection.weight")
 """OpenCLIP keeps these (in, out)."""
@@ -77,7 +77,7 @@ BLIP_VISION: Rules = (
     Rename("blocks.{}.mlp.fc2.*", "encoder.layers.{}.mlp.fc2.*"),
     Rename("norm.*", "post_layernorm.*"),
 )
-"""BLIP's names of its image encoder, which ImageReward is published under, and transformers'."""
+"""BLIP's names of its image encoder, under which ImageReward is published, to transformers'."""
 
 BLIP_TEXT: Rules = (
     Drop("embeddings.position_ids", "transformers counts them itself"),
@@ -141,13 +141,13 @@ class Clip:
         return nn.functional.normalize(self.model.text_projection(out.pooler_output), dim=-1)
 
     def cut(self, texts: Sequence[str]) -> int:
-        """How many captions are longer than the model reads."""
+        """Number of captions that are longer than the model reads."""
         whole = self.tokenizer(list(texts), truncation=False, verbose=False).input_ids
         return sum(len(ids) > self.tokens for ids in whole)
 
 
 class Blip:
-    """ImageReward's network: BLIP's text encoder looking at the picture, and a head of linears."""
+    """ImageReward's network: BLIP's text encoder, cross attention to the picture, a head of linears."""
 
     def __init__(self, weights: Path, config: Path, vocabulary: Path, device: torch.device) -> None:
         from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
@@ -159,9 +159,28 @@ class Blip:
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
         self.tokenizer = tokenizer
-        image = Prefixed(file, "blip.visual_encoder.")
-        vision: Any = BlipVisionModel(BlipVisionConfig(**_vision(image)))
-        text: Any = BlipTextModel(BlipTextConfig(**_text(config, vision)), add_pooling_layer=False)
+
+        image = Prefixed(file, "blip.visual_encoder.")  # its tensors tell its size; heads are 64 wide in all
+        width, _, patch, _ = image.info("patch_embed.proj.weight").shape
+        cells = image.info("pos_embed").shape[1] - 1
+        shape = BlipVisionConfig(
+            hidden_size=width, intermediate_size=image.info("blocks.0.mlp.fc1.weight").shape[0],
+            num_hidden_layers=sum(name.endswith(".attn.qkv.weight") for name in image),
+            num_attention_heads=max(1, width // 64), patch_size=patch,
+            image_size=patch * round(cells**0.5), layer_norm_eps=1e-6,
+        )  # fmt: skip
+        vision: Any = BlipVisionModel(shape)
+
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+                 "max_position_embeddings", "layer_norm_eps", "hidden_act")  # fmt: skip
+        med = read_json(config)
+        none = dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id"))
+        text_config = BlipTextConfig(
+            encoder_hidden_size=width, pad_token_id=0, **none,
+            is_decoder=True,  # it has cross attention; the call says that it reads both ways
+            **{name: med[name] for name in names if name in med},
+        )  # fmt: skip
+        text: Any = BlipTextModel(text_config, add_pooling_layer=False)
         fill(vision, image, BLIP_VISION)
         fill(text, Prefixed(file, "blip.text_encoder."), BLIP_TEXT)
         self.head = head(Prefixed(file, "mlp."), str(weights)).to(device)
@@ -187,38 +206,10 @@ class Blip:
         return result
 
 
-def _vision(weights: LazyStateDict) -> dict[str, float]:
-    """The shape of a BLIP image encoder, as its tensors have it; heads are 64 wide, as in all of them."""
-    width, _, patch, _ = weights.info("patch_embed.proj.weight").shape
-    cells = weights.info("pos_embed").shape[1] - 1
-    depth = sum(name.endswith(".attn.qkv.weight") for name in weights)
-    return {
-        "hidden_size": width,
-        "intermediate_size": weights.info("blocks.0.mlp.fc1.weight").shape[0],
-        "num_hidden_layers": depth,
-        "num_attention_heads": max(1, width // 64),
-        "patch_size": patch,
-        "image_size": patch * round(cells**0.5),
-        "layer_norm_eps": 1e-6,
-    }
-
-
-def _text(config: Path, vision: Any) -> dict[str, Any]:
-    """What ``med_config.json`` says, in transformers' words."""
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-             "max_position_embeddings", "layer_norm_eps", "hidden_act")  # fmt: skip
-    told = read_json(config)
-    return {name: told[name] for name in names if name in told} | {
-        "encoder_hidden_size": vision.config.hidden_size,
-        "is_decoder": True,  # has cross attention; that it reads both ways is said in the call
-        "bos_token_id": None, "eos_token_id": None, "sep_token_id": None, "pad_token_id": 0,
-    }  # fmt: skip
-
-
 class Inception:
     """A feature network as a TorchScript program, such as the published ``inception-2015-12-05.pt``.
 
-    It is handed pictures as bytes (B, 3, H, W) and resizes them itself, as the published FID does.
+    It takes bytes (B, 3, H, W) and resizes them itself, as the published FID does.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -232,7 +223,7 @@ class Inception:
                 f"{path}: not a TorchScript file ({str(error).splitlines()[0][:120]})"
             ) from error
         names = {argument.name for argument in self.program.forward.schema.arguments}
-        self._asked = {"return_features": True} if "return_features" in names else {}
+        self._arguments = {"return_features": True} if "return_features" in names else {}
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[PIL.Image.Image]) -> Tensor:
@@ -244,7 +235,7 @@ class Inception:
             by_size.setdefault(image.size, []).append(index)
         for group in by_size.values():
             batch = torch.stack([torch.from_numpy(np.array(opened[i])).permute(2, 0, 1) for i in group])
-            out = self.program(batch.to(self.device), **self._asked)
+            out = self.program(batch.to(self.device), **self._arguments)
             rows |= dict(zip(group, out.flatten(1).float().cpu(), strict=True))
         return torch.stack([rows[index] for index in range(len(rows))])
 

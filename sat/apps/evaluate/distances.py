@@ -1,4 +1,4 @@
-"""Distances between sets of pictures by their features: Fréchet, kernel, precision and recall."""
+"""Distances between two sets of pictures by their features: Fréchet, kernel, precision and recall."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEIGHBOURS = 3
 
 
 class Extractor(Protocol):
-    """A network that looks at pictures. ``name`` says which, since values compare only under the same one."""
+    """A feature network. ``name`` goes into notes, since values compare only under the same network."""
 
     name: str
 
@@ -43,18 +43,12 @@ def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> flo
     Source: Dowson and Landau 1982; as in FID (arXiv:1706.08500), on this classifier's features, so that
     values compare only under the same classifier and number of pictures.
     """
-    root = _root(cov_a.double())
+    values, vectors = torch.linalg.eigh(cov_a.double())
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # C_a^1/2
     middle = root @ cov_b.double() @ root
     cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0).sqrt().sum()
     shift = (mean_a.double() - mean_b.double()).square().sum()
     return max(0.0, float(shift + cov_a.double().trace() + cov_b.double().trace() - 2 * cross))
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric root of a positive semi-definite ``matrix``."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    return root
 
 
 class Coverage(NamedTuple):
@@ -65,7 +59,7 @@ class Coverage(NamedTuple):
 
 
 def precision_recall(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> Coverage:
-    """How much of ``made`` (B, F) is like ``real`` (N, F), and how much of ``real`` is covered.
+    """Share of ``made`` (B, F) that is like ``real`` (N, F), and share of ``real`` that is covered.
 
     A picture lies among others if it is within the distance from some one of them to its k-th nearest
     neighbour. Source: Kynkäänniemi et al. 2019, arXiv:1904.06991, eq. 1 to 3, with k = 3.
@@ -81,18 +75,13 @@ def precision_recall(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -
 
 def _inside(points: Tensor, others: Tensor, neighbours: int) -> float:
     """Share of ``points`` (B, F) within the radius of at least one of ``others`` (N, F)."""
-    radii = torch.cat(
-        # the nearest of all is the point itself
-        [
-            torch.cdist(part, others).topk(neighbours + 1, largest=False).values[:, -1]
-            for part in torch.split(others, 512)
-        ]
+    nearest = (
+        torch.cdist(part, others).topk(neighbours + 1, largest=False).values  # the first is the point itself
+        for part in torch.split(others, 512)
     )
+    radii = torch.cat([distances[:, -1] for distances in nearest])
     hits = [(torch.cdist(part, others) <= radii).any(1) for part in torch.split(points, 512)]
     return torch.cat(hits).double().mean().item()
-
-
-# -- the kernel distance of two sets of features, which few pictures suffice for
 
 
 def kernel_distance(made: Tensor, real: Tensor) -> float:
@@ -121,9 +110,6 @@ def _off_diagonal(square: Tensor) -> Tensor:
     return (square.sum() - square.trace()) / (count * (count - 1))
 
 
-# -- a Fréchet distance without most of what the number of pictures adds to it
-
-
 FEWEST = 100
 """Different things shown on each side: with 50 the value is still up to 1.8 times that of many."""
 
@@ -137,9 +123,9 @@ def frechet_of_many(
     """The Fréchet distance of features (M, width) and (N, width) that many pictures would have.
 
     Few pictures make it larger, by about c / N: it is taken of all pictures and of random parts of them, and
-    the line through the values over 1 / N is read at 0. ``made_of`` and ``real_of`` say what each picture
-    shows; a part has all pictures of what it shows on both sides. None where either side shows fewer than
-    ``FEWEST`` things.
+    the line through the values over 1 / N is read at 0. ``made_of`` and ``real_of`` name the thing that each
+    picture shows; a part has all pictures of its things on both sides. None where either side shows fewer
+    than ``FEWEST`` things.
     Source: FID-infinity, arXiv:1911.07023, section 3, where the real pictures are many and stay whole.
     """
     if min(len(set(made_of)), len(set(real_of))) < FEWEST:

@@ -1,11 +1,11 @@
-"""Pictures to evaluate and the prompts they were drawn for."""
+"""Prompt lists with categories, and the pictures of folders with their captions."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -21,7 +21,12 @@ from sat.util.images import read_png_text
 TEXTS = ("prompts", "prompt", "text", "caption")
 """Columns that hold the prompt, whatever their case: DrawBench says Prompts, PartiPrompts Prompt."""
 
-CATEGORIES = ("category",)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+GRID = "grid.png"
+PICTURES = "pictures"
+"""Folder for pictures in an evaluation's own folder."""
+
+_NUMBERED = re.compile(r"(\d+)_")
 
 
 @dataclass(frozen=True)
@@ -56,62 +61,51 @@ def read_list(path: Path) -> PromptList:
         raise PromptError(f"prompt list {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompt list {path} cannot be read: {error}") from error
-    rows = list(_table(path, text, suffix) if suffix in (".csv", ".tsv") else _json(path, text, suffix))
+    rows = _table_rows(path, text) if suffix in (".csv", ".tsv") else _json_rows(path, text)
     if not rows:
         raise PromptError(f"prompt list {path} holds no prompt")
-    pairs = [_pair(row, where) for where, row in rows]
-    return PromptList(tuple(checked_prompts([text for text, _ in pairs])), tuple(c for _, c in pairs))
+    texts, categories = [], []
+    for number, row in rows:
+        prompt = next((row[name] for name in TEXTS if row.get(name)), None)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise PromptError(
+                f"prompt list {path}, line {number}: no prompt; expected text in {' or '.join(TEXTS)}"
+            )
+        texts.append(" ".join(prompt.split()))
+        categories.append(str(row.get("category") or "").strip())
+    return PromptList(tuple(checked_prompts(texts)), tuple(categories))
 
 
-def _table(path: Path, text: str, suffix: str) -> Iterator[tuple[str, Mapping[str, object]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if suffix == ".tsv" else ",")
+def _table_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]:
+    """Line number and values by column, of ``.csv`` and ``.tsv``."""
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
     names = [name.strip().lower() for name in reader.fieldnames or []]
     if not set(names) & set(TEXTS):
         raise PromptError(
             f"prompt list {path}: no column of prompts; expected one called {' or '.join(TEXTS)}, "
             f"it has {', '.join(names) or 'none'}"
         )
-    for row in reader:
-        yield f"{path}, line {reader.line_num}", {str(k).strip().lower(): v for k, v in row.items() if k}
+    return [(reader.line_num, {str(k).strip().lower(): v for k, v in row.items() if k}) for row in reader]
 
 
-def _json(path: Path, text: str, suffix: str) -> Iterator[tuple[str, Mapping[str, object]]]:
-    lines = list(enumerate(text.split("\n"), 1)) if suffix == ".jsonl" else [(1, text)]
-    for number, line in lines:
+def _json_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]:
+    """Line number and values by key, of ``.json`` and ``.jsonl``; a string is a text without category."""
+    whole = path.suffix.lower() == ".json"
+    rows: list[tuple[int, Mapping[str, object]]] = []
+    for number, line in [(1, text)] if whole else enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except ValueError as error:
             raise PromptError(f"prompt list {path}, line {number}: not JSON ({error})") from error
-        if suffix == ".json" and isinstance(value, dict) and "annotations" in value:
+        if whole and isinstance(value, dict) and "annotations" in value:
             value = value["annotations"]
-        for item in value if suffix == ".json" and isinstance(value, list) else [value]:
-            where = f"{path}, line {number}"
-            if isinstance(item, Mapping):
-                yield where, {str(key).lower(): inner for key, inner in item.items()}
-            else:
-                yield where, {"text": item}
-
-
-def _pair(row: Mapping[str, object], where: str) -> tuple[str, str]:
-    """Prompt and category of one row."""
-    text = next((row[name] for name in TEXTS if row.get(name)), None)
-    if not isinstance(text, str) or not text.strip():
-        raise PromptError(f"prompt list {where}: no prompt; expected text in {' or '.join(TEXTS)}")
-    category = next((row[name] for name in CATEGORIES if row.get(name)), "")
-    return " ".join(text.split()), str(category).strip()
-
-
-# -- pictures to be scored and the captions they were drawn for, found in folders and opened one at a time
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-GRID = "grid.png"
-PICTURES = "pictures"
-"""Where an evaluation's own folder keeps its pictures."""
-
-_NUMBERED = re.compile(r"(\d+)_")
+        for item in value if whole and isinstance(value, list) else [value]:
+            row = item if isinstance(item, Mapping) else {"text": item}
+            rows.append((number, {str(key).lower(): inner for key, inner in row.items()}))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -154,8 +148,25 @@ def drawn(folder: Path, prompts: Sequence[Prompt]) -> list[Picture]:
     """As :func:`found`, and none of the PNG files may say that it was drawn for another prompt."""
     pictures = found(folder, prompts)
     for picture in pictures:
-        _same_prompt(picture)
+        text = named_prompt(picture.path)
+        if text is not None and text != picture.caption:
+            raise DataError(
+                f"{picture.path}: was drawn for {text!r}, but prompt {picture.prompt} is now "
+                f"{picture.caption!r}"
+            )
     return pictures
+
+
+def named_prompt(path: Path) -> str | None:
+    """The prompt that a PNG file of ours names; None for other files."""
+    return (read_png_text(path) or {}).get("prompt") if path.suffix == ".png" else None
+
+
+def inner_folder(folder: Path) -> Path:
+    """The folder of the pictures: ``folder``, or the one in it where it is that of an evaluation."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of images")
+    return folder / PICTURES if (folder / PICTURES).is_dir() else folder
 
 
 def found(folder: Path, prompts: Sequence[Prompt]) -> list[Picture]:
@@ -165,12 +176,9 @@ def found(folder: Path, prompts: Sequence[Prompt]) -> list[Picture]:
     names, of any kind in :data:`SUFFIXES`. A prompt without pictures, or with fewer than others, is an error.
     The folder may be that of an evaluation, which has them in it.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images")
-    folder = folder / PICTURES if (folder / PICTURES).is_dir() else folder
+    folder = inner_folder(folder)
     there = numbered(folder)
-    missing = [prompt for prompt in prompts if prompt.index not in there]
-    if missing:
+    if missing := [prompt for prompt in prompts if prompt.index not in there]:
         raise DataError(
             f"{folder}: no folder {missing[0].index}_… for prompt {missing[0].index}, {missing[0].text!r} "
             f"({len(missing)} of {len(prompts)} are missing)"
@@ -178,38 +186,21 @@ def found(folder: Path, prompts: Sequence[Prompt]) -> list[Picture]:
     pictures: list[Picture] = []
     counts: dict[int, Path] = {}
     for prompt in prompts:
-        own = folder / _own(folder, prompt, there[prompt.index])
-        paths = _images(own)
+        names, name = there[prompt.index], folder_name(prompt)
+        if name not in names and len(names) > 1:
+            raise DataError(
+                f"{folder}: several folders for prompt {prompt.index}: {', '.join(names[:3])}; keep one"
+            )
+        own = folder / (name if name in names else names[0])
+        every = sorted(path for path in own.iterdir() if path.suffix.lower() in SUFFIXES)
+        paths = [path for path in every if IMAGE.fullmatch(path.name)]  # ours, else another program's
+        paths = paths or [path for path in every if path.name != GRID and not path.name.startswith(".")]
         counts.setdefault(len(paths), own)
         pictures += [Picture(path, prompt.text, prompt.index, i) for i, path in enumerate(paths)]
     if len(counts) > 1 or 0 in counts:
         shown = ", ".join(f"{count} in {where.name}" for count, where in counts.items())
         raise DataError(f"{folder}: as many pictures of every prompt are expected, found {shown}")
     return pictures
-
-
-def _own(root: Path, prompt: Prompt, names: Sequence[str]) -> str:
-    """The folder of ``prompt`` among those with its number."""
-    own = folder_name(prompt)
-    if own in names or len(names) == 1:
-        return own if own in names else names[0]
-    raise DataError(f"{root}: several folders for prompt {prompt.index}: {', '.join(names[:3])}; keep one")
-
-
-def _images(folder: Path) -> list[Path]:
-    """Our numbered pictures, else those of another program."""
-    every = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    ours = [path for path in every if IMAGE.fullmatch(path.name)]
-    return ours or [path for path in every if path.name != GRID and not path.name.startswith(".")]
-
-
-def _same_prompt(picture: Picture) -> None:
-    """Refuse a picture that says it was drawn for another prompt."""
-    text = (read_png_text(picture.path) or {}).get("prompt") if picture.path.suffix == ".png" else None
-    if text is not None and text != picture.caption:
-        raise DataError(
-            f"{picture.path}: was drawn for {text!r}, but prompt {picture.prompt} is now {picture.caption!r}"
-        )
 
 
 def pictures_below(folder: Path) -> list[Path]:
@@ -231,46 +222,35 @@ def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]
     """
     if not images.is_dir():
         raise DataError(f"{images}: no such folder of images")
+    found: list[tuple[Path, str]] = []
     if captions is None:
-        found = list(_from_files(images))
+        for path in sorted(path for path in images.rglob("*.png") if path.name != GRID):
+            with PIL.Image.open(path) as file:
+                prompt = file.info.get("prompt")
+            if isinstance(prompt, str):
+                found.append((path, prompt))
     elif captions.suffix == ".jsonl":
-        found = _from_table(images, captions)
+        for number, line in enumerate(captions.read_text("utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                text = next(row[key] for key in CAPTION_KEYS if row.get(key))
+                found.append((images / row["file_name"], text if isinstance(text, str) else text[0]))
+            except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+                raise DataError(f"{captions}:{number}: expected an object with file_name and text") from error
     else:
-        found = _from_lines(images, captions)
+        found = _of_lines(images, captions)
     if not found:
         raise DataError(f"{images}: no images with a caption" + (f" in {captions}" if captions else ""))
     return found
 
 
-def _from_files(images: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(images.rglob("*.png")):
-        if path.name == GRID:
-            continue
-        with PIL.Image.open(path) as file:
-            prompt = file.info.get("prompt")
-        if isinstance(prompt, str):
-            yield path, prompt
-
-
-def _from_table(images: Path, table: Path) -> list[tuple[Path, str]]:
-    found = []
-    for number, line in enumerate(table.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = next(row[key] for key in CAPTION_KEYS if row.get(key))
-            found.append((images / row["file_name"], text if isinstance(text, str) else text[0]))
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise DataError(f"{table}:{number}: expected an object with file_name and text") from error
-    return found
-
-
-def _from_lines(images: Path, prompts: Path) -> list[tuple[Path, str]]:
+def _of_lines(images: Path, prompts: Path) -> list[tuple[Path, str]]:
+    """Pictures of the folders ``<line number>_…`` with that line of a text file."""
     lines = read_prompt_file(prompts)
     folders = {int(m[1]): folder for folder in images.iterdir() if (m := _NUMBERED.match(folder.name))}
-    missing = [index for index in range(len(lines)) if index not in folders]
-    if missing:
+    if missing := [index for index in range(len(lines)) if index not in folders]:
         raise DataError(
             f"{images}: no folder {missing[0]}_… for prompt {missing[0]} of {prompts}, {lines[missing[0]]!r} "
             f"({len(missing)} of {len(lines)} are missing)"

@@ -1,8 +1,7 @@
-"""Training of the small classifier that judges the small models, with its augmentations."""
+"""Training of the small classifier on augmented real pictures, and its accuracy on other augmentations."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,16 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sat.apps.evaluate.classifier import Classifier
 from sat.apps.evaluate.distances import statistics
 from sat.data.records import HELD_OUT, DataError, Record
 from sat.data.sources import read_source, read_sources
 from sat.data.transforms import Transform, to_tensor
-from sat.models.vision.classifier import Card, Classifier, Logits, embed, top_shares
+from sat.models.vision.classifier import Card, Logits, embed, top_shares
+
+CHECK_SEED = 1 << 40  # of the augmentations that accuracy is measured on: never one that was trained on
+CHECK_VIEWS = 4  # of every picture
+BELIEVED = 0.9  # top-1 share from which a classifier's scores mean something
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How far pictures are changed.
+    """Strength of the augmentations.
 
     ``shift``: share of the side; ``scale``: range of the factor; ``turn``: degrees; ``light``: largest change
     of brightness and contrast; ``blur``: share of pictures blurred (by halving and doubling); ``noise``:
@@ -63,19 +67,9 @@ def augment(images: Tensor, strength: Strength, generator: torch.Generator) -> T
     return (out + spread * torch.randn(out.shape, generator=generator)).clamp(-1, 1)
 
 
-# -- training of the classifier on augmented real pictures, and its accuracy on other augmentations of them
-
-
-log = logging.getLogger(__name__)
-
-CHECK_SEED = 1 << 40  # of the augmentations that accuracy is measured on: never one that was trained on
-CHECK_VIEWS = 4  # of every picture
-BELIEVED = 0.9  # top-1 share from which a classifier may judge
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. ``width``: features; ``style_weight``: of the style's loss beside the concept's."""
+    """Settings of the training. ``width``: features; ``style_weight``: factor of the style's loss."""
 
     steps: int = 3000
     batch_size: int = 64
@@ -125,7 +119,7 @@ def train(
     device: torch.device,
     report: Callable[[int, Mapping[str, float]], None],
 ) -> Card:
-    """Trains on the pictures of ``data`` (a folder with concept and style in its table); writes to ``out``.
+    """Train on the pictures of ``data`` (a folder with concept and style in its table); write to ``out``.
 
     The card's scores: ``augmented_*`` on augmentations of the training pictures that were not trained on,
     ``heldout_*`` on the drawings in ``heldout.jsonl``, which were not trained on at all. ``report`` is called
@@ -176,13 +170,17 @@ def _fit(
     order = torch.empty(0, dtype=torch.long)
     model.train()
     running: dict[str, float] = {}
+    warm = max(1, recipe.steps * 3 // 100)
     for step in range(recipe.steps):
         while len(order) < recipe.batch_size:
             order = torch.cat([order, torch.randperm(len(known), generator=generator)])
         chosen, order = order[: recipe.batch_size], order[recipe.batch_size :]
         images = augment(known.images[chosen], recipe.strength, generator)
+        rate = (step + 1) / warm  # up over the first 3 %, then a cosine down to 0
+        if step >= warm:
+            rate = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * _rate(step, recipe.steps)
+            group["lr"] = recipe.lr * rate
         out: Logits = model(images.to(device).contiguous(memory_format=torch.channels_last))
         concept, style = known.concept[chosen].to(device), known.style[chosen].to(device)
         loss = F.cross_entropy(out.concept, concept, label_smoothing=recipe.smoothing)
@@ -197,14 +195,6 @@ def _fit(
         if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
             report(step + 1, dict(running))
     model.eval()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Learning rate factor: up over the first 3 %, then a cosine down to 0."""
-    warm = max(1, steps * 3 // 100)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def measure(model: Classifier, known: Labelled, others: Labelled, strength: Strength) -> dict[str, float]:
@@ -225,7 +215,7 @@ def measure(model: Classifier, known: Labelled, others: Labelled, strength: Stre
 
 
 def _checked(model: Classifier, known: Labelled, strength: Strength) -> tuple[Logits, Labelled]:
-    """What the model says of ``CHECK_VIEWS`` new augmentations of every picture, and the pictures."""
+    """The model's answers for ``CHECK_VIEWS`` new augmentations of every picture, and those pictures."""
     generator = torch.Generator().manual_seed(CHECK_SEED)
     views = Labelled(*(torch.cat([t] * CHECK_VIEWS) for t in (known.images, known.concept, known.style)))
     changed = [augment(part, strength, generator) for part in torch.split(views.images, 256)]

@@ -1,4 +1,4 @@
-"""The work behind ``evaluate``: check what is needed, draw as ``sample.py`` does, score, report."""
+"""The commands of ``evaluate``: draw and score pictures, ask people, train and use the small classifier."""
 
 from __future__ import annotations
 
@@ -6,35 +6,45 @@ import argparse
 import json
 import logging
 import os
-from pathlib import Path
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from sat.apps.evaluate.metrics import KINDS, Setting, lacking
-from sat.apps.evaluate.pictures import PICTURES, PromptList, plain, read_list
-from sat.apps.evaluate.report import html
-from sat.apps.evaluate.scores import Results, as_dict, open_folders, table, take
 from sat.cli import sample
-from sat.cli.arguments import Setting as Key
-from sat.cli.arguments import checked_device
-from sat.cli.commands import sample as sample_work
+from sat.cli.arguments import Setting, checked_device
 from sat.cli.main_guard import FAILED, UsageError
-from sat.parallel.launch import pick_device
-from sat.sampling.prompts import check_text
 from sat.util import log as logs
 from sat.util.files import write_atomic, write_text
+
+if TYPE_CHECKING:
+    from sat.apps.evaluate.metrics import MetricConfig
+    from sat.apps.evaluate.pictures import PromptList
+    from sat.apps.evaluate.report import Results
 
 log = logging.getLogger(__name__)
 
 SHIPPED = ("retrieval", "features", "detail")
-"""Scores that are taken unless others are asked for, where they can be."""
+"""Scores that are taken unless others are requested, where they can be."""
 
 SCORES, REPORT = "scores.json", "report.html"
 
 
-def work(args: argparse.Namespace) -> int:
-    """Draw and score; the exit code. Under torchrun all ranks draw and rank 0 scores."""
+def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the order in which they are cheap
+    """Draw as ``sample.py`` does, score, report; the exit code. All ranks draw and rank 0 scores."""
+    from sat.apps.evaluate.metrics import MetricConfig
+    from sat.apps.evaluate.pictures import PICTURES, plain, read_list
+    from sat.apps.evaluate.report import compute_scores, open_folders
+    from sat.cli.commands import sample as drawing
+    from sat.parallel.launch import pick_device
+    from sat.sampling.prompts import check_text
+
     is_main = os.environ.get("RANK", "0") == "0"
     logs.setup(0 if is_main else 1, debug=args.debug)
-    prompts = _prompts(args)
+    if (args.prompts is None) == (args.prompt is None):
+        raise UsageError("give the prompts: --prompts FILE, or --prompt TEXT once or several times")
+    for index, text in enumerate(args.prompt or []):
+        check_text(text, f"prompt {index}")
+    prompts = read_list(args.prompts) if args.prompt is None else plain(args.prompt)
     if bool(args.base) == (args.images is not None):
         raise UsageError("give --base to draw pictures, or --images for a folder of them that is there")
     if args.images is not None and args.overrides:
@@ -42,50 +52,48 @@ def work(args: argparse.Namespace) -> int:
     for name, value in (("--at-once", args.at_once), ("--report-prompts", args.report_prompts)):
         if value < 1:
             raise UsageError(f"{name} {value}: expected at least 1")
-    setting = Setting(
-        pick_device(checked_device(args.device)), args.judges, args.classifier, args.real, args.at_once
-    )
-    judges, missing = _judges(args.scores, setting, prompts)
-    if missing and not args.check:
-        raise UsageError("\n".join(missing))
+    device = pick_device(checked_device(args.device))
+    config = MetricConfig(device, args.metric_weights, args.classifier, args.real, args.at_once)
+    metrics, lacking = _metrics(args.scores, config, prompts)
+    if lacking and not args.check:
+        raise UsageError("\n".join(lacking))
     existing = [path for path in (args.images, *args.compare) if path is not None]
-    open_folders(existing, prompts)  # what is missing there is told before anything is drawn
-    if args.base and (code := sample_work.work(*_drawing(args, prompts))):
-        return code
+    open_folders(existing, prompts)  # pictures that are missing there are reported before anything is drawn
+    if args.base:
+        words = ["--base", *args.base, *args.overrides, "--resume", "--output-dir", args.out / PICTURES]
+        words += ["--check"] * args.check + ["--debug"] * args.debug
+        for option, value in (("--batch-size", args.batch_size), ("--seed", args.seed)):
+            words += [] if value is None else [option, value]
+        options = sample.arguments([str(word) for word in words])
+        texts = [prompt.text for prompt in prompts.prompts]
+        keys = [Setting("sampling.prompt", texts), Setting("sampling.prompt_file", None)]
+        if code := drawing.work(options, [*sample.given(options), *keys]):
+            return code
     if args.check:
-        for line in missing:
+        for line in lacking:
             print(f"note: {line}")
-        print(f"scores: {', '.join(judges)}")
+        print(f"scores: {', '.join(metrics)}")
         return 0
     if not is_main:
         return 0
-    mine = [args.out] if args.base else []
-    folders = open_folders([*mine, *existing], prompts)
-    results = take(folders, prompts, judges, setting, lambda line: log.info("%s", line))
-    return _tell(results, args.out, args.report_prompts)
+    folders = open_folders([*([args.out] if args.base else []), *existing], prompts)
+    results = compute_scores(folders, prompts, metrics, config, lambda line: log.info("%s", line))
+    return _write(results, args)
 
 
-def _prompts(args: argparse.Namespace) -> PromptList:
-    if (args.prompts is None) == (args.prompt is None):
-        raise UsageError("give the prompts: --prompts FILE, or --prompt TEXT once or several times")
-    for index, text in enumerate(args.prompt or []):
-        check_text(text, f"prompt {index}")
-    return read_list(args.prompts) if args.prompt is None else plain(args.prompt)
+def _metrics(requested: str | None, config: MetricConfig, prompts: PromptList) -> tuple[list[str], list[str]]:
+    """The scores to take, and a line for each thing that is missing for them."""
+    from sat.apps.evaluate.metrics import METRICS, missing
 
-
-def _judges(asked: str | None, setting: Setting, prompts: PromptList) -> tuple[list[str], list[str]]:
-    """The scores to take, and what is missing for them, one line each."""
     captions = [prompt.text for prompt in prompts.prompts]
-    if asked is not None:
-        names = list(dict.fromkeys(name.strip() for name in asked.split(",") if name.strip()))
-        unknown = [name for name in names if name not in KINDS]
-        if unknown or not names:
-            raise UsageError(f"--scores {asked}: expected some of {', '.join(KINDS)}")
-        return names, lacking(names, setting, captions)
+    if requested is not None:
+        names = list(dict.fromkeys(name.strip() for name in requested.split(",") if name.strip()))
+        if not names or not set(names) <= set(METRICS):
+            raise UsageError(f"--scores {requested}: expected some of {', '.join(METRICS)}")
+        return names, missing(names, config, captions)
     able = []
     for name in SHIPPED:
-        lines = lacking([name], setting, captions)
-        if lines:
+        if lines := missing([name], config, captions):
             log.info("not scored: %s", lines[0])
         else:
             able.append(name)
@@ -94,31 +102,171 @@ def _judges(asked: str | None, setting: Setting, prompts: PromptList) -> tuple[l
     return able, []
 
 
-def _drawing(args: argparse.Namespace, prompts: PromptList) -> tuple[argparse.Namespace, list[Key]]:
-    """What ``sample.py`` would be called with: the prompts, into OUT/pictures, going on where it stopped."""
-    words = ["--base", *args.base, *args.overrides, "--resume", "--output-dir", str(args.out / PICTURES)]
-    words += ["--check"] if args.check else []
-    words += ["--debug"] if args.debug else []
-    for option, value in (("--batch-size", args.batch_size), ("--seed", args.seed)):
-        words += [] if value is None else [option, str(value)]
-    told = sample.arguments([str(word) for word in words])
-    texts = [prompt.text for prompt in prompts.prompts]
-    return told, [
-        *sample.given(told),
-        Key("sampling.prompt", texts),
-        Key("sampling.prompt_file", None),
-    ]
+def _write(results: Results, args: argparse.Namespace) -> int:
+    """Write the files, print the table; the exit code is that of failure when a metric failed."""
+    from sat.apps.evaluate.report import as_dict, html, table
 
-
-def _tell(results: Results, out: Path, shown: int) -> int:
-    """Write the files, print the table; the exit code is that of failure when a judge failed."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / SCORES, json.dumps(as_dict(results), indent=1, ensure_ascii=False) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    scores, report = args.out / SCORES, args.out / REPORT
+    write_text(scores, json.dumps(as_dict(results), indent=1, ensure_ascii=False) + "\n")
     title = " and ".join(folder.name for folder in results.folders)
-    pieces = html(results, f"Evaluation of {title}", shown)
-    write_atomic(out / REPORT, lambda file: file.writelines(piece.encode() for piece in pieces))
+    pieces = html(results, f"Evaluation of {title}", args.report_prompts)
+    write_atomic(report, lambda file: file.writelines(piece.encode() for piece in pieces))
     print("\n".join(table(results)))
-    print(f"{out / SCORES}\n{out / REPORT}")
+    print(f"{scores}\n{report}")
     for line in results.failed:
         log.error("not taken: %s", line)
     return FAILED if results.failed else 0
+
+
+# -- human preference
+
+
+def preference(args: argparse.Namespace) -> int:
+    """Pair the pictures, serve the page until Ctrl-C or SIGTERM, print the summary; the exit code."""
+    from sat.apps.evaluate.pictures import read_list
+    from sat.apps.preference.pairs import QUESTIONS, fingerprint, pairs_of
+    from sat.apps.preference.server import Server, Study
+    from sat.apps.preference.statistics import summary
+    from sat.apps.preference.votes import VoteFile, read
+
+    questions = list(dict.fromkeys(name.strip() for name in args.questions.split(",") if name.strip()))
+    if not questions or not set(questions) <= set(QUESTIONS):
+        raise UsageError(f"--questions {args.questions}: expected some of {', '.join(QUESTIONS)}")
+    if not 0 <= args.port < 65536:
+        raise UsageError(f"--port {args.port}: expected 0 to 65535")
+    if args.a.resolve() == args.b.resolve():
+        raise UsageError(f"{args.a} is compared with itself: name two folders")
+    pairs, notes = pairs_of(args.a, args.b, None if args.prompts is None else read_list(args.prompts))
+    for note in notes:
+        log.warning("%s", note)
+    a, b = (path.resolve().name for path in (args.a, args.b))
+    a, b = (a, b) if a != b else (str(args.a), str(args.b))
+    about = {"a": a, "b": b, "pairs": fingerprint(pairs), "questions": questions, "seed": args.seed}
+    if args.summary:
+        print("\n".join(summary(read(args.votes, about), a, b)))
+        return 0
+    with VoteFile(args.votes, about) as votes:
+        try:
+            server = Server(Study(pairs, questions, args.seed, votes), args.port)
+        except OSError as error:
+            raise UsageError(
+                f"--port {args.port}: {error.strerror}; it may be in use, 0 picks a free one"
+            ) from error
+        with server:
+            count = len(pairs) * len(questions)
+            print(f"{server.address} asks {count} questions of each rater; Ctrl-C ends", flush=True)
+            print(f"votes go to {votes.path}", flush=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+        print("\n".join(summary(list(votes.votes.values()), a, b)))
+    return 0
+
+
+# -- the small classifier
+
+
+def train_classifier(args: argparse.Namespace) -> int:
+    """Train it; the exit code is 1 where it is too weak."""
+    import torch
+
+    from sat.apps.evaluate.training import BELIEVED, Recipe, train
+    from sat.parallel.launch import keep_freed_memory, pick_device
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    recipe = Recipe(args.steps, args.batch_size, args.lr, width=args.width, seed=args.seed)
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        means = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(f"step {step}: {means}", flush=True)
+
+    card = train(args.data, args.out, recipe, pick_device(checked_device(args.device)), report)
+    seconds = card.training["seconds"]
+    print(f"{args.out}: {len(card.concepts)} concepts, {len(card.styles)} styles, {seconds} s")
+    for name, value in card.scores.items():
+        print(f"  {name.replace('_', ' ')}: {value:.1%}")
+    if card.scores["augmented_top1"] < BELIEVED:
+        print(f"too weak to judge: top-1 under {BELIEVED:.0%} on other augmentations of real pictures")
+        return FAILED
+    return 0
+
+
+def retrieval(args: argparse.Namespace) -> int:
+    """Print the retrieval score of a folder."""
+    from sat.apps.evaluate.classifier import Classifier, score_folder
+    from sat.apps.evaluate.training import BELIEVED
+
+    classifier = Classifier.load(args.classifier)
+    scores = score_folder(args.images, args.captions, classifier)
+    if args.list:
+        for one in scores.judged:
+            mark = "+" if one.found else "5" if one.wanted.concept in one.best else "-"
+            print(f"{mark} {one.where}: {one.wanted.caption!r} taken for {one.best[0]!r}, {one.style} style")
+    print(f"images judged: {scores.images}")
+    print(f"concept top-1: {scores.top1:.1%}, top-5: {scores.top5:.1%}")
+    if scores.style is not None:
+        print(f"style: {scores.style:.1%} of the {scores.styled} whose caption names one")
+    if scores.distance is not None:
+        print(f"Frechet distance of features: {scores.distance:.3f}{_too_few(scores.images)}")
+    if scores.unknown:
+        print(f"not judged, no known concept in: {', '.join(map(repr, scores.unknown[:5]))}")
+    own = classifier.card.scores.get("augmented_top1", 0.0)
+    if own < BELIEVED:
+        print(f"note: the classifier itself is right on only {own:.1%} of real pictures: do not believe it")
+    if args.json is not None:
+        args.json.write_text(json.dumps(scores.as_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return 0
+
+
+def detail(args: argparse.Namespace) -> int:
+    """Print the fine detail of a folder against that of real pictures."""
+    from sat.apps.evaluate.classifier import Classifier
+    from sat.apps.evaluate.classifier import detail as measure
+    from sat.apps.evaluate.pictures import Opened, collect
+
+    classifier = Classifier.load(args.classifier)
+    made = collect(args.images)
+    opened, captions = Opened([path for path, _ in made]), [text for _, text in made]
+    found = measure(opened, captions, args.real, classifier)
+    name = "Frechet distance of the features of full-resolution crops"
+    print(f"{name}, {found.images} images: {found.distance:.3f}{_too_few(found.images)}")
+    if found.limit is not None:
+        print(f"the same, extrapolated to many pictures: {found.limit:.3f}")
+    print(f"kernel distance of the same, which does not depend on the number: {found.kernel:.3f}")
+    print(f"fine detail: {found.energy:.2f} of the real pictures' energy above a quarter cycle a pixel")
+    return 0
+
+
+def _too_few(images: int) -> str:
+    from sat.apps.evaluate.classifier import ENOUGH
+
+    return "" if images >= ENOUGH else f" (fewer than {ENOUGH} images: too few to compare)"
+
+
+def sheet(args: argparse.Namespace) -> int:
+    """Write all pictures of a folder on one."""
+    from PIL.Image import Resampling
+
+    from sat.apps.evaluate.pictures import Opened, collect
+    from sat.util.images import grid, write_png
+
+    pictures = list(Opened([path for path, _ in collect(args.images, args.captions)]))
+    made = grid(pictures, columns=args.columns)
+    size = (made.width * args.scale, made.height * args.scale)
+    write_png(args.out, made.resize(size, resample=Resampling.LANCZOS))
+    print(f"{args.out}: {len(pictures)} pictures")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "run": run,
+    "preference": preference,
+    "train-classifier": train_classifier,
+    "retrieval": retrieval,
+    "detail": detail,
+    "sheet": sheet,
+}
