@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -15,7 +15,7 @@ from sat.adapters.factors import LayerFactors, weight_change
 from sat.adapters.files import Adapter, read
 from sat.adapters.lora import attach, merge, names
 from sat.adapters.select import Parts
-from sat.checkpoint.format import LazyStateDict, Part, TensorInfo
+from sat.checkpoint.format import LazyStateDict, Part, View
 
 ADAPTABLE: tuple[Part, ...] = ("model", "text")
 
@@ -67,49 +67,22 @@ def adapter_name(path: Path, taken: Collection[str] = ()) -> str:
     return name
 
 
-class Merged(LazyStateDict):
+class Merged(View):
     """``inner``, our names, with adapters folded into the weights they change as these are read."""
 
     def __init__(
         self, inner: LazyStateDict, adapters: Sequence[tuple[dict[str, LayerFactors], float]]
     ) -> None:
-        self._inner = inner
+        super().__init__(inner)
+        self.exact = inner.exact
         self._adapters = [({f"{n}.weight": v for n, v in layers.items()}, s) for layers, s in adapters]
 
-    @property
-    def source(self) -> str:
-        """Where the tensors come from."""
-        return self._inner.source
-
-    @property
-    def exact(self) -> frozenset[str]:
-        """As inside."""
-        return self._inner.exact
-
-    def info(self, key: str) -> TensorInfo:
-        """Shape and dtype of ``key``."""
-        return self._inner.info(key)
-
-    def release(self, key: str) -> None:
-        """Pass the hint on."""
-        self._inner.release(key)
-
-    def close(self) -> None:
-        """Close the files behind."""
-        self._inner.close()
-
     def __getitem__(self, key: str) -> Tensor:
-        weight = self._inner[key]
+        weight = self.inner[key]
         changes = [s * weight_change(weight, layers[key]) for layers, s in self._adapters if key in layers]
         if not changes:
             return weight
         return (weight.to(changes[0].dtype) + sum(changes)).to(weight.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._inner)
-
-    def __len__(self) -> int:
-        return len(self._inner)
 
 
 class HasModule(Protocol):

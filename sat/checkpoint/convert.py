@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sat.checkpoint.files import refuse_occupied
-from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo
+from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo, View
 from sat.checkpoint.formats import detect, open_part
 from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, V, size_component
 from sat.checkpoint.formats.hf_t5 import T5
 from sat.checkpoint.load import Computes, match
-from sat.checkpoint.rules import Fit
+from sat.checkpoint.rules import Matched
 from sat.checkpoint.save import WRITERS, Options
 
 #: Builds the network that a component (``target`` and ``params``) describes; on the meta device where it can.
@@ -93,59 +93,46 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
 
-class Completed(LazyStateDict):
+class Completed(View):
     """``inner`` and the values that its network ``module`` computes itself, made when asked for."""
 
     def __init__(self, inner: LazyStateDict, module: nn.Module, computed: list[str]) -> None:
-        self._inner, self.module = inner, module
-        self._infos = {name: _computed_info(module, name) for name in computed}
-
-    @property
-    def source(self) -> str:
-        """Where the stored tensors come from."""
-        return self._inner.source
-
-    @property
-    def exact(self) -> frozenset[str]:
-        """The network's buffers."""
-        return frozenset(name for name, _ in self.module.named_buffers())
+        super().__init__(inner)
+        self.module = module
+        self.exact = frozenset(name for name, _ in module.named_buffers())
+        self._owners: dict[str, Computes] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for name in computed:
+            path, _, local = name.rpartition(".")
+            owner = module.get_submodule(path)
+            if not isinstance(owner, Computes):
+                raise CheckpointError(
+                    f"{name!r} is not in the file, and {type(owner).__name__} cannot compute it"
+                )
+            old: Tensor = getattr(owner, local)
+            self._owners[name] = owner
+            self._infos[name] = TensorInfo(tuple(old.shape), old.dtype)
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
-        return self._infos[key] if key in self._infos else self._inner.info(key)
+        return self._infos[key] if key in self._infos else self.inner.info(key)
 
     def release(self, key: str) -> None:
         """Pass the hint on."""
         if key not in self._infos:
-            self._inner.release(key)
-
-    def close(self) -> None:
-        """Close the files behind."""
-        self._inner.close()
+            self.inner.release(key)
 
     def __getitem__(self, key: str) -> Tensor:
-        if key not in self._infos:
-            return self._inner[key]
-        path, _, local = key.rpartition(".")
-        owner = self.module.get_submodule(path)
-        assert isinstance(owner, Computes), "checked when the view was made"
-        return owner.computed()[local]
+        if key in self._owners:
+            return self._owners[key].computed()[key.rpartition(".")[2]]
+        return self.inner[key]
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._inner
+        yield from self.inner
         yield from self._infos
 
     def __len__(self) -> int:
-        return len(self._inner) + len(self._infos)
-
-
-def _computed_info(module: nn.Module, name: str) -> TensorInfo:
-    path, _, local = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if not isinstance(owner, Computes):
-        raise CheckpointError(f"{name!r} is not in the file, and {type(owner).__name__} cannot compute it")
-    old: Tensor = getattr(owner, local)
-    return TensorInfo(tuple(old.shape), old.dtype)
+        return len(self.inner) + len(self._infos)
 
 
 def convert(
@@ -233,7 +220,7 @@ def _open(
 
 def _matched(
     path: Path, theirs: LazyStateDict, part: Part, given: Mapping[str, Any] | None, build: Build
-) -> tuple[Mapping[str, Any], nn.Module, Fit]:
+) -> tuple[Mapping[str, Any], nn.Module, Matched]:
     """The network that ``theirs`` fits: the ``given`` one, else the first of the published ones."""
     problems: list[CheckpointError] = []
     for component in [given] if given is not None else PUBLISHED[part]:

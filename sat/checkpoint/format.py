@@ -1,7 +1,8 @@
-"""What every checkpoint format speaks: tensors by name, read when asked for, and one error type."""
+"""Tensors by name, read when asked for: the interface of every checkpoint format, and its error."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -14,7 +15,7 @@ from torch import Tensor
 Part: TypeAlias = Literal["model", "first_stage", "text"]
 PARTS: tuple[Part, ...] = ("model", "first_stage", "text")
 
-#: What an official engine file, and what our own engine, puts in front of a part's names.
+#: Prefixes of a part's names in official engine files, and in our own engine.
 ENGINE_PREFIXES: dict[Part, str] = {
     "model": "model.diffusion_model.",
     "first_stage": "first_stage_model.",
@@ -39,7 +40,7 @@ class CheckpointError(RuntimeError):
 
 
 class TensorInfo(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,10 +48,7 @@ class TensorInfo(NamedTuple):
     @property
     def numel(self) -> int:
         """Number of elements."""
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -64,19 +62,12 @@ class LazyStateDict(Mapping[str, Tensor]):
     A value may be a window on a mapped file: copy it to keep it, and do not write to it.
     """
 
-    @property
-    @abstractmethod
-    def source(self) -> str:
-        """Where the tensors come from, for messages."""
+    source: str  # file or folder of the tensors, for messages
+    exact: frozenset[str] = frozenset()  # names that a native writer never narrows: buffers such as tables
 
     @abstractmethod
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``, without reading it."""
-
-    @property
-    def exact(self) -> frozenset[str]:
-        """Names that a native writer never narrows: the buffers of their module, such as position tables."""
-        return frozenset()
 
     def release(self, key: str) -> None:  # noqa: B027 (a hint; most sources hold nothing)
         """Hint that ``key`` has been used: memory that reading it took may go back to the system."""
@@ -103,19 +94,8 @@ class InMemory(LazyStateDict):
     def __init__(
         self, tensors: Mapping[str, Tensor], source: str = "memory", exact: Iterable[str] = ()
     ) -> None:
+        self.source, self.exact = source, frozenset(exact)
         self._tensors = tensors
-        self._source = source
-        self._exact = frozenset(exact)
-
-    @property
-    def source(self) -> str:
-        """A name for messages."""
-        return self._source
-
-    @property
-    def exact(self) -> frozenset[str]:
-        """As given."""
-        return self._exact
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
@@ -132,33 +112,53 @@ class InMemory(LazyStateDict):
         return len(self._tensors)
 
 
-class Prefixed(LazyStateDict):
-    """The tensors of ``inner`` whose names start with ``prefix``, without it."""
+class View(LazyStateDict):
+    """The tensors of ``inner`` as they are; subclasses override the names, shapes or values they change."""
 
-    def __init__(self, inner: LazyStateDict, prefix: str) -> None:
-        self._inner = inner
-        self._prefix = prefix
-        self._names = [name[len(prefix) :] for name in inner if name.startswith(prefix)]
-
-    @property
-    def source(self) -> str:
-        """The file the tensors come from."""
-        return self._inner.source
+    def __init__(self, inner: LazyStateDict) -> None:
+        self.inner = inner
+        self.source = inner.source
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
-        return self._inner.info(self._prefix + key)
+        return self.inner.info(key)
 
     def release(self, key: str) -> None:
         """Pass the hint on."""
-        self._inner.release(self._prefix + key)
+        self.inner.release(key)
 
     def close(self) -> None:
-        """Close the files behind."""
-        self._inner.close()
+        """Close the files behind the tensors."""
+        self.inner.close()
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._inner[self._prefix + key]
+        return self.inner[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+
+class Prefixed(View):
+    """The tensors of ``inner`` whose names start with ``prefix``, without it."""
+
+    def __init__(self, inner: LazyStateDict, prefix: str) -> None:
+        super().__init__(inner)
+        self._prefix = prefix
+        self._names = [name[len(prefix) :] for name in inner if name.startswith(prefix)]
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape and dtype of ``key``."""
+        return self.inner.info(self._prefix + key)
+
+    def release(self, key: str) -> None:
+        """Pass the hint on."""
+        self.inner.release(self._prefix + key)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.inner[self._prefix + key]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -171,7 +171,7 @@ class Joined(LazyStateDict):
     """Several shards as one. A name in two shards is an error."""
 
     def __init__(self, shards: Mapping[str, LazyStateDict], source: str) -> None:
-        self._source = source
+        self.source = source
         self._shards = shards
         self._owner: dict[str, LazyStateDict] = {}
         for file, shard in shards.items():
@@ -179,11 +179,6 @@ class Joined(LazyStateDict):
                 if name in self._owner:
                     raise CheckpointError(f"{source}: {name!r} is in more than one shard, the last is {file}")
                 self._owner[name] = shard
-
-    @property
-    def source(self) -> str:
-        """The folder of the shards."""
-        return self._source
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""

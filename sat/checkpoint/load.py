@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +25,7 @@ from sat.checkpoint.format import (
 )
 from sat.checkpoint.formats import open_part
 from sat.checkpoint.ranks import RankFiles
-from sat.checkpoint.rules import Fit, family_rules, fit
+from sat.checkpoint.rules import Matched, best_layout, family_rules
 from sat.sharding import family_sharding, shards
 
 logger = logging.getLogger(__name__)
@@ -54,15 +55,13 @@ GUIDANCE = "guidance.weight"
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened when a part was loaded. Lists hold our names, except ``ignored``: names in the file."""
+    """Outcome of loading a part. Lists hold our names, except ``ignored``: names in the file."""
 
     source: str
     layout: str  # NATIVE, SAT, DIFFUSERS or HF
     loaded: int
     missing: list[str] = field(default_factory=list)  # absent and allowed to be
-    computed: list[str] = field(
-        default_factory=list
-    )  # not stored in this layout: the module's own value stays
+    computed: list[str] = field(default_factory=list)  # not in this layout: the module's own value stays
     unexpected: list[str] = field(default_factory=list)  # in the file without a place, and allowed to be
     ignored: list[str] = field(default_factory=list)  # of other parts, or dropped by a rule
 
@@ -94,29 +93,17 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     ``placed(module, name)`` is called as soon as a tensor has its values, and may put another module in its
     owner's place.
     """
-    is_path = isinstance(source, str | Path)
-    theirs = (
-        open_part(source, part, allow_pickle=allow_pickle)
-        if isinstance(source, str | Path)
-        else as_lazy(source)
-    )
-    try:
+    with ExitStack() as stack:
+        if isinstance(source, str | Path):
+            theirs = stack.enter_context(open_part(source, part, allow_pickle=allow_pickle))
+        else:
+            theirs = as_lazy(source)
         found = match(module, theirs, part, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
         target = _Target(module, device, dtype)
         target.fill(found.view, placed)
         target.finish(found.missing)
-    finally:
-        if is_path:
-            theirs.close()
-    report = LoadReport(
-        theirs.source,
-        found.layout,
-        len(found.view),
-        found.missing,
-        found.computed,
-        found.unexpected,
-        found.ignored,
-    )
+    lists = (found.missing, found.computed, found.unexpected, found.ignored)
+    report = LoadReport(theirs.source, found.layout, len(found.view), *lists)
     logger.info("%s: %s", part, report)
     return report
 
@@ -128,13 +115,13 @@ def match(
     *,
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
-) -> Fit:
-    """How ``theirs`` fills ``module``, by names and shapes alone; one line lists all that does not fit."""
+) -> Matched:
+    """``theirs`` matched to ``module`` by names and shapes alone; an error lists all that is wrong."""
     expected, layouts = wanted(module), family_rules(type(module))
     if isinstance(theirs, RankFiles) and "SAT" in layouts:
-        plan = family_sharding(type(module))
-        theirs = theirs.merged(expected, plan, layouts["SAT"], ENGINE_PREFIXES[part])
-    found = fit(theirs, expected, layouts, part)
+        sharding = family_sharding(type(module))
+        theirs = theirs.merged(expected, sharding, layouts["SAT"], ENGINE_PREFIXES[part])
+    found = best_layout(theirs, expected, layouts, part)
     if isinstance(module, Adopts):
         module.adopt({name: found.view.info(name).shape for name in found.view})
         expected = wanted(module)
@@ -157,14 +144,18 @@ def match(
     if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {listing(unexpected)}")
     if misshapen:
-        problems.append(
-            f"{len(misshapen)} misshapen: {'; '.join(misshapen[:3])}{' …' if len(misshapen) > 3 else ''}"
-        )
+        more = " …" if len(misshapen) > 3 else ""
+        problems.append(f"{len(misshapen)} misshapen: {'; '.join(misshapen[:3])}{more}")
+    embedding = [name for name in unexpected if name.endswith((GUIDANCE, "w_proj.weight"))]
+    if embedding and len(embedding) == len(unexpected) and not missing:
+        advice = "distilled weights: use a distilled model's config (model.params.guidance_dim)"
+        problems.append(f"these are {advice}")
+    elif missing == [GUIDANCE] and not unexpected:
+        advice = "not distilled: use the undistilled model's config (no guidance_dim)"
+        problems.append(f"these weights are {advice}")
     if problems:
-        raise CheckpointError(
-            f"{theirs.source}: does not fit {what} ({found.layout} names): {'; '.join(problems)}"
-            f"{_distilled(missing, unexpected)}"
-        )
+        names = f"({found.layout} names)"
+        raise CheckpointError(f"{theirs.source}: does not fit {what} {names}: {'; '.join(problems)}")
     return found
 
 
@@ -177,29 +168,8 @@ def wanted(module: nn.Module) -> dict[str, TensorInfo]:
     }
 
 
-def _distilled(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """What it means when all that is wrong is the guidance strength's embedding."""
-    extra = [name for name in unexpected if name.endswith((GUIDANCE, "w_proj.weight"))]
-    if extra and len(extra) == len(unexpected) and not missing:
-        return "; these are distilled weights: use a distilled model's config (model.params.guidance_dim)"
-    if not unexpected and list(missing) == [GUIDANCE]:
-        return "; these weights are not distilled: use the undistilled model's config (no guidance_dim)"
-    return ""
-
-
 def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def narrow(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, float | None]:
-    """``tensor`` as ``dtype``, and the largest finite value that became infinite (None: none did)."""
-    if tensor.dtype == dtype:
-        return tensor, None
-    cast = tensor.to(dtype)
-    if not cast.dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
-        return cast, None
-    lost = cast.isinf() & tensor.isfinite()
-    return cast, float(tensor[lost].abs().max()) if bool(lost.any()) else None
 
 
 class Overflow:
@@ -210,20 +180,22 @@ class Overflow:
         self._dtype: torch.dtype | None = None
 
     def cast(self, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """``tensor`` as ``dtype``; a value beyond its range is remembered under ``key``."""
-        out, largest = narrow(tensor, dtype)
-        if largest is not None:
+        """``tensor`` as ``dtype``; finite values that became infinite are remembered under ``key``."""
+        cast = tensor.to(dtype)
+        if not dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+            return cast
+        lost = cast.isinf() & tensor.isfinite()
+        if bool(lost.any()):
             self._dtype = dtype
-            self._found.append(f"{key!r} ({largest:.4g})")
-        return out
+            self._found.append(f"{key!r} ({float(tensor[lost].abs().max()):.4g})")
+        return cast
 
     def check(self, source: str) -> None:
         """Raise if anything was remembered."""
         if self._dtype is None:
             return
-        shown = ", ".join(self._found[:5]) + (
-            f" and {len(self._found) - 5} more" if len(self._found) > 5 else ""
-        )
+        more = f" and {len(self._found) - 5} more" if len(self._found) > 5 else ""
+        shown = ", ".join(self._found[:5]) + more
         raise CheckpointError(
             f"{source}: {len(self._found)} tensors hold values beyond the range of {str(self._dtype)[6:]} "
             f"(largest {torch.finfo(self._dtype).max:.0f}): {shown}; use bf16 or fp32"

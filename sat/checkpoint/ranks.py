@@ -1,7 +1,7 @@
 """Official engine files that are split over model-parallel ranks: merged as they are read, and written.
 
-Which tensors are cut, and how, is the model's plan (:mod:`sat.sharding`) carried over to the file's names by
-its key rules. Layers whose outputs we gather (adaLN) are plain linears there, whole in every file. The
+The cuts are those of the model's sharding (:mod:`sat.sharding`), carried over to the file's names by its key
+rules. Layers whose outputs we gather (adaLN) are plain linears there, whole in every file. The
 published networks are one file each; SwissArmyTransformer writes one a rank when it trains with
 ``model_parallel_size`` above 1: rows of fused projections part by part (:class:`sat.sharding.Column`).
 Source: SwissArmyTransformer ``mpu/layers.py`` (``stride``); official ``dit.py`` (``adaln_modules``).
@@ -9,23 +9,24 @@ Source: SwissArmyTransformer ``mpu/layers.py`` (``stride``); official ``dit.py``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo
+from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo, View
 from sat.checkpoint.rules import Source, read_map, write_map
 from sat.keys import Fuse, Rules, Split, SwapHalves
 from sat.sharding import Cut, Row, Sharding, named_cuts
 
 
-class RankFiles(LazyStateDict):
+class RankFiles(View):
     """The files of all ranks under the file's names. Until :meth:`merged`, a tensor is the first rank's."""
 
     def __init__(self, files: Sequence[LazyStateDict], source: str) -> None:
-        self.files, self._source = files, source
+        super().__init__(files[0])
+        self.files, self.source = files, source
         first = files[0]
         for file in files[1:]:
             if odd := sorted(set(first) ^ set(file)):
@@ -37,15 +38,6 @@ class RankFiles(LazyStateDict):
                         f"{list(file.info(name).shape)} in {file.source}: they are not of one model"
                     )
 
-    @property
-    def source(self) -> str:
-        """The folder of the files."""
-        return self._source
-
-    def info(self, key: str) -> TensorInfo:
-        """Shape and dtype of one rank's ``key``."""
-        return self.files[0].info(key)
-
     def release(self, key: str) -> None:
         """Pass the hint on."""
         for file in self.files:
@@ -56,63 +48,50 @@ class RankFiles(LazyStateDict):
         for file in self.files:
             file.close()
 
-    def __getitem__(self, key: str) -> Tensor:
-        return self.files[0][key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files[0])
-
-    def __len__(self) -> int:
-        return len(self.files[0])
-
     def merged(
-        self, expected: Mapping[str, TensorInfo], plan: Sharding, rules: Rules, prefix: str
+        self, expected: Mapping[str, TensorInfo], sharding: Sharding, rules: Rules, prefix: str
     ) -> LazyStateDict:
         """The tensors whole, for a network with the ``expected`` ones that names them by ``rules``.
 
-        A tensor is joined if the plan cuts it and one rank's is smaller than the network's; any other must be
-        the same on all ranks.
+        A tensor is joined if ``sharding`` cuts it and one rank's is smaller than the network's; any other
+        must be the same on all ranks.
         """
         own = {name.removeprefix(prefix): name for name in self}
-        ours = named_cuts(expected, _official(plan))
-        found: dict[str, Cut] = {}
+        ours = named_cuts(expected, _official(sharding))
+        cuts: dict[str, Cut] = {}
         for name, source in read_map(list(own), rules).sources.items():
-            if name in ours:
-                for theirs in source.names:
-                    shape = _their_shape(source, expected[name].shape)
-                    if self.info(own[theirs]).shape[: len(shape)] != shape:
-                        found[own[theirs]] = _their_cut(source, ours[name])
-        return _Joined(self, found)
+            if name not in ours:
+                continue
+            whole, rule = (
+                expected[name].shape,
+                source.rule,
+            )  # shape of one of their tensors, from that of ours
+            if isinstance(rule, Fuse):
+                whole = (whole[0] // len(rule.theirs), *whole[1:])
+            elif isinstance(rule, Split):
+                whole = (whole[0] * len(rule.ours), *whole[1:])
+            for theirs in source.names:
+                if self.info(own[theirs]).shape[: len(whole)] != whole:
+                    cuts[own[theirs]] = _their_cut(source, ours[name])
+        return MergedRanks(self, cuts)
 
 
-class _Joined(LazyStateDict):
-    """``ranks`` with the tensors in ``cuts`` put together."""
+class MergedRanks(View):
+    """The files of all ranks with the tensors in ``cuts`` put together."""
 
     def __init__(self, ranks: RankFiles, cuts: Mapping[str, Cut]) -> None:
-        self._ranks, self._cuts = ranks, cuts
-
-    @property
-    def source(self) -> str:
-        """The folder of the files."""
-        return self._ranks.source
+        super().__init__(ranks)
+        self._files, self._cuts = ranks.files, cuts
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of the whole ``key``."""
-        info = self._ranks.info(key)
+        info = self.inner.info(key)
         if key not in self._cuts:
             return info
-        return TensorInfo(self._cuts[key].whole(info.shape, len(self._ranks.files)), info.dtype)
-
-    def release(self, key: str) -> None:
-        """Pass the hint on."""
-        self._ranks.release(key)
-
-    def close(self) -> None:
-        """Close the files behind."""
-        self._ranks.close()
+        return TensorInfo(self._cuts[key].whole(info.shape, len(self._files)), info.dtype)
 
     def __getitem__(self, key: str) -> Tensor:
-        first, *others = shares = [file[key] for file in self._ranks.files]
+        first, *others = shares = [file[key] for file in self._files]
         if key in self._cuts:
             return self._cuts[key].join(shares)
         if not all(torch.equal(first, other) for other in others):
@@ -121,54 +100,29 @@ class _Joined(LazyStateDict):
             )
         return first
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ranks)
 
-    def __len__(self) -> int:
-        return len(self._ranks)
-
-
-class ShareOf(LazyStateDict):
-    """What ``rank`` of ``size`` holds of ``whole``, whose tensors in ``cuts`` are split."""
+class RankShare(View):
+    """The tensors that ``rank`` of ``size`` holds of ``whole``: its share of those in ``cuts``."""
 
     def __init__(self, whole: LazyStateDict, cuts: Mapping[str, Cut], rank: int, size: int) -> None:
-        self._whole, self._cuts, self._rank, self._size = whole, cuts, rank, size
-
-    @property
-    def source(self) -> str:
-        """Where the whole tensors come from."""
-        return self._whole.source
-
-    @property
-    def exact(self) -> frozenset[str]:
-        """As inside."""
-        return self._whole.exact
+        super().__init__(whole)
+        self._cuts, self._rank, self._size = cuts, rank, size
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of the share of ``key``."""
-        info = self._whole.info(key)
+        info = self.inner.info(key)
         if key not in self._cuts:
             return info
         return TensorInfo(self._cuts[key].part(info.shape, self._size), info.dtype)
 
-    def release(self, key: str) -> None:
-        """Pass the hint on."""
-        self._whole.release(key)
-
     def __getitem__(self, key: str) -> Tensor:
-        tensor = self._whole[key]
+        tensor = self.inner[key]
         return tensor if key not in self._cuts else self._cuts[key].share(tensor, self._rank, self._size)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._whole)
 
-    def __len__(self) -> int:
-        return len(self._whole)
-
-
-def their_cuts(ours: Mapping[str, TensorInfo], plan: Sharding, rules: Rules, size: int) -> dict[str, Cut]:
-    """How our tensors are cut under their names; an error where one does not divide over ``size`` ranks."""
-    cuts = named_cuts(ours, _official(plan))
+def their_cuts(ours: Mapping[str, TensorInfo], sharding: Sharding, rules: Rules, size: int) -> dict[str, Cut]:
+    """Cuts of our tensors under their names; an error where one does not divide over ``size`` ranks."""
+    cuts = named_cuts(ours, _official(sharding))
     for name, cut in cuts.items():
         length = ours[name].shape[cut.dim]
         if length % (cut.parts * size):
@@ -184,9 +138,9 @@ def their_cuts(ours: Mapping[str, TensorInfo], plan: Sharding, rules: Rules, siz
     }
 
 
-def _official(plan: Sharding) -> Sharding:
-    """What the official code splits too: not the layers whose outputs we gather, plain linears there."""
-    return {name: style for name, style in plan.items() if isinstance(style, Row) or not style.gather}
+def _official(sharding: Sharding) -> Sharding:
+    """The layers that the official code splits too: not those that gather outputs, plain linears there."""
+    return {name: style for name, style in sharding.items() if isinstance(style, Row) or not style.gather}
 
 
 def _their_cut(source: Source, cut: Cut) -> Cut:
@@ -195,17 +149,9 @@ def _their_cut(source: Source, cut: Cut) -> Cut:
     if cut.dim or not isinstance(rule, Fuse | Split | SwapHalves):
         return cut
     if isinstance(rule, SwapHalves) or (isinstance(rule, Fuse) and cut.parts % len(rule.theirs)):
-        raise CheckpointError(f"{source.names[0]!r}: {rule} and the plan of this tensor do not go together")
+        raise CheckpointError(
+            f"{source.names[0]!r}: {rule} and the sharding of this tensor do not go together"
+        )
     if isinstance(rule, Fuse):
         return replace(cut, parts=cut.parts // len(rule.theirs))
     return replace(cut, parts=cut.parts * len(rule.ours))
-
-
-def _their_shape(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one of their tensors, from that of ours."""
-    rule = source.rule
-    if isinstance(rule, Fuse):
-        return (shape[0] // len(rule.theirs), *shape[1:])
-    if isinstance(rule, Split):
-        return (shape[0] * len(rule.ours), *shape[1:])
-    return shape

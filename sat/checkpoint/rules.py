@@ -25,6 +25,7 @@ from sat.checkpoint.format import (
     Part,
     Prefixed,
     TensorInfo,
+    View,
     listing,
 )
 from sat.keys import (
@@ -52,7 +53,7 @@ class KeyMappingError(CheckpointError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a mapped tensor comes from: the names it is made of, the rule, which part of a fusion it is."""
+    """Origin of a mapped tensor: the names it is made of, the rule, and its part of a fusion."""
 
     names: tuple[str, ...]
     rule: Rule
@@ -61,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """The outcome of matching rules to names."""
+    """Names mapped by rules."""
 
     sources: dict[str, Source] = field(default_factory=dict)
     unmatched: list[str] = field(default_factory=list)  # names no rule knows
@@ -139,38 +140,29 @@ def _cut(
             _put(found.sources, _fill(pattern, turned), Source((name,), rule, part))
 
 
-class Mapped(LazyStateDict):
+class Mapped(View):
     """``inner`` under the names of a :class:`KeyMap`. ``write`` true: ours -> theirs, else theirs -> ours."""
 
     def __init__(self, inner: LazyStateDict, key_map: KeyMap, *, write: bool) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._sources = key_map.sources
         self._write = write
-
-    @property
-    def source(self) -> str:
-        """Where the tensors come from."""
-        return self._inner.source
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype after the rule, without reading."""
         source = self._sources[key]
-        parts = [self._inner.info(name) for name in source.names]
+        parts = [self.inner.info(name) for name in source.names]
         shape = _shape(source, [part.shape for part in parts], key, self._write)
         return TensorInfo(shape, parts[0].dtype)
 
     def __getitem__(self, key: str) -> Tensor:
         source = self._sources[key]
-        return _value(source, [self._inner[name] for name in source.names], self._write)
+        return _value(source, [self.inner[name] for name in source.names], self._write)
 
     def release(self, key: str) -> None:
         """Pass the hint on."""
         for name in self._sources[key].names:
-            self._inner.release(name)
-
-    def close(self) -> None:
-        """Close the files behind."""
-        self._inner.close()
+            self.inner.release(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -239,7 +231,7 @@ def _turn(
 
 @lru_cache(maxsize=256)
 def _count(pattern: str, index: int, names: tuple[str, ...]) -> int:
-    """How many values the ``index``-th placeholder has in the names that share the pattern in front of it."""
+    """Number of values of the ``index``-th placeholder in the names that share the pattern in front of it."""
     token = list(_TOKEN.finditer(pattern))[index]
     head = re.compile(_regex(pattern[: token.start()]).pattern + r"(\d+)(?:\.|$)")
     return 1 + max((int(found.groups()[-1]) for name in names if (found := head.match(name))), default=-1)
@@ -316,7 +308,7 @@ def _unsqueezes(rule: Rule, write: bool) -> bool:
     return isinstance(rule, ConvToLinear if write else LinearToConv)
 
 
-# -- which naming a set of tensors is in, found by trying: the rule list that fills most of the module wins
+# -- the layout that a set of tensors is in, found by trying: the rule list that fills most of the module wins
 
 
 NATIVE = "NATIVE"
@@ -324,8 +316,8 @@ _OWN: Rules = [Rename("**", "**")]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """How the tensors of a file fill a module. Names are ours unless said."""
+class Matched:
+    """The tensors of a file matched to those of a module. Names are ours unless said."""
 
     layout: str
     view: LazyStateDict  # the tensors that have a place, under our names
@@ -336,7 +328,7 @@ class Fit:
     rules: Rules
 
     def their_name(self, name: str) -> str:
-        """``name`` and what the file should call it."""
+        """``name``, and the name that the file should have for it."""
         theirs = list(write_map([name], self.rules).sources)
         return name if self.layout == NATIVE or not theirs else f"{name} (there: {', '.join(theirs)})"
 
@@ -354,54 +346,39 @@ def family_rules(kind: type[nn.Module]) -> dict[str, Rules]:
     return found
 
 
-def fit(
+def best_layout(
     theirs: LazyStateDict, expected: Mapping[str, TensorInfo], layouts: Mapping[str, Rules], part: Part
-) -> Fit:
-    """The best fit of ``theirs`` to the ``expected`` tensors, over all layouts and engine prefixes."""
-    prefixes = [""] + [
-        prefix
-        for prefix in (ENGINE_PREFIXES[part], OWN_PREFIXES[part])
-        if any(name.startswith(prefix) for name in theirs)
-    ]
-    distinct = {id(rules): (layout, rules) for layout, rules in layouts.items()}  # aliases are tried once
-    tried = [
-        _try(theirs, prefix, expected, layout, rules)
-        for prefix in prefixes
-        for layout, rules in distinct.values()
-    ]
-    return max(tried, key=lambda found: len(found.view))
-
-
-def _try(
-    theirs: LazyStateDict, prefix: str, expected: Mapping[str, TensorInfo], layout: str, rules: Rules
-) -> Fit:
-    own = Prefixed(theirs, prefix) if prefix else theirs
-    found = read_map(list(own), rules)
-    placed = {name: source for name, source in found.sources.items() if name in expected}
-    stray = [name for ours, source in found.sources.items() if ours not in expected for name in source.names]
-    others = [name for name in theirs if not name.startswith(prefix)] if prefix else []
+) -> Matched:
+    """The match of ``theirs`` to the ``expected`` tensors that fills most, over all layouts and prefixes."""
     known = (*ENGINE_PREFIXES.values(), *OWN_PREFIXES.values())
-    of_others = [name for name in others if name.startswith(known)]
-    absent = [name for name in expected if name not in placed]
-    free = _may_be_absent(absent, rules)
-    return Fit(
-        layout=layout,
-        view=Mapped(own, KeyMap(placed), write=False),
-        missing=[name for name in absent if name not in free],
-        computed=[name for name in absent if name in free],
-        unexpected=[
-            *(prefix + name for name in (*found.unmatched, *stray)),
-            *(name for name in others if name not in set(of_others)),
-        ],
-        ignored=[*(prefix + name for name in found.ignored), *of_others],
-        rules=rules,
-    )
-
-
-def _may_be_absent(names: list[str], rules: Rules) -> set[str]:
-    """Those of our ``names`` that the layout does not store, or need not."""
-    optional = [
-        rule for rule in rules if isinstance(rule, Computed) or isinstance(rule, Rename) and rule.optional
-    ]
-    found = write_map(names, optional)
-    return set(names) - set(found.unmatched)
+    prefixes = [ENGINE_PREFIXES[part], OWN_PREFIXES[part]]
+    prefixes = ["", *(prefix for prefix in prefixes if any(name.startswith(prefix) for name in theirs))]
+    distinct = {id(rules): (layout, rules) for layout, rules in layouts.items()}  # aliases are tried once
+    tried: list[Matched] = []
+    for prefix in prefixes:
+        inside = Prefixed(theirs, prefix) if prefix else theirs
+        outside = [name for name in theirs if not name.startswith(prefix)]
+        of_others = [name for name in outside if name.startswith(known)]
+        for layout, rules in distinct.values():
+            found = read_map(list(inside), rules)
+            placed = {name: source for name, source in found.sources.items() if name in expected}
+            others = [source for name, source in found.sources.items() if name not in expected]
+            absent = [name for name in expected if name not in placed]
+            optional = [r for r in rules if isinstance(r, Computed) or (isinstance(r, Rename) and r.optional)]
+            needed = set(write_map(absent, optional).unmatched)  # the layout need not store the rest
+            tried.append(
+                Matched(
+                    layout=layout,
+                    view=Mapped(inside, KeyMap(placed), write=False),
+                    missing=[name for name in absent if name in needed],
+                    computed=[name for name in absent if name not in needed],
+                    unexpected=[
+                        *(prefix + name for name in found.unmatched),
+                        *(prefix + name for source in others for name in source.names),
+                        *(name for name in outside if name not in set(of_others)),
+                    ],
+                    ignored=[*(prefix + name for name in found.ignored), *of_others],
+                    rules=rules,
+                )
+            )
+    return max(tried, key=lambda matched: len(matched.view))

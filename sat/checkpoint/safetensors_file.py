@@ -2,7 +2,7 @@
 
 The format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, byte range), then the
 bytes. Source: https://github.com/huggingface/safetensors (checked against the library in
-tests/unit/test_safetensors.py).
+tests/unit/test_checkpoint_files.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SafetensorsFile(LazyStateDict):
     """The tensors of one file. The header is checked whole when opened; values are mapped when asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.source = str(path)
         try:
             self._file = path.open("rb")
         except OSError as error:
@@ -60,11 +60,6 @@ class SafetensorsFile(LazyStateDict):
         except BaseException:
             self._file.close()
             raise
-
-    @property
-    def source(self) -> str:
-        """The file."""
-        return str(self._path)
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
@@ -81,7 +76,7 @@ class SafetensorsFile(LazyStateDict):
                 self._file.fileno(), skip + place.nbytes, access=mmap.ACCESS_COPY, offset=place.begin - skip
             )
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._path}: cannot map {key!r}: {error}") from error
+            raise CheckpointError(f"{self.source}: cannot map {key!r}: {error}") from error
         if hasattr(mmap, "MADV_WILLNEED"):
             window.madvise(mmap.MADV_WILLNEED)  # read ahead in one go instead of page by page
         flat = torch.frombuffer(window, dtype=torch.uint8, offset=skip, count=place.nbytes)
@@ -101,7 +96,7 @@ class SafetensorsFile(LazyStateDict):
 
 
 def _header(path: Path, read: Callable[[int], bytes]) -> tuple[dict[str, _Place], dict[str, str]]:
-    """The places of all tensors and the metadata; whatever a damaged file says wrong ends in one line."""
+    """Byte ranges of all tensors, and the metadata; damage of any kind is one line."""
     size = path.stat().st_size
     length = int.from_bytes(read(8), "little")
     if size < 8 or length > min(size - 8, _MOST_HEADER):

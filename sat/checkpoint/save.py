@@ -34,7 +34,7 @@ from sat.checkpoint.formats.hf_t5 import T5, t5_config, tokenizer_config
 from sat.checkpoint.formats.native import FORMAT, MANIFEST, VERSION
 from sat.checkpoint.formats.sat import SIDECAR, rank_file
 from sat.checkpoint.load import Overflow
-from sat.checkpoint.ranks import ShareOf, their_cuts
+from sat.checkpoint.ranks import RankShare, their_cuts
 from sat.checkpoint.rules import as_theirs, family_rules
 from sat.checkpoint.safetensors_file import Written, write_safetensors
 from sat.checkpoint.torch_file import write_torch
@@ -102,7 +102,7 @@ def save_sat(
             (place / "1").mkdir()
             cuts = _cuts(parts["model"], config, options.ranks)
             for rank in range(options.ranks):
-                share = ShareOf(tensors, cuts, rank, options.ranks) if cuts else tensors
+                share = RankShare(tensors, cuts, rank, options.ranks) if cuts else tensors
                 _torch(place / "1" / rank_file(rank), share, "module", ENGINE_PREFIXES["model"], options)
             (place / "latest").write_text("1")
         if "first_stage" in parts:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo
+from sat.checkpoint.format import CheckpointError, InMemory, TensorInfo
 from sat.checkpoint.safetensors_file import tensor_bytes
 
 logger = logging.getLogger(__name__)
@@ -40,43 +40,43 @@ _SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("uint8", "uint32", "int64", "float32", "float64")),
 ]
+_LOAD_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError),
+    *(AttributeError, IndexError, TypeError, OSError),
+)
 
 
-class TorchFile(LazyStateDict):
+class TorchFile(InMemory):
     """The tensors of one ``torch.save`` file, mapped. ``allow_pickle`` runs any code the pickle holds."""
 
     def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
-        self._path = path
-        content = _load(path, allow_pickle)
-        self.root, self._tensors = _tensors(path, content)
-        self._ranges = _mapped_ranges(path)
-
-    @property
-    def source(self) -> str:
-        """The file."""
-        return str(self._path)
-
-    def info(self, key: str) -> TensorInfo:
-        """Shape and dtype of ``key``."""
-        tensor = self._tensors[key]
-        return TensorInfo(tuple(tensor.shape), tensor.dtype)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key].detach()
+        super().__init__(_tensors(path, _load(path, allow_pickle)), str(path))
+        # Addresses at which the system has mapped the file (Linux; none elsewhere).
+        self._ranges: list[tuple[int, int]] = []
+        maps = Path("/proc/self/maps")
+        if maps.exists() and hasattr(mmap, "MADV_DONTNEED"):
+            for line in maps.read_text(errors="replace").splitlines():
+                addresses, *_, file = line.split(maxsplit=5)
+                if file == str(path.resolve()):
+                    begin, end = addresses.split("-")
+                    self._ranges.append((int(begin, 16), int(end, 16)))
 
     def release(self, key: str) -> None:
-        """Let the system take back the mapped pages of ``key``; they are read again if asked for again."""
-        _forget(self._tensors[key], self._ranges)
+        """Let the system take back the mapped pages of ``key``; they are read again if asked for again.
+
+        Memory that is not mapped from the file is left alone.
+        """
+        storage = self._tensors[key].untyped_storage()
+        page = mmap.PAGESIZE
+        begin = -(-storage.data_ptr() // page) * page
+        end = (storage.data_ptr() + storage.nbytes()) // page * page
+        if begin < end and any(low <= begin and end <= high for low, high in self._ranges):
+            address, length = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
+            ctypes.CDLL(None).madvise(address, length, mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Drop the map."""
         self._tensors = {}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def _load(path: Path, allow_pickle: bool) -> object:
@@ -88,58 +88,36 @@ def _load(path: Path, allow_pickle: bool) -> object:
                     f"{path}: truncated or corrupt: a PyTorch file whose end is missing "
                     f"({path.stat().st_size:,} bytes); copy or download it again"
                 )
+    numpy_arrays = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+    safe = [*_SAFE, numpy_arrays._reconstruct]
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*_SAFE, _numpy_rebuild()]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; a failure is told below
             if path.suffix == ".safetensors":  # by that name torch would read another format
                 with path.open("rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=not allow_pickle)
             return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=not allow_pickle)
-    except pickle.UnpicklingError as error:
-        if needs := _unsafe(str(error)):
-            raise CheckpointError(
-                f"{path}: its pickle needs {needs}, more than tensors: loading it could run any code; "
-                f"if you trust the file, set checkpoint.allow_pickle=true"
-            ) from error
-        raise CheckpointError(_damaged(path, error)) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        OSError,
-    ) as error:
-        raise CheckpointError(_damaged(path, error)) from error
     except ImportError as error:  # only with allow_pickle: a class of a package that is not here
         raise CheckpointError(f"{path}: its pickle needs a module that is not installed: {error}") from error
+    except _LOAD_ERRORS as error:
+        message = str(error)
+        if isinstance(error, pickle.UnpicklingError):  # refused by torch's restricted unpickler, or broken
+            found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+)", message)
+            needs = found.group(1) if found else "unsupported objects"
+            if found or "Trying to " in message or "Can only " in message:
+                raise CheckpointError(
+                    f"{path}: its pickle needs {needs}, more than tensors: loading it could run any code; "
+                    f"if you trust the file, set checkpoint.allow_pickle=true"
+                ) from error
+        text = message.rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+        raise CheckpointError(
+            f"{path}: truncated or corrupt PyTorch file ({text.splitlines()[0][:120]}); "
+            f"copy or download it again"
+        ) from error
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-    return (
-        f"{path}: truncated or corrupt PyTorch file ({text.splitlines()[0][:120]}); copy or download it again"
-    )
-
-
-def _unsafe(message: str) -> str | None:
-    """What torch's restricted unpickler refused, or None where the pickle is simply broken."""
-    found = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+)", message)
-    if found:
-        return found.group(1)
-    return "unsupported objects" if "Trying to " in message or "Can only " in message else None
-
-
-def _numpy_rebuild() -> Callable[..., Any]:
-    module = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
-    rebuild: Callable[..., Any] = module._reconstruct
-    return rebuild
-
-
-def _tensors(path: Path, content: object) -> tuple[str, dict[str, Tensor]]:
-    """The state dict in a loaded file and the key it was under ('' = the file itself)."""
+def _tensors(path: Path, content: object) -> dict[str, Tensor]:
+    """The state dict in a loaded file, under one of ``_ROOTS`` or the file itself."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
     root = next((key for key in _ROOTS if isinstance(content.get(key), Mapping)), "")
@@ -153,28 +131,7 @@ def _tensors(path: Path, content: object) -> tuple[str, dict[str, Tensor]]:
                 f"(or those under one of {list(_ROOTS)})"
             )
         tensors[name] = value
-    return root, tensors
-
-
-def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
-    """Addresses at which the system has mapped ``path`` (Linux; empty elsewhere)."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or not hasattr(mmap, "MADV_DONTNEED"):
-        return []
-    name = str(path.resolve())
-    lines = [line.split(maxsplit=5) for line in maps.read_text(errors="replace").splitlines()]
-    found = [line[0].split("-") for line in lines if len(line) == 6 and line[5] == name]
-    return [(int(begin, 16), int(end, 16)) for begin, end in found]
-
-
-def _forget(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
-    """Give the mapped pages of a tensor back to the system; memory that is no map of ours is left alone."""
-    storage = tensor.untyped_storage()
-    page = mmap.PAGESIZE
-    begin = -(-storage.data_ptr() // page) * page
-    end = (storage.data_ptr() + storage.nbytes()) // page * page
-    if begin < end and any(low <= begin and end <= high for low, high in ranges):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+    return tensors
 
 
 # -- writing
