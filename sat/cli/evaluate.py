@@ -50,35 +50,20 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
     )
-    _add_run(commands.add_parser(RUN, help="draw and score pictures (without a command)"))
-    _add_preference(
-        commands.add_parser("preference", help="ask people which of two models' pictures is better")
-    )
-    _add_small(commands)
-    return top
-
-
-def _add_run(run: argparse.ArgumentParser) -> None:
-    add = run.add_argument
+    add = commands.add_parser(RUN, help="draw and score pictures (without a command)").add_argument
     add("--base", nargs="+", action="extend", metavar="YAML", help="config files of the model that draws")
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="one a line, or .csv, .tsv, .jsonl, .json with categories",
-    )
+    prompts = "one a line, or .csv, .tsv, .jsonl, .json with categories"
+    add("--prompts", type=Path, metavar="FILE", help=prompts)
     add("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for several")
-    add(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for pictures, scores.json, report.html"
-    )
+    out = "folder for pictures, scores.json, report.html"
+    add("--out", type=Path, required=True, metavar="DIR", help=out)
     add("--images", type=Path, metavar="DIR", help="score the pictures in this folder instead of drawing")
-    add(
-        "--compare", type=Path, action="append", default=[], metavar="DIR", help="score another folder beside"
-    )
+    compare = "score another folder beside"
+    add("--compare", type=Path, action="append", default=[], metavar="DIR", help=compare)
     add("--real", type=Path, metavar="DIR", help="real pictures, for features, detail and fid")
     add("--scores", metavar="NAME,NAME", help="which scores (those that ship and can be taken)")
-    add("--metric-weights", "--judges", type=Path, default=WEIGHTS, metavar="DIR",
-        help=f"networks of the metrics that do not ship ({WEIGHTS})")  # fmt: skip
+    weights = f"networks of the metrics that do not ship ({WEIGHTS})"
+    add("--metric-weights", "--judges", type=Path, default=WEIGHTS, metavar="DIR", help=weights)
     add("--classifier", type=Path, default=CLASSIFIER, help=f"folder of the small classifier ({CLASSIFIER})")
     add("--batch-size", type=int, metavar="N", help="images per prompt (sampling.batch_size)")
     add("--seed", type=int, help="image i of a prompt uses SEED + i (sampling.seed)")
@@ -88,60 +73,57 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="check config, prompts and what the scores need, and exit")
     add("overrides", nargs="*", metavar="section.key=value", help="config keys to set, for drawing")
 
-
-def _add_preference(ask: argparse.ArgumentParser) -> None:
-    add = ask.add_argument
+    ask = "ask people which of two models' pictures is better"
+    add = commands.add_parser("preference", help=ask).add_argument
     add("a", type=Path, metavar="A_DIR", help="pictures of one model, as sample.py or evaluate wrote them")
     add("b", type=Path, metavar="B_DIR", help="pictures of the other for the same prompts")
     add("--prompts", type=Path, metavar="FILE", help="texts to show (default: what the PNG files say)")
     add("--votes", type=Path, default=VOTES, metavar="FILE", help=f"file that votes are added to ({VOTES})")
-    add(
-        "--questions",
-        default="alignment,quality",
-        metavar="NAME,NAME",
-        help="questions to ask (alignment,quality)",
-    )
+    questions = "questions to ask (alignment,quality)"
+    add("--questions", default="alignment,quality", metavar="NAME,NAME", help=questions)
     add("--seed", type=int, default=0, help="of orders and sides (0)")
     add("--port", type=int, default=8765, help="of the loopback address; 0 picks a free one (8765)")
     add("--summary", action="store_true", help="print the statistics of the votes so far, and exit")
+    _add_small(commands)
+    return top
 
 
 def _add_small(commands: Any) -> None:
     """The commands around the classifier that ships."""
-    train = commands.add_parser("train-classifier", help="train the small classifier")
-    train.add_argument("--data", type=Path, required=True, help="folder whose table has concept and style")
-    train.add_argument("--out", type=Path, default=CLASSIFIER, help=f"folder to write ({CLASSIFIER})")
-    train.add_argument("--steps", type=int, default=3000)
-    train.add_argument("--batch-size", type=int, default=64)
-    train.add_argument("--lr", type=float, default=3e-3)
-    train.add_argument("--width", type=int, default=112, help="number of features (112)")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--threads", type=int, help="CPU threads (all)")
-    train.add_argument("--device", default="auto", help="as parallel.device (auto)")
-    judge = commands.add_parser("retrieval", help="is it in the picture what the caption asks for?")
-    judge.add_argument(
-        "--images", type=Path, required=True, help="folder of images, e.g. what sample.py wrote"
-    )
-    judge.add_argument(
-        "--captions", type=Path, help=".jsonl table, or prompts one a line (default: from the PNG files)"
-    )
-    judge.add_argument("--classifier", type=Path, default=CLASSIFIER, help=f"its folder ({CLASSIFIER})")
-    judge.add_argument("--json", type=Path, help="file to write the scores to")
-    judge.add_argument("--list", action="store_true", help="print what each picture was taken for")
-    detail = commands.add_parser("detail", help="how near is fine detail to that of real pictures?")
-    detail.add_argument(
-        "--images", type=Path, required=True, help="folder of images, e.g. what sample.py wrote"
-    )
-    detail.add_argument("--real", type=Path, required=True, help="folder of real pictures of the same size")
-    detail.add_argument("--classifier", type=Path, default=CLASSIFIER, help=f"its folder ({CLASSIFIER})")
-    sheet = commands.add_parser("sheet", help="all pictures of a folder on one, in the order of the prompts")
-    sheet.add_argument(
-        "--images", type=Path, required=True, help="folder of images, e.g. what sample.py wrote"
-    )
-    sheet.add_argument("--captions", type=Path, help=".jsonl table, or prompts one a line")
-    sheet.add_argument("--out", type=Path, required=True, help="PNG file to write")
-    sheet.add_argument("--columns", type=int, default=8)
-    sheet.add_argument("--scale", type=int, default=1, help="enlarge this many times")
+    images = "folder of images, e.g. what sample.py wrote"
+    classifier = f"its folder ({CLASSIFIER})"
+    add = commands.add_parser("train-classifier", help="train the small classifier").add_argument
+    add("--data", type=Path, required=True, help="folder whose table has concept and style")
+    add("--out", type=Path, default=CLASSIFIER, help=f"folder to write ({CLASSIFIER})")
+    add("--steps", type=int, default=3000)
+    add("--batch-size", type=int, default=64)
+    add("--lr", type=float, default=3e-3)
+    add("--width", type=int, default=112, help="number of features (112)")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, help="CPU threads (all)")
+    add("--device", default="auto", help="as parallel.device (auto)")
+
+    add = commands.add_parser(
+        "retrieval", help="is it in the picture what the caption asks for?"
+    ).add_argument
+    add("--images", type=Path, required=True, help=images)
+    add("--captions", type=Path, help=".jsonl table, or prompts one a line (default: from the PNG files)")
+    add("--classifier", type=Path, default=CLASSIFIER, help=classifier)
+    add("--json", type=Path, help="file to write the scores to")
+    add("--list", action="store_true", help="print what each picture was taken for")
+
+    add = commands.add_parser("detail", help="how near is fine detail to that of real pictures?").add_argument
+    add("--images", type=Path, required=True, help=images)
+    add("--real", type=Path, required=True, help="folder of real pictures of the same size")
+    add("--classifier", type=Path, default=CLASSIFIER, help=classifier)
+
+    sheet = "all pictures of a folder on one, in the order of the prompts"
+    add = commands.add_parser("sheet", help=sheet).add_argument
+    add("--images", type=Path, required=True, help=images)
+    add("--captions", type=Path, help=".jsonl table, or prompts one a line")
+    add("--out", type=Path, required=True, help="PNG file to write")
+    add("--columns", type=int, default=8)
+    add("--scale", type=int, default=1, help="enlarge this many times")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,14 @@
-"""The work of ``prepare``: emoji pictures, and the caches that a training config asks for."""
+"""The commands of ``prepare``: emoji pictures, a vocabulary, a look at data, and the caches of a training."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
+from collections.abc import Callable, Mapping
 
+from sat.cli.arguments import sort_overrides
 from sat.cli.main_guard import UsageError
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,77 @@ def emoji(args: argparse.Namespace) -> int:
     return 0
 
 
+def tokenizer(args: argparse.Namespace) -> int:
+    """Train a sentencepiece vocabulary; the exit code."""
+    from sat.data.sources import captions_of, train_vocabulary
+
+    pieces = train_vocabulary(captions_of(args.captions), args.out, args.vocab, args.words)
+    print(f"{args.out}: {pieces} pieces")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the config where they are silent
+    """Count the pictures of data sources, list what is wrong; the exit code is 1 where something is."""
+    from sat.config.yaml_source import ConfigError
+    from sat.data.buckets import BucketRule, Buckets
+    from sat.data.survey import bucket_table, duplicates, sheet, survey
+
+    sources, vocabulary, limit = args.sources, args.tokenizer, args.max_length
+    height = args.height if args.height is not None else args.width
+    width = args.width if args.width is not None else args.height
+    batch = args.batch
+    try:
+        rule = None if args.area is None else BucketRule(tuple(args.area), args.step, args.max_ratio)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if args.base:
+        from sat.config.load import load
+        from sat.config.parts import find_vocabulary
+        from sat.train.data import bucket_rule
+
+        experiment = load(args.base)
+        data, train, conditioning = experiment.data, experiment.train, experiment.conditioning
+        if data is None:
+            raise UsageError("the config of --base has no `data` section")
+        sources = sources or [source.path for source in (*data.sources, *data.validation)]
+        height, width, rule = height or data.height, width or data.width, rule or bucket_rule(data)
+        batch = batch or (None if train is None else train.batch_size)
+        with contextlib.suppress(ConfigError):  # the training's own, unless its weights are not at hand
+            vocabulary = vocabulary or find_vocabulary(conditioning, experiment.checkpoint)
+        limit = limit or conditioning.max_length
+    elif not sources:
+        raise UsageError("nothing to look at: name folders, tables or shards, or --base with a config")
+
+    too_long: Callable[[str], bool] | None = None
+    if vocabulary is not None:
+        import sentencepiece
+
+        if not vocabulary.is_file():
+            raise UsageError(f"--tokenizer {vocabulary}: no such file")
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
+        most = limit or 224
+
+        def too_long(caption: str) -> bool:  # with its end token
+            return len(pieces.encode(caption)) + 1 > most
+
+    elif args.base:
+        print("captions over the token limit are not counted: no spiece.model is at hand (--tokenizer)")
+    surveys = []
+    for source in sources:
+        surveys.append(survey(source, too_long))
+        print("\n".join(surveys[-1].lines(height, width)))
+    print("\n".join(duplicates(surveys) or ["no duplicates"]))
+    if rule is not None:
+        sizes = [picture.size for one in surveys for picture in one.pictures]
+        print("\n".join(bucket_table(Buckets.of(sizes, rule), batch or 1)) if sizes else "no buckets")
+    shown = [record for one in surveys for record in one.readable][: args.sheet_limit]
+    if args.sheet is not None and shown:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
+        print(f"{args.sheet}: {len(shown)} pictures")
+    return 1 if any(one.bad for one in surveys) else 0
+
+
 def cache(args: argparse.Namespace) -> int:
     """Make, count (``--check``) or clear (``--prune``) the caches; the exit code."""
     from sat.config.load import load_full
@@ -41,6 +115,11 @@ def cache(args: argparse.Namespace) -> int:
     from sat.train.data import open_data
     from sat.util import log as logs
 
+    sort_overrides(args)
+    if not args.base:
+        raise UsageError("--base is needed: the config files of the training, such as configs/sft.yaml")
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError(f"--batch-size {args.batch_size}: expected at least 1")
     logs.setup(debug=args.debug)
     settings = [] if args.cache is None else [("data.cache", str(args.cache))]
     loaded = load_full(args.base, [*args.overrides, *settings])
@@ -66,3 +145,11 @@ def cache(args: argparse.Namespace) -> int:
         print(f"training will not load: {', '.join(sorted(caches.spare)) or 'nothing left out'}")
     runtime.close()
     return 1 if args.check and (count.latents_missing or count.text_missing) else 0
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "emoji": emoji,
+    "tokenizer": tokenizer,
+    "inspect": inspect,
+    "cache": cache,
+}
