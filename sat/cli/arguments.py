@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common: config files, overrides, and options that set config keys."""
+"""Arguments that commands share: config files, overrides, and options that set config keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
 
 def reader(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with what every command over configs takes: ``--base``, overrides, ``--check`` and the like.
+    """A parser with the arguments of every command over configs, such as ``--base`` and overrides.
 
     Options get no defaults: those are the config's.
     """
@@ -61,7 +61,7 @@ def parse(reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: 
 
 
 def sort_overrides(args: argparse.Namespace) -> None:
-    """Move what is an override from the files of ``--base``, which takes all that follows it."""
+    """Move overrides out of the files of ``--base``, which takes all that follows it."""
     bases = list(args.base or [])
     args.base = [item for item in bases if not _OVERRIDE.match(item)]
     args.overrides = [item for item in bases if _OVERRIDE.match(item)] + list(args.overrides)
@@ -74,7 +74,7 @@ def settings(args: argparse.Namespace, options: Mapping[str, str]) -> list[Setti
 
 
 class Lora(NamedTuple):
-    """An adapter's file or folder, and how much it counts."""
+    """An adapter's file or folder, and its strength."""
 
     path: Path
     strength: float

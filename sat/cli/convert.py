@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,44 +59,24 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("src", metavar="SRC", type=Path, help="folder or weight file to read")
     top.add_argument("dst", metavar="DST", type=Path, help="folder to write: new or empty")
     top.add_argument("--to", required=True, choices=_FORMATS, help="format to write")
-    top.add_argument(
-        "--base",
-        nargs="+",
-        default=[],
-        metavar="YAML",
-        help="the network's config, for a SRC that carries none",
-    )
-    top.add_argument(
-        "--first-stage", type=Path, metavar="PATH", help="autoencoder, where SRC does not hold it"
-    )
+    base = "the network's config, for a SRC that carries none"
+    top.add_argument("--base", nargs="+", default=[], metavar="YAML", help=base)
+    first_stage = "autoencoder, where SRC does not hold it"
+    top.add_argument("--first-stage", type=Path, metavar="PATH", help=first_stage)
     top.add_argument("--text", type=Path, metavar="PATH", help="text encoder, where SRC does not hold it")
-    top.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="spiece.model, where none lies beside the text encoder"
-    )
-    top.add_argument(
-        "--only", nargs="+", choices=_PARTS, default=list(_PARTS), help="parts to convert (all there are)"
-    )
-    top.add_argument(
-        "--merge-lora",
-        action="append",
-        default=[],
-        metavar="PATH[:STRENGTH]",
-        help="fold an adapter into the weights; repeat for several",
-    )
-    top.add_argument(
-        "--tensor-parallel",
-        type=int,
-        default=1,
-        metavar="N",
-        help="split the network of an official folder into the files of N model-parallel ranks (1)",
-    )
+    tokenizer = "spiece.model, where none lies beside the text encoder"
+    top.add_argument("--tokenizer", type=Path, metavar="PATH", help=tokenizer)
+    only = "parts to convert (all there are)"
+    top.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS), help=only)
+    merge = "fold an adapter into the weights; repeat for several"
+    top.add_argument("--merge-lora", action="append", default=[], metavar="PATH[:STRENGTH]", help=merge)
+    ranks = "split the network of an official folder into the files of N model-parallel ranks (1)"
+    top.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=ranks)
     top.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type to write (as in SRC)")
-    top.add_argument(
-        "--max-shard", default="5GB", metavar="SIZE", help="largest safetensors file, e.g. 500MB (5GB)"
-    )
-    top.add_argument(
-        "--allow-pickle", action="store_true", help="run the code in SRC's pickles; only if you trust them"
-    )
+    shard = "largest safetensors file, e.g. 500MB (5GB)"
+    top.add_argument("--max-shard", default="5GB", metavar="SIZE", help=shard)
+    pickle = "run the code in SRC's pickles; only if you trust them"
+    top.add_argument("--allow-pickle", action="store_true", help=pickle)
     top.add_argument("--debug", action="store_true", help="show where an error came from")
     return top
 
@@ -117,37 +98,63 @@ def size(text: str) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     most = size(args.max_shard)
+    from tqdm import tqdm
+
     from sat.adapters.files import is_adapter
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
+    from sat.config.load import load
     from sat.config.parts import build_empty
-    from sat.config.schema import Component
+    from sat.config.schema import Component, plain
 
-    config, imports = _config(args.base)
+    experiment = load(args.base) if args.base else None
+    config: Mapping[str, Any] | None = None if experiment is None else plain(experiment)
+    imports = [] if experiment is None else experiment.imports
+
+    def build(component: Mapping[str, Any]) -> Any:
+        return build_empty(Component(**component), imports)
+
     if is_adapter(args.src):
-        return _convert_adapter(args, config, imports)
+        return _convert_adapter(args, build, config)
     if args.to == "peft":
         raise UsageError(f"--to peft is for adapters, and {args.src} is none")
-    ranks = _ranks(args.tensor_parallel, args.to)
-    sources = Sources(
-        args.src, args.first_stage, args.text, args.tokenizer, tuple(args.only),
-        change=_changing(args.merge_lora, ranks),
-    )  # fmt: skip
-    sources = _of_run(sources)
-    bar = _Bar()
-    try:
+    ranks = args.tensor_parallel
+    if ranks < 1:
+        raise UsageError(f"--tensor-parallel is {ranks}, expected at least 1")
+    if ranks > 1 and args.to != "sat":
+        raise UsageError(
+            f"--tensor-parallel is for --to sat: {args.to} files hold whole tensors, and every layout reads "
+            f"them"
+        )
+    sources = _of_run(
+        Sources(
+            args.src,
+            args.first_stage,
+            args.text,
+            args.tokenizer,
+            tuple(args.only),
+            change=_changing(args.merge_lora, ranks),
+        )  # fmt: skip
+    )
+    with ExitStack() as stack:
+
+        def progress(total: int) -> Callable[[int], None]:  # silent when standard error is not a terminal
+            bar = tqdm(
+                total=total, unit="B", unit_scale=True, desc="convert", disable=None, dynamic_ncols=True
+            )
+            stack.callback(bar.close)
+            return lambda nbytes: bar.update(nbytes)
+
         done = convert(
             sources,
             args.dst,
             args.to,
-            lambda component: build_empty(Component(**component), imports),
+            build,
             config=config,
             options=Options(DTYPES[args.dtype] if args.dtype else None, most, ranks),
             allow_pickle=args.allow_pickle,
-            progress=bar,
+            progress=progress,
         )
-    finally:
-        bar.close()
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     parts = ", ".join(f"{part} {count} tensors" for part, count in done.tensors.items())
@@ -179,19 +186,8 @@ def _of_run(sources: Sources) -> Sources:
     )  # fmt: skip
 
 
-def _ranks(wanted: int, to: str) -> int:
-    """The number of model-parallel ranks to write for."""
-    if wanted < 1:
-        raise UsageError(f"--tensor-parallel is {wanted}, expected at least 1")
-    if wanted > 1 and to != "sat":
-        raise UsageError(
-            f"--tensor-parallel is for --to sat: {to} files hold whole tensors, and every layout reads them"
-        )
-    return wanted
-
-
 def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
-    """What is done to the parts of a checkpoint on the way: adapters folded in; None for nothing.
+    """The change of a checkpoint's parts on the way: adapters folded in; None for nothing.
 
     A network that does not divide over ``ranks`` is refused here, before anything is written.
     """
@@ -215,12 +211,12 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
     return change
 
 
-def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None, imports: list[str]) -> int:
+def _convert_adapter(
+    args: argparse.Namespace, build: Callable[[Mapping[str, Any]], Any], config: Mapping[str, Any] | None
+) -> int:
     """An adapter from one layout to another."""
     from sat.adapters.write import convert_adapter
     from sat.checkpoint import DTYPES
-    from sat.config.parts import build_empty
-    from sat.config.schema import Component
 
     if args.merge_lora:
         raise UsageError(f"--merge-lora is for checkpoints, and {args.src} is an adapter itself")
@@ -230,44 +226,10 @@ def _convert_adapter(args: argparse.Namespace, config: Mapping[str, Any] | None,
         args.src,
         args.dst,
         args.to,
-        lambda component: build_empty(Component(**component), imports),
+        build,
         config=config,
         dtype=DTYPES[args.dtype] if args.dtype else None,
     )
     names = ", ".join(file.relative_to(args.dst).as_posix() for file in files)
     print(f"{args.dst}: LoRA of {len(adapter.layers)} layers as {args.to}: {names}")
     return 0
-
-
-def _config(bases: list[str]) -> tuple[Mapping[str, Any] | None, list[str]]:
-    if not bases:
-        return None, []
-    from sat.config.load import load
-    from sat.config.schema import plain
-
-    experiment = load(bases)
-    sections: Mapping[str, Any] = plain(experiment)
-    return sections, experiment.imports
-
-
-class _Bar:
-    """A bar over bytes, silent when standard error is not a terminal."""
-
-    def __init__(self) -> None:
-        self._close: Callable[[], None] | None = None
-
-    def __call__(self, total: int) -> Callable[[int], None]:
-        from tqdm import tqdm
-
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=None, dynamic_ncols=True)
-        self._close = bar.close
-
-        def advance(nbytes: int) -> None:
-            bar.update(nbytes)
-
-        return advance
-
-    def close(self) -> None:
-        """End the bar's line."""
-        if self._close is not None:
-            self._close()
