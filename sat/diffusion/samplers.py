@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,16 +20,19 @@ from torch import Tensor
 from sat.diffusion.guidance import Denoise
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Level
+from sat.errors import UserError
 
 StepCallback = Callable[[int, int, Tensor], None]
 """(steps done, steps in all, predicted x0 (B, C, h, w))."""
 
 
-class SamplerError(ValueError):
-    """A sampler cannot do what is asked of it."""
+class SamplerError(UserError, ValueError):
+    """A sampler lacks what its steps need."""
+
+    exit_code = 1
 
 
-def _no_noise() -> Tensor:
+def _no_noise_sampler() -> Tensor:
     raise SamplerError("this sampler draws noise at its steps: give the images' generators")
 
 
@@ -47,25 +51,30 @@ class Trajectory:
     process: Process
     ctx: ProcessContext = field(default_factory=ProcessContext)
     level_at_sigma: Callable[[float], Level] = _no_level_at_sigma
-    noise_sampler: Callable[[], Tensor] = _no_noise
+    noise_sampler: Callable[[], Tensor] = _no_noise_sampler
 
     @property
     def steps(self) -> int:
         """Steps from the first level to the last."""
         return len(self.levels) - 1
 
-    def step(self, x: Tensor, x0: Tensor, now: Level, to: Level) -> Tensor:
-        """x at ``to``, the predicted noise kept."""
-        return self.process.step(x, x0, now, to, self.ctx)
+    def start(self, noise: Tensor) -> Tensor:
+        """x at the first level."""
+        return self.process.start(noise, self.levels[0], self.ctx)
+
+    def step(self, x: Tensor, x0: Tensor, level: Level, next_level: Level) -> Tensor:
+        """x at ``next_level``, the predicted noise kept."""
+        return self.process.step(x, x0, level, next_level, self.ctx)
 
     def eps(self, x: Tensor, x0: Tensor, level: Level) -> Tensor:
-        """The noise in x that goes with a predicted x0."""
+        """The noise in x that goes with a predicted x0: (x - mean(x0)) / sigma."""
         return (x - self.process.hooks.mean(x0, level, self.ctx)) / level.sigma
 
-    def move(self, x: Tensor, x0: Tensor, eps: Tensor, now: Level, to: Level) -> Tensor:
-        """x moved from ``now`` to ``to`` along given x0 and noise, whatever x holds itself."""
+    def move(self, x: Tensor, x0: Tensor, eps: Tensor, level: Level, next_level: Level) -> Tensor:
+        """x moved from ``level`` to ``next_level`` along given x0 and noise, whatever x holds itself."""
         mean = self.process.hooks.mean
-        return x + (mean(x0, to, self.ctx) - mean(x0, now, self.ctx)) + (to.sigma - now.sigma) * eps
+        moved = mean(x0, next_level, self.ctx) - mean(x0, level, self.ctx)
+        return x + moved + (next_level.sigma - level.sigma) * eps
 
 
 class Sampler(Protocol):
@@ -78,40 +87,25 @@ class Sampler(Protocol):
         ...
 
 
-class _Step(NamedTuple):
-    """What one step gives: the new x, and the first prediction of x0, for previews."""
+def _sigma_up(level: Level, next_level: Level, eta: float) -> float:
+    """Noise of ``next_level`` that an ancestral step draws anew; none from pure noise and at the last step.
 
-    x: Tensor
-    x0: Tensor
-
-
-class _Stepwise:
-    """A sampler whose steps know nothing of one another."""
-
-    def __call__(
-        self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
-    ) -> Tensor:
-        x = path.process.start(noise, path.levels[0], path.ctx)
-        for i in range(path.steps):
-            now, to = path.levels[i], path.levels[i + 1]
-            x, x0 = (
-                self.advance(denoise, x, now, to, path) if now.alpha else _plain(denoise, x, now, to, path)
-            )
-            if callback is not None:
-                callback(i + 1, path.steps, x0)
-        return x
-
-    def advance(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        """One step from ``now`` to ``to``."""
-        raise NotImplementedError
+    sigma_up = eta sigma' sqrt(1 - (r' / r)^2), with r = sigma / alpha. Source: arXiv:2010.02502, eq. 16.
+    """
+    if not level.alpha or not next_level.sigma or not eta:
+        return 0.0
+    fraction, sigma = next_level.scaled_sigma / level.scaled_sigma, float(next_level.sigma)
+    return min(sigma, eta * sigma * math.sqrt(max(1 - fraction**2, 0.0)))
 
 
-def _plain(denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-    x0 = denoise(x, now)
-    return _Step(path.step(x, x0, now, to), x0)
+def _lowered(level: Level, sigma_up: float) -> Level:
+    """``level`` with the noise that is not drawn anew: sigma_down = sqrt(sigma^2 - sigma_up^2)."""
+    if not sigma_up:
+        return level
+    return level._replace(sigma=math.sqrt(max(float(level.sigma) ** 2 - sigma_up**2, 0.0)))
 
 
-class DDIM(_Stepwise):
+class DDIM:
     """Each step keeps the predicted noise and moves the predicted mean; the last returns x0.
 
     ``eta`` 0 is deterministic: the official ``ZeroSNRDDIMSampler`` on a zero-SNR schedule, the
@@ -125,14 +119,24 @@ class DDIM(_Stepwise):
             raise ValueError(f"DDIM: eta {eta:g} and share {share:g} are 0 to 1, and one of them is 0")
         self.eta, self.share = eta, share
 
-    def advance(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        x0 = denoise(x, now)
-        up = self.share * _number(to.sigma) if self.share else _split(now, to, self.eta)
-        draws = bool(self.eta or self.share)
-        return _Step(_ancestral(x, x0, now, to, up, path, path.noise_sampler() if draws else None), x0)
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
+    ) -> Tensor:
+        x = path.start(noise)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x0 = denoise(x, level)
+            sigma_up = _sigma_up(level, next_level, self.eta)
+            if self.share and level.alpha:
+                sigma_up = self.share * float(next_level.sigma)
+            x = path.step(x, x0, level, _lowered(next_level, sigma_up))
+            if sigma_up:
+                x = x + sigma_up * path.noise_sampler()
+            if callback is not None:
+                callback(i + 1, path.steps, x0)
+        return x
 
 
-class EulerAncestral(_Stepwise):
+class EulerAncestral:
     """DDIM's stochastic step as k-diffusion words it; ``noise`` scales what is drawn. ``eta`` 1 is DDPM.
 
     Source: official ``EulerAncestralSampler``; the split of the noise is that of arXiv:2010.02502 eq. 16.
@@ -141,13 +145,22 @@ class EulerAncestral(_Stepwise):
     def __init__(self, eta: float = 1.0, noise: float = 1.0) -> None:
         self.eta, self.noise = eta, noise
 
-    def advance(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        x0 = denoise(x, now)
-        up = _split(now, to, self.eta)
-        return _Step(_ancestral(x, x0, now, to, up, path, self.noise * path.noise_sampler()), x0)
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
+    ) -> Tensor:
+        x = path.start(noise)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x0 = denoise(x, level)
+            sigma_up = _sigma_up(level, next_level, self.eta)
+            x = path.step(x, x0, level, _lowered(next_level, sigma_up))
+            if sigma_up:
+                x = x + sigma_up * (self.noise * path.noise_sampler())
+            if callback is not None:
+                callback(i + 1, path.steps, x0)
+        return x
 
 
-class DPMSolver2SAncestral(_Stepwise):
+class DPMSolver2SAncestral:
     """DPM-Solver++ of order 2, single step, with noise drawn anew: two evaluations a step, one at the last.
 
     Source: arXiv:2211.01095, algorithm 1; official ``DPMPP2SAncestralSampler``.
@@ -156,20 +169,29 @@ class DPMSolver2SAncestral(_Stepwise):
     def __init__(self, eta: float = 1.0, noise: float = 1.0) -> None:
         self.eta, self.noise = eta, noise
 
-    def advance(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        x0 = denoise(x, now)
-        up = _split(now, to, self.eta)
-        down = _lowered(to, up)
-        if not down.sigma:
-            return _Step(_ancestral(x, x0, now, to, up, path, self.noise * path.noise_sampler()), x0)
-        middle = path.level_at_sigma(math.sqrt(_noise(now) * _noise(down)))
-        better = denoise(path.step(x, x0, now, middle), middle)
-        return _Step(_ancestral(x, better, now, to, up, path, self.noise * path.noise_sampler()), x0)
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
+    ) -> Tensor:
+        x = path.start(noise)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x0 = x0_middle = denoise(x, level)
+            sigma_up = _sigma_up(level, next_level, self.eta)
+            lowered = _lowered(next_level, sigma_up)
+            if level.alpha and lowered.sigma:
+                middle = path.level_at_sigma(math.sqrt(level.scaled_sigma * lowered.scaled_sigma))
+                x0_middle = denoise(path.step(x, x0, level, middle), middle)
+            x = path.step(x, x0_middle, level, lowered)
+            if sigma_up:
+                x = x + sigma_up * (self.noise * path.noise_sampler())
+            if callback is not None:
+                callback(i + 1, path.steps, x0)
+        return x
 
 
-class _Churned(_Stepwise):
+class _Churned:
     """Raises the noise before a step: ``churn`` in all over the steps between two noise levels.
 
+    ``lowest`` and ``highest`` are sigma / alpha; ``noise`` scales what is drawn.
     Source: arXiv:2206.00364, algorithm 2; official ``EDMSampler``.
     """
 
@@ -180,23 +202,18 @@ class _Churned(_Stepwise):
             raise ValueError(f"churn is {churn:g}, expected at least 0")
         self.churn, self.lowest, self.highest, self.noise = churn, lowest, highest, noise
 
-    def advance(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        level = _noise(now)
-        gamma = (
-            min(self.churn / path.steps, math.sqrt(2) - 1) if self.lowest <= level <= self.highest else 0.0
-        )
-        if gamma > 0:
-            # The noise leaves relay's blend as it is.
-            raised = path.level_at_sigma(level * (1 + gamma))._replace(relay_blend=now.relay_blend)
-            keep = _number(raised.alpha) / _number(now.alpha)
-            added = math.sqrt(max(_number(raised.sigma) ** 2 - (keep * _number(now.sigma)) ** 2, 0.0))
-            x = keep * x + added * self.noise * path.noise_sampler()
-            now = raised
-        return self.correct(denoise, x, now, to, path)
-
-    def correct(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        """The step itself."""
-        raise NotImplementedError
+    def raised(self, x: Tensor, level: Level, path: Trajectory) -> tuple[Tensor, Level]:
+        """x and its level with more noise: sigma_hat = (1 + gamma) sigma, where alpha is 1."""
+        if not level.alpha or not self.lowest <= level.scaled_sigma <= self.highest:
+            return x, level
+        gamma = min(self.churn / path.steps, math.sqrt(2) - 1)
+        if not gamma > 0:
+            return x, level
+        hat = path.level_at_sigma(level.scaled_sigma * (1 + gamma))
+        hat = hat._replace(relay_blend=level.relay_blend)  # noise leaves relay's blend as it is
+        keep = float(hat.alpha) / float(level.alpha)
+        added = math.sqrt(max(float(hat.sigma) ** 2 - (keep * float(level.sigma)) ** 2, 0.0))
+        return keep * x + added * self.noise * path.noise_sampler(), hat
 
 
 class Euler(_Churned):
@@ -205,8 +222,17 @@ class Euler(_Churned):
     Source: official ``EulerEDMSampler``.
     """
 
-    def correct(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        return _plain(denoise, x, now, to, path)
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
+    ) -> Tensor:
+        x = path.start(noise)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x, level = self.raised(x, level, path)
+            x0 = denoise(x, level)
+            x = path.step(x, x0, level, next_level)
+            if callback is not None:
+                callback(i + 1, path.steps, x0)
+        return x
 
 
 class Heun(_Churned):
@@ -215,14 +241,22 @@ class Heun(_Churned):
     Source: arXiv:2206.00364, algorithm 1; official ``HeunEDMSampler``.
     """
 
-    def correct(self, denoise: Denoise, x: Tensor, now: Level, to: Level, path: Trajectory) -> _Step:
-        x0 = denoise(x, now)
-        reached = path.step(x, x0, now, to)
-        if not to.sigma:
-            return _Step(reached, x0)
-        there = denoise(reached, to)
-        eps = (path.eps(x, x0, now) + path.eps(reached, there, to)) / 2
-        return _Step(path.move(x, (x0 + there) / 2, eps, now, to), x0)
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
+    ) -> Tensor:
+        x = path.start(noise)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x, level = self.raised(x, level, path)
+            x0 = denoise(x, level)
+            x_next = path.step(x, x0, level, next_level)
+            if level.alpha and next_level.sigma:
+                x0_next = denoise(x_next, next_level)
+                eps = (path.eps(x, x0, level) + path.eps(x_next, x0_next, next_level)) / 2
+                x_next = path.move(x, (x0 + x0_next) / 2, eps, level, next_level)
+            x = x_next
+            if callback is not None:
+                callback(i + 1, path.steps, x0)
+        return x
 
 
 class DPMSolver2M:
@@ -235,19 +269,29 @@ class DPMSolver2M:
     def __call__(
         self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
     ) -> Tensor:
-        x = path.process.start(noise, path.levels[0], path.ctx)
-        before: Tensor | None = None
-        for i in range(path.steps):
-            now, to = path.levels[i], path.levels[i + 1]
-            x0 = denoise(x, now)
-            ahead = x0
-            if before is not None and to.sigma and path.levels[i - 1].alpha:
-                last, this = (_log_snr(b) - _log_snr(a) for a, b in ((path.levels[i - 1], now), (now, to)))
-                ahead = x0 + (x0 - before) * (this / (2 * last))
-            x, before = path.step(x, ahead, now, to), x0
+        x = path.start(noise)
+        x0_last, lambda_last = None, 0.0  # of the step before; lambda = log(alpha / sigma)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x0 = d = denoise(x, level)
+            lambda_now = -math.log(level.scaled_sigma) if level.alpha else None
+            if x0_last is not None and lambda_now is not None and next_level.sigma:
+                h_last = lambda_now - lambda_last
+                h = -math.log(next_level.scaled_sigma) - lambda_now
+                d = x0 + (x0 - x0_last) * (h / (2 * h_last))
+            x = path.step(x, d, level, next_level)
+            if lambda_now is not None:
+                x0_last, lambda_last = x0, lambda_now
             if callback is not None:
                 callback(i + 1, path.steps, x0)
         return x
+
+
+class _Evaluation(NamedTuple):
+    """One step's prediction, as a multistep sampler remembers it."""
+
+    sigma: float  # sigma / alpha
+    x0: Tensor
+    eps: Tensor
 
 
 class LinearMultistep:
@@ -265,35 +309,27 @@ class LinearMultistep:
     def __call__(
         self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
     ) -> Tensor:
-        x = path.process.start(noise, path.levels[0], path.ctx)
+        x = path.start(noise)
         seen: list[_Evaluation] = []  # the newest first
-        for i in range(path.steps):
-            now, to = path.levels[i], path.levels[i + 1]
-            x0 = denoise(x, now)
-            if now.alpha:
-                seen = [_Evaluation(_noise(now), x0, path.eps(x, x0, now)), *seen[: self.order - 1]]
-                x = self.advance(x, seen, now, to, path)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x0 = denoise(x, level)
+            if level.alpha:
+                sigma, next_sigma = level.scaled_sigma, next_level.scaled_sigma
+                seen = [_Evaluation(sigma, x0, path.eps(x, x0, level)), *seen[: self.order - 1]]
+                weights = _adams(sigma, next_sigma, [e.sigma for e in seen])
+                mean_x0 = torch.stack([w * e.x0 for w, e in zip(weights, seen, strict=True)]).sum(0)
+                mean_eps = torch.stack([w * e.eps for w, e in zip(weights, seen, strict=True)]).sum(0)
+                # One step in the scale where alpha is 1.
+                ends = (
+                    level._replace(alpha=1.0, sigma=sigma),
+                    next_level._replace(alpha=1.0, sigma=next_sigma),
+                )
+                x = float(next_level.alpha) * path.move(x / level.alpha, mean_x0, mean_eps, *ends)
             else:
-                x = path.step(x, x0, now, to)
+                x = path.step(x, x0, level, next_level)
             if callback is not None:
                 callback(i + 1, path.steps, x0)
         return x
-
-    def advance(self, x: Tensor, seen: list[_Evaluation], now: Level, to: Level, path: Trajectory) -> Tensor:
-        """One step in the scale where alpha is 1."""
-        weights = _adams(_noise(now), _noise(to), [e.noise for e in seen])
-        x0 = torch.stack([w * e.x0 for w, e in zip(weights, seen, strict=True)]).sum(0)
-        eps = torch.stack([w * e.eps for w, e in zip(weights, seen, strict=True)]).sum(0)
-        ones = [level._replace(alpha=1.0, sigma=_noise(level)) for level in (now, to)]
-        return _number(to.alpha) * path.move(x / now.alpha, x0, eps, *ones)
-
-
-class _Evaluation(NamedTuple):
-    """What a multistep sampler remembers of a step."""
-
-    noise: float  # sigma / alpha
-    x0: Tensor
-    eps: Tensor
 
 
 def _adams(start: float, end: float, nodes: Sequence[float]) -> list[float]:
@@ -306,39 +342,3 @@ def _adams(start: float, end: float, nodes: Sequence[float]) -> list[float]:
         scale = np.prod([node - other for other in others]) * (end - start)
         shares.append(float((whole(end) - whole(start)) / scale))
     return shares
-
-
-def _ancestral(
-    x: Tensor, x0: Tensor, now: Level, to: Level, up: float, path: Trajectory, drawn: Tensor | None
-) -> Tensor:
-    """A step to ``to`` of whose noise the part ``up`` is ``drawn`` anew."""
-    x = path.step(x, x0, now, _lowered(to, up))
-    return x if drawn is None or not up else x + up * drawn
-
-
-def _lowered(to: Level, up: float) -> Level:
-    """``to`` with the noise that is left when ``up`` of it will be drawn anew."""
-    return to._replace(sigma=math.sqrt(max(_number(to.sigma) ** 2 - up**2, 0.0)))
-
-
-def _split(now: Level, to: Level, eta: float) -> float:
-    """How much of the noise at ``to`` a step from ``now`` draws anew. Source: arXiv:2010.02502, eq. 16."""
-    if not to.sigma or not eta:
-        return 0.0
-    fraction = _noise(to) / _noise(now) if now.alpha else 0.0
-    return min(_number(to.sigma), eta * _number(to.sigma) * math.sqrt(max(1 - fraction**2, 0.0)))
-
-
-def _noise(level: Level) -> float:
-    """sigma / alpha."""
-    return _number(level.sigma) / _number(level.alpha)
-
-
-def _log_snr(level: Level) -> float:
-    """log(alpha / sigma)."""
-    return -math.log(_noise(level))
-
-
-def _number(value: float | Tensor) -> float:
-    assert not isinstance(value, torch.Tensor), "sampling levels hold floats"
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +29,11 @@ class Level(NamedTuple):
     net_alpha: Scalar
     net_sigma: Scalar
     relay_blend: Scalar = 0.0
+
+    @property
+    def scaled_sigma(self) -> float:
+        """sigma / alpha of a sampling level: the noise beside a signal of scale 1, EDM's sigma."""
+        return float(self.sigma) / float(self.alpha) if self.alpha else math.inf
 
 
 CLEAN = Level(1.0, 0.0, 0.0, 1.0, 0.0)

@@ -64,10 +64,10 @@ class RelayNoise(Mixin):
             raise ValueError("relay takes trailing or leading spacing: karras has no steps to leave out")
         whole = steps_of_whole(steps, self.partial, schedule.total)
         taken = inner(schedule, whole)[-(steps + 1) :]
-        first = self._fades_from(_noise(taken[0]))
+        first = self._fades_from(taken[0].scaled_sigma)
         shares = [(steps - i) / steps for i in range(steps + 1)]
         return [
-            level._replace(relay_blend=self._ratio(share, _noise(level) / first))
+            level._replace(relay_blend=self._ratio(share, level.scaled_sigma / first))
             for level, share in zip(taken, shares, strict=True)
         ]
 
@@ -137,12 +137,6 @@ def _fade(share: Any) -> Any:
     if isinstance(share, Tensor):
         return (1 - torch.exp(-(torch.sin(share * (math.pi / 2)) ** 4))) / (1 - math.exp(-1))
     return (1 - math.exp(-(math.sin(share * math.pi / 2) ** 4))) / (1 - math.exp(-1))
-
-
-def _noise(level: Level) -> float:
-    """sigma / alpha of a sampling level."""
-    assert not isinstance(level.alpha, Tensor) and not isinstance(level.sigma, Tensor), "levels hold floats"
-    return level.sigma / level.alpha if level.alpha else math.inf
 
 
 def _low_res(ctx: ProcessContext) -> Tensor:

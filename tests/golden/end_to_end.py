@@ -45,7 +45,7 @@ def check(golden: Golden, report: Report) -> None:
     if isinstance(whole.schedule, ZeroSNR):
         whole.schedule = OfficialZeroSNR(shift=experiment.diffusion.schedule.params.get("shift", 1.0))
     sampler = build_sampler(experiment)
-    recorder = Recorder(whole.process, sampler)
+    recorder = Recorder()
     listener = Listener(whole.network)
     cond = _condition(golden, whole)
     uncond = cond.null()
@@ -67,12 +67,11 @@ def check(golden: Golden, report: Report) -> None:
     ours: dict[str, Comparison] = {
         "mid.network_t": (report.exact, torch.stack(listener.times)),
         "mid.first_network_output": (report.network, listener.first),
+        "mid.x_after_step": (report.network, torch.stack(recorder.seen)),
         "mid.decoded_raw": (report.network, raw),
         "out.latent": (report.network, latent),
         "out.image01": (report.image, image),
     }
-    if recorder.seen:
-        ours["mid.x_after_step"] = (report.network, torch.stack(recorder.seen))
     if low is not None:
         ours = _low_comparisons(golden, report, low) | ours
     for name, condition in (("cond", cond), ("uncond", uncond)):
