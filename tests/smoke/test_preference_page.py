@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sat.apps.evaluate.pictures import plain
-from sat.apps.preference.pairs import pairs_of
-from sat.apps.preference.server import Server, Study
+from sat.apps.preference.server import Server
+from sat.apps.preference.study import Study, pairs_of
 from sat.apps.preference.votes import VoteFile, read
 from tests.browser import PHONE, browser, outside, visiting
 

@@ -17,10 +17,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sat.apps.evaluate.pictures import PromptList, plain
-from sat.apps.preference.pairs import Pair, fingerprint, order, pairs_of
-from sat.apps.preference.server import Server, Study
-from sat.apps.preference.statistics import agreement, outcome, summary, wilson
-from sat.apps.preference.votes import Vote, VoteFile, read
+from sat.apps.preference.server import Server
+from sat.apps.preference.study import Pair, Study, fingerprint, order, pairs_of
+from sat.apps.preference.votes import Vote, VoteFile, agreement, outcome, read, summary, wilson
 from sat.cli.evaluate import main
 from sat.data.records import DataError
 

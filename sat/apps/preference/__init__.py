@@ -1,1 +1,1 @@
-"""Which of two models' pictures people prefer: a blind page side by side, votes on disk, statistics."""
+"""Human preference between two models: a blind page side by side, votes on disk, statistics."""

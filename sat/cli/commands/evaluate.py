@@ -125,10 +125,9 @@ def _write(results: Results, args: argparse.Namespace) -> int:
 def preference(args: argparse.Namespace) -> int:
     """Pair the pictures, serve the page until Ctrl-C or SIGTERM, print the summary; the exit code."""
     from sat.apps.evaluate.pictures import read_list
-    from sat.apps.preference.pairs import QUESTIONS, fingerprint, pairs_of
-    from sat.apps.preference.server import Server, Study
-    from sat.apps.preference.statistics import summary
-    from sat.apps.preference.votes import VoteFile, read
+    from sat.apps.preference.server import Server
+    from sat.apps.preference.study import QUESTIONS, Study, fingerprint, pairs_of
+    from sat.apps.preference.votes import VoteFile, read, summary
 
     questions = list(dict.fromkeys(name.strip() for name in args.questions.split(",") if name.strip()))
     if not questions or not set(questions) <= set(QUESTIONS):
