@@ -51,7 +51,7 @@ MODULES: dict[str, str] = {
     "sat.data.emoji.build": "sat.apps.emoji.build",
     "sat.data.emoji.captions": "sat.apps.emoji.concepts",
     "sat.data.emoji.concepts": "sat.apps.emoji.concepts",
-    "sat.data.emoji.icons": "sat.apps.emoji.icons",
+    "sat.data.emoji.icons": "sat.apps.emoji.build",
     "sat.data.emoji.packages": "sat.apps.emoji.concepts",
     "sat.data.order": "sat.data.batch",
     "sat.data.parquet": "sat.data.formats",

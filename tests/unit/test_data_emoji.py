@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from sat.apps.emoji.build import HELD_OUT_PAIRS, build, is_held_out
+from sat.apps.emoji.build import HELD_OUT_PAIRS, IconSet, build, is_held_out, svg
 from sat.apps.emoji.concepts import (
     LABELS,
     STYLES,
@@ -27,7 +27,6 @@ from sat.apps.emoji.concepts import (
     slug,
     with_article,
 )
-from sat.apps.emoji.icons import IconSet, svg
 from sat.cli import prepare
 from sat.data.sources import read_source
 from tests.configs import ROOT

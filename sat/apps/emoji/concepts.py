@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,7 +25,7 @@ class PackageError(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One npm package at the version the small model was trained on, with whom to credit."""
+    """One npm package at the version the small model was trained on, with its credits."""
 
     name: str
     version: str
@@ -50,70 +50,23 @@ class Style:
 
 LABELS = Package("emojibase-data", "17.0.0", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase")
 
+_NOTO, _FLUENT = "https://github.com/googlefonts/noto-emoji", "https://github.com/microsoft/fluentui-emoji"
+_TWITTER, _TWEMOJI = "Twitter, Inc and other contributors", "https://github.com/jdecked/twemoji"
+_LOBEHUB = "Microsoft Corporation (drawings), LobeHub (packaging)"
+_EMOJITWO = "https://github.com/EmojiTwo/emojitwo"
+
 STYLES: dict[str, Style] = {
     style.word: style
     for style in (
-        Style(
-            "noto",
-            Package(
-                "@iconify-json/noto",
-                "1.2.9",
-                "Apache-2.0",
-                "Google Inc",
-                "https://github.com/googlefonts/noto-emoji",
-            ),
-        ),
-        Style(
-            "twemoji",
-            Package(
-                "@iconify-json/twemoji",
-                "1.2.5",
-                "CC-BY-4.0",
-                "Twitter, Inc and other contributors",
-                "https://github.com/jdecked/twemoji",
-            ),
-        ),
+        Style("noto", Package("@iconify-json/noto", "1.2.9", "Apache-2.0", "Google Inc", _NOTO)),
+        Style("twemoji", Package("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", _TWITTER, _TWEMOJI)),
         Style(
             "flat",
-            Package(
-                "@iconify-json/fluent-emoji-flat",
-                "1.2.6",
-                "MIT",
-                "Microsoft Corporation",
-                "https://github.com/microsoft/fluentui-emoji",
-            ),
+            Package("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Microsoft Corporation", _FLUENT),
         ),
-        Style(
-            "blob",
-            Package(
-                "@iconify-json/noto-v1",
-                "1.2.5",
-                "Apache-2.0",
-                "Google Inc",
-                "https://github.com/googlefonts/noto-emoji",
-            ),
-        ),
-        Style(
-            "emojitwo",
-            Package(
-                "@iconify-json/emojione",
-                "1.2.3",
-                "CC-BY-4.0",
-                "EmojiTwo",
-                "https://github.com/EmojiTwo/emojitwo",
-            ),
-        ),
-        Style(
-            "3d",
-            Package(
-                "@lobehub/fluent-emoji-3d",
-                "1.1.0",
-                "MIT",
-                "Microsoft Corporation (drawings), LobeHub (packaging)",
-                "https://github.com/microsoft/fluentui-emoji",
-            ),
-            "webp",
-        ),
+        Style("blob", Package("@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Google Inc", _NOTO)),
+        Style("emojitwo", Package("@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiTwo", _EMOJITWO)),
+        Style("3d", Package("@lobehub/fluent-emoji-3d", "1.1.0", "MIT", _LOBEHUB, _FLUENT), "webp"),
     )
 }
 TRAINING_STYLES = ("noto", "twemoji", "flat", "blob", "emojitwo")
@@ -212,32 +165,25 @@ def captions(concept: Concept, style: str) -> list[Caption]:
     """
     label = concept.label
     named = f"{label}, {style} style"
-    tagged = _tagged(concept, style)
-    bare, articled = label, with_article(label)
+    tagged = [named]
+    if concept.tags:  # the same ones every time
+        chooser = random.Random(f"{concept.code}/{style}")
+        drawn = (chooser.sample(concept.tags, min(2, len(concept.tags))) for _ in range(TAG_VARIANTS))
+        tagged = list(dict.fromkeys(f"{label}, {', '.join(tags)}, {style} style" for tags in drawn))
     weights: dict[str, float] = {}
     article = "an" if style[0] in "aeiou" else "a"
     for caption, weight in (
         (named, 0.45),
         (f"{article} {style} emoji of {label}", 0.20),
-        (bare, 0.075),
-        (articled, 0.075),
+        (label, 0.075),
+        (with_article(label), 0.075),
         *((caption, 0.20 / len(tagged)) for caption in tagged),
     ):
         weights[caption] = weights.get(caption, 0.0) + weight
     return [Caption(text, round(weight, 6)) for text, weight in weights.items()]
 
 
-def _tagged(concept: Concept, style: str) -> list[str]:
-    """Up to ``TAG_VARIANTS`` captions with two tags each, the same ones every time."""
-    if not concept.tags:
-        return [f"{concept.label}, {style} style"]
-    chooser = random.Random(f"{concept.code}/{style}")
-    pick = min(2, len(concept.tags))
-    drawn = (chooser.sample(concept.tags, pick) for _ in range(TAG_VARIANTS))
-    return list(dict.fromkeys(f"{concept.label}, {', '.join(tags)}, {style} style" for tags in drawn))
-
-
-# -- concepts: what an emoji shows, by its English label; which of them are used
+# -- concepts: the thing that an emoji shows, by its English label
 
 
 PEOPLE_GROUP, COMPONENT_GROUP, FLAG_GROUP = 1, 2, 9  # emojibase's meta/groups.json
@@ -327,11 +273,9 @@ def select(concepts: Sequence[Concept], which: str) -> list[Concept]:
     by_label: Mapping[str, Concept] = {concept.label.lower(): concept for concept in concepts}
     unknown = [label for label in wanted if label.lower() not in by_label]
     if unknown:
-        raise ValueError(f"unknown concept {', '.join(_with_nearest(label, by_label) for label in unknown)}")
+        shown = []
+        for label in unknown:
+            near = difflib.get_close_matches(label.lower(), list(by_label), n=1)
+            shown.append(f"{label!r} (did you mean {near[0]!r}?)" if near else repr(label))
+        raise ValueError(f"unknown concept {', '.join(shown)}")
     return [by_label[label.lower()] for label in dict.fromkeys(wanted)]
-
-
-def _with_nearest(label: str, known: Iterable[str]) -> str:
-    """``label`` quoted, with the nearest known one."""
-    near = difflib.get_close_matches(label.lower(), list(known), n=1)
-    return f"{label!r} (did you mean {near[0]!r}?)" if near else repr(label)

@@ -195,10 +195,8 @@ def outcome(votes: Sequence[Vote], seed: int = 0) -> Outcome:
     """The :class:`Outcome` of ``votes``, of which there is at least one."""
     total = tally(votes)
     grouped: dict[str, list[Vote]] = {}
-    for vote in votes:
-        grouped.setdefault(vote.pair.partition("_")[0], []).append(
-            vote
-        )  # a pair's name begins with its prompt
+    for vote in votes:  # a pair's name begins with the number of its prompt
+        grouped.setdefault(vote.pair.partition("_")[0], []).append(vote)
     counts = np.array([tally(group) for group in grouped.values()], dtype=np.int64)  # (prompts, 3)
     decided = total.wins + total.losses
 

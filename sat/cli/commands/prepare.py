@@ -16,13 +16,9 @@ log = logging.getLogger(__name__)
 
 def emoji(args: argparse.Namespace) -> int:
     """Draw emoji sets as image-caption pairs; the exit code."""
-    from sat.apps.emoji.build import build, check_styles
+    from sat.apps.emoji.build import build
 
     styles = [style.strip() for style in args.styles.split(",") if style.strip()]
-    try:
-        check_styles(styles)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     packages = args.packages if args.packages is not None else args.out / "packages"
     written = build(args.out, packages, styles, args.concepts, args.size)
     for failure in written.failed:
