@@ -15,7 +15,7 @@ from sat.apps.prompts.optimizer import (
     OptimizerError,
     PromptOptimizer,
     UnusableServerError,
-    fit,
+    shortened,
 )
 from sat.apps.prompts.writing import EXAMPLES, AnswerError, Words, is_english, read_answer
 from sat.cli import prompt_optimize
@@ -165,11 +165,11 @@ def test_a_long_answer_is_cut_to_the_tokens_that_are_read(spiece, caplog) -> Non
 def test_a_cut_is_between_sentences_or_else_between_words(spiece) -> None:
     for tokens in range(5, 60):
         text = "One green cat sat. Two red dogs ran over the wooden table and the small river"
-        kept, dropped = fit(text, T5Tokenizer(spiece, tokens))
+        kept, dropped = shortened(text, T5Tokenizer(spiece, tokens))
         assert len(T5Tokenizer(spiece, tokens).encode(kept)) <= tokens
         if dropped is not None:
             assert f"{kept} {dropped}" == text or len(kept.split()) <= 1
-    assert fit("short", None) == ("short", None)
+    assert shortened("short", None) == ("short", None)
 
 
 def test_the_length_asked_for_follows_from_the_tokens() -> None:

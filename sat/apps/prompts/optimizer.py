@@ -1,4 +1,4 @@
-"""Short prompts in any language become full English descriptions, written by a language model over HTTP.
+"""Short prompts in any language as full English descriptions, written by a language model over HTTP.
 
 The server is any that speaks OpenAI's chat completions; the ``openai`` package talks to it and is an extra.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MODEL = "gpt-5-mini"
-"""Asked for where none is named."""
+"""Model where none is named."""
 KEY, URL, NAME = "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"
 """Environment variables; the first two are the openai package's own."""
 INSTALL = 'rewriting prompts needs the openai package: pip install "openai>=3,<4"'
@@ -45,7 +45,7 @@ class UnusableServerError(OptimizerError):
 
 
 class Counts(Protocol):
-    """A tokenizer: what it can take, and what of a text it would drop."""
+    """A tokenizer: its limit, and the part of a text beyond it."""
 
     max_length: int
 
@@ -56,7 +56,7 @@ class Counts(Protocol):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the language model is. ``url`` None is OpenAI's; times in seconds; the key is never shown."""
+    """Address of the language model. ``url`` None is OpenAI's; times in seconds; the key is never shown."""
 
     model: str = MODEL
     url: str | None = None
@@ -66,7 +66,7 @@ class Endpoint:
 
     @classmethod
     def found(cls, url: str | None = None, model: str | None = None, key: str | None = None) -> Endpoint:
-        """What is given, completed from the environment."""
+        """The given values, completed from the environment."""
         env = os.environ.get
         return cls(model or env(NAME) or MODEL, url or env(URL) or None, key or env(KEY) or None)
 
@@ -97,7 +97,7 @@ class Endpoint:
 
 
 class Rewritten(NamedTuple):
-    """A description, and what of the answer did not fit into the text encoder."""
+    """A description, and the part of the answer that did not fit into the text encoder."""
 
     text: str
     dropped: str | None = None
@@ -149,7 +149,7 @@ class PromptOptimizer:
         self._client: OpenAI | None = None
 
     def messages(self, prompt: str) -> list[Message]:
-        """What is sent for ``prompt``."""
+        """The conversation that is sent for ``prompt``."""
         return messages(prompt, self.words)
 
     def __call__(self, prompt: str) -> Rewritten:
@@ -157,13 +157,13 @@ class PromptOptimizer:
         prompt = prompt.strip()
         if not prompt:
             raise OptimizerError("the prompt is empty: there is nothing to rewrite")
-        asked = self.messages(prompt)
-        key = hashlib.sha256(json.dumps([self.endpoint.model, asked]).encode()).hexdigest()[:32]
+        conversation = self.messages(prompt)
+        key = hashlib.sha256(json.dumps([self.endpoint.model, conversation]).encode()).hexdigest()[:32]
         known = self.cache.get(key) if self.cache is not None else None
-        answer = known or self._answer(asked)
+        answer = known or self._answer(conversation)
         if known is None and self.cache is not None:
             self.cache.put(key, prompt, answer)
-        text, dropped = fit(answer, self.tokenizer)
+        text, dropped = shortened(answer, self.tokenizer)
         if dropped is not None and self.tokenizer is not None:
             log.warning(
                 "the rewritten prompt is longer than the %d tokens the text encoder reads; cut: %r",
@@ -172,7 +172,7 @@ class PromptOptimizer:
         return Rewritten(text, dropped, known is not None)
 
     def all(self, prompts: Sequence[str]) -> list[Rewritten | OptimizerError]:
-        """Every prompt rewritten, or why not, a few at a time; an unusable server is asked no more."""
+        """Every prompt rewritten, or its error, a few at a time; an unusable server gets no more requests."""
         unusable: list[OptimizerError] = []
         stop = Event()
 
@@ -191,20 +191,30 @@ class PromptOptimizer:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(one, prompts))
 
-    def _answer(self, asked: list[Message]) -> str:
+    def _answer(self, conversation: list[Message]) -> str:
         """The answer, read; once more where it broke off or is none (servers fail so under load)."""
-        client = self._open()
-        for last in (False, True):
+        client, problem = self._open(), ""
+        for _ in range(2):
+            parts: list[str] = []
+            refusal: list[str] = []
+            finish: str | None = None
+            with self._explained():  # streamed, so that the time-out is for a pause and not for all of it
+                request = {"model": self.endpoint.model, "messages": cast(Any, conversation)}
+                with client.chat.completions.create(**request, stream=True) as stream:
+                    for chunk in stream:
+                        for choice in chunk.choices[:1]:
+                            parts.append(choice.delta.content or "")
+                            refusal.append(choice.delta.refusal or "")
+                            finish = choice.finish_reason or finish
             try:
-                with self._explained():
-                    return read_answer(_streamed(client, self.endpoint.model, asked))
-            except _BrokenOffError as error:
-                if last:
-                    raise OptimizerError(f"{self.endpoint.shown}: {error}") from None
+                if finish == "content_filter" or any(refusal):
+                    raise AnswerError(f"the model refused: {''.join(refusal)[:60] or 'content filter'!r}")
+                if finish is not None or not any(parts):
+                    return read_answer("".join(parts))
+                problem = f"{self.endpoint.shown}: the answer broke off"
             except AnswerError as error:
-                if last:
-                    raise OptimizerError(f"{self.endpoint.model}: {error}") from None
-        raise AssertionError("the last try returns or raises")
+                problem = f"{self.endpoint.model}: {error}"
+        raise OptimizerError(problem)
 
     def _open(self) -> OpenAI:
         """The client, made once. It waits longer and longer on 429, 5xx and time-outs, or as told."""
@@ -240,14 +250,14 @@ class PromptOptimizer:
         except openai.NotFoundError:
             raise UnusableServerError(f"{where} has no model {name!r} (or is not an OpenAI API)") from None
         except openai.RateLimitError as error:
-            raise OptimizerError(f"{where}: too many requests: {self._told(error)}") from None
+            raise OptimizerError(f"{where}: too many requests: {self._reason(error)}") from None
         except openai.APIStatusError as error:
-            raise OptimizerError(f"{where}: error {error.status_code}: {self._told(error)}") from None
+            raise OptimizerError(f"{where}: error {error.status_code}: {self._reason(error)}") from None
         except openai.OpenAIError as error:
             raise OptimizerError(f"{where}: {self._hidden(str(error))}") from None
 
-    def _told(self, error: Any) -> str:  # noqa: ANN401 - the client's, imported where it is used
-        """What the server says in its error."""
+    def _reason(self, error: Any) -> str:  # noqa: ANN401 - the client's, imported where it is used
+        """The server's own message, without the key."""
         body = error.body if isinstance(error.body, dict) else {}
         return self._hidden(str(body.get("message") or error.message))
 
@@ -256,32 +266,10 @@ class PromptOptimizer:
         return line.replace(self.endpoint.key, "***") if self.endpoint.key else line
 
 
-class _BrokenOffError(Exception):
-    """An answer ended before its end."""
-
-
-def _streamed(client: OpenAI, model: str, asked: list[Message]) -> str:
-    """The whole answer, read as it is written: the time-out is then for a pause, not for all of it."""
-    parts: list[str] = []
-    refusal: list[str] = []
-    finish: str | None = None
-    with client.chat.completions.create(model=model, messages=cast(Any, asked), stream=True) as stream:
-        for chunk in stream:
-            for choice in chunk.choices[:1]:
-                parts.append(choice.delta.content or "")
-                refusal.append(choice.delta.refusal or "")
-                finish = choice.finish_reason or finish
-    if finish == "content_filter" or any(refusal):
-        raise AnswerError(f"the model refused: {''.join(refusal)[:60] or 'content filter'!r}")
-    if finish is None and any(parts):
-        raise _BrokenOffError("the answer broke off")
-    return "".join(parts)
-
-
 _SENTENCE = re.compile(r"[.!?][\"'\u201d]?(?=\s)")
 
 
-def fit(text: str, tokenizer: Counts | None) -> tuple[str, str | None]:
+def shortened(text: str, tokenizer: Counts | None) -> tuple[str, str | None]:
     """The beginning of ``text`` that the text encoder reads, and the rest (None if there is none).
 
     It ends with a sentence where that keeps most of it, else with a word.

@@ -1,4 +1,4 @@
-"""What a language model is told so that it writes prompts, and how its answer is read."""
+"""The instruction by which a language model writes prompts, and the reading of its answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Message = dict[str, str]
 
 
 class Words(NamedTuple):
-    """How many words a description may have."""
+    """Least and largest number of words of a description."""
 
     least: int
     most: int
@@ -82,7 +82,7 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
         "seen straight on, filling the whole picture.",
     ),
 )
-"""Requests and what is wanted of them. Ours."""
+"""Requests and descriptions of them. Ours."""
 
 
 def messages(prompt: str, words: Words) -> list[Message]:
@@ -126,43 +126,17 @@ def read_answer(text: str) -> str:
     return text
 
 
-_COMMON = frozenset(
-    [
-        "the",
-        "and",
-        "of",
-        "with",
-        "its",
-        "from",
-        "by",
-        "this",
-        "that",
-        "are",
-        "into",
-        "over",
-        "behind",
-        "while",
-        "through",
-        "under",
-        "near",
-        "his",
-        "her",
-        "their",
-        "has",
-        "there",
-        "which",
-        "between",
-        "above",
-        "below",
-    ]
-)
+_COMMON = frozenset({
+    "the", "and", "of", "with", "its", "from", "by", "this", "that", "are", "into", "over", "behind", "while",
+    "through", "under", "near", "his", "her", "their", "has", "there", "which", "between", "above", "below",
+})  # fmt: skip
 """Frequent words of English descriptions that other languages in Latin letters do not share."""
 _ENOUGH = 20
-"""Words from which on a text without the common ones is taken for another language."""
+"""Number of words from which a text without the common ones is taken for another language."""
 
 
 def is_english(text: str) -> bool:
-    """Whether ``text`` reads as English: Latin letters almost throughout; common words, if it is long."""
+    """True if ``text`` reads as English: Latin letters almost throughout; common words, if it is long."""
     letters = [c for c in text if c.isalpha()]
     latin = sum(unicodedata.name(c, "").startswith("LATIN") for c in letters)
     if not letters or latin < 0.9 * len(letters):
