@@ -18,6 +18,7 @@ from typing import Any
 MODULES: dict[str, str] = {
     "sat.adapters.convert": "sat.adapters.write",
     "sat.checkpoint.fit": "sat.checkpoint.rules",
+    "sat.checkpoint.formats.hf_t5": "sat.checkpoint.formats.diffusers",
     "sat.checkpoint.whole": "sat.checkpoint.files",
     "sat.cli.cache_work": "sat.cli.commands.prepare",
     "sat.cli.evaluate_work": "sat.cli.commands.evaluate",

@@ -26,7 +26,7 @@ from sat.adapters.files import (
 )
 from sat.adapters.names import Flat, layouts, to_theirs
 from sat.adapters.select import Parts
-from sat.checkpoint.files import whole_folder
+from sat.checkpoint.files import atomic_folder
 from sat.checkpoint.format import TensorInfo
 from sat.checkpoint.formats.diffusers import PLUS
 from sat.checkpoint.safetensors_file import write_safetensors
@@ -43,11 +43,11 @@ def write(
     DoRA's magnitudes stay float32.
     """
     if layout == "native":
-        with whole_folder(folder) as place:
+        with atomic_folder(folder) as place:
             write_native(place / NATIVE_FILE, adapter.layers, adapter.about, dtype)
         return [folder / NATIVE_FILE]
     flats = {part: _flats(adapter, part, parts) for part in parts if adapter.of(part)}
-    with whole_folder(folder) as place:
+    with atomic_folder(folder) as place:
         files = (
             _write_diffusers(place, flats, adapter.about, dtype)
             if layout == "diffusers"

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from sat.checkpoint.files import refuse_occupied
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo, View
 from sat.checkpoint.formats import detect, open_part
-from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, V, size_component
-from sat.checkpoint.formats.hf_t5 import T5
+from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, T5, V, size_component
 from sat.checkpoint.load import Computes, match
 from sat.checkpoint.rules import Matched
 from sat.checkpoint.save import WRITERS, Options
@@ -24,7 +23,7 @@ from sat.checkpoint.save import WRITERS, Options
 Build = Callable[[Mapping[str, Any]], nn.Module]
 
 UNET = "sat.models.cogview3_unet.CogView3UNet"
-#: What parts that carry no config, as in official folders, are tried as: the published networks, in order.
+#: Published networks, in the order in which parts without a config (official folders) are tried as them.
 PUBLISHED: dict[Part, list[dict[str, Any]]] = {
     "model": [
         {"target": PLUS, "params": {}},
@@ -60,9 +59,9 @@ TEXT_LENGTH = {PLUS: 224, UNET: 225}
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the parts are read. ``path`` holds all, or those that the other fields do not name.
+    """Paths of the parts. ``path`` holds all, or those that the other fields do not name.
 
-    ``change``: what is done to the parts on the way, such as folding adapters into their weights.
+    ``change`` maps the parts on the way, for instance folding adapters into their weights.
     """
 
     path: Path
@@ -74,7 +73,7 @@ class Sources:
     change: Callable[[dict[Part, LazyStateDict]], dict[Part, LazyStateDict]] | None = None
 
     def of(self, part: Part) -> Path:
-        """Where ``part`` is read."""
+        """Path of ``part``."""
         return self.own[part] or self.path
 
     @property
@@ -85,7 +84,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: tensors of each part, bytes in all, and what is worth knowing."""
+    """Result of a conversion: tensors of each part, bytes in all, and notes for the user."""
 
     path: Path
     tensors: dict[Part, int]
@@ -149,8 +148,8 @@ def convert(
     """Write the checkpoint at ``sources`` to ``destination`` in the format ``to``; whole or not at all.
 
     ``config`` are the sections of a YAML file; without it those that the source carries are used, and
-    official folders are tried as the published networks. ``progress`` is given the total bytes and returns
-    what to tell the bytes of each tensor done.
+    official folders are tried as the published networks. ``progress`` is called with the total bytes and
+    returns a function to call with the bytes of each tensor done.
     """
     if to not in WRITERS:
         raise ValueError(f"cannot write the format {to!r}; known are {', '.join(WRITERS)}")
@@ -160,7 +159,15 @@ def convert(
     with ExitStack() as stack:
         parts: dict[Part, LazyStateDict] = {}
         for part in _parts(sources, allow_pickle):
-            parts[part] = _open(sources, part, sections, build, allow_pickle, stack)
+            path = sources.of(part)
+            theirs = stack.enter_context(open_part(path, part, allow_pickle=allow_pickle))
+            section = sections.get("conditioning") or {} if part == "text" else sections
+            component, module, found = match_component(path, theirs, part, section.get(part), build)
+            if part == "text":
+                sections["conditioning"] = {**section, "text": component}
+            else:
+                sections[part] = component
+            parts[part] = Completed(found.view, module, found.computed)
         if not parts:
             raise CheckpointError(
                 f"{sources.path}: no part to convert: it holds none of {list(sources.only)}"
@@ -170,9 +177,8 @@ def convert(
         total = sum(info.nbytes for tensors in parts.values() for info in tensors.infos().values())
         advance = progress(total) if progress is not None else None
         tokenizer, notes = _tokenizer(sources, parts, to)
-        writer = WRITERS[to]
-        written = replace(options, advance=advance)
-        writer(destination, parts, _finished(sections), tokenizer=tokenizer, options=written)
+        options = replace(options, advance=advance)
+        WRITERS[to](destination, parts, _finished(sections), tokenizer=tokenizer, options=options)
         return Converted(destination, {part: len(tensors) for part, tensors in parts.items()}, total, notes)
 
 
@@ -202,23 +208,7 @@ def _sections(sources: Sources, config: Mapping[str, Any] | None) -> dict[str, A
     return {**found, **{name: config[name] for name in wanted if config and config.get(name) is not None}}
 
 
-def _open(
-    sources: Sources, part: Part, sections: dict[str, Any], build: Build, allow_pickle: bool, stack: ExitStack
-) -> LazyStateDict:
-    """``part`` under our names, complete, checked against the network it belongs to."""
-    path = sources.of(part)
-    theirs = stack.enter_context(open_part(path, part, allow_pickle=allow_pickle))
-    section = sections.get("conditioning") or {} if part == "text" else sections
-    given: Mapping[str, Any] | None = section.get(part)
-    component, module, found = _matched(path, theirs, part, given, build)
-    if part == "text":
-        sections["conditioning"] = {**section, "text": component}
-    else:
-        sections[part] = component
-    return Completed(found.view, module, found.computed)
-
-
-def _matched(
+def match_component(
     path: Path, theirs: LazyStateDict, part: Part, given: Mapping[str, Any] | None, build: Build
 ) -> tuple[Mapping[str, Any], nn.Module, Matched]:
     """The network that ``theirs`` fits: the ``given`` one, else the first of the published ones."""

@@ -1,4 +1,4 @@
-"""Opening weight files and folders of shards by what they contain, with one clear line for what is none."""
+"""Weight files and folders of shards, opened by their content; folders written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ from sat.checkpoint.torch_file import TorchFile
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})$")
+_NOT_WEIGHTS = (  # beginnings of files that are surely not weights, and what to do about them
+    (
+        (b"version https://git-lfs",),
+        "a git-lfs pointer instead of the weights; fetch them with `git lfs pull`",
+    ),
+    (
+        (b"<!doctype", b"<html", b"<?xml"),
+        "an HTML or XML page instead of weights: the download got an error page, get the file itself",
+    ),
+    ((b"gguf",), "a GGUF file, which is not supported; use safetensors or PyTorch weights"),
+    ((b"{", b"["), "a JSON file, not weights; name the weight file or its folder"),
+)
 
 
 def open_file(path: Path, *, allow_pickle: bool = False) -> LazyStateDict:
@@ -29,8 +41,11 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> LazyStateDict:
             head = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    if complaint := _not_weights(head):
-        raise CheckpointError(f"{path}: {complaint}")
+    if not head.strip(b"\0"):
+        raise CheckpointError(f"{path}: empty or all zeros: the copy or download failed, get it again")
+    for beginnings, complaint in _NOT_WEIGHTS:
+        if head.lstrip().lower().startswith(beginnings):
+            raise CheckpointError(f"{path}: {complaint}")
     if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:9] != b"{":
         return TorchFile(path, allow_pickle=allow_pickle)
     if head[8:9] == b"{" or path.suffix in SAFETENSORS:
@@ -42,22 +57,6 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> LazyStateDict:
     raise CheckpointError(
         f"{path}: no known weight format (safetensors or PyTorch), it begins with {head[:8]!r}"
     )
-
-
-def _not_weights(head: bytes) -> str | None:
-    """What a file that is surely not weights is, and what to do; None where it may be weights."""
-    text = head.lstrip().lower()
-    if not head.strip(b"\0"):
-        return "empty or all zeros: the copy or download failed, get it again"
-    if text.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer instead of the weights; fetch them with `git lfs pull`"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "an HTML or XML page instead of weights: the download got an error page, get the file itself"
-    if text.startswith(b"gguf"):
-        return "a GGUF file, which is not supported; use safetensors or PyTorch weights"
-    if text.startswith((b"{", b"[")):
-        return "a JSON file, not weights; name the weight file or its folder"
-    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -87,26 +86,20 @@ def open_folder(folder: Path, *, allow_pickle: bool = False) -> LazyStateDict:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     for kind, suffixes in (("safetensors", SAFETENSORS), ("bin", TORCH)):
-        indexes = sorted(
-            folder.glob(f"*.{kind}.index*.json"), key=lambda path: (path.name.count("."), path.name)
-        )
-        if indexes:
-            return _indexed(indexes[0], allow_pickle)
+        if found := list(folder.glob(f"*.{kind}.index*.json")):
+            index = min(found, key=lambda path: (path.name.count("."), path.name))
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+                raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
+            tensors = open_shards(folder, sorted(set(places.values())), allow_pickle=allow_pickle)
+            if absent := sorted(set(places) - set(tensors)):
+                raise CheckpointError(
+                    f"{index}: names {len(absent)} tensors that the shards do not hold: {listing(absent)}"
+                )
+            return tensors
         if files := _plain(weight_files(folder, suffixes)):
             return open_shards(folder, [path.name for path in files], allow_pickle=allow_pickle)
     raise CheckpointError(f"{folder}: holds no weight files ({', '.join((*SAFETENSORS, *TORCH))})")
-
-
-def _indexed(index: Path, allow_pickle: bool) -> LazyStateDict:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
-    tensors = open_shards(index.parent, sorted(set(places.values())), allow_pickle=allow_pickle)
-    if absent := sorted(set(places) - set(tensors)):
-        raise CheckpointError(
-            f"{index}: names {len(absent)} tensors that the shards do not hold: {listing(absent)}"
-        )
-    return tensors
 
 
 def _plain(files: list[Path]) -> list[Path]:
@@ -140,7 +133,7 @@ def open_shards(folder: Path, names: list[str], *, allow_pickle: bool = False) -
 
 
 @contextmanager
-def whole_folder(folder: Path, nbytes: int = 0) -> Iterator[Path]:
+def atomic_folder(folder: Path, nbytes: int = 0) -> Iterator[Path]:
     """A folder beside ``folder`` to write in, which takes its name at the end; a failure leaves nothing.
 
     ``folder`` must not exist, or be empty; ``nbytes`` must be free on its disk.
@@ -159,7 +152,12 @@ def whole_folder(folder: Path, nbytes: int = 0) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()  # empty: checked above
         partial.rename(folder)
-        _sync(folder.parent)
+        if os.name == "posix":  # make the new name durable
+            handle = os.open(folder.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write: {error.strerror or error}") from error
     finally:
@@ -174,14 +172,3 @@ def refuse_occupied(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: exists and is not an empty folder; give a new destination or empty it first"
         )
-
-
-def _sync(folder: Path) -> None:
-    """Make the new name durable, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Computes(Protocol):
-    """A module with buffers that files may leave out, or always do, such as position tables."""
+    """A module with buffers that files may leave out, such as position tables."""
 
     def computed(self) -> dict[str, Tensor]:
         """Their values, by local name."""
@@ -50,7 +50,7 @@ class Adopts(Protocol):
 
 
 GUIDANCE = "guidance.weight"
-"""The tensor that distilled weights have and others have not."""
+"""Tensor of distilled weights only."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,12 @@ class _Target:
         self._shared: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
     def fill(self, view: LazyStateDict, placed: Callable[[nn.Module, str], None] | None = None) -> None:
-        """Read, cast and place every tensor of ``view``; ``placed`` is told of each."""
+        """Read, cast and place every tensor of ``view``; ``placed`` is called after each."""
         overflow = Overflow()
         for name in view:
-            owner, local, old = self._slot(name)
+            path, _, local = name.rpartition(".")
+            owner = self._module.get_submodule(path)
+            old: Tensor = getattr(owner, local)
             shard = self._shards.get(name)
             tensor = view[name] if shard is None else shard.take(view[name])
             tensor = overflow.cast(name, tensor, self._wanted(old))
@@ -231,17 +233,18 @@ class _Target:
 
     def finish(self, missing: Sequence[str]) -> None:
         """Give values to what no file holds; a tensor that still has none is an error."""
+
+        def tensors(module: nn.Module, recurse: bool) -> list[tuple[str, Tensor]]:
+            named = (module.named_parameters, module.named_buffers)
+            return [pair for kind in named for pair in kind(recurse=recurse, remove_duplicate=False)]
+
         for owner in self._module.modules():
-            own = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-            if any(tensor.is_meta for _, tensor in own):
+            if any(tensor.is_meta for _, tensor in tensors(owner, False)):
                 self._compute(owner)
-            for local, tensor in [
-                *owner.named_parameters(recurse=False),
-                *owner.named_buffers(recurse=False),
-            ]:
+            for local, tensor in tensors(owner, False):
                 if not tensor.is_meta and self._moves(tensor):
                     self._place(owner, local, tensor, tensor.detach())
-        left = [name for name, tensor in _tensors(self._module) if tensor.is_meta]
+        left = [name for name, tensor in tensors(self._module, True) if tensor.is_meta]
         if left:
             why = "allowed to be missing, but" if set(left) & set(missing) else "not in the file, and"
             raise CheckpointError(
@@ -264,11 +267,6 @@ class _Target:
                 self._place(owner, local, old, torch.empty_like(old, dtype=self._wanted(old), device=device))
             reset()
 
-    def _slot(self, name: str) -> tuple[nn.Module, str, Tensor]:
-        path, _, local = name.rpartition(".")
-        owner = self._module.get_submodule(path)
-        return owner, local, getattr(owner, local)
-
     def _wanted(self, old: Tensor) -> torch.dtype:
         cast = self._dtype is not None and isinstance(old, nn.Parameter) and old.dtype.is_floating_point
         return self._dtype if cast and self._dtype is not None else old.dtype
@@ -286,15 +284,11 @@ class _Target:
             setattr(owner, local, tied)
             return
         device = self._device or (torch.device("cpu") if old.is_meta else old.device)
-        fresh = tensor.to(device=device, dtype=self._wanted(old), copy=True).contiguous()
+        new = tensor.to(device=device, dtype=self._wanted(old), copy=True).contiguous()
         if isinstance(old, nn.Parameter):
-            fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
-            fresh.__dict__.update(old.__dict__)  # marks such as tensor_model_parallel
-            owner._parameters[local] = fresh
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)  # marks such as tensor_model_parallel
+            owner._parameters[local] = new
         else:
-            owner._buffers[local] = fresh
-        self._shared[id(old)] = fresh
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+            owner._buffers[local] = new
+        self._shared[id(old)] = new

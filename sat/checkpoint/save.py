@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.files import whole_folder
+from sat.checkpoint.files import atomic_folder
 from sat.checkpoint.format import (
     ENGINE_PREFIXES,
     PARTS,
@@ -25,12 +25,14 @@ from sat.checkpoint.format import (
 )
 from sat.checkpoint.formats.diffusers import (
     FOLDERS,
+    T5,
     model_index,
     scheduler_config,
+    t5_config,
+    tokenizer_config,
     transformer_config,
     vae_config,
 )
-from sat.checkpoint.formats.hf_t5 import T5, t5_config, tokenizer_config
 from sat.checkpoint.formats.native import FORMAT, MANIFEST, VERSION
 from sat.checkpoint.formats.sat import SIDECAR, rank_file
 from sat.checkpoint.load import Overflow
@@ -46,7 +48,7 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """How tensors are written. ``dtype`` None keeps each tensor's; ``advance`` is told the bytes done.
+    """Options of a writer. ``dtype`` None keeps each tensor's; ``advance`` is called with the bytes done.
 
     ``ranks``: model-parallel ranks that an official engine file is split over.
     """
@@ -71,11 +73,18 @@ def save_native(
     into the manifest, so that the folder can be converted and checked without a YAML file.
     """
     options = options or Options()
-    with whole_folder(Path(folder), _bytes(parts, options)) as place:
+    with atomic_folder(Path(folder), _bytes(parts, options)) as place:
         files: dict[str, Any] = {}
         for part in PARTS:
             if part in parts:
-                files[part] = _native_part(place, part, as_lazy(parts[part]), options)
+                tensors = as_lazy(parts[part])
+                written = write_shards(place, part, tensors, options, index=False)
+                files[part] = {
+                    "files": [{"name": n, "bytes": w.nbytes, "sha256": w.sha256} for n, w in written.items()],
+                    "tensors": len(tensors),
+                    "elements": sum(info.numel for info in tensors.infos().values()),
+                    "dtypes": sorted({str(_info(tensors, name, options).dtype)[6:] for name in tensors}),
+                }
         manifest = {"format": FORMAT, "version": VERSION, "parts": files, "config": dict(config)}
         _copy_tokenizer(tokenizer, place / "tokenizer")
         write_json(place / MANIFEST, manifest)
@@ -96,23 +105,29 @@ def save_sat(
     published.
     """
     options = options or Options()
-    with whole_folder(Path(folder), _bytes(parts, options)) as place:
+    with atomic_folder(Path(folder), _bytes(parts, options)) as place:
         if "model" in parts:
             tensors = _theirs(parts["model"], "model", "SAT", config)
             (place / "1").mkdir()
-            cuts = _cuts(parts["model"], config, options.ranks)
+            cuts: dict[str, Cut] = {}  # of the network's tensors over model-parallel ranks, by official name
+            if options.ranks > 1:
+                kind = _class(str(config["model"]["target"]), "model")
+                sharding, rules = family_sharding(kind), family_rules(kind)["SAT"]
+                cuts = their_cuts(as_lazy(parts["model"]).infos(), sharding, rules, options.ranks)
             for rank in range(options.ranks):
                 share = RankShare(tensors, cuts, rank, options.ranks) if cuts else tensors
-                _torch(place / "1" / rank_file(rank), share, "module", ENGINE_PREFIXES["model"], options)
+                write_torch_file(
+                    place / "1" / rank_file(rank), share, "module", ENGINE_PREFIXES["model"], options
+                )
             (place / "latest").write_text("1")
         if "first_stage" in parts:
             tensors = _theirs(parts["first_stage"], "first_stage", "SAT", config)
             (place / "vae").mkdir()
             channels = _params(config, "first_stage").get("latent_channels", 16)
-            _torch(place / "vae" / f"imagekl_ch{channels}.pt", tensors, "state_dict", "", options)
+            write_torch_file(place / "vae" / f"imagekl_ch{channels}.pt", tensors, "state_dict", "", options)
         if "text" in parts:
             text = place / "t5-v1_1-xxl"
-            _huggingface(text, parts["text"], config, options)
+            _write_t5(text, parts["text"], config, options)
             _copy_tokenizer(tokenizer, text)
         write_json(place / SIDECAR, dict(config))
     return Path(folder)
@@ -141,14 +156,14 @@ def save_diffusers(
         "first_stage": vae_config(_params(config, "first_stage")),
     }
     scheduler = scheduler_config(config.get("diffusion", {}))
-    with whole_folder(Path(folder), _bytes(parts, options)) as place:
+    with atomic_folder(Path(folder), _bytes(parts, options)) as place:
         for part, tensors in theirs.items():
             target = place / FOLDERS[part]
             target.mkdir()
-            _sharded(target, "diffusion_pytorch_model", tensors, options, index=True)
+            write_shards(target, "diffusion_pytorch_model", tensors, options, index=True)
             write_json(target / "config.json", configs[part])
         if "text" in parts:
-            _huggingface(place / FOLDERS["text"], parts["text"], config, options, with_tokenizer_config=False)
+            _write_t5(place / FOLDERS["text"], parts["text"], config, options, with_tokenizer_config=False)
             if tokenizer is not None:
                 _copy_tokenizer(tokenizer, place / "tokenizer")
                 write_json(place / "tokenizer" / "tokenizer_config.json", tokenizer_config(_tokens(config)))
@@ -169,7 +184,7 @@ WRITERS: dict[str, Callable[..., Path]] = {
 
 
 def _bytes(parts: Parts, options: Options) -> int:
-    """How much will be written, roughly: all tensors."""
+    """Bytes of all tensors as they will be written."""
     if not parts:
         raise CheckpointError("nothing to write: no parts given")
     if unknown := sorted(set(parts) - set(PARTS)):
@@ -202,14 +217,6 @@ def _theirs(
     return as_theirs(as_lazy(tensors), rules[layout])
 
 
-def _cuts(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ranks: int) -> dict[str, Cut]:
-    """How the network's tensors are cut over model-parallel ranks, under the official names."""
-    if ranks == 1:
-        return {}
-    kind = _class(str(config["model"]["target"]), "model")
-    return their_cuts(as_lazy(tensors).infos(), family_sharding(kind), family_rules(kind)["SAT"], ranks)
-
-
 def _class(target: str, part: Part) -> type[nn.Module]:
     module, _, name = target.rpartition(".")
     try:
@@ -223,18 +230,7 @@ def _class(target: str, part: Part) -> type[nn.Module]:
     return found
 
 
-def _native_part(place: Path, part: Part, tensors: LazyStateDict, options: Options) -> dict[str, Any]:
-    written = _sharded(place, part, tensors, options, index=False)
-    dtypes = sorted({str(_info(tensors, name, options).dtype)[6:] for name in tensors})
-    return {
-        "files": [{"name": name, "bytes": w.nbytes, "sha256": w.sha256} for name, w in written.items()],
-        "tensors": len(tensors),
-        "elements": sum(info.numel for info in tensors.infos().values()),
-        "dtypes": dtypes,
-    }
-
-
-def _huggingface(
+def _write_t5(
     folder: Path,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
@@ -242,9 +238,10 @@ def _huggingface(
     *,
     with_tokenizer_config: bool = True,
 ) -> None:
+    """Write the text encoder as a Hugging Face folder."""
     folder.mkdir()
     theirs = _theirs(tensors, "text", "HF", config)
-    _sharded(folder, "model", theirs, options, index=True)
+    write_shards(folder, "model", theirs, options, index=True)
     dtype = str(_info(theirs, next(iter(theirs)), options).dtype)[6:]
     text = (config.get("conditioning") or {}).get("text") or {}
     write_json(folder / "config.json", t5_config(text.get("params") or {}, dtype))
@@ -253,7 +250,7 @@ def _huggingface(
 
 
 def _info(tensors: LazyStateDict, name: str, options: Options) -> TensorInfo:
-    """What ``name`` is when written: floating-point tensors in the wanted type."""
+    """Shape and dtype of ``name`` when written: floating-point tensors in the wanted type."""
     info = tensors.info(name)
     if options.dtype is None or not info.dtype.is_floating_point or name in tensors.exact:
         return info
@@ -303,9 +300,10 @@ def shards(infos: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
     return groups
 
 
-def _sharded(
+def write_shards(
     folder: Path, stem: str, tensors: LazyStateDict, options: Options, *, index: bool
 ) -> dict[str, Written]:
+    """Write ``stem.safetensors``, or numbered shards of it with an ``index`` if wanted; the files by name."""
     infos = {name: _info(tensors, name, options) for name in tensors}
     groups = shards(infos, options.max_shard_bytes)
     read = _Reader(tensors, options)
@@ -325,7 +323,8 @@ def _sharded(
     return written
 
 
-def _torch(path: Path, tensors: LazyStateDict, root: str, prefix: str, options: Options) -> None:
+def write_torch_file(path: Path, tensors: LazyStateDict, root: str, prefix: str, options: Options) -> None:
+    """Write ``{root: {prefix + name: tensor}}`` as a PyTorch file."""
     infos = {prefix + name: _info(tensors, name, options) for name in tensors}
     read = _Reader(tensors, options)
     write_torch(path, infos, lambda name: read(name[len(prefix) :]), root)

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from sat.checkpoint import WRITERS, CheckpointError, detect, find_tokenizer, load, open_part, save_native
-from sat.checkpoint.convert import DIFFUSION, UNET, Sources, _matched, convert
+from sat.checkpoint.convert import DIFFUSION, UNET, Sources, convert, match_component
 from sat.checkpoint.format import PARTS, InMemory
 from sat.cli.convert import main, size
 from sat.cli.main_guard import UsageError
@@ -239,7 +239,7 @@ def test_published_networks_are_recognised_without_a_config(name, part, features
     tensors = dict(spec(name))
     if features is not None:
         tensors["model.diffusion_model.w_proj.weight"] = torch.empty(320, features, device="meta")
-    component, module, found = _matched(Path(name), InMemory(tensors), part, None, build_component)
+    component, module, found = match_component(Path(name), InMemory(tensors), part, None, build_component)
     assert component["target"] == target and not found.missing and not found.unexpected
     if features is not None:
         assert module.guidance.in_features == features

@@ -26,7 +26,7 @@ import gc, json, sys, torch
 from pathlib import Path
 from torch import nn
 from sat.checkpoint import load, open_part, Options
-from sat.checkpoint.save import _sharded, _torch
+from sat.checkpoint.save import write_shards, write_torch_file
 from sat.kernels.quantize import Quantizer, Scheme
 from sat.parallel.tensor import apply_sharding
 from sat.parallel.mesh import Axis
@@ -70,9 +70,9 @@ def write(file, to):
     options = Options(dtype=torch.bfloat16)
     with open_part(folder / file, "model") as tensors:
         if to == "pt":
-            _torch(folder / "out.pt", tensors, "module", "", options)
+            write_torch_file(folder / "out.pt", tensors, "module", "", options)
         else:
-            _sharded(folder, "out", tensors, options, index=False)
+            write_shards(folder, "out", tensors, options, index=False)
 
 # costs of the first use
 load(nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2)}, "model", dtype=torch.bfloat16)

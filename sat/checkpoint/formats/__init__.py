@@ -1,4 +1,4 @@
-"""The checkpoint formats, and which of them a path is in."""
+"""Checkpoint formats, and their detection by the content of a path."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from sat.checkpoint.files import open_file, open_folder
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, listing
-from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline
-from sat.checkpoint.formats.hf_t5 import HuggingFaceT5
+from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline, HuggingFaceT5
 from sat.checkpoint.formats.native import Native
 from sat.checkpoint.formats.sat import Sat
 
@@ -20,7 +19,7 @@ class Format(Protocol):
     name: str
 
     def detects(self, path: Path) -> bool:
-        """Whether the folder ``path`` is in this format."""
+        """True if the folder ``path`` is in this format."""
         ...
 
     def parts(self, path: Path, *, allow_pickle: bool = False) -> list[Part]:
@@ -45,7 +44,7 @@ class Format(Protocol):
 
 
 class Weights:
-    """A file, or a folder with weight files and nothing that says what they are."""
+    """A file, or a folder with weight files and nothing that names their part."""
 
     name = "weights"
 
@@ -64,8 +63,7 @@ class Weights:
 
     def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
         """All tensors, whatever part they are."""
-        opener = open_file if path.is_file() else open_folder
-        return opener(path, allow_pickle=allow_pickle)
+        return (open_file if path.is_file() else open_folder)(path, allow_pickle=allow_pickle)
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """Nothing is known."""

@@ -2,8 +2,7 @@
 
     DIR/latest                          the iteration's number, or the word release
     DIR/1/mp_rank_00_model_states.pt    {"module": {"model.diffusion_model.…": …}}, perhaps also
-    first_stage_model.…
-                                        and conditioner.embedders.0.transformer.…
+                                        first_stage_model.… and conditioner.embedders.0.transformer.…
     DIR/1/mp_rank_01_model_states.pt    and so on, of a network split over model-parallel ranks
     DIR/imagekl_ch16.pt                 or DIR/vae/…: {"state_dict": {"encoder.…": …}}
     DIR/t5-v1_1-xxl/                    a Hugging Face folder
@@ -30,11 +29,11 @@ from sat.checkpoint.format import (
     Prefixed,
     listing,
 )
-from sat.checkpoint.formats.hf_t5 import HuggingFaceT5
+from sat.checkpoint.formats.diffusers import HuggingFaceT5
 from sat.checkpoint.ranks import RankFiles
 
 ENGINE_FILE = "mp_rank_00_model_states.pt"
-#: Our writer's addition, which the official code does not look at: the config sections the weights belong to.
+#: Config sections the weights belong to; our writer's addition, which the official code does not look at.
 SIDECAR = "config_sections.json"
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _T5 = HuggingFaceT5()
@@ -57,12 +56,10 @@ class Sat:
         """The engine file, the VAE's file or the T5 folder."""
         found = self._find(path, part, allow_pickle)
         if found is None:
-            where = (
-                "the engine file, the folder and vae/"
-                if part == "first_stage"
-                else "the engine file and the folder"
+            vae = ", the folder and vae/" if part == "first_stage" else " and the folder"
+            raise CheckpointError(
+                f"{path}: holds no {part} weights (looked in the engine file{vae}); name their own path"
             )
-            raise CheckpointError(f"{path}: holds no {part} weights (looked in {where}); name their own path")
         return found
 
     def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
@@ -70,14 +67,18 @@ class Sat:
         found = self.locate(path, part, allow_pickle=allow_pickle)
         if found.is_dir():
             return _T5.open(found, part, allow_pickle=allow_pickle)
-        files = rank_files(found) if found.name == ENGINE_FILE else [found]
-        opened = [open_file(file, allow_pickle=allow_pickle) for file in files]
-        tensors = opened[0] if len(opened) == 1 else RankFiles(opened, str(found.parent))
-        if (
-            found.name != ENGINE_FILE or part == "model"
-        ):  # what the model leaves over must be seen and refused
-            return tensors
-        return Prefixed(tensors, ENGINE_PREFIXES[part])
+        if found.name != ENGINE_FILE:
+            return open_file(found, allow_pickle=allow_pickle)
+        names = [path.name for path in found.parent.glob("mp_rank_*_model_states.pt")]
+        ranks = sorted(int(rank[1]) for name in names if (rank := _RANK.fullmatch(name)))
+        if absent := sorted(set(range(ranks[-1] + 1)) - set(ranks)):
+            raise CheckpointError(
+                f"{found.parent}: {rank_file(absent[0])} is missing, one of {ranks[-1] + 1}"
+            )
+        files = [open_file(found.with_name(rank_file(rank)), allow_pickle=allow_pickle) for rank in ranks]
+        tensors = files[0] if len(files) == 1 else RankFiles(files, str(found.parent))
+        # A model gets all names: those it leaves over must be seen and refused.
+        return tensors if part == "model" else Prefixed(tensors, ENGINE_PREFIXES[part])
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """The sections our writer adds; official folders carry none, except for T5."""
@@ -98,22 +99,32 @@ class Sat:
         with open_file(engine, allow_pickle=allow_pickle) as tensors:
             if any(name.startswith(ENGINE_PREFIXES[part]) for name in tensors):
                 return engine
-        return _vae_file(path) if part == "first_stage" else _text_folder(path)
+        if part == "text":
+            return _text_folder(path)
+        for folder in (path, path / "vae"):  # of several files, the one named like an autoencoder
+            files = weight_files(folder, (*TORCH, *SAFETENSORS)) if folder.is_dir() else []
+            files = [file for file in files if file.name != ENGINE_FILE]
+            if len(files) > 1:
+                files = [file for file in files if "imagekl" in file.name or "vae" in file.name]
+            if len(files) > 1:
+                raise CheckpointError(
+                    f"{folder}: several autoencoder files, name one of {listing([f.name for f in files])}"
+                )
+            if files:
+                return files[0]
+        return None
 
 
 def _engine_folders(path: Path) -> list[Path]:
     """Folders that hold, or clearly should hold, an engine checkpoint: ``path``, else its sub-folders."""
 
-    def looks_so(folder: Path) -> bool:
-        return (
-            (folder / "latest").is_file()
-            or (folder / ENGINE_FILE).is_file()
-            or next(folder.glob(f"*/{ENGINE_FILE}"), None) is not None
-        )
+    def is_engine(folder: Path) -> bool:
+        direct = (folder / "latest").is_file() or (folder / ENGINE_FILE).is_file()
+        return direct or any(folder.glob(f"*/{ENGINE_FILE}"))
 
-    if looks_so(path):
+    if is_engine(path):
         return [path]
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and looks_so(folder))
+    return sorted(folder for folder in path.iterdir() if folder.is_dir() and is_engine(folder))
 
 
 def engine_file(path: Path) -> Path:
@@ -145,36 +156,9 @@ def engine_file(path: Path) -> Path:
     return iteration / ENGINE_FILE
 
 
-def rank_files(engine: Path) -> list[Path]:
-    """The files of all model-parallel ranks, of which ``engine`` is the first."""
-    names = engine.parent.glob("mp_rank_*_model_states.pt")
-    there = sorted(int(found[1]) for path in names if (found := _RANK.fullmatch(path.name)))
-    if absent := sorted(set(range(there[-1] + 1)) - set(there)):
-        raise CheckpointError(
-            f"{engine.parent}: mp_rank_{absent[0]:02d}_model_states.pt is missing, one of {there[-1] + 1}"
-        )
-    return [engine.with_name(rank_file(rank)) for rank in there]
-
-
 def rank_file(rank: int) -> str:
     """The name of the engine file of a model-parallel rank."""
     return f"mp_rank_{rank:02d}_model_states.pt"
-
-
-def _vae_file(path: Path) -> Path | None:
-    """The autoencoder's file in ``path`` or ``path``/vae; of several, the one named like one."""
-    for folder in (path, path / "vae"):
-        files = weight_files(folder, (*TORCH, *SAFETENSORS)) if folder.is_dir() else []
-        files = [file for file in files if file.name != ENGINE_FILE]
-        named = [file for file in files if "imagekl" in file.name or "vae" in file.name]
-        files = files if len(files) < 2 else named
-        if len(files) > 1:
-            raise CheckpointError(
-                f"{folder}: several autoencoder files, name one of {listing([f.name for f in files])}"
-            )
-        if files:
-            return files[0]
-    return None
 
 
 def _text_folder(path: Path) -> Path | None:
