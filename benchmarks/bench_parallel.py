@@ -95,7 +95,7 @@ def work(args: argparse.Namespace) -> None:
     from sat.config.load import load
     from sat.parallel.launch import launch
     from sat.parallel.mesh import Mesh
-    from sat.pipeline import open_generator
+    from sat.pipeline import Pipeline
     from sat.sampling.generator import SamplingParams
     from sat.util.rng import ImageRng
 
@@ -108,7 +108,8 @@ def work(args: argparse.Namespace) -> None:
     sizes = {axis: layout[axis] for axis in AXES if axis != "data"}
     experiment = load([CONFIG], overrides(args, sizes))
     mesh = Mesh(runtime, **sizes)
-    generator, guider = open_generator(experiment, runtime.device, mesh)
+    pipeline = Pipeline.open(experiment, runtime.device, mesh)
+    generator, guider = pipeline.generator, pipeline.guider
     side = experiment.sampling.height
     params = SamplingParams(side, side, args.steps, guider)
     (encoded,) = generator.encode(["a red apple on a table"])

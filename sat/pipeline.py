@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -14,26 +15,25 @@ from torch import Tensor
 
 from sat.adapters import lora
 from sat.config.build import adaptable, build_cache, build_engine, build_guider, build_sampler
-from sat.config.cascade import Cascade, Stage, load_cascade
+from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import load
-from sat.config.schema import Experiment, Precision, SamplingConfig
-from sat.config.yaml_source import ConfigError, Problem
+from sat.config.schema import Experiment, Precision
 from sat.diffusion.guidance import Guider
-from sat.diffusion.process import ProcessInput
 from sat.diffusion.samplers import StepCallback
 from sat.estimate.budget import apply_budget
 from sat.kernels.apply import Speed, quicken
 from sat.offload.block_swap import offload_schedule, offloaded_parts
 from sat.parallel.cfg_parallel import CfgParallel
-from sat.parallel.launch import pick_device
+from sat.parallel.launch import free_memory, pick_device
 from sat.parallel.mesh import ALONE, Mesh, data_ranks
 from sat.parallel.sequence import apply_sequence
-from sat.sampling.generator import Generator, InitialNoise, SamplingParams, with_strength
-from sat.sampling.inputs import InputFolder, checked_latents
+from sat.sampling.generator import Generator, SamplingParams, Strong
+from sat.sampling.inputs import InputList, checked_latents
 from sat.sampling.prompts import check_text, checked_prompts
-from sat.util.images import from_pil
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``sampling.dtype`` names."""
@@ -80,12 +80,52 @@ class Pipeline:
         return cls.open(experiment, device)
 
     @classmethod
-    def open(cls, experiment: Experiment, device: str | torch.device | None = None) -> Pipeline:
-        """The model of a loaded config, with its weights; ``device`` wins over ``parallel.device``."""
+    def open(
+        cls,
+        experiment: Experiment,
+        device: str | torch.device | None = None,
+        mesh: Mesh | None = None,
+        *,
+        once: bool = False,
+    ) -> Pipeline:
+        """The model of a loaded config, with its weights; ``device`` wins over ``parallel.device``.
+
+        ``mesh``: the ranks that share the work; None is this process, which must be all that the config asks
+        for. ``once``: all prompts come at the start, so that a memory budget may let the text encoder go.
+        """
         place = torch.device(device) if device is not None else pick_device(experiment.parallel.device)
         if experiment.memory.budget is not None:
-            experiment = budgeted(keep_text_encoder(experiment), place)
-        return cls(*open_generator(experiment, place), experiment)
+            picked = apply_budget(experiment if once else keep_text_encoder(experiment), place)
+            if picked is not None:
+                log.info("%s", picked)
+                experiment = picked.experiment
+        sampling, memory = experiment.sampling, experiment.memory
+        if mesh is None:
+            data_ranks(1, **experiment.parallel.sizes)
+        waiting, dtype = offloaded_parts(memory, place), DTYPES[sampling.dtype]
+        engine = build_engine(experiment, device=place, dtype=dtype, mesh=mesh, offloaded=waiting)
+        engine.conditioner.moves_encoder = "text" not in waiting
+        wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
+        generator = Generator(
+            engine,
+            build_sampler(experiment),
+            place,
+            text_memory=memory.text_encoder,
+            at_once=sampling.at_once,
+            decode_batch=memory.decode_batch,
+            decode_tile=memory.decode_tile,
+            team=ALONE if mesh is None else mesh.team,
+            rank=0 if mesh is None else mesh.rank,
+            speed=quicken(engine, Speed(*wanted), place),
+            offload=offload_schedule(engine, memory, place),
+            cache=build_cache(experiment),
+        )
+        guider = build_guider(experiment)
+        if mesh is not None:
+            apply_sequence(engine.network, mesh.sequence)
+            if mesh.guidance.size > 1:
+                guider = CfgParallel(guider, mesh.guidance)
+        return cls(generator, guider, experiment)
 
     @property
     def device(self) -> torch.device:
@@ -134,45 +174,39 @@ class Pipeline:
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
-        requested = self._requested(height, width, steps, seed, batch_size)
+        given = (("height", height), ("width", width), ("steps", steps), ("seed", seed),
+                 ("negative_prompt", negative_prompt))  # fmt: skip
+        changed: dict[str, Any] = {key: value for key, value in given if value is not None}
+        sampling = replace(self.experiment.sampling, batch_size=batch_size, **changed)  # its rules check it
         texts = checked_prompts([prompts] if isinstance(prompts, str) else prompts)
         if not texts:
             raise ValueError("no prompt: give at least one")
-        negative = requested.negative_prompt if negative_prompt is None else negative_prompt
-        check_text(negative, "the negative prompt")
-        guider = with_strength(self.guider, guidance)
-        params = SamplingParams(requested.height, requested.width, requested.steps, guider, requested.tile)
-        low = None if images is None else _low(images, len(texts) * batch_size)
-        shape = self.generator.engine.latent_shape(params.height, params.width)
-        given = None if latents is None else checked_latents(latents, shape, len(texts), batch_size)
-        noise = InitialNoise(requested.seed, shape, batch_size, given)
-        report = _counted(callback, len(texts) * -(-batch_size // self.generator.at_once) * params.steps)
-        drawn = [
-            self.generator.latents(
-                encoded,
-                noise.of(prompt, range(batch_size)),
-                params,
-                report,
-                None if low is None else low[prompt.index * batch_size : (prompt.index + 1) * batch_size],
-            )
-            for prompt, encoded in zip(
-                texts, self.generator.encode([t.text for t in texts], negative), strict=True
-            )
-        ]
-        return Output([image for z in drawn for image in self.generator.images(z)], torch.cat(drawn))
-
-    def _requested(
-        self, height: int | None, width: int | None, steps: int | None, seed: int | None, batch_size: int
-    ) -> SamplingConfig:
-        """The sampling section with what the call changes; its own rules check it."""
-        sampling = self.experiment.sampling
-        return replace(
-            sampling,
-            height=sampling.height if height is None else height,
-            width=sampling.width if width is None else width,
-            steps=sampling.steps if steps is None else steps,
-            seed=sampling.seed if seed is None else seed,
-            batch_size=batch_size,
+        check_text(sampling.negative_prompt, "the negative prompt")
+        guider = self.guider
+        if guidance is not None:
+            if not isinstance(guider, Strong):
+                kind = type(guider).__name__
+                raise ValueError(f"guidance {guidance:g} is asked for, but {kind} has no strength to set")
+            guider = copy.copy(guider)
+            guider.scale = float(guidance)
+        engine, count, inputs = self.generator.engine, len(texts) * batch_size, None
+        if latents is not None:
+            shape = engine.latent_shape(sampling.height, sampling.width)
+            latents = checked_latents(latents, shape, len(texts), batch_size)
+        if images is not None:
+            wanted = engine.process.input
+            if wanted is None:
+                raise ValueError("images are given to enlarge, but this model draws from noise alone")
+            if len(images) != count:
+                raise ValueError(
+                    f"{len(images)} images are given to enlarge, expected one for each of {count} pictures"
+                )
+            inputs = InputList(*wanted.size(sampling.height, sampling.width), images, batch_size)
+        params = SamplingParams.of(sampling, guider, latents)
+        requests = [(prompt, range(batch_size)) for prompt in texts]
+        drawn = list(self.generator.generate(requests, params, inputs=inputs, callback=callback))
+        return Output(
+            [p.image for p in drawn if p.image is not None], torch.stack([p.latents for p in drawn])
         )
 
 
@@ -200,8 +234,10 @@ class CascadePipeline:
     def __init__(
         self, cascade: Cascade, device: torch.device | str | None = None, *, keep_loaded: bool = False
     ) -> None:
-        self.cascade, self.device, self.keep_loaded = cascade, device, keep_loaded
-        self._loaded: dict[str, Pipeline] = {}
+        self.cascade = cascade
+        self.stages = StageLoader(
+            lambda index: Pipeline.open(cascade.stages[index].experiment, device), keep_loaded=keep_loaded
+        )
 
     @classmethod
     def from_config(
@@ -226,24 +262,34 @@ class CascadePipeline:
     ) -> CascadeOutput:
         """``batch_size`` pictures of each prompt, drawn by all stages in turn; image i uses ``seed`` + i."""
         drawn: dict[str, list[Image.Image]] = {}
-        for stage in self.cascade.stages:
-            before = list(drawn.values())[-1] if drawn else None
-            pipeline = self._open(stage)
-            out = pipeline(
+        before = None
+        for number, stage in enumerate(self.cascade.stages):
+            before = drawn[stage.name] = self.stages.open(number)(
                 prompts, seed=seed, negative_prompt=negative_prompt, batch_size=batch_size, images=before
-            )
-            drawn[stage.name] = out.images
-            if not self.keep_loaded:
-                del pipeline
+            ).images
+            self.stages.free()
         return CascadeOutput(drawn)
 
-    def _open(self, stage: Stage) -> Pipeline:
-        if stage.name in self._loaded:
-            return self._loaded[stage.name]
-        pipeline = Pipeline.open(stage.experiment, self.device)
-        if self.keep_loaded:
-            self._loaded[stage.name] = pipeline
-        return pipeline
+
+class StageLoader(Generic[T]):
+    """Loaded stages of a cascade, made by ``load``: one at a time, or all with ``keep_loaded``."""
+
+    def __init__(self, load: Callable[[int], T], *, keep_loaded: bool = False) -> None:
+        self._load, self._keep = load, keep_loaded
+        self._loaded: dict[int, T] = {}
+
+    def open(self, index: int) -> T:
+        """Stage ``index``, loaded in place of the one before, or beside it."""
+        if index not in self._loaded:
+            self.free()
+            self._loaded[index] = self._load(index)
+        return self._loaded[index]
+
+    def free(self) -> None:
+        """Drop what is loaded, unless all is to be kept."""
+        if self._loaded and not self._keep:
+            self._loaded.clear()
+            free_memory()
 
 
 def keep_text_encoder(experiment: Experiment) -> Experiment:
@@ -257,101 +303,9 @@ def keep_text_encoder(experiment: Experiment) -> Experiment:
     return replace(experiment, memory=replace(experiment.memory, text_encoder="cpu"))
 
 
-def budgeted(experiment: Experiment, device: torch.device) -> Experiment:
-    """``experiment`` with what its ``memory.budget`` needs on ``device``, said in one line of the log."""
-    picked = apply_budget(experiment, device)
-    if picked is None:
-        return experiment
-    log.info("%s", picked)
-    return picked.experiment
-
-
-def open_generator(
-    experiment: Experiment, device: torch.device, mesh: Mesh | None = None
-) -> tuple[Generator, Guider]:
-    """The engine of ``experiment`` with its weights on ``device``, ready to draw, and its guider.
-
-    ``mesh``: the ranks that share the work; None is this process alone, which must be all that is asked for.
-    """
-    sampling, memory = experiment.sampling, experiment.memory
-    if mesh is None:
-        data_ranks(1, **experiment.parallel.sizes)
-    waiting = offloaded_parts(memory, device)
-    engine = build_engine(
-        experiment, device=device, dtype=DTYPES[sampling.dtype], mesh=mesh, offloaded=waiting
-    )
-    engine.conditioner.moves_encoder = "text" not in waiting
-    wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
-    message = quicken(engine, Speed(*wanted), device)
-    generator = Generator(
-        engine,
-        build_sampler(experiment),
-        device=device,
-        text_memory=memory.text_encoder,
-        at_once=sampling.at_once,
-        decode_batch=memory.decode_batch,
-        decode_tile=memory.decode_tile,
-        team=ALONE if mesh is None else mesh.team,
-    )
-    generator.speed = message
-    generator.offload = offload_schedule(engine, memory, device)
-    generator.cache = build_cache(experiment)
-    guider = build_guider(experiment)
-    if mesh is not None:
-        apply_sequence(engine.network, mesh.sequence)
-        if mesh.guidance.size > 1:
-            guider = CfgParallel(guider, mesh.guidance)
-    return generator, guider
-
-
-def input_folder(sampling: SamplingConfig, wanted: ProcessInput | None) -> InputFolder | None:
-    """The pictures that a process wants; None without one. An error where only one of the two is there."""
-    if wanted is None:
-        if sampling.input_dir is not None:
-            what = (
-                f"is {sampling.input_dir}, but this model draws from noise alone: "
-                f"only a relay model enlarges pictures"
-            )
-            raise ConfigError([Problem("", "sampling.input_dir", what)])
-        return None
-    if sampling.input_dir is None:
-        if not wanted.required:
-            return None
-        what = (
-            "this model enlarges pictures: name the output folder of a base model's run here, or draw both "
-            "with a cascade (configs/cascade.yaml)"
-        )
-        raise ConfigError([Problem("", "sampling.input_dir", what)])
-    height, width = wanted.size(sampling.height, sampling.width)
-    return InputFolder(sampling.input_dir, height, width, sampling.batch_size)
-
-
-def _low(images: Sequence[Image.Image], count: int) -> Tensor:
-    """(count, 3, h, w) in [-1, 1]."""
-    if len(images) != count:
-        raise ValueError(
-            f"{len(images)} images are given to enlarge, expected one for each of {count} pictures"
-        )
-    return torch.stack([from_pil(image) for image in images])
-
-
 def precision(dtype: Precision | torch.dtype) -> Precision:
     """The name of ``dtype`` in a config."""
     for name, value in DTYPES.items():
         if dtype in (name, value):
             return name
     raise ValueError(f"dtype is {dtype!r}: expected {', '.join(DTYPES)}")
-
-
-def _counted(callback: StepCallback | None, total: int) -> StepCallback | None:
-    """``callback`` told of steps counted over all images instead of over those drawn together."""
-    if callback is None:
-        return None
-    tell, done = callback, 0
-
-    def step(now: int, of: int, preview: Tensor) -> None:
-        nonlocal done
-        done += 1
-        tell(done, total, preview)
-
-    return step

@@ -67,9 +67,7 @@ class Runtime:
 
     def free_memory(self) -> None:
         """Give what nothing refers to any more back, to the device's allocator and beyond."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
 
     def peak_memory(self) -> float:
         """Peak memory in GB: of the device's allocator, or of the process's resident set on the CPU."""
@@ -101,6 +99,12 @@ def launch(device: DeviceKind = "auto", timeout: float = 600.0, *, group: bool =
     if (world > 1 or group) and not dist.is_initialized():
         _join(picked, rank, world, timeout)
     return Runtime(rank, world, local_rank, picked, timeout)
+
+
+def free_memory() -> None:
+    """Give what nothing refers to any more back, to the device's allocator and beyond."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing happens where no GPU is in use
 
 
 def keep_freed_memory(top_pad: int = 512 << 20) -> bool:

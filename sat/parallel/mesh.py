@@ -64,6 +64,7 @@ class Mesh:
 
         self.guidance, self.sequence, self.tensor = axis("guidance"), axis("sequence"), axis("tensor")
         self.team, self.gradient = axis(*AXES[1:]), axis(*AXES[:3])
+        self.rank = runtime.rank
         self.data_rank = runtime.rank // (runtime.world // data)
 
     def __str__(self) -> str:

@@ -1,13 +1,14 @@
-"""From prompts and noise to latents and pictures, the text encoder moved as memory asks."""
+"""From prompts and noise to pictures: encode, denoise, decode, and the loop that all callers share."""
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -21,21 +22,24 @@ from sat.engine import DiffusionEngine, NonFiniteError
 from sat.offload.block_swap import OffloadSchedule
 from sat.parallel.collectives import by_first, taking_turns
 from sat.parallel.mesh import ALONE, Axis
-from sat.sampling.inputs import Inputs
+from sat.sampling.inputs import PictureInput
 from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt, title
 from sat.util.images import to_pil
-from sat.util.log import Progress, progress
+from sat.util.log import progress
 from sat.util.rng import ImageRng
+
+if TYPE_CHECKING:
+    from sat.config.schema import SamplingConfig
 
 log = logging.getLogger(__name__)
 
 TextMemory = Literal["keep", "free", "cpu", "blocks"]
-"""Whether the text encoder stays between prompts, is dropped for good, or waits in host memory."""
+"""The text encoder between prompts: kept on the device, dropped for good, or waiting in host memory."""
 
 
 @runtime_checkable
-class _Strong(Protocol):
+class Strong(Protocol):
     """A guider with a strength."""
 
     scale: float
@@ -43,20 +47,7 @@ class _Strong(Protocol):
 
 def strength(guider: Guider) -> float | None:
     """The guidance scale, or None for a guider without one."""
-    return float(guider.scale) if isinstance(guider, _Strong) else None
-
-
-def with_strength(guider: Guider, scale: float | None) -> Guider:
-    """``guider`` at another guidance ``scale``; None leaves it as it is."""
-    if scale is None:
-        return guider
-    if not isinstance(guider, _Strong):
-        raise ValueError(
-            f"guidance {scale:g} is asked for, but {type(guider).__name__} has no strength to set"
-        )
-    other = copy.copy(guider)
-    other.scale = float(scale)
-    return other
+    return float(guider.scale) if isinstance(guider, Strong) else None
 
 
 @dataclass(frozen=True)
@@ -71,9 +62,11 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What is the same for every picture of a call. Pixels for ``height`` and ``width``.
+    """Sampling parameters shared by all images of one call; ``height`` and ``width`` in pixels.
 
-    ``tile``: the side, in latent cells, of the squares that a larger picture is denoised by; None is whole.
+    ``tile``: side, in latent cells, of the squares that a larger picture is denoised by; None denoises it
+    whole. Image i of a prompt starts from noise of ``seed`` + i, or from ``latents``: ``batch_size`` of them,
+    used for every prompt, or one for each image of the run.
     """
 
     height: int
@@ -81,42 +74,143 @@ class SamplingParams:
     steps: int
     guider: Guider
     tile: int | None = None
+    negative_prompt: str = ""
+    seed: int = 0
+    batch_size: int = 1  # images a prompt
+    latents: Tensor | None = None  # (n, C, h, w) unit noise
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, guider: Guider, latents: Tensor | None = None) -> SamplingParams:
+        """The parameters that a config names; ``latents`` are those of its file, read and checked."""
+        s = sampling
+        return cls(
+            s.height, s.width, s.steps, guider, s.tile, s.negative_prompt, s.seed, s.batch_size, latents
+        )
 
 
+@dataclass(frozen=True)
+class Picture:
+    """Image number ``index`` of ``prompt``; ``image`` is None on ranks other than the team's first."""
+
+    prompt: Prompt
+    index: int
+    image: Image.Image | None
+    latents: Tensor  # (C, h, w) float32 on the CPU, as the first stage decodes them
+
+
+@dataclass(eq=False)
 class Generator:
     """An engine with its sampler: encodes prompts, turns noise into latents, latents into pictures.
 
     ``at_once`` images go through the network together. With 1 a picture is bitwise the same however many are
     asked for, because no matrix product changes its shape with the batch; more is faster where the network
-    is small or the device large. ``team``: the ranks that draw the same pictures; they share the first
-    stage's tiles, and each of them makes the same calls.
+    is small or the device large. ``decode_tile`` is in latent cells; None decodes pictures whole. ``team``:
+    the ranks that draw the same pictures; they share the first stage's tiles, and each makes the same calls.
     """
 
-    def __init__(
+    engine: DiffusionEngine
+    sampler: Sampler
+    device: torch.device
+    text_memory: TextMemory = "keep"
+    at_once: int = 1
+    decode_batch: int = 1
+    decode_tile: int | None = None
+    team: Axis = ALONE
+    rank: int = 0  # of this process in the run; rank 0 shows progress
+    offload: OffloadSchedule = field(default_factory=OffloadSchedule)  # of parts that wait in host memory
+    cache: StepCache | None = None
+    count: Count = field(default_factory=Count)  # of the network's looks, where a step cache is in use
+    speed: str = ""  # what makes the network fast, in words
+    _negative: tuple[str, Tensor, Tensor | None] | None = None  # the last negative prompt and its encoding
+
+    def __post_init__(self) -> None:
+        self.engine.eval()
+
+    def generate(
         self,
-        engine: DiffusionEngine,
-        sampler: Sampler,
+        requests: Sequence[tuple[Prompt, Sequence[int]]],
+        params: SamplingParams,
         *,
-        device: torch.device,
-        text_memory: TextMemory = "keep",
-        at_once: int = 1,
-        decode_batch: int = 1,
-        decode_tile: int | None = None,
-        team: Axis = ALONE,
-    ) -> None:
-        self.engine = engine.eval()
-        self.sampler = sampler
-        self.device = device
-        self.text_memory: TextMemory = text_memory
-        self.at_once = at_once
-        self.decode_batch = decode_batch
-        self.decode_tile = decode_tile
-        self.team = team
-        self.speed = ""  # what makes the network fast, in words
-        self.offload = OffloadSchedule()  # of the parts that wait in host memory
-        self.cache: StepCache | None = None
-        self.count = Count()  # of the network's looks, where a step cache is in use
-        self._negative: tuple[str, Tensor, Tensor | None] | None = None  # the last one and its encoding
+        inputs: PictureInput | None = None,
+        callback: StepCallback | None = None,
+        encoded: Sequence[EncodedPrompt] | None = None,
+    ) -> Iterator[Picture]:
+        """Pictures of ``requests``, prompts with the numbers of their images, each as soon as it is there.
+
+        Where the text encoder does not stay on the device, all prompts are encoded first; ``encoded`` are
+        prompts that have been encoded before. ``inputs`` are the pictures that the process starts from; the
+        team's first rank reads them. ``callback(step, total, preview)`` is called after each step, counted
+        over all images, with the predicted latents (b, C, h, w); an error that it raises ends the run.
+        """
+        if encoded is None and requests and self.text_memory != "keep":
+            encoded = self.encode([prompt.text for prompt, _ in requests], params.negative_prompt)
+        shape = self.engine.latent_shape(params.height, params.width)
+        total, done = params.steps * sum(-(-len(images) // self.at_once) for _, images in requests), 0
+
+        def step(now: int, of: int, preview: Tensor) -> None:
+            nonlocal done
+            done += 1
+            if callback is not None:
+                callback(done, total, preview)
+
+        for number, (prompt, images) in enumerate(requests):
+            if encoded is None:
+                (text,) = self.encode([prompt.text], params.negative_prompt)
+            else:
+                text = encoded[number]
+            for start in range(0, len(images), self.at_once):
+                part = images[start : start + self.at_once]
+                low = None if inputs is None else by_first(self.team, partial(inputs.read, prompt, part))
+                given = None
+                if params.latents is not None:
+                    first, count = prompt.index * params.batch_size, len(params.latents)
+                    given = params.latents[[(first + i) % count for i in part]]
+                rng = ImageRng.of(params.seed, part, shape, given)
+                latents = self.latents(text, rng, params, step, low)
+                pictures: Sequence[Image.Image | None] = self.images(latents) or [None] * len(part)
+                for index, image, z in zip(part, pictures, latents, strict=True):
+                    yield Picture(prompt, index, image, z)
+
+    def save(
+        self,
+        folder: OutputFolder,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        inputs: PictureInput | None = None,
+        callback: StepCallback | None = None,
+        beat: Callable[[], None] = lambda: None,
+        resume: bool = False,
+    ) -> list[Path]:
+        """Draw ``prompts`` into ``folder``, each file as soon as its picture is there; the files written.
+
+        With ``resume``, only what is not there yet. Of a team, the first rank decides what is drawn and
+        writes the files, for all. ``beat`` is called at every step and picture.
+        """
+        requests = by_first(self.team, lambda: folder.requests(prompts, resume=resume))
+        leads, written = self.team.rank == 0, list[Path]()
+        if leads and len(requests) < len(prompts):
+            log.info("%d of %d prompts are finished already", len(prompts) - len(requests), len(prompts))
+        steps = params.steps * sum(-(-len(images) // self.at_once) for _, images in requests)
+        with progress(steps, rank=self.rank) as bar:
+
+            def step(done: int, total: int, preview: Tensor) -> None:
+                bar.advance()
+                beat()
+                if callback is not None:
+                    callback(done, total, preview)
+
+            drawn = [(prompt, images) for prompt, images in requests if images]  # the others lack a grid
+            pictures = self.generate(drawn, params, inputs=inputs, callback=step)
+            for number, (prompt, images) in enumerate(requests, 1):
+                bar.note(f"[{number}/{len(requests)}] {title(prompt.text)}")
+                for picture in islice(pictures, len(images)):
+                    if picture.image is not None:
+                        folder.write_image(prompt, picture.index, picture.image)
+                    beat()
+                if leads:
+                    written += folder.finish(prompt)
+        return written
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], negative: str = "") -> list[EncodedPrompt]:
@@ -125,8 +219,17 @@ class Generator:
         An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
         """
         self.offload.enter("text")
-        against, against_mask = self._against(negative)
-        encoded = [EncodedPrompt(*self._encode(text), against, against_mask) for text in texts]
+
+        def encode(text: str) -> tuple[Tensor, Tensor | None]:
+            out, mask = self.engine.conditioner.encode([text], self.device)
+            return out.cpu(), None if mask is None else mask.cpu()
+
+        against: tuple[Tensor | None, Tensor | None] = None, None
+        if negative.strip():  # encoded once for all prompts
+            if self._negative is None or self._negative[0] != negative:
+                self._negative = negative, *encode(negative)
+            against = self._negative[1:]
+        encoded = [EncodedPrompt(*encode(text), *against) for text in texts]
         if self.text_memory == "free":
             self.engine.conditioner.free_text_encoder()
         return encoded
@@ -155,59 +258,42 @@ class Generator:
         callback: StepCallback | None = None,
         low: Tensor | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) float32 on the CPU for the B images of ``rng``, for one prompt.
+        """Latents (B, C, h, w) float32 on the CPU of the B images of ``rng``, drawn together for one prompt.
 
-        ``low`` (B, 3, H / factor, W / factor) in [-1, 1]: the low-resolution images that relay starts from.
+        ``low`` (B, 3, H / factor, W / factor) in [-1, 1]: the pictures that the process starts from.
         """
-        parts = []
-        for start in range(0, len(rng), self.at_once):
-            rows = slice(start, start + self.at_once)
-            part = rng.part(rows)
-            cond, uncond = self.condition(encoded, *self._seen(params), len(part))
-            low_latent = self._low(None if low is None else low[rows], part, params)
-            self.offload.enter("model")
-            out = self.engine.sample(
-                cond,
-                uncond,
-                part.start().to(self.device),
-                steps=params.steps,
-                guider=params.guider,
-                sampler=self.sampler,
-                low_res=low_latent,
-                noise_sampler=lambda part=part: part.unit().to(self.device),  # type: ignore[misc]
-                tile=params.tile,
-                callback=callback,
-                reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
-            )
-            parts.append(out.float().cpu())
-        return torch.cat(parts)
+        height, width, wanted = params.height, params.width, self.engine.process.input
+        if params.tile is not None:  # the network sees one square at a time
+            side = params.tile * self.engine.first_stage.factor
+            height, width = min(height, side), min(width, side)
+        cond, uncond = self.condition(encoded, height, width, len(rng))
 
-    def _seen(self, params: SamplingParams) -> tuple[int, int]:
-        """Height and width, in pixels, of what the network sees at once: the picture, or a tile of it."""
-        if params.tile is None:
-            return params.height, params.width
-        factor = self.engine.first_stage.factor
-        return min(params.height, params.tile * factor), min(params.width, params.tile * factor)
+        low_latent = None
+        if low is None and wanted is not None and wanted.required:
+            raise ValueError("this model starts from low-resolution images: none are given")
+        if low is not None:
+            if wanted is None:
+                raise ValueError("low-resolution images are given, but this model draws from noise alone")
+            self.offload.enter("first_stage")
+            noise = rng.unit().to(self.device)
+            large = wanted.enlarge(low.to(self.device))  # (B, 3, H, W)
+            low_latent = self.engine.encode(large, noise, tile=self.decode_tile, work=self._share_tiles)
 
-    def _low(self, images: Tensor | None, rng: ImageRng, params: SamplingParams) -> Tensor | None:
-        """The latent (B, C, h, w) of the enlarged low-resolution images; None for plain diffusion."""
-        wanted = self.engine.process.input
-        if wanted is None or images is None:
-            if images is not None or (wanted is not None and wanted.required):
-                raise ValueError(
-                    "relay starts from low-resolution images, and only relay does: "
-                    + ("none are given" if images is None else "this model has no relay")
-                )
-            return None
-        expected = wanted.size(params.height, params.width)
-        if tuple(images.shape[2:]) != expected:
-            raise ValueError(
-                f"low-resolution images are {images.shape[2]} x {images.shape[3]} pixels, expected "
-                f"{expected[0]} x {expected[1]} for {params.height} x {params.width} (height x width)"
-            )
-        self.offload.enter("first_stage")
-        large = wanted.enlarge(images.to(self.device))
-        return self.engine.encode(large, rng.unit().to(self.device), tile=self.decode_tile, work=self._work)
+        self.offload.enter("model")
+        out = self.engine.sample(
+            cond,
+            uncond,
+            rng.start().to(self.device),
+            steps=params.steps,
+            guider=params.guider,
+            sampler=self.sampler,
+            low_res=low_latent,
+            noise_sampler=lambda: rng.unit().to(self.device),
+            tile=params.tile,
+            callback=callback,
+            reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
+        )
+        return out.float().cpu()
 
     def images(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""
@@ -215,7 +301,7 @@ class Generator:
             return []
         self.offload.enter("first_stage")
         pixels = self.engine.decode(
-            latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile, work=self._work
+            latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile, work=self._share_tiles
         )
         if self.team.rank:
             return []
@@ -226,132 +312,6 @@ class Generator:
             )
         return [to_pil(image) for image in pixels]
 
-    def _work(self, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    def _share_tiles(self, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
         """The first stage's tiles, shared over the team."""
         return taking_turns(self.team, jobs)
-
-    def _encode(self, text: str) -> tuple[Tensor, Tensor | None]:
-        out, mask = self.engine.conditioner.encode([text], self.device)
-        return out.cpu(), None if mask is None else mask.cpu()
-
-    def _against(self, negative: str) -> tuple[Tensor | None, Tensor | None]:
-        """The encoding of the negative prompt, made once for all prompts; nothing for an empty one."""
-        if not negative.strip():
-            return None, None
-        if self._negative is None or self._negative[0] != negative:
-            self._negative = negative, *self._encode(negative)
-        return self._negative[1:]
-
-
-# -- one run: the prompts of this rank, drawn in order into the output folder, with progress and resuming
-
-
-@dataclass(frozen=True)
-class InitialNoise:
-    """Where every image starts: ``given`` latents (n, C, h, w), else the generator of ``seed`` + i.
-
-    ``given`` holds ``batch_size`` images for every prompt, or one for each image of the run.
-    """
-
-    seed: int
-    shape: tuple[int, int, int]  # (C, h, w)
-    batch_size: int
-    given: Tensor | None = None
-
-    def of(self, prompt: Prompt, images: Sequence[int]) -> ImageRng:
-        """The random numbers of some images of one prompt."""
-        given = None
-        if self.given is not None:
-            given = self.given[[(prompt.index * self.batch_size + i) % len(self.given) for i in images]]
-        return ImageRng.of(self.seed, images, self.shape, given)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did on this rank."""
-
-    written: list[Path]
-    skipped: int  # prompts that were finished before
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that is the same for all prompts of a run. ``beat`` is called at every step.
-
-    ``preview`` is told of every step; an error of its own ends the run.
-    ``inputs`` are the low-resolution pictures that relay starts from. Of the generator's team, the first rank
-    decides what is to be drawn, reads inputs and writes files, for all.
-    """
-
-    generator: Generator
-    params: SamplingParams
-    noise: InitialNoise
-    folder: OutputFolder
-    negative_prompt: str = ""
-    rank: int = 0
-    beat: Callable[[], None] = lambda: None
-    inputs: Inputs | None = None
-    preview: StepCallback | None = None
-
-    def __call__(self, prompts: Sequence[Prompt], *, resume: bool = False) -> Report:
-        """Draw ``prompts`` one after the other; with ``resume``, only what is not there yet."""
-        team = self.generator.team
-        leads = team.rank == 0
-        todo = by_first(team, lambda: [(prompt, self._missing(prompt, resume)) for prompt in prompts])
-        skipped = sum(images is None for _, images in todo)
-        if skipped and leads:
-            log.info("%d of %d prompts are finished already", skipped, len(prompts))
-        open_ = [(prompt, images) for prompt, images in todo if images is not None]
-        early = self._encode([prompt for prompt, images in open_ if images])
-        written: list[Path] = []
-        with progress(sum(self._steps(images) for _, images in open_), rank=self.rank) as bar:
-            for number, (prompt, images) in enumerate(open_, 1):
-                bar.note(f"[{number}/{len(open_)}] {title(prompt.text)}")
-                if images:
-                    encoded = early.get(prompt.index) or self._encode_one(prompt)
-                    self._draw(prompt, images, encoded, bar)
-                if leads:
-                    written += self.folder.finish(prompt)
-        return Report(written, skipped)
-
-    def _missing(self, prompt: Prompt, resume: bool) -> list[int] | None:
-        """Images to draw; None when the prompt needs nothing at all."""
-        if not resume:
-            return list(range(self.noise.batch_size))
-        return None if self.folder.finished(prompt) else self.folder.missing(prompt)
-
-    def _encode(self, prompts: Sequence[Prompt]) -> dict[int, EncodedPrompt]:
-        """All prompts at once where the encoder leaves afterwards; nothing where it stays."""
-        if self.generator.text_memory == "keep" or not prompts:
-            return {}
-        encoded = self.generator.encode([prompt.text for prompt in prompts], self.negative_prompt)
-        return {prompt.index: one for prompt, one in zip(prompts, encoded, strict=True)}
-
-    def _encode_one(self, prompt: Prompt) -> EncodedPrompt:
-        return self.generator.encode([prompt.text], self.negative_prompt)[0]
-
-    def _steps(self, images: Sequence[int]) -> int:
-        return -(-len(images) // self.generator.at_once) * self.params.steps
-
-    def _draw(self, prompt: Prompt, images: list[int], encoded: EncodedPrompt, bar: Progress) -> None:
-        """Draw and write ``images`` of ``prompt``, each file as soon as its picture is there."""
-
-        def step(done: int, total: int, latents: Tensor) -> None:
-            bar.advance()
-            self.beat()
-            if self.preview is not None:
-                self.preview(done, total, latents)
-
-        for start in range(0, len(images), self.generator.at_once):
-            part = images[start : start + self.generator.at_once]
-            low = self._low(prompt, part)
-            latents = self.generator.latents(encoded, self.noise.of(prompt, part), self.params, step, low)
-            pictures = self.generator.images(latents)  # one rank of a team has them
-            for index, image in zip(part, pictures, strict=bool(pictures)):
-                self.folder.write_image(prompt, index, image)
-            self.beat()
-
-    def _low(self, prompt: Prompt, images: Sequence[int]) -> Tensor | None:
-        """The low-resolution pictures of ``images``; not every rank of a team need see the folder."""
-        inputs = self.inputs
-        return None if inputs is None else by_first(self.generator.team, lambda: inputs.read(prompt, images))

@@ -8,44 +8,102 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sat.config.yaml_source import ConfigError, Problem
 from sat.errors import UserError
-from sat.sampling.output import IMAGE, STAGES, folder_name, numbered
+from sat.sampling.output import IMAGE, STAGES, folder_name, numbered, opened
 from sat.sampling.prompts import Prompt
 from sat.util.images import from_pil, read_png_text
+
+if TYPE_CHECKING:
+    from sat.config.schema import SamplingConfig
+    from sat.diffusion.process import ProcessInput
 
 log = logging.getLogger(__name__)
 
 
 class InputError(ValueError):
-    """A folder of low-resolution pictures that does not fit the run."""
-
-
-class Inputs(Protocol):
-    """Low-resolution pictures of a run's prompts."""
-
-    def read(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
-        """(n, 3, height, width) float32 in [-1, 1] of some pictures of ``prompt``."""
-        ...
+    """Input pictures that do not fit the run."""
 
 
 @dataclass(frozen=True)
-class InputFolder:
-    """``root/<index>_<name>/000000000.png …`` as the sampler writes them; ``height`` x ``width`` in pixels.
+class PictureInput:
+    """Pictures that a run starts from beside noise: the one door for those of folders, files and callers.
+
+    A process asks for them (:class:`~sat.diffusion.process.ProcessInput`). ``height`` and ``width`` are those
+    of the pictures given, in pixels.
+    """
+
+    height: int
+    width: int
+
+    def open(self, prompt: Prompt, image: int) -> Image.Image:
+        """Picture number ``image`` of ``prompt``."""
+        raise NotImplementedError
+
+    def read(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
+        """(n, 3, height, width) float32 in [-1, 1] of some pictures of ``prompt``."""
+        pictures = [self.open(prompt, image) for image in images]
+        for picture in pictures:
+            if (picture.height, picture.width) != (self.height, self.width):
+                raise InputError(
+                    f"an input picture is {picture.height} x {picture.width} (height x width), expected "
+                    f"{self.height} x {self.width}"
+                )
+        return torch.stack([from_pil(picture) for picture in pictures])
+
+
+@dataclass(frozen=True)
+class InputList(PictureInput):
+    """Given pictures or files of them, prompt by prompt from number ``first`` on, ``batch_size`` of each."""
+
+    pictures: Sequence[Image.Image | Path]
+    batch_size: int
+    first: int = 0
+
+    def open(self, prompt: Prompt, image: int) -> Image.Image:
+        """Picture number ``image`` of ``prompt``."""
+        given = self.pictures[(prompt.index - self.first) * self.batch_size + image]
+        return opened(given) if isinstance(given, Path) else given
+
+
+@dataclass(frozen=True)
+class InputFolder(PictureInput):
+    """``root/<index>_<name>/000000000.png …`` as the sampler writes them.
 
     A folder belongs to the prompt with its number, wherever it stands among the others. ``batch_size``
     pictures are expected for each prompt.
     """
 
     root: Path
-    height: int
-    width: int
     batch_size: int
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, wanted: ProcessInput | None) -> InputFolder | None:
+        """The folder that ``sampling.input_dir`` names, for a process that wants one; else None.
+
+        :class:`ConfigError` where only one of the two is.
+        """
+        if wanted is None and sampling.input_dir is not None:
+            what = (
+                f"is {sampling.input_dir}, but this model draws from noise alone: "
+                f"only a relay model enlarges pictures"
+            )
+            raise ConfigError([Problem("", "sampling.input_dir", what)])
+        if wanted is not None and wanted.required and sampling.input_dir is None:
+            what = (
+                "this model enlarges pictures: name the output folder of a base model's run here, or draw "
+                "both with a cascade (configs/cascade.yaml)"
+            )
+            raise ConfigError([Problem("", "sampling.input_dir", what)])
+        if wanted is None or sampling.input_dir is None:
+            return None
+        return cls(*wanted.size(sampling.height, sampling.width), sampling.input_dir, sampling.batch_size)
 
     def prompts(self) -> list[Prompt]:
         """The prompts that the pictures themselves name, for a run that is given none."""
@@ -71,35 +129,29 @@ class InputFolder:
         for prompt in prompts:
             folder = self._folder(prompt, folders)
             there = sorted(path.name for path in folder.iterdir() if IMAGE.fullmatch(path.name))
-            absent = [self._name(i) for i in range(self.batch_size) if self._name(i) not in there]
+            expected = [f"{i:09d}.png" for i in range(self.batch_size)]
+            absent = [name for name in expected if name not in there]
             if absent or len(there) != self.batch_size:
                 missing_one = f", {absent[0]} is missing" if absent else ""
                 raise InputError(
                     f"{folder}: holds {len(there)} pictures, but sampling.batch_size is "
                     f"{self.batch_size}{missing_one}"
                 )
-            for name in there:
-                self._check_size(folder / name)
+            for path in (folder / name for name in there):
+                try:
+                    with Image.open(path) as picture:
+                        width, height = picture.size
+                except (OSError, SyntaxError) as error:
+                    raise InputError(f"{path}: not a readable picture ({error})") from error
+                if (height, width) != (self.height, self.width):
+                    raise InputError(
+                        f"{path}: is {height} x {width} (height x width), expected {self.height} x "
+                        f"{self.width}, which sampling.height and sampling.width are the enlargement of"
+                    )
 
-    def read(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
-        """(n, 3, height, width) float32 in [-1, 1] of some pictures of ``prompt``."""
-        folder = self._folder(prompt, self._folders(quiet=True))
-        return torch.stack([_pixels(folder / self._name(i)) for i in images])
-
-    def _name(self, image: int) -> str:
-        return f"{image:09d}.png"
-
-    def _check_size(self, path: Path) -> None:
-        try:
-            with Image.open(path) as picture:
-                width, height = picture.size
-        except (OSError, SyntaxError) as error:
-            raise InputError(f"{path}: not a readable picture ({error})") from error
-        if (height, width) != (self.height, self.width):
-            raise InputError(
-                f"{path}: is {height} x {width} (height x width), expected {self.height} x {self.width}, "
-                f"which sampling.height and sampling.width are the enlargement of"
-            )
+    def open(self, prompt: Prompt, image: int) -> Image.Image:
+        """Picture number ``image`` of ``prompt``."""
+        return opened(self._folder(prompt, self._folders(quiet=True)) / f"{image:09d}.png")
 
     def _folders(self, *, quiet: bool = False) -> dict[int, list[str]]:
         """Folder names by number; what else lies there is noted."""
@@ -133,7 +185,7 @@ class InputFolder:
 
 
 _OWN = frozenset({"resolved.yaml", "run.json", STAGES})
-"""What our own runs leave beside the folders."""
+"""Left beside the folders by our own runs."""
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -145,12 +197,6 @@ def _ranges(numbers: Sequence[int]) -> str:
             out.append(str(number) if start == i else f"{numbers[start]}-{number}")
             start = i + 1
     return ", ".join(out[:10]) + (" …" if len(out) > 10 else "")
-
-
-def _pixels(path: Path) -> Tensor:
-    """(3, H, W) in [-1, 1]."""
-    with Image.open(path) as picture:
-        return from_pil(picture)
 
 
 # -- initial latents given by the user instead of seeded noise
@@ -169,11 +215,16 @@ def read_latents(path: Path) -> Tensor:
 
     ``.pt`` files are read with ``weights_only``: nothing in them is executed.
     """
+    from safetensors.torch import load_file
+
     kind = path.suffix.lower()
     if kind not in (".safetensors", ".pt", ".pth"):
         raise LatentsError(f"initial latents {path}: expected a .safetensors or .pt file")
     try:
-        found: object = _read_safetensors(path) if kind == ".safetensors" else _read_pt(path)
+        if kind == ".safetensors":
+            found: object = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise LatentsError(f"initial latents {path}: no such file") from error
     except pickle.UnpicklingError as error:
@@ -221,13 +272,3 @@ def checked_latents(latents: Tensor, shape: Sequence[int], prompts: int, batch_s
     if not bool(torch.isfinite(given).all()):
         raise LatentsError("initial latents hold NaN or infinity")
     return given
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _read_pt(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)

@@ -79,6 +79,12 @@ class OutputFolder:
         """Images of ``prompt`` that are not there whole with exactly this run's settings."""
         return [i for i in range(self.batch_size) if not self._whole(self.image_path(prompt, i), prompt, i)]
 
+    def requests(self, prompts: Sequence[Prompt], *, resume: bool) -> list[tuple[Prompt, list[int]]]:
+        """``prompts`` with the numbers of the images to draw; with ``resume``, of those not finished yet."""
+        if not resume:
+            return [(prompt, list(range(self.batch_size))) for prompt in prompts]
+        return [(prompt, self.missing(prompt)) for prompt in prompts if not self.finished(prompt)]
+
     def finished(self, prompt: Prompt) -> bool:
         """True if all files of ``prompt`` are there, whole and of these settings."""
         grid = self.folder(prompt) / "grid.png"
@@ -99,7 +105,7 @@ class OutputFolder:
         if self.batch_size > 1:
             sheet = folder / "grid.png"
             self._write(
-                sheet, images.grid([_opened(p) for p in paths], self.columns), self._fields(prompt, None)
+                sheet, images.grid([opened(p) for p in paths], self.columns), self._fields(prompt, None)
             )
             paths.append(sheet)
         else:
@@ -159,8 +165,8 @@ def numbered(root: Path) -> dict[int, list[str]]:
     return found
 
 
-def _opened(path: Path) -> Image.Image:
-    """The pixels of a PNG file, the file closed again."""
+def opened(path: Path) -> Image.Image:
+    """The RGB pixels of a picture's file, which is closed again."""
     with Image.open(path) as image:
         pixels: Image.Image = image.convert("RGB")
     return pixels

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from sat.checkpoint.format import DTYPES
 from sat.config.build import build_guider, build_sampler
@@ -20,7 +19,6 @@ from sat.sampling.inputs import InputFolder
 from sat.sampling.output import safe_name
 from sat.sampling.prompts import Prompt
 from sat.util.images import grid, write_png
-from sat.util.rng import ImageRng
 
 
 class Pictures:
@@ -42,15 +40,13 @@ class Pictures:
         known: Sequence[EncodedPrompt] | None = None,
     ) -> None:
         assert experiment.train is not None, "only a training draws in between"
-        self.prompts, self.sampling = experiment.train.sample_prompts, experiment.sampling
+        self.prompts = experiment.train.sample_prompts
         self.runtime, self.mesh = runtime, mesh
         self.generator = Generator(
-            engine, build_sampler(experiment), device=runtime.device,
+            engine, build_sampler(experiment), runtime.device,
             decode_batch=experiment.memory.decode_batch, team=mesh.team,
         )  # fmt: skip
-        self.params = SamplingParams(
-            self.sampling.height, self.sampling.width, self.sampling.steps, build_guider(experiment)
-        )
+        self.params = SamplingParams.of(experiment.sampling, build_guider(experiment))
         self.inputs: InputFolder | None = None
         self.mine = range(mesh.data_rank, len(self.prompts), mesh.data_ranks)
         self._waits = not learns and known is None and experiment.memory.text_encoder != "keep"
@@ -74,23 +70,21 @@ class Pictures:
             self.runtime.free_memory()
         pictures = []
         for index, text in zip(self.mine, encoded, strict=True):
-            prompt = self.prompts[index]
-            for picture in self._draw(index, text):  # one, on the first rank of a team
-                folder.mkdir(parents=True, exist_ok=True)
-                write_png(folder / f"{index:02d}_{safe_name(prompt)}.png", picture, {"prompt": prompt})
-                pictures.append(picture)
+            prompt = Prompt(index, self.prompts[index])
+            params = replace(self.params, seed=self.params.seed + index)
+            drawn = self.generator.generate([(prompt, [0])], params, inputs=self.inputs, encoded=[text])
+            for picture in drawn:
+                if picture.image is not None:  # on the first rank of a team
+                    folder.mkdir(parents=True, exist_ok=True)
+                    name = f"{index:02d}_{safe_name(prompt.text)}.png"
+                    write_png(folder / name, picture.image, {"prompt": prompt.text})
+                    pictures.append(picture.image)
         if self.mesh.data_ranks == 1 and len(pictures) > 1:
             write_png(folder / "grid.png", grid(pictures, columns=min(8, len(pictures))))
 
     def _encode(self) -> list[EncodedPrompt]:
         """The prompts of this rank through the text encoder."""
-        return self.generator.encode([self.prompts[i] for i in self.mine], self.sampling.negative_prompt)
-
-    def _draw(self, index: int, text: EncodedPrompt) -> list[Image.Image]:
-        shape = self.generator.engine.latent_shape(self.params.height, self.params.width)
-        rng = ImageRng.of(self.sampling.seed, [index], shape)
-        low = None if self.inputs is None else self.inputs.read(Prompt(index, self.prompts[index]), [0])
-        return self.generator.images(self.generator.latents(text, rng, self.params, low=low))
+        return self.generator.encode([self.prompts[i] for i in self.mine], self.params.negative_prompt)
 
 
 def _in(dtype: torch.dtype, one: EncodedPrompt) -> EncodedPrompt:

@@ -33,11 +33,6 @@ class ImageRng:
     def __len__(self) -> int:
         return len(self._generators)
 
-    def part(self, rows: slice) -> ImageRng:
-        """Of some of the images; their generators go on from where they are."""
-        given = None if self._given is None else self._given[rows]
-        return ImageRng(self._generators[rows], self._shape, given)
-
     def start(self) -> Tensor:
         """The noise that sampling starts from."""
         return self.unit() if self._given is None else self._given

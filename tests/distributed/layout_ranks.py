@@ -34,7 +34,7 @@ from sat.parallel.collectives import lost_rank_message, taking_turns
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
-from sat.pipeline import open_generator
+from sat.pipeline import Pipeline
 from sat.sampling.generator import EncodedPrompt, SamplingParams
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
@@ -78,7 +78,8 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
         ["sampling.steps=4", *(f"parallel.{axis}={size}" for axis, size in layout.items())],
     )
     mesh = Mesh(runtime, **experiment.parallel.sizes)
-    generator, guider = open_generator(experiment, runtime.device, mesh)
+    pipeline = Pipeline.open(experiment, runtime.device, mesh)
+    generator, guider = pipeline.generator, pipeline.guider
     encoded = generator.encode(["a red apple"], "a blue car")[0]
 
     def drawn(params: SamplingParams, encoded: EncodedPrompt = encoded) -> Tensor:

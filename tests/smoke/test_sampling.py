@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sat.cli.commands import sample as sample_work
 from sat.cli.sample import main
 from sat.config.load import load
+from sat.pipeline import Pipeline
 from sat.sampling.output import OutputFolder
 from sat.util.images import read_png_text
 from sat.util.rng import image_noise
@@ -345,8 +345,8 @@ class _Terminal:
 
 def test_without_a_prompt_a_terminal_is_asked_until_end_of_file(sample, tmp_path, monkeypatch) -> None:
     loaded = []
-    opened = sample_work.open_generator
-    monkeypatch.setattr(sample_work, "open_generator", lambda *a: loaded.append(a) or opened(*a))
+    opened = Pipeline.open
+    monkeypatch.setattr(Pipeline, "open", lambda *a, **k: loaded.append(a) or opened(*a, **k))
     answers = iter(["a red apple", "  ", "bad \udce9", "the sun"])
 
     def answer(question: str) -> str:
@@ -380,15 +380,15 @@ def test_a_prompt_the_encoder_does_not_know_is_warned_about(sample, tmp_path) ->
 
 
 def test_a_non_finite_latent_stops_the_run_with_step_and_dtype(sample, tmp_path, monkeypatch) -> None:
-    opened = sample_work.open_generator
+    opened = Pipeline.open
 
-    def poisoned(*given):
-        generator, guider = opened(*given)
+    def poisoned(*given, **more):
+        pipeline = opened(*given, **more)
         with torch.no_grad():
-            next(generator.engine.network.parameters()).fill_(float("nan"))
-        return generator, guider
+            next(pipeline.generator.engine.network.parameters()).fill_(float("nan"))
+        return pipeline
 
-    monkeypatch.setattr(sample_work, "open_generator", poisoned)
+    monkeypatch.setattr(Pipeline, "open", poisoned)
     done = sample("--prompt", "a dog", "--output-dir", tmp_path)
     assert done.code == 1
     assert "error: the latent is not finite at step 1 (timestep 999, float32)" in done.err

@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def folder(root: Path, batch_size: int = 2) -> InputFolder:
-    return InputFolder(root, height=8, width=12, batch_size=batch_size)
+    return InputFolder(8, 12, root, batch_size)
 
 
 def test_a_picture_is_found_by_the_number_of_its_prompt_not_by_position(root: Path) -> None:

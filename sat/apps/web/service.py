@@ -24,11 +24,12 @@ from sat.config.schema import Component, Experiment, LoadConfig
 from sat.config.schema.sampling import SizeError, SizeRule
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import launch
-from sat.pipeline import Pipeline, keep_text_encoder
-from sat.sampling.generator import InitialNoise, Run, SamplingParams, strength
+from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
+from sat.sampling.generator import SamplingParams, strength
+from sat.sampling.inputs import InputList
 from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt, check_text
-from sat.util.images import from_pil, to_pil
+from sat.util.images import to_pil
 
 _CELLS = 16
 _COUNT, _DISCS = 12, 6
@@ -133,7 +134,7 @@ class GenerationService:
         limits: Limits | None = None,
         keep: bool = False,
     ) -> None:
-        self.name, self.keep = name, keep
+        self.name = name
         self.limits = limits or Limits()
         self.pictures = Pictures(root)
         self.stages = [keep_text_encoder(stage.experiment) for stage in cascade.stages]
@@ -148,7 +149,7 @@ class GenerationService:
             first = self.stages[0]
             self.stages[0] = replace(first, adapters=replace(first.adapters, load=[]))
         self._digests: dict[int, Mapping[str, object]] = {}
-        self._loaded: dict[int, _Open] = {}
+        self._stages = StageLoader(self._load, keep_loaded=keep)
         self._preview: LatentPreview | None = None
 
     # -- what may be requested
@@ -267,27 +268,18 @@ class GenerationService:
         """The pictures of stage ``index``, numbered after all others in the folder."""
         now = self._open(index)
         self._adapt(now, request.adapters)
-        experiment = self._experiment(index, request)
-        sampling, generator = experiment.sampling, now.pipeline.generator
-        params = SamplingParams(
-            sampling.height, sampling.width, sampling.steps, build_guider(experiment), sampling.tile
-        )
-        noise = InitialNoise(
-            sampling.seed, generator.engine.latent_shape(params.height, params.width), request.count
-        )
+        experiment, generator = self._experiment(index, request), now.pipeline.generator
+        sampling, wanted = experiment.sampling, generator.engine.process.input
         about = label(experiment, weights=self._weights(index, experiment))
         folder = OutputFolder(self.pictures.root, about, request.count, sampling.grid_columns)
         prove_writable(folder.root)
-        run = Run(
-            generator,
-            params,
-            noise,
-            folder,
-            request.negative_prompt,
-            inputs=None if inputs is None else _Files(inputs),
-            preview=job.step,
-        )
-        written = run([Prompt(folder.next_index(), request.prompt.strip())]).written
+        prompt = Prompt(folder.next_index(), request.prompt.strip())
+        given = None
+        if inputs is not None and wanted is not None:
+            size = wanted.size(sampling.height, sampling.width)
+            given = InputList(*size, inputs, request.count, first=prompt.index)
+        params = SamplingParams.of(sampling, build_guider(experiment))
+        written = generator.save(folder, [prompt], params, inputs=given, callback=job.step)
         return written[: request.count]  # without the sheet
 
     def _experiment(self, index: int, request: GenerationRequest) -> Experiment:
@@ -320,16 +312,14 @@ class GenerationService:
 
     def _open(self, index: int) -> _Open:
         """Stage ``index``, loaded in place of the one before, or beside it."""
-        if index not in self._loaded:
-            runtime = launch(self.stages[index].parallel.device)
-            if not self.keep:
-                self._loaded.clear()
-                runtime.free_memory()
-            pipeline = Pipeline.open(self.stages[index], runtime.device)
-            self._loaded[index] = _Open(pipeline, LatentPreview.fit(pipeline.generator.engine), {})
-            log.info("%s is loaded on %s", model_name(self.stages[index]), runtime.device)
-        self._preview = self._loaded[index].preview
-        return self._loaded[index]
+        now = self._stages.open(index)
+        self._preview = now.preview
+        return now
+
+    def _load(self, index: int) -> _Open:
+        pipeline = Pipeline.open(self.stages[index], launch(self.stages[index].parallel.device).device)
+        log.info("%s is loaded on %s", model_name(self.stages[index]), pipeline.device)
+        return _Open(pipeline, LatentPreview.fit(pipeline.generator.engine), {})
 
     def _adapt(self, now: _Open, wanted: Mapping[str, float]) -> None:
         """Set the strengths of adapters, attaching those that are wanted for the first time."""
@@ -340,21 +330,6 @@ class GenerationService:
                 now.attached[name] = own
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, wanted.get(name, 0.0))
-
-
-class _Files:
-    """Pictures to enlarge, by number."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def read(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
-        """(n, 3, h, w) float32 in [-1, 1] of some of them."""
-        out = []
-        for index in images:
-            with Image.open(self.paths[index]) as picture:
-                out.append(from_pil(picture))
-        return torch.stack(out)
 
 
 def _adapter_entries(experiment: Experiment, folder: Path | None) -> dict[str, AdapterEntry]:

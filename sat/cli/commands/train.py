@@ -33,7 +33,8 @@ from sat.parallel.collectives import barrier, from_main, lost_rank_message
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
-from sat.pipeline import DTYPES, input_folder
+from sat.pipeline import DTYPES
+from sat.sampling.inputs import InputFolder
 from sat.train import optim
 from sat.train.caches import Caches
 from sat.train.checkpoints import exporter
@@ -380,7 +381,7 @@ def _pictures(
     pictures = Pictures(
         experiment, engine, runtime, mesh, learns="text" in objective.parts(), known=known
     )  # fmt: skip
-    inputs = input_folder(experiment.sampling, pictures.generator.engine.process.input)
+    inputs = InputFolder.of(experiment.sampling, pictures.generator.engine.process.input)
     if inputs is not None:
         pictures.enlarge(inputs)
     return pictures
