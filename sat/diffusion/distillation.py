@@ -1,4 +1,4 @@
-"""Progressive distillation: the x0 with which one step arrives where a teacher's two steps did."""
+"""Progressive distillation: the x0 that takes a student in one step to the end of a teacher's two."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Level
 
 SMALLEST_GAIN = 1e-4
-"""A step that moves with x0 less than this teaches nothing: its target would be rounding errors."""
+"""A step that passes on less of x0 than this teaches nothing: its target would be rounding errors."""
 
 
 class LevelTable:
@@ -34,7 +34,7 @@ class LevelTable:
 def student_target(
     process: Process, x: Tensor, arrived: Tensor, level: Level, next_level: Level, ctx: ProcessContext
 ) -> Tensor:
-    """The x0 (B, C, h, w) with which one step from ``x`` at ``level`` reaches ``arrived`` at ``next_level``.
+    """The x0 (B, C, h, w) for which one step from ``x`` at ``level`` reaches ``arrived`` at ``next_level``.
 
     The sampler's step is affine in x0, step(x, x0) = gain x0 + rest, whatever the process (plain or relay,
     exploding or preserving): both are read off the step itself. In float64, since the gain falls as steps
@@ -49,7 +49,7 @@ def student_target(
 
 
 def step_gain(process: Process, level: Level, next_level: Level) -> float:
-    """How much of a change of x0 one step from ``level`` to ``next_level`` passes on."""
+    """The share of a change of x0 that one step from ``level`` to ``next_level`` passes on."""
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     ctx = ProcessContext(nothing)
     rest = process.step(nothing, nothing, level, next_level, ctx)

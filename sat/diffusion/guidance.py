@@ -1,4 +1,4 @@
-"""Guidance: which conditions the network sees, and how its predictions are combined."""
+"""Guidance: the conditions that the network sees, and the combination of its predictions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Guider(Protocol):
         ...
 
     def __call__(self, denoise: Denoise, x: Tensor, level: Level) -> Tensor:
-        """Guided x0 of (B, C, h, w). ``denoise`` takes x for all rows, or B images for the last B of them."""
+        """Guided x0 (B, C, h, w). ``denoise`` takes x for all rows, or B images for the last B of them."""
         ...
 
 
 class ClassifierFree:
-    """uncond + scale (cond - uncond); the unconditional half comes first. Scale 1 skips it altogether.
+    """uncond + ``scale`` (cond - uncond); at ``scale`` 1 the unconditional half is not computed.
 
     ``rescale`` (0 to 1) brings the deviation of the result back towards that of the conditional prediction,
     against burnt pictures: arXiv:2305.08891, section 3.4.
@@ -41,15 +41,16 @@ class ClassifierFree:
         self.scale, self.rescale = scale, rescale
 
     def rows(self, cond: Condition, uncond: Condition) -> Condition:
-        return cond if self.scale == 1 else Condition.cat([uncond, cond])
+        return cond if self.scale == 1 else Condition.cat([uncond, cond])  # (2 B rows): uncond first
 
     def __call__(self, denoise: Denoise, x: Tensor, level: Level) -> Tensor:
         if self.scale == 1:
             return denoise(x, level)
-        uncond, cond = denoise(torch.cat([x, x]), level).chunk(2)
-        guided = torch.lerp(uncond, cond, self.scale)
+        uncond, cond = denoise(torch.cat([x, x]), level).chunk(2)  # (B, C, h, w) each
+        guided = torch.lerp(uncond, cond, self.scale)  # uncond + scale (cond - uncond)
         if not self.rescale:
             return guided
+        # guided (1 + rescale (std(cond) / std(guided) - 1)), std over the values of an image
         deviation = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True).clamp(min=1e-8)
         return guided * (1 + self.rescale * (deviation - 1))
 

@@ -1,4 +1,4 @@
-"""The training loss of a denoising network and its weights by noise level."""
+"""The training loss of a denoising network, for every process and prediction; its weights by noise level."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from sat.diffusion.schedule import Level, Scalar, Schedule
 
 
 class Weighting(Protocol):
-    """(B, 1, 1, 1) weights, or 1."""
+    """Weights (B, 1, 1, 1) of the squared error of the network's output, or 1.
+
+    ``gain`` is the factor from that error to the error of x0 (:meth:`Prediction.gain`).
+    """
 
     def __call__(self, level: Level, gain: Scalar) -> Scalar: ...
 
 
 class Uniform:
-    """Every level alike in the network's own output: the official loss, both for v and for eps.
+    """Weight 1 on the network's own output: the official loss, both for v and for eps.
 
     The official code states it as a weight on the x0 error, 1 / sigma^2: the same thing.
     """
@@ -57,9 +60,6 @@ class SNRPlusOne:
 def _snr(level: Level) -> Tensor:
     """alpha^2 / sigma^2."""
     return torch.as_tensor(level.alpha) ** 2 / torch.as_tensor(level.sigma) ** 2
-
-
-# -- the training loss of a denoising network, for every process and prediction
 
 
 class Draw(NamedTuple):
@@ -103,13 +103,13 @@ class DenoisingLoss:
         ctx: ProcessContext,
     ) -> Tensor:
         """(B,) float32 loss of the clean latents ``x0`` (B, C, h, w) float32."""
-        level = process.hooks.at(schedule, draw.timestep)
-        x = process.noise(x0, draw.eps, level, ctx)
+        level = process.hooks.at(schedule, draw.timestep)  # fields (B, 1, 1, 1)
+        x = process.noise(x0, draw.eps, level, ctx)  # x_t (B, C, h, w)
         out = denoiser.output(x, level, prepared)
-        seen = process.noise_seen(x0, draw.eps, level, ctx)
+        seen = process.noise_seen(x0, draw.eps, level, ctx)  # (x_t - alpha x0) / sigma
         return self.error(out, denoiser.prediction.target(x0, seen, level), level, denoiser)
 
     def error(self, out: Tensor, target: Tensor, level: Level, denoiser: Denoiser) -> Tensor:
-        """(B,) weighted squared error of the network's output."""
+        """(B,) weighted squared error of the network's output: the mean of w (out - target)^2."""
         weight = self.weighting(level, denoiser.prediction.gain(level))
         return (weight * (out - target) ** 2).mean((1, 2, 3))

@@ -12,10 +12,10 @@ from sat.diffusion.schedule import Level, Scalar
 
 
 class Prediction(Protocol):
-    """The network's input scaling, its target, and x0 from its output; float32 throughout."""
+    """The network's input scaling, its target, and x0 from its output; (B, C, h, w) float32 throughout."""
 
     def scale_in(self, x: Tensor, level: Level) -> Tensor:
-        """What the network is shown, from x_t."""
+        """The network's input, from x_t."""
         ...
 
     def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
@@ -23,16 +23,16 @@ class Prediction(Protocol):
         ...
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-        """What the network's output should be, for x_t = alpha x0 + sigma eps."""
+        """The right output of the network, for x_t = alpha x0 + sigma eps."""
         ...
 
     def gain(self, level: Level) -> Scalar:
-        """How a squared error of the output becomes one of x0: the factor."""
+        """The factor from a squared error of the output to one of x0."""
         ...
 
 
 class V:
-    """v = alpha eps - sigma x0, for variance-preserving schedules; x0 = alpha x - sigma v.
+    """v = alpha eps - sigma x0, for variance-preserving schedules.
 
     Source: arXiv:2202.00512, appendix D; official ``ZeroSNRScaling``.
     """
@@ -41,17 +41,17 @@ class V:
         return x
 
     def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
-        return level.net_alpha * x - level.net_sigma * out
+        return level.net_alpha * x - level.net_sigma * out  # x0 = alpha x - sigma v
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
-        return level.net_alpha * eps - level.net_sigma * x0
+        return level.net_alpha * eps - level.net_sigma * x0  # v = alpha eps - sigma x0
 
     def gain(self, level: Level) -> Scalar:
         return level.net_sigma**2
 
 
 class X0:
-    """The clean image itself, for any schedule; the network sees x_t at unit variance."""
+    """The clean image itself, for any schedule; the network's input is x_t at unit variance."""
 
     def scale_in(self, x: Tensor, level: Level) -> Tensor:
         return x / (level.net_alpha**2 + level.net_sigma**2) ** 0.5
@@ -67,7 +67,7 @@ class X0:
 
 
 class Eps:
-    """The noise itself, for variance-exploding schedules: x0 = x - sigma eps.
+    """The noise itself, for variance-exploding schedules.
 
     The network's input is scaled to unit variance. Source: official ``EpsScaling``.
     """
@@ -76,7 +76,7 @@ class Eps:
         return x / (level.net_alpha**2 + level.net_sigma**2) ** 0.5
 
     def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
-        return (x - level.net_sigma * out) / level.net_alpha
+        return (x - level.net_sigma * out) / level.net_alpha  # x0 = (x - sigma eps) / alpha
 
     def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
         return eps
@@ -85,27 +85,23 @@ class Eps:
         return (level.net_sigma / level.net_alpha) ** 2
 
 
-# -- a network as samplers and losses see it: ``denoise(x, level) -> x0``, in float32
-
-
 class Network(Protocol):
-    """What every image network offers. ``prepared`` is its own business; only ``prepare`` makes one."""
+    """The contract of every image network. Only its own ``prepare`` knows what ``prepared`` holds."""
 
     def prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float] = ()) -> Any:
-        """Everything that depends on the condition and the latent size (h, w) but not on the step.
+        """Everything that depends on the condition and the latent size (h, w) but not on x.
 
-        ``timesteps`` are the timesteps that will follow, so that what depends on them alone is computed now
-        too.
+        ``timesteps`` are those that will follow, so that what depends on them alone is computed now too.
         """
         ...
 
     def __call__(self, x: Tensor, timestep: Scalar, prepared: Any) -> Tensor:
-        """(B, C, h, w) at timestep ``timestep``, one float for all or (B,) -> the network's output."""
+        """(B, C, h, w) at ``timestep``, one float for all or (B,) -> the network's output."""
         ...
 
 
 class Denoiser:
-    """Predicted x0 of a network under a prediction; float32 in and out, whatever its dtype."""
+    """Predicted x0 of a network that predicts eps, v or x0; float32 in and out, whatever its dtype."""
 
     def __init__(self, network: Network, prediction: Prediction) -> None:
         self.network = network
@@ -117,5 +113,5 @@ class Denoiser:
         return self.prediction.to_x0(out, x, level)
 
     def output(self, x: Tensor, level: Level, prepared: Any) -> Tensor:
-        """The raw network output, cast back to the dtype of ``x``."""
+        """(B, C, h, w) at ``level`` -> the network's raw output, in the dtype of ``x``."""
         return self.network(self.prediction.scale_in(x, level), level.timestep, prepared).to(x.dtype)

@@ -41,7 +41,7 @@ class ProcessInput:
 
 @dataclass(frozen=True)
 class ProcessContext:
-    """What a process mixin may read."""
+    """Inputs of a process mixin besides x and the level."""
 
     low_res: Tensor | None = None  # (B, C, h, w) latent of the upsampled low-resolution image, for relay
 
@@ -71,7 +71,7 @@ class LevelAtSigma(Protocol):
 
 
 class Span(Protocol):
-    """-> how many training timesteps the process covers, counted from the clean end."""
+    """-> the number of training timesteps that the process covers, counted from the clean end."""
 
     def __call__(self, schedule: Schedule) -> int: ...
 
@@ -102,19 +102,13 @@ class Process(nn.Module):
 
     def __init__(self, mixins: Mapping[str, Mixin] | None = None) -> None:
         super().__init__()
-        self.mixins = nn.ModuleDict(mixins or {})
-        self.resolved: Resolved[ProcessHooks] = resolve(
-            ProcessHooks(
-                mean=self._mean,
-                start=self._start,
-                levels=self._levels,
-                level_at_sigma=self._level_at_sigma,
-                span=self._span,
-                at=self._at,
-            ),
-            mixins or {},
+        mixins = mixins or {}
+        self.mixins = nn.ModuleDict(mixins)
+        defaults = ProcessHooks(
+            self._mean, self._start, self._levels, self._level_at_sigma, self._span, self._at
         )
-        asked = {name: getattr(mixin, "input", None) for name, mixin in (mixins or {}).items()}
+        self.resolved: Resolved[ProcessHooks] = resolve(defaults, mixins)
+        asked = {name: getattr(mixin, "input", None) for name, mixin in mixins.items()}
         inputs = {name: given for name, given in asked.items() if isinstance(given, ProcessInput)}
         if len(set(inputs.values())) > 1:
             raise HookConflictError(f"mixins {list(inputs)} need different input pictures: keep one of them")
@@ -126,26 +120,27 @@ class Process(nn.Module):
         return self.resolved.hooks
 
     def noise(self, x0: Tensor, eps: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        """x_t of training."""
-        return self.hooks.mean(x0, level, ctx) + level.sigma * eps
+        """x_t (B, C, h, w) of training, from clean latents and unit noise of that shape."""
+        return self.hooks.mean(x0, level, ctx) + level.sigma * eps  # x_t = mean(x0) + sigma eps
 
     def noise_seen(self, x0: Tensor, eps: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        """(x_t - alpha x0) / sigma: everything in x_t that is not x0, as if it were noise.
+        """Everything in x_t that is not x0, as if it were noise: (x_t - alpha x0) / sigma.
 
         ``eps`` itself in plain diffusion. A network that predicts this predicts x0.
         """
         return eps + (self.hooks.mean(x0, level, ctx) - level.alpha * x0) / level.sigma
 
     def start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        """x at the first level of sampling."""
+        """x at the first level of sampling, from unit noise (B, C, h, w)."""
         return self.hooks.start(noise, level, ctx)
 
     def step(self, x: Tensor, x0: Tensor, level: Level, next_level: Level, ctx: ProcessContext) -> Tensor:
-        """x at ``next_level``: keep the predicted noise, move the predicted mean.
+        """x (B, C, h, w) at ``next_level``: keep the predicted noise, move the predicted mean.
 
         This is the official Euler, zero-SNR DDIM and relay step in one (DDIM, arXiv:2010.02502 eq. 12 with
         eta 0).
         """
+        # x' = mean(x0, level') + (sigma' / sigma) (x - mean(x0, level))
         keep = next_level.sigma / level.sigma
         return self.hooks.mean(x0, next_level, ctx) + keep * (x - self.hooks.mean(x0, level, ctx))
 

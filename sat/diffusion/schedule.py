@@ -11,24 +11,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Scalar = float | Tensor
-"""A float while sampling (one level for the batch), a (B, 1, 1, 1) float32 tensor while training."""
+"""A float in sampling (one level for the batch), a (B, 1, 1, 1) float32 tensor in training."""
 
 
 class Level(NamedTuple):
-    """x_t = alpha x0 + sigma eps, and what the network is told about it.
+    """One noise level, x_t = alpha x0 + sigma eps, and the network's view of it.
 
-    ``timestep`` is the one the network sees, 0 … 999. ``net_alpha`` and ``net_sigma`` turn the network's
-    output into x0: officially they are those of the nearest of the 1000 training levels, which differ a
-    little from ``alpha`` and ``sigma`` wherever the schedule of a short run does (reference: traps 8).
-    ``relay_blend`` is relay's r: 0 without relay, 1 at the low-resolution image.
+    ``net_alpha`` and ``net_sigma`` turn the network's output into x0: officially they are those of the
+    nearest of the 1000 training levels, which differ a little from ``alpha`` and ``sigma`` wherever the
+    schedule of a short run does (reference: traps 8).
     """
 
     alpha: Scalar
     sigma: Scalar
-    timestep: Scalar
+    timestep: Scalar  # the network's input, 0 … 999; (B,) while training
     net_alpha: Scalar
     net_sigma: Scalar
-    relay_blend: Scalar = 0.0
+    relay_blend: Scalar = 0.0  # relay's r: 0 without relay, 1 at the low-resolution image
 
     @property
     def scaled_sigma(self) -> float:
@@ -37,11 +36,7 @@ class Level(NamedTuple):
 
 
 CLEAN = Level(1.0, 0.0, 0.0, 1.0, 0.0)
-"""Where sampling ends: no noise."""
-
-
-# -- which of the training timesteps a run of a few steps visits
-
+"""The last level of sampling: no noise."""
 
 Spacing = Literal["trailing", "leading", "karras"]
 """``trailing`` and ``leading`` pick training timesteps; ``karras`` noise levels between them."""
@@ -76,14 +71,12 @@ def karras(steps: int, smallest: float, largest: float, rho: float = 7.0) -> lis
     return [float(s) for s in (first + np.linspace(0, 1, steps) * (last - first)) ** rho]
 
 
-# -- noise schedules: the levels a sampler visits and the levels training draws from. All tables are float64
-
-
 Table = NDArray[np.float64]
+"""A value for each of the ``total`` training timesteps, the cleanest first."""
 
 
 class Schedule(Protocol):
-    """Levels for sampling and for training."""
+    """Levels for sampling and for training, from tables in float64."""
 
     total: int
 
@@ -109,6 +102,7 @@ def scaled_linear_alphas(total: int = 1000, start: float = 0.00085, end: float =
 
     Source: latent diffusion, arXiv:2112.10752; official ``discretizer.py``.
     """
+    # beta_t = (sqrt(start) + t / (total - 1) (sqrt(end) - sqrt(start)))^2, alpha-bar_t = prod (1 - beta)
     betas: Table = np.linspace(start**0.5, end**0.5, total, dtype=np.float64) ** 2
     return np.cumprod(1.0 - betas, dtype=np.float64)
 
@@ -118,11 +112,13 @@ def snr_shift(alphas_cumprod: Table, shift: float) -> Table:
 
     Source: "simple diffusion", arXiv:2301.11093; official ``discretizer.py:94``.
     """
-    return alphas_cumprod / (shift + (1 - shift) * alphas_cumprod)
+    return alphas_cumprod / (
+        shift + (1 - shift) * alphas_cumprod
+    )  # solves a' / (1 - a') = a / (1 - a) / shift
 
 
 def zero_terminal(root: Table) -> Table:
-    """sqrt(alpha-bar), noise last, moved and stretched to end at exactly 0 and to begin where it did.
+    """sqrt(alpha-bar), noise last, shifted and scaled so that it ends at exactly 0 and begins where it did.
 
     Source: arXiv:2305.08891, algorithm 1. A table of one entry cannot be both: it becomes 0.
     """
@@ -136,19 +132,20 @@ def zero_terminal(root: Table) -> Table:
 class ZeroSNR:
     """Variance preserving with zero terminal signal: alpha = sqrt(alpha-bar), sigma = sqrt(1 - alpha-bar).
 
-    ``rescale`` says when the terminal signal is removed: ``after_spacing`` (official: the steps of the run
-    are picked first and rescaled by their own end points, so alpha at a timestep depends on the number of
-    steps) or ``before_spacing`` (diffusers: the table of all ``total`` levels is rescaled once). ``quantise``
-    (official): x0 is computed with the nearest of the 1000 training levels.
+    The schedule of CogView3-Plus (v prediction). ``rescale`` says when the terminal signal is removed:
+    ``after_spacing`` (official: the steps of the run are picked first and rescaled by their own end points,
+    so alpha at a timestep depends on the number of steps) or ``before_spacing`` (diffusers: the table of all
+    ``total`` levels is rescaled once). ``quantise`` (official): x0 is computed with the nearest of the 1000
+    training levels.
     """
 
     def __init__(
         self,
-        shift: float = 4.0,
-        total: int = 1000,
-        spacing: Spacing = "trailing",
+        shift: float = 4.0,  # divides the signal-to-noise ratio; 1 leaves the latent-diffusion schedule
+        total: int = 1000,  # training timesteps
+        spacing: Spacing = "trailing",  # of the levels that sampling visits
         rescale: Literal["after_spacing", "before_spacing"] = "after_spacing",
-        quantise: bool = True,
+        quantise: bool = True,  # x0 with the nearest training level's alpha and sigma
     ) -> None:
         if shift <= 0:
             raise ValueError(f"the schedule's shift must be positive, got {shift}")
@@ -173,7 +170,7 @@ class ZeroSNR:
         return [*out, CLEAN]
 
     def level_at_sigma(self, sigma: float) -> Level:
-        alpha = (1 + sigma**2) ** -0.5
+        alpha = (1 + sigma**2) ** -0.5  # sigma' / alpha = sigma with alpha^2 + sigma'^2 = 1
         return self._level(alpha, int(np.abs(self.trained - alpha).argmin()))
 
     def sigma_at(self, timestep: float) -> float:

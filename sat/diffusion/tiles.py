@@ -17,7 +17,7 @@ class Tiled:
     """``denoise`` of squares of ``tile`` latent cells, their predictions averaged with Gaussian weights.
 
     Every square is shown to the network as a picture of its own size, at the same noise level; the middle of
-    a square counts most, so that no seam is seen. Squares share at least ``overlap`` cells (None: a quarter).
+    a square counts most, so that no seam is seen. Squares share at least ``overlap`` cells, None a quarter.
     Source: Mixture of Diffusers, arXiv:2302.02412; CogView3, arXiv:2403.05121, figure 9.
     """
 
@@ -29,7 +29,7 @@ class Tiled:
     def __call__(self, x: Tensor, level: Level) -> Tensor:
         """(rows, C, h, w) -> predicted x0 of the same shape."""
         height, width = x.shape[2:]
-        total, weight = torch.zeros_like(x), x.new_zeros(height, width)
+        total, weight = torch.zeros_like(x), x.new_zeros(height, width)  # x0 = sum of w x0_tile / sum of w
         for top in self.tiling.windows(height):
             for left in self.tiling.windows(width):
                 rows, columns = len(top.weights), len(left.weights)

@@ -23,7 +23,7 @@ from sat.diffusion.schedule import Level, Schedule
 from sat.mixin import Mixin, replaces, wraps
 
 Blend = Literal["linear", "sigma", "exp"]
-"""How the low-resolution image fades: with the timestep, with the noise, or along 1 - exp(-sin^4)."""
+"""The fading of the low-resolution image: with the timestep, with the noise, or along 1 - exp(-sin^4)."""
 
 
 class RelayNoise(Mixin):
@@ -52,11 +52,11 @@ class RelayNoise(Mixin):
     @wraps("mean")
     def mean(self, inner: Mean, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
         low_res = _low_res(ctx)
-        return inner(x0 + level.relay_blend * (low_res - x0), level, ctx)
+        return inner(x0 + level.relay_blend * (low_res - x0), level, ctx)  # mean((1 - r) x0 + r low_res)
 
     @replaces("start")
     def start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        return level.alpha * _low_res(ctx) + level.sigma * noise
+        return level.alpha * _low_res(ctx) + level.sigma * noise  # x_t at r = 1
 
     @wraps("levels")
     def levels(self, inner: Levels, schedule: Schedule, steps: int) -> list[Level]:
@@ -64,19 +64,18 @@ class RelayNoise(Mixin):
             raise ValueError("relay takes trailing or leading spacing: karras has no steps to leave out")
         whole = steps_of_whole(steps, self.partial, schedule.total)
         taken = inner(schedule, whole)[-(steps + 1) :]
-        first = self._fades_from(taken[0].scaled_sigma)
-        shares = [(steps - i) / steps for i in range(steps + 1)]
+        first = self._start_sigma(taken[0].scaled_sigma)
         return [
-            level._replace(relay_blend=self._ratio(share, level.scaled_sigma / first))
-            for level, share in zip(taken, shares, strict=True)
+            level._replace(relay_blend=self._blend((steps - i) / steps, level.scaled_sigma / first))
+            for i, level in enumerate(taken)
         ]
 
     @wraps("level_at_sigma")
     def level_at_sigma(self, inner: LevelAtSigma, schedule: Schedule, sigma: float) -> Level:
         grid = [schedule.sigma_at(i) for i in range(self.span_of(schedule))]
         share = (float(np.interp(sigma, grid, np.arange(len(grid)))) + 1) / self.partial
-        ratio = self._ratio(min(share, 1.0), min(sigma / grid[-1], 1.0))
-        return inner(schedule, sigma)._replace(relay_blend=ratio)
+        blend = self._blend(min(share, 1.0), min(sigma / grid[-1], 1.0))
+        return inner(schedule, sigma)._replace(relay_blend=blend)
 
     @wraps("span")
     def span(self, inner: Span, schedule: Schedule) -> int:
@@ -85,31 +84,31 @@ class RelayNoise(Mixin):
     @wraps("at")
     def at(self, inner: At, schedule: Schedule, timestep: Tensor) -> Level:
         level = inner(schedule, timestep)
-        t = timestep.float()[:, None, None, None]
+        t = timestep.float()[:, None, None, None]  # (B, 1, 1, 1)
         if self.blend == "linear":
-            ratio = t / self.partial
+            r = t / self.partial
         elif self.blend == "exp":
-            ratio = _fade((t + 1) / self.partial)
+            r = _fade((t + 1) / self.partial)
         else:
-            end = self._fades_from(schedule.sigma_at(min(self.partial, schedule.total - 1)))
-            ratio = torch.as_tensor(level.sigma) / torch.as_tensor(level.alpha) / end
-        return level._replace(relay_blend=ratio.clamp(max=1.0))
+            first = self._start_sigma(schedule.sigma_at(min(self.partial, schedule.total - 1)))
+            r = torch.as_tensor(level.sigma) / torch.as_tensor(level.alpha) / first
+        return level._replace(relay_blend=r.clamp(max=1.0))
 
     def span_of(self, schedule: Schedule) -> int:
         """Training timesteps that relay covers."""
         return min(math.ceil(self.partial), schedule.total)
 
-    def _fades_from(self, noise: float) -> float:
-        """``noise`` of the first level; infinite noise cannot be faded along."""
-        if self.blend == "sigma" and math.isinf(noise):
+    def _start_sigma(self, sigma: float) -> float:
+        """``sigma``, the scaled noise where relay starts; a blend along infinite noise is an error."""
+        if self.blend == "sigma" and math.isinf(sigma):
             raise ValueError(
                 f"relay: the sigma blend needs some signal where it starts, and partial {self.partial:g} "
                 f"reaches the timestep without any: take a smaller partial, or blend linear or exp"
             )
-        return noise
+        return sigma
 
-    def _ratio(self, share: float, noise: float) -> float:
-        """r where ``share`` of the relayed timesteps, or ``noise`` of its first level's, is still to go."""
+    def _blend(self, share: float, noise: float) -> float:
+        """r where ``share`` of the relayed timesteps, or ``noise`` of the first level's, is still to go."""
         if self.blend == "linear":
             return share
         return noise if self.blend == "sigma" else float(_fade(share))
