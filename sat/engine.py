@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,27 +13,22 @@ from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
 from sat.conditioning.conditioner import Conditioner
-from sat.diffusion.guidance import Guider
+from sat.diffusion.guidance import Denoise, Guider
 from sat.diffusion.loss import DenoisingLoss
 from sat.diffusion.prediction import Denoiser, Network, Prediction
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Sampler, StepCallback, Trajectory
 from sat.diffusion.schedule import Level, Schedule
 from sat.diffusion.tiles import Tiled, tile_size
+from sat.errors import UserError
 from sat.first_stage.model import AutoencoderKL, Posterior
-from sat.first_stage.tiling import (
-    Tiling,
-    Work,
-    decode_sliced,
-    decode_tiled,
-    encode_sliced,
-    encode_tiled,
-    one_by_one,
-)
+from sat.first_stage.tiling import Tiling, Work, decode_tiled, encode_tiled, one_by_one
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(UserError, ArithmeticError):
     """A latent became infinite or NaN while sampling."""
+
+    exit_code = 1
 
 
 class DiffusionEngine(nn.Module):
@@ -69,7 +64,7 @@ class DiffusionEngine(nn.Module):
 
     @property
     def hooks(self) -> str:
-        """Who owns each hook of the network and of the process, for printing and for ``run.json``."""
+        """The owners of the hooks of network and process, for printing and for ``run.json``."""
         return f"{getattr(self.network, 'hooks', '')}\n{self.process.resolved}".strip()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -104,45 +99,55 @@ class DiffusionEngine(nn.Module):
         step on an accelerator, where looking earlier would stall the device.
         """
         levels = self.process.hooks.levels(self.schedule, steps)
-        rows = guider.rows(cond, uncond)
+        rows = guider.rows(cond, uncond)  # (B or 2 B): those with the condition last
         timesteps = [float(level.timestep) for level in levels[:-1]]
         size = (noise.shape[2], noise.shape[3])
-        tiles = tile is not None and max(size) > tile
-        if tile is not None:
-            size = tile_size(size, tile)
+        denoiser = self.denoiser
         prepared: dict[int, Any] = {}  # by number of rows: all, or those with the condition
 
-        def ready(count: int) -> Any:
-            if count not in prepared:
-                part = rows.rows(slice(len(rows) - count, None))
-                prepared[count] = self.network.prepare(part, size, timesteps)  # type: ignore[operator]
-            return prepared[count]
-
-        watch = _FiniteWatch(noise.device, next(self.network.parameters(), noise).dtype)
-        denoiser = self.denoiser
-
         def predict(x: Tensor, level: Level) -> Tensor:
-            return denoiser(x, level, ready(len(x)))
+            """The network's x0 for all rows, or for the last ones."""
+            if len(x) not in prepared:
+                part = rows.rows(slice(len(rows) - len(x), None))
+                prepared[len(x)] = denoiser.network.prepare(part, size, timesteps)
+            return denoiser(x, level, prepared[len(x)])
 
-        seen = Tiled(predict, tile) if tiles and tile is not None else predict
+        denoise: Denoise = predict
+        if tile is not None and max(size) > tile:
+            denoise, size = Tiled(predict, tile), tile_size(size, tile)
+        finite: list[tuple[Level, Tensor]] = []  # of each evaluation
 
         def guided(x: Tensor, level: Level) -> Tensor:
-            x0 = guider(seen, x, level)
-            watch.see(x0, level)
+            """The guided x0 (B, C, h, w)."""
+            x0 = guider(denoise, x, level)
+            finite.append((level, torch.isfinite(x0).all()))
+            if noise.device.type == "cpu" and not finite[-1][1]:
+                raise self._not_finite(finite)
             return x0
 
-        path = Trajectory(
-            levels,
-            self.process,
-            ProcessContext(low_res),
-            partial(self.process.hooks.level_at_sigma, self.schedule),
-        )
+        level_at_sigma = partial(self.process.hooks.level_at_sigma, self.schedule)
+        path = Trajectory(levels, self.process, ProcessContext(low_res), level_at_sigma)
         if noise_sampler is not None:
             path = replace(path, noise_sampler=noise_sampler)
         with reuse or nullcontext():
-            out = sampler(guided, noise.float(), path, callback)
-        watch.finish()
-        return out
+            latents = sampler(guided, noise.float(), path, callback)
+        if not torch.stack([ok for _, ok in finite]).all():
+            raise self._not_finite(finite)
+        return latents
+
+    def _not_finite(self, evaluated: Sequence[tuple[Level, Tensor]]) -> NonFiniteError:
+        """The error of the first evaluation that is not finite, with what to try."""
+        step = [bool(ok) for _, ok in evaluated].index(False)
+        parameter = next(self.network.parameters(), None)
+        dtype = torch.float32 if parameter is None else parameter.dtype
+        advice = {
+            torch.float16: "float16 is too narrow for these weights: try sampling.dtype=bf16 or fp32",
+            torch.bfloat16: "try sampling.dtype=fp32, and check the weights with convert.py",
+        }.get(dtype, "the weights or the initial latents hold values that are not finite")
+        return NonFiniteError(
+            f"the latent is not finite at step {step + 1} (timestep {evaluated[step][0].timestep:g}, "
+            f"{str(dtype).removeprefix('torch.')}): {advice}"
+        )
 
     @torch.inference_mode()
     def decode(
@@ -154,10 +159,7 @@ class DiffusionEngine(nn.Module):
         ``work`` does the tiles.
         """
         z = latents / self.first_stage.scale_factor
-        if tile is None:
-            images = decode_sliced(self.first_stage, z, batch)
-        else:
-            images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch), work)
+        images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch), work)
         return images.float().add(1).div_(2).clamp_(0, 1)
 
     @torch.inference_mode()
@@ -168,10 +170,7 @@ class DiffusionEngine(nn.Module):
 
         ``tile`` and ``work`` as in :meth:`decode`. The official relay samples its input's latent too.
         """
-        if tile is None:
-            posterior = encode_sliced(self.first_stage, images)
-        else:
-            posterior = encode_tiled(self.first_stage, images, Tiling(tile), work)
+        posterior = encode_tiled(self.first_stage, images, Tiling(tile), work)
         return posterior.sample(noise.to(posterior.mean)).float() * self.first_stage.scale_factor
 
     def latents(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
@@ -194,36 +193,6 @@ class DiffusionEngine(nn.Module):
         draw = self.denoising_loss.draw(latents, self.process.hooks.span(self.schedule), generator)
         if timestep is not None:
             draw = draw._replace(timestep=timestep)
-        prepared = self.network.prepare(cond, tuple(latents.shape[2:]))  # type: ignore[operator]
-        return self.denoising_loss(
-            self.denoiser, latents, prepared, draw, self.schedule, self.process, ProcessContext(low_res)
-        )
-
-
-class _FiniteWatch:
-    """Notices the first step whose prediction is not finite, without stalling an accelerator."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.at_once = device.type == "cpu"
-        self.dtype = dtype
-        self.seen: list[tuple[Level, Tensor]] = []
-
-    def see(self, x0: Tensor, level: Level) -> None:
-        self.seen.append((level, torch.isfinite(x0).all()))
-        if self.at_once and not self.seen[-1][1]:
-            self.finish()
-
-    def finish(self) -> None:
-        flags = torch.stack([ok for _, ok in self.seen]).tolist()
-        if all(flags):
-            return
-        step = flags.index(False)
-        advice = {
-            torch.float16: "float16 is too narrow for these weights: try sampling.dtype=bf16 or fp32",
-            torch.bfloat16: "try sampling.dtype=fp32, and check the weights with convert.py",
-        }.get(self.dtype, "the weights or the initial latents hold values that are not finite")
-        name = str(self.dtype).removeprefix("torch.")
-        raise NonFiniteError(
-            f"the latent is not finite at step {step + 1} "
-            f"(timestep {self.seen[step][0].timestep:g}, {name}): {advice}"
-        )
+        denoiser, ctx = self.denoiser, ProcessContext(low_res)
+        prepared = denoiser.network.prepare(cond, (latents.shape[2], latents.shape[3]))
+        return self.denoising_loss(denoiser, latents, prepared, draw, self.schedule, self.process, ctx)

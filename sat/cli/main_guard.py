@@ -47,7 +47,7 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
     except Exception as error:
         if debug:
             traceback.print_exc()
-        mistake = isinstance(error, UserError)
+        mistake = isinstance(error, UserError) and error.exit_code != FAILED
         if _rank() == 0 or not (mistake or isinstance(error, ReportedError)):
             _tell(f"error: {describe(error)}" + ("" if debug or mistake else " (--debug shows where)"))
         return error.exit_code if isinstance(error, UserError) else FAILED

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
@@ -62,7 +63,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
         spare = not torch.is_grad_enabled()  # the norm's output is nobody else's
-        y = self.conv1(F.silu(self.norm1(x), inplace=spare))
+        y = self.conv1(F.silu(self.norm1(x), inplace=spare))  # (B, C_out, h, w)
         y = self.conv2(F.silu(self.norm2(y), inplace=spare))
         out: Tensor = y.add_(self.shortcut(x)) if spare else self.shortcut(x) + y
         return out
@@ -95,12 +96,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return self._by_phases(x)
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return out
-
-    def _by_phases(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return out
         b, c, h, w = x.shape
         rows_first = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if rows_first else torch.contiguous_format
@@ -136,11 +134,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        b, c, h, w = x.shape
-        cells = self.norm(x).permute(0, 2, 3, 1).reshape(b, 1, h * w, c)
+        cells = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")  # (B, one head, h w, C)
         y = F.scaled_dot_product_attention(self.q(cells), self.k(cells), self.v(cells))
-        out: Tensor = self.proj(y)
-        return x + out.reshape(b, h, w, c).permute(0, 3, 1, 2)
+        out: Tensor = rearrange(self.proj(y), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + out
 
 
 class Middle(nn.Module):

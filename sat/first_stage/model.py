@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -80,50 +81,55 @@ def normal_like(like: Tensor, generator: torch.Generator | None = None) -> Tenso
     return torch.randn(like.shape, generator=generator, device=device).to(like)
 
 
-# -- image -> moments of the latent distribution
+class ResLevel(nn.Module):
+    """Residual blocks at one resolution, then halving, doubling or neither."""
 
-
-class EncoderLevel(nn.Module):
-    """Residual blocks at one resolution, then halving unless it is the last level."""
-
-    def __init__(self, channels: int, out_channels: int, *, blocks: int, groups: int, halve: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        blocks: int,
+        groups: int,
+        resize: Literal["down", "up"] | None,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
             ResBlock(channels if index == 0 else out_channels, out_channels, groups)
             for index in range(blocks)
         )
-        self.down = Downsample(out_channels) if halve else nn.Identity()
+        self.down = Downsample(out_channels) if resize == "down" else nn.Identity()
+        self.up = Upsample(out_channels) if resize == "up" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C_out, h/2, w/2), or (B, C_out, h, w) on the last level."""
+        """(B, C_in, h, w) -> (B, C_out, h/2, w/2), (B, C_out, 2h, 2w) or (B, C_out, h, w)."""
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.down(x)
+        out: Tensor = self.up(self.down(x))
         return out
 
 
 class Encoder(nn.Module):
     """(B, image_channels, H, W) in [-1, 1] -> (B, 2C, h, w): the mean, then the log variance.
 
-    ``widths`` are the feature widths of the levels, finest first; each level but the last halves the image.
+    Level 0 is the finest; every level but the last halves the image.
     Source: official ``sgm/modules/diffusionmodules/model.py`` Encoder.
     """
 
     def __init__(
         self,
-        widths: Sequence[int],
+        widths: Sequence[int],  # of the features of each level, finest first
         *,
-        blocks: int,
-        groups: int,
-        latent_channels: int,
+        blocks: int,  # residual blocks a level
+        groups: int,  # of every GroupNorm
+        latent_channels: int,  # C
         image_channels: int = 3,
-        mid_attention: bool = False,
+        mid_attention: bool = False,  # attention between the two blocks at the lowest resolution
     ) -> None:
         super().__init__()
         last = len(widths) - 1
         self.stem = nn.Conv2d(image_channels, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            EncoderLevel(widths[max(i - 1, 0)], width, blocks=blocks, groups=groups, halve=i < last)
+            ResLevel(widths[max(i - 1, 0)], width, blocks, groups, "down" if i < last else None)
             for i, width in enumerate(widths)
         )
         self.middle = Middle(widths[-1], groups, mid_attention)
@@ -132,40 +138,18 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, image_channels, H, W) -> (B, 2C, h, w)."""
-        x = self.stem(image)
+        x = self.stem(image)  # (B, widths[0], H, W)
         for level in self.levels:
-            x = level(x)
+            x = level(x)  # (B, widths[i], H / 2^(i+1), W / 2^(i+1)), the last (B, widths[-1], h, w)
         out: Tensor = self.head(F.silu(self.norm(self.middle(x))))
-        return out
-
-
-# -- latent -> image
-
-
-class DecoderLevel(nn.Module):
-    """Residual blocks at one resolution, then doubling unless it is the last level."""
-
-    def __init__(self, channels: int, out_channels: int, *, blocks: int, groups: int, double: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            ResBlock(channels if index == 0 else out_channels, out_channels, groups)
-            for index in range(blocks)
-        )
-        self.up = Upsample(out_channels) if double else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C_out, 2h, 2w), or (B, C_out, h, w) on the last level."""
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.up(x)
         return out
 
 
 class Decoder(nn.Module):
     """(B, C, h, w) -> (B, image_channels, H, W), about [-1, 1], not clamped.
 
-    ``widths`` are the feature widths finest first, as for the encoder; level 0 is the coarsest (the first to
-    run) and each level has one block more than the encoder's. Every level but the last doubles the image.
+    The arguments are the encoder's. Level 0 is the coarsest (the first to run), and each level has one block
+    more than the encoder's. Every level but the last doubles the image.
     Source: official ``sgm/modules/diffusionmodules/model.py`` Decoder.
     """
 
@@ -185,9 +169,7 @@ class Decoder(nn.Module):
         self.stem = nn.Conv2d(latent_channels, coarse_first[0], 3, padding=1)
         self.middle = Middle(coarse_first[0], groups, mid_attention)
         self.levels = nn.ModuleList(
-            DecoderLevel(
-                coarse_first[max(i - 1, 0)], width, blocks=blocks + 1, groups=groups, double=i < last
-            )
+            ResLevel(coarse_first[max(i - 1, 0)], width, blocks + 1, groups, "up" if i < last else None)
             for i, width in enumerate(coarse_first)
         )
         self.norm = group_norm(coarse_first[-1], groups)
@@ -195,14 +177,11 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, image_channels, H, W)."""
-        x = self.middle(self.stem(latent))
+        x = self.middle(self.stem(latent))  # (B, widths[-1], h, w)
         for level in self.levels:
-            x = level(x)
+            x = level(x)  # twice as large each time but the last, which gives (B, widths[0], H, W)
         out: Tensor = self.head(F.silu(self.norm(x), inplace=not torch.is_grad_enabled()))
         return out
-
-
-# -- the first stage: images to latents and back
 
 
 class AutoencoderKL(nn.Module):
@@ -220,14 +199,14 @@ class AutoencoderKL(nn.Module):
 
     def __init__(  # noqa: PLR0913 - the fields of the YAML component
         self,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 4, 8, 8),
-        res_blocks: int = 3,
-        latent_channels: int = 16,
-        groups: int = 32,
-        mid_attention: bool = False,
-        quant_convs: bool = False,
-        scale_factor: float = 1.0,
+        width: int = 128,  # features of a level of multiplier 1
+        multipliers: Sequence[int] = (1, 4, 8, 8),  # of the width at each level, finest first
+        res_blocks: int = 3,  # residual blocks a level of the encoder; the decoder has one more
+        latent_channels: int = 16,  # C
+        groups: int = 32,  # of every GroupNorm; divides every width
+        mid_attention: bool = False,  # self-attention at the lowest resolution
+        quant_convs: bool = False,  # 1x1 convolutions on both sides of the latent
+        scale_factor: float = 1.0,  # 1 / deviation of the latents; the caller applies it
         image_channels: int = 3,
     ) -> None:
         super().__init__()
@@ -247,22 +226,15 @@ class AutoencoderKL(nn.Module):
         self.channels = latent_channels
         self.image_channels = image_channels
         self.scale_factor = scale_factor
-        self.encoder = Encoder(
-            widths,
-            blocks=res_blocks,
-            groups=groups,
-            latent_channels=latent_channels,
-            image_channels=image_channels,
-            mid_attention=mid_attention,
-        )
-        self.decoder = Decoder(
-            widths,
-            blocks=res_blocks,
-            groups=groups,
-            latent_channels=latent_channels,
-            image_channels=image_channels,
-            mid_attention=mid_attention,
-        )
+        halves: dict[str, Any] = {
+            "blocks": res_blocks,
+            "groups": groups,
+            "latent_channels": latent_channels,
+            "image_channels": image_channels,
+            "mid_attention": mid_attention,
+        }
+        self.encoder = Encoder(widths, **halves)
+        self.decoder = Decoder(widths, **halves)
         self.quant = Pointwise(2 * latent_channels, 2 * latent_channels) if quant_convs else nn.Identity()
         self.post_quant = Pointwise(latent_channels, latent_channels) if quant_convs else nn.Identity()
 

@@ -18,49 +18,53 @@ from torch import Tensor
 from sat.first_stage.model import AutoencoderKL, Posterior
 
 Work = Callable[[Sequence[Callable[[], Tensor]]], Iterable[Tensor]]
-"""Does jobs whose results have one shape, and gives the results in order."""
+"""Runs jobs whose results have one shape, and gives the results in order."""
 
 
 def one_by_one(jobs: Sequence[Callable[[], Tensor]]) -> Iterable[Tensor]:
-    """All jobs here, each when its result is asked for."""
+    """Run all jobs here, each when its result is asked for."""
     return (job() for job in jobs)
 
 
-SMALLEST_TILE = 8  # latent cells; below, the convolutions see more border than picture
+SMALLEST_TILE = 8
+"""Latent cells; below, the convolutions see more border than picture."""
 
 
 class Window(NamedTuple):
-    """A tile along one axis: where it starts (latent cells) and the weight of each cell or pixel of it."""
+    """A tile along one axis."""
 
-    start: int
-    weights: Tensor
+    start: int  # in latent cells
+    weights: Tensor  # of each cell, or pixel, of the tile
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """``tile`` and ``overlap`` in latent cells: the side of the squares, and the least that neighbours share.
+    """Pieces that a batch of pictures is worked on in.
 
-    ``overlap`` None is a quarter of the tile. ``batch`` images are worked on at a time.
+    ``tile``: side of the squares in latent cells; None takes whole pictures.
+    ``overlap``: latent cells that neighbours share at least; None is a quarter of the tile.
+    ``batch``: pictures at a time.
     """
 
-    tile: int
+    tile: int | None = None
     overlap: int | None = None
     batch: int = 1
 
     def __post_init__(self) -> None:
-        if self.tile < SMALLEST_TILE:
+        if self.tile is not None and self.tile < SMALLEST_TILE:
             raise ValueError(
                 f"first-stage tile is {self.tile} latent cells (memory.decode_tile), "
                 f"expected at least {SMALLEST_TILE}"
             )
-        if self.overlap is not None and not 0 <= self.overlap < self.tile:
+        if self.tile is not None and self.overlap is not None and not 0 <= self.overlap < self.tile:
             raise ValueError(f"tile overlap is {self.overlap} latent cells, expected 0 to {self.tile - 1}")
-        _check_batch(self.batch)
+        if self.batch < 1:
+            raise ValueError(f"first-stage batch is {self.batch}, expected at least 1 image at a time")
 
     @property
     def shared(self) -> int:
         """Latent cells that neighbouring tiles share at least."""
-        return self.tile // 4 if self.overlap is None else self.overlap
+        return (self.tile or 0) // 4 if self.overlap is None else self.overlap
 
     def windows(self, cells: int, scale: int = 1) -> list[Window]:
         """Tiles along an axis of ``cells`` latent cells, with weights per 1/``scale`` of a cell.
@@ -68,8 +72,9 @@ class Tiling:
         All have the tile's length (or the axis', if that is shorter) and are spread evenly. The weights
         of the tiles at a place add up to one; towards a neighbour they fall linearly.
         """
-        length = min(self.tile, cells)
-        count = 1 + -(-(cells - length) // (self.tile - self.shared))
+        tile = self.tile or cells
+        length = min(tile, cells)
+        count = 1 + -(-(cells - length) // (tile - self.shared))
         starts = [round(index * (cells - length) / max(count - 1, 1)) for index in range(count)]
         ramp = torch.arange(1, length * scale + 1, dtype=torch.float64) / (self.shared * scale + 1)
         flat = torch.ones_like(ramp)
@@ -86,58 +91,54 @@ class Tiling:
         ]
 
 
-def encode_sliced(first_stage: AutoencoderKL, image: Tensor, batch: int = 1) -> Posterior:
-    """``first_stage.encode`` of images (B, 3, H, W), ``batch`` at a time."""
-    _check_batch(batch)
-    parts = [first_stage.encode(part) for part in torch.split(image, batch)]
-    return parts[0] if len(parts) == 1 else Posterior.from_moments(torch.cat([p.moments for p in parts]))
-
-
-def decode_sliced(first_stage: AutoencoderKL, latent: Tensor, batch: int = 1) -> Tensor:
-    """``first_stage.decode`` of unscaled latents (B, C, h, w), ``batch`` at a time."""
-    _check_batch(batch)
-    parts = [first_stage.decode(part) for part in torch.split(latent, batch)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def encode_tiled(
     first_stage: AutoencoderKL, image: Tensor, tiling: Tiling, work: Work = one_by_one
 ) -> Posterior:
-    """Posterior (B, C, h, w) of images (B, 3, H, W) in [-1, 1], tile by tile; its moments are blended."""
+    """Posterior (B, C, h, w) of images (B, 3, H, W) in [-1, 1], piece by piece; its moments are blended."""
     first_stage.check_image(image)
-    factor = first_stage.factor
-    height, width = image.shape[2] // factor, image.shape[3] // factor
-    if max(height, width) <= tiling.tile:
-        return encode_sliced(first_stage, image, tiling.batch)
-    rows, columns = tiling.windows(height), tiling.windows(width)
-    side = tiling.tile * factor
+    f = first_stage.factor
+    height, width = image.shape[2] // f, image.shape[3] // f
+    side = tiling.tile or max(height, width)
 
-    def encode(part: Tensor, top: int, left: int) -> Tensor:
-        top, left = top * factor, left * factor
-        return first_stage.encode(part[..., top : top + side, left : left + side]).moments
+    def moments(part: Tensor, top: int, left: int) -> Tensor:
+        """(b, 2C, side, side) of the square at (top, left), all in cells."""
+        square = part[..., f * top : f * (top + side), f * left : f * (left + side)]
+        return first_stage.encode(square).moments
 
-    parts = [_blend(partial(encode, p), rows, columns, 1, work) for p in torch.split(image, tiling.batch)]
-    return Posterior.from_moments(torch.cat(parts))
+    return Posterior.from_moments(_in_pieces(moments, image, (height, width), 1, tiling, work))
 
 
 def decode_tiled(
     first_stage: AutoencoderKL, latent: Tensor, tiling: Tiling, work: Work = one_by_one
 ) -> Tensor:
-    """Images (B, 3, f*h, f*w) of unscaled latents (B, C, h, w), tile by tile with blended seams."""
+    """Images (B, 3, f*h, f*w) of unscaled latents (B, C, h, w), piece by piece with blended seams."""
     first_stage.check_latent(latent)
     height, width = latent.shape[2:]
-    if max(height, width) <= tiling.tile:
-        return decode_sliced(first_stage, latent, tiling.batch)
-    factor, side = first_stage.factor, tiling.tile
-    rows, columns = tiling.windows(height, factor), tiling.windows(width, factor)
+    side = tiling.tile or max(height, width)
 
-    def decode(part: Tensor, top: int, left: int) -> Tensor:
+    def pixels(part: Tensor, top: int, left: int) -> Tensor:
+        """(b, 3, f*side, f*side) of the square at (top, left), in cells."""
         return first_stage.decode(part[..., top : top + side, left : left + side])
 
-    parts = [
-        _blend(partial(decode, p), rows, columns, factor, work) for p in torch.split(latent, tiling.batch)
-    ]
-    return torch.cat(parts)
+    return _in_pieces(pixels, latent, (height, width), first_stage.factor, tiling, work)
+
+
+def _in_pieces(
+    make: Callable[[Tensor, int, int], Tensor],
+    x: Tensor,
+    cells: tuple[int, int],
+    scale: int,
+    tiling: Tiling,
+    work: Work,
+) -> Tensor:
+    """``make`` of all images of ``x``, some at a time: (B, …, scale h, scale w) for (h, w) ``cells``."""
+    parts = torch.split(x, tiling.batch)
+    if tiling.tile is None or max(cells) <= tiling.tile:
+        made = [make(part, 0, 0) for part in parts]
+    else:
+        rows, columns = (tiling.windows(side, scale) for side in cells)
+        made = [_blend(partial(make, part), rows, columns, scale, work) for part in parts]
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 def _blend(
@@ -146,25 +147,14 @@ def _blend(
     """The weighted sum of the tiles ``make(top, left)`` (cells) at their places, in float32 or wider."""
     places = [(row, column) for row in rows for column in columns]
     tiles = work([partial(make, row.start, column.start) for row, column in places])
+    height, width = (side[-1].start * scale + len(side[-1].weights) for side in (rows, columns))
     total: Tensor | None = None
     for (row, column), tile in zip(places, tiles, strict=True):
         dtype = torch.promote_types(tile.dtype, torch.float32)
         if total is None:
-            size = (*tile.shape[:2], _end(rows, scale), _end(columns, scale))
-            total = torch.zeros(size, dtype=dtype, device=tile.device)
+            total = torch.zeros(*tile.shape[:2], height, width, dtype=dtype, device=tile.device)
         weights = (row.weights[:, None] * column.weights).to(total)
         top, left = row.start * scale, column.start * scale
         total[..., top : top + tile.shape[2], left : left + tile.shape[3]] += tile.to(dtype) * weights
     assert total is not None, "an axis has at least one window"
     return total.to(tile.dtype)
-
-
-def _end(windows: list[Window], scale: int) -> int:
-    """Where the last window ends, in 1/``scale`` of a cell."""
-    return windows[-1].start * scale + len(windows[-1].weights)
-
-
-def _check_batch(batch: int) -> None:
-    """Refuse a slice of no image."""
-    if batch < 1:
-        raise ValueError(f"first-stage batch is {batch}, expected at least 1 image at a time")

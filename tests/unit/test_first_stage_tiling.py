@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.first_stage import AutoencoderKL
-from sat.first_stage.tiling import Tiling, decode_sliced, decode_tiled, encode_sliced, encode_tiled
+from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
 from tests.tolerances import F32
 
 
@@ -33,8 +33,9 @@ class Recorder(nn.Module):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_slicing_changes_nothing(net: AutoencoderKL, batch: int) -> None:
     image, latent = torch.randn(3, 3, 12, 20), torch.randn(3, 3, 3, 5)
-    assert (decode_sliced(net, latent, batch) - net.decode(latent)).abs().max() < F32
-    assert (encode_sliced(net, image, batch).moments - net.encode(image).moments).abs().max() < F32
+    slices = Tiling(batch=batch)
+    assert (decode_tiled(net, latent, slices) - net.decode(latent)).abs().max() < F32
+    assert (encode_tiled(net, image, slices).moments - net.encode(image).moments).abs().max() < F32
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def test_bad_tiles_are_refused(net: AutoencoderKL) -> None:
         Tiling(7)
     with pytest.raises(ValueError, match="overlap is 8 latent cells, expected 0 to 7"):
         Tiling(8, 8)
-    for use in (lambda: Tiling(8, batch=0), lambda: decode_sliced(net, torch.zeros(1, 3, 2, 2), 0)):
+    for use in (lambda: Tiling(8, batch=0), lambda: Tiling(batch=0)):
         with pytest.raises(ValueError, match="batch is 0, expected at least 1 image"):
             use()
     with pytest.raises(ValueError, match="multiples of 4"):
