@@ -134,7 +134,7 @@ MODULES: dict[str, str] = {
     "sat.web": "sat.apps.web",
     "sat.web.access": "sat.apps.web.serve",
     "sat.web.api": "sat.apps.web.api",
-    "sat.web.layout": "sat.apps.web.layout",
+    "sat.web.layout": "sat.apps.web.page",
     "sat.web.line": "sat.apps.web.job_queue",
     "sat.web.page": "sat.apps.web.page",
     "sat.web.preview": "sat.apps.web.service",

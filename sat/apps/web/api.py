@@ -1,4 +1,4 @@
-"""The HTTP API in OpenAI's form, so that existing clients draw with this model."""
+"""The HTTP API in OpenAI's form, which existing clients speak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import logging
 import re
 import secrets
 import time
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -58,9 +57,9 @@ class ApiError(Exception):
         """The answer."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
-        told = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        body = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
-        return JSONResponse({"error": told}, self.status, headers)
+        return JSONResponse({"error": body}, self.status, headers)
 
 
 class Links:
@@ -74,15 +73,15 @@ class Links:
         return f"/pictures/{name}?key={self._sign(name)}"
 
     def fits(self, name: str, key: str) -> bool:
-        """Whether ``key`` is that of picture ``name``."""
+        """True if ``key`` is that of picture ``name``."""
         return hmac.compare_digest(self._sign(name).encode(), key.encode("utf-8", "replace"))
 
     def _sign(self, name: str) -> str:
         return hmac.new(self._secret, name.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:32]
 
 
-def picture_routes(app: FastAPI, service: GenerationService, links: Links) -> None:
-    """``GET /pictures/…``: pictures of the output folder, for those who were given the address."""
+def picture_routes(app: FastAPI, service: GenerationService, queue: JobQueue, links: Links) -> None:
+    """``GET /pictures/…`` for those who were given the address, and ``GET /health``."""
 
     @app.get("/pictures/{name:path}", include_in_schema=False)
     def picture(name: str, key: str = "") -> Response:
@@ -100,52 +99,45 @@ def picture_routes(app: FastAPI, service: GenerationService, links: Links) -> No
             headers={"Cache-Control": "private"},
         )
 
-
-def health_route(app: FastAPI, service: GenerationService, queue: JobQueue) -> None:
-    """``GET /health``: whether pictures are drawn, and how many jobs wait."""
-
     @app.get("/health")
     def health() -> JSONResponse:
         alive = queue.is_alive
-        told = {
+        body = {
             "status": "ok" if alive else "down",
             "model": service.name,
             "drawing": queue.is_busy,
             "waiting": queue.length,
             "most": queue.most,
         }
-        return JSONResponse(told, 200 if alive else 503)
+        return JSONResponse(body, 200 if alive else 503)
 
 
-def api_routes(
-    app: FastAPI,
-    service: GenerationService,
-    queue: JobQueue,
-    links: Links,
-    token: str | None,
+def api_routes(  # noqa: C901 - the handlers are in it
+    app: FastAPI, service: GenerationService, queue: JobQueue, links: Links, token: str | None
 ) -> None:
     """``/v1``: models and image generation, behind the bearer ``token`` if there is one."""
 
     async def allowed(http: Request) -> None:
-        if token is not None and not _bears(http.headers.get("authorization", ""), token):
+        if token is None:
+            return
+        kind, _, given = http.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), token.encode())  # as long whatever is wrong
+        if not right or kind.lower() != "bearer":
             raise ApiError(
                 401, "this server wants its token: Authorization: Bearer TOKEN", code="invalid_api_key"
             )
 
     router = APIRouter(prefix="/v1", dependencies=[Depends(allowed)])
-    created = int(time.time())
-
-    def card() -> dict[str, Any]:
-        return {"id": service.name, "object": "model", "created": created, "owned_by": "local"}
+    card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+        return {"object": "list", "data": [card]}
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         _known(service, name)
-        return card()
+        return card
 
     @router.post("/images/generations")
     async def generations(body: Body, http: Request) -> dict[str, Any]:
@@ -158,18 +150,14 @@ def api_routes(
         except ValueError as error:
             raise ApiError(400, describe(error)) from None
         await _over(job, queue, http)
-        base = str(http.base_url).rstrip("/")
-        data = [
-            _item(path, body, service, base, links, request.seed + i) for i, path in enumerate(job.pictures)
-        ]
+        base, data = str(http.base_url).rstrip("/"), []
+        for index, path in enumerate(job.pictures):
+            if body.response_format == "b64_json":
+                shown = {"b64_json": base64.b64encode(path.read_bytes()).decode()}
+            else:
+                shown = {"url": base + links.to(service.pictures.name(path))}
+            data.append({**shown, "seed": request.seed + index})  # the seed is a field of our own
         return {"created": int(time.time()), "data": data}
-
-    app.include_router(router)
-    _errors(app)
-
-
-def _errors(app: FastAPI) -> None:
-    """Every error in OpenAI's form."""
 
     @app.exception_handler(ApiError)
     async def ours(_: Request, error: ApiError) -> JSONResponse:
@@ -182,13 +170,30 @@ def _errors(app: FastAPI) -> None:
         what = "is not one of this server's" if first["type"] == "extra_forbidden" else first["msg"]
         return ApiError(400, f"{where or 'the request'}: {what}", param=where or None).response()
 
+    app.include_router(router)
+
 
 def request_of(body: Body, service: GenerationService) -> GenerationRequest:
-    """What the request asks for; ``size`` is that of the result, after all enlarging."""
-    default = service.first.sampling
-    width, height = _size(body.size, service)
-    count = 1 if body.n is None else body.n
-    guidance = body.guidance
+    """The request in ``body``. Its ``size`` is that of the result, after all enlarging."""
+    default, scale, guidance = service.first.sampling, service.scale, body.guidance
+    width, height = default.width, default.height
+    if body.size is not None and body.size != "auto":
+        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", body.size)
+        if match is None:
+            usual = f"{width * scale}x{height * scale}"
+            raise ApiError(
+                400,
+                f"size: expected WIDTHxHEIGHT such as {usual}, or auto, got {body.size[:40]!r}",
+                param="size",
+            )
+        result = int(match[1]), int(match[2])
+        width, height = result[0] // scale, result[1] // scale
+        if (width * scale, height * scale) != result or not service.sizes.allows(height, width):
+            near = service.sizes.nearest(height, width)
+            nearest = f"{near[1] * scale}x{near[0] * scale}"
+            raise ApiError(
+                400, f"size: this model does not draw {body.size}; the nearest is {nearest}", param="size"
+            )
     if guidance is not None and service.guidance is None:
         raise ApiError(400, "guidance: this model has no strength of guidance to set", param="guidance")
     return GenerationRequest(
@@ -198,29 +203,10 @@ def request_of(body: Body, service: GenerationService) -> GenerationRequest:
         steps=default.steps if body.steps is None else body.steps,
         guidance=service.guidance if guidance is None else guidance,
         seed=secrets.randbelow(2**32 - 1024) if body.seed is None else body.seed,
-        count=count,
+        count=1 if body.n is None else body.n,
         negative_prompt=body.negative_prompt,
         adapters={name: entry.strength for name, entry in service.adapters.items() if entry.strength},
     )
-
-
-def _size(text: str | None, service: GenerationService) -> tuple[int, int]:
-    """(width, height) of the first stage for a result of ``WIDTHxHEIGHT``."""
-    default, scale = service.first.sampling, service.scale
-    if text is None or text == "auto":
-        return default.width, default.height
-    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
-    if match is None:
-        usual = f"{default.width * scale}x{default.height * scale}"
-        raise ApiError(
-            400, f"size: expected WIDTHxHEIGHT such as {usual}, or auto, got {text[:40]!r}", param="size"
-        )
-    width, height = int(match[1]), int(match[2])
-    if width % scale or height % scale or not service.sizes.allows(height // scale, width // scale):
-        near = service.sizes.nearest(height // scale, width // scale)
-        nearest = f"{near[1] * scale}x{near[0] * scale}"
-        raise ApiError(400, f"size: this model does not draw {text}; the nearest is {nearest}", param="size")
-    return width // scale, height // scale
 
 
 def _known(service: GenerationService, name: str | None) -> None:
@@ -228,12 +214,6 @@ def _known(service: GenerationService, name: str | None) -> None:
         raise ApiError(
             404, f"there is no model {name[:80]!r} here, only {service.name!r}", code="model_not_found"
         )
-
-
-def _bears(header: str, token: str) -> bool:
-    """Whether the header holds the token; takes as long whatever is wrong with it."""
-    kind, _, given = header.partition(" ")
-    return hmac.compare_digest(given.strip().encode(), token.encode()) and kind.lower() == "bearer"
 
 
 async def _over(job: Job, queue: JobQueue, http: Request) -> None:
@@ -249,12 +229,3 @@ async def _over(job: Job, queue: JobQueue, http: Request) -> None:
         raise ApiError(400 if isinstance(job.error, ValueError) else 500, describe(job.error))
     if job.view().state == "cancelled":
         raise ApiError(503, "the server is closing")
-
-
-def _item(
-    path: Path, body: Body, service: GenerationService, base: str, links: Links, seed: int
-) -> dict[str, Any]:
-    """One picture of the answer; ``seed`` is ours."""
-    if body.response_format == "b64_json":
-        return {"b64_json": base64.b64encode(path.read_bytes()).decode(), "seed": seed}
-    return {"url": base + links.to(service.pictures.name(path)), "seed": seed}

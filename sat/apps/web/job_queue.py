@@ -22,12 +22,12 @@ class QueueFullError(RuntimeError):
 
 
 class CancelledError(Exception):
-    """Raised inside a job that nobody wants any more."""
+    """Raised inside a job that was cancelled."""
 
 
 @dataclass(frozen=True)
 class View:
-    """How far a job is. ``latents`` (b, C, h, w): the pictures as predicted at the last step."""
+    """Progress of a job. ``latents`` (b, C, h, w): the pictures as predicted at the last step."""
 
     state: State
     step: int = 0
@@ -49,53 +49,53 @@ class Job:
         self._over = Event()
 
     def view(self) -> View:
-        """How far it is."""
+        """Its progress."""
         return View(self._state, self._done, self._steps, latents=self._latents)
 
     @property
     def is_over(self) -> bool:
-        """Whether it is done, failed or cancelled."""
+        """True once it is done, failed or cancelled."""
         return self._over.is_set()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is over; whether it is."""
+        """Wait until it is over, at most ``seconds``; True if it is."""
         return self._over.wait(seconds)
 
     def cancel(self) -> None:
-        """Nobody wants it any more: it ends before its next step, or never begins."""
+        """End it before its next step, or before it begins."""
         self._unwanted.set()
 
     @property
     def is_unwanted(self) -> bool:
-        """Whether it was cancelled."""
+        """True once it was cancelled."""
         return self._unwanted.is_set()
 
     def step(self, done: int, of: int, latents: Tensor) -> None:
-        """A sampler's callback: counts, and keeps the prediction where it lies; no device is waited for."""
+        """A sampler's callback: count, and keep the prediction on its device, without waiting for it."""
         self._done += 1
         self._latents = latents
         self.check()
 
     def check(self) -> None:
-        """Raise :class:`CancelledError` once nobody wants it."""
+        """Raise :class:`CancelledError` once it was cancelled."""
         if self._unwanted.is_set():
             raise CancelledError
 
     def start(self) -> None:
-        """Its turn has come."""
+        """Mark it as being drawn."""
         self._state = "drawing"
 
     def end(self, state: State, error: BaseException | None = None) -> None:
-        """It is over."""
+        """Mark it as over."""
         self.error, self._state = error, state
         self._latents = None
         self._over.set()
 
 
 class JobQueue:
-    """At most ``most`` waiting jobs, and the thread that does one after the other.
+    """At most ``most`` waiting jobs, and the thread that runs one after the other.
 
-    ``prepare`` runs first, on that thread: what it opens (a model, a device's context) belongs to it.
+    ``prepare`` runs first, on that thread, to which a model and a device's context belong.
     """
 
     def __init__(self, prepare: Callable[[], object], most: int) -> None:
@@ -111,7 +111,7 @@ class JobQueue:
         self._thread = Thread(target=self._work, name="drawing", daemon=True)
 
     def open(self) -> object:
-        """Start; what ``prepare`` made. Its error is raised here."""
+        """Start; returns the result of ``prepare``, and raises its error."""
         self._thread.start()
         while not self._opened.wait(0.2):  # in slices, so that Ctrl-C is heard
             pass
@@ -120,7 +120,7 @@ class JobQueue:
         return self._ready
 
     def submit(self, job: Job) -> Job:
-        """Put ``job`` at the end; :class:`QueueFullError` if too many are before it."""
+        """Append ``job``; :class:`QueueFullError` if too many are before it."""
         with self._change:
             if self._closing:
                 raise QueueFullError("the server is closing")
@@ -141,7 +141,7 @@ class JobQueue:
                 job.end("cancelled")
 
     def ahead(self, job: Job) -> int:
-        """How many jobs are drawn before ``job``."""
+        """Number of jobs that are drawn before ``job``."""
         with self._change:
             if job not in self._waiting:
                 return 0
@@ -154,12 +154,12 @@ class JobQueue:
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is being drawn."""
+        """True while a job is being drawn."""
         return self._current is not None
 
     @property
     def is_alive(self) -> bool:
-        """Whether there is still somebody who draws."""
+        """True while the drawing thread runs."""
         return self._thread.is_alive()
 
     def close(self, seconds: float = 30.0) -> None:
@@ -181,30 +181,22 @@ class JobQueue:
             return
         finally:
             self._opened.set()
-        while (job := self._next()) is not None:
-            self._do(job)
-
-    def _next(self) -> Job | None:
-        """The next job, when there is one; None when the queue is closed."""
-        with self._change:
-            self._current = None
-            while not self._waiting and not self._closing:
-                self._change.wait()
-            if self._closing:
-                return None
-            self._current = self._waiting.popleft()
-            return self._current
-
-    def _do(self, job: Job) -> None:
-        """Do ``job``; whatever goes wrong is its own affair, not that of the next."""
-        job.start()
-        try:
-            job.check()
-            job.pictures = job.work(job)
-        except CancelledError:
-            job.end("cancelled")
-        except BaseException as error:
-            log.debug("a job failed", exc_info=True)
-            job.end("failed", error)
-        else:
-            job.end("done")
+        while True:
+            with self._change:
+                self._current = None
+                while not self._waiting and not self._closing:
+                    self._change.wait()
+                if self._closing:
+                    return
+                job = self._current = self._waiting.popleft()
+            job.start()
+            try:
+                job.check()
+                job.pictures = job.work(job)
+            except CancelledError:
+                job.end("cancelled")
+            except BaseException as error:  # it ends this job alone
+                log.debug("a job failed", exc_info=True)
+                job.end("failed", error)
+            else:
+                job.end("done")

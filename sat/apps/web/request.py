@@ -29,7 +29,7 @@ class RequestError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One request for pictures. ``guidance`` None: the model has no strength to set. Sizes in pixels."""
+    """A request for pictures. ``guidance`` None: the model has no strength to set. Sizes in pixels."""
 
     prompt: str
     height: int
@@ -73,7 +73,7 @@ class Limits:
 
 
 class Settings(NamedTuple):
-    """What the text fields of a picture say; None where there is none, or no number."""
+    """The text fields of a picture; None where there is none, or no number."""
 
     prompt: str
     negative_prompt: str

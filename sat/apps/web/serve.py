@@ -14,7 +14,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from sat.apps.prompts.optimizer import PromptOptimizer
 from sat.apps.web import Access
-from sat.apps.web.api import ApiError, Links, api_routes, health_route, picture_routes
+from sat.apps.web.api import ApiError, Links, api_routes, picture_routes
 from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.service import GenerationService
 
@@ -48,12 +48,11 @@ def application(
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")  # uploads and thumbnails stay in the output folder
     import gradio
 
-    from sat.apps.web.layout import CSS, page, theme
+    from sat.apps.web.page import CSS, page, theme
 
     app = FastAPI(title=f"{service.name}", docs_url=None, redoc_url=None, openapi_url=None)
     links = Links()
-    health_route(app, service, queue)
-    picture_routes(app, service, links)
+    picture_routes(app, service, queue, links)
     if api:
         api_routes(app, service, queue, links, access.token)
     mounted: FastAPI = gradio.mount_gradio_app(
