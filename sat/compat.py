@@ -17,6 +17,7 @@ from typing import Any
 
 MODULES: dict[str, str] = {
     "sat.adapters.convert": "sat.adapters.write",
+    "sat.adapters.select": "sat.adapters.names",
     "sat.checkpoint.fit": "sat.checkpoint.rules",
     "sat.checkpoint.formats.hf_t5": "sat.checkpoint.formats.diffusers",
     "sat.checkpoint.whole": "sat.checkpoint.files",
@@ -145,6 +146,13 @@ MODULES: dict[str, str] = {
 """Old module -> its module now."""
 
 NAMES: dict[str, str] = {
+    "sat.adapters.factors.fresh": "sat.adapters.factors.initial_factors",
+    "sat.adapters.files.About": "sat.adapters.files.AdapterInfo",
+    "sat.adapters.merge.Loading": "sat.adapters.merge.AdapterRef",
+    "sat.adapters.names.Flat": "sat.adapters.names.Unfused",
+    "sat.checkpoint.fit.Fit": "sat.checkpoint.rules.Matched",
+    "sat.checkpoint.fit.fit": "sat.checkpoint.rules.best_layout",
+    "sat.checkpoint.whole.whole_folder": "sat.checkpoint.files.atomic_folder",
     "sat.diffusion.parameterisation.Parameterisation": "sat.diffusion.prediction.Prediction",
     "sat.diffusion.process.Near": "sat.diffusion.process.LevelAtSigma",
     "sat.evaluate.judges.Judge": "sat.apps.evaluate.metrics.Metric",

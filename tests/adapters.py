@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sat.adapters.factors import LayerFactors, LinearLike, Pair, fresh, row_norms, with_magnitude
-from sat.adapters.files import About, Adapter
+from sat.adapters.factors import LayerFactors, LinearLike, Pair, initial_factors, row_norms
+from sat.adapters.files import Adapter, AdapterInfo
 from sat.adapters.lora import attach
-from sat.adapters.select import choose
+from sat.adapters.names import choose
 from sat.conditioning.condition import Condition
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
@@ -62,8 +62,8 @@ def start(
         name = full.removeprefix(f"{part}.")
         rank, alpha = (2, 5.0) if ".mlp." in name else (rank, ALPHA)
         base = cast(LinearLike, model.get_submodule(name))
-        layer = fresh(base, (rank,) * linear.parts, (alpha,) * linear.parts, name)
-        layers[name] = with_magnitude(layer, row_norms(base.weight.detach())) if dora else layer
+        norms = row_norms(base.weight.detach()) if dora else None
+        layers[name] = initial_factors(base, [rank] * linear.parts, [alpha] * linear.parts, name, norms)
     return layers
 
 
@@ -83,8 +83,8 @@ def noisy(layers: dict[str, LayerFactors], std: float = 0.1, seed: int = 0) -> d
     }
 
 
-def about(dora: bool = False) -> About:
-    return About(RANK, ALPHA, EVERYTHING, dora)
+def about(dora: bool = False) -> AdapterInfo:
+    return AdapterInfo(RANK, ALPHA, EVERYTHING, dora)
 
 
 def adapter(layers: dict[str, LayerFactors], part: str = "model") -> Adapter:

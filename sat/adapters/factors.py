@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -39,7 +39,7 @@ class Pair:
 
     @property
     def scale(self) -> float:
-        """What multiplies the product of the factors."""
+        """Factor on the product of ``up`` and ``down``."""
         return self.alpha / self.rank
 
 
@@ -69,12 +69,12 @@ Layers = Mapping[str, LayerFactors]
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """(O,) Euclidean norms of the rows of ``weight`` (O, I), at least float32."""
+    """Euclidean norms (O,) of the rows of ``weight`` (O, I), at least float32."""
     return widened(weight).square().sum(1).sqrt()
 
 
 def weight_change(weight: Tensor, factors: LayerFactors) -> Tensor:
-    """(O, I) what an adapter at strength 1 adds to ``weight``, at least float32."""
+    """Change (O, I) that an adapter at strength 1 makes to ``weight``, at least float32."""
     wide = widened(weight)
     change = torch.zeros_like(wide)
     for rows, pair in zip(change.chunk(len(factors.parts)), factors.parts, strict=True):
@@ -93,7 +93,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 class LinearLike(Protocol):
-    """What an adapter asks of the layer it wraps: nn.Linear, and later its sharded and quantised versions."""
+    """A linear that an adapter can wrap: nn.Linear, or its sharded and quantised versions."""
 
     weight: Tensor
     bias: Tensor | None
@@ -101,26 +101,20 @@ class LinearLike(Protocol):
     out_features: int
 
 
-def fresh(linear: LinearLike, ranks: tuple[int, ...], alphas: tuple[float, ...], seed: str) -> LayerFactors:
+def initial_factors(
+    linear: LinearLike, ranks: Sequence[int], alphas: Sequence[float], seed: str, norms: Tensor | None = None
+) -> LayerFactors:
     """Factors that change nothing yet: random ``down``, zero ``up``. ``seed`` is any text.
 
-    ``down`` is uniform in +-1 / sqrt(I). Source: arXiv:2106.09685, section 4.1.
+    ``norms`` (O,) of the rows of the base's weight make it DoRA. ``down`` is uniform in +-1 / sqrt(I).
+    Source: arXiv:2106.09685, section 4.1.
     """
     number = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
     generator = torch.Generator().manual_seed(number)
     bound = 1 / math.sqrt(linear.in_features)
     rows = linear.out_features // len(ranks)
-    pairs = [
-        Pair(
-            bound * (2 * torch.rand(rank, linear.in_features, generator=generator) - 1),
-            torch.zeros(rows, rank),
-            alpha,
-        )
-        for rank, alpha in zip(ranks, alphas, strict=True)
-    ]
-    return LayerFactors(tuple(pairs))
-
-
-def with_magnitude(layer: LayerFactors, norms: Tensor) -> LayerFactors:
-    """``layer`` as DoRA that changes nothing yet: the rows of the base's weight keep their ``norms`` (O,)."""
-    return replace(layer, magnitude=norms)
+    pairs = []
+    for rank, alpha in zip(ranks, alphas, strict=True):
+        down = bound * (2 * torch.rand(rank, linear.in_features, generator=generator) - 1)  # (r, I)
+        pairs.append(Pair(down, torch.zeros(rows, rank), alpha))
+    return LayerFactors(tuple(pairs), norms)

@@ -1,11 +1,11 @@
-"""Adapter files: what is in them, and reading them in any layout. Writing is in ``write.py``.
+"""Adapter files: their content, and reading them in any layout. Writing is in ``write.py``.
 
 native     adapter.safetensors: names of our modules, fused parts numbered (``….qkv.lora_A.0.weight``)
 peft       adapter_model.safetensors and adapter_config.json; names of the peer's model, unfused
 diffusers  pytorch_lora_weights.safetensors: the same with ``transformer.`` or ``text_encoder.`` in front
 
-Every file we write says in its header what it is: rank, alpha, targets, the rank and alpha of each layer, and
-the model it was trained on.
+The header of every file we write has its rank, alpha and targets, the rank and alpha of each layer, and the
+model it was trained on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
 from sat.adapters.lora import check
-from sat.adapters.names import Flat, Layout, layouts, to_ours
-from sat.adapters.select import Parts
+from sat.adapters.names import Layout, Parts, Unfused, layouts, to_ours
 from sat.checkpoint.format import CheckpointError, listing
 from sat.checkpoint.safetensors_file import SafetensorsFile
 
@@ -44,8 +43,8 @@ _WRAPPERS = ("base_model.model.", "transformer.", "unet.", "diffusion_model.", "
 
 
 @dataclass(frozen=True)
-class About:
-    """What an adapter says of itself. ``base``: part -> the config component it was trained on."""
+class AdapterInfo:
+    """Description in an adapter's header. ``base``: part -> the config component it was trained on."""
 
     rank: int
     alpha: float
@@ -60,7 +59,7 @@ class Adapter:
     """A read adapter: its layers by full name (``model.…``, ``text.…``)."""
 
     layers: Mapping[str, LayerFactors]
-    about: About
+    info: AdapterInfo
     layout: str  # native, peft, diffusers
     source: str
 
@@ -71,7 +70,7 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether ``path`` holds an adapter, not a checkpoint. A run's folder counts if its checkpoints do."""
+    """True if ``path`` holds an adapter, not a checkpoint; of a run's folder, if its checkpoints do."""
     try:
         files = locate(path)
     except AdapterError:
@@ -107,7 +106,7 @@ def locate(path: Path) -> list[Path]:
 
 
 def base_of(path: Path) -> dict[str, Any]:
-    """Part -> the config component that the adapter at ``path`` says it was trained on; of others nothing."""
+    """Part -> the config component that the adapter at ``path`` was trained on; empty if it names none."""
     found: dict[str, Any] = {}
     for file in locate(path):
         opened = SafetensorsFile(file)
@@ -124,10 +123,12 @@ def read(path: Path, parts: Parts) -> Adapter:
     """
     found = [_read(file, parts) for file in locate(path)]
     layers = {name: layer for one in found for name, layer in one.layers.items()}
-    adapter = Adapter(layers, found[0].about, found[0].layout, str(path))
+    adapter = Adapter(layers, found[0].info, found[0].layout, str(path))
     for part, module in parts.items():
-        mine = adapter.of(part)
-        _same_kind(adapter, part, module, bool(mine))
+        mine, kind = adapter.of(part), type(module).__name__
+        target = str((adapter.info.base.get(part) or {}).get("target", "")).rpartition(".")[2]
+        if mine and target and target != kind:
+            raise AdapterError(f"{path}: is a LoRA of {target}, this model is {kind}: another model")
         try:
             check(module, mine)
         except AdapterError as error:
@@ -137,32 +138,30 @@ def read(path: Path, parts: Parts) -> Adapter:
     return adapter
 
 
-def _same_kind(adapter: Adapter, part: str, module: nn.Module, used: bool) -> None:
-    """Refuse an adapter that says it is of another class of models."""
-    target = str((adapter.about.base.get(part) or {}).get("target", "")).rpartition(".")[2]
-    if used and target and target != type(module).__name__:
-        raise AdapterError(
-            f"{adapter.source}: is a LoRA of {target}, this model is {type(module).__name__}: another model"
-        )
-
-
 def _read(file: Path, parts: Parts) -> Adapter:
     try:
         opened = SafetensorsFile(file)
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     with opened:
-        raw = _Raw(file, dict(opened), opened.metadata)
-    flats = raw.flats()
-    if raw.header.get("layout") == "native":
-        return Adapter(_numbered(flats, raw), raw.about(flats), "native", str(file))
-    layers = _placed(flats, parts, file)
-    layout = "peft" if (file.parent / PEFT_CONFIG).is_file() else "diffusers"
-    return Adapter(layers, raw.about(flats), layout, str(file))
+        content = _Content(file, dict(opened), opened.metadata)
+    unfused = content.unfused()
+    if content.header.get("layout") != "native":
+        layout = "peft" if (file.parent / PEFT_CONFIG).is_file() else "diffusers"
+        return Adapter(_placed(unfused, parts, file), content.info(unfused), layout, str(file))
+    listed = content.header["layers"]  # native names are ours, with the number of the fused part
+    fused = {name.partition("#")[0]: listed[name].get("parts", 1) for name in listed}
+    layers = {}
+    for linear, count in fused.items():
+        found = [unfused.get(f"{linear}#{i}") for i in range(count)]
+        magnitude = next((one.magnitude for one in found if one is not None), None)
+        pairs = tuple(None if one is None else one.pair for one in found)
+        layers[linear] = LayerFactors(pairs, magnitude)
+    return Adapter(layers, content.info(unfused), "native", str(file))
 
 
-class _Raw:
-    """One file: tensors by linear and kind, and what header and side files say of ranks and alphas."""
+class _Content:
+    """Content of one file: tensors by linear and kind, with the ranks and alphas of its header or config."""
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self.file = file
@@ -186,9 +185,9 @@ class _Raw:
         if not self.factors:
             raise AdapterError(f"{file}: holds no tensors")
 
-    def flats(self) -> dict[str, Flat]:
-        """The factors of each linear; ``name#part`` in native files."""
-        out: dict[str, Flat] = {}
+    def unfused(self) -> dict[str, Unfused]:  # noqa: C901 - one check after another
+        """The factors of each linear; ``name#part`` in native files. Compared with the header's list."""
+        out: dict[str, Unfused] = {}
         magnitudes = {n: k["magnitude"] for n, k in self.factors.items() if set(k) == {"magnitude"}}
         for name, kinds in self.factors.items():
             if name in magnitudes:
@@ -203,26 +202,23 @@ class _Raw:
                 raise AdapterError(
                     f"{self.file}: {name!r}: rank {down.shape[0]} of lora_A, {up.shape[1]} of lora_B"
                 )
-            out[name] = Flat(Pair(down, up, self._alpha(name, kinds, down.shape[0])), kinds.get("magnitude"))
+            pair = Pair(down, up, self._alpha(name, kinds, down.shape[0]))
+            out[name] = Unfused(pair, kinds.get("magnitude"))
         for name, magnitude in magnitudes.items():
             if f"{name}#0" not in out:
                 raise AdapterError(f"{self.file}: {name!r} has a magnitude but no factors: incomplete")
-            out[f"{name}#0"] = Flat(out[f"{name}#0"].pair, magnitude)
-        self._all_there(out)
-        return out
-
-    def _all_there(self, flats: Mapping[str, Flat]) -> None:
-        """Compare with the layers that the header lists."""
+            out[f"{name}#0"] = Unfused(out[f"{name}#0"].pair, magnitude)
         listed: dict[str, Any] = self.header.get("layers", {})
-        if missing := [name for name in listed if name not in flats]:
+        if missing := [name for name in listed if name not in out]:
             raise AdapterError(
                 f"{self.file}: {len(missing)} of its {len(listed)} layers are missing: {listing(missing, 3)}"
             )
-        for name, says in listed.items():
-            if (there := flats[name].pair.rank) != says["rank"]:
+        for name, entry in listed.items():
+            if (rank := out[name].pair.rank) != entry["rank"]:
                 raise AdapterError(
-                    f"{self.file}: {name!r} has rank {there}, its header says {says['rank']}: wrong rank"
+                    f"{self.file}: {name!r} has rank {rank}, its header says {entry['rank']}: wrong rank"
                 )
+        return out
 
     def _alpha(self, name: str, kinds: Mapping[str, Tensor], rank: int) -> float:
         """alpha of a linear: of the file, of its header, of PEFT's or diffusers' config; else its rank."""
@@ -238,18 +234,18 @@ class _Raw:
         alpha = float(_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", rank)))
         return alpha * rank**0.5 if self.config.get("use_rslora") else alpha
 
-    def about(self, flats: Mapping[str, Flat]) -> About:
-        """What the file says of itself, else what its tensors show."""
-        ranks = Counter(flat.pair.rank for flat in flats.values())
+    def info(self, unfused: Mapping[str, Unfused]) -> AdapterInfo:
+        """Description in the header; without one, that of the tensors."""
+        ranks = Counter(one.pair.rank for one in unfused.values())
         rank = int(self.header.get("rank", ranks.most_common(1)[0][0]))
-        alphas = Counter(flat.pair.alpha for flat in flats.values() if flat.pair.rank == rank)
+        alphas = Counter(one.pair.alpha for one in unfused.values() if one.pair.rank == rank)
         alpha = self.header.get("alpha", alphas.most_common(1)[0][0] if alphas else rank)
         base: dict[str, Any] = self.header.get("base", {})
-        return About(
+        return AdapterInfo(
             rank,
             float(alpha),
             tuple(self.header.get("targets", ())),
-            any(flat.magnitude is not None for flat in flats.values()),
+            any(one.magnitude is not None for one in unfused.values()),
             {part: base[part]["component"] for part in base},
             {part: base[part].get("digest") for part in base},
         )
@@ -308,51 +304,34 @@ def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any
     return default
 
 
-def _numbered(flats: Mapping[str, Flat], raw: _Raw) -> dict[str, LayerFactors]:
-    """Layers of a native file, whose names are ours."""
-    fused: dict[str, int] = {}
-    for name in raw.header["layers"]:
-        linear, _, _ = name.partition("#")
-        fused[linear] = raw.header["layers"][name].get("parts", 1)
-    return {
-        linear: LayerFactors(
-            tuple(flats[f"{linear}#{i}"].pair if f"{linear}#{i}" in flats else None for i in range(parts)),
-            next((flats[f"{linear}#{i}"].magnitude for i in range(parts) if f"{linear}#{i}" in flats), None),
-        )
-        for linear, parts in fused.items()
-    }
-
-
-def _placed(flats: Mapping[str, Flat], parts: Parts, file: Path) -> dict[str, LayerFactors]:
+def _placed(unfused: Mapping[str, Unfused], parts: Parts, file: Path) -> dict[str, LayerFactors]:
     """Layers of a file in another program's names: each part's layout is the one that knows most of them."""
-    known = {part: layouts(module) for part, module in parts.items()}
-    best: dict[str, tuple[Layout, dict[str, Flat]]] = {}
-    for part, choices in known.items():
-        for layout in choices:
-            hits = {their: flat for name, flat in flats.items() if (their := _their(name, part, layout))}
+    best: dict[str, tuple[Layout, dict[str, str]]] = {}  # part -> layout, file's name -> layout's name
+    for part, module in parts.items():
+        for layout in layouts(module):
+            hits: dict[str, str] = {}
+            for name in unfused:
+                known = next((one for one in _without_prefixes(name, part) if one in layout.places), None)
+                if known is not None:
+                    hits[name] = known
             if hits and (part not in best or len(hits) > len(best[part][1])):
                 best[part] = layout, hits
-    placed = {id(flat) for _, hits in best.values() for flat in hits.values()}
-    if left := [name for name, flat in flats.items() if id(flat) not in placed]:
+    placed = {name for _, hits in best.values() for name in hits}
+    if left := [name for name in unfused if name not in placed]:
         kinds = " or ".join(type(module).__name__ for module in parts.values())
         raise AdapterError(
-            f"{file}: {len(left)} of its {len(flats)} layers are none of {kinds}: {listing(left, 3)}; "
+            f"{file}: {len(left)} of its {len(unfused)} layers are none of {kinds}: {listing(left, 3)}; "
             f"it is a LoRA of another model"
         )
     return {
         f"{part}.{name}": layer
         for part, (layout, hits) in best.items()
-        for name, layer in to_ours(hits, layout).items()
+        for name, layer in to_ours({known: unfused[name] for name, known in hits.items()}, layout).items()
     }
 
 
-def _their(name: str, part: str, layout: Layout) -> str | None:
-    """The name that ``layout`` has for the file's ``name``, without what programs put in front of it."""
-    return next((v for v in _variants(name, part) if v in layout.places), None)
-
-
-def _variants(name: str, part: str) -> Iterator[str]:
-    """``name``, and what is left as prefixes are taken off; one part's prefix hides it from others."""
+def _without_prefixes(name: str, part: str) -> Iterator[str]:
+    """``name``, and its rest as programs' prefixes are taken off; one part's prefix hides it from others."""
     other = "text_encoder." if part == "model" else "transformer."
     while not name.startswith(other):
         yield name

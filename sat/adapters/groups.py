@@ -41,7 +41,7 @@ def patterns(target: str) -> tuple[str, ...]:
 
 
 def is_pattern(target: str) -> bool:
-    """Whether ``target`` is a pattern over names of layers and not the name of a group."""
+    """True if ``target`` is a pattern over names of layers, not the name of a group."""
     return "." in target or "*" in target
 
 
@@ -51,7 +51,7 @@ def unknown(targets: Iterable[str]) -> list[str]:
 
 
 def of_text(target: str) -> bool:
-    """Whether ``target`` means layers of the text encoder."""
+    """True if ``target`` means layers of the text encoder."""
     return any(pattern.startswith("text.") for pattern in patterns(target))
 
 

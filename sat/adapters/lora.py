@@ -94,7 +94,7 @@ class Factors(nn.Module):
         return shard_on(self.tensor, Cut(0, self.style.parts))
 
     def shards(self) -> Mapping[str, Shard]:
-        """What this rank holds of the gain; the factors say it for themselves."""
+        """This rank's share of the gain; the factors tell theirs themselves."""
         shard = self._gain_shard()
         return {} if shard is None or self.gain is None else {"gain": shard}
 
@@ -108,7 +108,7 @@ class Factors(nn.Module):
 
     @property
     def bare(self) -> bool:
-        """Whether the change is the factors' product with the input alone: no gain, no dropout, no share."""
+        """True if the change is the factors' product with the input alone: no gain, no dropout, no share."""
         return self.gain is None and self.tensor is None and isinstance(self.dropout, nn.Identity)
 
     def pairs(self) -> list[LowRank]:
@@ -116,7 +116,7 @@ class Factors(nn.Module):
         return [LowRank(int(i), _weight(self.down[i]), _weight(self.up[i]), self.scale(i)) for i in self.down]
 
     def forward(self, x: Tensor, out: Tensor, base: LinearLike) -> Tensor:
-        """What is added to the base layer's output ``out`` (…, O) of ``x`` (…, I)."""
+        """Change (…, O) of the base layer's output ``out`` (…, O) for the input ``x`` (…, I)."""
         if not isinstance(self.style, Column) or not self.style.gather or self.tensor is None:
             return self._change(x, out, base)
         own = shard_on(self.tensor, Cut(out.dim() - 1, self.parts)).take(out)
@@ -124,23 +124,19 @@ class Factors(nn.Module):
 
     def _change(self, x: Tensor, out: Tensor, base: LinearLike) -> Tensor:
         """The same, of this rank's outputs if the base is split over them."""
-        change = self._low_rank(self.dropout(x), out)
+        x = self.dropout(x).to(self.dtype)
+        changes = []
+        for i in map(str, range(self.parts)):
+            if i in self.down:
+                changes.append((self.up[i](self.down[i](x)) * self.scale(i)).to(out.dtype))
+            else:
+                changes.append(out.new_zeros(*out.shape[:-1], out.shape[-1] // self.parts))
+        change = changes[0] if self.parts == 1 else torch.cat(changes, -1)  # (…, O): s B A x
         if self.gain is None:
             return change
         ratio = self._ratio(base.weight).to(out.dtype)
         plain = out if base.bias is None else out - base.bias.to(out.dtype)
         return (ratio - 1) * plain + ratio * change
-
-    def _low_rank(self, x: Tensor, out: Tensor) -> Tensor:
-        width = out.shape[-1] // self.parts
-        changes = []
-        for i in map(str, range(self.parts)):
-            if i in self.down:
-                low = self.down[i](x.to(self.dtype))
-                changes.append((self.up[i](low) * self.scale(i)).to(out.dtype))
-            else:
-                changes.append(out.new_zeros(*out.shape[:-1], width))
-        return changes[0] if self.parts == 1 else torch.cat(changes, -1)
 
     def _ratio(self, weight: Tensor) -> Tensor:
         """(O,) wanted over present norm of the changed weight's rows; the present norm is held constant.
@@ -184,17 +180,16 @@ class Factors(nn.Module):
             pairs.append(Pair(down, up, self.alphas[i]))
         if self.gain is None:
             return LayerFactors(tuple(pairs))
-        gain = self._whole_gain() if value is None else value(self.gain)
+        shard = self._gain_shard()
+        if value is not None:
+            gain = value(self.gain)
+        elif shard is None or self.tensor is None:
+            gain = self.gain.detach()
+        else:
+            gain = joined(self.gain.detach(), shard.cut, self.tensor)
         weight = cast(nn.Parameter, cast(LinearLike, base).weight)
         norms = (base_norms(base) if value is None else row_norms(value(weight))).to(gain.device)
         return LayerFactors(tuple(pairs), norms * (1 + gain.to(norms.dtype)))
-
-    def _whole_gain(self) -> Tensor:
-        assert self.gain is not None, "only DoRA asks"
-        shard = self._gain_shard()
-        if shard is None or self.tensor is None:
-            return self.gain.detach()
-        return joined(self.gain.detach(), shard.cut, self.tensor)
 
 
 Value = Callable[[nn.Parameter], Tensor]
@@ -239,17 +234,17 @@ class Adapted(nn.Module):
 
     @property
     def linear(self) -> LinearLike:
-        """The wrapped layer, as what it is."""
+        """The wrapped layer."""
         return cast(LinearLike, self.base)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the base computes in."""
+        """Type that the base computes in."""
         return dtype_of(self.base)
 
     @property
     def weight(self) -> Tensor:
-        """The base's; of a quantised one made whole at each look."""
+        """The base's; dequantised at each access if it is quantised."""
         return self.linear.weight
 
     @property
@@ -284,9 +279,11 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) -> (…, O)."""
-        if (pairs := self._one_pass(x)) is not None:
-            base, parts, factors = pairs
-            return adapted_product(x, base, parts, factors)
+        if isinstance(self.base, FrozenLinear) and torch.is_grad_enabled() and len(self.strengths) == 1:
+            ((name, strength),) = self.strengths.items()
+            factors = self.named(name)
+            if strength == 1 and factors.bare and x.dtype == factors.dtype == self.base.dtype:
+                return adapted_product(x, self.base, factors.parts, factors.pairs())  # in one pass
         out: Tensor = self.base(x)
         plain = out
         for name, strength in self.strengths.items():
@@ -294,16 +291,6 @@ class Adapted(nn.Module):
                 change = self.named(name)(x, plain, self.linear)
                 out = out + (change if strength == 1 else strength * change)
         return out
-
-    def _one_pass(self, x: Tensor) -> tuple[FrozenLinear, int, list[LowRank]] | None:
-        """What a pass over base and factors together takes; None where they go one after another."""
-        if not isinstance(self.base, FrozenLinear) or not torch.is_grad_enabled() or len(self.strengths) != 1:
-            return None
-        ((name, strength),) = self.strengths.items()
-        factors = self.named(name)
-        if strength != 1 or not factors.bare or not x.dtype == factors.dtype == self.base.dtype:
-            return None
-        return self.base, factors.parts, factors.pairs()
 
     def merged(self) -> nn.Module:
         """The base, made plain if it is not, with every adapter in its weight, at its strength."""
@@ -335,7 +322,7 @@ def _slot(name: str) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can be attached: a linear of any kind, or one that has some already."""
+    """True if an adapter can be attached: a linear of any kind, or one that has some already."""
     return type(module) is nn.Linear or isinstance(module, (Adapted, SplitLinear, QuantizedLinear))
 
 
@@ -365,28 +352,25 @@ def attach(
 
 def check(model: nn.Module, layers: Layers) -> None:
     """Refuse an adapter whose ``layers`` are not those of ``model``; the model may be on the meta device."""
-    for path, layer in layers.items():
-        _check(model, path, layer)
-
-
-def _check(model: nn.Module, path: str, layer: LayerFactors) -> None:
     kind = type(model).__name__
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise AdapterError(f"{kind} has no layer {path!r}: the adapter is of another model") from None
-    if not is_linear(module):
-        raise AdapterError(f"{path!r} of {kind} is a {type(module).__name__}, an adapter needs a linear")
-    base = cast(LinearLike, module)
-    there, here = (layer.inputs, layer.part_outputs * len(layer.parts)), (base.in_features, base.out_features)
-    if there != here:
-        raise AdapterError(
-            f"{path!r}: the adapter is for {there[0]} inputs and {there[1]} outputs, {kind} has "
-            f"{here[0]} and {here[1]}: it is of another model, or of another size of this one"
-        )
-    for pair in layer.parts:
-        if pair is not None and pair.up.shape[1] != pair.rank:
-            raise AdapterError(f"{path!r}: rank {pair.rank} of lora_A, {pair.up.shape[1]} of lora_B")
+    for path, layer in layers.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise AdapterError(f"{kind} has no layer {path!r}: the adapter is of another model") from None
+        if not is_linear(module):
+            raise AdapterError(f"{path!r} of {kind} is a {type(module).__name__}, an adapter needs a linear")
+        base = cast(LinearLike, module)
+        theirs = (layer.inputs, layer.part_outputs * len(layer.parts))
+        ours = (base.in_features, base.out_features)
+        if theirs != ours:
+            raise AdapterError(
+                f"{path!r}: the adapter is for {theirs[0]} inputs and {theirs[1]} outputs, {kind} has "
+                f"{ours[0]} and {ours[1]}: it is of another model, or of another size of this one"
+            )
+        for pair in layer.parts:
+            if pair is not None and pair.up.shape[1] != pair.rank:
+                raise AdapterError(f"{path!r}: rank {pair.rank} of lora_A, {pair.up.shape[1]} of lora_B")
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -407,7 +391,7 @@ def names(model: nn.Module) -> list[str]:
 
 
 def set_strength(model: nn.Module, name: str, strength: float) -> None:
-    """How much the adapter ``name`` counts from now on: 0 not at all, 1 as trained."""
+    """Set the strength of the adapter ``name``: 0 none, 1 as trained."""
     if name not in (known := names(model)):
         raise AdapterError(f"there is no adapter {name!r}; there are {', '.join(known) or 'none'}")
     for _, module in adapted(model):

@@ -14,26 +14,26 @@ from torch import Tensor, nn
 from sat.adapters.factors import LayerFactors, weight_change
 from sat.adapters.files import Adapter, read
 from sat.adapters.lora import attach, merge, names
-from sat.adapters.select import Parts
+from sat.adapters.names import Parts
 from sat.checkpoint.format import LazyStateDict, Part, View
 
 ADAPTABLE: tuple[Part, ...] = ("model", "text")
 
 _PLAIN = re.compile(r"adapter|adapter_model|pytorch_lora_weights|native|step_\d+|checkpoints")
-"""Names of files and folders that say nothing of what is in them."""
+"""Names of files and folders that tell nothing of their content."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loading:
-    """An adapter to use, and how much it counts."""
+class AdapterRef:
+    """An adapter file or folder, and its strength."""
 
     path: Path
     strength: float = 1.0
 
 
-def load_adapters(parts: Parts, wanted: Sequence[Loading], *, fold: bool = False) -> dict[str, Adapter]:
+def load_adapters(parts: Parts, wanted: Sequence[AdapterRef], *, fold: bool = False) -> dict[str, Adapter]:
     """Attach the adapters to ``parts``, each under a name made of its path; ``fold`` merges them at once."""
     found: dict[str, Adapter] = {}
     for item in wanted:
@@ -44,7 +44,7 @@ def load_adapters(parts: Parts, wanted: Sequence[Loading], *, fold: bool = False
                 attach(module, name, layers, strength=item.strength)
         log.info(
             "%s: LoRA of %d layers, rank %d, at strength %g (%s)",
-            item.path, len(adapter.layers), adapter.about.rank, item.strength, adapter.layout,
+            item.path, len(adapter.layers), adapter.info.rank, item.strength, adapter.layout,
         )  # fmt: skip
         found[name] = adapter
     if fold:
@@ -91,7 +91,7 @@ class HasModule(Protocol):
     module: nn.Module
 
 
-def folded(parts: Mapping[Part, LazyStateDict], wanted: Sequence[Loading]) -> dict[Part, LazyStateDict]:
+def folded(parts: Mapping[Part, LazyStateDict], wanted: Sequence[AdapterRef]) -> dict[Part, LazyStateDict]:
     """The ``parts`` of a checkpoint with the adapters in their weights; each part knows its ``module``."""
     modules: dict[str, nn.Module] = {
         part: cast(HasModule, parts[part]).module for part in ADAPTABLE if part in parts

@@ -19,13 +19,12 @@ from sat.adapters.files import (
     NATIVE_FILE,
     PEFT_CONFIG,
     PEFT_FILE,
-    About,
     Adapter,
+    AdapterInfo,
     base_of,
     read,
 )
-from sat.adapters.names import Flat, layouts, to_theirs
-from sat.adapters.select import Parts
+from sat.adapters.names import Parts, Unfused, layouts, to_theirs
 from sat.checkpoint.files import atomic_folder
 from sat.checkpoint.format import TensorInfo
 from sat.checkpoint.formats.diffusers import PLUS
@@ -40,24 +39,48 @@ def write(
 ) -> list[Path]:
     """Write ``adapter`` into the new ``folder``; the files. ``dtype`` None keeps each tensor's.
 
-    DoRA's magnitudes stay float32.
+    A PEFT folder holds one part; several get a folder each. diffusers' one file has all, and its own kind of
+    header beside ours. DoRA's magnitudes stay float32.
     """
+    info = adapter.info
     if layout == "native":
         with atomic_folder(folder) as place:
-            write_native(place / NATIVE_FILE, adapter.layers, adapter.about, dtype)
+            write_native(place / NATIVE_FILE, adapter.layers, info, dtype)
         return [folder / NATIVE_FILE]
-    flats = {part: _flats(adapter, part, parts) for part in parts if adapter.of(part)}
+    unfused: dict[str, dict[str, Unfused]] = {}  # part -> its layers under other programs' names
+    for part, module in parts.items():
+        if mine := adapter.of(part):
+            choices = layouts(module)
+            if not choices:
+                raise AdapterError(
+                    f"{type(module).__name__} has no names in other programs: write it as native"
+                )
+            unfused[part] = to_theirs(mine, choices[0])
     with atomic_folder(folder) as place:
-        files = (
-            _write_diffusers(place, flats, adapter.about, dtype)
-            if layout == "diffusers"
-            else _write_peft(place, flats, adapter.about, dtype)
-        )
-    return [folder / file for file in files]
+        if layout == "diffusers":
+            every: dict[str, Unfused] = {}
+            config: dict[str, Any] = {}
+            for part, layers in unfused.items():
+                is_unet = str((info.base.get(part) or {}).get("target", "")).endswith("UNet")
+                prefix = "text_encoder" if part == "text" else "unet" if is_unet else "transformer"
+                every |= {f"{prefix}.{name}": one for name, one in layers.items()}
+                config |= {f"{prefix}.{key}": value for key, value in peft_config(layers, info).items()}
+            header = {DIFFUSERS_HEADER: json.dumps(config, sort_keys=True)}
+            _save_unfused(place / DIFFUSERS_FILE, every, layout, info, dtype, header)
+            return [folder / DIFFUSERS_FILE]
+        files = []
+        for part, layers in unfused.items():
+            name = "" if len(unfused) == 1 else {"text": "text_encoder"}.get(part, "transformer")
+            (place / name).mkdir(exist_ok=True)
+            every = {f"base_model.model.{linear}": one for linear, one in layers.items()}
+            _save_unfused(place / name / PEFT_FILE, every, layout, info, dtype, {})
+            write_json(place / name / PEFT_CONFIG, peft_config(layers, info))
+            files += [folder / name / file for file in (PEFT_FILE, PEFT_CONFIG)]
+    return files
 
 
 def write_native(
-    file: Path, layers: Mapping[str, LayerFactors], about: About, dtype: torch.dtype | None = None
+    file: Path, layers: Mapping[str, LayerFactors], info: AdapterInfo, dtype: torch.dtype | None = None
 ) -> None:
     """Our own layout: ``layers`` by full name."""
     tensors: dict[str, Tensor] = {}
@@ -70,102 +93,60 @@ def write_native(
                 listed[f"{name}#{i}"] = {"rank": pair.rank, "alpha": pair.alpha, "parts": len(layer.parts)}
         if layer.magnitude is not None:
             tensors[f"{name}.magnitude"] = layer.magnitude
-    _save(file, tensors, _header("native", about, listed))
+    _save(file, tensors, _header("native", info, listed))
 
 
-def _flats(adapter: Adapter, part: str, parts: Parts) -> dict[str, Flat]:
-    """A part's layers under the names that other programs have for them."""
-    choices = layouts(parts[part])
-    if not choices:
-        raise AdapterError(f"{type(parts[part]).__name__} has no names in other programs: write it as native")
-    return to_theirs(adapter.of(part), choices[0])
-
-
-def _write_peft(
-    place: Path, flats: Mapping[str, Mapping[str, Flat]], about: About, dtype: torch.dtype | None
-) -> list[str]:
-    """One PEFT folder; of several parts, one for each."""
-    files = []
-    for part, layers in flats.items():
-        folder = "" if len(flats) == 1 else {"text": "text_encoder"}.get(part, "transformer")
-        (place / folder).mkdir(exist_ok=True)
-        listed = {f"base_model.model.{name}": flat for name, flat in layers.items()}
-        tensors = _tensors(listed, dtype, magnitude="lora_magnitude_vector")
-        _save(place / folder / PEFT_FILE, tensors, _header("peft", about, _listed(listed)))
-        write_json(place / folder / PEFT_CONFIG, peft_config(layers, about))
-        files += [f"{folder}/{name}".lstrip("/") for name in (PEFT_FILE, PEFT_CONFIG)]
-    return files
-
-
-def _write_diffusers(
-    place: Path, flats: Mapping[str, Mapping[str, Flat]], about: About, dtype: torch.dtype | None
-) -> list[str]:
-    """diffusers' one file, with its own kind of header beside ours."""
-    listed: dict[str, Flat] = {}
-    config: dict[str, Any] = {}
-    for part, layers in flats.items():
-        prefix = _prefix(part, about)
-        listed |= {f"{prefix}.{name}": flat for name, flat in layers.items()}
-        config |= {f"{prefix}.{key}": value for key, value in peft_config(layers, about).items()}
-    header = _header("diffusers", about, _listed(listed))
-    header[DIFFUSERS_HEADER] = json.dumps(config, sort_keys=True)
-    _save(place / DIFFUSERS_FILE, _tensors(listed, dtype, magnitude="lora_magnitude_vector"), header)
-    return [DIFFUSERS_FILE]
-
-
-def _prefix(part: str, about: About) -> str:
-    """What diffusers puts in front of a part's names."""
-    if part == "text":
-        return "text_encoder"
-    return "unet" if str((about.base.get(part) or {}).get("target", "")).endswith("UNet") else "transformer"
-
-
-def peft_config(layers: Mapping[str, Flat], about: About) -> dict[str, Any]:
+def peft_config(layers: Mapping[str, Unfused], info: AdapterInfo) -> dict[str, Any]:
     """PEFT's adapter_config.json for ``layers`` by their names."""
-    dora = any(flat.magnitude is not None for flat in layers.values())
+    dora = any(one.magnitude is not None for one in layers.values())
     return {
         "peft_type": "LORA",
-        "r": about.rank,
-        "lora_alpha": about.alpha,
+        "r": info.rank,
+        "lora_alpha": info.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": list(layers),
-        "rank_pattern": {n: f.pair.rank for n, f in layers.items() if f.pair.rank != about.rank},
-        "alpha_pattern": {n: f.pair.alpha for n, f in layers.items() if f.pair.alpha != about.alpha},
+        "rank_pattern": {n: f.pair.rank for n, f in layers.items() if f.pair.rank != info.rank},
+        "alpha_pattern": {n: f.pair.alpha for n, f in layers.items() if f.pair.alpha != info.alpha},
         "use_dora": dora,
         "use_rslora": False,
         "inference_mode": True,
     }
 
 
-def _tensors(listed: Mapping[str, Flat], dtype: torch.dtype | None, magnitude: str) -> dict[str, Tensor]:
-    out = {}
-    for name, flat in listed.items():
-        out[f"{name}.lora_A.weight"] = _cast(flat.pair.down, dtype)
-        out[f"{name}.lora_B.weight"] = _cast(flat.pair.up, dtype)
-        if flat.magnitude is not None:
-            out[f"{name}.{magnitude}"] = flat.magnitude
-    return out
+def _save_unfused(
+    file: Path,
+    layers: Mapping[str, Unfused],
+    layout: str,
+    info: AdapterInfo,
+    dtype: torch.dtype | None,
+    extra: dict[str, str],
+) -> None:
+    """Write ``layers`` by their full names, with our header and ``extra``."""
+    tensors = {}
+    for name, one in layers.items():
+        tensors[f"{name}.lora_A.weight"] = _cast(one.pair.down, dtype)
+        tensors[f"{name}.lora_B.weight"] = _cast(one.pair.up, dtype)
+        if one.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = one.magnitude
+    listed = {name: {"rank": one.pair.rank, "alpha": one.pair.alpha} for name, one in layers.items()}
+    _save(file, tensors, _header(layout, info, listed) | extra)
 
 
-def _listed(listed: Mapping[str, Flat]) -> dict[str, Any]:
-    return {name: {"rank": flat.pair.rank, "alpha": flat.pair.alpha} for name, flat in listed.items()}
-
-
-def _header(layout: str, about: About, layers: Mapping[str, Any]) -> dict[str, str]:
+def _header(layout: str, info: AdapterInfo, layers: Mapping[str, Any]) -> dict[str, str]:
     base = {
-        part: {"component": component, "digest": about.digests.get(part)}
-        for part, component in about.base.items()
+        part: {"component": component, "digest": info.digests.get(part)}
+        for part, component in info.base.items()
     }
     return {
         "format": "pt",
         "adapter": KIND,
         "version": "1",
         "layout": layout,
-        "rank": json.dumps(about.rank),
-        "alpha": json.dumps(about.alpha),
-        "targets": json.dumps(list(about.targets)),
-        "dora": json.dumps(about.dora),
+        "rank": json.dumps(info.rank),
+        "alpha": json.dumps(info.alpha),
+        "targets": json.dumps(list(info.targets)),
+        "dora": json.dumps(info.dora),
         "layers": json.dumps(layers),
         "base": json.dumps(base),
     }
@@ -210,5 +191,5 @@ def convert_adapter(
         advice = "" if config is not None else " (--base names the YAML of the model it belongs to)"
         raise AdapterError(f"{error}{advice}") from None
     used = {part: component for part, component in base.items() if adapter.of(part)}
-    adapter = replace(adapter, about=replace(adapter.about, base=used))
+    adapter = replace(adapter, info=replace(adapter.info, base=used))
     return adapter, write(folder, adapter, layout, parts, dtype)

@@ -193,7 +193,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
     """
     if not wanted and ranks == 1:
         return None
-    from sat.adapters.merge import Loading, folded
+    from sat.adapters.merge import AdapterRef, folded
     from sat.parallel.tensor import check_sharding
     from sat.sharding import family_sharding
 
@@ -206,7 +206,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
                 check_sharding(network.module, family_sharding(type(network.module)), ranks)
             except ValueError as error:
                 raise UsageError(f"--tensor-parallel {ranks}: {error}") from error
-        return folded(parts, [Loading(*lora(text)) for text in wanted]) if wanted else parts
+        return folded(parts, [AdapterRef(*lora(text)) for text in wanted]) if wanted else parts
 
     return change
 

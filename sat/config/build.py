@@ -81,9 +81,9 @@ def build_engine(
     engine = _assemble(experiment, network, text, first_stage, tokenizer, without)
     _move(engine, torch.device(device), offloaded)
     if experiment.adapters.load:
-        from sat.adapters.merge import Loading, load_adapters
+        from sat.adapters.merge import AdapterRef, load_adapters
 
-        wanted = [Loading(item.path, item.strength) for item in experiment.adapters.load]
+        wanted = [AdapterRef(item.path, item.strength) for item in experiment.adapters.load]
         adapted = {"model": network, "text": text}  # parts left out are on the meta device, and go unused
         load_adapters(adapted, wanted, fold=experiment.adapters.merge)
     return engine

@@ -326,7 +326,7 @@ def _splits(parts: Mapping[Key, nn.Module], size: int) -> Iterator[tuple[Key, st
 def _targets(lora: LoraConfig, model: nn.Module, text: nn.Module) -> Iterator[tuple[Key, str]]:
     """Targets of LoRA that the model has no layers for."""
     from sat.adapters.factors import AdapterError
-    from sat.adapters.select import choose
+    from sat.adapters.names import choose
 
     try:
         choose({"model": model, "text": text}, lora.targets, lora.rank, lora.ranks)

@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sat.adapters.factors import AdapterError, LayerFactors, LinearLike, fresh, with_magnitude
-from sat.adapters.files import NATIVE_FILE, About, read
+from sat.adapters.factors import AdapterError, LayerFactors, LinearLike, initial_factors
+from sat.adapters.files import NATIVE_FILE, AdapterInfo, read
 from sat.adapters.lora import Adapted, attach, base_norms, extract
-from sat.adapters.select import choose
+from sat.adapters.names import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.kernels.packed import FrozenLinear, freezable
@@ -43,7 +43,7 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
         found = read(lora.start, parts)
         for part, module in parts.items():
             attach(module, NAME, found.of(part), dropout=lora.dropout)
-        log.info("training goes on from the adapter %s (rank %d)", lora.start, found.about.rank)
+        log.info("training goes on from the adapter %s (rank %d)", lora.start, found.info.rank)
     else:
         _attach_fresh(parts, lora, seed)
     for module in objective.modules():
@@ -61,10 +61,9 @@ def _attach_fresh(parts: Mapping[str, nn.Module], lora: LoraConfig, seed: int) -
                 continue
             base = cast(LinearLike, module.get_submodule(path))
             count = linear.parts
-            layer = fresh(base, (rank,) * count, (lora.scale * rank,) * count, f"{seed} {name}")
-            layers[path] = (
-                with_magnitude(layer, base_norms(module.get_submodule(path))) if lora.dora else layer
-            )
+            norms = base_norms(module.get_submodule(path)) if lora.dora else None
+            alphas = [lora.scale * rank] * count
+            layers[path] = initial_factors(base, [rank] * count, alphas, f"{seed} {name}", norms)
         attach(module, NAME, layers, dropout=lora.dropout)
 
 
@@ -162,7 +161,7 @@ class AdapterExport:
             for name, layer in extract(module, NAME, value).items()
         }
         used = {name.partition(".")[0] for name in layers}
-        about = About(
+        about = AdapterInfo(
             *self._shape(layers),
             {part: component for part, component in self.base.items() if part in used},
             {part: digest for part, digest in self.digests.items() if part in used},

@@ -106,7 +106,7 @@ def test_trained_by_peft_it_loads_here(dora: bool, targets: list[str], tmp_path:
     wrapped = get_peft_model(peer, config)
     wrapped.save_pretrained(tmp_path)
     found = read(tmp_path, {"model": ours})
-    assert (found.layout, found.about.dora) == ("peft", dora)
+    assert (found.layout, found.info.dora) == ("peft", dora)
     attach(ours, "style", found.of("model"))
     theirs, difference = compared(wrapped, ours)
     assert (theirs - plain).abs().max() / plain.std() > 0.1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sat.adapters import lora
 from sat.adapters.factors import AdapterError, LayerFactors, Pair, weight_change
 from sat.adapters.lora import Adapted, attach, detach, extract, merge, set_strength
-from sat.adapters.select import choose, linears
+from sat.adapters.names import choose, linears
 from sat.transformer import Transformer
 from sat.transformer.attention import expand, shrink
 from tests.adapters import EVERYTHING, noisy, output, start, t5, trained, unet

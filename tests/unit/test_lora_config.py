@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sat.adapters.groups import GROUPS
-from sat.adapters.select import choose
+from sat.adapters.names import choose
 from sat.cli.arguments import lora
 from sat.cli.sample import arguments, given
 from sat.config.load import dump, load

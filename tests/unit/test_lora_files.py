@@ -17,9 +17,8 @@ from torch import nn
 from sat.adapters.factors import AdapterError, LayerFactors, weight_change
 from sat.adapters.files import NATIVE_FILE, is_adapter, locate, read
 from sat.adapters.lora import attach, detach, merge
-from sat.adapters.merge import Loading, load_adapters
-from sat.adapters.names import layouts, to_ours, to_theirs
-from sat.adapters.select import choose
+from sat.adapters.merge import AdapterRef, load_adapters
+from sat.adapters.names import choose, layouts, to_ours, to_theirs
 from sat.adapters.write import LAYOUTS, write
 from sat.checkpoint import load, open_part, save_native
 from sat.checkpoint.format import ENGINE_PREFIXES
@@ -74,8 +73,8 @@ def test_every_layout_holds_the_same_adapter(name: str, layout: str, dora: bool,
     files = write(tmp_path / "out", adapter(layers, part), layout, {part: model})
     assert all(file.is_file() for file in files)
     found = read(tmp_path / "out", {part: model})
-    assert (found.layout, found.about.rank, found.about.alpha) == (layout, 4, 6.0)
-    assert (found.about.dora, found.about.targets) == (dora, EVERYTHING)
+    assert (found.layout, found.info.rank, found.info.alpha) == (layout, 4, 6.0)
+    assert (found.info.dora, found.info.targets) == (dora, EVERYTHING)
     assert found.of(part).keys() == layers.keys()
     there = changes(model, found.of(part))
     for path, change in changes(model, layers).items():
@@ -275,7 +274,7 @@ def test_the_class_it_was_trained_on_is_compared(tmp_path: Path) -> None:
     model, part, layers = layers_of("plus")
     one = adapter(layers)
     base = {"model": {"target": "sat.models.cogview3_unet.CogView3UNet", "params": {}}}
-    named = type(one)(one.layers, type(one.about)(4, 6.0, base=base), "native", "test")
+    named = type(one)(one.layers, type(one.info)(4, 6.0, base=base), "native", "test")
     write(tmp_path / "out", named, "native", {part: model})
     with pytest.raises(AdapterError, match="is a LoRA of CogView3UNet, this model is CogView3Plus"):
         read(tmp_path / "out", {"model": model})
@@ -327,7 +326,9 @@ def test_a_run_is_its_newest_whole_checkpoints_adapter(saved, tmp_path: Path) ->
 def test_two_loaded_adapters_have_names_and_strengths(saved) -> None:
     model = plus()
     before = output(model)
-    found = load_adapters({"model": model}, [Loading(saved("native"), 0.5), Loading(saved("peft"), -0.5)])
+    found = load_adapters(
+        {"model": model}, [AdapterRef(saved("native"), 0.5), AdapterRef(saved("peft"), -0.5)]
+    )
     assert list(found)[1] == "peft"
     assert (output(model) - before).abs().max() < 1e-4 * before.abs().max()  # they cancel out
     for name in found:
@@ -342,7 +343,7 @@ def test_an_adapter_is_called_after_its_run(saved, tmp_path: Path) -> None:
     (step / "native" / NATIVE_FILE).write_bytes(native.read_bytes())
     (step / "COMPLETE").write_text("{}")
     paths = [tmp_path / "my run", step, step / "native" / NATIVE_FILE]
-    found = load_adapters({"model": plus()}, [Loading(path) for path in paths])
+    found = load_adapters({"model": plus()}, [AdapterRef(path) for path in paths])
     assert list(found) == ["my_run", "my_run_2", "my_run_3"]
 
 
@@ -358,7 +359,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = adapter({})
     base = {"model": CONFIG["model"], "text": CONFIG["conditioning"]["text"]}
     parts = {part: build(part) for part in ("model", "text")}
-    whole = type(one)(layers, type(one.about)(4, 6.0, base=base), "native", "test")
+    whole = type(one)(layers, type(one.info)(4, 6.0, base=base), "native", "test")
     write(root / "lora", whole, "native", parts)
     return root
 
@@ -398,7 +399,7 @@ def test_convert_writes_an_adapter_in_every_layout(world: Path, tmp_path: Path, 
     parts: dict[str, nn.Module] = {"model": build("model"), "text": build("text")}
     found, wanted = read(tmp_path / "out", parts), read(world / "lora", parts)
     assert found.layers.keys() == wanted.layers.keys()
-    assert found.about.base == wanted.about.base
+    assert found.info.base == wanted.info.base
     pair = next(iter(found.layers.values())).parts[0]
     assert pair is not None and pair.up.dtype == torch.bfloat16
 

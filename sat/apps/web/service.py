@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sat.adapters.files import is_adapter
-from sat.adapters.merge import Loading, adapter_name, load_adapters
+from sat.adapters.merge import AdapterRef, adapter_name, load_adapters
 from sat.apps.web.job_queue import Job
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
 from sat.config.build import adaptable, build_guider
@@ -325,8 +325,8 @@ class GenerationService:
         """Set the strengths of adapters, attaching those that are wanted for the first time."""
         for name, value in wanted.items():
             if value and name not in now.attached:
-                entry = self.adapters[name]
-                (own,) = load_adapters(adaptable(now.pipeline.generator.engine), [Loading(entry.path, 0.0)])
+                parts, adapter = adaptable(now.pipeline.generator.engine), self.adapters[name]
+                (own,) = load_adapters(parts, [AdapterRef(adapter.path, 0.0)])
                 now.attached[name] = own
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, wanted.get(name, 0.0))
