@@ -1,4 +1,4 @@
-"""The drawing thread behind page and API, with previews of unfinished pictures."""
+"""The models behind page and API: the requests they allow, drawing, and previews of unfinished pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,9 +32,7 @@ from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt, check_text
 from sat.util.images import to_pil
 
-_CELLS = 16
-_COUNT, _DISCS = 12, 6
-_RIDGE = 1e-3
+log = logging.getLogger(__name__)
 
 
 class LatentPreview:
@@ -48,17 +47,35 @@ class LatentPreview:
     @classmethod
     @torch.inference_mode()
     def fit(cls, engine: DiffusionEngine) -> LatentPreview:
-        """Least squares from latents of made-up pictures to their colours: no decoding, no data."""
+        """Least squares from latents of made-up pictures to their colours: no decoding, no data.
+
+        The 12 pictures of 16 x 16 cells are shaded discs on white and on coloured grounds, always the same.
+        """
         factor, device = engine.first_stage.factor, next(engine.first_stage.parameters()).device
-        images = _drawings(factor)
-        shape = (len(images), *engine.latent_shape(*images.shape[2:]))
-        latents = engine.encode(images.to(device), torch.zeros(shape, device=device))
+        generator, side = torch.Generator().manual_seed(0), 16 * factor
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+
+        def unit(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator)
+
+        drawings = []
+        for index in range(12):
+            image = (unit(3, 1, 1) * 2 - 1 if index % 2 else torch.ones(3, 1, 1)).expand(3, side, side)
+            for _ in range(6):
+                colour, (left, top, size) = unit(3, 1, 1) * 2 - 1, unit(3).tolist()
+                radius = (0.08 + 0.25 * size) * side
+                across, down = (x - left * side) / radius, (y - top * side) / radius
+                shaded = (colour + 0.2 * (across + down)).clamp(-1, 1)
+                image = torch.where(across**2 + down**2 < 1, shaded, image)
+            drawings.append(image)
+        images = torch.stack(drawings)  # (12, 3, side, side) in [-1, 1]
+        shape = (len(images), *engine.latent_shape(side, side))
+        latents = engine.encode(images.to(device), torch.zeros(shape, device=device)).double().cpu()
         cells = F.avg_pool2d(images, factor).add(1).div(2).double()
-        x = latents.double().cpu().movedim(1, -1).flatten(0, 2)
-        y = cells.movedim(1, -1).flatten(0, 2)
-        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        gram = x.T @ x + _RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-        found = torch.linalg.solve(gram, x.T @ y)
+        a = rearrange(latents, "b c h w -> (b h w) c")
+        a = torch.cat([a, a.new_ones(len(a), 1)], 1)  # with an offset
+        gram = a.T @ a + 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+        found = torch.linalg.solve(gram, a.T @ rearrange(cells, "b c h w -> (b h w) c"))
         return cls(found[:-1].T.contiguous(), found[-1])
 
     @torch.inference_mode()
@@ -73,37 +90,9 @@ class LatentPreview:
         return [to_pil(image) for image in self.colours(latents)]
 
 
-def _drawings(factor: int) -> Tensor:
-    """(12, 3, 16 f, 16 f) in [-1, 1]: shaded discs on white and on coloured grounds, always the same ones."""
-    generator = torch.Generator().manual_seed(0)
-    side = _CELLS * factor
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-
-    def unit(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator)
-
-    out = []
-    for index in range(_COUNT):
-        image = (unit(3, 1, 1) * 2 - 1 if index % 2 else torch.ones(3, 1, 1)).expand(3, side, side)
-        for _ in range(_DISCS):
-            colour, (left, top, size) = unit(3, 1, 1) * 2 - 1, unit(3).tolist()
-            radius = (0.08 + 0.25 * size) * side
-            across, down = (x - left * side) / radius, (y - top * side) / radius
-            shaded = (colour + 0.2 * (across + down)).clamp(-1, 1)
-            image = torch.where(across**2 + down**2 < 1, shaded, image)
-        out.append(image)
-    return torch.stack(out)
-
-
-# -- the models behind the page and the API: the requests they allow, and drawing into the output folder
-
-
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that can be used: its file, and the strength it has when nobody says otherwise."""
+    """An adapter that can be used: its file, and its strength unless a request sets another."""
 
     path: Path
     strength: float
@@ -115,13 +104,13 @@ class _Open:
 
     pipeline: Pipeline
     preview: LatentPreview
-    attached: dict[str, str]  # adapters that were wanted so far: our name -> the model's name for it
+    attached: dict[str, str]  # adapters in use so far: our name -> the model's name for it
 
 
 class GenerationService:
     """Draws with the stages of a cascade (or the one model); one at a time is loaded, or with ``keep`` all.
 
-    What draws or opens runs on the drawing thread; what checks, on any.
+    Methods that draw or open run on the drawing thread, those that check on any.
     """
 
     def __init__(
@@ -144,10 +133,18 @@ class GenerationService:
             raise RequestError(
                 "this model only enlarges pictures: name a cascade that begins with a base model"
             )
-        self.adapters = _adapter_entries(self.stages[0], adapters)
-        if not self.stages[0].adapters.merge:  # attached when wanted, at the wanted strength
-            first = self.stages[0]
-            self.stages[0] = replace(first, adapters=replace(first.adapters, load=[]))
+        self.adapters: dict[str, AdapterEntry] = {}  # those of the config, then those in the folder
+        if not self.first.adapters.merge:  # attached when requested, at the requested strength
+            for item in self.first.adapters.load:
+                name = adapter_name(item.path, self.adapters)
+                self.adapters[name] = AdapterEntry(item.path, item.strength)
+            self.stages[0] = replace(self.first, adapters=replace(self.first.adapters, load=[]))
+        if adapters is not None:
+            if not adapters.is_dir():
+                raise RequestError(f"{adapters}: no such folder of LoRA files")
+            for path in sorted(adapters.iterdir()):
+                if (path.is_dir() or path.suffix == ".safetensors") and is_adapter(path):
+                    self.adapters[adapter_name(path, self.adapters)] = AdapterEntry(path, 0.0)
         self._digests: dict[int, Mapping[str, object]] = {}
         self._stages = StageLoader(self._load, keep_loaded=keep)
         self._preview: LatentPreview | None = None
@@ -166,7 +163,7 @@ class GenerationService:
 
     @property
     def scale(self) -> int:
-        """How much larger the pictures of the last stage are."""
+        """Factor by which the pictures of the last stage are larger."""
         return math.prod(self.factors)
 
     @property
@@ -187,22 +184,14 @@ class GenerationService:
                 )
 
     def enlarger(self, size: tuple[int, int]) -> int | None:
-        """The stage that enlarges pictures of this (height, width): the one that is made for it."""
-        height, width = size
-        able = [
-            index
-            for index in range(1, len(self.stages))
-            if self.stages[index].sampling.sizes.allows(
-                self.factors[index] * height, self.factors[index] * width
-            )
-        ]
-
-        def off(index: int) -> float:
-            asked = self.stages[index].sampling
-            there = self.factors[index] ** 2 * height * width
-            return abs(math.log(there / (asked.height * asked.width)))
-
-        return min(able, key=off, default=None)
+        """The stage that enlarges pictures of (height, width) ``size``: the one nearest in size."""
+        distance: dict[int, float] = {}
+        for index in range(1, len(self.stages)):
+            made, factor = self.stages[index].sampling, self.factors[index]
+            height, width = factor * size[0], factor * size[1]
+            if made.sizes.allows(height, width):
+                distance[index] = abs(math.log(height * width / (made.height * made.width)))
+        return min(distance, key=distance.__getitem__, default=None)
 
     # -- drawing
 
@@ -230,14 +219,14 @@ class GenerationService:
     def enlarging(self, name: str) -> Job:
         """The enlarging of one picture of the folder, with its own prompt and seed."""
         path = self.pictures.at(name)
-        said = settings_of(path)
+        known = settings_of(path)
         with Image.open(path) as picture:
             size = (picture.height, picture.width)
         index = self.enlarger(size)
         if index is None:
             raise RequestError(f"nothing here enlarges a picture of {size[0]} x {size[1]} (height x width)")
         request = GenerationRequest(
-            said.prompt, *size, 1, None, said.seed or 0, negative_prompt=said.negative_prompt
+            known.prompt, *size, 1, None, known.seed or 0, negative_prompt=known.negative_prompt
         )
         request = self._enlarged(index, request, before=1)
         return Job(lambda job: self._draw(index, request, [path], job), request.steps)
@@ -250,7 +239,7 @@ class GenerationService:
     def _enlarged(
         self, index: int, request: GenerationRequest, before: int | None = None
     ) -> GenerationRequest:
-        """What stage ``index`` is asked for to enlarge ``request``; ``before``: by how much it is already."""
+        """The request to stage ``index`` that enlarges ``request``, which ``before`` enlarged already."""
         scale = self.factors[index] * (math.prod(self.factors[:index]) if before is None else before)
         stage = self.stages[index]
         return replace(
@@ -266,25 +255,15 @@ class GenerationService:
         self, index: int, request: GenerationRequest, inputs: Sequence[Path] | None, job: Job
     ) -> list[Path]:
         """The pictures of stage ``index``, numbered after all others in the folder."""
-        now = self._open(index)
-        self._adapt(now, request.adapters)
-        experiment, generator = self._experiment(index, request), now.pipeline.generator
-        sampling, wanted = experiment.sampling, generator.engine.process.input
-        about = label(experiment, weights=self._weights(index, experiment))
-        folder = OutputFolder(self.pictures.root, about, request.count, sampling.grid_columns)
-        prove_writable(folder.root)
-        prompt = Prompt(folder.next_index(), request.prompt.strip())
-        given = None
-        if inputs is not None and wanted is not None:
-            size = wanted.size(sampling.height, sampling.width)
-            given = InputList(*size, inputs, request.count, first=prompt.index)
-        params = SamplingParams.of(sampling, build_guider(experiment))
-        written = generator.save(folder, [prompt], params, inputs=given, callback=job.step)
-        return written[: request.count]  # without the sheet
+        now, stage = self._open(index), self.stages[index]
+        generator = now.pipeline.generator
+        for name, value in request.adapters.items():
+            if value and name not in now.attached:  # for the first time
+                reference = AdapterRef(self.adapters[name].path, 0.0)
+                (now.attached[name],) = load_adapters(adaptable(generator.engine), [reference])
+        for name, own in now.attached.items():
+            now.pipeline.set_strength(own, request.adapters.get(name, 0.0))
 
-    def _experiment(self, index: int, request: GenerationRequest) -> Experiment:
-        """The config of the run that draws ``request``; its rules are checked by making it."""
-        stage = self.stages[index]
         guider = stage.sampling.guider
         if request.guidance is not None and strength(build_guider(stage)) is not None:
             guider = Component(guider.target, {**guider.params, "scale": float(request.guidance)})
@@ -295,10 +274,20 @@ class GenerationService:
             guider=guider,
         )  # fmt: skip
         load = [LoadConfig(self.adapters[n].path, s) for n, s in request.adapters.items() if s]
-        if not load:
-            return replace(stage, sampling=sampling)
-        adapters = replace(stage.adapters, load=[*stage.adapters.load, *load])
-        return replace(stage, sampling=sampling, adapters=adapters)
+        adapters = replace(stage.adapters, load=[*stage.adapters.load, *load]) if load else stage.adapters
+        experiment = replace(stage, sampling=sampling, adapters=adapters)  # which checks its rules
+
+        about = label(experiment, weights=self._weights(index, experiment))
+        folder = OutputFolder(self.pictures.root, about, request.count, sampling.grid_columns)
+        prove_writable(folder.root)
+        prompt = Prompt(folder.next_index(), request.prompt.strip())
+        given, wanted = None, generator.engine.process.input
+        if inputs is not None and wanted is not None:
+            size = wanted.size(sampling.height, sampling.width)
+            given = InputList(*size, inputs, request.count, first=prompt.index)
+        params = SamplingParams.of(sampling, build_guider(experiment))
+        written = generator.save(folder, [prompt], params, inputs=given, callback=job.step)
+        return written[: request.count]  # without the sheet
 
     def _weights(self, index: int, experiment: Experiment) -> Mapping[str, object]:
         """Fingerprints of the weights in use; checkpoints are read once, adapters are small."""
@@ -321,57 +310,29 @@ class GenerationService:
         log.info("%s is loaded on %s", model_name(self.stages[index]), pipeline.device)
         return _Open(pipeline, LatentPreview.fit(pipeline.generator.engine), {})
 
-    def _adapt(self, now: _Open, wanted: Mapping[str, float]) -> None:
-        """Set the strengths of adapters, attaching those that are wanted for the first time."""
-        for name, value in wanted.items():
-            if value and name not in now.attached:
-                parts, adapter = adaptable(now.pipeline.generator.engine), self.adapters[name]
-                (own,) = load_adapters(parts, [AdapterRef(adapter.path, 0.0)])
-                now.attached[name] = own
-        for name, own in now.attached.items():
-            now.pipeline.set_strength(own, wanted.get(name, 0.0))
 
-
-def _adapter_entries(experiment: Experiment, folder: Path | None) -> dict[str, AdapterEntry]:
-    """Adapters by name: those of the config, then those in ``folder``."""
-    found: dict[str, AdapterEntry] = {}
-    for item in () if experiment.adapters.merge else experiment.adapters.load:
-        found[adapter_name(item.path, found)] = AdapterEntry(item.path, item.strength)
-    if folder is not None:
-        if not folder.is_dir():
-            raise RequestError(f"{folder}: no such folder of LoRA files")
-        for path in sorted(folder.iterdir()):
-            if (path.is_dir() or path.suffix == ".safetensors") and is_adapter(path):
-                found[adapter_name(path, found)] = AdapterEntry(path, 0.0)
-    return found
-
-
-def fitted(said: Settings, service: GenerationService) -> tuple[GenerationRequest, list[str]]:
+def fitted(known: Settings, service: GenerationService) -> tuple[GenerationRequest, list[str]]:
     """The request that repeats a picture as well as this model can, and a sentence for every change."""
-    default, notes = service.first.sampling, []
-    height, width = said.height or default.height, said.width or default.width
+    default, limits, notes = service.first.sampling, service.limits, []
+    height, width = known.height or default.height, known.width or default.width
     try:
         service.sizes.check(height, width)
     except SizeError as error:
         height, width = service.sizes.nearest(height, width)
         notes.append(f"{error}, which is set instead.")
-    steps = min(said.steps or default.steps, service.limits.steps)
-    guidance = service.guidance
-    if guidance is not None and said.guidance is not None:
-        guidance = said.guidance
-    seed = min(said.seed or 0, 2**32 - 1)
-    if said.model and said.model != model_name(service.first):
-        notes.append(f"The picture is from another model, {said.model}: this one draws it differently.")
-    adapters, unknown = _known_adapters(said, service)
-    notes += [f"It was drawn with the LoRA {name}, which is not offered here." for name in unknown]
-    return GenerationRequest(
-        said.prompt, height, width, steps, guidance, seed, 1, said.negative_prompt, adapters
-    ), notes
-
-
-def _known_adapters(said: Settings, service: GenerationService) -> tuple[dict[str, float], list[str]]:
-    """Strengths of the adapters that a picture was drawn with, and the names of those that are not here."""
+    if known.model and known.model != model_name(service.first):
+        notes.append(f"The picture is from another model, {known.model}: this one draws it differently.")
     folded = {adapter_name(item.path): item.strength for item in service.first.adapters.load}
-    most = service.limits.strength
-    adapters = {n: max(-most, min(s, most)) for n, s in said.adapters.items() if n in service.adapters}
-    return adapters, [n for n, s in said.adapters.items() if n not in adapters and folded.get(n) != s]
+    adapters = {}
+    for name, value in known.adapters.items():
+        if name in service.adapters:
+            adapters[name] = max(-limits.strength, min(value, limits.strength))
+        elif folded.get(name) != value:
+            notes.append(f"It was drawn with the LoRA {name}, which is not offered here.")
+    guidance = service.guidance
+    if guidance is not None and known.guidance is not None:
+        guidance = known.guidance
+    steps, seed = min(known.steps or default.steps, limits.steps), min(known.seed or 0, 2**32 - 1)
+    return GenerationRequest(
+        known.prompt, height, width, steps, guidance, seed, 1, known.negative_prompt, adapters
+    ), notes
