@@ -1,17 +1,23 @@
-"""Pages that say what the code says: config reference, the code of extend.md, the two READMEs."""
+"""Pages that say what the code says: config reference, the code of extend.md, names, the two READMEs."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from sat.cli import sample
-from tests.architecture.tree import ROOT
+from tests.architecture.tree import ROOT, files
+
+OTHER_NAMES = {"docs/moved.md", "docs/log.md", "CHANGELOG.md", "docs/config_reference.md", "docs/hooks.md"}
+"""Pages with history, and pages made of docstrings, which cite files of the official code."""
+FOLDERS = ("sat", "tests", "configs", "docs", "benchmarks", "data", "sample_scripts", "train_scripts")
 
 
 def module(path: Path) -> ModuleType:
@@ -51,6 +57,81 @@ def test_the_code_of_the_page_on_extending_runs(tmp_path: Path, monkeypatch: pyt
     for name in ("my_parts", "my_format"):
         sys.modules.pop(name)
     assert used == 2
+
+
+def _pages() -> list[str]:
+    """Pages, notebook, configs and scripts, with names of today."""
+    kinds = (".md", ".ipynb", ".yaml", ".sh", ".sbatch")
+    places = {".", "docs", "configs", "sample_scripts", "train_scripts"}
+    names = [path.relative_to(ROOT) for path in files() if path.suffix in kinds]
+    return [str(name) for name in names if str(name.parent) in places and str(name) not in OTHER_NAMES]
+
+
+def _unknown(text: str) -> Iterator[str]:
+    """Paths, dotted names, ``file.py`` and config keys of a page that do not exist."""
+    for path in re.findall(rf"(?<![\w/.<-])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w", text):
+        ours = path.startswith("sat/") or Path(path).suffix in (".md", ".py", ".sh", ".sbatch")
+        if ours and not any(ROOT.glob(path)):
+            yield path
+    for name in re.findall(r"(?<![\w./-])sat(?:\.\w+)+", text):
+        if not _resolves(name):
+            yield name
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    present = {path.name for path in files()} | set(re.findall(r"^# (\w+\.py)", text, re.MULTILINE))
+    for name in re.findall(r"`(\w+\.(?:py|yaml|sh|sbatch))`", prose):
+        if name not in present and not name.startswith("my"):
+            yield name
+    keys = _config_keys()
+    for key in re.findall(r"`([a-z_]+(?:\.\w+)+)(?:=[^`]*)?`", prose):
+        section, rest = key.split(".")[:2]
+        if section in keys and section != "model" and rest not in ("py", "json", *keys[section]):
+            yield key
+
+
+def _resolves(name: str) -> bool:
+    """Whether a dotted name is a module of today or something in one; ``sat.compat`` does not help."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:count])
+        if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
+            made: object = importlib.import_module(".".join(parts[:count]))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)
+                try:
+                    for part in parts[count:]:
+                        made = getattr(made, part)
+                except (AttributeError, FutureWarning):
+                    return False
+            return True
+    return False
+
+
+def _config_keys() -> dict[str, set[str]]:
+    """Section -> its keys, as the generated reference lists them."""
+    page = (ROOT / "docs" / "config_reference.md").read_text()
+    sections = re.split(r"^### ", page.partition("## Components")[0], flags=re.MULTILINE)[2:]
+    return {part.split("`")[1]: set(re.findall(r"^\| `(\w+)`", part, re.MULTILINE)) for part in sections}
+
+
+@pytest.mark.parametrize("page", _pages())
+def test_names_in_pages_exist(page: str) -> None:
+    """Files, modules, classes and config keys that a reader is told of."""
+    assert sorted(set(_unknown((ROOT / page).read_text("utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in sat/transformer/kernels.py",
+        "a class of sat.memory.offload",
+        "{target: sat.mixins.rope.Rope}",
+        "`judges.py`",
+        "set `sampling.stepz=3`",
+        "[tests](tests/unit/test_nothing.py)",
+    ],
+)
+def test_a_name_that_is_gone_is_noticed(text: str) -> None:
+    assert len(list(_unknown(text))) == 1
 
 
 def _skeleton(name: str) -> dict[str, list[str]]:
