@@ -65,7 +65,7 @@ class Levels(Protocol):
 
 
 class LevelAtSigma(Protocol):
-    """-> the level whose sigma / alpha is ``sigma``, for samplers that evaluate between two levels."""
+    """-> the level at noise sigma / alpha = ``sigma``, for samplers that evaluate between two levels."""
 
     def __call__(self, schedule: Schedule, sigma: float) -> Level: ...
 

@@ -111,7 +111,7 @@ class DDIM:
     ``eta`` 0 is deterministic: the official ``ZeroSNRDDIMSampler`` on a zero-SNR schedule, the
     ``EulerEDMSampler`` on an exploding one, ``LinearRelayEDMSampler`` with relay. ``eta`` up to 1 draws part
     of the noise anew. Source: arXiv:2010.02502, eq. 12 and 16. ``share`` draws that share of the next level's
-    noise anew instead: the official ``DDIMSampler``, whose default is 0.1.
+    noise anew instead: the official ``DDIMSampler``, 0.1 by default.
     """
 
     def __init__(self, eta: float = 0.0, share: float = 0.0) -> None:

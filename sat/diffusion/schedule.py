@@ -89,7 +89,7 @@ class Schedule(Protocol):
         ...
 
     def level_at_sigma(self, sigma: float) -> Level:
-        """The level whose sigma / alpha is ``sigma``; the network sees the nearest training level."""
+        """The level at noise sigma / alpha = ``sigma``; the network sees the nearest training level."""
         ...
 
     def sigma_at(self, timestep: float) -> float:
@@ -98,7 +98,7 @@ class Schedule(Protocol):
 
 
 def scaled_linear_alphas(total: int = 1000, start: float = 0.00085, end: float = 0.012) -> Table:
-    """Cumulative signal level alpha-bar (total,), descending, of betas whose square roots are linear.
+    """Cumulative signal level alpha-bar (total,), descending, of betas with linear square roots.
 
     Source: latent diffusion, arXiv:2112.10752; official ``discretizer.py``.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 from sat.first_stage.model import AutoencoderKL, Posterior
 
 Work = Callable[[Sequence[Callable[[], Tensor]]], Iterable[Tensor]]
-"""Runs jobs whose results have one shape, and gives the results in order."""
+"""Runs jobs with results of one shape, and gives the results in order."""
 
 
 def one_by_one(jobs: Sequence[Callable[[], Tensor]]) -> Iterable[Tensor]:

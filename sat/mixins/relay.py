@@ -115,7 +115,7 @@ class RelayNoise(Mixin):
 
 
 def steps_of_whole(steps: int, partial: float, total: int) -> int:
-    """Steps over all ``total`` timesteps of which ``steps`` fall below ``partial``; an error if none fit."""
+    """Steps over all ``total`` timesteps so that ``steps`` fall below ``partial``; an error if none fit."""
     whole = round(steps * total / partial)
     if steps > partial or abs(whole * partial / total - steps) > 1e-3 or whole > total:
         fits = [

@@ -1,4 +1,4 @@
-"""What is minimised: each objective is a module that turns a batch into a loss."""
+"""Training objectives: modules that turn a batch into a loss."""
 
 from sat.train.objectives.base import Objective
 

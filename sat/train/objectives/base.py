@@ -1,4 +1,4 @@
-"""The one thing the training loop asks of whatever it trains."""
+"""The contract between the training loop and an objective."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Round:
 
 
 class Degradation(NamedTuple):
-    """What makes low-resolution images: ``name`` tells it from others, for caches."""
+    """A way to make low-resolution images; ``name`` tells it from others, for caches."""
 
     name: str
     apply: Callable[[Tensor], Tensor]  # (B, 3, H, W) in [-1, 1], of the same size after it
@@ -36,8 +36,8 @@ class Degradation(NamedTuple):
 class Objective(nn.Module):
     """A loss over batches, and the parts of the model it trains.
 
-    A subclass freezes what it does not train (``requires_grad_(False)``) when it is built. Its constructor
-    takes the engine as the keyword-only ``engine``.
+    The constructor of a subclass takes the engine as the keyword-only ``engine`` and freezes the parts that
+    it does not train (``requires_grad_(False)``).
     """
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Mapping[str, Tensor]:
@@ -58,19 +58,19 @@ class Objective(nn.Module):
 
     @classmethod
     def needs(cls, params: Mapping[str, Any]) -> frozenset[str]:
-        """The parts of the engine that such an objective runs even where caches hold what they give.
+        """The parts of the engine that such an objective runs even if their outputs are cached.
 
-        By default all of them. What is not needed is not loaded if ``data.cache`` is set.
+        By default all of them. With ``data.cache`` the others are not loaded.
         """
         return frozenset(("model", "first_stage", "text"))
 
     @classmethod
     def degradation(cls, params: Mapping[str, Any], engine: DiffusionEngine) -> Degradation | None:
-        """How such an objective makes the low-resolution images that it needs; None if it needs none."""
+        """The way in which such an objective makes low-resolution images; None if it needs none."""
         return None
 
     def degrade(self) -> Callable[[Tensor], Tensor] | None:
-        """What turns images (B, 3, H, W) into the low-resolution ones that this training needs, or None."""
+        """A function from images (B, 3, H, W) to low-resolution ones of that size; None if not needed."""
         return None
 
     def parts(self) -> dict[str, nn.Module]:

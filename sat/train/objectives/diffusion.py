@@ -21,7 +21,7 @@ class DiffusionObjective(Objective):
 
     ``caption_dropout``: share of captions replaced by zeros, which teaches the unconditional half of
     guidance. ``train_text``: the text encoder learns too; otherwise it and the first stage are frozen and
-    run without gradients. ``levels``: noise levels that validation looks at, as shares of the schedule's
+    run without gradients. ``levels``: noise levels of validation, as shares of the schedule's
     timesteps (0 nearly clean, 1 nearly pure noise).
 
     Relay is trained where the engine's process has it: the low-resolution image is the image itself, shrunk
@@ -56,7 +56,7 @@ class DiffusionObjective(Objective):
 
     @property
     def engine(self) -> DiffusionEngine:
-        """The engine whose network is trained."""
+        """The engine of the trained network."""
         return self._engine[0]
 
     def parts(self) -> dict[str, nn.Module]:
@@ -102,20 +102,20 @@ class DiffusionObjective(Objective):
             raise ValueError("a batch holds neither images nor latent moments")
         return self.engine.latents(self.engine.first_stage.encode(batch.image), generator)
 
+    @torch.no_grad()
     def low_res(self, batch: Batch, generator: torch.Generator | None) -> Tensor | None:
         """Scaled latents (B, C, h, w) of the low-resolution images, for relay; None for plain diffusion."""
         degrade = self.degrade()
         if degrade is None:
             return None
-        with torch.no_grad():
-            if batch.low_moments is not None:
-                return self.engine.latents(Posterior.from_moments(batch.low_moments), generator)
-            if batch.image is None:
-                raise ValueError("relay needs images, or a cache with low-resolution moments")
-            return self.engine.latents(self.engine.first_stage.encode(degrade(batch.image)), generator)
+        if batch.low_moments is not None:
+            return self.engine.latents(Posterior.from_moments(batch.low_moments), generator)
+        if batch.image is None:
+            raise ValueError("relay needs images, or a cache with low-resolution moments")
+        return self.engine.latents(self.engine.first_stage.encode(degrade(batch.image)), generator)
 
     def degrade(self) -> Callable[[Tensor], Tensor] | None:
-        """The relay's shrinking and enlarging of images (B, 3, H, W), by the factor of its mixin."""
+        """Shrinking and enlarging of images (B, 3, H, W) by the factor of the process's input."""
         found = self.degradation({"low_from": self.low_from}, self.engine)
         return None if found is None else found.apply
 

@@ -85,20 +85,24 @@ class Distillation(DiffusionObjective):
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``loss``: mean over the batch."""
         engine = self.engine
+        process, denoiser = engine.process, engine.denoiser
         x0, low_res = self.latents(batch, generator), self.low_res(batch, generator)
         cond, ctx = self.condition(batch, x0.device), ProcessContext(low_res)
         place = torch.randint(0, self.steps, (len(batch),), generator=generator).to(x0.device)
         eps = torch.randn(x0.shape, generator=generator).to(x0.device)
-        low_w, high_w = self.guidance
-        strength = (low_w + (high_w - low_w) * torch.rand(len(batch), generator=generator)).to(x0.device)
-        level, next_level = self._levels.at(place), self._levels.at(place + 1)
-        x = engine.process.noise(x0, eps, level, ctx)
+        smallest, largest = self.guidance
+        share = torch.rand(len(batch), generator=generator)
+        strength = (smallest + (largest - smallest) * share).to(x0.device)  # (B,)
+
+        level, next_level = self._levels.at(place), self._levels.at(place + 1)  # fields (B, 1, 1, 1)
+        x = process.noise(x0, eps, level, ctx)  # (B, C, h, w)
         arrived = self._two_steps(x, place, cond, strength, ctx)
-        target_x0 = student_target(engine.process, x, arrived, level, next_level, ctx).float()
-        denoiser = engine.denoiser
-        prepared = engine.network.prepare(cond.guided(strength), _size(x))  # type: ignore[operator]
+        target_x0 = student_target(process, x, arrived, level, next_level, ctx).float()
+
+        prepared = denoiser.network.prepare(cond.guided(strength), _size(x))
         out = denoiser.output(x, level, prepared)
-        target = denoiser.prediction.target(target_x0, (x - level.alpha * target_x0) / level.sigma, level)
+        target_eps = (x - level.alpha * target_x0) / level.sigma  # x = alpha x0 + sigma eps
+        target = denoiser.prediction.target(target_x0, target_eps, level)
         return {"loss": self.loss.error(out, target, level, denoiser).mean()}
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
@@ -109,24 +113,21 @@ class Distillation(DiffusionObjective):
     def _two_steps(
         self, x: Tensor, place: Tensor, cond: Condition, strength: Tensor, ctx: ProcessContext
     ) -> Tensor:
-        """Where the teacher arrives from ``x`` at the student's ``place``, through the middle level."""
+        """The teacher's x (B, C, h, w) after the student's step ``place`` (B,), through the middle level."""
         process = self.engine.process
-        network = cast(Network, self._teacher[0])
-        teacher = Denoiser(network, self.engine.prediction)
+        teacher = Denoiser(cast(Network, self._teacher[0]), self.engine.prediction)
         rows = Condition.cat([cond.null(), cond]) if self.guided else cond.guided(strength)
-        prepared = network.prepare(rows, _size(x))
+        prepared = teacher.network.prepare(rows, _size(x))
 
         def predict(x: Tensor, level: Level) -> Tensor:
             if not self.guided:
                 return teacher(x, level, prepared)
-            uncond, with_text = teacher(torch.cat([x, x]), _twice(level), prepared).chunk(2)
+            twice = Level(*(torch.cat([field, field]) for field in level))  # type: ignore[list-item]
+            uncond, with_text = teacher(torch.cat([x, x]), twice, prepared).chunk(2)
             return uncond + strength[:, None, None, None] * (with_text - uncond)
 
-        level, middle, next_level = (
-            self._levels.at(place),
-            self._middles.at(place),
-            self._levels.at(place + 1),
-        )
+        level, middle = self._levels.at(place), self._middles.at(place)
+        next_level = self._levels.at(place + 1)
         x = process.step(x, predict(x, level), level, middle, ctx)
         return process.step(x, predict(x, middle), middle, next_level, ctx)
 
@@ -150,8 +151,3 @@ def _check(teacher_steps: int, rounds: Sequence[int], guidance: Sequence[float])
 
 def _size(x: Tensor) -> tuple[int, int]:
     return x.shape[2], x.shape[3]
-
-
-def _twice(level: Level) -> Level:
-    """The levels of a batch for that batch twice over."""
-    return Level(*(torch.cat([value, value]) if isinstance(value, Tensor) else value for value in level))

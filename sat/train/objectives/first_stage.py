@@ -14,7 +14,7 @@ from sat.train.objectives.base import Objective
 
 
 class HasFirstStage(Protocol):
-    """What this objective asks of the engine."""
+    """The part of an engine that this objective uses."""
 
     first_stage: AutoencoderKL
 
@@ -87,10 +87,10 @@ class FirstStageObjective(Objective):
 
     def _terms(self, image: Tensor, posterior: Posterior, latent: Tensor) -> dict[str, Tensor]:
         """The loss and its parts for images (B, 3, H, W) reconstructed from ``latent`` (B, C, h, w)."""
-        made, target = self.first_stage.decode(latent).float(), image.float()
+        made, target = self.first_stage.decode(latent).float(), image.float()  # (B, 3, H, W)
         pixel = (made - target).abs().mean()
         edge = edge_error(made, target)
-        kl = posterior.kl().mean() / latent[0].numel()
+        kl = posterior.kl().mean() / latent[0].numel()  # nats per latent value
         with torch.no_grad():
             latent_std, latent_mean = torch.std_mean(latent.float())
             psnr = peak_signal_to_noise(made, target).mean()
