@@ -94,8 +94,19 @@ class ProcessHooks:
     at: At
 
 
+PLAIN = ProcessHooks(
+    mean=lambda x0, level, ctx: level.alpha * x0,
+    start=lambda noise, level, ctx: noise * (level.alpha**2 + level.sigma**2) ** 0.5,
+    levels=lambda schedule, steps: schedule.levels(steps),
+    level_at_sigma=lambda schedule, sigma: schedule.level_at_sigma(sigma),
+    span=lambda schedule: schedule.total,
+    at=lambda schedule, timestep: schedule.at(timestep),
+)
+"""Plain diffusion, for variance-preserving and exploding schedules alike."""
+
+
 class Process(nn.Module):
-    """Plain diffusion: the mean is alpha x0, for variance-preserving and exploding schedules alike.
+    """Noising and its reversal: plain diffusion, with the hooks that mixins fill.
 
     ``input`` is the picture that a mixin asks for; None draws from noise alone.
     """
@@ -104,10 +115,7 @@ class Process(nn.Module):
         super().__init__()
         mixins = mixins or {}
         self.mixins = nn.ModuleDict(mixins)
-        defaults = ProcessHooks(
-            self._mean, self._start, self._levels, self._level_at_sigma, self._span, self._at
-        )
-        self.resolved: Resolved[ProcessHooks] = resolve(defaults, mixins)
+        self.resolved: Resolved[ProcessHooks] = resolve(PLAIN, mixins)
         asked = {name: getattr(mixin, "input", None) for name, mixin in mixins.items()}
         inputs = {name: given for name, given in asked.items() if isinstance(given, ProcessInput)}
         if len(set(inputs.values())) > 1:
@@ -143,21 +151,3 @@ class Process(nn.Module):
         # x' = mean(x0, level') + (sigma' / sigma) (x - mean(x0, level))
         keep = next_level.sigma / level.sigma
         return self.hooks.mean(x0, next_level, ctx) + keep * (x - self.hooks.mean(x0, level, ctx))
-
-    def _mean(self, x0: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        return level.alpha * x0
-
-    def _start(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
-        return noise * (level.alpha**2 + level.sigma**2) ** 0.5
-
-    def _levels(self, schedule: Schedule, steps: int) -> list[Level]:
-        return schedule.levels(steps)
-
-    def _level_at_sigma(self, schedule: Schedule, sigma: float) -> Level:
-        return schedule.level_at_sigma(sigma)
-
-    def _span(self, schedule: Schedule) -> int:
-        return schedule.total
-
-    def _at(self, schedule: Schedule, timestep: Tensor) -> Level:
-        return schedule.at(timestep)
