@@ -1,1 +1,1 @@
-"""Applications: nothing in the library imports them."""
+"""Applications on top of the library, which imports none of them."""

@@ -46,7 +46,7 @@ def reader(program: str, description: str, epilog: str) -> argparse.ArgumentPars
 
 
 def parse(reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: str) -> argparse.Namespace:
-    """``reader``'s arguments, with overrides told apart from the files of ``--base`` wherever they stand.
+    """``reader``'s arguments, with overrides separated from the files of ``--base`` wherever they stand.
 
     The reader has ``--base`` (a list) and the positional ``overrides``; ``example`` is a config to suggest.
     """

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def work() -> int:
-        if args.command == RUN:  # which has a log of its own, for several ranks
+        if args.command == RUN:  # it has a log of its own, for several ranks
             sort_overrides(args)
             threads.prepare()
         else:

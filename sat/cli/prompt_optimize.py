@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help=f"its language model (default: {NAME}, {MODEL})")
     add("--api-key", metavar="KEY", help=f"its key (better: {KEY} in the environment)")
     add("--base", nargs="+", action="extend", metavar="YAML", help="config whose tokenizer limits the length")
-    add("--no-cache", action="store_true", help="ask again for what was asked before")
+    add("--no-cache", action="store_true", help="send every prompt, also those that were rewritten before")
     add("--dry-run", action="store_true", help="print what would be sent, as JSON, and send nothing")
     add("--debug", action="store_true", help="debug log; tracebacks of errors")
     out.set_defaults(overrides=[])

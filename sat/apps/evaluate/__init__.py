@@ -1,1 +1,1 @@
-"""Scores of generated images that need no download: retrieval by a small classifier, distance of features."""
+"""Scores of generated pictures: by a small classifier that ships, and by networks from local files."""

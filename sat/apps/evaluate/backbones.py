@@ -87,12 +87,12 @@ BLIP_TEXT: Rules = (
 
 
 def lacks_transformers() -> str | None:
-    """What to install, or None where transformers is there."""
+    """The command that installs transformers; None where it is installed."""
     return None if importlib.util.find_spec("transformers") is not None else EXTRA
 
 
 def pixels(image: PIL.Image.Image, side: int, *, whole: bool = False) -> Tensor:
-    """(3, side, side), normalised as CLIP asks: the middle square, or the ``whole`` picture on black."""
+    """(3, side, side), normalised for CLIP: the middle square, or the ``whole`` picture on black."""
     longest, shortest = max(image.size), min(image.size)
     scale = side / (longest if whole else shortest)
     width, height = (max(1, round(length * scale)) for length in image.size)

@@ -131,7 +131,7 @@ def score(
     classifier: network.Classifier,
     names: Sequence[str] | None = None,
 ) -> Scores:
-    """Judge ``images`` by the ``captions`` they were drawn for; ``names`` say where each is from."""
+    """Judge ``images`` by the ``captions`` they were drawn for; ``names`` say the origin of each."""
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images for {len(captions)} captions")
     if names is None:

@@ -40,8 +40,8 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 def frechet(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
     """Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2).
 
-    Source: Dowson and Landau 1982; as in FID (arXiv:1706.08500), on this classifier's features, so that
-    values compare only under the same classifier and number of pictures.
+    Source: Dowson and Landau 1982; as in FID (arXiv:1706.08500). Values compare only under the same network
+    and number of pictures.
     """
     values, vectors = torch.linalg.eigh(cov_a.double())
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # C_a^1/2
@@ -87,7 +87,7 @@ def _inside(points: Tensor, others: Tensor, neighbours: int) -> float:
 def kernel_distance(made: Tensor, real: Tensor) -> float:
     """Squared maximum mean discrepancy of features ``made`` (M, width) and ``real`` (N, width).
 
-    Its expectation does not depend on how many pictures there are, unlike a Fréchet distance's: about 0, also
+    Its expectation does not depend on the number of pictures, unlike a Fréchet distance's: about 0, also
     below, for two draws from one source. Kernel (x y / width + 1)^3.
     Source: KID, arXiv:1801.01401, section 4 and eq. 4.
     """

@@ -119,7 +119,7 @@ class Picture:
 
 
 class Opened(Sequence[PIL.Image.Image]):
-    """Pictures on white, each read when it is asked for: thousands of large ones do not fit in memory."""
+    """Pictures on white, each read when it is indexed: thousands of large ones do not fit in memory."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)

@@ -170,7 +170,7 @@ class Tally(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How A did. ``half`` counts a tie as half a win, ``decided`` leaves ties out (None: all are ties).
+    """Result of A. ``half`` counts a tie as half a win, ``decided`` leaves ties out (None: all are ties).
 
     ``wilson`` is of ``decided``, as if every vote were independent; the ``*_interval`` resample prompts,
     since votes about one prompt are not.

@@ -41,7 +41,7 @@ class OptimizerError(RuntimeError):
 
 
 class UnusableServerError(OptimizerError):
-    """The language model cannot be asked at all: no key, no connection, no such model."""
+    """The language model cannot be reached at all: no key, no connection, no such model."""
 
 
 class Counts(Protocol):
@@ -72,13 +72,13 @@ class Endpoint:
 
     @property
     def shown(self) -> str:
-        """The address without what may be secret in it."""
+        """The address without its secret parts."""
         parts = urlsplit(self.url or "https://api.openai.com/v1")
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
         return f"{parts.scheme}://{host}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
     def check(self) -> None:
-        """Raise unless it can be asked at all."""
+        """Raise :class:`UnusableServerError` unless address and key can be used."""
         try:
             parts = urlsplit(self.url or "https://api.openai.com/v1")
             _ = parts.port  # read only here
@@ -139,7 +139,7 @@ class Cache:
 
 
 class PromptOptimizer:
-    """Rewrites prompts at one endpoint. ``tokenizer`` limits their length; ``cache`` None asks every time."""
+    """Rewrites prompts at one endpoint. ``tokenizer`` limits their length, ``cache`` spares requests."""
 
     def __init__(
         self, endpoint: Endpoint, tokenizer: Counts | None = None, cache: Cache | None = None
@@ -217,7 +217,7 @@ class PromptOptimizer:
         raise OptimizerError(problem)
 
     def _open(self) -> OpenAI:
-        """The client, made once. It waits longer and longer on 429, 5xx and time-outs, or as told."""
+        """The client, made once. It retries on 429, 5xx and time-outs, after longer and longer pauses."""
         self.endpoint.check()
         if self._client is None:
             try:

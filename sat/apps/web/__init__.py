@@ -1,4 +1,4 @@
-"""One model for many people: a queue, a web page and an HTTP API on the same process."""
+"""A web page and an HTTP API for one model, with a queue, in one process; and the rights to use them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Access:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """True if only this machine can reach it."""
         return self.host in LOOPBACK and not self.share
 
     def knows(self, user: str, password: str) -> bool:
-        """Whether these are the right ones; takes as long whatever is wrong."""
+        """True for the right user and password; takes as long whatever is wrong."""
         right = hmac.compare_digest(password.encode(), (self.password or "").encode())
         return hmac.compare_digest(user.encode(), self.user.encode()) and right and self.password is not None

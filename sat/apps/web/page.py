@@ -336,7 +336,7 @@ def page(service: GenerationService, queue: JobQueue, links: Links, optimizer: P
         quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         shown = [canvas, status, form.seed, gallery, names, chosen, facts]
         drawing = {"outputs": shown, "trigger_mode": "once", **quiet}
-        # What answers once is asked directly: Gradio's queue can lose an event that is sent while the stream
+        # Handlers that answer once bypass Gradio's queue: it can lose an event that is sent while the stream
         # of the one before it closes, and the page would wait for ever.
         once = {"queue": False, **quiet}
         gr.on([draw.click, form.prompt.submit], _flat(actions.draw), form.fields, **drawing)

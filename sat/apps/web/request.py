@@ -114,7 +114,7 @@ def settings_of(path: Path) -> Settings:
 
 
 def _adapters(text: str) -> dict[str, float]:
-    """Strengths by name of a field such as ``fur:0.5, silk:1``; what does not read so is left out."""
+    """Strengths by name of a field such as ``fur:0.5, silk:1``; other text is left out."""
     found: dict[str, float] = {}
     for part in text.split(", "):
         name, _, value = part.rpartition(":")

@@ -1,4 +1,4 @@
-"""The web server: page, API, and who may use them."""
+"""The web server: page and API on one address, with limits on requests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def application(
     api: bool,
     optimizer: PromptOptimizer,
 ) -> FastAPI:
-    """Everything that answers, ready for a server."""
+    """The page, the API (where ``api``) and their guards as one application."""
     root = service.pictures.root
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")  # uploads and thumbnails stay in the output folder
@@ -79,7 +79,7 @@ def application(
 
 
 class Guard:
-    """Limits what the API is sent, and tells browsers to fetch nothing from elsewhere."""
+    """Limits requests to the API, and forbids browsers to fetch anything from elsewhere."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -109,7 +109,7 @@ class Guard:
 
 
 async def _small(scope: Scope, receive: Receive) -> tuple[ApiError | None, Receive]:
-    """The whole body, read once, if it is JSON and not too large; else what to answer."""
+    """(None, the body read once) if it is JSON and not too large; else (the error, ``receive``)."""
     headers = {key.lower(): value for key, value in scope["headers"]}
     if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
         return ApiError(415, "expected a body of application/json"), receive
@@ -143,7 +143,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def share(host: str, port: int) -> str:
-    """A public address for what listens on ``host``, through Gradio's relay; it needs a network."""
+    """A public address for the server on ``host``, through Gradio's relay; it needs a network."""
     from gradio import networking
 
     if host in ("0.0.0.0", "::"):  # all addresses: the loopback's is one of them
@@ -160,7 +160,7 @@ def run(app: FastAPI, listening: socket.socket, ready: Callable[[], None]) -> No
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Tells when it is up."""
+        """Calls ``ready`` once it is up."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)

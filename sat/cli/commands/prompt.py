@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def work(args: argparse.Namespace) -> int:
-    """What the command does with parsed arguments."""
+    """Rewrite the prompts, print or write them; the exit code."""
     logs.setup(debug=args.debug)
     prompts = list(args.prompt or []) or read_prompt_file(args.prompt_file)
     for index, prompt in enumerate(prompts):
@@ -84,7 +84,7 @@ class Rewriting:
         self.optimizer = PromptOptimizer(endpoint, tokenizer, Cache.of_user())
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """The texts to draw; the log says what became of each prompt."""
+        """The texts to draw; each goes to the log."""
         out = []
         for prompt, answer in zip(prompts, self.optimizer.all(prompts), strict=True):
             if isinstance(answer, OptimizerError):
@@ -97,7 +97,7 @@ class Rewriting:
     def whole(
         self, cascade: Cascade, prompts: Sequence[Prompt], runtime: Runtime
     ) -> tuple[Cascade, list[Prompt]]:
-        """The cascade with the rewritten prompts in its configs, so that its record repeats the run; they.
+        """(cascade, prompts): rewritten, in its configs too, so that its record repeats the run.
 
         The main rank asks for all.
         """
