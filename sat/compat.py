@@ -146,6 +146,16 @@ MODULES: dict[str, str] = {
 """Old module -> its module now."""
 
 NAMES: dict[str, str] = {
+    "sat.data.loader.once": "sat.data.loader.validation_batches",
+    "sat.data.order.Schedule": "sat.data.batch.BatchOrder",
+    "sat.data.order.Stream": "sat.data.batch.ItemStream",
+    "sat.data.order.whole": "sat.data.batch.one_group",
+    "sat.data.records.Bad": "sat.data.records.BadRecord",
+    "sat.data.survey.look": "sat.data.survey.inspect_picture",
+    "sat.data.survey.sheet": "sat.data.survey.contact_sheet",
+    "sat.data.transforms.Draws": "sat.data.transforms.Placement",
+    "sat.data.transforms.Fitted": "sat.data.transforms.Resized",
+    "sat.data.transforms.moved": "sat.data.transforms.augmented",
     "sat.adapters.factors.fresh": "sat.adapters.factors.initial_factors",
     "sat.adapters.files.About": "sat.adapters.files.AdapterInfo",
     "sat.adapters.merge.Loading": "sat.adapters.merge.AdapterRef",

@@ -60,10 +60,8 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        def acted(value: Any) -> Any:
-            return act(value) if isinstance(value, Tensor) else value
-
-        return Batch(**{field.name: acted(getattr(self, field.name)) for field in fields(self)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: act(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -94,7 +92,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-# -- in which order items come: endless streams of shuffles, and batches of one bucket at a time
+# -- the order of items: endless streams of shuffles, and batches of one bucket at a time
 #
 # Everything depends on the seed and the place alone, so a place is all that resuming needs.
 
@@ -104,16 +102,16 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Share:
-    """Items of which ``draws`` come in every round of a stream; as many as there are: each once."""
+    """Items of which ``per_round`` come in every round of a stream; as many as there are: each once."""
 
     items: Numbers
-    draws: int
+    per_round: int
 
 
 Group = tuple[Share, ...]
 
 
-def whole(count: int) -> list[Group]:
+def one_group(count: int) -> list[Group]:
     """One group in which each of ``count`` items comes once a round."""
     return [(Share(np.arange(count), count),)]
 
@@ -135,30 +133,30 @@ def groups(records: RecordSet, buckets: Buckets | None = None) -> list[Group]:
         for start, (count, weight) in zip(starts, records.shares, strict=False):
             own = items[(items >= start) & (items < start + count)]
             if len(own) and weight:
-                draws = len(records) * weight / total * len(own) / count
-                shares.append(Share(own, max(1, round(draws))))
+                per_round = len(records) * weight / total * len(own) / count
+                shares.append(Share(own, max(1, round(per_round))))
         if shares:
             out.append(tuple(shares))
     return out
 
 
-class Stream:
+class ItemStream:
     """Items of one group without end: round after round, each shuffled.
 
-    A share with other ``draws`` than items goes through its own shuffles one after the other, so that none
-    of its items comes twice before all have come once.
+    A share of which not every item comes in every round goes through its own shuffles one after the other, so
+    that none of its items comes twice before all have come once.
     """
 
     def __init__(self, group: Group, seed: int, number: int | None = None) -> None:
         self.group = group
-        self.size = sum(share.draws for share in group)
+        self.size = sum(share.per_round for share in group)
         self._key = [seed] if number is None else [seed, number]
-        self._plain = all(share.draws == len(share.items) for share in group)
+        self._plain = all(share.per_round == len(share.items) for share in group)
         self._items = np.concatenate([share.items for share in group])
         self._round: tuple[int, Numbers, Numbers] | None = None
 
     def at(self, place: int) -> tuple[int, int]:
-        """The item at ``place``, and how often it has come before."""
+        """The item at ``place``, and the number of times it has come before."""
         number, offset = divmod(place, self.size)
         kept = self._round
         if kept is None or kept[0] != number:
@@ -166,16 +164,16 @@ class Stream:
         return int(kept[1][offset]), int(kept[2][offset])
 
     def _make(self, number: int) -> tuple[Numbers, Numbers]:
-        """The items of a round, and how often each has come before."""
+        """The items of a round, and the number of times each has come before."""
         order = self._shuffled([*self._key, number], self.size)
         if self._plain:
             return self._items[order], np.full(self.size, number)
         items, times = [], []
-        for which, share in enumerate(self.group):
+        for source, share in enumerate(self.group):
             count = len(share.items)
-            places = np.arange(number * share.draws, (number + 1) * share.draws)
+            places = np.arange(number * share.per_round, (number + 1) * share.per_round)
             for again in range(int(places[0]) // count, int(places[-1]) // count + 1):
-                own = share.items[self._shuffled([*self._key, 1 + which, again, 0], count)]
+                own = share.items[self._shuffled([*self._key, 1 + source, again, 0], count)]
                 items.append(own[places[places // count == again] % count])
                 times.append(np.full(len(items[-1]), again))
         return np.concatenate(items)[order], np.concatenate(times)[order]
@@ -185,8 +183,8 @@ class Stream:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).permutation(count)
 
 
-class Schedule:
-    """Which group each global batch of ``batch`` items is taken from.
+class BatchOrder:
+    """The group that each global batch of ``batch`` items is taken from.
 
     Group g, with n items a round, gives floor((r + 1) n / batch) - floor(r n / batch) batches in round r,
     shuffled among those of the others: what does not fill a batch waits for the next round, so nothing is
@@ -198,14 +196,14 @@ class Schedule:
         self._round: tuple[int, int, list[int]] | None = None  # number, its first batch, group of each
 
     def at(self, number: int) -> tuple[int, int]:
-        """(group, how many batches it has given before) of batch ``number``."""
+        """(group, number of batches it has given before) of batch ``number``."""
         round_, first, order = self._at(number)
         group = order[number - first]
         before = round_ * self.sizes[group] // self.batch
         return group, before + order[: number - first].count(group)
 
     def given(self, number: int) -> list[int]:
-        """How many batches each group has given before batch ``number``."""
+        """Number of batches that each group has given before batch ``number``."""
         round_, first, order = self._at(number)
         return [
             round_ * size // self.batch + order[: number - first].count(group)
@@ -228,5 +226,5 @@ class Schedule:
         return self._round
 
     def _before(self, round_: int) -> int:
-        """How many batches come before a round."""
+        """Number of batches before a round."""
         return sum(round_ * size // self.batch for size in self.sizes)

@@ -6,22 +6,22 @@ Sizes are (height, width) in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import PIL.Image
 
-from sat.data.records import Bad, DataError, Record, RecordSet, check_bad_share
+from sat.data.records import BadRecord, DataError, Record, RecordSet, check_bad_share
 
 Size = tuple[int, int]
-MOST = 0.9  # of an area, that sizes at the ratio's limit must have
+LEAST_AREA = 0.9  # share of an area that sizes at the ratio's limit must have
 _ORIENTATION = 0x0112  # EXIF tag; from 5 on the picture lies on its side
 
 
 @dataclass(frozen=True)
 class BucketRule:
-    """Which sizes there are: multiples of ``step`` with at most each of ``areas`` pixels.
+    """Rule of the sizes: multiples of ``step`` with at most each of ``areas`` pixels.
 
     No size is longer than ``max_ratio`` times its width, nor the other way round. Buckets of fewer than
     ``min_images`` pictures are closed and their pictures go to the next best.
@@ -52,7 +52,7 @@ class BucketRule:
         for short in range(self.step, side + 1, self.step):
             fits = area // short // self.step * self.step
             long = min(fits, int(self.max_ratio * short) // self.step * self.step)
-            if long == fits or short * long >= MOST * area:
+            if long == fits or short * long >= LEAST_AREA * area:
                 found |= {(long, short), (short, long)}
         return sorted(found, key=lambda size: (-size[0] / size[1], -size[0]))
 
@@ -104,41 +104,38 @@ def measure(record: Record) -> Size:
         return (picture.width, picture.height) if sideways else (picture.height, picture.width)
 
 
-def measure_all(records: Sequence[Record], workers: int = 8) -> list[Size | Bad]:
-    """(height, width) of every picture, or why it cannot be measured."""
+def measure_all(records: Sequence[Record], workers: int = 8) -> list[Size | BadRecord]:
+    """(height, width) of every picture, or the reason that it cannot be measured."""
 
-    def look(record: Record) -> Size | Bad:
+    def measure_one(record: Record) -> Size | BadRecord:
         try:
             return measure(record)
         except Exception as error:  # noqa: BLE001 - decoders raise anything
-            return Bad(record.name, f"{type(error).__name__}: {error}", "picture")
+            return BadRecord(record.name, f"{type(error).__name__}: {error}", "picture")
 
     with ThreadPoolExecutor(workers, thread_name_prefix="measure") as pool:
-        return list(pool.map(look, records))
+        return list(pool.map(measure_one, records))
 
 
 def measured(
-    records: RecordSet, seen: Sequence[Size | Bad], max_bad_share: float = 0.05
+    records: RecordSet, seen: Sequence[Size | BadRecord], max_bad_share: float = 0.05
 ) -> tuple[RecordSet, list[Size]]:
     """The records whose pictures could be measured, and their sizes; the others are among its bad ones.
 
-    ``seen`` is what ``measure_all`` says of the records.
+    ``seen`` is the result of ``measure_all`` for the records.
     """
-    bad = list(dict.fromkeys(one for one in seen if isinstance(one, Bad)))
+    bad = list(dict.fromkeys(one for one in seen if isinstance(one, BadRecord)))
     check_bad_share(bad, len(records), max_bad_share, "data")
-    kept = [(r, one) for r, one in zip(records.records, seen, strict=True) if not isinstance(one, Bad)]
+    kept = [(r, one) for r, one in zip(records.records, seen, strict=True) if not isinstance(one, BadRecord)]
     if not kept:
         raise DataError("no picture of the data set can be read")
-    shares = tuple(_left(records, [not isinstance(one, Bad) for one in seen]))
-    left = replace(records, records=tuple(r for r, _ in kept), bad=(*records.bad, *bad), shares=shares)
-    return left, [size for _, size in kept]
-
-
-def _left(records: RecordSet, kept: Sequence[bool]) -> Iterator[tuple[int, float]]:
-    """The shares, with what is left of each source."""
-    start = 0
+    shares, start = [], 0  # with the number of readable records of each source
     for count, weight in records.shares:
-        if not (left := sum(kept[start : start + count])):
+        left = sum(not isinstance(one, BadRecord) for one in seen[start : start + count])
+        if not left:
             raise DataError("no picture of one of data.sources can be read")
-        yield left, weight
+        shares.append((left, weight))
         start += count
+    every = (*records.bad, *bad)
+    found = replace(records, records=tuple(r for r, _ in kept), bad=every, shares=tuple(shares))
+    return found, [size for _, size in kept]

@@ -53,11 +53,11 @@ class Store:
         return hash(self.folder)
 
     def path(self, key: str) -> Path:
-        """Where the tensors of ``key`` are."""
+        """File of the tensors of ``key``."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def whole(self, key: str) -> bool:
-        """Whether they are there, in a file of the length that its head tells."""
+    def complete(self, key: str) -> bool:
+        """True if they are there, in a file of the length that its header tells."""
         try:
             with self.path(key).open("rb") as file:
                 head = int.from_bytes(file.read(8), "little")
@@ -84,11 +84,11 @@ class Store:
         return found
 
     def reject(self, key: str, reason: str) -> None:
-        """Keep why there is nothing for ``key``."""
+        """Keep the reason that there is nothing for ``key``."""
         self._place(self._reason(key), reason.encode())
 
     def rejected(self, key: str) -> str | None:
-        """Why there is nothing for ``key``, if that is so."""
+        """The reason that there is nothing for ``key``, None if there is none."""
         try:
             return self._reason(key).read_text("utf-8", "replace")
         except OSError:
@@ -119,7 +119,7 @@ class Store:
 
 
 class Stamps:
-    """What tells a picture from what it was before: its place, and its file's size and time of change.
+    """Stamps by which a changed picture is noticed: its place, and its file's size and time of change.
 
     A place is told from the name of the source's folder on (``Record.place``), so that it can be moved.
     """
@@ -136,7 +136,7 @@ class Stamps:
 
 
 class Job(NamedTuple):
-    """A picture to encode: its record's index in the data set, and which of its placements."""
+    """A picture to encode: its record's index in the data set, and the number of its placement."""
 
     item: int
     view: int
@@ -192,7 +192,7 @@ class Cached:
         )
 
     def key(self, job: Job) -> str:
-        """What the latents of a picture are kept under."""
+        """Key of the latents of a picture."""
         transform = self.dataset.transform(job.item)
         stamp = self._stamps.of(self.dataset.records[job.item])
         return _digest(f"{stamp}|{transform.height}x{transform.width}|{job.view}")[:32]
@@ -202,21 +202,19 @@ class Cached:
         made: dict[str, Job] = {}
         for view in range(self.views):
             for index in range(len(self.dataset)):
+                record = self.dataset.records[index]
                 try:
                     job = made.setdefault(self.key(Job(index, view)), Job(index, view))
-                    self._check_same(job.item, index)
+                    one, other = self.dataset.records[job.item].path, record.path
+                    if one != other and not filecmp.cmp(one, other, shallow=False):
+                        raise CacheError(
+                            f"{one} and {other} are alike in folder, name, size and time of change, and "
+                            "differ: a cache cannot tell them apart; rename the folder of one of them "
+                            "(data.sources)"
+                        )
                 except OSError as error:
-                    self.dataset.reject(self.dataset.records[index], str(error))
+                    self.dataset.reject(record, str(error))
         return made
-
-    def _check_same(self, one: int, other: int) -> None:
-        """Raises if two pictures that a key stands for are not one picture."""
-        ours, theirs = self.dataset.records[one].path, self.dataset.records[other].path
-        if ours != theirs and not filecmp.cmp(ours, theirs, shallow=False):
-            raise CacheError(
-                f"{ours} and {theirs} are alike in folder, name, size and time of change, and differ: a "
-                "cache cannot tell them apart; rename the folder of one of them (data.sources)"
-            )
 
     def missing(self, jobs: Mapping[str, Job]) -> dict[str, Job]:
         """Of ``jobs`` those to do: not there, and not pictures that still cannot be read."""
@@ -246,7 +244,7 @@ class Cached:
 
 
 def caption_key(caption: str) -> str:
-    """What the embedding of ``caption`` is kept under."""
+    """Key of the embedding of ``caption``."""
     return _digest(caption)[:32]
 
 
@@ -255,12 +253,11 @@ def missing(stores: Sequence[Store | None], keys: Iterable[str]) -> list[str]:
     keys, given = list(keys), [store for store in stores if store is not None]
 
     def there(key: str) -> bool:
-        return all(store.whole(key) for store in given)
+        return all(store.complete(key) for store in given)
 
     with ThreadPoolExecutor(8, thread_name_prefix="cache") as pool:
-        return [
-            key for key, whole in zip(keys, pool.map(there, keys, chunksize=64), strict=True) if not whole
-        ]
+        complete = pool.map(there, keys, chunksize=64)
+        return [key for key, is_there in zip(keys, complete, strict=True) if not is_there]
 
 
 def fill_latents(
@@ -272,7 +269,7 @@ def fill_latents(
     batch_size: int = 8,
     workers: int = 2,
 ) -> Iterator[int]:
-    """Makes the latents (and low-resolution latents) of ``jobs``; yields after each batch how many it had.
+    """Makes the latents (and low-resolution latents) of ``jobs``; yields the size of each batch done.
 
     ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled.
     """
@@ -330,7 +327,7 @@ def fill_text(
     *,
     batch_size: int = 32,
 ) -> Iterator[int]:
-    """Makes the embeddings (T, C_text) of ``captions``; yields after each batch how many it had."""
+    """Makes the embeddings (T, C_text) of ``captions``; yields the size of each batch done."""
     keys = list(captions)
     with torch.no_grad():
         for start in range(0, len(keys), batch_size):
@@ -341,7 +338,7 @@ def fill_text(
 
 
 def prune(root: Path, used: Mapping[Path, frozenset[str]]) -> int:
-    """Delete what no store of ``used`` (its folder: its keys) needs; how many files that were."""
+    """Delete the files that no store of ``used`` (its folder: its keys) needs; returns their number."""
     count = 0
     for folder in root.glob("*-*"):
         if not (folder / "made_from.json").is_file():

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sat.data.batch import Sample, collate, groups
 from sat.data.buckets import Buckets
-from sat.data.records import Bad, DataError, Record, RecordSet, check_bad_share
-from sat.data.transforms import Draws, Fitted, Transform
+from sat.data.records import BadRecord, DataError, Record, RecordSet, check_bad_share
+from sat.data.transforms import Placement, Resized, Transform
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ KEEP_BYTES = 1 << 30  # of decoded pictures that a data set keeps in memory
 
 
 class Items(Protocol):
-    """What a loader reads from."""
+    """Items that a loader reads."""
 
     def __len__(self) -> int: ...
 
@@ -58,10 +58,10 @@ class Dataset:
             raise DataError("the data set is empty")
         self.records = records.records
         self.max_bad_share = max_bad_share
-        self.bad: list[Bad] = list(records.bad)
+        self.bad: list[BadRecord] = list(records.bad)
         self.groups = groups(records, buckets)
         self._room = keep_bytes
-        self._kept: dict[str, Fitted] = {}
+        self._kept: dict[str, Resized] = {}
         self._unreadable: dict[str, str] = {}  # by name, why
         self._lock = threading.Lock()
         self._files = len({record.name for record in self.records})
@@ -83,9 +83,13 @@ class Dataset:
 
     def get(self, index: int, epoch: int, seed: int) -> Sample:
         """Item ``index`` of ``epoch``: its caption and picture drawn from (seed, epoch, index) alone."""
-        record, fitted = self._readable(index)
-        caption = record.caption(item_random(seed, epoch, index, "caption").random())
-        return self._sample(index, fitted, caption, item_random(seed, epoch, index, "picture"))
+        for other in self._from(index):
+            record = self.records[other]
+            resized = self._load(record, self.transform(index))
+            if resized is not None:
+                caption = record.caption(item_random(seed, epoch, index, "caption").random())
+                return self._sample(index, resized, caption, item_random(seed, epoch, index, "picture"))
+        raise DataError("no picture of the data set can be read")
 
     def view(self, index: int, view: int) -> Sample | None:
         """The picture of record ``index`` in a placement that depends on its place and ``view`` alone.
@@ -93,18 +97,19 @@ class Dataset:
         For caches, which outlive changes elsewhere in the data. The caption is the first; None: unreadable.
         """
         record = self.records[index]
-        fitted = self._load(record, self.transform(index))
-        if fitted is None:
+        resized = self._load(record, self.transform(index))
+        if resized is None:
             return None
-        return self._sample(index, fitted, record.captions[0], random.Random(f"{record.place}/{view}/view"))
+        return self._sample(index, resized, record.captions[0], random.Random(f"{record.place}/{view}/view"))
 
-    def _sample(self, index: int, fitted: Fitted, caption: str, numbers: random.Random) -> Sample:
+    def _sample(self, index: int, resized: Resized, caption: str, numbers: random.Random) -> Sample:
         transform = self.transform(index)
-        image, crop = transform.place(fitted, Draws(*(numbers.random() for _ in Draws._fields)))
-        return Sample(caption, fitted.original_size, crop, (transform.height, transform.width), image=image)
+        placement = Placement(*(numbers.random() for _ in Placement._fields))
+        image, crop = transform.place(resized, placement)
+        return Sample(caption, resized.original_size, crop, (transform.height, transform.width), image=image)
 
     def transform(self, index: int) -> Transform:
-        """What is done to the picture of item ``index``, with the size of its bucket."""
+        """The transform of item ``index``, to the size of its bucket."""
         return self._transforms[self._places[index][0]]
 
     def shown(self, index: int) -> int:
@@ -128,7 +133,7 @@ class Dataset:
             if record.name in self._unreadable:
                 return
             self._unreadable[record.name] = reason
-            self.bad.append(Bad(record.name, reason, "picture"))
+            self.bad.append(BadRecord(record.name, reason, "picture"))
             log.warning("skipped %s: %s", record.name, reason)
             total = self._files + len(self.bad) - len(self._unreadable)
             check_bad_share(self.bad, total, self.max_bad_share, "data")
@@ -139,30 +144,22 @@ class Dataset:
         items = self._buckets[bucket]
         return (items[(place + step) % len(items)] for step in range(len(items)))
 
-    def _readable(self, index: int) -> tuple[Record, Fitted]:
-        """The first readable record from ``index`` on."""
-        for other in self._from(index):
-            fitted = self._load(self.records[other], self.transform(index))
-            if fitted is not None:
-                return self.records[other], fitted
-        raise DataError("no picture of the data set can be read")
-
-    def _load(self, record: Record, transform: Transform) -> Fitted | None:
+    def _load(self, record: Record, transform: Transform) -> Resized | None:
         kept = self._kept.get(record.name)
         if kept is not None:
             return kept
         if record.name in self._unreadable:
             return None
         try:
-            fitted = transform.load(record.file())
+            resized = transform.load(record.file())
         except Exception as error:  # noqa: BLE001 - decoders raise anything: SyntaxError, struct.error, bomb errors
             self.reject(record, f"{type(error).__name__}: {error}")
             return None
         with self._lock:
-            if record.name not in self._kept and fitted.pixels.nbytes <= self._room:
-                self._kept[record.name] = fitted
-                self._room -= fitted.pixels.nbytes
-        return fitted
+            if record.name not in self._kept and resized.pixels.nbytes <= self._room:
+                self._kept[record.name] = resized
+                self._room -= resized.pixels.nbytes
+        return resized
 
 
 class LatentCache:

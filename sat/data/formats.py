@@ -9,20 +9,20 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sat.data.records import CAPTION_KEYS, IMAGE_SUFFIXES, Bad, DataError, FieldError, Record
+from sat.data.records import CAPTION_KEYS, IMAGE_SUFFIXES, BadRecord, DataError, FieldError, Record
 
 if TYPE_CHECKING:
     import pyarrow.parquet
 
 
 class Captions(NamedTuple):
-    """The captions of a row, and how often each of them is drawn (empty: alike)."""
+    """The captions of a row, and their sampling weights (empty: alike)."""
 
     texts: tuple[str, ...]
     weights: tuple[float, ...]
@@ -70,7 +70,7 @@ def row_record(row: object, folder: Path) -> Record:
     return Record(path, found.texts, found.weights, labels)
 
 
-def read_jsonl(table: Path) -> Iterator[Record | Bad]:
+def read_jsonl(table: Path) -> Iterator[Record | BadRecord]:
     """One record or complaint for each line of a table of JSON objects."""
     with table.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -79,12 +79,12 @@ def read_jsonl(table: Path) -> Iterator[Record | Bad]:
             try:
                 yield row_record(json.loads(line), table.parent)
             except FieldError as error:
-                yield Bad(f"{table}:{number}", str(error), error.kind)
+                yield BadRecord(f"{table}:{number}", str(error), error.kind)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                yield Bad(f"{table}:{number}", f"row: not JSON: {error}")
+                yield BadRecord(f"{table}:{number}", f"row: not JSON: {error}")
 
 
-def read_csv(table: Path) -> Iterator[Record | Bad]:
+def read_csv(table: Path) -> Iterator[Record | BadRecord]:
     """One record or complaint for each row of a comma-separated table with a header."""
     with table.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines)
@@ -93,7 +93,7 @@ def read_csv(table: Path) -> Iterator[Record | Bad]:
             for needed in (("file_name",), CAPTION_KEYS):
                 if not set(needed) & set(columns):
                     has = ", ".join(map(str, columns)) or "none"
-                    yield Bad(
+                    yield BadRecord(
                         f"{table}:1", f"{needed[0]}: no column {' or '.join(needed)} (there are: {has})"
                     )
                     return
@@ -102,9 +102,11 @@ def read_csv(table: Path) -> Iterator[Record | Bad]:
                 try:
                     yield row_record(texts, table.parent)
                 except FieldError as error:
-                    yield Bad(f"{table}:{rows.line_num}", str(error), error.kind)
+                    yield BadRecord(f"{table}:{rows.line_num}", str(error), error.kind)
         except (csv.Error, ValueError) as error:
-            yield Bad(f"{table}:{rows.line_num + 1}", f"row: not a comma-separated table in UTF-8: {error}")
+            yield BadRecord(
+                f"{table}:{rows.line_num + 1}", f"row: not a comma-separated table in UTF-8: {error}"
+            )
 
 
 # -- parquet tables: pictures as bytes (also Hugging Face's ``image`` column) or as paths, and captions
@@ -155,7 +157,7 @@ class _Pictures:
         return found
 
 
-def read_parquet(path: Path) -> Iterator[Record | Bad]:
+def read_parquet(path: Path) -> Iterator[Record | BadRecord]:
     """One record or complaint for each row; the pictures' bytes are not read yet."""
     try:
         import pyarrow
@@ -165,13 +167,13 @@ def read_parquet(path: Path) -> Iterator[Record | Bad]:
     try:
         file = pq.ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        yield Bad(str(path), f"not a parquet file: {error}")
+        yield BadRecord(str(path), f"not a parquet file: {error}")
         return
     columns = file.schema_arrow.names
     wanted = [name for name in (*PATHS, *CAPTION_KEYS, "weights") if name in columns]
     by_bytes = IMAGE in columns
     if not by_bytes and not set(PATHS) & set(columns):
-        yield Bad(
+        yield BadRecord(
             str(path), f"{IMAGE}: no column {IMAGE}, {' or '.join(PATHS)} (there are: {', '.join(columns)})"
         )
         return
@@ -189,7 +191,7 @@ def read_parquet(path: Path) -> Iterator[Record | Bad]:
                     named = next((row[name] for name in PATHS if row.get(name)), None)
                     yield row_record({**row, "file_name": named}, path.parent)
             except FieldError as error:
-                yield Bad(f"{path}:row {number}", str(error), error.kind)
+                yield BadRecord(f"{path}:row {number}", str(error), error.kind)
 
 
 # -- WebDataset shards: tar files whose members with one key (``0001.jpg``, ``0001.txt``) are one sample
@@ -233,45 +235,37 @@ def expand(path: Path) -> list[Path]:
     return list(itertools.chain.from_iterable(expand(path.with_name(name)) for name in names))
 
 
-def read_shard(path: Path) -> Iterator[Record | Bad]:
+def read_shard(path: Path) -> Iterator[Record | BadRecord]:
     """One record or complaint for each sample of a shard, in order."""
     try:
         with tarfile.open(path, "r:") as shard:
-            for key, members in itertools.groupby(_members(shard), lambda pair: pair[0]):
+            for key, members in itertools.groupby(_members(shard), lambda member: member[0]):
+                files: dict[str, tarfile.TarInfo] = {}  # of one sample, by extension
                 try:
-                    yield _sample(path, shard, _unique(pair for _, pair in members))
+                    for _, extension, info in list(members):
+                        if extension in files:
+                            raise FieldError(extension, "two members of this name in one sample")
+                        files[extension] = info
+                    yield _sample(path, shard, files)
                 except FieldError as error:
-                    yield Bad(f"{path}:{key}", str(error), error.kind)
-            if not _ended(path, shard.offset):
-                raise tarfile.ReadError("it ends without an end mark, so samples may be missing")
+                    yield BadRecord(f"{path}:{key}", str(error), error.kind)
+            with path.open("rb") as file:  # tarfile takes a cut-off header for the end mark too
+                file.seek(shard.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("it ends without an end mark, so samples may be missing")
     except (tarfile.TarError, EOFError) as error:
-        yield Bad(str(path), f"not a whole, uncompressed tar file (pictures are read in place): {error}")
+        yield BadRecord(
+            str(path), f"not a whole, uncompressed tar file (pictures are read in place): {error}"
+        )
 
 
-def _ended(path: Path, offset: int) -> bool:
-    """Whether the end mark of a tar file is at ``offset``; tarfile takes a cut-off header for it too."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE
-
-
-def _members(shard: tarfile.TarFile) -> Iterator[tuple[str, tuple[str, tarfile.TarInfo]]]:
-    """(key, (extension, header)) of every file that belongs to a sample."""
+def _members(shard: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, extension, header) of every file that belongs to a sample."""
     for info in shard:
         match = _NAME.fullmatch(info.name)
         if match is not None and info.isreg():
-            yield match[1], (match[2].lower(), info)
+            yield match[1], match[2].lower(), info
         shard.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-
-
-def _unique(pairs: Iterable[tuple[str, tarfile.TarInfo]]) -> dict[str, tarfile.TarInfo]:
-    """The members of a sample by extension."""
-    found: dict[str, tarfile.TarInfo] = {}
-    for extension, info in list(pairs):
-        if extension in found:
-            raise FieldError(extension, "two members of this name in one sample")
-        found[extension] = info
-    return found
 
 
 def _sample(path: Path, shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Record:

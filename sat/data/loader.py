@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from sat.data.batch import Batch, Group, Sample, Schedule, Stream, collate, whole
+from sat.data.batch import Batch, BatchOrder, Group, ItemStream, Sample, collate, one_group
 from sat.data.dataset import Items
 from sat.data.records import DataError
 
@@ -46,20 +46,18 @@ class Loader:
             raise ValueError(f"rank {rank} of {world}: expected 0 <= rank < world")
         self.items, self.batch_size, self.seed = items, batch_size, seed
         self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
-        groups = whole(len(items)) if groups is None else list(groups)
+        groups = one_group(len(items)) if groups is None else list(groups)
         several = len(groups) > 1
-        self._streams = [
-            Stream(group, seed, place if several else None) for place, group in enumerate(groups)
-        ]
-        self._draws = [[share.draws for share in group] for group in groups]
+        self._streams = [ItemStream(group, seed, i if several else None) for i, group in enumerate(groups)]
+        self._per_round = [[share.per_round for share in group] for group in groups]
         self.position = 0
         self._begin(0, [0] * len(groups))
 
     def _begin(self, since: int, taken: Sequence[int]) -> None:
-        """Schedule the groups anew from position ``since``, where ``taken`` items of each are gone."""
+        """Order the groups anew from position ``since``, where ``taken`` items of each are gone."""
         self._since, self._taken = since, list(taken)
         sizes = [stream.size for stream in self._streams]
-        self._schedule = Schedule(sizes, self.stride, (self.seed, since, len(sizes)))
+        self._order = BatchOrder(sizes, self.stride, (self.seed, since, len(sizes)))
 
     @property
     def stride(self) -> int:
@@ -68,7 +66,7 @@ class Loader:
 
     @property
     def epoch(self) -> float:
-        """How many times the data has been seen."""
+        """Number of passes over the data so far."""
         return self.position / sum(stream.size for stream in self._streams)
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,11 +75,11 @@ class Loader:
         if self._plain:
             return state
         groups = {"since": self._since, "taken": self._taken, "stride": self.stride}
-        return state | {"draws": self._draws, "groups": groups}
+        return state | {"draws": self._per_round, "groups": groups}
 
     @property
     def _plain(self) -> bool:
-        return self._draws == [[len(self.items)]]
+        return self._per_round == [[len(self.items)]]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a position; the data, its weights and buckets, and the seed must be the same."""
@@ -102,7 +100,7 @@ class Loader:
             self._begin(since, taken)
             return
         sizes = [stream.size for stream in self._streams]
-        left = Schedule(sizes, stride, (self.seed, since, len(sizes)))
+        left = BatchOrder(sizes, stride, (self.seed, since, len(sizes)))
         given = left.given((self.position - since) // stride)
         self._begin(self.position, [gone + stride * count for gone, count in zip(taken, given, strict=True)])
 
@@ -113,18 +111,13 @@ class Loader:
                 samples = [self.items.get(*job, self.seed) for job in self._jobs(self.position)]
                 self.position += self.stride
                 yield self._batch(samples)
-        else:
-            yield from self._read_ahead()
-
-    def _read_ahead(self) -> Iterator[Batch]:
-        """As above, the next batches being read and put together by threads meanwhile."""
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
-        waiting: deque[Future[Batch]] = deque()
-        start = self.position
 
         def together(jobs: Sequence[Future[Sample]]) -> Batch:
             return self._batch([job.result() for job in jobs])  # begun before, so never waited for in vain
 
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
+        waiting: deque[Future[Batch]] = deque()  # read and put together by threads meanwhile
+        start = self.position
         try:
             while True:
                 while len(waiting) < AHEAD:
@@ -145,7 +138,7 @@ class Loader:
         if len(self._streams) == 1:
             stream, start = self._streams[0], position
         else:
-            group, number = self._schedule.at((position - self._since) // self.stride)
+            group, number = self._order.at((position - self._since) // self.stride)
             stream, start = self._streams[group], self._taken[group] + number * self.stride
         start += self.rank * self.batch_size
         return [stream.at(place) for place in range(start, start + self.batch_size)]
@@ -155,7 +148,7 @@ class Loader:
         return self._streams[0].at(place)[0]
 
 
-def once(
+def validation_batches(
     items: Items,
     batch_size: int,
     seed: int = 0,
@@ -165,12 +158,12 @@ def once(
 ) -> list[Batch]:
     """Every item once and in order, as whole batches shared over the ranks in turn; the same each time.
 
-    For validation. All ranks get equally many batches of equal size, each of one group, so up to one round of
+    All ranks get equally many batches of equal size, each of one group, so up to one round of
     every group's items is left out; if no group has enough items for one round, those of the largest are
     repeated to fill it.
     """
     members = [
-        [int(item) for share in group for item in share.items] for group in (groups or whole(len(items)))
+        [int(item) for share in group for item in share.items] for group in (groups or one_group(len(items)))
     ]
     stride = batch_size * world
     rounds = [len(group) // stride for group in members]

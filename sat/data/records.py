@@ -1,4 +1,4 @@
-"""What a pair of picture and captions is, wherever the picture lies, and what is said of what is none."""
+"""Records, pairs of a picture and its captions wherever the picture lies, and errors in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DataError(RuntimeError):
 
 
 class Inside(Protocol):
-    """Where a picture lies inside of a file that holds many. Its text names it there, e.g. ``0001.jpg``."""
+    """Place of a picture in a file that holds many. Its text names it there, e.g. ``0001.jpg``."""
 
     def open(self, path: Path) -> BytesIO:
         """The picture's bytes out of the file at ``path``."""
@@ -32,14 +32,12 @@ class Inside(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """A picture's place, its captions, and how often each of them is drawn."""
+    """A picture's place, its captions, and their sampling weights."""
 
     path: Path  # of the picture, or of the file that holds it
     captions: tuple[str, ...]
     weights: tuple[float, ...] = ()  # as many as captions and positive in sum; empty: all alike
-    labels: Mapping[str, str] = field(
-        default_factory=dict
-    )  # other text fields of the table, e.g. concept, style
+    labels: Mapping[str, str] = field(default_factory=dict)  # other text fields, e.g. concept, style
     inside: Inside | None = None  # where in the file; None: the file is the picture
     source: Path | None = None  # the folder of the source that has it
 
@@ -53,12 +51,12 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Where the picture is, for messages; different for different pictures."""
+        """Path of the picture, for messages; different for different pictures."""
         return str(self.path) if self.inside is None else f"{self.path}:{self.inside}"
 
     @property
     def place(self) -> str:
-        """Where it is from the name of its source's folder on: the same after that folder was moved."""
+        """Path from the name of its source's folder on: the same after that folder was moved."""
         top = self.path.parent if self.source is None else self.source
         place = Path(os.path.relpath(self.path, top.absolute().parent)).as_posix()
         return place if self.inside is None else f"{place}:{self.inside}"
@@ -76,14 +74,12 @@ class Record:
             left -= weight
             if left < 0:
                 return caption
-        return next(
-            caption for caption, weight in zip(self.captions, self.weights, strict=True) if weight > 0
-        )
+        return next(one for one, weight in zip(self.captions, self.weights, strict=True) if weight > 0)
 
 
 @dataclass(frozen=True)
-class Bad:
-    """Something skipped: where it is (file, line or member) and what is wrong with it (field, cause)."""
+class BadRecord:
+    """A skipped record: its place (file, line or member) and the reason (field, cause)."""
 
     where: str
     reason: str
@@ -94,7 +90,7 @@ class Bad:
 
 
 class FieldError(ValueError):
-    """A field of a row that cannot be used; its text is ``field: what is wrong``."""
+    """A field of a row that cannot be used; its text is ``field: reason``."""
 
     def __init__(self, name: str, what: str, kind: Kind = "row") -> None:
         self.kind = kind
@@ -110,14 +106,14 @@ class RecordSet:
     """
 
     records: tuple[Record, ...]
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[BadRecord, ...] = ()
     shares: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
 
 
-def check_bad_share(bad: Sequence[Bad], total: int, most: float, where: str) -> None:
+def check_bad_share(bad: Sequence[BadRecord], total: int, most: float, where: str) -> None:
     """Raises once more than the share ``most`` of ``total`` items is bad, naming the first few."""
     if len(bad) <= most * total:
         return

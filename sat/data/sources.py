@@ -13,7 +13,7 @@ from sat.data.records import (
     HELD_OUT,
     IMAGE_SUFFIXES,
     TABLE,
-    Bad,
+    BadRecord,
     DataError,
     Record,
     RecordSet,
@@ -38,7 +38,7 @@ def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: fl
     if not sources:
         raise DataError("no data sources (data.sources)")
     records: list[Record] = []
-    bad: list[Bad] = []
+    bad: list[BadRecord] = []
     shares: list[tuple[int, float]] = []
     for source in (Source(*one) for one in sources):
         found = read_source(source.path)
@@ -75,18 +75,18 @@ def read_source(path: Path) -> RecordSet:
     return _read((item for file in files for item in _READERS[file.suffix.lower()](file)), path.parent)
 
 
-def _read(items: Iterator[Record | Bad], source: Path) -> RecordSet:
+def _read(items: Iterator[Record | BadRecord], source: Path) -> RecordSet:
     records: list[Record] = []
-    bad: list[Bad] = []
+    bad: list[BadRecord] = []
     for item in items:
-        if isinstance(item, Bad):
+        if isinstance(item, BadRecord):
             bad.append(item)
         else:
             records.append(replace(item, source=source))
     return RecordSet(tuple(records), tuple(bad))
 
 
-def _folder(folder: Path) -> Iterator[Record | Bad]:
+def _folder(folder: Path) -> Iterator[Record | BadRecord]:
     """One record or complaint for each row, member or image of ``folder``."""
     tables = [folder / name for name in TABLES if (folder / name).is_file()]
     if len(tables) > 1:
@@ -98,12 +98,8 @@ def _folder(folder: Path) -> Iterator[Record | Bad]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".tar", ".parquet"))
     for file in files:
         yield from _READERS[file.suffix.lower()](file)
-    if not files:
-        yield from _pairs(folder)
-
-
-def _pairs(folder: Path) -> Iterator[Record | Bad]:
-    """One record or complaint for each image below ``folder``."""
+    if files:
+        return
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
             continue
@@ -111,12 +107,12 @@ def _pairs(folder: Path) -> Iterator[Record | Bad]:
         try:
             caption = " ".join(text.read_text("utf-8").split())
         except FileNotFoundError:
-            yield Bad(str(path), f"no caption file {text.name}", "caption")
+            yield BadRecord(str(path), f"no caption file {text.name}", "caption")
             continue
         except (OSError, ValueError) as error:
-            yield Bad(str(text), str(error), "caption")
+            yield BadRecord(str(text), str(error), "caption")
             continue
-        yield Record(path, (caption,)) if caption else Bad(str(text), "empty caption", "caption")
+        yield Record(path, (caption,)) if caption else BadRecord(str(text), "empty caption", "caption")
 
 
 # -- training of a small sentencepiece vocabulary that T5 tokenizers read

@@ -1,4 +1,4 @@
-"""What data sources hold: counts, sizes, captions, buckets, duplicates, everything that is wrong."""
+"""Surveys of data sources: counts, sizes, captions, buckets, duplicates, errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from sat.data.buckets import Buckets, Size
-from sat.data.records import Bad, Record
+from sat.data.records import BadRecord, Record
 from sat.data.sources import read_source
 from sat.data.transforms import Transform, on_white
 
@@ -22,7 +22,7 @@ SHOWN = 5  # lines of a list that is printed
 
 
 class Picture(NamedTuple):
-    """What is seen of a picture by opening it. ``size`` is (height, width) as shown."""
+    """Properties of an opened picture. ``size`` is (height, width) as shown."""
 
     size: Size
     kind: str  # of the file: PNG, JPEG …
@@ -37,7 +37,7 @@ class Survey:
     source: Path
     readable: tuple[Record, ...]
     pictures: tuple[Picture, ...]  # of the readable ones
-    bad: tuple[Bad, ...]
+    bad: tuple[BadRecord, ...]
     labels: dict[str, Counter[str]]  # by field of the table, e.g. style
     too_long: tuple[str, ...] = ()  # captions over the token limit
     captions: int = 0
@@ -45,9 +45,13 @@ class Survey:
 
     def lines(self, height: int | None = None, width: int | None = None) -> list[str]:
         """The survey in words; with a training size, how many pictures are smaller than it."""
+        names = {"caption": "without caption", "picture": "without readable picture", "row": "broken rows"}
+        kinds = Counter[str](bad.kind for bad in self.bad)
+        found = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
+        lacking = f" ({found})" if found else ""
         sizes = Counter(f"{picture.size[0]}x{picture.size[1]}" for picture in self.pictures)
         rows = [
-            f"{self.source}: {len(self.readable)} pairs, {len(self.bad)} that cannot be used{self._kinds()}",
+            f"{self.source}: {len(self.readable)} pairs, {len(self.bad)} that cannot be used{lacking}",
             f"formats: {_counts(Counter(picture.kind for picture in self.pictures))}",
             f"sizes (height x width): {_counts(sizes)}",
         ]
@@ -70,21 +74,14 @@ class Survey:
             rows.append(f"skipped: and {len(self.bad) - SHOWN * 4} more")
         return rows
 
-    def _kinds(self) -> str:
-        """How many of the bad ones lack what."""
-        names = {"caption": "without caption", "picture": "without readable picture", "row": "broken rows"}
-        kinds = Counter(bad.kind for bad in self.bad)
-        found = [f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind]]  # type: ignore[index]
-        return f" ({', '.join(found)})" if found else ""
-
 
 def survey(source: Path, too_long: Callable[[str], bool] | None = None, workers: int = 4) -> Survey:
     """Opens every picture of ``source`` once; ``too_long`` tells if a caption is over the token limit."""
     found = read_source(source)
     with ThreadPoolExecutor(workers, thread_name_prefix="survey") as pool:
-        seen = list(pool.map(look, found.records))
-    bad = [one for one in seen if isinstance(one, Bad)]
-    readable = tuple(r for r, one in zip(found.records, seen, strict=True) if not isinstance(one, Bad))
+        seen = list(pool.map(inspect_picture, found.records))
+    bad = [one for one in seen if isinstance(one, BadRecord)]
+    readable = tuple(r for r, one in zip(found.records, seen, strict=True) if not isinstance(one, BadRecord))
     labels: dict[str, Counter[str]] = {}
     for record in readable:
         for name, value in record.labels.items():
@@ -94,7 +91,7 @@ def survey(source: Path, too_long: Callable[[str], bool] | None = None, workers:
     return Survey(
         source,
         readable,
-        tuple(one for one in seen if not isinstance(one, Bad)),
+        tuple(one for one in seen if not isinstance(one, BadRecord)),
         (*found.bad, *bad),
         labels,
         long,
@@ -103,8 +100,8 @@ def survey(source: Path, too_long: Callable[[str], bool] | None = None, workers:
     )
 
 
-def look(record: Record) -> Picture | Bad:
-    """What is seen of a picture, or why it cannot be opened."""
+def inspect_picture(record: Record) -> Picture | BadRecord:
+    """Properties of a picture, or the reason that it cannot be opened."""
     try:
         file = record.file()
         data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
@@ -112,7 +109,7 @@ def look(record: Record) -> Picture | Bad:
             kind = opened.format or "?"
             shown = on_white(PIL.ImageOps.exif_transpose(opened))
     except Exception as error:  # noqa: BLE001 - decoders raise anything
-        return Bad(record.name, f"{type(error).__name__}: {error}", "picture")
+        return BadRecord(record.name, f"{type(error).__name__}: {error}", "picture")
     size = (shown.height, shown.width)
     pixels = hashlib.sha256(f"{size}".encode() + shown.tobytes()).hexdigest()
     return Picture(size, kind, hashlib.sha256(data).hexdigest(), pixels)
@@ -128,7 +125,9 @@ def duplicates(surveys: Sequence[Survey]) -> list[str]:
     for what, found in (("identical files", files), ("identical pictures in different files", again)):
         if found:
             rows.append(f"{what}: {sum(map(len, found)) - len(found)} more than needed")
-            rows += [f"{what}: {', '.join(_some(names))}" for names in found[:SHOWN]]
+            for names in found[:SHOWN]:
+                others = [f"and {len(names) - 3} others"] if len(names) > 3 else []
+                rows.append(f"{what}: {', '.join([*names[:3], *others])}")
     return rows
 
 
@@ -140,10 +139,6 @@ def _same(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
         if name not in group:
             group.append(name)
     return [group for group in names.values() if len(group) > 1]
-
-
-def _some(names: Sequence[str]) -> list[str]:
-    return [*names[:3], *([f"and {len(names) - 3} others"] if len(names) > 3 else [])]
 
 
 def bucket_table(buckets: Buckets, batch: int) -> list[str]:
@@ -162,7 +157,7 @@ def bucket_table(buckets: Buckets, batch: int) -> list[str]:
     return rows
 
 
-def sheet(records: Sequence[Record], columns: int, height: int, width: int) -> PIL.Image.Image:
+def contact_sheet(records: Sequence[Record], columns: int, height: int, width: int) -> PIL.Image.Image:
     """The pictures as trained on without random placement, in rows of ``columns``, 2 pixels apart."""
     transform = Transform(height, width)
     rows = -(-len(records) // columns)

@@ -1,4 +1,4 @@
-"""From a picture file to the tensor trained on, with the size conditions that describe what was done."""
+"""From a picture file to the tensor trained on, with the size conditions of the way it was cut."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 WHITE = (255, 255, 255)
 
 
-class Fitted(NamedTuple):
+class Resized(NamedTuple):
     """A picture resized to cover the target, and the size of its file as (height, width)."""
 
     pixels: NDArray[np.uint8]  # (H', W', 3), H' >= H and W' >= W, one of them equal
@@ -41,8 +41,8 @@ class Augment:
             raise ValueError(f"data.augment.scale {list(self.scale)}: expected 0 < smallest <= largest")
 
 
-class Draws(NamedTuple):
-    """The random numbers of one picture, each uniform in [0, 1); 0.5 is the middle."""
+class Placement(NamedTuple):
+    """Crop, scale and shift of one picture as random numbers, each uniform in [0, 1); 0.5 is the middle."""
 
     top: float = 0.5
     left: float = 0.5
@@ -68,31 +68,31 @@ class Transform:
         if self.crop not in ("center", "random"):
             raise ValueError(f"data.crop {self.crop!r}: expected 'center' or 'random'")
 
-    def load(self, source: Path | BytesIO) -> Fitted:
+    def load(self, source: Path | BytesIO) -> Resized:
         """The picture in a file, turned as its EXIF says, on white, resized to just cover the target."""
         with PIL.Image.open(source) as file:
             picture = on_white(PIL.ImageOps.exif_transpose(file))
-        return self.fit(picture)
+        return self.resize(picture)
 
-    def fit(self, picture: PIL.Image.Image) -> Fitted:
+    def resize(self, picture: PIL.Image.Image) -> Resized:
         """An RGB picture resized to just cover the target."""
         height, width = picture.height, picture.width
         factor = max(self.height / height, self.width / width)
         size = (max(self.width, round(width * factor)), max(self.height, round(height * factor)))
         if size != picture.size:
             picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
-        return Fitted(np.asarray(picture), (height, width))
+        return Resized(np.asarray(picture), (height, width))
 
-    def place(self, fitted: Fitted, draws: Draws) -> tuple[Tensor, tuple[int, int]]:
+    def place(self, resized: Resized, placement: Placement) -> tuple[Tensor, tuple[int, int]]:
         """The picture (3, height, width) in [-1, 1] and the (top, left) pixels it was cut at."""
-        spare_y, spare_x = fitted.pixels.shape[0] - self.height, fitted.pixels.shape[1] - self.width
+        spare_y, spare_x = resized.pixels.shape[0] - self.height, resized.pixels.shape[1] - self.width
         if self.crop == "center":
             top, left = spare_y // 2, spare_x // 2
         else:
-            top, left = int(draws.top * (spare_y + 1)), int(draws.left * (spare_x + 1))
-        pixels = fitted.pixels[top : top + self.height, left : left + self.width]
+            top, left = int(placement.top * (spare_y + 1)), int(placement.left * (spare_x + 1))
+        pixels = resized.pixels[top : top + self.height, left : left + self.width]
         if self.augment is not None:
-            pixels = moved(pixels, self.augment, draws)
+            pixels = augmented(pixels, self.augment, placement)
         return to_tensor(pixels), (top, left)
 
 
@@ -101,28 +101,23 @@ def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture.copy()
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, (*WHITE, 255)), picture).convert(
-            "RGB"
-        )
-    if picture.mode.startswith(("I", "F")):  # 16 bits and more: convert() would clip
-        return _by_range(picture)
+        white = PIL.Image.new("RGBA", picture.size, (*WHITE, 255))
+        picture = PIL.Image.alpha_composite(white, picture.convert("RGBA"))
+    if picture.mode.startswith(
+        ("I", "F")
+    ):  # 16 bits and more, which convert() would clip; 65535 (1) is white
+        values = np.asarray(picture, dtype=np.float64) * (255.0 if picture.mode == "F" else 255.0 / 65535.0)
+        picture = PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
     return picture.convert("RGB")
 
 
-def _by_range(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A grey picture of more than 8 bits as RGB, 65535 (floats: 1) being white."""
-    values = np.asarray(picture, dtype=np.float64) * (255.0 if picture.mode == "F" else 255.0 / 65535.0)
-    return PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
-
-
-def moved(pixels: NDArray[np.uint8], augment: Augment, draws: Draws) -> NDArray[np.uint8]:
+def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement) -> NDArray[np.uint8]:
     """``pixels`` (H, W, 3) scaled about the middle and shifted, white where nothing is left."""
     height, width = pixels.shape[:2]
     low, high = augment.scale
-    scale = low + (high - low) * draws.scale
-    down = (2 * draws.down - 1) * augment.shift * height
-    right = (2 * draws.right - 1) * augment.shift * width
+    scale = low + (high - low) * placement.scale
+    down = (2 * placement.down - 1) * augment.shift * height
+    right = (2 * placement.right - 1) * augment.shift * width
     if scale == 1 and down == 0 and right == 0:
         return pixels
     inverse = (

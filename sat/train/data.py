@@ -11,7 +11,7 @@ from torch import Tensor
 from sat.config.schema import DataConfig, SourceConfig
 from sat.data.buckets import BucketRule, Buckets, Size, measure_all, measured
 from sat.data.dataset import Dataset, Items, LatentCache
-from sat.data.records import Bad, Record
+from sat.data.records import BadRecord, Record
 from sat.data.sources import Source, read_sources
 from sat.data.transforms import Augment, Transform
 from sat.parallel.collectives import gather
@@ -70,9 +70,9 @@ def _open(
     return Dataset(records, transform, data.max_bad_share, buckets=buckets)
 
 
-def _measure(records: Sequence[Record], runtime: Runtime) -> list[Size | Bad]:
+def _measure(records: Sequence[Record], runtime: Runtime) -> list[Size | BadRecord]:
     """The sizes of all pictures; the ranks take turns."""
-    seen: list[Size | Bad] = [(1, 1)] * len(records)
+    seen: list[Size | BadRecord] = [(1, 1)] * len(records)
     for rank, part in enumerate(gather(measure_all(records[runtime.rank :: runtime.world]))):
         seen[rank :: runtime.world] = part
     return seen

@@ -124,7 +124,7 @@ def test_after_a_kill_only_what_is_missing_is_made(folder) -> None:
     for path in made:
         store = Store(folder, "latents", {})
         store.folder = path.parents[1]
-        assert store.whole(path.stem)
+        assert store.complete(path.stem)
     said = two(folder, "killed")[0]
     assert f"15 latents, {15 - len(made)} of them to make; 15 text embeddings, 15 of them to make" in said
     assert "15 latents, 0 of them to make; 15 text embeddings, 0 of them" in end(start(folder, "killed"))

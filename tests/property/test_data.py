@@ -14,7 +14,7 @@ from sat.data.batch import groups as order_groups
 from sat.data.buckets import BucketRule, Buckets
 from sat.data.loader import Loader
 from sat.data.records import Record, RecordSet
-from sat.data.transforms import Augment, Draws, Transform
+from sat.data.transforms import Augment, Placement, Transform
 
 unit = st.floats(0, 1, exclude_max=True)
 
@@ -62,12 +62,12 @@ def test_any_picture_becomes_the_target_size_and_the_cut_lies_inside(
     import PIL.Image
 
     transform = Transform(height, width, crop, Augment(shift, (scale, scale)))
-    fitted = transform.fit(PIL.Image.fromarray(np.full((h, w, 3), 7, np.uint8)))
-    image, (top, left) = transform.place(fitted, Draws(*draws))
-    assert fitted.original_size == (h, w)
+    resized = transform.resize(PIL.Image.fromarray(np.full((h, w, 3), 7, np.uint8)))
+    image, (top, left) = transform.place(resized, Placement(*draws))
+    assert resized.original_size == (h, w)
     assert image.shape == (3, height, width)
     assert -1 <= image.min() <= image.max() <= 1
-    tall, wide = fitted.pixels.shape[:2]
+    tall, wide = resized.pixels.shape[:2]
     assert 0 <= top <= tall - height
     assert 0 <= left <= wide - width
     assert (tall, wide) == (height, wide) or (tall, wide) == (tall, width)
@@ -163,4 +163,4 @@ def test_weights_are_kept_in_a_stream_to_the_item(shares):
     (group,) = order_groups(records)
     weights = sum(weight for _, weight in shares)
     for share, (_, weight) in zip(group, shares, strict=True):
-        assert abs(share.draws - total * weight / weights) <= 1
+        assert abs(share.per_round - total * weight / weights) <= 1

@@ -9,7 +9,7 @@ import pytest
 
 from sat.data.buckets import BucketRule, Buckets, measure, measure_all, measured, nearest
 from sat.data.dataset import Dataset, LatentCache
-from sat.data.loader import Loader, once
+from sat.data.loader import Loader, validation_batches
 from sat.data.records import DataError, Record, RecordSet
 from sat.data.sources import read_sources
 from sat.data.transforms import Augment, Transform
@@ -175,9 +175,9 @@ def test_validation_takes_whole_rounds_of_each_bucket(tmp_path):
     data = dataset(
         folder(tmp_path, {f"a{n}": (8, 8) for n in range(5)} | {f"b{n}": (8, 16) for n in range(3)})
     )
-    batches = once(data, 2, groups=data.groups)
+    batches = validation_batches(data, 2, groups=data.groups)
     assert sorted(tuple(batch.caption) for batch in batches) == [("a0", "a1"), ("a2", "a3"), ("b0", "b1")]
-    (batch,) = once(data, 9, groups=data.groups)
+    (batch,) = validation_batches(data, 9, groups=data.groups)
     assert set(batch.caption) == {f"a{n}" for n in range(5)}
 
 

@@ -40,7 +40,7 @@ def store(tmp_path: Path) -> Store:
 def test_what_is_written_is_read_in_its_type(store):
     tensor = torch.arange(6.0).bfloat16().view(2, 3)
     store.write(KEY, {"moments": tensor})
-    assert store.whole(KEY)
+    assert store.complete(KEY)
     read = store.read(KEY)["moments"]
     assert read.dtype == torch.bfloat16
     assert torch.equal(read, tensor)
@@ -59,7 +59,7 @@ def test_a_half_file_is_not_there(store, cut):
     store.write(KEY, {"moments": torch.zeros(8)})
     path = store.path(KEY)
     path.write_bytes(path.read_bytes()[:cut])
-    assert not store.whole(KEY)
+    assert not store.complete(KEY)
     assert missing([store], [KEY]) == [KEY]
     with pytest.raises(CacheError, match=r"cannot be read .* starting again makes it anew"):
         store.read(KEY)
@@ -74,7 +74,7 @@ def test_a_writer_that_dies_leaves_nothing_that_counts(store, monkeypatch, momen
     monkeypatch.setattr(Path, moment, die)
     with pytest.raises(KeyboardInterrupt):
         store.write(KEY, {"moments": torch.zeros(8)})
-    assert not store.whole(KEY)
+    assert not store.complete(KEY)
     assert not any(store.path(KEY).parent.iterdir())
 
 
@@ -246,7 +246,7 @@ def test_a_lost_low_resolution_latent_is_made_again(folder, tmp_path):
     cached.stores.low.path(key).unlink()
     assert list(cached.missing(cached.jobs())) == [key]
     fill(cached)
-    assert cached.stores.low.whole(key)
+    assert cached.stores.low.complete(key)
 
 
 def test_an_unreadable_picture_is_known_without_opening_it_again(folder, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from sat.data.batch import Batch, Sample, collate
 from sat.data.dataset import Dataset, LatentCache
-from sat.data.loader import Loader, once
+from sat.data.loader import Loader, validation_batches
 from sat.data.records import DataError, Record, RecordSet
 from sat.data.sources import read_sources
 from sat.data.transforms import Augment, Transform
@@ -174,10 +174,12 @@ def test_a_latent_cache_captions_what_stands_in_for_a_bad_picture(folder):
 
 def test_validation_batches_are_in_order_and_shared_over_ranks(folder):
     data = dataset(folder)
-    assert [batch.caption for batch in once(data, 3)] == [["0", "1", "2"], ["3", "4", "5"]]
-    assert [batch.caption for batch in once(data, 2, rank=1, world=2)] == [["2", "3"]]
-    assert [batch.caption for batch in once(data, 9)] == [list("012345601")]
-    assert all(itertools.starmap(same, zip(once(data, 3), once(data, 3), strict=True)))
+    assert [batch.caption for batch in validation_batches(data, 3)] == [["0", "1", "2"], ["3", "4", "5"]]
+    assert [batch.caption for batch in validation_batches(data, 2, rank=1, world=2)] == [["2", "3"]]
+    assert [batch.caption for batch in validation_batches(data, 9)] == [list("012345601")]
+    assert all(
+        itertools.starmap(same, zip(validation_batches(data, 3), validation_batches(data, 3), strict=True))
+    )
 
 
 @pytest.mark.parametrize(

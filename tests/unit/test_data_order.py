@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sat.data.batch import Sample, Schedule, Share, Stream, groups, whole
+from sat.data.batch import BatchOrder, ItemStream, Sample, Share, groups, one_group
 from sat.data.buckets import Buckets
 from sat.data.loader import Loader
 from sat.data.records import Record, RecordSet
@@ -16,7 +16,7 @@ def record_set(*shares: tuple[int, float]) -> RecordSet:
 
 
 def test_a_stream_without_weights_is_the_shuffle_of_each_round():
-    stream = Stream(whole(5)[0], seed=3)
+    stream = ItemStream(one_group(5)[0], seed=3)
     for round_ in range(3):
         order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([3, round_]))).permutation(5)
         assert [stream.at(5 * round_ + place) for place in range(5)] == [(i, round_) for i in order]
@@ -24,8 +24,8 @@ def test_a_stream_without_weights_is_the_shuffle_of_each_round():
 
 def test_weights_are_shares_of_the_stream_and_no_item_comes_twice_before_all_came():
     (group,) = groups(record_set((90, 1.0), (10, 3.0)))
-    assert [share.draws for share in group] == [25, 75]
-    stream = Stream(group, seed=0)
+    assert [share.per_round for share in group] == [25, 75]
+    stream = ItemStream(group, seed=0)
     drawn = [stream.at(place) for place in range(10 * 100)]
     large = Counter(item for item, _ in drawn if item < 90)
     small = Counter(item for item, _ in drawn if item >= 90)
@@ -40,12 +40,12 @@ def test_weights_hold_in_buckets():
         ((8, 8), (8, 16)), (tuple(range(0, 60)) + (100, 101), tuple(range(60, 100)) + (102, 103))
     )
     made = groups(record_set((100, 1.0), (4, 1.0)), buckets)
-    assert [[share.draws for share in group] for group in made] == [[31, 26], [21, 26]]
+    assert [[share.per_round for share in group] for group in made] == [[31, 26], [21, 26]]
     assert [list(group[1].items) for group in made] == [[100, 101], [102, 103]]
 
 
 def test_a_schedule_gives_each_group_its_batches_and_loses_nothing():
-    schedule = Schedule((10, 3, 1), 4, [0])
+    schedule = BatchOrder((10, 3, 1), 4, [0])
     given = [schedule.at(number) for number in range(3 * 14)]
     counts = Counter(group for group, _ in given)
     assert counts[0] + counts[1] + counts[2] == 42
@@ -53,7 +53,7 @@ def test_a_schedule_gives_each_group_its_batches_and_loses_nothing():
         assert [k for g, k in given if g == group] == list(range(counts[group]))
         assert abs(counts[group] - 42 * size / 14) < 3
     assert schedule.given(42) == [counts[0], counts[1], counts[2]]
-    assert Schedule((10, 3, 1), 4, [0]).at(37) == given[37]
+    assert BatchOrder((10, 3, 1), 4, [0]).at(37) == given[37]
 
 
 class Numbers:

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from sat.data.transforms import Augment, Draws, Transform, moved, on_white, to_tensor
+from sat.data.transforms import Augment, Placement, Transform, augmented, on_white, to_tensor
 
 
 def ramp(height: int, width: int) -> PIL.Image.Image:
@@ -17,15 +17,15 @@ def ramp(height: int, width: int) -> PIL.Image.Image:
 
 
 def test_a_picture_covers_the_target_and_one_side_fits():
-    fitted = Transform(8, 12).fit(ramp(100, 200))
-    assert fitted.pixels.shape == (8, 16, 3)
-    assert fitted.original_size == (100, 200)
-    assert Transform(8, 12).fit(ramp(3, 2)).pixels.shape == (18, 12, 3)
+    resized = Transform(8, 12).resize(ramp(100, 200))
+    assert resized.pixels.shape == (8, 16, 3)
+    assert resized.original_size == (100, 200)
+    assert Transform(8, 12).resize(ramp(3, 2)).pixels.shape == (18, 12, 3)
 
 
 def test_center_crop_reports_where_it_cut():
     transform = Transform(10, 6)
-    image, crop = transform.place(transform.fit(ramp(10, 20)), Draws())
+    image, crop = transform.place(transform.resize(ramp(10, 20)), Placement())
     assert crop == (0, 7)
     expected = torch.arange(7, 13).float() / 127.5 - 1
     torch.testing.assert_close(image[1, 0], expected)
@@ -34,9 +34,9 @@ def test_center_crop_reports_where_it_cut():
 
 def test_random_crop_reaches_both_ends_and_reports_where_it_cut():
     transform = Transform(10, 6, crop="random")
-    fitted = transform.fit(ramp(10, 20))
+    resized = transform.resize(ramp(10, 20))
     for draw, left in ((0.0, 0), (0.999, 14)):
-        image, crop = transform.place(fitted, Draws(left=draw))
+        image, crop = transform.place(resized, Placement(left=draw))
         assert crop == (0, left)
         assert round((image[1, 0, 0].item() + 1) * 127.5) == left
 
@@ -64,14 +64,14 @@ def test_camera_rotation_is_undone(tmp_path):
     exif = picture.getexif()
     exif[0x0112] = 6  # the top of the scene is at the right of the file
     picture.save(tmp_path / "a.png", exif=exif)
-    fitted = Transform(8, 4).load(tmp_path / "a.png")
-    assert fitted.original_size == (8, 4)
-    assert fitted.pixels[0, 3].tolist() == [0, 0, 0]
+    resized = Transform(8, 4).load(tmp_path / "a.png")
+    assert resized.original_size == (8, 4)
+    assert resized.pixels[0, 3].tolist() == [0, 0, 0]
 
 
 def test_a_shift_moves_by_that_share_and_leaves_white():
     pixels = np.zeros((10, 20, 3), np.uint8)
-    out = moved(pixels, Augment(shift=0.2), Draws(down=1.0, right=0.0))
+    out = augmented(pixels, Augment(shift=0.2), Placement(down=1.0, right=0.0))
     assert (out[:2] == 255).all()
     assert (out[:, -4:] == 255).all()
     assert (out[2:, :-4] == 0).all()
@@ -80,7 +80,7 @@ def test_a_shift_moves_by_that_share_and_leaves_white():
 def test_scaling_keeps_the_middle():
     pixels = np.full((40, 40, 3), 255, np.uint8)
     pixels[10:30, 10:30] = 0
-    out = moved(pixels, Augment(scale=(0.5, 0.5)), Draws())
+    out = augmented(pixels, Augment(scale=(0.5, 0.5)), Placement())
     dark = np.argwhere(out[..., 0] < 128)
     assert dark.min(0).tolist() == [15, 15]
     assert dark.max(0).tolist() == [24, 24]
@@ -88,7 +88,7 @@ def test_scaling_keeps_the_middle():
 
 def test_the_middle_draw_of_a_symmetric_augmentation_changes_nothing():
     pixels = np.asarray(ramp(9, 7))
-    assert moved(pixels, Augment(shift=0.1, scale=(0.9, 1.1)), Draws()) is pixels
+    assert augmented(pixels, Augment(shift=0.1, scale=(0.9, 1.1)), Placement()) is pixels
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
     """Count the pictures of data sources, list what is wrong; the exit code is 1 where something is."""
     from sat.config.yaml_source import ConfigError
     from sat.data.buckets import BucketRule, Buckets
-    from sat.data.survey import bucket_table, duplicates, sheet, survey
+    from sat.data.survey import bucket_table, contact_sheet, duplicates, survey
 
     sources, vocabulary, limit = args.sources, args.tokenizer, args.max_length
     height = args.height if args.height is not None else args.width
@@ -97,7 +97,7 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
     shown = [record for one in surveys for record in one.readable][: args.sheet_limit]
     if args.sheet is not None and shown:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
+        contact_sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
         print(f"{args.sheet}: {len(shown)} pictures")
     return 1 if any(one.bad for one in surveys) else 0
 

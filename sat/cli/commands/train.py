@@ -25,7 +25,7 @@ from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainCon
 from sat.config.targets import resolve
 from sat.config.yaml_source import ConfigError, Problem
 from sat.data.dataset import Items
-from sat.data.loader import Loader, once
+from sat.data.loader import Loader, validation_batches
 from sat.engine import DiffusionEngine
 from sat.errors import LostRankError
 from sat.kernels.apply import compiled, use_kernel
@@ -200,7 +200,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         export=exporter(experiment, _weights(experiment, train), engine, objective),
         draw=_pictures(experiment, engine, objective, runtime, mesh, caches),
         tokens=token_counter(engine, objective),
-        validation=[] if sets.held_out is None else once(items[1], *place, sets.held_out.groups),
+        validation=validation_batches(items[1], *place, sets.held_out.groups) if sets.held_out else [],
     )
     trainer = Trainer(trained, loader, folder, extras)
     if saved:
