@@ -1,7 +1,7 @@
-"""How the layers of a model may be split over tensor-parallel ranks, as data.
+"""Sharding of a model's layers over tensor-parallel ranks, as data.
 
-A model declares a :data:`Sharding`; nothing here knows about process groups, and no model imports them. What
-a rank holds of one tensor is a :class:`Shard`; a layer that is split says so by :class:`Splits`.
+A model declares a :data:`Sharding`; nothing here knows about process groups, and no model imports them. A
+:class:`Shard` is one rank's share of a tensor; a layer that is split implements :class:`Splits`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 class Column:
     """Each rank holds a share of the output rows; ``parts`` fused projections (3 for qkv) are each split.
 
-    ``unit`` names the attribute of the layer around the linear that says how many outputs stay together: the
-    size of an attention head. None: each output may go its own way. ``gather``: the outputs are put together
-    again on every rank, so that what follows need not know; for weights that are large and used seldom.
+    ``unit`` names the attribute, of the layer around the linear, with the number of outputs that stay
+    together: the size of an attention head. None: outputs are split one by one. ``gather``: the outputs are
+    joined again on every rank, so that the next layer need not know; for large weights that are used seldom.
     """
 
     parts: int = 1
@@ -46,7 +46,7 @@ Sharding = Mapping[str, Column | Row]
 
 
 def style_of(sharding: Sharding, name: str) -> Column | Row | None:
-    """The style of the module ``name``: of the first pattern that matches it."""
+    """Style of the module ``name``: that of the first pattern that matches."""
     return next((style for pattern, style in sharding.items() if fnmatchcase(name, pattern)), None)
 
 
@@ -60,10 +60,10 @@ def family_sharding(kind: type[nn.Module]) -> Sharding:
 
 
 def of_factors(style: Column | Row | None) -> tuple[Column | Row | None, Column | Row | None]:
-    """How the low-rank factors (down, up) of a linear of ``style`` are split; None: whole on every rank.
+    """Styles of the low-rank factors (down, up) of a linear of ``style``; None: whole on every rank.
 
-    Column: ``down`` is whole and each rank holds its rows of ``up``; row: each rank holds its columns of
-    ``down``, whose small outputs are summed, and ``up`` is whole. Each fused part has factors of its own, so
+    Column: ``down`` is whole and each rank holds its rows of ``up``. Row: each rank holds its columns of
+    ``down``, the small outputs are summed, and ``up`` is whole. Each fused part has factors of its own, so
     its ``up`` is an unfused column.
     """
     if isinstance(style, Column):
@@ -76,37 +76,37 @@ def of_factors(style: Column | Row | None) -> tuple[Column | Row | None, Column 
 
 @dataclass(frozen=True)
 class Cut:
-    """Along which dimension a tensor is cut, and of how many fused parts, each cut by itself, it consists."""
+    """Dimension along which a tensor is cut; each of its ``parts`` fused parts is cut by itself."""
 
     dim: int
     parts: int = 1
 
     def share(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """What ``rank`` of ``size`` holds of ``whole``: a view where it can be one."""
+        """Share of ``rank`` of ``size``: a view where it can be one."""
         if self.parts == 1:
             return whole.chunk(size, self.dim)[rank]
         pieces = [part.chunk(size, self.dim)[rank] for part in whole.chunk(self.parts, self.dim)]
         return torch.cat(pieces, self.dim)
 
     def join(self, shares: Sequence[Tensor]) -> Tensor:
-        """The whole tensor of all ranks' ``shares``, in rank order."""
+        """Whole tensor from all ranks' ``shares``, in rank order."""
         if self.parts == 1:
             return torch.cat(list(shares), self.dim)
         split = [share.chunk(self.parts, self.dim) for share in shares]
         return torch.cat([piece for part in zip(*split, strict=True) for piece in part], self.dim)
 
     def whole(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
-        """The shape of the tensor of which one of ``size`` ranks holds ``shape``."""
+        """Shape of the whole tensor, from the ``shape`` of one of ``size`` shares."""
         return tuple(n * size if d == self.dim else n for d, n in enumerate(shape))
 
     def part(self, shape: Sequence[int], size: int) -> tuple[int, ...]:
-        """The shape that one of ``size`` ranks holds of a tensor of ``shape``."""
+        """Shape of one of ``size`` shares, from the ``shape`` of the whole tensor."""
         return tuple(n // size if d == self.dim else n for d, n in enumerate(shape))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's share of a tensor, as one of ``size``."""
+    """Share number ``rank`` of ``size`` of a tensor."""
 
     cut: Cut
     rank: int
@@ -117,7 +117,7 @@ class Shard:
         return self.cut.share(whole, self.rank, self.size)
 
     def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The whole tensor's shape, from this share's."""
+        """Shape of the whole tensor, from this share's."""
         return self.cut.whole(shape, self.size)
 
 
@@ -126,12 +126,12 @@ class Splits(Protocol):
     """A layer that holds shares of some of its tensors."""
 
     def shards(self) -> Mapping[str, Shard]:
-        """By local name; a tensor that is not named is whole."""
+        """Shares by local name; tensors that are not named are whole."""
         ...
 
 
 def shards(module: nn.Module) -> dict[str, Shard]:
-    """What ``module`` holds only a share of, by full name."""
+    """Shares in ``module`` by the full name of the tensor."""
     return {
         f"{path}.{name}" if path else name: shard
         for path, layer in module.named_modules()
@@ -141,7 +141,7 @@ def shards(module: nn.Module) -> dict[str, Shard]:
 
 
 def cuts(style: Column | Row, kind: type[nn.Module] = nn.Linear) -> dict[str, Cut]:
-    """How the tensors of a layer of ``kind`` are cut, by local name.
+    """Cuts of the tensors of a layer of ``kind``, by local name.
 
     An embedding's outputs are its columns; a row linear's bias is whole.
     """

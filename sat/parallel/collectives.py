@@ -1,4 +1,4 @@
-"""What the ranks agree on: small collectives that cost nothing in one process."""
+"""Small collectives, free in a single process: votes, means, gathered objects."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def world_size() -> int:
 
 
 def barrier(device: torch.device) -> None:
-    """Wait until every rank is here."""
+    """Wait for every rank."""
     if world_size() > 1:
         dist.barrier(device_ids=[device.index] if device.index is not None else None)
 
 
 def agree(flags: list[bool], device: torch.device) -> list[bool]:
-    """Each flag, true on all ranks as soon as it is true on one."""
+    """``flags``, each true on all ranks if it is true on one."""
     if world_size() == 1:
         return flags
     votes = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -62,7 +62,7 @@ def from_main(value: Any) -> Any:  # noqa: ANN401 - any picklable object
 
 
 def by_first(axis: Axis, make: Callable[[], T]) -> T:
-    """What ``make()`` gives on the first rank of ``axis`` (any picklable object), on all of its ranks."""
+    """Call ``make`` on the first rank of ``axis``; its (picklable) result, on all ranks of the axis."""
     if axis.size == 1:
         return make()
     assert axis.group is not None, "an axis of several ranks has a group"
@@ -73,17 +73,16 @@ def by_first(axis: Axis, make: Callable[[], T]) -> T:
 
 
 def stacked(axis: Axis, x: Tensor) -> Tensor:
-    """(S, …): ``x`` of each of the S ranks of ``axis``, all of one shape; without a gradient."""
+    """Stack ``x`` of the S ranks of ``axis``, all of one shape: (S, …). Without a gradient."""
     out = x.new_empty(axis.size, *x.shape)
-    whole = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # its name since torch 2.13
-    whole(out.view(-1), x.contiguous().view(-1), group=axis.group)
+    # all_gather_single is the name since torch 2.13.
+    gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather_into(out.view(-1), x.contiguous().view(-1), group=axis.group)
     return out
 
 
 def taking_turns(axis: Axis, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
-    """What ``jobs`` give, in order and on every rank of ``axis``, which each do some; all have one shape."""
+    """Results of ``jobs`` (one shape), in order and on every rank of ``axis``; the ranks share the work."""
     for start in range(0, len(jobs), axis.size):
         own = jobs[min(start + axis.rank, len(jobs) - 1)]()
         done = stacked(axis, own) if axis.size > 1 else own[None]
@@ -91,7 +90,7 @@ def taking_turns(axis: Axis, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[T
 
 
 def lost_rank_message(error: BaseException) -> str | None:
-    """One line about a rank that was lost, if that is what ``error`` says; else nothing."""
+    """A line for the log if ``error`` comes from a lost rank, else None."""
     words = ("Connection closed by peer", "Connection reset", "Timed out waiting", "timed out", "Broken pipe",
              "ncclRemoteError", "Watchdog caught collective")  # fmt: skip
     if world_size() == 1 and not isinstance(error, dist.DistError):

@@ -1,7 +1,7 @@
-"""Ranks that work without talking to one another: signs of life, bad news, and a wait for all at the end.
+"""Heartbeats of ranks that work independently: signs of life, failures, and a wait for all at the end.
 
-A barrier has one time limit for everything. Here a rank may take as long as it needs, as long as it moves:
-only one that stands still for ``timeout`` seconds, or says that it failed, ends the run.
+A barrier has one time limit for everything. Here a rank may take any time as long as it sends heartbeats:
+only a rank without one for ``timeout`` seconds, or one that reports a failure, ends the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 class Heartbeat:
-    """Tells the other ranks that this one moves, and learns of those that do not.
+    """Sends this rank's heartbeats through the store, and raises when another rank fails or is silent.
 
     ``timeout`` is in seconds. Without a process group, or alone in it, every method does nothing.
     """
@@ -36,7 +36,7 @@ class Heartbeat:
             self._store = PrefixStore("heartbeat", base)
 
     def beat(self) -> None:
-        """This rank moves. Raises if another has failed. Cheap: the store is asked once a second at most."""
+        """Send a heartbeat, once a second at most; raises if another rank has failed."""
         now = time.monotonic()
         if self._store is None or now - self._beaten < 1.0:
             return
@@ -45,16 +45,16 @@ class Heartbeat:
         self._hear()
 
     def fail(self, reason: str) -> None:
-        """Tell the others that this rank cannot go on, unless one has said so before; never raises."""
+        """Report that this rank failed, unless another was first; never raises."""
         if self._store is None:
             return
         with contextlib.suppress(RuntimeError):  # nobody left to tell
             self._store.compare_set("failed", "", f"rank {self._rank} failed: {reason}")
 
     def abort(self, line: str, patience: float = 2.0) -> NoReturn:
-        """Stop because an exchange with another rank broke off, as ``line`` says; raises why.
+        """Raise because an exchange with another rank broke off, as ``line`` says.
 
-        A rank that fails tells why before it leaves: that is waited for, for ``patience`` seconds.
+        A failing rank reports its reason before it leaves: wait ``patience`` seconds for it.
         """
         until = time.monotonic() + patience
         while self._store is not None and time.monotonic() < until:
@@ -64,7 +64,7 @@ class Heartbeat:
         raise LostRankError(line)
 
     def finish(self) -> None:
-        """This rank is done: wait for all others, as long as they move."""
+        """Report that this rank is done, and wait for all others as long as their heartbeats come."""
         if self._store is None:
             return
         self._ask(lambda store: store.add(f"end{self._rank}", 1))
@@ -77,7 +77,7 @@ class Heartbeat:
             self._wait(lambda: [r for r in others if not self._count(f"left{r}")])
 
     def _wait(self, waiting: Callable[[], list[int]]) -> None:
-        """Until ``waiting`` names no rank; raises when one of them stands still for too long."""
+        """Wait until ``waiting`` names no rank; raises when none of them sends heartbeats any more."""
         moved = time.monotonic()
         seen: dict[int, int] = {}
         pause = 0.01
@@ -96,7 +96,7 @@ class Heartbeat:
             pause = min(0.5, pause * 1.5)
 
     def _hear(self) -> None:
-        """Raise if another rank said that it failed."""
+        """Raise if another rank has reported a failure."""
         if self._ask(lambda store: store.check(["failed"])):
             reason = self._ask(lambda store: store.get("failed")).decode()
             if not reason.startswith(f"rank {self._rank} "):

@@ -1,4 +1,4 @@
-"""Starting a process of a run: device, process group, CPU settings. The only file that names devices.
+"""Launch of a process: device, process group, CPU settings. The only file that names devices.
 
 Works the same under plain ``python`` (one process) and under ``torchrun`` (``RANK``, ``WORLD_SIZE``,
 ``LOCAL_RANK`` in the environment).
@@ -29,9 +29,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 @dataclass(frozen=True)
 class Runtime:
-    """Who this process is. ``rank`` of ``world`` over all machines, ``local_rank`` on this one.
+    """This process: ``rank`` of ``world`` over all machines, ``local_rank`` on this one.
 
-    ``timeout`` is in seconds: how long a collective waits for a rank that is silent.
+    ``timeout`` is in seconds: the wait of a collective for a silent rank.
     """
 
     rank: int
@@ -66,7 +66,7 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
     def free_memory(self) -> None:
-        """Give what nothing refers to any more back, to the device's allocator and beyond."""
+        """Collect garbage, and give the allocator's unused memory back to the device."""
         free_memory()
 
     def peak_memory(self) -> float:
@@ -84,20 +84,50 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def launch(device: DeviceKind = "auto", timeout: float = 600.0, *, group: bool = False) -> Runtime:
+def launch(  # noqa: C901 - the environment and the group, in order
+    device: DeviceKind = "auto", timeout: float = 600.0, *, group: bool = False
+) -> Runtime:
     """Pick this process's device and join the process group.
 
-    A group is made when there is more than one process, or when ``group`` asks for one anyway (DeepSpeed
-    needs it). ``timeout`` is in seconds: how long a collective waits for a rank that is silent.
+    A group is made for more than one process, or when ``group`` asks for one (DeepSpeed needs it).
+    ``timeout`` is in seconds: the wait of a collective for a silent rank.
     """
     if timeout <= 0:
         raise ValueError(f"parallel.timeout is {timeout}: expected seconds > 0")
-    rank, world, local_rank = _identity()
+    # Who this process is: from the launcher's environment, or alone without one.
+    values = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    rank, world, local_rank = 0, 1, 0
+    if values["RANK"] is not None or values["WORLD_SIZE"] is not None:
+        if missing := [name for name, value in values.items() if value is None]:
+            raise RuntimeError(
+                f"the environment sets only some of RANK, WORLD_SIZE, LOCAL_RANK; {', '.join(missing)} "
+                f"missing: start with torchrun, or unset them for one process"
+            )
+        try:
+            rank, world, local_rank = (int(str(value)) for value in values.values())
+        except ValueError as error:
+            raise RuntimeError(f"RANK, WORLD_SIZE, LOCAL_RANK must be whole numbers, got {values}") from error
+        if not 0 <= rank < world:
+            raise RuntimeError(f"RANK is {rank} with WORLD_SIZE {world}: expected 0 <= RANK < WORLD_SIZE")
     picked = pick_device(device, local_rank)
     if picked.type == "cpu":
         torch.set_flush_denormal(True)
-    if (world > 1 or group) and not dist.is_initialized():
-        _join(picked, rank, world, timeout)
+
+    # The process group: nccl for GPUs, gloo for CPUs.
+    backend, wait = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", timedelta(seconds=timeout)
+    if dist.is_initialized() or (world == 1 and not group):
+        return Runtime(rank, world, local_rank, picked, timeout)
+    if world == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=wait)
+        return Runtime(rank, world, local_rank, picked, timeout)
+    try:
+        dist.init_process_group(backend, timeout=wait)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"rank {rank} of {world} could not join the process group within {timeout:g} s "
+            f"(parallel.timeout): {str(error).splitlines()[0]}"
+        ) from error
     return Runtime(rank, world, local_rank, picked, timeout)
 
 
@@ -127,28 +157,8 @@ def keep_freed_memory(top_pad: int = 512 << 20) -> bool:
     return all(mallopt(option, value) == 1 for option, value in settings)
 
 
-def _identity() -> tuple[int, int, int]:
-    """(rank, world, local rank) from the launcher's environment; (0, 1, 0) without one."""
-    values = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if values["RANK"] is None and values["WORLD_SIZE"] is None:
-        return 0, 1, 0
-    missing = [name for name, value in values.items() if value is None]
-    if missing:
-        raise RuntimeError(
-            f"the environment sets only some of RANK, WORLD_SIZE, LOCAL_RANK; {', '.join(missing)} missing: "
-            f"start with torchrun, or unset them for one process"
-        )
-    try:
-        rank, world, local_rank = (int(str(values[name])) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    except ValueError as error:
-        raise RuntimeError(f"RANK, WORLD_SIZE, LOCAL_RANK must be whole numbers, got {values}") from error
-    if not 0 <= rank < world:
-        raise RuntimeError(f"RANK is {rank} with WORLD_SIZE {world}: expected 0 <= RANK < WORLD_SIZE")
-    return rank, world, local_rank
-
-
 def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
-    """The device of this process; one GPU for each local rank."""
+    """Device of this process: one GPU for each local rank, or the CPU."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"parallel.device is {device!r}: expected auto, cpu or cuda")
     available = torch.cuda.is_available()
@@ -163,20 +173,3 @@ def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def _join(device: torch.device, rank: int, world: int, timeout: float) -> None:
-    """Start the process group: nccl for GPUs, gloo for CPUs."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    wait = timedelta(seconds=timeout)
-    if world == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=wait)
-        return
-    try:
-        dist.init_process_group(backend, timeout=wait)
-    except (dist.DistError, RuntimeError, ValueError) as error:
-        raise RuntimeError(
-            f"rank {rank} of {world} could not join the process group within {timeout:g} s "
-            f"(parallel.timeout): {str(error).splitlines()[0]}"
-        ) from error

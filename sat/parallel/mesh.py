@@ -1,4 +1,4 @@
-"""The one mesh of ranks: data x guidance x sequence x tensor, and what DeepSpeed asks of it."""
+"""Mesh of all ranks: data x guidance x sequence x tensor. Also DeepSpeed's ``mpu``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class LayoutError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Axis:
-    """The ranks along a direction of the mesh: this one is number ``rank`` of ``size``.
+    """Ranks along one direction of the mesh; this rank is number ``rank`` of ``size``.
 
-    ``group`` is None for an axis of one rank that nothing is sent along.
+    ``group`` is None for an axis of one rank, along which nothing is sent.
     """
 
     size: int = 1
@@ -45,12 +45,12 @@ ALONE = Axis()
 class Mesh:
     """Ranks laid out as (data, guidance, sequence, tensor), tensor ranks adjacent.
 
-    ``guidance``, ``sequence`` and ``tensor`` are the axes around this rank; ``team`` are all three together:
-    the ranks that work on the same pictures. ``gradient`` is data x guidance x sequence.
+    ``guidance``, ``sequence`` and ``tensor`` are this rank's axes, ``team`` all three together: the ranks
+    that work on the same images. ``gradient`` is data x guidance x sequence.
 
-    Also DeepSpeed's ``mpu``. Its "data parallel" group is ``gradient``, because gradients are averaged over
-    all of it; the class defines none of the sequence methods DeepSpeed probes for, which would scale
-    gradients wrongly.
+    DeepSpeed takes it as ``mpu``. Its "data parallel" group is ``gradient``, because gradients are averaged
+    over all of it; the sequence methods that DeepSpeed probes for are left out: they would scale gradients
+    wrongly.
     """
 
     def __init__(self, runtime: Runtime, *, tensor: int = 1, sequence: int = 1, guidance: int = 1) -> None:
@@ -60,7 +60,18 @@ class Mesh:
         ranks = torch.arange(runtime.world).view(shape)
 
         def axis(*names: str) -> Axis:
-            return _axis(ranks, [AXES.index(name) for name in names], runtime)
+            """The ranks that differ from this one along ``names`` alone; every rank makes all such groups."""
+            dims = [AXES.index(name) for name in names]
+            size = math.prod(shape[dim] for dim in dims)
+            lines = ranks.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist()
+            own = next(line for line in lines if runtime.rank in line)
+            if not dist.is_initialized():
+                return ALONE
+            if size == runtime.world:
+                return Axis(size, runtime.rank, dist.group.WORLD)
+            wait = timedelta(seconds=runtime.timeout)
+            group, _ = dist.new_subgroups_by_enumeration(lines, timeout=wait)  # type: ignore[no-untyped-call]
+            return Axis(size, own.index(runtime.rank), group)
 
         self.guidance, self.sequence, self.tensor = axis("guidance"), axis("sequence"), axis("tensor")
         self.team, self.gradient = axis(*AXES[1:]), axis(*AXES[:3])
@@ -73,12 +84,12 @@ class Mesh:
 
     @property
     def data_ranks(self) -> int:
-        """Number of teams, which read or draw different images; ``data_rank`` is this one's place."""
+        """Number of teams, which work on different images; ``data_rank`` is the index of this one."""
         return self.sizes["data"]
 
     @property
     def leads(self) -> bool:
-        """True on the first rank of each team: the one that writes the pictures."""
+        """True on the first rank of each team, which writes the images."""
         return self.team.rank == 0
 
     # DeepSpeed's mpu: the seven methods the engine calls.
@@ -112,7 +123,7 @@ class Mesh:
 
 
 def data_ranks(world: int, *, tensor: int = 1, sequence: int = 1, guidance: int = 1) -> int:
-    """How many teams of tensor x sequence x guidance ranks there are in ``world``; they must fill it."""
+    """Number of teams of tensor x sequence x guidance ranks in ``world``; they must fill it."""
     inner = tensor * sequence * guidance
     if min(tensor, sequence, guidance) < 1 or world % inner:
         raise LayoutError(
@@ -123,30 +134,14 @@ def data_ranks(world: int, *, tensor: int = 1, sequence: int = 1, guidance: int 
     return world // inner
 
 
-def _axis(ranks: torch.Tensor, dims: list[int], runtime: Runtime) -> Axis:
-    """The ranks that differ from this one in ``dims`` alone; every rank makes all such groups."""
-    size = 1
-    for dim in dims:
-        size *= ranks.shape[dim]
-    lines = ranks.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size).tolist()
-    own = next(line for line in lines if runtime.rank in line)
-    if not dist.is_initialized():
-        return ALONE
-    if size == runtime.world:
-        return Axis(size, runtime.rank, dist.group.WORLD)
-    wait = timedelta(seconds=runtime.timeout)
-    group, _ = dist.new_subgroups_by_enumeration(lines, timeout=wait)  # type: ignore[no-untyped-call]
-    return Axis(size, own.index(runtime.rank), group)
-
-
-# -- a team of which only this rank is there: for measuring what each of its ranks will take
+# -- one rank of a team without the others, to measure the memory of each
 
 
 @contextmanager
 def fake_group(*, tensor: int = 1, sequence: int = 1) -> Iterator[Mesh]:
-    """The mesh of one team, as its first rank sees it; what is sent along it inside the block goes nowhere.
+    """Mesh of one team as its first rank sees it; collectives inside the block send nothing.
 
-    For tensors without data. Not for a process that has joined others.
+    For tensors without data, in a process that has not joined others.
     """
     world = math.prod((tensor, sequence))
     runtime = Runtime(0, world, 0, torch.device("cpu"))

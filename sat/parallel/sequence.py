@@ -1,12 +1,12 @@
-"""Sequence parallelism: every rank works on some of the tokens; for attention they swap tokens for heads.
+"""Sequence parallelism: each rank works on a share of the tokens, and in attention on a share of the heads.
 
-Between the entry and the exit of a transformer a rank has its share of the text and of the image tokens.
-Norms, projections and MLPs need no more. Attention needs all tokens, but one head at a time: an all-to-all
+Between entry and exit of a transformer a rank has its share of the text and the image tokens. Norms,
+projections and MLPs work token by token. Attention needs all tokens, but works head by head: an all-to-all
 before it gives each rank some heads of every token, another after it gives the tokens back.
 Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 
-Gradients are those of data parallelism: the mean over the ranks is the gradient. Outside, every rank computes
-the same; inside, a rank's gradients are its tokens' part of the sum, times the number of ranks.
+Gradients average over the ranks, as in data parallelism. Outside a transformer every rank computes the same;
+inside, a rank's gradients are its tokens' part of the sum, times the number of ranks.
 
 Letters: S ranks, t and n this rank's text and image tokens, l = t + n.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, wraps
@@ -28,9 +29,9 @@ from sat.transformer.hooks import Attend, Embed, Final, Position, Prepare
 
 
 def apply_sequence(network: nn.Module, axis: Axis) -> None:
-    """Have every transformer of ``network`` share its tokens over the ranks of ``axis``.
+    """Share the tokens of every transformer of ``network`` over the ranks of ``axis``.
 
-    What lies between transformers (a UNet's convolutions) every rank computes whole.
+    Layers between transformers (a UNet's convolutions) are computed whole by every rank.
     """
     if axis.size == 1:
         return
@@ -45,14 +46,14 @@ def apply_sequence(network: nn.Module, axis: Axis) -> None:
 
 
 @dataclass(frozen=True)
-class Part(Context):
-    """The context of this rank's tokens: what belongs to single tokens is cut; ``whole`` is the uncut one."""
+class LocalContext(Context):
+    """Context of this rank's tokens; ``whole`` is the context of all tokens."""
 
     whole: Context = field(default_factory=Context)
 
 
 def shares(count: int, ranks: int) -> list[int]:
-    """``count`` dealt to ``ranks`` as evenly as can be, the first getting what is left over."""
+    """Shares of ``count`` items for each rank: equal, or one more on the first ranks."""
     return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
 
 
@@ -60,8 +61,8 @@ class SequenceParallel(Mixin):
     """Cuts the tokens at a transformer's entry and joins them at its exit; holds no parameters.
 
     There is one image token for each patch of ``ctx.grid`` or, where that is empty, each cell of
-    ``ctx.image``. Any number of tokens and heads will do: shares differ by one. A single text token that
-    stands for many (``ctx.text_repeat``) is the first rank's; each rank repeats its keys of the heads it has.
+    ``ctx.image``. Token and head counts need not divide: shares differ by one at most. A single text token
+    that stands for many (``ctx.text_repeat``) is the first rank's; each rank repeats the keys of its heads.
     """
 
     host = TransformerHooks
@@ -73,18 +74,18 @@ class SequenceParallel(Mixin):
 
     @wraps("prepare")
     def prepare(self, inner: Prepare, ctx: Context) -> Context:
-        """The context of this rank's tokens."""
+        """Context of this rank's tokens."""
         whole = inner(ctx)
         rotary = whole.rotary
         if rotary is not None:
             rotary = (self._own(rotary[0], 0), self._own(rotary[1], 0))
         values = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
         mine = shares(whole.text_len, self.axis.size)[self.axis.rank]
-        return Part(**values | {"text_len": mine, "rotary": rotary}, whole=whole)
+        return LocalContext(**values | {"text_len": mine, "rotary": rotary}, whole=whole)
 
     @wraps("position")
     def position(self, inner: Position, ctx: Context) -> Tensor | None:
-        """This rank's rows of the position table."""
+        """Rows of the position table for this rank's tokens."""
         whole = _whole(ctx)
         table = inner(whole)
         if table is None:
@@ -94,7 +95,7 @@ class SequenceParallel(Mixin):
 
     @wraps("embed")
     def embed(self, inner: Embed, ctx: Context) -> Tensor:
-        """(B, l, D): every rank embeds all tokens and keeps its own."""
+        """Tokens of this rank (B, l, D); every rank embeds all of them."""
         whole = _whole(ctx)
         x = inner(whole)
         if x.shape[1] != whole.text_len + _cells(whole):
@@ -108,20 +109,46 @@ class SequenceParallel(Mixin):
 
     @wraps("attend")
     def attend(self, inner: Attend, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        """(B, H, l, d): attention of its heads over all tokens, brought back to its tokens."""
+        """(B, H, l, d) of this rank's tokens: its share of the heads attends over all tokens in between."""
         whole, axis = _whole(ctx), self.axis
-        heads = shares(q.shape[1], axis.size)
+        batch, count, length, size = q.shape
+        heads = shares(count, axis.size)
+        mine, first = heads[axis.rank], sum(heads[: axis.rank])
         text, image = shares(whole.text_len, axis.size), shares(_cells(whole), axis.size)
-        q, k, v = _tokens_of_heads(q, k, v, heads, text, image, axis)
+        lengths = [t + n for t, n in zip(text, image, strict=True)]
+
+        # To each rank its heads of this rank's tokens; from each, this rank's heads of its tokens.
+        x = rearrange([q, k, v], "three b h l d -> (h b three l d)")
+        unit = 3 * batch * size
+        sizes = [mine * unit * n for n in lengths]
+        x = _all_to_all(x, [h * unit * length for h in heads], sizes, axis)
+        parts = [
+            part.view(mine, batch, 3, n, size) for part, n in zip(torch.split(x, sizes), lengths, strict=True)
+        ]
+
+        # All text tokens, then all image tokens, in order: (3, B, H / S, L, d).
+        texts = [part[..., :t, :] for part, t in zip(parts, text, strict=True)]
+        images = [part[..., t:, :] for part, t in zip(parts, text, strict=True)]
+        q, k, v = rearrange(torch.cat(texts + images, 3), "h b three l d -> three b h l d")
         if whole.bias is not None:
-            first = sum(heads[: axis.rank])
-            whole = replace(whole, bias=whole.bias[:, first : first + heads[axis.rank]])
-        out = inner(q, k, v, whole) if heads[axis.rank] else q
-        return _heads_of_tokens(out, heads, text, image, axis)
+            whole = replace(whole, bias=whole.bias[:, first : first + mine])
+        out = inner(q, k, v, whole) if mine else q  # (B, H / S, L, d)
+
+        # The way back: to each rank its tokens, from each its heads.
+        out_text, out_image = torch.split(out, [sum(text), sum(image)], 2)
+        pairs = zip(torch.split(out_text, text, 2), torch.split(out_image, image, 2), strict=True)
+        x = torch.cat([torch.cat(pair, 2).reshape(-1) for pair in pairs])
+        unit = batch * size
+        sizes = [h * unit * length for h in heads]
+        x = _all_to_all(x, [mine * unit * n for n in lengths], sizes, axis)
+        parts = [
+            part.view(batch, h, length, size) for part, h in zip(torch.split(x, sizes), heads, strict=True)
+        ]
+        return torch.cat(parts, 1)
 
     @wraps("final")
     def final(self, inner: Final, x: Tensor, ctx: Context) -> Tensor:
-        """The output of the head for the image tokens of all ranks, on each of them."""
+        """Output for the image tokens of all ranks, on every rank."""
         whole = _whole(ctx)
         image: Tensor = _Join.apply(x[:, ctx.text_len :], _cells(whole), self.axis)  # type: ignore[no-untyped-call]
         return inner(image, replace(whole, text_len=0))  # no head looks at text
@@ -137,56 +164,23 @@ class SequenceParallel(Mixin):
 
 
 def _whole(ctx: Context) -> Context:
-    """The context of all tokens, with what has been added to this rank's since."""
-    assert isinstance(ctx, Part), "the wrapped prepare makes it"
+    """Context of all tokens, with the fields that hooks have filled in this rank's since."""
+    assert isinstance(ctx, LocalContext), "the wrapped prepare makes it"
     return replace(ctx.whole, image=ctx.image, emb=ctx.emb, modulation=ctx.modulation)
 
 
 def _cells(ctx: Context) -> int:
-    """The number of image tokens."""
+    """Number of image tokens."""
     if ctx.grid.h:
         return ctx.grid.h * ctx.grid.w
     assert ctx.image is not None, "a transformer over a map gets the map"
     return ctx.image.shape[2] * ctx.image.shape[3]
 
 
-def _tokens_of_heads(
-    q: Tensor, k: Tensor, v: Tensor, heads: list[int], text: list[int], image: list[int], axis: Axis
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, l, d) of this rank's tokens -> (B, H / S, L, d) of all tokens in order, of its heads."""
-    batch, _, length, size = q.shape
-    mine, lengths = heads[axis.rank], [t + n for t, n in zip(text, image, strict=True)]
-    packed = torch.stack([q, k, v], 2).transpose(0, 1).reshape(-1)
-    unit = 3 * batch * size
-    sizes = [mine * unit * there for there in lengths]
-    got = _exchange(packed, [n * unit * length for n in heads], sizes, axis)
-    pieces = zip(torch.split(got, sizes), lengths, strict=True)
-    parts = [piece.view(mine, batch, 3, there, size) for piece, there in pieces]
-    texts = [part[..., :t, :] for part, t in zip(parts, text, strict=True)]
-    images = [part[..., t:, :] for part, t in zip(parts, text, strict=True)]
-    q, k, v = torch.cat(texts + images, 3).permute(2, 1, 0, 3, 4)
-    return q, k, v
-
-
-def _heads_of_tokens(out: Tensor, heads: list[int], text: list[int], image: list[int], axis: Axis) -> Tensor:
-    """(B, H / S, L, d) of all tokens -> (B, H, l, d): what the other heads have for this rank's tokens."""
-    batch, mine, _, size = out.shape
-    texts, images = torch.split(out, [sum(text), sum(image)], 2)
-    pieces = zip(torch.split(texts, text, 2), torch.split(images, image, 2), strict=True)
-    packed = torch.cat([torch.cat([t, n], 2).reshape(-1) for t, n in pieces])
-    unit = batch * size
-    length = text[axis.rank] + image[axis.rank]
-    lengths = [t + n for t, n in zip(text, image, strict=True)]
-    sizes = [n * unit * length for n in heads]
-    got = _exchange(packed, [mine * unit * there for there in lengths], sizes, axis)
-    parts = zip(torch.split(got, sizes), heads, strict=True)
-    return torch.cat([part.view(batch, n, length, size) for part, n in parts], 1)
-
-
-def _exchange(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
-    """Flat ``x`` in pieces of ``send`` to each rank; the pieces of ``receive`` that come from each."""
-    got: Tensor = _AllToAll.apply(x, send, receive, axis.group)  # type: ignore[no-untyped-call]
-    return got
+def _all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:
+    """Send flat ``x`` in pieces of the sizes ``send``, one a rank; return the pieces of all, joined."""
+    out: Tensor = _AllToAll.apply(x, send, receive, axis.group)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _AllToAll(torch.autograd.Function):
@@ -206,7 +200,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Split(torch.autograd.Function):
-    """(B, N, D), the same on all ranks -> this rank's share (B, n, D)."""
+    """(B, N, D), equal on all ranks -> this rank's share (B, n, D)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
@@ -219,7 +213,7 @@ class _Split(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """(B, n, D) -> the tokens of all ranks in order (B, N, D), the same on all of them."""
+    """(B, n, D) -> tokens of all ranks in order (B, N, D), equal on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, axis: Axis) -> Tensor:
@@ -237,7 +231,7 @@ def _share(x: Tensor, axis: Axis) -> Tensor:
 
 
 def _gathered(x: Tensor, count: int, axis: Axis) -> Tensor:
-    """(B, n, D) of every rank, one after the other: (B, ``count``, D). Shorter shares travel padded."""
+    """Concatenate (B, n, D) of every rank to (B, ``count``, D); shorter shares are sent padded."""
     lengths = shares(count, axis.size)
     padded = x.new_zeros(x.shape[0], lengths[0], x.shape[2])
     padded[:, : x.shape[1]] = x

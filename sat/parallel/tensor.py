@@ -17,7 +17,7 @@ from sat.sharding import Column, Cut, Row, Shard, Sharding, cuts, style_of
 
 
 def shard_on(tensor: Axis, cut: Cut) -> Shard:
-    """What this rank of ``tensor`` holds of a tensor that is cut so."""
+    """Share of this rank of ``tensor``."""
     return Shard(cut, tensor.rank, tensor.size)
 
 
@@ -30,7 +30,7 @@ def summed(x: Tensor, tensor: Axis) -> Tensor:
 
 
 def joined(share: Tensor, cut: Cut, tensor: Axis) -> Tensor:
-    """The whole tensor of which each rank holds a ``share``; every rank calls it, and has it then."""
+    """Whole tensor from every rank's ``share``; a collective."""
     if tensor.size == 1:
         return share
     parts = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(tensor.size)]
@@ -39,7 +39,7 @@ def joined(share: Tensor, cut: Cut, tensor: Axis) -> Tensor:
 
 
 class _CopyToTensorRanks(torch.autograd.Function):
-    """The same on every rank; the gradients that come back are summed."""
+    """Identity forward; gradients are summed over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tensor: Axis) -> Tensor:
@@ -53,7 +53,7 @@ class _CopyToTensorRanks(torch.autograd.Function):
 
 
 class _ReduceFromTensorRanks(torch.autograd.Function):
-    """Summed over the ranks, in place; every rank's gradient is the one that comes back."""
+    """Sum over the ranks, in place; identity backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tensor: Axis) -> Tensor:
@@ -67,7 +67,7 @@ class _ReduceFromTensorRanks(torch.autograd.Function):
 
 
 class _GatherFromTensorRanks(torch.autograd.Function):
-    """The outputs of all ranks; of their gradient, which is the same on every rank, each takes its share."""
+    """Join the shares of all ranks; backward, each rank takes its share of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, cut: Cut, tensor: Axis) -> Tensor:
@@ -80,7 +80,7 @@ class _GatherFromTensorRanks(torch.autograd.Function):
 
 
 def copy_to_ranks(x: Tensor, tensor: Axis) -> Tensor:
-    """``x``, which all ranks hold, on its way into a split layer."""
+    """Input ``x``, equal on all ranks, of a split layer."""
     if not (torch.is_grad_enabled() and x.requires_grad) or tensor.size == 1:
         return x
     out: Tensor = _CopyToTensorRanks.apply(x, tensor)  # type: ignore[no-untyped-call]
@@ -88,7 +88,7 @@ def copy_to_ranks(x: Tensor, tensor: Axis) -> Tensor:
 
 
 def reduce_from_ranks(x: Tensor, tensor: Axis) -> Tensor:
-    """The sum of all ranks' ``x``, which is consumed."""
+    """Sum of all ranks' ``x``, which is consumed."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return summed(x, tensor)
     if tensor.size == 1:
@@ -98,7 +98,7 @@ def reduce_from_ranks(x: Tensor, tensor: Axis) -> Tensor:
 
 
 def gather_from_ranks(share: Tensor, parts: int, tensor: Axis) -> Tensor:
-    """(…, O) on every rank, of shares (…, O / ranks) of the outputs of ``parts`` fused projections."""
+    """(…, O / ranks) -> (…, O) on every rank: outputs of ``parts`` fused projections."""
     cut = Cut(share.dim() - 1, parts)
     if not (torch.is_grad_enabled() and share.requires_grad):
         return joined(share, cut, tensor)
@@ -107,7 +107,7 @@ def gather_from_ranks(share: Tensor, parts: int, tensor: Axis) -> Tensor:
 
 
 class SplitLinear(nn.Linear):
-    """A linear whose tensors are cut as ``self.cuts`` says."""
+    """Linear with a share of the weight and bias of ``whole``, cut as ``self.cuts`` says."""
 
     def __init__(self, whole: nn.Linear, style: Column | Row, tensor: Axis) -> None:
         nn.Module.__init__(self)
@@ -119,11 +119,11 @@ class SplitLinear(nn.Linear):
         self.bias = None if whole.bias is None else _share(whole.bias, self.shards().get("bias"))
 
     def shards(self) -> Mapping[str, Shard]:
-        """What this rank holds of the weight and, of a column, of the bias."""
+        """Shares of the weight and, for a column, of the bias."""
         return {name: shard_on(self.tensor, cut) for name, cut in self.cuts.items()}
 
     def reset_parameters(self) -> None:
-        """As a whole linear draws them, from the same random numbers; each rank keeps its share."""
+        """Draw the whole linear from the same random numbers on each rank, and keep this rank's share."""
         made = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device=self.weight.device
         )
@@ -134,7 +134,7 @@ class SplitLinear(nn.Linear):
                 parameter.copy_(whole if shard is None else shard.take(whole))
 
     def extra_repr(self) -> str:
-        """The whole layer's sizes and this rank's place."""
+        """Sizes of the whole layer, and this rank's place."""
         return f"{super().extra_repr()}, {self.style}, rank {self.tensor.rank} of {self.tensor.size}"
 
 
@@ -150,7 +150,7 @@ class ColumnLinear(SplitLinear):
 
 
 class GatheredLinear(SplitLinear):
-    """(…, I) -> (…, O), on every rank: each has the weights of its share of the outputs alone."""
+    """(…, I) -> (…, O) on every rank; each rank has the weights of its share of the outputs."""
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
         share = F.linear(copy_to_ranks(x, self.tensor), self.weight, self.bias)
@@ -202,18 +202,18 @@ class ColumnEmbedding(nn.Embedding):
         self.weight = _share(whole.weight, self.shards()["weight"])
 
     def shards(self) -> Mapping[str, Shard]:
-        """What this rank holds of the table."""
+        """Share of the table."""
         return {"weight": shard_on(self.tensor, self.cut)}
 
     def reset_parameters(self) -> None:
-        """As a whole table is drawn, from the same random numbers; each rank keeps its share."""
+        """Draw the whole table from the same random numbers on each rank, and keep this rank's share."""
         made = nn.Embedding(self.num_embeddings, self.embedding_dim, device=self.weight.device)
         with torch.no_grad():
             self.weight.copy_(self.shards()["weight"].take(made.weight))
 
 
 def _share(whole: Tensor, shard: Shard | None) -> nn.Parameter:
-    """The share as a parameter with memory of its own, so that the whole one can go."""
+    """Share of a parameter, copied so that the whole one can be freed."""
     assert isinstance(whole, nn.Parameter), "of a linear or an embedding"
     if shard is None:
         return whole
@@ -222,7 +222,7 @@ def _share(whole: Tensor, shard: Shard | None) -> nn.Parameter:
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear, without a gradient; of a split one every rank calls it."""
+    """Whole weight of a linear, without a gradient; a collective where the layer is split."""
     weight = layer.weight
     assert isinstance(weight, Tensor), "of a linear"
     if isinstance(layer, SplitLinear):
@@ -231,10 +231,10 @@ def whole_weight(layer: nn.Module) -> Tensor:
 
 
 class ShareOfDropout(nn.Module):
-    """Dropout of a tensor of which each rank holds a share of the last dimension.
+    """Dropout of a share of the last dimension.
 
-    The mask is drawn for the whole dimension and this rank takes its part of it: the ranks' masks differ, and
-    together they are the one that a single process draws.
+    The mask is drawn for the whole dimension, and this rank takes its share of it: together the ranks' masks
+    are the one that a single process draws.
     """
 
     def __init__(self, p: float, tensor: Axis) -> None:
@@ -253,7 +253,7 @@ class ShareOfDropout(nn.Module):
 
 
 def apply_sharding(model: nn.Module, sharding: Sharding, tensor: Axis) -> nn.Module:
-    """Put layers split over ``tensor`` in the place of those of ``model`` that ``sharding`` names.
+    """Replace the layers of ``model`` that ``sharding`` names by layers split over ``tensor``.
 
     Of a model on the meta device, only shapes change, and a checkpoint is then read share by share
     (:func:`sat.checkpoint.load`); of one with values, each layer keeps its rank's share. Layers that
@@ -271,7 +271,7 @@ def apply_sharding(model: nn.Module, sharding: Sharding, tensor: Axis) -> nn.Mod
 
 
 def split(layer: nn.Module, style: Column | Row, tensor: Axis) -> nn.Module:
-    """This rank's share of one linear or embedding."""
+    """Layer with this rank's share of one linear or embedding."""
     if isinstance(layer, nn.Embedding):
         assert isinstance(style, Column), "checked before"
         return ColumnEmbedding(layer, style, tensor)
@@ -305,7 +305,7 @@ def check_sharding(model: nn.Module, sharding: Sharding, size: int) -> None:
 
 
 def _named(model: nn.Module, sharding: Sharding) -> Iterator[tuple[str, nn.Module, Column | Row]]:
-    """(name, layer, style) of what ``sharding`` names in ``model``."""
+    """(name, layer, style) of the layers that ``sharding`` names."""
     for path, layer in model.named_modules():
         style = style_of(sharding, path)
         if style is None:
@@ -327,7 +327,7 @@ def _gathers(style: Column | Row) -> bool:
 
 
 def _pieces(model: nn.Module, path: str, layer: nn.Module, style: Column | Row) -> tuple[int, str]:
-    """Into how many pieces a layer may be cut at most, and what a piece is called."""
+    """Largest number of pieces that a layer may be cut into, and the name of a piece."""
     owner = model.get_submodule(path.rpartition(".")[0])
     unit = 1 if style.unit is None else int(getattr(owner, style.unit))
     if isinstance(style, Row):

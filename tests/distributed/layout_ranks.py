@@ -89,8 +89,9 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
     found = {"latents": drawn(SamplingParams(64, 64, 4, guider))}
     found["pixels"] = generator.engine.decode(found["latents"])
     if mesh.guidance.size > 1 or not layout:
-        within = CfgParallel(IntervalLimited(3.0, 200.0, 700.0), mesh.guidance)
-        found["interval"] = drawn(SamplingParams(64, 64, 4, within))
+        limited = IntervalLimited(3.0, 200.0, 700.0)
+        shared = CfgParallel(limited, mesh.guidance) if mesh.guidance.size > 1 else limited
+        found["interval"] = drawn(SamplingParams(64, 64, 4, shared))
     if isinstance(network := generator.engine.network, CogView3Plus):
         network.fold = 1
         seen, prepare = [], network.prepare
