@@ -1,10 +1,10 @@
-"""Checkpoints of a run: saving, resuming, and exporting weights for sampling."""
+"""Checkpoints of a run: save, resume, and export weights for sampling."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -24,10 +24,10 @@ from sat.engine import DiffusionEngine
 from sat.parallel.collectives import agree, barrier, gather
 from sat.train import shards
 from sat.train.deepspeed import TrainEngine
-from sat.train.ema import Ema, masters
 from sat.train.log import clock
 from sat.train.lora import AdapterExport
 from sat.train.objectives import Objective
+from sat.train.optim import Ema
 from sat.train.resume import NATIVE, Progress, RunFolder, Saved
 
 log = logging.getLogger(__name__)
@@ -46,13 +46,13 @@ class Export(Protocol):
         ...
 
     def frozen(self) -> Mapping[str, Tensor]:
-        """Parameters that it writes and that are not trained, by their name in the objective."""
+        """Parameters to write that are not trained, by their name in the objective."""
         ...
 
 
 @dataclass
 class _Writing:
-    """A checkpoint whose files are being written by a thread."""
+    """A checkpoint of which the files are being written."""
 
     path: Path
     progress: Progress
@@ -64,7 +64,7 @@ class _Writing:
 class Checkpoints:
     """Writes ``RUN/checkpoints/step_…`` and reads it back; every rank calls every method.
 
-    A checkpoint holds every rank's share of the state, the averages included, and with ``export`` a native
+    A checkpoint holds every rank's share of the state, averages included, and with ``export`` a native
     checkpoint of the averaged (else the current) weights. ``last`` is the newest whole one of this run.
     """
 
@@ -73,39 +73,62 @@ class Checkpoints:
     ) -> None:
         self.folder, self.engine, self.ema, self.export = folder, engine, ema, export
         self.last: Path | None = None
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether this rank still writes a checkpoint."""
+        """True while this rank writes a checkpoint."""
         return self._writing is not None and not self._writing.future.done()
 
-    def save(self, progress: Progress, keep_last: int, *, background: bool = False) -> None:
+    def save(  # noqa: C901 - one checkpoint, in order
+        self, progress: Progress, keep_last: int, *, background: bool = False
+    ) -> None:
         """Write the checkpoint of ``progress.step``, make it whole, and delete old ones.
 
         In the ``background`` only a copy is made now; :meth:`settle` makes it whole once it is written.
         """
         self.settle()
-        began = time.perf_counter()
-        path = self._begin(progress.step)
+        began, runtime, path = time.perf_counter(), self.engine.runtime, self.folder.path(progress.step)
+        if runtime.is_main:
+            (self.folder.begin(progress.step) / STATE).mkdir()
+        barrier(runtime.device)
+        if unseen := [rank for rank, seen in enumerate(gather(path.is_dir())) if not seen]:
+            raise RuntimeError(
+                f"rank {unseen[0]} does not see {path}: all ranks must share the run folder's storage"
+            )
+
         share = shards.collect(self.engine, self.ema, cut=progress.cut)
-        weights = self._whole_weights()
+        weights: dict[str, Tensor] = {}  # to export: averages or masters, and frozen ones; on rank 0's CPU
+        if self.export is not None:
+            trained = self.ema.gather() if self.ema is not None else self.engine.masters()
+            for name, value in chain(trained, self.engine.gathered(self.export.frozen())):
+                whole = self.engine.joined(name, value)
+                if runtime.is_main:
+                    weights[name] = whole.detach().to("cpu", copy=True)
         if background:
             share = share.detached()
 
         def write() -> None:
             share.write(path / STATE, self.engine.shard_name)
-            if self.engine.runtime.is_main and self.export is not None:
+            if runtime.is_main and self.export is not None:
                 self.export(path / NATIVE, weights)
 
-        future = self._start(write) if background else _done(write)
+        future: Future[None] = Future()
+        if background:
+            future = self._pool.submit(write)
+        else:
+            try:
+                write()
+                future.set_result(None)
+            except Exception as error:  # noqa: BLE001 - raised again by settle, after all ranks have agreed
+                future.set_exception(error)
         self._writing = _Writing(path, progress, keep_last, began, future)
         if not background:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the files that are being written, if there are any, and make their checkpoint whole."""
+        """Wait for files that are being written, and make their checkpoint whole."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
@@ -122,10 +145,10 @@ class Checkpoints:
         self.last = writing.path
 
     def load(self, saved: Saved, now: Progress) -> Progress:
-        """Read ``saved`` and return its counters; ``now`` says how this run is laid out."""
+        """Read ``saved`` and return its counters; ``now`` is the layout of this run."""
         progress = saved.progress()
-        for anew in progress.check(now, saved.path):
-            log.info("going on with other %s", anew)
+        for change in progress.check(now, saved.path):
+            log.info("going on with other %s", change)
         averaged = shards.restore(self.engine, self.ema, saved.path / STATE, cut=progress.cut)
         if self.ema is not None and not averaged:
             log.warning("%s holds no averaged weights: the average starts from its weights", saved.path)
@@ -133,61 +156,16 @@ class Checkpoints:
         self.last = saved.path
         return progress
 
-    def _begin(self, step: int) -> Path:
-        """The empty folder that every rank sees."""
-        runtime, path = self.engine.runtime, self.folder.path(step)
-        if runtime.is_main:
-            (self.folder.begin(step) / STATE).mkdir()
-        barrier(runtime.device)
-        if unseen := [rank for rank, seen in enumerate(gather(path.is_dir())) if not seen]:
-            raise RuntimeError(
-                f"rank {unseen[0]} does not see {path}: all ranks must share the run folder's storage"
-            )
-        return path
 
-    def _start(self, write: Callable[[], None]) -> Future[None]:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        return self._pool.submit(write)
-
-    def _whole_weights(self) -> dict[str, Tensor]:
-        """What is exported: the averaged (else the current) weights in float32, and frozen ones as they are.
-
-        On the CPU of rank 0; on others none.
-        """
-        kept: dict[str, Tensor] = {}
-        if self.export is None:
-            return kept
-        trained = self.ema.gather() if self.ema is not None else masters(self.engine)
-        for name, value in chain(trained, self.engine.gathered(self.export.frozen())):
-            whole = self.engine.joined(name, value)
-            if self.engine.runtime.is_main:
-                kept[name] = whole.detach().to("cpu", copy=True)
-        return kept
-
-
-def _done(write: Callable[[], None]) -> Future[None]:
-    """What ``write`` came to, already known."""
-    future: Future[None] = Future()
-    try:
-        write()
-        future.set_result(None)
-    except Exception as error:  # noqa: BLE001 - raised again by whoever asks, after all ranks have agreed
-        future.set_exception(error)
-    return future
-
-
-# -- what a checkpoint holds beside the state: the trained parts as a native folder, or the adapter
-#
-# And where the whole model is that a run came to.
+# -- exports: the trained parts as a native folder, or the adapter
 
 
 def exporter(
     experiment: Experiment, weights: CheckpointConfig, engine: DiffusionEngine, objective: Objective
 ) -> Export:
-    """Writes the trained parts as a native checkpoint folder, for sampling or another training.
+    """Export of the trained parts as a native checkpoint folder, for sampling or another training.
 
-    Of LoRA only the adapter is written, which names the model and the ``weights`` it belongs to.
+    With LoRA, of the adapter alone, which names the model and the ``weights`` it belongs to.
     """
     assert experiment.train is not None, "only a training exports"
     dtype, lora = DTYPES[experiment.train.dtype], experiment.adapters.lora
@@ -206,7 +184,7 @@ def exporter(
 class ModelExport:
     """Writes the parts that ``objective`` trains; see :class:`sat.train.checkpoints.Export`.
 
-    ``sections`` are those of the config that describe them; ``tokenizer`` is copied beside them.
+    ``sections`` of the config describe them; ``tokenizer`` is copied beside them.
     """
 
     objective: Objective
@@ -215,7 +193,7 @@ class ModelExport:
     dtype: torch.dtype
 
     def frozen(self) -> dict[str, Tensor]:
-        """What the parts hold beside what learns."""
+        """Parameters of the parts that do not learn."""
         inside = {id(p) for module in self.objective.parts().values() for p in module.parameters()}
         return {
             name: p
@@ -224,7 +202,7 @@ class ModelExport:
         }
 
     def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """A native folder of ``weights`` and the parts' tables."""
+        """Write a native folder of ``weights`` and the parts' buffers."""
         names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
         parts: dict[Any, InMemory] = {}
         for part, module in self.objective.parts().items():
@@ -237,9 +215,9 @@ class ModelExport:
 
 
 class Outcome(NamedTuple):
-    """Where a run's model is: ``trained`` its newest checkpoint, ``parts`` those of other paths.
+    """Model of a run: ``trained`` is its newest checkpoint, ``parts`` the paths of the other parts.
 
-    A part of path None was drawn at random and not trained.
+    A part without a path was drawn at random and not trained.
     """
 
     trained: Path
@@ -248,12 +226,12 @@ class Outcome(NamedTuple):
 
 
 def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is what a training wrote."""
+    """True if ``folder`` is the run folder of a training."""
     return (folder / "resolved.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
 def outcome(run: Path) -> Outcome:
-    """What the training in ``run`` came to, with the parts it left as they were."""
+    """Model that the training in ``run`` has come to, untrained parts included."""
     saved = RunFolder(run).saved()
     if not saved:
         raise CheckpointError(f"{run}: this training has no whole checkpoint yet")

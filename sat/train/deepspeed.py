@@ -1,4 +1,4 @@
-"""The only place that knows DeepSpeed: its settings, its engine, and its quirks.
+"""DeepSpeed: its settings, its engine and its quirks. No other file reaches into it.
 
 Nothing here compiles an extension: the optimizer is always torch's, and the shared-memory collective (built
 at start-up otherwise, used by inference only) is switched off.
@@ -38,7 +38,7 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. ``norm`` is the gradient norm before clipping, over all ranks."""
+    """Outcome of an optimizer step. ``norm`` is the gradient norm over all ranks, before clipping."""
 
     applied: bool
     norm: Tensor | float
@@ -48,8 +48,8 @@ class StepResult:
 class Fragment:
     """This rank's share of a trained parameter.
 
-    ``master``: its float32 values, a flat view, which begin at ``start`` of the flattened parameter. ``key``
-    is the tensor that the optimizer steps; there they begin at ``offset``.
+    ``master``: its float32 values, a flat view, from ``start`` of the flattened parameter on. ``key`` is the
+    tensor that the optimizer steps; the values lie there from ``offset`` on.
     """
 
     master: Tensor
@@ -59,18 +59,26 @@ class Fragment:
 
 
 def settings(config: TrainConfig, world: int, *, pins: bool = False) -> dict[str, Any]:
-    """DeepSpeed's JSON for ``config``; ``world`` ranks average gradients; ``pins``: memory is pinned."""
+    """DeepSpeed's JSON for ``config``; ``world`` ranks average gradients; ``pins``: pin offloaded memory."""
     if config.dtype != "fp32" and config.zero == 0:
         # DeepSpeed's bf16 without ZeRO takes one optimizer step on zero gradients while it starts.
         raise ValueError(
             f"train.dtype {config.dtype} needs train.zero 1, 2 or 3, which keep float32 masters; got 0"
         )
+    place = {"device": "cpu", "pin_memory": pins}
+    zero: dict[str, Any] = {"stage": config.zero}
+    if config.offload.optimizer:
+        zero["offload_optimizer"] = place
+    if config.offload.parameters:
+        zero["offload_param"] = place
+    if config.zero == 3:
+        zero["stage3_param_persistence_threshold"] = PERSISTENT
     return {
         "train_batch_size": config.batch_size * config.accumulate * world,
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.accumulate,
         "gradient_clipping": 0.0 if config.zero == 0 else (config.clip or 0.0),
-        "zero_optimization": _zero(config, pins),
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # theirs would be compiled here; torch's runs on the CPU too
         "bf16": {"enabled": config.dtype == "bf16"},
@@ -81,37 +89,24 @@ def settings(config: TrainConfig, world: int, *, pins: bool = False) -> dict[str
     }
 
 
-def _zero(config: TrainConfig, pins: bool) -> dict[str, Any]:
-    """The section ``zero_optimization``."""
-    out: dict[str, Any] = {"stage": config.zero}
-    place = {"device": "cpu", "pin_memory": pins}
-    if config.offload.optimizer:
-        out["offload_optimizer"] = place
-    if config.offload.parameters:
-        out["offload_param"] = place
-    if config.zero == 3:
-        out["stage3_param_persistence_threshold"] = PERSISTENT
-    return out
-
-
 def check_dtype(config: TrainConfig, runtime: Runtime) -> None:
-    """Raises where DeepSpeed cannot train in ``train.dtype`` on this device, before weights are read."""
+    """Raise where DeepSpeed cannot train in ``train.dtype`` on this device, before weights are read."""
     if config.dtype == "fp16" and not _import(runtime).accelerator.get_accelerator().is_fp16_supported():
         raise ValueError(f"train.dtype fp16 cannot be trained on {runtime.device}: set it to bf16 or fp32")
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Of all together, as torch from 2.6 on has it in ``torch.nn.utils``."""
+    """Norm of all gradients together, as ``torch.nn.utils`` has it since torch 2.6."""
     norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 
 class TrainEngine:
-    """A DeepSpeed engine around an objective, with the same behaviour at every ZeRO stage.
+    """DeepSpeed engine around an objective, with the same behaviour at every ZeRO stage.
 
-    At ZeRO 0 in float32 DeepSpeed neither reports the gradient norm nor skips a step whose gradients are not
-    finite; both are done here.
+    At ZeRO 0 in float32 DeepSpeed neither reports the gradient norm nor skips steps with gradients that are
+    not finite; both are done here. A tensor-parallel rank sees its own shares of split parameters.
     """
 
     def __init__(
@@ -143,17 +138,17 @@ class TrainEngine:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer whose groups carry the learning rate (DeepSpeed's wrapper at ZeRO 1 and 2)."""
+        """Optimizer with the groups that carry the learning rate (DeepSpeed's wrapper from ZeRO 1 on)."""
         optimizer: Optimizer = self.engine.optimizer
         return optimizer
 
     @property
     def loss_scale(self) -> float:
-        """The fp16 loss scale in use; 1 in other precisions."""
+        """Loss scale of fp16; 1 in other precisions."""
         return float(self.engine.optimizer.loss_scale) if self.config.dtype == "fp16" else 1.0
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradients of one micro-batch; ``last`` closes the step, and ranks average theirs."""
+        """Accumulate the gradients of a micro-batch; with the ``last`` of a step the ranks average theirs."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
         if not last:
@@ -161,63 +156,41 @@ class TrainEngine:
 
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients, unless they are not finite."""
-        if self.config.zero == 0:
-            return self._plain_step()
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return StepResult(bool(self.engine.was_step_applied()), float("nan") if norm is None else norm)
+        if self.config.zero > 0:
+            self.engine.step()
+            norm = self.engine.get_global_grad_norm()
+            return StepResult(bool(self.engine.was_step_applied()), math.nan if norm is None else norm)
 
-    def _plain_step(self) -> StepResult:
-        """ZeRO 0, float32: every rank holds the averaged gradients, so each decides the same alone."""
-        norm = self._norm()
+        # ZeRO 0, float32: every rank holds the averaged gradients, so each decides the same alone.
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norm = _total_norm([g for name, g in gradients.items() if name not in self.split])
+        if self.split:  # the tensor ranks' shares together
+            own = _total_norm([g for name, g in gradients.items() if name in self.split])
+            norm = (norm.to(own.device).square() + summed(own.square(), self.mesh.tensor)).sqrt()
         if not bool(torch.isfinite(norm)):
             self.engine.zero_grad()
             return StepResult(False, norm)
         if self.config.clip is not None:
             share = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([p.grad for p in self.parameters.values() if p.grad is not None], share)
+            torch._foreach_mul_(list(gradients.values()), share)
         self.engine.step()
         return StepResult(True, norm)
-
-    def _norm(self) -> Tensor:
-        """Of all gradients, the tensor ranks' shares together."""
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm = _total_norm([g for name, g in gradients.items() if name not in self.split])
-        if not self.split:
-            return norm
-        own = _total_norm([g for name, g in gradients.items() if name in self.split])
-        return (norm.to(own.device).square() + summed(own.square(), self.mesh.tensor)).sqrt()
 
     # ------------------------------------------------------------------ shares of the state
 
     @property
     def inner(self) -> Optimizer:
-        """The optimizer that keeps the state; what it steps are the fragments' keys."""
+        """Optimizer that keeps the state and steps the fragments' keys."""
         inner: Optimizer = self.engine.optimizer if self.config.zero == 0 else self.engine.optimizer.optimizer
         return inner
 
     @property
-    def gradient_rank(self) -> int:
-        """This rank's place among those that share out the optimizer's state."""
-        return self.mesh.gradient.rank
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank has state that no other has: at ZeRO 0 all have the same."""
-        return self.config.zero > 0 or self.gradient_rank == 0
-
-    @property
     def shard_name(self) -> str:
-        """Of the files that this rank writes."""
-        return f"{self.mesh.tensor.rank:03d}_{self.gradient_rank:05d}"
-
-    def counts_on(self, key: Tensor) -> torch.device:
-        """Where an optimizer keeps its count of steps of ``key``: beside it if a kernel reads it there."""
-        beside = any(group.get("fused") or group.get("capturable") for group in self.inner.param_groups)
-        return key.device if beside else torch.device("cpu")
+        """Name of this rank's files: its tensor rank and its rank among those that share the optimizer."""
+        return f"{self.mesh.tensor.rank:03d}_{self.mesh.gradient.rank:05d}"
 
     def _fragments(self) -> Iterator[tuple[str, Fragment]]:
-        """(name, share) of every trained parameter that this rank has a share of."""
+        """(name, share) of every trained parameter of which this rank has a share."""
         optimizer = self.engine.optimizer
         for name, parameter in self.parameters.items():
             if self.config.zero == 0:
@@ -230,7 +203,7 @@ class TrainEngine:
                     yield name, Fragment(mapping.hp_fragment.detach().view(-1), int(start), key, int(offset))
             else:
                 group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
-                start = self.gradient_rank * int(count)
+                start = self.mesh.gradient.rank * int(count)
                 own = max(0, min(int(count), parameter.ds_numel - start))  # type: ignore[attr-defined]
                 if own:
                     key = optimizer.fp32_partitioned_groups_flat[group]
@@ -238,19 +211,19 @@ class TrainEngine:
 
     @property
     def whole_shapes(self) -> dict[str, list[int]]:
-        """Of the trained parameters, also of those that the tensor ranks share."""
+        """Shapes of the whole trained parameters, tensor ranks joined."""
         return {
             name: list(self.split[name].whole(shape)) if name in self.split else shape
             for name, shape in self.shapes.items()
         }
 
     def joined(self, name: str, value: Tensor) -> Tensor:
-        """The whole of the parameter ``name``, of which ``value`` is this tensor rank's; a collective."""
+        """Whole parameter ``name`` from the ``value`` of each tensor rank; a collective."""
         shard = self.split.get(name)
         return value if shard is None else joined(value, shard.cut, self.mesh.tensor)
 
     def whole(self, name: str, shard: Tensor | None) -> Tensor:
-        """The float32 parameter ``name`` of this tensor rank out of all ranks' flat shares; a collective."""
+        """Float32 parameter ``name`` of this tensor rank from all ranks' flat shares; a collective."""
         shape = self.shapes[name]
         if self.config.zero == 0:
             assert shard is not None, "at ZeRO 0 every rank holds every parameter"
@@ -264,12 +237,18 @@ class TrainEngine:
         return full.view(shape)
 
     @torch.no_grad()
+    def masters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 weight) one by one; every rank must go through all of them."""
+        for name in self.parameters:
+            fragment = self.fragments.get(name)
+            yield name, self.whole(name, None if fragment is None else fragment.master)
+
+    @torch.no_grad()
     def publish(self) -> None:
-        """Give the weights the values of the float32 masters, which were written to; a collective."""
+        """Copy the float32 masters, which were written to, into the weights; a collective."""
         if self.config.zero in (1, 2):
-            for name, parameter in self.parameters.items():
-                fragment = self.fragments.get(name)
-                parameter.copy_(self.whole(name, None if fragment is None else fragment.master))
+            for name, value in self.masters():
+                self.parameters[name].copy_(value)
         elif self.config.zero == 3:
             optimizer = self.engine.optimizer
             optimizer.checkpoint_event_prologue()  # shares out what is whole
@@ -279,10 +258,10 @@ class TrainEngine:
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
-        """Every parameter is whole inside the block, for any use; what is written to it there is lost.
+        """Keep every parameter whole inside the block; values written there are lost.
 
-        At ZeRO 3 its hooks are away meanwhile, so that ranks may do different things. Below it does nothing,
-        and what is written stays.
+        At ZeRO 3 DeepSpeed's hooks are off meanwhile, so that ranks may do different things. At lower stages
+        nothing is done, and written values stay.
         """
         if self.config.zero < 3:
             yield
@@ -302,7 +281,7 @@ class TrainEngine:
             self.engine.optimizer.checkpoint_event_epilogue()  # small ones are whole again
 
     def gathered(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """``parameters`` one by one, whole for the time of a turn; every rank must go through all of them."""
+        """(name, parameter) one by one, whole until the next; every rank must go through all of them."""
         for name, parameter in parameters.items():
             if self.config.zero < 3:
                 yield name, parameter
@@ -316,7 +295,7 @@ class TrainEngine:
 
     @property
     def scaler(self) -> dict[str, float]:
-        """The state of the fp16 loss scale; empty in other precisions."""
+        """State of the fp16 loss scale; empty in other precisions."""
         if self.config.dtype != "fp16":
             return {}
         kept = vars(self.engine.optimizer.loss_scaler)

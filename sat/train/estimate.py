@@ -35,8 +35,7 @@ from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
 from sat.tokenizers import T5Tokenizer
 from sat.train import optim
-from sat.train.caches import spare_parts
-from sat.train.data import bucket_rule
+from sat.train.data import bucket_rule, spare_parts
 from sat.train.lora import add_lora, packed_bytes, unpacked
 from sat.train.objectives import Objective
 from sat.transformer import Transformer

@@ -1,35 +1,43 @@
-"""The record of a run: ``metrics.jsonl`` always, wandb and tensorboard, one plain line for the reader."""
+"""Log of a run: means and model FLOP use, written to ``metrics.jsonl``, wandb and tensorboard."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sat.config.schema import TrainConfig
+from sat.data.batch import Batch
+from sat.engine import DiffusionEngine
+from sat.estimate.trace import flops_of
 from sat.parallel.collectives import mean
+from sat.parallel.launch import Runtime
+from sat.train.objectives import Objective
 
 log = logging.getLogger(__name__)
 
 
 _UNSHOWN = ("step", "images", "seconds")
-"""Numbers of a row that its line for the reader leaves out."""
+"""Numbers of a row that its log line leaves out."""
 
 
 class Averages:
-    """Running means of named scalars since the last ``take``, kept on the device they come from."""
+    """Means of named scalars since the last ``take``, kept on their device."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}  # (sum, count)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count one more value of each name; values that are not finite are left out of the mean."""
+        """Count one more value of each name; values that are not finite stay out of the mean."""
         for name, value in values.items():
             value = value.detach().float()
             finite = torch.isfinite(value)
@@ -37,7 +45,7 @@ class Averages:
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def take(self) -> dict[str, float]:
-        """The means over everything added on every rank, NaN where nothing finite was; then start anew."""
+        """Means over all ranks, NaN where nothing finite was added; start anew."""
         names = sorted(self._sums)
         if not names:
             return {}
@@ -50,18 +58,26 @@ class Averages:
 
 
 class Record:
-    """Writes one row of numbers per call, on rank 0. Numbers that are not finite become null in the file."""
+    """Writes a row of numbers per call, on rank 0; numbers that are not finite become null in the file."""
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _cut(path, step)
+        if path.exists():  # a resumed run writes the rows after ``step`` again
+            kept = []
+            for text in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a line cut off by a crash
+                    if json.loads(text).get("step", 0) <= step:
+                        kept.append(text)
+            partial = path.with_suffix(".tmp")
+            partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+            partial.replace(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._wandb: Any = None
         self._board: Any = None
 
     def start_tensorboard(self, folder: Path, *, step: int) -> None:
-        """Mirror the rows to ``folder/tensorboard``; what it holds after ``step`` is dropped."""
+        """Mirror the rows to ``folder/tensorboard``; rows there after ``step`` are dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -111,9 +127,9 @@ class Record:
 
 
 def line(row: Mapping[str, float], steps: int) -> str:
-    """``row`` as one line to read."""
+    """``row`` as one log line, with the time left."""
     head = f"step {int(row['step'])}/{steps}"
-    shown = [f"{k} {_short(v)}" for k, v in row.items() if k not in _UNSHOWN]
+    shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in _UNSHOWN]
     left = row["seconds_per_step"] * (steps - row["step"]) if "seconds_per_step" in row else math.nan
     return "  ".join([head, *shown, *([f"left {clock(left)}"] if math.isfinite(left) else [])])
 
@@ -124,23 +140,81 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def _short(value: float) -> str:
-    """Four digits, in the notation that is shortest."""
-    return f"{value:.4g}"
+# -- model FLOP use: operations that a step needs over those that the device could do in its time
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop rows after ``step``: a resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(text)
-        except ValueError:
-            continue  # a line cut off by a crash
-        if row.get("step", 0) <= step:
-            kept.append(text)
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
-    partial.replace(path)
+PEAKS = {
+    "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0,
+    "L40": 181.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0,
+}  # fmt: skip
+"""Dense bf16 TFLOP/s by a part of the device's name, the longer ones first. Source: NVIDIA's data sheets."""
+
+
+def peak_flops(config: TrainConfig, runtime: Runtime) -> float | None:
+    """Peak FLOP/s of a rank: ``train.peak_tflops``, or those of a known device for bf16, or None."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
+    if config.dtype == "fp32" and config.autocast is None:
+        return None
+    name = runtime.device_name
+    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+
+
+def token_counter(engine: DiffusionEngine, objective: Objective) -> Callable[[Batch], int]:
+    """A counter of a batch's tokens: patches (else latent cells), and text where the network trains."""
+    patch = getattr(engine.network, "patch", 1)
+    text = engine.conditioner.max_length if "model" in objective.parts() else 0
+
+    def count(batch: Batch) -> int:
+        if batch.latent_moments is not None:
+            h, w = batch.latent_moments.shape[-2:]
+        else:
+            assert batch.image is not None, "a batch has one of the two"
+            _, h, w = engine.latent_shape(*batch.image.shape[-2:])
+        return len(batch) * (h * w // patch**2 + text)
+
+    return count
+
+
+class _Count(TorchDispatchMode):
+    """Counts FLOPs, without those recomputed for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # Only a recomputed forward pass has gradients switched on inside the backward pass.
+        if not (torch._C._current_graph_task_id() >= 0 and torch.is_grad_enabled()):
+            self.flops += flops_of(func, args, kwargs or {}, out)
+        return out
+
+
+class Meter:
+    """Sums the FLOPs of micro-batches on this rank, counted once for every shape."""
+
+    def __init__(self, peak: float) -> None:
+        self.peak = peak
+        self._known: dict[tuple[object, ...], int] = {}
+        self._total = 0
+
+    @contextmanager
+    def micro(self, batch: Batch) -> Iterator[None]:
+        """Around the forward and backward pass of ``batch``."""
+        held = (batch.image, batch.latent_moments, batch.low_moments, batch.text)
+        shape = tuple(None if x is None else tuple(x.shape) for x in held)
+        if shape in self._known:
+            yield
+        else:
+            with _Count() as count:
+                yield
+            self._known[shape] = count.flops
+        self._total += self._known[shape]
+
+    def take(self, seconds: float) -> float:
+        """Share of the peak that was used in ``seconds``; start anew."""
+        total, self._total = self._total, 0
+        return total / seconds / self.peak

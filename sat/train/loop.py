@@ -1,4 +1,4 @@
-"""The training loop: the same for every objective, precision, ZeRO stage and number of ranks."""
+"""Training loop: the same for every objective, precision, ZeRO stage and number of ranks."""
 
 from __future__ import annotations
 
@@ -16,31 +16,64 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from sat.config.schema import TrainConfig
 from sat.data.batch import Batch
 from sat.parallel.collectives import agree, barrier, mean
-from sat.parallel.launch import Runtime
 from sat.train.checkpoints import Checkpoints, Export
-from sat.train.deepspeed import StepResult, TrainEngine
-from sat.train.ema import Ema
-from sat.train.flops import Meter, peak_flops
-from sat.train.log import Averages, Record, line
-from sat.train.optim import rate, set_rate
+from sat.train.deepspeed import TrainEngine
+from sat.train.log import Averages, Meter, Record, line, peak_flops
+from sat.train.optim import Ema, autocast, rate, set_rate
 from sat.train.resume import Layout, Progress, RunFolder, Saved
 from sat.train.shards import cuttable
 from sat.util.log import progress
 
+log = logging.getLogger(__name__)
+
 VALIDATION = -1
-"""The step that validation draws its noise for: the same noise every time."""
+"""Step for which validation draws its noise: the same noise every time."""
+_ECHO = 2.0
+"""Seconds in which a repeated signal is ignored: torchrun sends on what a terminal has sent already."""
 
 
-def computing(config: TrainConfig, runtime: Runtime) -> AbstractContextManager[Any]:
-    """bf16 computation with float32 weights, if ``train.autocast`` asks for it."""
-    if config.autocast is None:
-        return nullcontext()
-    return torch.autocast(runtime.device.type, torch.bfloat16)
+class DivergedError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Source(Protocol):
+    """Endless batches of this rank."""
+
+    @property
+    def epoch(self) -> float:
+        """Number of times that the data has been seen."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the current position on."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch given out."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position."""
+        ...
+
+
+@dataclass
+class Extras:
+    """Optional work beside training.
+
+    ``draw`` samples the fixed prompts into a folder, on every rank. ``tokens`` counts those of a batch.
+    ``validation`` are the same held-out batches each time.
+    """
+
+    export: Export | None = None
+    draw: Callable[[Path], None] | None = None
+    tokens: Callable[[Batch], int] | None = None
+    validation: Sequence[Batch] = ()
+    record: Record | None = None
 
 
 def step_generator(seed: int, step: int, place: int) -> torch.Generator:
@@ -56,19 +89,13 @@ def step_generator(seed: int, step: int, place: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-# -- asking a run to stop: the first Ctrl-C, SIGTERM or SIGUSR1 lets the step end and the state be saved
-
-
-_ECHO = 2.0
-"""Seconds in which a repeated signal is the same wish: torchrun sends on what a terminal has sent already."""
-
-
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event set by SIGINT, SIGTERM or SIGUSR1; a later second one acts as before. Old handlers return.
+    """An event set by SIGINT, SIGTERM or SIGUSR1, so that the step can end and the state be saved.
 
-    SIGUSR1 is what SLURM is mostly told to send before a job's time is over. Outside the main thread no
-    signal arrives, so the event stays clear.
+    A later second signal acts as before; the old handlers return after the block. SIGUSR1 is the signal that
+    SLURM is mostly told to send before a job's time is over. Outside the main thread no signal arrives, so
+    the event stays clear.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -96,82 +123,9 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# -- scores on held-out data
-
-
-@torch.no_grad()
-def validate(engine: TrainEngine, batches: Sequence[Batch]) -> dict[str, float]:
-    """Means of the objective's ``evaluate`` over ``batches`` of every rank, with the same noise each time."""
-    averages = Averages()
-    objective, mesh = engine.objective, engine.mesh
-    objective.eval()
-    try:
-        with computing(engine.config, engine.runtime):
-            for index, batch in enumerate(batches):
-                place = index * mesh.data_ranks + mesh.data_rank
-                generator = step_generator(engine.config.seed, VALIDATION, place)
-                averages.add(objective.evaluate(batch.to(engine.runtime.device), generator))
-    finally:
-        objective.train()
-    return {f"validation/{name}": value for name, value in averages.take().items()}
-
-
-# -- the training loop: the same for every objective, precision, ZeRO stage and number of ranks
-
-
-log = logging.getLogger(__name__)
-
-
-class DivergedError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-class Source(Protocol):
-    """Where batches come from, without end."""
-
-    @property
-    def epoch(self) -> float:
-        """How many times the data has been seen."""
-        ...
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches of this rank from the current position on."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch given out."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a position."""
-        ...
-
-
-class Draw(Protocol):
-    """Samples the fixed prompts into a folder, sharing them over the ranks."""
-
-    def __call__(self, folder: Path) -> None:
-        """Draw; every rank calls it."""
-        ...
-
-
-@dataclass
-class Extras:
-    """What a run may do besides training.
-
-    ``tokens`` counts those of a batch; ``validation``: the same held-out batches each time.
-    """
-
-    export: Export | None = None
-    draw: Draw | None = None
-    tokens: Callable[[Batch], int] | None = None
-    validation: Sequence[Batch] = ()
-    record: Record | None = None
-
-
 @dataclass
 class _Window:
-    """What happened since the last row of the log."""
+    """Sums since the last row of the log."""
 
     averages: Averages = field(default_factory=Averages)
     started: float = field(default_factory=time.perf_counter)
@@ -197,136 +151,117 @@ class Trainer:
         self.meter = None if peak is None else Meter(peak)
         self.step = self.skipped = self.images = 0
         self.seconds = 0.0
-        self._streak = 0
+        self._bad_steps = 0  # in a row
         self._saved_step = -1
         self._window = _Window()
 
-    # ------------------------------------------------------------------ running
-
-    def fit(self) -> None:
+    def fit(self) -> None:  # noqa: C901 - the loop, in order
         """Train until the last step, a stop signal, ``max_minutes`` or divergence; saves before returning."""
+        config = self.config
         began, before = time.perf_counter(), self.seconds
         self.engine.objective.train()
         batches = iter(self.source)
         self._window = _Window()
-        remaining = self.config.steps - self.step
+        remaining = config.steps - self.step
         if remaining < 1:
-            log.info("step %d of %d is done: raise train.steps to go on", self.step, self.config.steps)
-        with stop_signals() as stop, progress(remaining, rank=self.runtime.rank) as bar:
-            while self.step < self.config.steps:
-                self._step_or_diverge(batches)
-                passed = time.perf_counter() - began
-                self.seconds = before + passed
-                bar.advance()
-                self._periodic()
-                if self._stops(stop.is_set(), passed):
-                    break
-            self.save()
-
-    def _step_or_diverge(self, batches: Iterator[Batch]) -> None:
-        """One step; a run that ends for bad steps says which checkpoint it leaves."""
-        try:
-            self._train_step(batches)
-        except DivergedError as error:
-            self.checkpoints.settle()
-            last = self.checkpoints.last
-            left = "there is no checkpoint" if last is None else f"the last good checkpoint is {last}"
-            raise DivergedError(f"{error}; {left}") from error
-
-    def _stops(self, asked: bool, passed: float) -> bool:
-        """True on all ranks when one was asked to stop, or the minutes of this run are over.
-
-        Also makes a checkpoint whole whose files all ranks have written meanwhile.
-        """
-        limit = self.config.max_minutes
-        late = limit is not None and passed >= 60 * limit
-        asked, late, writing = agree([asked, late, self.checkpoints.busy], self.runtime.device)
-        if not writing:
-            self.checkpoints.settle()
-        if asked or late:
-            why = "asked to stop" if asked else f"the {limit:g} minutes of train.max_minutes are over"
-            log.info("%s: saving at step %d of %d", why, self.step, self.config.steps)
-        return asked or late
-
-    def _train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step: ``accumulate`` micro-batches, clip, apply, average."""
-        set_rate(self.engine.optimizer, rate(self.step, self.config))
-        window, count = self._window, self.config.accumulate
-        losses = []
-        for micro in range(count):
-            began = time.perf_counter()
-            batch = next(batches)
-            window.waited += time.perf_counter() - began
-            with nullcontext() if self.meter is None else self.meter.micro(batch):
-                values = self._forward(batch.to(self.runtime.device), micro)
-                self.engine.backward(values["loss"], last=micro == count - 1)
-            window.averages.add(values)
-            losses.append(values["loss"].detach())
-            if self.extras.tokens is not None:
-                window.tokens += self.extras.tokens(batch) * self.engine.mesh.data_ranks
-            window.images += len(batch) * self.engine.mesh.data_ranks
-            self.images += len(batch) * self.engine.mesh.data_ranks
-        result = self.engine.step()
-        self.step += 1
-        if result.applied:
-            self._streak = 0
-            if self.ema is not None:
-                self.ema.update(self.step)
-        else:
-            self._skip(result, torch.stack(losses))
-        window.averages.add({"grad_norm": torch.as_tensor(result.norm, device=self.runtime.device)})
-        window.steps += 1
-
-    def _forward(self, batch: Batch, micro: int) -> Mapping[str, Tensor]:
-        """The objective's scalars; the noise depends on seed, step and the micro-batch's place among all."""
-        mesh = self.engine.mesh
-        generator = step_generator(self.config.seed, self.step, micro * mesh.data_ranks + mesh.data_rank)
-        with computing(self.config, self.runtime):
-            values: Mapping[str, Tensor] = self.engine.engine(batch, generator)
-        return values
-
-    def _skip(self, result: StepResult, losses: Tensor) -> None:
-        """Count a step that was not applied; a streak of them that is no search for a scale ends the run."""
-        self.skipped += 1
-        bad_loss = not bool(torch.isfinite(losses).all())
-        if not any(agree([self.config.dtype != "fp16" or bad_loss], self.runtime.device)):
-            log.info("step %d: fp16 overflow, loss scale now %g", self.step, self.engine.loss_scale)
-            return
-        self._streak += 1
-        log.warning(
-            "step %d skipped, not finite: loss %g (this rank's), gradient norm %g; %d in a row",
-            self.step, losses.mean().item(), float(result.norm), self._streak,
-        )  # fmt: skip
-        if self._streak >= self.config.max_bad_steps:
-            raise DivergedError(
-                f"loss or gradient was not finite in {self._streak} steps in a row up to step {self.step} "
-                f"(train.max_bad_steps): lower train.lr ({self.config.lr:g}), set train.clip, or use "
-                f"train.dtype fp32"
-            )
-
-    # ------------------------------------------------------------------ now and then
-
-    def _periodic(self) -> None:
-        """Log, validate, sample and save when their step has come."""
-        config = self.config
+            log.info("step %d of %d is done: raise train.steps to go on", self.step, config.steps)
 
         def due(every: int | None, *, at_end: bool = True) -> bool:
             return bool(every) and (self.step % (every or 1) == 0 or (at_end and self.step == config.steps))
 
-        if due(config.log_every):
-            self._log()
-        if self.extras.validation and due(config.validate_every):
-            self._untimed(self.validate)
-        if self.extras.draw is not None and due(config.sample_every):
-            self._untimed(self.sample)
-        if due(config.save_every, at_end=False):
-            self._untimed(lambda: self.save(background=config.background_save))
+        with stop_signals() as stop, progress(remaining, rank=self.runtime.rank) as bar:
+            while self.step < config.steps:
+                try:
+                    self.train_step(batches)
+                except DivergedError as error:
+                    self.checkpoints.settle()
+                    last = self.checkpoints.last
+                    left = "there is no checkpoint" if last is None else f"the last good checkpoint is {last}"
+                    raise DivergedError(f"{error}; {left}") from error
+                passed = time.perf_counter() - began
+                self.seconds = before + passed
+                bar.advance()
+                if due(config.log_every):
+                    self._log()
 
-    def _untimed(self, work: Callable[[], object]) -> None:
-        """Do ``work`` without counting its time as training speed."""
-        began = time.perf_counter()
-        work()
-        self._window.started += time.perf_counter() - began
+                paused = time.perf_counter()  # this work does not count as training speed
+                if self.extras.validation and due(config.validate_every):
+                    self.validate()
+                if self.extras.draw is not None and due(config.sample_every):
+                    self.sample()
+                if due(config.save_every, at_end=False):
+                    self.save(background=config.background_save)
+                self._window.started += time.perf_counter() - paused
+
+                # All ranks stop when one was asked to, or the minutes of this run are over. A checkpoint
+                # that all ranks have written meanwhile is made whole.
+                limit = config.max_minutes
+                late = limit is not None and passed >= 60 * limit
+                flags = [stop.is_set(), late, self.checkpoints.busy]
+                asked, late, writing = agree(flags, self.runtime.device)
+                if not writing:
+                    self.checkpoints.settle()
+                if asked or late:
+                    why = "asked to stop" if asked else f"the {limit:g} minutes of train.max_minutes are over"
+                    log.info("%s: saving at step %d of %d", why, self.step, config.steps)
+                    break
+            self.save()
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step: ``accumulate`` micro-batches, clip, apply, average.
+
+        A step with a loss or gradient that is not finite is skipped. ``max_bad_steps`` of them in a row raise
+        :class:`DivergedError`, apart from fp16's search for a loss scale.
+        """
+        engine, config, mesh, device = self.engine, self.config, self.engine.mesh, self.runtime.device
+        window, losses = self._window, []
+        set_rate(engine.optimizer, rate(self.step, config))
+        for micro in range(config.accumulate):
+            began = time.perf_counter()
+            batch = next(batches)
+            window.waited += time.perf_counter() - began
+            with nullcontext() if self.meter is None else self.meter.micro(batch):
+                moved = batch.to(device)
+                place = micro * mesh.data_ranks + mesh.data_rank
+                generator = step_generator(config.seed, self.step, place)
+                with autocast(config, device.type):
+                    values = engine.engine(moved, generator)
+                engine.backward(values["loss"], last=micro == config.accumulate - 1)
+            window.averages.add(values)
+            losses.append(values["loss"].detach())
+            if self.extras.tokens is not None:
+                window.tokens += self.extras.tokens(batch) * mesh.data_ranks
+            window.images += len(batch) * mesh.data_ranks
+            self.images += len(batch) * mesh.data_ranks
+        result = engine.step()
+        self.step += 1
+        window.steps += 1
+        window.averages.add({"grad_norm": torch.as_tensor(result.norm, device=device)})
+        if result.applied:
+            self._bad_steps = 0
+            if self.ema is not None:
+                self.ema.update(self.step)
+            return
+
+        self.skipped += 1
+        loss = torch.stack(losses)
+        bad_loss = not bool(torch.isfinite(loss).all())
+        if not any(agree([config.dtype != "fp16" or bad_loss], device)):
+            log.info("step %d: fp16 overflow, loss scale now %g", self.step, engine.loss_scale)
+            return
+        self._bad_steps += 1
+        log.warning(
+            "step %d skipped, not finite: loss %g (this rank's), gradient norm %g; %d in a row",
+            self.step, loss.mean().item(), float(result.norm), self._bad_steps,
+        )  # fmt: skip
+        if self._bad_steps >= config.max_bad_steps:
+            raise DivergedError(
+                f"loss or gradient was not finite in {self._bad_steps} steps in a row up to step {self.step} "
+                f"(train.max_bad_steps): lower train.lr ({config.lr:g}), set train.clip, or use "
+                f"train.dtype fp32"
+            )
+
+    # -- now and then
 
     def _log(self) -> None:
         """One row for the window: means, rate, speed, memory."""
@@ -354,16 +289,30 @@ class Trainer:
         self._write(row)
 
     def _write(self, row: Mapping[str, float]) -> None:
-        """To the record and the log, on rank 0."""
+        """Write ``row`` to the record and the log, on rank 0."""
         if self.runtime.is_main:
             if self.extras.record is not None:
                 self.extras.record.write(row)
             log.info("%s", line(row, self.config.steps))
 
     def validate(self) -> dict[str, float]:
-        """Score the held-out batches, with the averaged weights if they are kept."""
-        with self._smooth():
-            scores = validate(self.engine, self.extras.validation)
+        """Means of the objective's ``evaluate`` over the held-out batches, with the averaged weights if kept.
+
+        The noise is the same each time.
+        """
+        objective, mesh, device = self.engine.objective, self.engine.mesh, self.runtime.device
+        averages = Averages()
+        with self._averaged():
+            objective.eval()
+            try:
+                with torch.no_grad(), autocast(self.config, device.type):
+                    for index, batch in enumerate(self.extras.validation):
+                        place = index * mesh.data_ranks + mesh.data_rank
+                        generator = step_generator(self.config.seed, VALIDATION, place)
+                        averages.add(objective.evaluate(batch.to(device), generator))
+            finally:
+                objective.train()
+            scores = {f"validation/{name}": value for name, value in averages.take().items()}
         self._write({"step": self.step, **scores})
         return scores
 
@@ -372,20 +321,20 @@ class Trainer:
         if self.extras.draw is None:
             raise ValueError("this run has no prompts to draw (train.sample_prompts)")
         objective = self.engine.objective
-        with self._smooth():
+        with self._averaged():
             objective.eval()
             self.extras.draw(self.folder.root / "samples" / f"step_{self.step:08d}")
             objective.train()
         barrier(self.runtime.device)
 
-    def _smooth(self) -> AbstractContextManager[None]:
+    def _averaged(self) -> AbstractContextManager[None]:
         """The averaged weights in place of the current ones, if they are kept."""
         return self.ema.swapped() if self.ema is not None else self.engine.unsharded()
 
-    # ------------------------------------------------------------------ checkpoints
+    # -- checkpoints
 
     def _progress(self) -> Progress:
-        """The counters of this moment."""
+        """Counters of this moment."""
         mesh, config = self.engine.mesh, self.config
         layout = Layout(
             self.runtime.world, mesh.data_ranks, mesh.tensor.size, config.zero,

@@ -1,4 +1,4 @@
-"""Training of low-rank factors: everything else is frozen, and what is written is the adapter alone."""
+"""Training of low-rank factors: everything else is frozen, and the adapter alone is exported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sat.transformer.attention import Attention, FeedForward
 log = logging.getLogger(__name__)
 
 NAME = "trained"
-"""Of the adapter in the model while it is trained."""
+"""Name of the adapter in the model while it is trained."""
 
 
 def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
@@ -39,32 +39,24 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
             f"{type(objective).__name__} trains no part that LoRA adapts: set adapters.lora to null"
         )
     objective.requires_grad_(False)
+    layers: dict[str, dict[str, LayerFactors]] = {part: {} for part in parts}
     if lora.start is not None:
         found = read(lora.start, parts)
-        for part, module in parts.items():
-            attach(module, NAME, found.of(part), dropout=lora.dropout)
+        layers = {part: found.of(part) for part in parts}
         log.info("training goes on from the adapter %s (rank %d)", lora.start, found.info.rank)
     else:
-        _attach_fresh(parts, lora, seed)
+        for name, (linear, rank) in choose(parts, lora.targets, lora.rank, lora.ranks).items():
+            part, _, path = name.partition(".")
+            layer, count = parts[part].get_submodule(path), linear.parts
+            layers[part][path] = initial_factors(
+                cast(LinearLike, layer), [rank] * count, [lora.scale * rank] * count, f"{seed} {name}",
+                base_norms(layer) if lora.dora else None,
+            )  # fmt: skip
+    for part, module in parts.items():
+        attach(module, NAME, layers[part], dropout=lora.dropout)
     for module in objective.modules():
         if isinstance(module, Adapted) and NAME in module.strengths:
             module.named(NAME).requires_grad_(True)
-
-
-def _attach_fresh(parts: Mapping[str, nn.Module], lora: LoraConfig, seed: int) -> None:
-    chosen = choose(parts, lora.targets, lora.rank, lora.ranks)
-    for part, module in parts.items():
-        layers = {}
-        for name, (linear, rank) in chosen.items():
-            owner, _, path = name.partition(".")
-            if owner != part:
-                continue
-            base = cast(LinearLike, module.get_submodule(path))
-            count = linear.parts
-            norms = base_norms(module.get_submodule(path)) if lora.dora else None
-            alphas = [lora.scale * rank] * count
-            layers[path] = initial_factors(base, [rank] * count, alphas, f"{seed} {name}", norms)
-        attach(module, NAME, layers, dropout=lora.dropout)
 
 
 def unpacked(train: TrainConfig, stage: int) -> list[str]:
@@ -79,10 +71,10 @@ def unpacked(train: TrainConfig, stage: int) -> list[str]:
 
 
 def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
-    """Pack what is frozen in attention and feed-forward layers, for both passes; in words for the log.
+    """Pack frozen weights of attention and feed-forward layers for both passes; a line for the log.
 
-    The plain weights go. What :class:`FrozenLinear` cannot stand for stays as it is: DoRA looks at the weight
-    itself in every step, a quantised or split layer has its own product.
+    The plain weights are freed. Layers that :class:`FrozenLinear` cannot replace stay as they are: DoRA reads
+    the weight itself in every step, a quantised or split layer has its own product.
     """
     done, left = 0, Counter[str]()
     for owner, name, why in list(_in_blocks(parts)):
@@ -99,14 +91,14 @@ def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
 
 
 def packed_bytes(parts: Mapping[str, nn.Module]) -> int:
-    """What :func:`pack_frozen` takes beside the weights: each packed one a second time."""
+    """Bytes that :func:`pack_frozen` takes beside the weights: a second copy of each packed one."""
     layers = [_base(owner.get_submodule(name)) for owner, name, why in _in_blocks(parts) if not why]
     weights = [cast(nn.Linear, layer).weight for layer in layers]
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _in_blocks(parts: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, str, str]]:
-    """(layer around it, name, why it cannot be packed or "") of what the layers of blocks consist of."""
+    """(owner, name, reason against packing or "") of the linears in attention and feed-forward layers."""
     for part in parts.values():
         for owner in [m for m in part.modules() if isinstance(m, (Attention, FeedForward))]:
             for name, child in owner.named_children():
@@ -127,8 +119,8 @@ def _base(layer: nn.Module) -> nn.Module:
 class AdapterExport:
     """Writes the adapter under training; see :class:`sat.train.checkpoints.Export`.
 
-    ``base`` and ``digests`` say, part by part, what it was trained on: the config component and a fingerprint
-    of the weights.
+    ``base`` and ``digests`` describe, part by part, the model it was trained on: the config component and a
+    fingerprint of the weights.
     """
 
     objective: Objective
@@ -138,7 +130,7 @@ class AdapterExport:
     dtype: torch.dtype
 
     def frozen(self) -> dict[str, Tensor]:
-        """Of the model only what the magnitudes of DoRA are relative to."""
+        """Weights of the model that DoRA's magnitudes are relative to."""
         names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
         bases = [
             module.weight
@@ -149,7 +141,7 @@ class AdapterExport:
         return {names[id(weight)]: weight for weight in bases if id(weight) in names}
 
     def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """``folder/adapter.safetensors`` of ``weights``: tensors by their name in the objective."""
+        """Write ``folder/adapter.safetensors`` from ``weights``: tensors by their name in the objective."""
         names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
 
         def value(parameter: nn.Parameter) -> Tensor:
@@ -170,7 +162,7 @@ class AdapterExport:
         write_native(folder / NATIVE_FILE, layers, about, self.dtype)
 
     def _shape(self, layers: Mapping[str, LayerFactors]) -> tuple[int, float, tuple[str, ...], bool]:
-        """Rank, alpha, targets and whether it is DoRA: the config's, or those of the adapter it began as."""
+        """Rank, alpha, targets and use of DoRA: the config's, or those of the adapter it started from."""
         lora = self.lora
         if lora.start is None:
             return lora.rank, lora.scale * lora.rank, tuple(lora.targets), lora.dora

@@ -1,16 +1,20 @@
-"""Which parameters decay, and the learning rate of each step."""
+"""Optimisation: weight-decay groups, learning rate, precision, and the moving average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TypedDict
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sat.config.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from sat.train.deepspeed import TrainEngine
 
 
 class ParameterGroup(TypedDict):
@@ -21,7 +25,7 @@ class ParameterGroup(TypedDict):
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that receive gradients, by name, each once."""
+    """Parameters that receive gradients, by name, each once."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -76,3 +80,55 @@ def set_rate(optimizer: Optimizer, value: float) -> None:
             group["lr"].fill_(value)
         else:
             group["lr"] = value
+
+
+def autocast(config: TrainConfig, device: str) -> AbstractContextManager[Any]:
+    """bf16 computation with float32 weights on a ``device`` type, where ``train.autocast`` asks for it."""
+    return nullcontext() if config.autocast is None else torch.autocast(device, torch.bfloat16)
+
+
+class Ema:
+    """Exponential moving average, in float32, of the weights: whole at ZeRO 0, else this rank's masters.
+
+    The decay after n steps is ``min(decay, n / (9 + n))``, so that early averages forget the random start.
+    ``shards`` are the averages, flat, by the name of the parameter.
+    """
+
+    def __init__(self, engine: TrainEngine, decay: float) -> None:
+        self._engine = engine
+        self.decay = decay
+        self._masters = [fragment.master for fragment in engine.fragments.values()]
+        self.shards: dict[str, Tensor] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Set the averages to the current weights."""
+        self.shards = {
+            name: fragment.master.float().clone() for name, fragment in self._engine.fragments.items()
+        }
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the current weights after ``step`` steps."""
+        decay = min(self.decay, step / (9 + step))
+        torch._foreach_lerp_(list(self.shards.values()), self._masters, 1 - decay)
+
+    def gather(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 average) one by one; every rank must go through all of them."""
+        for name in self._engine.parameters:
+            yield name, self._engine.whole(name, self.shards.get(name))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The averages in place of the weights inside the block, and the exact old weights after it."""
+        parameters = self._engine.parameters
+        keeps_itself = self._engine.config.zero == 3
+        with self._engine.unsharded():
+            old = {} if keeps_itself else {name: p.detach().clone() for name, p in parameters.items()}
+            try:
+                for name, value in self.gather():
+                    parameters[name].detach().copy_(value)
+                yield
+            finally:
+                for name, value in old.items():
+                    parameters[name].detach().copy_(value)

@@ -1,8 +1,8 @@
-"""The run folder: which checkpoints are whole, which are torn, and how one becomes whole.
+"""Run folder and its checkpoints: commit, find the whole ones, and check that a run can resume.
 
 ``RUN/checkpoints/step_00000100/`` holds the engine's files and ends with ``COMPLETE``, written by rank 0
 after a barrier behind every rank's writes. The marker lists the files and their sizes; a folder without a
-marker, or whose files do not match it, is torn and never read.
+marker, or with files that do not match it, is torn and never read.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 class ResumeError(RuntimeError):
-    """A checkpoint that this run cannot continue from."""
+    """Checkpoint from which this run cannot resume."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is shared out. ``world``: processes; ``data``: of these, with images of their own."""
+    """Layout of a run over ranks. ``world``: processes; ``data``: teams with images of their own."""
 
     world: int
     data: int
@@ -42,17 +42,17 @@ class Layout:
 
     @property
     def images(self) -> int:
-        """Images of an optimizer step."""
+        """Images in an optimizer step."""
         return self.data * self.batch_size * self.accumulate
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is needed beside weights and optimizer state to go on exactly.
+    """Counters and layout that an exact resume needs beside weights and optimizer state.
 
-    ``step``: optimizer steps tried; ``skipped``: of these, not applied; ``images`` seen by all ranks;
-    ``seconds`` of training; ``loader``: the data position, the same on every rank; ``cut``: the optimizer's
-    state is cut by parameters, so that any layout reads it; ``parameters``: name and shape.
+    ``step``: optimizer steps tried; ``skipped``: those not applied; ``images`` seen by all ranks; ``seconds``
+    of training; ``loader``: position in the data, equal on every rank; ``cut``: the optimizer's state is cut
+    by parameters, so that any layout reads it; ``parameters``: shapes by name.
     """
 
     step: int
@@ -66,8 +66,18 @@ class Progress:
     parameters: Mapping[str, list[int]]
 
     def check(self, now: Progress, where: Path) -> list[str]:
-        """Refuse to resume where it cannot be done; otherwise what is laid out anew, in words."""
-        self._same_parameters(now, where)
+        """Changes of layout between the checkpoint ``where`` and this run, in words.
+
+        Raises :class:`ResumeError` where the run cannot resume from it.
+        """
+        names = sorted({*self.parameters, *now.parameters})
+        if changed := [n for n in names if self.parameters.get(n) != now.parameters.get(n)]:
+            name = changed[0]
+            raise ResumeError(
+                f"{where} trains other parameters than this run: {len(changed)} differ, first {name!r}: "
+                f"shape {self.parameters.get(name, 'absent')} there, "
+                f"{now.parameters.get(name, 'absent')} here"
+            )
         was, is_ = self.layout, now.layout
         shares = [
             (was.world, is_.world, "number of processes"),
@@ -82,9 +92,17 @@ class Progress:
                 f"{was.tensor} and train.zero {was.zero}, or start a new run from its {NATIVE} folder"
             )
         if was.data != is_.data and (was.batch_size, was.accumulate) == (is_.batch_size, is_.accumulate):
+            if was.images % (is_.data * was.batch_size) == 0:
+                accumulate = was.images // (is_.data * was.batch_size)
+                advice = f"set train.accumulate={accumulate} to go on alike"
+            elif was.images % is_.data == 0:
+                batch_size = was.images // is_.data
+                advice = f"set train.batch_size={batch_size} train.accumulate=1 to go on with as many"
+            else:
+                advice = "they do not divide so: set train.batch_size and train.accumulate to what fits"
             raise ResumeError(
                 f"{where} was written with {was.images} images a step ({was.data} x {was.batch_size} x "
-                f"accumulate {was.accumulate}); {is_.data} ranks make it {is_.images}: {_keep(was, is_)}"
+                f"accumulate {was.accumulate}); {is_.data} ranks make it {is_.images}: {advice}"
             )
         if was.images != is_.images:
             anew.append(f"images a step {was.images} -> {is_.images}")
@@ -92,39 +110,16 @@ class Progress:
             anew.append(f"train.dtype {self.dtype} -> {now.dtype}")
         return anew
 
-    def _same_parameters(self, now: Progress, where: Path) -> None:
-        if dict(self.parameters) == dict(now.parameters):
-            return
-        changed = sorted(
-            name
-            for name in {*self.parameters, *now.parameters}
-            if self.parameters.get(name) != now.parameters.get(name)
-        )
-        name = changed[0]
-        raise ResumeError(
-            f"{where} trains other parameters than this run: {len(changed)} differ, first {name!r}: "
-            f"shape {self.parameters.get(name, 'absent')} there, {now.parameters.get(name, 'absent')} here"
-        )
-
-
-def _keep(was: Layout, now: Layout) -> str:
-    """What keeps the images of a step on ``now.data`` ranks."""
-    if was.images % (now.data * was.batch_size) == 0:
-        return f"set train.accumulate={was.images // (now.data * was.batch_size)} to go on alike"
-    if was.images % now.data == 0:
-        return f"set train.batch_size={was.images // now.data} train.accumulate=1 to go on with as many"
-    return "they do not divide so: set train.batch_size and train.accumulate to what a step shall have"
-
 
 @dataclass(frozen=True)
 class Saved:
-    """A whole checkpoint."""
+    """Whole checkpoint."""
 
     step: int
     path: Path
 
     def progress(self) -> Progress:
-        """The counters and data position it was written with."""
+        """Counters and data position it was written with."""
         marker = json.loads((self.path / MARKER).read_text())
         if marker["format"] != FORMAT:
             raise ResumeError(
@@ -136,7 +131,7 @@ class Saved:
 
 
 class RunFolder:
-    """``RUN`` and the checkpoints in it."""
+    """Run folder with its checkpoints."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -153,11 +148,11 @@ class RunFolder:
         return whole
 
     def path(self, step: int) -> Path:
-        """The folder of the checkpoint of ``step``."""
+        """Folder of the checkpoint of ``step``."""
         return self.checkpoints / f"step_{step:08d}"
 
     def begin(self, step: int) -> Path:
-        """An empty folder for the checkpoint of ``step``; rank 0 only, before the others write."""
+        """Make an empty folder for the checkpoint of ``step``; rank 0 only, before the others write."""
         path = self.path(step)
         if path.exists():
             (path / MARKER).unlink(missing_ok=True)  # first, so that it is torn if we die while deleting
@@ -199,7 +194,7 @@ class RunFolder:
 
 
 def torn(path: Path) -> str | None:
-    """Why the checkpoint folder is not whole, or None if it is."""
+    """Reason why a checkpoint folder is not whole, None if it is."""
     marker = path / MARKER
     if not marker.is_file():
         return f"no {MARKER} file: the run stopped while writing it"
@@ -217,7 +212,7 @@ def torn(path: Path) -> str | None:
 
 
 def _flush(path: Path) -> None:
-    """Have the system put a file or folder on the disk."""
+    """Sync a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sat.config.schema import Experiment, LoraConfig, OffloadConfig
 from sat.config.targets import resolve
-from sat.train.caches import spare_parts
+from sat.train.data import spare_parts
 from sat.train.estimate import Estimator, on_host, sections
 
 MOST_RANKS = 64

@@ -1,10 +1,9 @@
-"""The trained state on disk, parameter by parameter, so that any ranks at any ZeRO stage read it.
+"""Trained state on disk, parameter by parameter, so that any ranks at any ZeRO stage can read it.
 
-Each rank writes the flat pieces that it holds: float32 weights, averages, and what the optimizer keeps for
-each element. A piece says where in its parameter it begins, so a reader takes from all files what its own
-share needs; of parameters that the tensor ranks share, the files say how they are cut. What an optimizer
-keeps otherwise (8-bit blocks, factors of rows and columns) cannot be cut anew: it is written as it is, for
-the same layout.
+Each rank writes the flat pieces that it holds: float32 weights, averages, and the optimizer's state of each
+element. A piece says where it begins in its parameter, so a reader takes from all files what its own share
+needs; for parameters split over tensor ranks, the files say how they are cut. Other optimizer state (8-bit
+blocks, factors of rows and columns) cannot be cut anew: it is written as it is, for the same layout.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch import Tensor
 from sat.checkpoint.format import TensorInfo
 from sat.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from sat.sharding import Cut
-from sat.train.deepspeed import Fragment, TrainEngine
-from sat.train.ema import Ema
+from sat.train.deepspeed import TrainEngine
+from sat.train.optim import Ema
 from sat.train.resume import ResumeError
 
 WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
@@ -31,12 +30,12 @@ _OPTIMIZER = "optimizer."  # before the optimizer's own name of what it keeps
 
 @dataclass
 class Share:
-    """What one rank writes.
+    """State that one rank writes.
 
-    ``tensors``: flat pieces as ``kind/parameter``; ``starts``: where a parameter's pieces begin in it;
-    ``cuts``: dimension and fused parts of a parameter that the tensor ranks share;
-    ``numbers``: what the optimizer counts for a parameter; ``uncut``: its state where it is not element by
-    element, else None.
+    ``tensors``: flat pieces as ``kind/parameter``; ``starts``: index in the flat parameter at which they
+    begin; ``cuts``: dimension and fused parts of parameters that are split over tensor ranks; ``numbers``:
+    plain numbers of the optimizer for a parameter; ``uncut``: optimizer state that is not element by element,
+    else None.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -47,13 +46,13 @@ class Share:
     uncut: list[dict[str, Any]] | None = None
 
     def detached(self) -> Share:
-        """A copy on the CPU that training does not change."""
+        """Copy on the CPU that training does not change."""
         tensors = {name: _copied(value) for name, value in self.tensors.items()}
         uncut = None if self.uncut is None else [_copied_state(state) for state in self.uncut]
         return replace(self, tensors=tensors, uncut=uncut)
 
     def write(self, folder: Path, name: str) -> None:
-        """``folder/shard_NAME.safetensors``, and ``optimizer_NAME.pt`` of a state that is not cut."""
+        """Write ``folder/shard_NAME.safetensors``, and ``optimizer_NAME.pt`` for state that is not cut."""
         notes = {
             "starts": self.starts, "cuts": self.cuts, "numbers": self.numbers, "scaler": self.scaler
         }  # fmt: skip
@@ -76,61 +75,53 @@ def _copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def collect(engine: TrainEngine, ema: Ema | None, *, cut: bool) -> Share:
-    """What this rank has to write: views, nothing is copied. ``cut``: see :func:`cuttable`."""
+    """State that this rank writes: views, nothing is copied. ``cut``: see :func:`cuttable`."""
     cuts = {name: (s.cut.dim, s.cut.parts) for name, s in engine.split.items() if name in engine.parameters}
     share = Share(scaler=engine.scaler, cuts=cuts)
-    if not engine.writes:
+    first = engine.mesh.gradient.rank == 0
+    if engine.config.zero == 0 and not first:  # all ranks have the same state
         return share
     for name, fragment in engine.fragments.items():
         share.tensors[f"{WEIGHT}/{name}"] = fragment.master
         share.starts[name] = fragment.start
         if ema is not None:
             share.tensors[f"{AVERAGE}/{name}"] = ema.shards[name]
-        if cut:
-            _cut_state(engine.inner.state.get(fragment.key, {}), name, fragment, share)
+        for key, value in (engine.inner.state.get(fragment.key, {}) if cut else {}).items():
+            if not isinstance(value, Tensor):
+                share.numbers.setdefault(name, {})[key] = value
+            elif value.ndim == 0:
+                share.tensors[f"{_OPTIMIZER}{key}/{name}"] = value
+            else:
+                flat, end = value.detach().reshape(-1), fragment.offset + fragment.master.numel()
+                share.tensors[f"{_OPTIMIZER}{key}/{name}"] = flat[fragment.offset : end]
     if not cut:
         share.uncut = [dict(engine.inner.state.get(key, {})) for key in _keys(engine)]
-    if engine.gradient_rank == 0:
+    if first:
         share.tensors |= {f"{BUFFER}/{name}": value for name, value in _buffers(engine)}
     return share
 
 
-def _cut_state(state: Mapping[str, Any], name: str, fragment: Fragment, share: Share) -> None:
-    """Enter the piece of ``state`` that belongs to the parameter ``name``."""
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            share.numbers.setdefault(name, {})[key] = value
-        elif value.ndim == 0:
-            share.tensors[f"{_OPTIMIZER}{key}/{name}"] = value
-        else:
-            flat = value.detach().reshape(-1)
-            piece = flat[fragment.offset : fragment.offset + fragment.master.numel()]
-            share.tensors[f"{_OPTIMIZER}{key}/{name}"] = piece
-
-
 def cuttable(engine: TrainEngine) -> bool:
-    """True if all that this rank's optimizer keeps is one number an element, or one for all elements."""
-    return all(
-        _elementwise(value, key)
-        for key in _keys(engine)
-        for value in engine.inner.state.get(key, {}).values()
-    )
-
-
-def _elementwise(value: object, key: Tensor) -> bool:
-    if isinstance(value, Tensor):
-        plain = type(value) is Tensor and value.is_floating_point()
-        return value.ndim == 0 or (plain and value.shape == key.shape)
-    return isinstance(value, (bool, int, float))
+    """True if this rank's optimizer keeps nothing but one number per element, or one for all elements."""
+    for key in _keys(engine):
+        for value in engine.inner.state.get(key, {}).values():
+            if not isinstance(value, Tensor):
+                fits = isinstance(value, (bool, int, float))
+            else:
+                plain = type(value) is Tensor and value.is_floating_point()
+                fits = value.ndim == 0 or (plain and value.shape == key.shape)
+            if not fits:
+                return False
+    return True
 
 
 def _keys(engine: TrainEngine) -> list[Tensor]:
-    """The tensors that this rank's optimizer steps, each once."""
+    """Tensors that this rank's optimizer steps, each once."""
     return list({id(fragment.key): fragment.key for fragment in engine.fragments.values()}.values())
 
 
 def _buffers(engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
-    """Tables that belong to the objective's state, by name."""
+    """Buffers of the objective's state, by name."""
     for name, value in engine.objective.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
             yield name, value
@@ -148,7 +139,7 @@ class _Piece:
 
 
 class Shards:
-    """The files of all ranks of one checkpoint that have the tensor rank ``tensor_rank``."""
+    """Files of one checkpoint written by all ranks with the tensor rank ``tensor_rank``."""
 
     def __init__(self, folder: Path, tensor_rank: int) -> None:
         self.folder = folder
@@ -175,21 +166,21 @@ class Shards:
                 self._pieces.setdefault(key, []).append(piece)
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether the parameter or table ``name`` has something of ``kind``."""
+        """True if the files hold ``kind`` for the parameter or buffer ``name``."""
         return kind in self._kinds.get(name, ())
 
     def kept(self, name: str) -> list[str]:
-        """What the optimizer keeps for the parameter ``name``, by its own names."""
+        """Names of the optimizer state kept for the parameter ``name``."""
         kinds = sorted(self._kinds.get(name, ()))
         return [kind.removeprefix(_OPTIMIZER) for kind in kinds if kind.startswith(_OPTIMIZER)]
 
     def first(self, kind: str, name: str) -> Tensor:
-        """The first piece, whole."""
+        """First piece, whole."""
         piece = self._pieces[f"{kind}/{name}"][0]
         return piece.file[piece.key]
 
     def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """Write what the parameter ``name`` has from ``start`` on into the flat ``target``."""
+        """Read the values of the parameter ``name`` from ``start`` on into the flat ``target``."""
         end, filled = start + target.numel(), 0
         for piece in self._pieces.get(f"{kind}/{name}", ()):
             low, high = max(start, piece.start), min(end, piece.start + piece.length)
@@ -204,7 +195,7 @@ class Shards:
 
 
 class Resplit(Shards):
-    """The files of all ranks of one checkpoint that other tensor ranks wrote, or the same by another plan.
+    """Files of a checkpoint with another number of tensor ranks, or other layers split.
 
     Names and numbers are those of the first tensor rank; the others have the same.
     """
@@ -215,7 +206,7 @@ class Resplit(Shards):
         self._split, self._whole = engine.split, engine.whole_shapes
 
     def fill(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """As :meth:`Shards.fill`: the parameter is joined, and this rank's share of it taken."""
+        """As :meth:`Shards.fill`, from this rank's share of the joined parameter."""
         cut, shard = self.cuts.get(name), self._split.get(name)
         if cut is None and shard is None:
             super().fill(target, kind, name, start)
@@ -230,26 +221,28 @@ class Resplit(Shards):
         target.copy_(own.reshape(-1)[start : start + target.numel()])
 
 
-def _open(engine: TrainEngine, folder: Path) -> Shards:
-    """The files in ``folder`` as this rank reads them."""
-    written = {path.name.split("_")[1] for path in folder.glob("shard_*.safetensors")}
-    if len(written) == engine.mesh.tensor.size:
-        own = Shards(folder, engine.mesh.tensor.rank)
-        if own.cuts == {name: s.cut for name, s in engine.split.items() if name in engine.parameters}:
-            return own
-    return Resplit(folder, len(written), engine)
-
-
 @torch.no_grad()
 def restore(engine: TrainEngine, ema: Ema | None, folder: Path, *, cut: bool) -> bool:
-    """Read weights, optimizer, averages and tables from ``folder``; whether it held averages."""
-    shards = _open(engine, folder)
+    """Read weights, optimizer, averages and buffers from ``folder``; true if it held averages."""
+    # By other tensor ranks, or with other layers split, the parameters are joined and cut anew.
+    tensor_ranks = len({path.name.split("_")[1] for path in folder.glob("shard_*.safetensors")})
+    own_cuts = {name: s.cut for name, s in engine.split.items() if name in engine.parameters}
+    shards = Shards(folder, engine.mesh.tensor.rank if tensor_ranks == engine.mesh.tensor.size else 0)
+    if tensor_ranks != engine.mesh.tensor.size or shards.cuts != own_cuts:
+        shards = Resplit(folder, tensor_ranks, engine)
+
     for name, fragment in engine.fragments.items():
         shards.fill(fragment.master, WEIGHT, name, fragment.start)
     if cut:
-        _restore_state(engine, shards)
+        _restore_optimizer(engine, shards)
     else:
-        _restore_uncut(engine, folder)
+        path = folder / f"optimizer_{engine.shard_name}.pt"
+        states = torch.load(path, map_location="cpu", weights_only=True)
+        for key, state in zip(_keys(engine), states, strict=True):
+            engine.inner.state[key] = {
+                name: value.to(key.device) if isinstance(value, Tensor) and value.ndim else value
+                for name, value in state.items()
+            }
     for name, value in _buffers(engine):
         if shards.has(BUFFER, name):
             value.copy_(shards.first(BUFFER, name))
@@ -262,11 +255,12 @@ def restore(engine: TrainEngine, ema: Ema | None, folder: Path, *, cut: bool) ->
     return averaged
 
 
-def _restore_state(engine: TrainEngine, shards: Shards) -> None:
-    """What the optimizer keeps, cut to this rank's share."""
+def _restore_optimizer(engine: TrainEngine, shards: Shards) -> None:
+    """Fill the optimizer's state with this rank's share of what was kept for each parameter."""
     state = engine.inner.state
-    own = {id(key): key for key in _keys(engine)}
-    for key in own.values():
+    # A count of steps lies beside the weights where a fused kernel reads it there, else on the CPU.
+    beside = any(group.get("fused") or group.get("capturable") for group in engine.inner.param_groups)
+    for key in _keys(engine):
         state[key] = {}
     for name, fragment in engine.fragments.items():
         key = fragment.key
@@ -275,21 +269,9 @@ def _restore_state(engine: TrainEngine, shards: Shards) -> None:
             kind = f"{_OPTIMIZER}{what}"
             like = shards.first(kind, name)
             if like.ndim == 0:
-                state[key][what] = like.to(engine.counts_on(key), copy=True)
+                state[key][what] = like.to(key.device if beside else "cpu", copy=True)
                 continue
             if what not in state[key]:
                 state[key][what] = torch.zeros(key.shape, dtype=like.dtype, device=key.device)
             flat = state[key][what].view(-1)[fragment.offset : fragment.offset + fragment.master.numel()]
             shards.fill(flat, kind, name, fragment.start)
-
-
-def _restore_uncut(engine: TrainEngine, folder: Path) -> None:
-    """What the optimizer keeps, as this rank wrote it."""
-    path = folder / f"optimizer_{engine.shard_name}.pt"
-    for key, state in zip(
-        _keys(engine), torch.load(path, map_location="cpu", weights_only=True), strict=True
-    ):
-        engine.inner.state[key] = {
-            name: value.to(key.device) if isinstance(value, Tensor) and value.ndim else value
-            for name, value in state.items()
-        }

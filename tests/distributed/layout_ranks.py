@@ -254,7 +254,7 @@ def dying(runtime: Runtime, folder: Path) -> dict[str, Any]:
     config = changed(CONFIG, batch_size=2, ema=None)
     run = trainer(folder / "run", config, runtime, _objective(mesh, lora=True, checkpointing=False), mesh)
     run.source = Captioned(config.batch_size)
-    run._train_step(iter(run.source))
+    run.train_step(iter(run.source))
     if mesh.sequence.rank == 1:
         Share.write = lambda share, folder, name: os._exit(7)  # type: ignore[method-assign]
     try:

@@ -28,7 +28,6 @@ from sat.parallel.mesh import Axis, Mesh
 from sat.parallel.tensor import GatheredLinear, apply_sharding
 from sat.sharding import Column, family_sharding, shards
 from sat.train.checkpoints import Export, ModelExport
-from sat.train.ema import masters
 from sat.train.lora import AdapterExport, add_lora
 from sat.train.objectives import Objective
 from sat.train.resume import Saved
@@ -274,7 +273,7 @@ def trained(
         run.resume(Saved(5, resume / "run" / "checkpoints" / "step_00000005"))
     run.fit()
     norms = [row["grad_norm"] for row in rows(folder / "run")] if runtime.is_main else []
-    own = {name: value.clone() for name, value in masters(run.engine)}
+    own = {name: value.clone() for name, value in run.engine.masters()}
     whole = {name: run.engine.joined(name, value).clone() for name, value in own.items()}
     averages = {name: run.engine.joined(name, value).clone() for name, value in run.ema.gather()}  # type: ignore[union-attr]
     return {

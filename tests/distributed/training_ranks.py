@@ -16,7 +16,6 @@ import torch
 from sat.config.schema import Component, OffloadConfig, TrainConfig
 from sat.parallel.collectives import gather, lost_rank_message
 from sat.parallel.launch import Runtime
-from sat.train.ema import masters
 from tests.training import CONFIG, Toy, changed, ranks, rows, trainer, weights
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -64,7 +63,7 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
         "inside": inside,
         "evaluated": evaluated.detach(),
         "after": weights(run),
-        "masters": {name: value.clone() for name, value in masters(run.engine)},
+        "masters": {name: value.clone() for name, value in run.engine.masters()},
         "table": run.engine.objective.get_buffer("table").clone(),
     }
 
@@ -86,7 +85,7 @@ def poisoned(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, A
     run = trainer(folder / "run", config, runtime, Toy(poison=(1,), rank=runtime.rank))
     before: list[Any] = []
     for _ in range(3):
-        run._train_step(iter(run.source))
+        run.train_step(iter(run.source))
         before.append((weights(run)["net.0.weight"], run.skipped))
     return {"history": before}
 
@@ -104,7 +103,7 @@ def dying(runtime: Runtime, folder: Path, config: TrainConfig) -> str | None:
         for step in range(6):
             if step == 2 and runtime.rank == 1:
                 os._exit(7)
-            run._train_step(batches)
+            run.train_step(batches)
     except RuntimeError as error:
         return lost_rank_message(error)
     return "did not notice"
@@ -115,14 +114,14 @@ def stopping(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, A
     import signal
 
     run = trainer(folder / "run", config, runtime)
-    step = run._train_step
+    step = run.train_step
 
     def watched(batches: Any) -> None:
         step(batches)
         if run.step == 2 and runtime.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    run._train_step = watched  # type: ignore[method-assign]
+    run.train_step = watched  # type: ignore[method-assign]
     run.fit()
     return {"step": run.step, "saved": [saved.step for saved in run.folder.saved()]}
 

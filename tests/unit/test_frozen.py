@@ -14,7 +14,7 @@ from sat.kernels.packed import FrozenLinear, packable
 from sat.kernels.quantize import QuantizedLinear, Scheme
 from sat.models.cogview3_plus import CogView3Plus
 from sat.train import lora
-from sat.train.flops import _Count
+from sat.train.log import _Count
 from tests.small import condition, plus
 from tests.tolerances import F32
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sat.estimate.trace import Ledger, Segment, Trace, trace
 from sat.kernels import attention as kernels
-from sat.train.flops import _Count
+from sat.train.log import _Count
 
 B, I, H, O = 6, 10, 14, 3  # noqa: E741 - batch, inputs, hidden, outputs
 F32 = 4

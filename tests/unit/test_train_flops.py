@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sat.data.batch import collate
-from sat.train.flops import Meter, peak_flops
+from sat.train.log import Meter, peak_flops
 from tests.training import CONFIG, _sample
 
 

@@ -109,7 +109,7 @@ FOUR = replace(PROGRESS.layout, world=4, data=4)
 @pytest.mark.parametrize(("change", "words"), [
     ({"layout": FOUR}, "12 images a step .* 4 ranks make it 24: set train.batch_size=3 train.accumulate=1"),
     ({"layout": replace(FOUR, world=1, data=1)}, "make it 6: set train.accumulate=2 to go on alike"),
-    ({"layout": replace(FOUR, world=5, data=5)}, "set train.batch_size and train.accumulate to what"),
+    ({"layout": replace(FOUR, world=5, data=5)}, "set train.batch_size and train.accumulate to what fits"),
     ({"parameters": {"net.weight": [3, 5]}}, r"'net.weight': shape \[3, 4\] there, \[3, 5\] here"),
     ({"parameters": {}}, r"'net.weight': shape \[3, 4\] there, absent here"),
 ])  # fmt: skip

@@ -10,7 +10,8 @@ import torch
 
 from sat.parallel.launch import Runtime
 from sat.train.deepspeed import check_dtype, settings
-from sat.train.loop import computing, step_generator, stop_signals
+from sat.train.loop import step_generator, stop_signals
+from sat.train.optim import autocast
 from tests.training import CONFIG, changed
 
 
@@ -28,11 +29,10 @@ def test_noise_depends_on_seed_step_and_place_alone() -> None:
 
 
 def test_autocast_computes_in_bf16_with_float32_weights() -> None:
-    runtime = Runtime(0, 1, 0, torch.device("cpu"))
     layer = torch.nn.Linear(2, 2)
-    with computing(changed(CONFIG, autocast="bf16"), runtime):
+    with autocast(changed(CONFIG, autocast="bf16"), "cpu"):
         assert layer(torch.ones(1, 2)).dtype == torch.bfloat16
-    with computing(CONFIG, runtime):
+    with autocast(CONFIG, "cpu"):
         assert layer(torch.ones(1, 2)).dtype == torch.float32
 
 

@@ -107,8 +107,7 @@ def cache(args: argparse.Namespace) -> int:
     from sat.config.load import load_full
     from sat.config.yaml_source import ConfigError
     from sat.parallel.launch import launch
-    from sat.train.caches import Caches
-    from sat.train.data import open_data
+    from sat.train.data import Caches, open_data
     from sat.util import log as logs
 
     sort_overrides(args)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sat.checkpoint.digest import digest
@@ -36,13 +36,11 @@ from sat.parallel.sequence import apply_sequence
 from sat.pipeline import DTYPES
 from sat.sampling.inputs import InputFolder
 from sat.train import optim
-from sat.train.caches import Caches
 from sat.train.checkpoints import exporter
-from sat.train.data import DataSets, bucket_rule, in_memory, open_data
+from sat.train.data import Caches, DataSets, bucket_rule, in_memory, open_data
 from sat.train.deepspeed import TrainEngine, check_dtype
-from sat.train.flops import token_counter
-from sat.train.log import Record
-from sat.train.loop import Extras, Trainer, computing
+from sat.train.log import Record, token_counter
+from sat.train.loop import Extras, Trainer
 from sat.train.lora import add_lora, pack_frozen, unpacked
 from sat.train.objectives import Objective
 from sat.train.pictures import Pictures
@@ -192,7 +190,7 @@ def _train(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime
         without=frozenset() if caches is None else caches.spare, mesh=mesh,
     )  # fmt: skip
     objective = _objective(experiment, train, engine, mesh)
-    items = cached or _items(sets, data, train, engine, objective, runtime)
+    items = cached or in_memory(sets, data, train, engine, objective, runtime)
     place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
     loader = Loader(items[0], *place, data.workers, sets.train.groups, pin=runtime.pins)
     trained = TrainEngine(objective, _optimizer(train, objective, experiment), train, runtime, mesh)
@@ -337,33 +335,6 @@ def _optimizer(train: TrainConfig, objective: nn.Module, experiment: Experiment)
         lr=train.lr,
     )
     return optimizer
-
-
-def _items(
-    sets: DataSets,
-    data: DataConfig,
-    train: TrainConfig,
-    engine: DiffusionEngine,
-    objective: Objective,
-    runtime: Runtime,
-) -> list[Items]:
-    """The data sets without caches on disk: pictures, or latents that are made now and kept in memory."""
-    degrade = objective.degrade()
-
-    def encode(images: Tensor) -> Tensor:
-        with computing(train, runtime):
-            return engine.first_stage.encode(images.to(runtime.device)).moments
-
-    def degraded(images: Tensor) -> Tensor:
-        assert degrade is not None, "only called with one"
-        with computing(train, runtime):
-            return degrade(images.to(runtime.device))
-
-    views = [data.cache_views, min(data.cache_views, 1)]
-    return [
-        in_memory(dataset, count, train.seed, encode, None if degrade is None else degraded)
-        for dataset, count in zip(sets.both(), views, strict=False)
-    ]
 
 
 def _pictures(
