@@ -240,23 +240,31 @@ def lora_step(case: Case) -> Work:
 
 def _our_lora(case: Case, pair: Side) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The network with factors as ``train.py`` attaches them, and its settings of the process."""
-    from sat.adapters.lora import Adapted
     from sat.conditioning.condition import Condition
     from sat.config.schema import LoraConfig
     from sat.kernels import apply as speed
     from sat.parallel.launch import keep_freed_memory
     from sat.train import lora
+    from sat.train.objectives import Objective
 
     if case.device == "cpu":
         torch.set_flush_denormal(True)
         keep_freed_memory()
-    network = pair.network.requires_grad_(False)
+    network = pair.network
+
+    class Network(Objective):
+        """Trains the network alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def parts(self) -> dict[str, nn.Module]:
+            return {"model": network}
+
     if case.device == "cpu":
         speed.use_kernel(network, "auto")
-    lora._attach_fresh({"model": network}, LoraConfig(rank=16, alpha=16, targets=["attention"]), 0)
-    for module in network.modules():
-        if isinstance(module, Adapted):
-            module.named(lora.NAME).requires_grad_(True)
+    lora.add_lora(Network(), LoraConfig(rank=16, alpha=16, targets=["attention"]), 0)
     if case.options.get("compile"):
         speed.compiled(network)
     else:

@@ -15,21 +15,33 @@ from sat.kernels.quantize import QuantizedLinear, Scheme
 from sat.models.cogview3_plus import CogView3Plus
 from sat.train import lora
 from sat.train.log import _Count
+from sat.train.objectives import Objective
 from tests.small import condition, plus
 from tests.tolerances import F32
 
 pytestmark = pytest.mark.skipif(not packable(torch.float32), reason="oneDNN's operators are not here")
 
 
+class Network(Objective):
+    """An objective that trains the network alone."""
+
+    def __init__(self, network: CogView3Plus) -> None:
+        super().__init__()
+        self.network = network
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"model": self.network}
+
+
 def model(**settings) -> CogView3Plus:
     """A small network with trained factors, none at zero."""
-    network = plus().requires_grad_(False)
+    network = plus()
     config = LoraConfig(**{"rank": 4, "alpha": 6, "targets": ["attention"], **settings})
     torch.manual_seed(0)
-    lora._attach_fresh({"model": network}, config, 0)
+    lora.add_lora(Network(network), config, 0)
     for module in network.modules():
         if isinstance(module, Adapted):
-            for factor in module.named(lora.NAME).requires_grad_(True).parameters():
+            for factor in module.named(lora.NAME).parameters():
                 nn.init.normal_(factor, std=0.2)
     return network.train()
 
