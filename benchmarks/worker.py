@@ -65,12 +65,12 @@ class Worker:
 def main() -> int:
     """Make the work, answer lines until there are none."""
     sys.path.insert(0, str(ROOT))
-    from sat.util import threads
+    from sat.util.host import prepare_threads
 
     asked = json.loads(sys.argv[1])
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # whoever waits for its turn spins on nobody's core
     if not asked["side"].startswith(PEERS):
-        threads.prepare()  # as our commands do
+        prepare_threads()  # as our commands do
     import torch
 
     from benchmarks import measure

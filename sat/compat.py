@@ -94,7 +94,7 @@ MODULES: dict[str, str] = {
     "sat.memory.budget": "sat.estimate.budget",
     "sat.memory.offload": "sat.offload.block_swap",
     "sat.memory.quantize": "sat.kernels.quantize",
-    "sat.memory.size": "sat.util.sizes",
+    "sat.memory.size": "sat.util.host",
     "sat.mixins.feature_map": "sat.mixins.patch_embed",
     "sat.mixins.final_layer": "sat.mixins.heads",
     "sat.mixins.final_norm": "sat.mixins.heads",
@@ -134,7 +134,9 @@ MODULES: dict[str, str] = {
     "sat.transformer.packed": "sat.kernels.packed",
     "sat.transformer.points": "sat.transformer.hooks",
     "sat.util.errors": "sat.util.log",
+    "sat.util.files": "sat.util.host",
     "sat.util.progress": "sat.util.log",
+    "sat.util.threads": "sat.util.host",
     "sat.web": "sat.apps.web",
     "sat.web.access": "sat.apps.web.serve",
     "sat.web.api": "sat.apps.web.api",
@@ -149,6 +151,7 @@ MODULES: dict[str, str] = {
 """Old module -> its module now."""
 
 NAMES: dict[str, str] = {
+    "sat.util.threads.prepare": "sat.util.host.prepare_threads",
     "sat.data.loader.once": "sat.data.loader.validation_batches",
     "sat.data.order.Schedule": "sat.data.batch.BatchOrder",
     "sat.data.order.Stream": "sat.data.batch.ItemStream",

@@ -11,7 +11,7 @@ from typing import Any
 
 from sat.cli.arguments import sort_overrides
 from sat.cli.main_guard import guard
-from sat.util import threads
+from sat.util.host import prepare_threads
 
 CLASSIFIER = Path("checkpoints/tiny_classifier")
 WEIGHTS = Path("weights/judges")
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         if args.command == RUN:  # it has a log of its own, for several ranks
             sort_overrides(args)
-            threads.prepare()
+            prepare_threads()
         else:
             logging.basicConfig(level=logging.INFO, format="%(message)s")
         from sat.cli.commands.evaluate import COMMANDS

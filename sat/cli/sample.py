@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sat.cli.arguments import Setting, lora, parse, reader, settings
 from sat.cli.main_guard import guard
 from sat.sampling.prompts import check_text
-from sat.util import threads
+from sat.util.host import prepare_threads
 
 DESCRIPTION = """\
 Draw pictures for prompts with the model that --base describes.
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
 
     def work() -> int:
-        threads.prepare()
+        prepare_threads()
         from sat.cli.commands import sample as sample_work  # torch and all: only once the arguments are good
 
         return sample_work.work(args, given(args))

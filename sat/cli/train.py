@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sat.cli.arguments import Setting, parse, reader, settings
 from sat.cli.main_guard import guard
-from sat.util.sizes import parse_size
+from sat.util.host import parse_size
 
 DESCRIPTION = """\
 Train the model that --base describes; a later file is laid over the earlier ones.

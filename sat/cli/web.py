@@ -11,7 +11,7 @@ from pathlib import Path
 from sat.cli.arguments import parse, reader
 from sat.cli.main_guard import UsageError, guard
 from sat.util import log as logs
-from sat.util import threads
+from sat.util.host import prepare_threads
 
 PASSWORD, TOKEN = "COGVIEW3_WEB_PASSWORD", "COGVIEW3_API_TOKEN"
 INSTALL = 'the web page needs Gradio: pip install "gradio>=6,<7"'
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         access = web.access(args)
         if find_spec("gradio") is None:
             raise UsageError(INSTALL)
-        threads.prepare()
+        prepare_threads()
         return web.work(args, access)
 
     return guard(work, debug=args.debug)

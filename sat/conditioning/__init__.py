@@ -1,1 +1,1 @@
-"""What a network is conditioned on: text, sizes, and how they are put together."""
+"""Conditions of a network: text and sizes."""

@@ -60,7 +60,7 @@ class Condition:
         )
 
 
-# -- size conditions: what a picture's original size was, where it was cut, how large it is
+# -- size conditions: a picture's original size, its crop, and its size as trained on
 
 
 class Sizes(NamedTuple):
@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def uncropped(cls, height: int, width: int, batch: int) -> Sizes:
-        """What the official sampler gives: original = target = the requested size, nothing cut off."""
+        """Sizes of the official sampler: original = target = the requested size, nothing cut off."""
         size = torch.tensor([[height, width]]).expand(batch, 2)
         return cls(size, torch.zeros_like(size), size)
 

@@ -23,7 +23,7 @@ from sat.config.build import build_guider
 from sat.config.load import dump
 from sat.config.schema import Experiment, plain
 from sat.config.yaml_source import HOME
-from sat.util.files import write_text
+from sat.util.host import write_text
 
 _UNSEEN = frozenset(
     {

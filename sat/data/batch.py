@@ -61,7 +61,8 @@ class Batch:
 
     def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: act(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+        values |= {name: act(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return Batch(**values)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -26,7 +26,7 @@ from sat.offload.block_swap import parts, resident_bytes, swap_groups, tensors
 from sat.parallel.mesh import Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
-from sat.util.sizes import parse_size
+from sat.util.host import parse_size
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sat.config.record import Label
 from sat.sampling.prompts import Prompt
-from sat.util import files, images
+from sat.util import host, images
 
 STAGES = "stages"
 """Where a cascade keeps the records, and perhaps the pictures, of its stages."""
@@ -101,7 +101,7 @@ class OutputFolder:
         folder = self.folder(prompt)
         paths = [self.image_path(prompt, i) for i in range(self.batch_size)]
         stale = {p for p in folder.glob("*.png") if IMAGE.fullmatch(p.name)} - set(paths)
-        stale.update(folder.glob(f".*{files.TEMPORARY}"))
+        stale.update(folder.glob(f".*{host.TEMPORARY}"))
         if self.batch_size > 1:
             sheet = folder / "grid.png"
             self._write(
@@ -149,7 +149,7 @@ def prove_writable(root: Path) -> None:
     """Make the folder ``root`` and write to it; :class:`OutputError` if that cannot be."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        files.write_text(root / ".writable", "")
+        host.write_text(root / ".writable", "")
         (root / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write to output folder {root}: {error.strerror or error}") from error

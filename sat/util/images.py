@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-from sat.util.files import write_atomic
+from sat.util.host import write_atomic
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -67,37 +67,25 @@ def write_png(path: Path, image: Image.Image, text: Mapping[str, str] | None = N
 
 
 def read_png_text(path: Path) -> dict[str, str] | None:
-    """The text fields of a PNG file, or None if it is missing, cut short or damaged anywhere."""
+    """The text fields of a PNG file, or None if it is missing, cut short or damaged anywhere.
+
+    Pillow forgives a file that is cut after its last pixel, so the chunks' checksums are looked at first.
+    """
     try:
         data = path.read_bytes()
-        if not _whole_png(data):
+        if not data.startswith(_PNG):
             return None
+        at, kind = len(_PNG), b""
+        while kind != b"IEND":
+            (length,) = struct.unpack_from(">I", data, at)
+            (checksum,) = struct.unpack_from(">I", data, at + 8 + length)
+            chunk = data[at + 4 : at + 8 + length]
+            if checksum != zlib.crc32(chunk):
+                return None
+            at, kind = at + 12 + length, chunk[:4]
         with Image.open(BytesIO(data)) as image:
             image.load()  # text may also stand after the pixels
-            return (
-                {key: str(value) for key, value in image.text.items()}
-                if isinstance(image, PngImageFile)
-                else None
-            )
-    except (OSError, SyntaxError, ValueError, zlib.error):  # Pillow's ways to say that a file is broken
+            texts = image.text if isinstance(image, PngImageFile) else None
+            return None if texts is None else {key: str(value) for key, value in texts.items()}
+    except (OSError, SyntaxError, ValueError, struct.error, zlib.error):  # a broken file, to Pillow and us
         return None
-
-
-def _whole_png(data: bytes) -> bool:
-    """True if ``data`` is PNG chunks with right checksums up to and including the end chunk.
-
-    Pillow forgives a file that is cut after its last pixel.
-    """
-    if not data.startswith(_PNG):
-        return False
-    at = len(_PNG)
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        body = data[at + 4 : at + 8 + length]
-        checksum = data[at + 8 + length : at + 12 + length]
-        if checksum != struct.pack(">I", zlib.crc32(body)):
-            return False
-        if body[:4] == b"IEND":
-            return True
-        at += 12 + length
-    return False

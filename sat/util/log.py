@@ -32,10 +32,10 @@ def describe(error: BaseException) -> str:
 
 
 class Progress(Protocol):
-    """What a long task tells about how far it is."""
+    """Progress of a long task."""
 
     def note(self, text: str) -> None:
-        """Show what is being worked on."""
+        """Show the item that is being worked on."""
 
     def advance(self, steps: int = 1) -> None:
         """Count ``steps`` more as done."""

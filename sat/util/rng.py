@@ -27,8 +27,17 @@ class ImageRng:
     def of(
         cls, seed: int, images: Sequence[int], shape: Sequence[int], given: Tensor | None = None
     ) -> ImageRng:
-        """Of images numbered ``images``: image i uses ``seed`` + i."""
-        return cls([image_generator(seed, i) for i in images], shape, given)
+        """Of images numbered ``images``: image i has a generator seeded with ``seed`` + i.
+
+        On the CPU whatever the device, so one seed means one picture everywhere.
+        """
+        for own in (seed + i for i in images):
+            if not 0 <= own < SEED_LIMIT:
+                raise ValueError(
+                    f"seed {own} is out of range: 0 to {SEED_LIMIT - 1} (image i of a batch uses seed + i)"
+                )
+        generators = [torch.Generator(device="cpu").manual_seed(seed + i) for i in images]
+        return cls(generators, shape, given)
 
     def __len__(self) -> int:
         return len(self._generators)
@@ -44,23 +53,6 @@ class ImageRng:
         )
 
 
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The generator of image ``index``, seeded with ``seed + index``.
-
-    On the CPU whatever the device, so one seed means one picture everywhere.
-    """
-    return torch.Generator(device="cpu").manual_seed(checked_seed(seed + index))
-
-
 def image_noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
     """The first unit normal noise of image ``index``: ``shape`` (C, h, w) float32 on the CPU."""
     return ImageRng.of(seed, [index], shape).unit()[0]
-
-
-def checked_seed(seed: int) -> int:
-    """``seed`` itself if a generator tells it from every other seed, else an error."""
-    if not 0 <= seed < SEED_LIMIT:
-        raise ValueError(
-            f"seed {seed} is out of range: 0 to {SEED_LIMIT - 1} (image i of a batch uses seed + i)"
-        )
-    return seed

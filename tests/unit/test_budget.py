@@ -9,7 +9,7 @@ from sat.config.build import build_engine
 from sat.config.schema import Experiment
 from sat.estimate.budget import SPARE, BudgetError, SamplingEstimator, apply_budget
 from sat.parallel.mesh import fake_group
-from sat.util.sizes import parse_size
+from sat.util.host import parse_size
 from tests.configs import DEBUG, debug, refused
 
 HOST, DEVICE = torch.device("cpu"), torch.device("meta")

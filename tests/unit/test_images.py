@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.util import files, images
+from sat.util import host, images
 
 
 def test_uint8_truncates_as_the_official_code_does() -> None:
@@ -82,14 +82,14 @@ def test_no_png_is_not_whole(tmp_path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_draft(tmp_path) -> None:
-    files.write_text(tmp_path / "a.txt", "old")
+    host.write_text(tmp_path / "a.txt", "old")
 
     def fail(file) -> None:
         file.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files.write_atomic(tmp_path / "a.txt", fail)
+        host.write_atomic(tmp_path / "a.txt", fail)
     assert (tmp_path / "a.txt").read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -102,6 +102,6 @@ def test_nothing_stands_under_the_name_before_the_file_is_whole(tmp_path) -> Non
         file.flush()
         seen.append((tmp_path / "a.bin").exists())
 
-    files.write_atomic(tmp_path / "a.bin", write)
+    host.write_atomic(tmp_path / "a.bin", write)
     assert seen == [False]
     assert (tmp_path / "a.bin").read_bytes() == b"half"

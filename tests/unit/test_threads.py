@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sat.util import threads
+from sat.util.host import THREAD_SETTINGS, prepare_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,35 +15,35 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def environment(monkeypatch) -> None:
     """No settings, and restored afterwards whatever the test does."""
-    for name in threads.SETTINGS:
+    for name in THREAD_SETTINGS:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 
 def test_threads_sleep_while_they_wait_and_products_are_reproducible(environment, monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "torch")
-    threads.prepare()
-    assert {name: os.environ.get(name) for name in threads.SETTINGS} == threads.SETTINGS
+    prepare_threads()
+    assert {name: os.environ.get(name) for name in THREAD_SETTINGS} == THREAD_SETTINGS
 
 
 def test_a_setting_of_the_user_stays(environment, monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    threads.prepare()
+    prepare_threads()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_nothing_is_claimed_once_torch_is_there(environment) -> None:
     assert "torch" in sys.modules
-    threads.prepare()
-    assert not set(threads.SETTINGS) & set(os.environ)
+    prepare_threads()
+    assert not set(THREAD_SETTINGS) & set(os.environ)
 
 
 def test_float32_results_do_not_depend_on_the_number_of_threads() -> None:
     """Shapes at which MKL's products and oneDNN's 1x1 convolutions did depend on it."""
     code = """
-from sat.util import threads
-threads.prepare()
+from sat.util.host import prepare_threads
+prepare_threads()
 import torch
 from sat.first_stage.blocks import ResBlock, Upsample
 from sat.kernels.packed import PackedLinear, packable
@@ -60,6 +60,6 @@ with torch.inference_mode():
         found.append((linear(time), block(image), block(rows), up(image), packed(time), packed(wide)))
 print(all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other)))
 """
-    env = {name: value for name, value in os.environ.items() if name not in threads.SETTINGS}
+    env = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 from sat.apps.prompts.writing import AnswerError, Message, Words, messages, read_answer
-from sat.util.files import write_text
+from sat.util.host import write_text
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -14,7 +14,7 @@ from sat.cli import sample
 from sat.cli.arguments import Setting, checked_device
 from sat.cli.main_guard import FAILED, UsageError
 from sat.util import log as logs
-from sat.util.files import write_atomic, write_text
+from sat.util.host import write_atomic, write_text
 
 if TYPE_CHECKING:
     from sat.apps.evaluate.metrics import MetricConfig

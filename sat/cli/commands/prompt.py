@@ -14,7 +14,7 @@ from sat.apps.prompts.optimizer import Cache, Endpoint, OptimizerError, PromptOp
 from sat.cli.main_guard import FAILED, UsageError
 from sat.sampling.prompts import Prompt, check_text, read_prompt_file, title
 from sat.util import log as logs
-from sat.util.files import write_text
+from sat.util.host import write_text
 
 if TYPE_CHECKING:
     from sat.config.cascade import Cascade

@@ -31,7 +31,7 @@ from sat.sampling.inputs import InputFolder, checked_latents, read_latents
 from sat.sampling.output import STAGES, OutputFolder, folder_name, prove_writable
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
 from sat.util import log as logs
-from sat.util.files import write_text
+from sat.util.host import write_text
 from sat.util.log import describe
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from sat.config.schema.base import (
 )
 from sat.config.schema.sampling import SamplingConfig
 from sat.config.schema.train import DataConfig, TrainConfig
-from sat.util.sizes import parse_size
+from sat.util.host import parse_size
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Files, memory sizes and CPU threads of the machine. Standard library only, as it runs before torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+TEMPORARY = ".partial"
+"""Ending of a file that is still being written."""
+UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+THREAD_SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "MKL_CBWR": "AUTO,STRICT"}
+"""Environment of :func:`prepare_threads`."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 ``text`` to ``path``, which appears whole or not at all."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a hidden file beside ``path``, then move it there in one step.
+
+    A run that is killed at any moment leaves no half file under ``path``, and a reader never sees one. The
+    disk is not waited for: after a power cut, only reading a file back tells.
+    """
+    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")  # its own on every machine
+    try:
+        with draft.open("wb") as file:
+            write(file)
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``24GB`` (1e9 each) or ``24GiB``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", text)
+    if found is None:
+        raise ValueError(f"expected a size such as 24GB or 80GiB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def prepare_threads() -> None:
+    """Set up the threads of a CPU run; the user's own settings stay. Without effect once torch is imported.
+
+    Waiting OpenMP threads sleep instead of spinning: a spinning thread holds the core that the one it waits
+    for may need, and where other programs use the cores too a small network ran several times slower. MKL is
+    asked for matrix products that do not depend on the number of threads (measured: no slower), so that one
+    process and several ranks with fewer threads each draw the same float32 pictures to the last bit.
+    """
+    if "torch" in sys.modules:
+        return
+    for name, value in THREAD_SETTINGS.items():
+        os.environ.setdefault(name, value)
