@@ -134,6 +134,22 @@ def test_a_name_that_is_gone_is_noticed(text: str) -> None:
     assert len(list(_unknown(text))) == 1
 
 
+def test_the_walk_lists_the_layers_of_pyproject() -> None:
+    listed = (ROOT / "docs" / "walk.md").read_text().partition("## Import order")[2]
+    rows = [set(re.findall(r"`(\w+)`", line)) for line in listed.splitlines() if line.startswith("| ")]
+    block = (ROOT / "pyproject.toml").read_text().partition("\nlayers = [")[2].partition("\n]")[0]
+    layers = [set(line.split(" | ")) for line in re.findall(r'^    "(.+?)"', block, re.MULTILINE)]
+    assert rows[1:] == layers  # after the table's head
+
+
+def test_files_in_the_drawing_exist() -> None:
+    drawing = (ROOT / "docs/images/rings.svg").read_text()
+    named = re.findall(r"[\w/]+(?:\.py|/)(?=[\s,:<&])", re.sub(r"</?[a-z][^>]*>", "\n", drawing))
+    top = ("", "sat", "sat/apps", "sat/diffusion")
+    assert len(named) > 20
+    assert [name for name in named if not any((ROOT / place / name).exists() for place in top)] == []
+
+
 def _skeleton(name: str) -> dict[str, list[str]]:
     """What both languages must share: commands, links, pictures, and the number of headings and rows."""
     text = (ROOT / name).read_text("utf-8")
