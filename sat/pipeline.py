@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What ``sampling.dtype`` names."""
+"""torch's types by their names in ``sampling.dtype``."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs."""
+        """Device of the network."""
         return self.generator.device
 
     @property
@@ -144,7 +144,7 @@ class Pipeline:
         return {n: s for part in parts for _, layer in lora.adapted(part) for n, s in layer.strengths.items()}
 
     def set_strength(self, name: str, strength: float) -> None:
-        """How much the adapter ``name`` counts in the next pictures: 0 not at all, 1 as trained."""
+        """Set the weight of the adapter ``name`` in the next pictures: 0 turns it off, 1 is as trained."""
         if name not in self.adapters:
             raise ValueError(f"no adapter {name!r} is loaded; there are {', '.join(self.adapters) or 'none'}")
         for part in adaptable(self.generator.engine).values():
@@ -166,11 +166,11 @@ class Pipeline:
         callback: StepCallback | None = None,
         images: Sequence[Image.Image] | None = None,
     ) -> Output:
-        """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. What is None is the config's.
+        """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. ``None`` is the config's value.
 
         ``height`` and ``width`` are pixels. ``latents`` is unit noise to start from instead of the seed's:
         (B, C, h, w) with B = ``batch_size``, used for every prompt, or one for each image.
-        ``images`` are what a relay model enlarges: one for each picture to draw, prompt by prompt.
+        A relay model enlarges ``images``: one for each picture to draw, prompt by prompt.
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
@@ -293,7 +293,7 @@ class StageLoader(Generic[T]):
 
 
 def keep_text_encoder(experiment: Experiment) -> Experiment:
-    """``experiment`` for prompts that come one by one: the text encoder waits on the CPU instead of going."""
+    """``experiment`` for prompts that come one by one: its text encoder waits on the CPU between them."""
     memory = experiment.memory
     if memory.text_encoder == "keep" and memory.budget is not None:  # or the budget would have it go
         return replace(experiment, memory=replace(memory, text_encoder="cpu"))

@@ -33,12 +33,16 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
     rank's failure is told by that rank and rank 0. ``debug`` prints the traceback; ``on_stop`` says how to
     go on after an interruption.
     """
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped
+
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us keeps the signal
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, stop)
     try:
         return work()
-    except KeyboardInterrupt as stop:
-        cause = "SIGTERM" if isinstance(stop, Stopped) else "Ctrl-C"
+    except KeyboardInterrupt as end:
+        cause = "SIGTERM" if isinstance(end, Stopped) else "Ctrl-C"
         _tell(f"stopped by {cause}" + (f"; {on_stop}" if on_stop else ""))
         return INTERRUPTED
     except BrokenPipeError:
@@ -62,7 +66,3 @@ def _rank() -> int:
     """This process's rank as its launcher says, 0 without one."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdigit() else 0
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped

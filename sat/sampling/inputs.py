@@ -33,10 +33,10 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class PictureInput:
-    """Pictures that a run starts from beside noise: the one door for those of folders, files and callers.
+    """Pictures that a run starts from beside noise, of ``height`` x ``width`` pixels.
 
-    A process asks for them (:class:`~sat.diffusion.process.ProcessInput`). ``height`` and ``width`` are those
-    of the pictures given, in pixels.
+    A process asks for them (:class:`~sat.diffusion.process.ProcessInput`); they come from a folder, from
+    files or from the caller.
     """
 
     height: int

@@ -20,7 +20,7 @@ from sat.sampling.prompts import Prompt
 from sat.util import host, images
 
 STAGES = "stages"
-"""Where a cascade keeps the records, and perhaps the pictures, of its stages."""
+"""Folder of the records, and perhaps the pictures, of a cascade's stages."""
 
 NAME_LENGTH = 20
 """Characters of the prompt in a folder's name."""
@@ -59,7 +59,7 @@ def folder_name(prompt: Prompt) -> str:
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Where the pictures of one run go."""
+    """Folder of one run's pictures."""
 
     root: Path
     label: Label

@@ -53,7 +53,10 @@ class Pictures:
         self._encoded: list[EncodedPrompt] | None = None
         if known is not None:
             dtype = DTYPES[experiment.train.dtype]
-            self._encoded = [_in(dtype, known[index]) for index in self.mine]
+            self._encoded = []
+            for one in (known[index] for index in self.mine):
+                negative = None if one.negative is None else one.negative.to(dtype)
+                self._encoded.append(replace(one, text=one.text.to(dtype), negative=negative))
         elif not learns:
             self._encoded = self._encode()
 
@@ -85,9 +88,3 @@ class Pictures:
     def _encode(self) -> list[EncodedPrompt]:
         """The prompts of this rank through the text encoder."""
         return self.generator.encode([self.prompts[i] for i in self.mine], self.params.negative_prompt)
-
-
-def _in(dtype: torch.dtype, one: EncodedPrompt) -> EncodedPrompt:
-    """``one`` in the type of the network's weights."""
-    negative = None if one.negative is None else one.negative.to(dtype)
-    return replace(one, text=one.text.to(dtype), negative=negative)

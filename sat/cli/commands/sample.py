@@ -60,8 +60,21 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         return _check(cascade, prompts)
     for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.loaded.notices):
         log.warning("%s", notice)
-    if prompts is None:
-        _refuse_to_ask(cascade)
+    if prompts is None and len(cascade.stages) > 1:
+        raise UsageError("a cascade loads its stages one after the other: give --prompt or --prompt-file")
+    if prompts is None and first.sampling.share is not None:
+        raise UsageError("sampling.share is a share of given prompts: give --prompt-file")
+    if prompts is None and not sys.stdin.isatty():
+        raise UsageError(
+            "no prompt: give --prompt or --prompt-file, or run on a terminal to be asked for prompts"
+        )
+    layout = first.parallel.sizes
+    for stage in cascade.stages:
+        if stage.experiment.parallel.sizes != layout:
+            raise UsageError(
+                f"stage {stage.name}: parallel {stage.experiment.parallel.sizes} is not that of the first "
+                f"stage, {layout}: the ranks of a run are laid out once"
+            )
     rewriting = None
     if args.optimize_prompt:
         from sat.cli.commands.prompt import Rewriting
@@ -71,7 +84,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     logs.setup(runtime.rank, debug=args.debug)
     heartbeat = Heartbeat(runtime.rank, runtime.world, first.parallel.timeout)
     try:
-        ranks = _Ranks(runtime, _mesh(cascade, runtime), heartbeat)
+        ranks = _Ranks(runtime, Mesh(runtime, **layout), heartbeat)
         if prompts is None:
             root = first.output.dir or OUTPUT
             session = _open(_Place(keep_text_encoder(first), root, root), ranks, 1)
@@ -141,18 +154,6 @@ def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
     return 0
 
 
-def _refuse_to_ask(cascade: Cascade) -> None:
-    """An error unless there is somebody to ask for prompts, and one model to draw them."""
-    if len(cascade.stages) > 1:
-        raise UsageError("a cascade loads its stages one after the other: give --prompt or --prompt-file")
-    if cascade.stages[0].experiment.sampling.share is not None:
-        raise UsageError("sampling.share is a share of given prompts: give --prompt-file")
-    if not sys.stdin.isatty():
-        raise UsageError(
-            "no prompt: give --prompt or --prompt-file, or run on a terminal to be asked for prompts"
-        )
-
-
 @dataclass(frozen=True)
 class _Ranks:
     """This process among the others."""
@@ -160,18 +161,6 @@ class _Ranks:
     runtime: Runtime
     mesh: Mesh
     heartbeat: Heartbeat
-
-
-def _mesh(cascade: Cascade, runtime: Runtime) -> Mesh:
-    """The layout of the ranks, the same for all stages of a run."""
-    layouts = [stage.experiment.parallel.sizes for stage in cascade.stages]
-    for stage, layout in zip(cascade.stages, layouts, strict=True):
-        if layout != layouts[0]:
-            raise UsageError(
-                f"stage {stage.name}: parallel {layout} is not that of the first stage, {layouts[0]}: the "
-                f"ranks of a run are laid out once"
-            )
-    return Mesh(runtime, **layouts[0])
 
 
 @dataclass(frozen=True)
@@ -313,10 +302,17 @@ def _ask(session: _Session, rewrite: Callable[[str], str]) -> None:
     with contextlib.suppress(ImportError):  # not on every system
         import readline  # noqa: F401 - line editing and history for input()
     print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
-    while (text := _question()) is not None:
-        if not text.strip():
-            continue
+    while True:
         try:
+            text = input("prompt> ")
+        except Stopped:
+            raise
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        try:
+            if not text.strip():
+                continue
             check_text(text, "the prompt")
             for path in session.draw([Prompt(session.folder.next_index(), rewrite(text))]):
                 print(path)
@@ -326,14 +322,3 @@ def _ask(session: _Session, rewrite: Callable[[str], str]) -> None:
             print("\nstopped; the next prompt?", file=sys.stderr)
         except (ValueError, ArithmeticError, OSError) as error:
             print(f"error: {describe(error)}", file=sys.stderr)
-
-
-def _question() -> str | None:
-    """One line from the terminal; None at its end or on Ctrl-C."""
-    try:
-        return input("prompt> ")
-    except Stopped:
-        raise
-    except (EOFError, KeyboardInterrupt):
-        print(file=sys.stderr)
-        return None
