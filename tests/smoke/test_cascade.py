@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from sat import CascadePipeline
+from sat import CascadePipeline, Pipeline
 from sat.cli.sample import main
 from sat.util.images import read_png_text
 from tests.checkpoints import tokenizer
@@ -208,6 +208,17 @@ def test_the_python_face_draws_what_the_command_draws(sample: Command, spiece: P
     assert list(out.stages) == ["base", "relay"] and len(out.images) == 1
     # The command hands 8-bit pictures on, and so does this.
     assert np.array_equal(np.asarray(out.images[0]), pixels(tmp_path / "out" / "0_a_cat" / "000000000.png"))
+
+
+def test_the_python_face_refuses_pictures_that_do_not_fit(spiece: Path) -> None:
+    pipe = Pipeline.from_config([DEBUG, BASE, RELAY], [f"conditioning.tokenizer={spiece}"], device="cpu")
+    small = Image.new("RGB", (48, 32))
+    with pytest.raises(ValueError, match="1 images are given to enlarge, expected one for each of 2"):
+        pipe(["a cat", "a dog"], images=[small])
+    with pytest.raises(ValueError, match=r"an input picture is 48 x 32 .*, expected 32 x 48"):
+        pipe("a cat", images=[small.rotate(90, expand=True)])
+    with pytest.raises(ValueError, match="starts from low-resolution images: none are given"):
+        pipe("a cat")
 
 
 def test_relay_samples_over_the_plus_transformer(sample: Command, tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sat
 from sat.config.yaml_source import ConfigError
+from sat.sampling.generator import SamplingParams
+from sat.sampling.prompts import Prompt
 from sat.util.rng import image_noise
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, Command, pixels
@@ -90,6 +93,34 @@ def test_the_callback_sees_every_step_of_every_image(pipe) -> None:
         callback=lambda i, n, z: seen.append((i, n, tuple(z.shape))),
     )
     assert seen == [(i, 12, (1, *SHAPE)) for i in range(1, 13)]
+
+
+def test_pictures_come_one_by_one_as_they_are_drawn(pipe) -> None:
+    steps: list[int] = []
+    params = SamplingParams.of(pipe.experiment.sampling, pipe.guider)
+    requests = [(Prompt(0, "a dog"), [0, 1]), (Prompt(1, "the sun"), [1])]
+    drawn = pipe.generator.generate(requests, params, callback=lambda step, total, _: steps.append(total))
+    first = next(drawn)
+    assert (first.prompt.index, first.index) == (0, 0) and steps == [12] * 4  # of 3 pictures, 4 steps each
+    assert [(picture.prompt.text, picture.index) for picture in drawn] == [("a dog", 1), ("the sun", 1)]
+    assert first.image is not None and first.image.size == (64, 48) and first.latents.shape == SHAPE
+
+
+def test_an_error_of_the_callback_ends_the_run(pipe) -> None:
+    def cancel(step: int, total: int, preview: torch.Tensor) -> None:
+        if step == 5:
+            raise InterruptedError
+
+    params = SamplingParams.of(pipe.experiment.sampling, pipe.guider)
+    drawn = pipe.generator.generate([(Prompt(0, "a dog"), [0, 1])], params, callback=cancel)
+    assert next(drawn).index == 0
+    with pytest.raises(InterruptedError):
+        next(drawn)
+
+
+def test_pictures_to_enlarge_are_refused_by_a_model_that_starts_from_noise(pipe) -> None:
+    with pytest.raises(ValueError, match="this model draws from noise alone"):
+        pipe("a dog", images=[Image.new("RGB", (32, 24))])
 
 
 def test_guidance_of_one_call_does_not_stay(pipe) -> None:

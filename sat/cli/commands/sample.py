@@ -25,7 +25,7 @@ from sat.parallel.collectives import by_first, lost_rank_message
 from sat.parallel.heartbeat import Heartbeat
 from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
 from sat.parallel.mesh import Mesh
-from sat.pipeline import Pipeline, keep_text_encoder
+from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams
 from sat.sampling.inputs import InputFolder, checked_latents, read_latents
 from sat.sampling.output import STAGES, OutputFolder, folder_name, prove_writable
@@ -252,13 +252,12 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
     if several and last.output.resume:
         done = OutputFolder(root, label(last), last.sampling.batch_size)
         mine = by_first(mesh.team, lambda: [prompt for prompt, _ in done.requests(mine, resume=True)])
-    for number, place in enumerate(places, 1):
+    stages = StageLoader(lambda index: _open(places[index], ranks, len(prompts), once=True))
+    for index, place in enumerate(places):
         if several and runtime.is_main:
-            log.info("stage %d of %d: %s", number, len(places), place.records.name)
-        session = _open(place, ranks, len(prompts), once=True)
-        _draw(session, prompts, mine, result=number == len(places))
-        del session
-        runtime.free_memory()
+            log.info("stage %d of %d: %s", index + 1, len(places), place.records.name)
+        _draw(stages.open(index), prompts, mine, result=index + 1 == len(places))
+        stages.free()
 
     if several and runtime.is_main:  # the cascade that repeats the run
         files = {place.records.name: place.records / "resolved.yaml" for place in places}
