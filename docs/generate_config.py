@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sat  # noqa: E402
-from sat.config.check import show, split  # noqa: E402
+from sat.config.component import show, split  # noqa: E402
 from sat.config.schema import Component, Experiment, Makes, MustExist  # noqa: E402
 from sat.config.targets import TargetError, field_hints, load_name, produces, signature  # noqa: E402
 from sat.mixin import Mixin  # noqa: E402
@@ -63,7 +63,7 @@ def _sections(cls: Any, prefix: str, components: dict[str, Any]) -> Iterator[str
         notes = [*notes, *(note for arm in get_args(wanted) for note in split(arm)[1])]
         for note in notes:
             if isinstance(note, Makes):
-                components[key] = load_name(note.name)
+                components[key] = load_name(note.wanted)
         if nested is not None:
             inner.append((nested, f"{key}."))
         kind = f"section [{key}](#{_anchor(key)})" if nested is not None else _kind(wanted, notes)

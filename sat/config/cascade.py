@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from sat.config.check import INVALID, Checker
 from sat.config.load import Loaded, load_full, read_base
-from sat.config.merge import Override
 from sat.config.schema import Broken, Experiment, Section
 from sat.config.targets import hint
-from sat.config.yaml_source import ConfigError, Problem, Source
+from sat.config.yaml_source import ConfigError, Override, Problem, Source
 from sat.config.yaml_source import write as write_yaml
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ def _first_only(item: Override) -> bool:
 def _checked(source: Source, keep: list[Override] | None) -> CascadeConfig:
     """The checked cascade section; nothing else may be in its file."""
     checker = Checker(source.marks)
-    config = checker.section(CascadeConfig, source.tree["cascade"], ("cascade",))
+    config = checker.check(CascadeConfig, source.tree["cascade"], ("cascade",))
     problems = list(checker.problems)
     if strange := [key for key in source.tree if key != "cascade"]:
         problems.append(

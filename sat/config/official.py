@@ -7,13 +7,13 @@ Facts about the official keys are from ``sat/configs/*.yaml``, ``sample_dit.py``
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sat.config.merge import Override, plain_merge, read_override
 from sat.config.official_keys import (
     BLENDS,
     FIRST_STAGE,
@@ -31,7 +31,18 @@ from sat.config.official_keys import (
     UNET_FIXED,
     Official,
 )
-from sat.config.yaml_source import ConfigError, Marks, Problem, Source, Where, dotted, find, shown
+from sat.config.yaml_source import (
+    ConfigError,
+    Marks,
+    Override,
+    Problem,
+    Source,
+    Where,
+    dotted,
+    find,
+    read_override,
+    shown,
+)
 
 _SIDES = (512, 2048, 32)
 """Smallest and largest side and their multiple in pixels. Source: official ``sample_dit.py:140-143``."""
@@ -97,7 +108,7 @@ def translate(sources: list[Source], t5: Mapping[str, Any] | None = None) -> Tra
     tree: dict[str, Any] = {}
     marks: Marks = {}
     for source in sources:
-        tree = plain_merge(tree, source.tree)
+        tree = _merged(tree, source.tree)
         marks |= source.marks
     o = Official(tree, marks)
     if o.subtree("model"):
@@ -105,6 +116,13 @@ def translate(sources: list[Source], t5: Mapping[str, Any] | None = None) -> Tra
     _args(o)
     o.finish()
     return Translated(Source(o.out, o.out_marks), o.notices())
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """``new`` over ``old``, mappings merged, all else replaced: how the official code composes its files."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return copy.deepcopy(new)
+    return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}
 
 
 def _engine(o: Official, t5: Mapping[str, Any] | None) -> None:

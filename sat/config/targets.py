@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Union, get_args, get_origin
 
-LATER = {"DeviceKind": "sat.parallel.launch.DeviceKind", "Backend": "sat.kernels.attention.Backend"}
-"""Names that a schema annotation uses without importing them."""
-
-
 PACKAGES = ("bitsandbytes", "torchao")
 """What has optimizers of few bits, on PyPI under the names of the modules."""
 
@@ -163,18 +159,11 @@ def _optimises(made: Any) -> bool:
     return torch is not None and inspect.isclass(made) and issubclass(made, torch.Optimizer)
 
 
-class _Later(dict[str, Any]):
-    """Imports a name of :data:`LATER` when an annotation is evaluated."""
-
-    def __missing__(self, name: str) -> Any:
-        return load_name(LATER[name])
-
-
 def _hints(made: Any) -> dict[str, Any]:
     """Annotations of the parameters of ``made``; one that cannot be evaluated is left out."""
     function = made.__init__ if inspect.isclass(made) else made
     try:
-        return typing.get_type_hints(function, localns=_Later(), include_extras=True)
+        return typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return _hints_one_by_one(function)
 
@@ -184,15 +173,16 @@ def _hints_one_by_one(function: Any) -> dict[str, Any]:
     for name, annotation in getattr(function, "__annotations__", {}).items():
         holder = types.SimpleNamespace(__annotations__={name: annotation}, __globals__=function.__globals__)
         try:
-            found[name] = typing.get_type_hints(holder, globalns=function.__globals__, localns=_Later())[name]
+            found[name] = typing.get_type_hints(holder, globalns=function.__globals__)[name]
         except (NameError, TypeError, AttributeError):
             continue
     return found
 
 
+@lru_cache(maxsize=64)
 def field_hints(cls: type) -> dict[str, Any]:
     """Annotations of the fields of the dataclass ``cls``."""
-    return typing.get_type_hints(cls, localns=_Later(), include_extras=True)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def produces(made: Any, wanted: Any) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
@@ -50,8 +51,11 @@ def project(folder: Path) -> Path:
 Key = tuple[str, ...]
 """Where a value sits: the names from the top of the tree; list items are named by their index."""
 
+MOST_LEVELS = 64
+"""Of mappings and lists in one another."""
 _MOST_KEYS = 20_000
-_TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
+_MOST_DIGITS = 1000
+_TAG = "tag:yaml.org,2002:"
 
 
 def dotted(key: Key) -> str:
@@ -104,6 +108,11 @@ class ConfigError(UserError, ValueError):
         lines = [str(p) for p in self.problems]
         super().__init__("\n".join(lines if len(lines) == 1 else [f"{len(lines)} problems:", *lines]))
 
+    @classmethod
+    def of(cls, where: str, key: str, what: str) -> ConfigError:
+        """The error of one problem."""
+        return cls([Problem(where, key, what)])
+
 
 class Source(NamedTuple):
     """One YAML file: its tree of mappings, lists and scalars, and where each key was written."""
@@ -113,7 +122,19 @@ class Source(NamedTuple):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2."""
+    """Safe YAML with the scalars of YAML 1.2, nested no deeper than :data:`MOST_LEVELS`."""
+
+    level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node; a text of thousands of brackets ends here, not at the interpreter's limit."""
+        self.level += 1
+        if self.level > MOST_LEVELS:
+            what = f"nested deeper than {MOST_LEVELS} levels"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -138,9 +159,7 @@ _SCALARS = {
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}
     for _tag, (_pattern, _first) in _SCALARS.items():
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
-        )
+        _class.add_implicit_resolver(f"{_TAG}{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -155,12 +174,12 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     """Line breaks and invisible characters go in double quotes, escaped: other styles fold them."""
     style = '"' if re.search("[\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff]", text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    return dumper.represent_scalar(f"{_TAG}str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)
-_Loader.add_constructor("tag:yaml.org,2002:int", _int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+_Loader.add_constructor(f"{_TAG}int", _int)
+_Loader.add_constructor(f"{_TAG}float", _float)
 
 
 def read(path: Path, label: str | None = None) -> Source:
@@ -183,64 +202,104 @@ def read(path: Path, label: str | None = None) -> Source:
 
 def parse(text: str, label: str) -> tuple[Any, Marks]:
     """The value written in ``text`` and the line of every key in it."""
-    marks: Marks = {}
     try:
         loader = _Loader(text)
         try:
-            node = loader.get_single_node()
+            node, walk = loader.get_single_node(), _Walk(label)
             if node is None:
-                return None, marks
-            _walk(node, (), label, marks, ())
-            return loader.construct_document(node), marks
+                return None, walk.marks
+            walk(node, (), ())
+            return loader.construct_document(node), walk.marks
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"{label}:{mark.line + 1}" if mark else label
         raise ConfigError([Problem(line, "", f"not valid YAML: {error.problem or error.context}")]) from error
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError([Problem(label, "", f"not valid YAML: {error}")]) from error
+    except yaml.reader.ReaderError as error:
+        line = f"{label}:{text.count(chr(10), 0, error.position) + 1}"
+        what = f"not valid YAML: character {error.character:#x}: {error.reason}"
+        raise ConfigError([Problem(line, "", what)]) from error
 
 
-def _walk(node: yaml.Node, key: Key, label: str, marks: Marks, above: tuple[int, ...]) -> None:
-    """Record the line of everything under ``node``; refuse what has no sensible reading."""
-    here = f"{label}:{node.start_mark.line + 1}"
-    if wrong := _unreadable(node, marks, above):
-        raise ConfigError([Problem(here, dotted(key), wrong)])
-    marks.setdefault(key, Where(here))
-    inside = (*above, id(node))
-    if isinstance(node, yaml.MappingNode):
-        seen: set[Hashable] = set()
-        for name, child in node.value:
-            line = f"{label}:{name.start_mark.line + 1}"
-            if name.tag == "tag:yaml.org,2002:merge":
-                _walk(child, (*key, "<<"), label, marks, inside)
-                continue
-            if not isinstance(name, yaml.ScalarNode):
-                raise ConfigError([Problem(line, dotted(key), "a key must be a single word")])
-            at = (*key, name.value)
-            if name.value in seen:
-                raise ConfigError([Problem(line, dotted(at), "given twice in this file")])
-            seen.add(name.value)
-            name.tag = "tag:yaml.org,2002:str"
-            marks[at] = Where(line)
-            _walk(child, at, label, marks, inside)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            _walk(child, (*key, str(index)), label, marks, inside)
+class _Walk:
+    """Records the line of everything under a node; refuses what has no sensible reading, or no end."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.marks: Marks = {}
+        self.values = 0
+
+    def __call__(self, node: yaml.Node, key: Key, above: tuple[int, ...]) -> None:  # noqa: C901
+        """Walk ``node``, which is at ``key``; ``above`` are the nodes that hold it."""
+        self.values += 1
+        if id(node) in above:
+            self.refuse(node, key, "an alias that contains itself")
+        if self.values > _MOST_KEYS:
+            self.refuse(node, key, f"more than {_MOST_KEYS} keys after aliases are written out")
+        if len(key) > MOST_LEVELS:
+            self.refuse(node, key, f"nested deeper than {MOST_LEVELS} levels after aliases are written out")
+        self.check_tag(node, key)
+        self.marks.setdefault(key, Where(self.line(node)))
+        inside = (*above, id(node))
+        if isinstance(node, yaml.MappingNode):
+            names: set[str] = set()
+            for name, child in node.value:
+                if name.tag != f"{_TAG}merge":
+                    self.check_tag(name, key)
+                    if not isinstance(name, yaml.ScalarNode):
+                        self.refuse(name, key, "a key must be a single word")
+                    name.tag = f"{_TAG}str"
+                    self.marks[key + (name.value,)] = Where(self.line(name))
+                if name.value in names:
+                    self.refuse(name, (*key, name.value), "given twice in this file")
+                names.add(name.value)
+                self(child, (*key, name.value), inside)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, child in enumerate(node.value):
+                self(child, (*key, str(index)), inside)
+
+    def line(self, node: yaml.Node) -> str:
+        """Where ``node`` begins."""
+        return f"{self.label}:{node.start_mark.line + 1}"
+
+    def refuse(self, node: yaml.Node, key: Key, what: str) -> NoReturn:
+        """Raise with the line of ``node``."""
+        raise ConfigError([Problem(self.line(node), dotted(key), what)])
+
+    def check_tag(self, node: yaml.Node, key: Key) -> None:
+        """Refuse tags that make objects, and numbers and other scalars that are none."""
+        tag = node.tag.removeprefix(_TAG)
+        if tag in ("map", "seq", "str"):
+            return
+        if tag not in _SCALARS or tag == "merge":
+            self.refuse(node, key, f"tag {node.tag!r} is not possible here: plain values only")
+        text = node.value if isinstance(node, yaml.ScalarNode) else ""
+        patterns = [_SCALARS[name][0] for name in {tag, "int" if tag == "float" else tag}]
+        if not any(re.fullmatch(pattern, text) for pattern in patterns):
+            self.refuse(node, key, f"tag {node.tag!r} is not that of {shown(node.value)}")
+        if len(text) > _MOST_DIGITS:
+            self.refuse(node, key, f"a number of {len(text)} characters; at most {_MOST_DIGITS} are possible")
 
 
-def _unreadable(node: yaml.Node, marks: Marks, above: tuple[int, ...]) -> str | None:
-    """Why ``node`` is refused, if it is."""
-    if id(node) in above:
-        return "an alias that contains itself"
-    if len(marks) > _MOST_KEYS:
-        return f"more than {_MOST_KEYS} keys after aliases are written out"
-    if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
-        return f"tag {node.tag!r} is not possible here: plain values only"
-    return None
+Override = str | tuple[str, Any]
+"""``"section.key=value"`` with a YAML value, or ``("section.key", value)`` with the value itself."""
+
+
+def read_override(given: Override) -> tuple[Key, Any, Where]:
+    """The key, value and place of ``given``; text that is no YAML, or holds a ``#``, is taken as it is."""
+    if not isinstance(given, str):
+        name, value = given
+        return tuple(name.strip().split(".")), value, Where("override")
+    name, equals, text = given.partition("=")
+    if not equals:
+        raise ConfigError([Problem("override", "", f"{given!r} is not of the form section.key=value")])
+    value = text
+    with contextlib.suppress(ConfigError):
+        value, _ = parse(text, "override")
+    if "#" in text and (value is None or isinstance(value, str)) and text.strip()[:1] not in "\"'":
+        value = text
+    return tuple(name.strip().split(".")), value, Where("override", raw=text)
 
 
 def write(tree: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from tests.architecture.tree import ROOT, sources, tree
 ENTRY_POINTS = [
     name for name in ("sample.py", "train.py", "convert.py", "prompt_optimize.py") if (ROOT / name).exists()
 ]
-HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "wandb", "PIL", "sentencepiece")
+HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "omegaconf", "yaml", "wandb", "PIL", "sentencepiece")
 
 
 def test_layers_import_only_what_lies_below_them() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from sat.config.interpolate import escape, interpolate
 from sat.config.load import dump, load
-from sat.config.merge import merge, start
-from sat.config.yaml_source import Marks, Source, parse, write
+from sat.config.references import FLAGS, escape, resolve, wrap
+from sat.config.yaml_source import Marks, Problem, parse, write
 from tests.configs import DEBUG
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=20)
@@ -38,9 +38,13 @@ def test_writing_then_reading_gives_the_same_tree(tree: dict[str, Any]) -> None:
 
 
 @given(TREES)
+@example({"a": "\\\\${a}", "b": ["\\", "${b.0}\\"], "c": "???", "sampling": {"prompt": ["${a}"]}})
 def test_escaped_texts_hold_no_references(tree: dict[str, Any]) -> None:
     marks: Marks = {}
-    assert interpolate(escape(tree), marks) == (tree, [])
+    problems: list[Problem] = []
+    config = OmegaConf.create(wrap(escape(tree), marks, problems), flags=FLAGS)
+    assert resolve(config, marks) == (tree, [])
+    assert not problems
 
 
 @st.composite
@@ -78,10 +82,13 @@ def test_a_dumped_experiment_loads_equal_and_dumps_the_same(settings: list[tuple
     assert dump(again) == dump(experiment)
 
 
+@settings(max_examples=12)
 @given(st.integers(1, 1000), st.integers(0, 99), st.booleans())
 def test_files_about_different_keys_may_come_in_any_order(steps: int, seed: int, swap: bool) -> None:
     files = [{"sampling": {"steps": steps}}, {"sampling": {"seed": seed}}]
-    tree, marks = start()
-    for file in reversed(files) if swap else files:
-        merge(tree, marks, Source(file, {}))
-    assert (tree["sampling"]["steps"], tree["sampling"]["seed"]) == (steps, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("a.yaml", "b.yaml")]
+        for path, file in zip(paths, files, strict=True):
+            path.write_text(write(file))
+        found = load([DEBUG, *(reversed(paths) if swap else paths)], ["conditioning.tokenizer=null"])
+    assert (found.sampling.steps, found.sampling.seed) == (steps, seed)

@@ -9,12 +9,22 @@ from typing import Annotated, Any
 
 import pytest
 
-from sat.config.check import INVALID, Checker, fit, show
-from sat.config.schema import DataConfig, ParallelConfig, SourceConfig, TrainConfig
+from sat.config.check import INVALID, Checker
+from sat.config.component import Context, convert, show
+from sat.config.schema import (
+    Component,
+    DataConfig,
+    Makes,
+    ParallelConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from sat.config.targets import TargetError, allowed, check_import, produces, resolve, signature
 from sat.diffusion.guidance import ClassifierFree, Guider
 from sat.diffusion.schedule import ZeroSNR
 from tests.configs import DEBUG, Brush, Greedy, Range, Wide, debug, helper, refused
+
+BRUSH = Annotated[Component, Makes("tests.configs.Brush")]
 
 BAD_YAML = """\
 modle: {target: x}
@@ -101,9 +111,9 @@ def test_every_problem_is_told_at_once_with_its_line(tmp_path):
         (["model.target=sat.config.record.subprocess"], "'sat.config.record.subprocess' is not a class or function"),
         (["model.target=sat.config.yaml_source._int"], "module 'sat.config.yaml_source' has no '_int'"),
         (["diffusion.loss={target: sat.diffusion.loss.DenoisingLoss, params: {weighting: 3}}"],
-         "diffusion.loss.params.weighting: expected Weighting, got 3 (int)"),
+         "diffusion.loss.params.weighting: expected Weighting or null, got 3 (int)"),
         (["diffusion.process={target: sat.diffusion.process.Process, params: {mixins: [a]}}"],
-         "diffusion.process.params.mixins: expected a mapping of Mixin, got ['a'] (list)"),
+         "diffusion.process.params.mixins: expected a mapping of Mixin or null, got ['a'] (list)"),
         (["train={objective: {target: sat.train.objectives.first_stage.FirstStageObjective, params: {engine: 1}},"
           " steps: 2}"], "'engine' is given to FirstStageObjective at run time"),
         (["train={objective: {target: sat.diffusion.schedule.ZeroSNR}, steps: 2}"], "expected Objective, got"),
@@ -193,7 +203,7 @@ TRAIN = {"objective": {"target": "sat.train.objectives.first_stage.FirstStageObj
 )
 def test_rules_of_training(values, key):
     checker = Checker({})
-    assert checker.section(TrainConfig, {**TRAIN, **values}, ("train",)) is INVALID
+    assert checker.check(TrainConfig, {**TRAIN, **values}, ("train",)) is INVALID
     assert f"train.{key}" in [p.key for p in checker.problems]
 
 
@@ -208,8 +218,8 @@ def test_rules_of_training(values, key):
 def test_rules_of_data(values):
     checker = Checker({})
     good = {"sources": [{"path": "."}], "height": 8, "width": 8}
-    assert checker.section(DataConfig, good, ()) is not INVALID
-    assert checker.section(DataConfig, {**good, **values}, ()) is INVALID
+    assert checker.check(DataConfig, good, ()) is not INVALID
+    assert checker.check(DataConfig, {**good, **values}, ()) is INVALID
 
 
 @pytest.mark.parametrize(
@@ -222,9 +232,9 @@ def test_rules_of_data(values):
 def test_rules_of_buckets(values, words):
     checker = Checker({})
     data = {"sources": [{"path": "."}], "buckets": {"area": [64, 256], "step": 8}}
-    assert checker.section(DataConfig, data, ("data",)) is not INVALID
+    assert checker.check(DataConfig, data, ("data",)) is not INVALID
     data["buckets"] |= values
-    assert checker.section(DataConfig, data, ("data",)) is INVALID
+    assert checker.check(DataConfig, data, ("data",)) is INVALID
     assert words in "\n".join(str(problem) for problem in checker.problems)
 
 
@@ -232,9 +242,9 @@ def test_a_range_of_shards_is_looked_up_by_its_first(tmp_path):
     checker = Checker({})
     (tmp_path / "a-08.tar").touch()
     section = {"path": str(tmp_path / "a-{08..10}.tar")}
-    assert checker.section(SourceConfig, section, ("data",)).path == tmp_path / "a-{08..10}.tar"
+    assert checker.check(SourceConfig, section, ("data",)).path == tmp_path / "a-{08..10}.tar"
     assert not checker.missing
-    checker.section(SourceConfig, {"path": str(tmp_path / "b-{08..10}.tar")}, ("data",))
+    checker.check(SourceConfig, {"path": str(tmp_path / "b-{08..10}.tar")}, ("data",))
     assert f"there is no '{tmp_path}/b-08.tar'" in str(checker.missing[0])
 
 
@@ -266,8 +276,8 @@ def test_a_section_made_in_python_keeps_its_rules():
     ],
 )
 def test_plain_values_are_taken_strictly(wanted, value, made):
-    got = fit(wanted, value)
-    assert got is INVALID if made is INVALID else (got == made and type(got) is type(made))
+    got, faults = convert(wanted, value, Context())
+    assert faults if made is INVALID else (got == made and type(got) is type(made) and not faults)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +290,7 @@ def test_plain_values_are_taken_strictly(wanted, value, made):
         ({"span": {"low": 2}}, "params.span: low 2.0 is above high 1.0"),
         ({"span": {}}, "params.span: needs `low`"),
         ({"span": {"low": 0, "hihg": 1}}, "params.span.hihg: no such key; did you mean 'high'?"),
-        ({"span": 3}, "params.span: expected a mapping of low, high, got 3 (int)"),
+        ({"span": 3}, "params.span: expected a mapping of low, high or null, got 3 (int)"),
         ({"pair": [1, 2, 3]}, "params.pair: expected a list of 2: int, int"),
         ({"names": "abc"}, "params.names: expected a list of str, got 'abc' (str)"),
         ({"brush": {"target": "tests.configs.Range", "params": {"low": 0}}}, "expected Brush or null, got tests"),
@@ -296,7 +306,7 @@ def test_plain_values_are_taken_strictly(wanted, value, made):
 def test_parameters_are_checked_against_the_signature(params, problem):
     checker = Checker({})
     checker.allow(["tests.configs"])
-    made = checker.component({"target": "tests.configs.Wide", "params": params}, ("c",), Brush)
+    made = checker.check(BRUSH, {"target": "tests.configs.Wide", "params": params}, ("c",))
     told = [str(p) for p in checker.problems]
     assert (made is INVALID) == (problem is not None), told
     assert (not told) if problem is None else (len(told) == 1 and problem in told[0]), told
@@ -316,7 +326,7 @@ def test_a_target_outside_needs_its_module_among_the_imports():
 def test_a_module_that_is_not_installed_is_told_once():
     checker = Checker({})
     checker.allow(["no_such_module.optim"])
-    assert checker.component({"target": "no_such_module.optim.Adam8bit"}, ("c",), Brush) is INVALID
+    assert checker.check(BRUSH, {"target": "no_such_module.optim.Adam8bit"}, ("c",)) is INVALID
     assert ["cannot import" in str(problem) for problem in checker.problems] == [True]
 
 

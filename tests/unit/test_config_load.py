@@ -132,9 +132,9 @@ def test_prompt_and_prompt_file_of_one_layer_are_refused(write):
 
 
 def test_references_take_the_value_with_its_type(write):
-    more = write("sampling: {width: '${sampling.height}', prompt: 'seed ${sampling.seed}, \\${x}'}")
+    more = write("sampling: {width: '${sampling.height}'}\noutput: {dir: 'seed ${sampling.seed}, \\${x}'}")
     e = load([DEBUG, more], ["sampling.seed=7", "sampling.height=32"])
-    assert (e.sampling.width, e.sampling.prompt) == (32, "seed 7, ${x}")
+    assert (e.sampling.width, str(e.output.dir)) == (32, "seed 7, ${x}")
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,17 @@ def test_references_take_the_value_with_its_type(write):
         ("${oc.env:HOME}", "only ${section.key} is"),
         ("${env:HOME}", "only ${section.key} is"),
         ("${sampling.nothing}", "${sampling.nothing} names no key"),
-        ("${sampling.prompt}", "refers to itself: sampling.prompt -> sampling.prompt"),
+        ("${output.dir}", "refers to itself: output.dir -> output.dir"),
+        ("${.resume}", "only ${section.key} is"),
+        ("${a.${output.resume}}", "only ${section.key} is"),
+        ("x ${sampling.seed} ${oc.env:HOME}", "${oc.env:HOME} is not possible"),
         ("a ${sampling.sizes}", "is not a single value"),
         ("a ${sampling", "no closing brace"),
     ],
 )
 def test_references_that_lead_nowhere(text, what):
-    (line,) = refused([DEBUG], [f"sampling.prompt={text}"])
+    (line,) = refused([DEBUG], [f"output.dir={text}"])
+    assert line.startswith("override: output.dir: ")
     assert what in line
 
 

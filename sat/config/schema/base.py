@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from sat.errors import UserError
-
-if TYPE_CHECKING:
-    from sat.parallel.launch import DeviceKind
-
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Broken = Iterator[tuple[str, str]]
@@ -19,9 +15,15 @@ Broken = Iterator[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Makes:
-    """Marks a component field with the dotted name of what its target must build, imported when checked."""
+    """Marks a component field with what its target must build: a dotted name, or any annotation."""
 
-    name: str
+    wanted: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        """How pydantic checks such a field."""
+        from sat.config.component import object_schema
+
+        return object_schema(self.wanted, source, handler)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class ParallelConfig(Section):
     """
 
     section = "parallel"
-    device: DeviceKind = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor: int = 1
     sequence: int = 1
     guidance: int = 1

@@ -6,13 +6,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from sat.config.schema.base import Broken, Component, Makes, MustExist, Precision, Section
 from sat.errors import UserError
-
-if TYPE_CHECKING:
-    from sat.kernels.attention import Backend
 
 
 class SizeError(UserError, ValueError):
@@ -166,7 +163,9 @@ class SamplingConfig(Section):
         Path | None, MustExist("name the output folder of a base model's run, which relay enlarges")
     ] = None
     tile: int | None = None
-    attention: Backend = "auto"
+    attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"] = (
+        "auto"
+    )
     pack: bool = True
     fold: bool = True
     compile: bool = False
