@@ -462,16 +462,12 @@ def optimizer_state(train: TrainConfig, imports: tuple[str, ...]) -> State:
     An optimizer that looks at the shapes of matrices may keep less at ZeRO 0.
     """
     count = 1 << 20
-    target = resolve(train.optimizer.target, imports)
-    params = {**optim.fast_options(target, train.optimizer.params), **train.optimizer.params}
     ledger = Ledger()
     with ledger.without_data():
         vector = nn.Parameter(torch.empty(count))
         vector.grad = torch.empty(count)
-        optimizer = build(
-            replace(train.optimizer, params=params), imports=imports,
-            params=[{"params": [vector], "weight_decay": train.weight_decay}], lr=train.lr,
-        )  # fmt: skip
+        group = {"params": [vector], "weight_decay": train.weight_decay}
+        optimizer = optim.build_optimizer(train, imports, [group])
         base = ledger.live
         optimizer.step()
         ledger.mark()

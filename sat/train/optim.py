@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sat.config.component import build
 from sat.config.schema import TrainConfig
+from sat.config.targets import resolve
 
 if TYPE_CHECKING:
     from sat.train.deepspeed import TrainEngine
@@ -51,12 +54,18 @@ def groups(module: nn.Module, weight_decay: float) -> list[ParameterGroup]:
     return [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
 
 
-def fast_options(optimizer: type[Optimizer], given: Iterable[str]) -> dict[str, bool]:
-    """``fused=True`` for torch's own optimizers that have it, unless the YAML chose an implementation."""
-    has_fused = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-    if optimizer in has_fused and not {"fused", "foreach", "differentiable"} & set(given):
-        return {"fused": True}
-    return {}
+def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence[Any]) -> Optimizer:
+    """``train.optimizer`` over parameter groups.
+
+    Torch's own optimizers run fused where they can, unless the YAML chooses an implementation.
+    """
+    given = train.optimizer.params
+    fused = resolve(train.optimizer.target, imports) in (
+        torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad
+    ) and not {"fused", "foreach", "differentiable"} & set(given)  # fmt: skip
+    component = replace(train.optimizer, params={"fused": True, **given} if fused else given)
+    optimizer: Optimizer = build(component, imports=imports, params=groups, lr=train.lr)
+    return optimizer
 
 
 def rate(step: int, config: TrainConfig) -> float:

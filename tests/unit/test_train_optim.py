@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sat.train.optim import fast_options, groups, rate, set_rate, trainable
+from sat.config.schema import Component
+from sat.train.optim import build_optimizer, groups, rate, set_rate, trainable
 from tests.small import plus
 from tests.training import CONFIG, Toy, changed
 
@@ -73,4 +74,6 @@ def test_the_rate_reaches_every_group() -> None:
     (torch.optim.AdamW, {"fused": False}, False), (torch.optim.Adamax, {}, False),
 ])  # fmt: skip
 def test_torch_optimizers_run_fused_unless_told_otherwise(kind, given, fused) -> None:
-    assert fast_options(kind, given) == ({"fused": True} if fused else {})
+    config = changed(CONFIG, optimizer=Component(f"torch.optim.{kind.__name__}", given))
+    optimizer = build_optimizer(config, [], groups(Toy(), 0.1))
+    assert type(optimizer) is kind and bool(optimizer.defaults.get("fused")) == fused
