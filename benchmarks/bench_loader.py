@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.machine import facts, results_folder  # noqa: E402
-from sat.data.cache import Cached, Store, Stores, fill_latents, fill_text  # noqa: E402
+from sat.data.cache import CachedDataset, Store, Stores, fill_latents, fill_text  # noqa: E402
 from sat.data.dataset import Dataset, Items  # noqa: E402
 from sat.data.loader import Loader  # noqa: E402
 from sat.data.sources import read_sources  # noqa: E402
@@ -61,9 +61,11 @@ def pictures(folder: Path, count: int, side: int) -> None:
         (folder / f"{index:05d}.txt").write_text(f"picture number {index}")
 
 
-def cached(dataset: Dataset, root: Path) -> Cached:
+def cached(dataset: Dataset, root: Path) -> CachedDataset:
     """A full cache of tensors of the real shapes."""
-    made = Cached(dataset, Stores(latents=Store(root, "latents", {}), text=Store(root, "text", {})), views=1)
+    made = CachedDataset(
+        dataset, Stores(latents=Store(root, "latents", {}), text=Store(root, "text", {})), views=1
+    )
 
     def encode(images: Tensor) -> Tensor:
         small = torch.nn.functional.avg_pool2d(images, 8)[:, :1]

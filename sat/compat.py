@@ -151,6 +151,9 @@ MODULES: dict[str, str] = {
 """Old module -> its module now."""
 
 NAMES: dict[str, str] = {
+    "sat.data.cache.Cached": "sat.data.cache.CachedDataset",
+    "sat.util.progress.Bar": "sat.util.log.ProgressBar",
+    "sat.util.progress.Silent": "sat.util.log.NoProgress",
     "sat.util.threads.prepare": "sat.util.host.prepare_threads",
     "sat.data.loader.once": "sat.data.loader.validation_batches",
     "sat.data.order.Schedule": "sat.data.batch.BatchOrder",

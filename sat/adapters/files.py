@@ -119,7 +119,7 @@ def base_of(path: Path) -> dict[str, Any]:
 def read(path: Path, parts: Parts) -> Adapter:
     """The adapter at ``path`` for the modules ``parts``, which may be on the meta device.
 
-    Whatever does not fit them, name by name and shape by shape, is refused.
+    Names and shapes that do not fit them are refused.
     """
     found = [_read(file, parts) for file in locate(path)]
     layers = {name: layer for one in found for name, layer in one.layers.items()}
@@ -272,7 +272,7 @@ def _header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's adapter_config.json beside the file, or what diffusers keeps of it in the header."""
+    """PEFT's adapter_config.json beside the file, or diffusers' version of it in the header."""
     side = file.parent / PEFT_CONFIG
     try:
         if side.is_file():

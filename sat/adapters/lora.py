@@ -1,4 +1,4 @@
-"""LoRA and DoRA layers around linears: attached to a built model, weighed at run time, and taken off again.
+"""LoRA and DoRA layers around linears: attached to a built model, weighted at run time, and taken off.
 
 Letters: r rank, I inputs, O outputs of a linear. A fused linear (q, k, v in one) has P parts of O / P rows
 each, and factors of its own for every part.
@@ -139,7 +139,7 @@ class Factors(nn.Module):
         return (ratio - 1) * plain + ratio * change
 
     def _ratio(self, weight: Tensor) -> Tensor:
-        """(O,) wanted over present norm of the changed weight's rows; the present norm is held constant.
+        """Ratio (O,) of wanted to present norm of the changed rows; the present norm is held constant.
 
         |W + sBA|^2 = |W|^2 + 2s (W A') . B + s^2 (B A A') . B, row by row, without making BA.
         Source: arXiv:2402.09353, section 4.3 (the norm carries no gradient).
@@ -197,7 +197,7 @@ Value = Callable[[nn.Parameter], Tensor]
 
 
 def base_norms(base: nn.Module) -> Tensor:
-    """(O,) norms of the rows of a linear's weight; of one that is split every tensor rank calls it."""
+    """Norms (O,) of the rows of a linear's weight; of one that is split every tensor rank calls it."""
     weight = cast(LinearLike, base).weight.detach()
     if isinstance(base, RowLinear):
         return summed(widened(weight).square().sum(1), base.tensor).sqrt()
@@ -331,7 +331,7 @@ def attach(
 ) -> None:
     """Add the adapter ``name`` to the linears of ``model`` that ``layers`` names.
 
-    What does not fit is refused before anything is changed.
+    An adapter that does not fit is refused before anything is changed.
     """
     if not name or "." in name:
         raise AdapterError(f"an adapter's name is letters and digits without a dot, got {name!r}")
@@ -379,14 +379,14 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """(name, layer) of every linear with adapters."""
+    """Every linear with adapters, as (name, layer)."""
     for path, module in list(model.named_modules()):
         if isinstance(module, Adapted):
             yield path, module
 
 
 def names(model: nn.Module) -> list[str]:
-    """The adapters that ``model`` has, each once, in the order they came."""
+    """The adapters of ``model``, each once, in the order of attaching."""
     return list(dict.fromkeys(name for _, module in adapted(model) for name in module.strengths))
 
 

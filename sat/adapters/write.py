@@ -37,7 +37,7 @@ LAYOUTS = ("native", "peft", "diffusers")
 def write(
     folder: Path, adapter: Adapter, layout: str, parts: Parts, dtype: torch.dtype | None = None
 ) -> list[Path]:
-    """Write ``adapter`` into the new ``folder``; the files. ``dtype`` None keeps each tensor's.
+    """Write ``adapter`` into the new ``folder``; returns the files. ``dtype`` None keeps each tensor's.
 
     A PEFT folder holds one part; several get a folder each. diffusers' one file has all, and its own kind of
     header beside ours. DoRA's magnitudes stay float32.
@@ -173,7 +173,7 @@ def convert_adapter(
     config: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Adapter, list[Path]]:
-    """Write the adapter at ``source`` to the new ``folder`` in another ``layout``; what was read, and files.
+    """Write the adapter at ``source`` to the new ``folder`` in another ``layout``; returns it and the files.
 
     ``build`` makes the network of a config component on the meta device. ``config`` are sections of a YAML
     file; without it the components that the adapter names are used, else the published CogView3-Plus.

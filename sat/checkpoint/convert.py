@@ -1,4 +1,4 @@
-"""From any format to any other: names and shapes are checked first, then one tensor at a time flows."""
+"""Conversion between all formats: names and shapes are checked first, then tensors stream one at a time."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _sections(sources: Sources, config: Mapping[str, Any] | None) -> dict[str, A
 def match_component(
     path: Path, theirs: LazyStateDict, part: Part, given: Mapping[str, Any] | None, build: Build
 ) -> tuple[Mapping[str, Any], nn.Module, Matched]:
-    """The network that ``theirs`` fits: the ``given`` one, else the first of the published ones."""
+    """The network of ``theirs``: the ``given`` one, else the first published one that matches."""
     problems: list[CheckpointError] = []
     for component in [given] if given is not None else PUBLISHED[part]:
         with torch.device("meta"):
@@ -232,7 +232,7 @@ def match_component(
 
 
 def _finished(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """``sections`` with what the published network of the family has where the source says nothing."""
+    """``sections``, completed by those of the family's published network."""
     out = dict(sections)
     if "model" in out:
         params, target = out["model"].get("params") or {}, out["model"]["target"]

@@ -79,7 +79,7 @@ def weight_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
 
 
 def open_folder(folder: Path, *, allow_pickle: bool = False) -> LazyStateDict:
-    """The tensors of a folder: what its index names, else its only weight file, else its numbered shards.
+    """The tensors of a folder: those of its index, else its only weight file, else its numbered shards.
 
     Safetensors win over PyTorch files, plain names over variants (``model.fp16.safetensors``).
     """

@@ -1,4 +1,4 @@
-"""Strict, streaming loading: every name is consumed exactly once, one tensor is in flight at a time."""
+"""Strict, streaming loading: every name is used exactly once, one tensor is in memory at a time."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class _Target:
         overflow.check(view.source)
 
     def finish(self, missing: Sequence[str]) -> None:
-        """Give values to what no file holds; a tensor that still has none is an error."""
+        """Give values to tensors that no file holds; one that still has none is an error."""
 
         def tensors(module: nn.Module, recurse: bool) -> list[tuple[str, Tensor]]:
             named = (module.named_parameters, module.named_buffers)
@@ -240,7 +240,7 @@ class _Target:
 
         for owner in self._module.modules():
             if any(tensor.is_meta for _, tensor in tensors(owner, False)):
-                self._compute(owner)
+                self._initialise(owner)
             for local, tensor in tensors(owner, False):
                 if not tensor.is_meta and self._moves(tensor):
                     self._place(owner, local, tensor, tensor.detach())
@@ -252,8 +252,8 @@ class _Target:
                 f"itself: {listing(left)}; build it on a real device or give the weights"
             )
 
-    def _compute(self, owner: nn.Module) -> None:
-        """Let ``owner`` make its values: what it can compute, then parameters if none came from the file."""
+    def _initialise(self, owner: nn.Module) -> None:
+        """Let ``owner`` make its values: computed buffers, then parameters if none came from the file."""
         if isinstance(owner, Computes):
             for local, tensor in owner.computed().items():
                 old = getattr(owner, local)

@@ -144,7 +144,7 @@ def _official(sharding: Sharding) -> Sharding:
 
 
 def _their_cut(source: Source, cut: Cut) -> Cut:
-    """``cut`` of our tensor, of those of theirs that it is made of or that are made of it."""
+    """``cut`` of our tensor, carried over to the tensors of theirs that belong to it."""
     rule = source.rule
     if cut.dim or not isinstance(rule, Fuse | Split | SwapHalves):
         return cut

@@ -303,7 +303,7 @@ def shards(infos: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
 def write_shards(
     folder: Path, stem: str, tensors: LazyStateDict, options: Options, *, index: bool
 ) -> dict[str, Written]:
-    """Write ``stem.safetensors``, or numbered shards of it with an ``index`` if wanted; the files by name."""
+    """Write ``stem.safetensors``, or numbered shards (with an ``index``); returns the files by name."""
     infos = {name: _info(tensors, name, options) for name in tensors}
     groups = shards(infos, options.max_shard_bytes)
     read = _Reader(tensors, options)

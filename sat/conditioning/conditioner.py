@@ -1,4 +1,4 @@
-"""Captions and sizes become conditions of the network; notices for text that does not reach it whole."""
+"""Captions and sizes to conditions of the network; notices for text that does not reach it whole."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Encoded(NamedTuple):
 
 
 class FreedEncoder(nn.Module):
-    """Stands where a text encoder was before its memory was given back."""
+    """Placeholder of a text encoder that gave its memory back."""
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Raise: there is nothing left to run."""
@@ -79,7 +79,7 @@ class FreedEncoder(nn.Module):
 
 
 def distinct(captions: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The different captions in order of appearance, and for each of ``captions`` its place among them."""
+    """The different captions in order of appearance, and the place of each of ``captions`` among them."""
     places: dict[str, int] = {}
     index = [places.setdefault(caption, len(places)) for caption in captions]
     return list(places), index
@@ -108,8 +108,8 @@ class Conditioner(nn.Module):
     """A text encoder with its tokenizer, and the size embedding.
 
     ``max_length`` is the number of tokens T, the end of sequence included. Captions are padded to it and the
-    padding takes part in everything, as officially: no mask is made. ``tokenizer`` None serves those who
-    bring token ids.
+    padding takes part in everything, as officially: no mask is made. Without a ``tokenizer`` only token ids
+    can be encoded.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Conditioner(nn.Module):
                 "rows (conditioning.text.params.vocab): they do not belong together"
             )
         self.text: nn.Module = text
-        self.text_dim = text.dim  # C_text, also when the encoder is gone
+        self.text_dim = text.dim  # C_text, also after the encoder was freed
         self.size = size
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -192,7 +192,7 @@ class Conditioner(nn.Module):
         self.text = FreedEncoder()
 
     def _hidden(self, captions: Sequence[str], device: torch.device | None) -> Tensor:
-        """(B, T, C_text) in one pass."""
+        """Hidden states (B, T, C_text) in one pass."""
         ids = self._tokenizer()(captions).ids
         here = next(self.text.parameters(), ids).device
         if device is not None and device != here:

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that pictures are trained at, and which picture goes to which.
+"""Aspect-ratio buckets: the sizes that pictures are trained at, and the bucket of each picture.
 
 Sizes are (height, width) in pixels.
 """
@@ -66,7 +66,7 @@ class BucketRule:
 
 
 def nearest(size: Size, sizes: Sequence[Size]) -> Size:
-    """Of ``sizes`` the one whose ratio is nearest to that of ``size``, and the largest of equals."""
+    """The one of ``sizes`` with the ratio nearest to that of ``size``, and the largest of equals."""
     wanted = math.log(size[0] / size[1])
     return min(sizes, key=lambda one: (round(abs(math.log(one[0] / one[1]) - wanted), 9), -one[0] * one[1]))
 

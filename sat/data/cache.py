@@ -1,7 +1,7 @@
-"""Latents and text embeddings kept on disk: one small file for each, named by all that it was made from.
+"""Latents and text embeddings kept on disk: a small file each, named by a digest of all it was made from.
 
-A file is written beside its place and renamed into it, so that it is there whole or not at all, whoever else
-writes the same one. What is stale has another name and is made again; nothing needs deleting by hand.
+A file is written beside its place and renamed into it, so that it is there whole or not at all, also with
+several writers. A stale file has another name and is made again; nothing needs deleting by hand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CacheError(DataError):
 
 
 class Store:
-    """Tensors by key under ``root``, apart from those made otherwise: ``facts`` is all that made them.
+    """Tensors by key under ``root``, apart from those with other ``facts``: all that they are made from.
 
     The facts are in the folder's name as a digest, and readable in its ``made_from.json``.
     """
@@ -68,7 +68,7 @@ class Store:
             return False
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep ``tensors``, or replace what was kept of ``key``."""
+        """Keep ``tensors``, replacing earlier ones of ``key``."""
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self._place(self.path(key), safetensors.torch.save(plain))
         self._reason(key).unlink(missing_ok=True)
@@ -94,8 +94,8 @@ class Store:
         except OSError:
             return None
 
-    def describe(self) -> None:
-        """Write down what the tensors are made from, and clear away what dead writers left."""
+    def write_facts(self) -> None:
+        """Write ``made_from.json``, and delete the partial files of dead writers."""
         self._place(self.folder / "made_from.json", self.facts.encode())
         for partial in self.folder.glob("*/.*.part"):
             try:
@@ -151,10 +151,10 @@ class Stores:
     text: Store | None = None
 
 
-class Cached:
+class CachedDataset:
     """The items of ``dataset`` with latents, text embeddings or both out of ``stores``.
 
-    ``views`` placements of every picture are cached; which one an epoch shows is drawn from (seed, epoch,
+    ``views`` placements of every picture are cached; the one that an epoch shows is drawn from (seed, epoch,
     index). Captions are drawn as without a cache.
     """
 
@@ -217,7 +217,7 @@ class Cached:
         return made
 
     def missing(self, jobs: Mapping[str, Job]) -> dict[str, Job]:
-        """Of ``jobs`` those to do: not there, and not pictures that still cannot be read."""
+        """The ``jobs`` to do: not there, and not pictures that still cannot be read."""
         latents = self.stores.latents
         assert latents is not None, "only called with one"
         absent = missing([latents, self.stores.low], jobs)
@@ -233,8 +233,8 @@ class Cached:
             caption_key(caption): caption for record in self.dataset.records for caption in record.captions
         }
 
-    def settle(self, jobs: Mapping[str, Job]) -> None:
-        """Have the data set pass over the pictures found unreadable; raises if they are too many."""
+    def reject_unreadable(self, jobs: Mapping[str, Job]) -> None:
+        """Have the data set skip the pictures found unreadable; raises if they are too many."""
         if self.stores.latents is None:
             return
         for key, job in jobs.items():
@@ -249,7 +249,7 @@ def caption_key(caption: str) -> str:
 
 
 def missing(stores: Sequence[Store | None], keys: Iterable[str]) -> list[str]:
-    """Of ``keys`` those that one of ``stores`` does not have whole."""
+    """The ``keys`` that one of ``stores`` does not have whole."""
     keys, given = list(keys), [store for store in stores if store is not None]
 
     def there(key: str) -> bool:
@@ -261,7 +261,7 @@ def missing(stores: Sequence[Store | None], keys: Iterable[str]) -> list[str]:
 
 
 def fill_latents(
-    cached: Cached,
+    cached: CachedDataset,
     jobs: Mapping[str, Job],
     encode: Callable[[Tensor], Tensor],
     degrade: Callable[[Tensor], Tensor] | None = None,
@@ -296,7 +296,7 @@ def fill_latents(
                 waiting.append(pool.submit(opened, chunks[number + workers + 1]))
             for key, sample in pairs:
                 if sample is None:
-                    stores.latents.reject(key, dataset.why(jobs[key].item))
+                    stores.latents.reject(key, dataset.reason(jobs[key].item))
             good = [(key, sample) for key, sample in pairs if sample is not None]
             if good:
                 _encode(stores, good, encode, degrade)

@@ -33,7 +33,7 @@ class Items(Protocol):
 
 
 def item_random(seed: int, epoch: int, index: int, what: str) -> random.Random:
-    """The random numbers of one item in one epoch for one purpose, independent of everything else."""
+    """Random numbers of one item in one epoch for one purpose, independent of all others."""
     return random.Random(f"{seed}/{epoch}/{index}/{what}")
 
 
@@ -123,8 +123,8 @@ class Dataset:
         """The record that ``get`` shows for ``index``."""
         return self.records[self.shown(index)]
 
-    def why(self, index: int) -> str:
-        """Why the picture of record ``index`` cannot be read; nothing if it can."""
+    def reason(self, index: int) -> str:
+        """Reason that the picture of record ``index`` cannot be read; empty if it can."""
         return self._unreadable.get(self.records[index].name, "")
 
     def reject(self, record: Record, reason: str) -> None:
@@ -167,7 +167,7 @@ class LatentCache:
 
     ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled. The
     view that an epoch shows is drawn from (seed, epoch, index); captions are drawn as without the cache.
-    ``degrade``: the images -> what low-resolution images look like, whose moments are kept too, for relay.
+    ``degrade``: the images -> their low-resolution versions; their moments are kept too, for relay.
     """
 
     def __init__(
@@ -184,7 +184,17 @@ class LatentCache:
         self.dataset, self.views = dataset, views
         self._made: dict[tuple[int, int], Sample] = {}  # by item and view
         with torch.no_grad():
-            for jobs in self._batches(batch_size):
+            by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (item, view) of every picture
+            for view in range(views):
+                for index in range(len(dataset)):
+                    transform = dataset.transform(index)
+                    by_size.setdefault((transform.height, transform.width), []).append((index, view))
+            batches = [
+                same[start : start + batch_size]
+                for same in by_size.values()
+                for start in range(0, len(same), batch_size)
+            ]
+            for jobs in batches:
                 batch = collate([dataset.get(index, view, seed) for index, view in jobs])
                 assert batch.image is not None, "a dataset gives images"
                 made = encode(batch.image).detach().float().cpu()
@@ -196,16 +206,6 @@ class LatentCache:
                         "", original, crop, target, latent_moments=made[row],
                         low_moments=None if low is None else low[row],
                     )  # fmt: skip
-
-    def _batches(self, size: int) -> Iterator[list[tuple[int, int]]]:
-        """(item, view) of every picture to make, in batches of one size."""
-        jobs: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for view in range(self.views):
-            for index in range(len(self.dataset)):
-                transform = self.dataset.transform(index)
-                jobs.setdefault((transform.height, transform.width), []).append((index, view))
-        for same in jobs.values():
-            yield from (same[start : start + size] for start in range(0, len(same), size))
 
     def __len__(self) -> int:
         return len(self.dataset)

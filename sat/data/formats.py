@@ -130,7 +130,7 @@ class Row:
         return f"row {self.number}"
 
     def open(self, path: Path) -> BytesIO:
-        """Its bytes."""
+        """Bytes of the picture."""
         return BytesIO(self.pictures.read(self.group, self.place))
 
 
@@ -218,7 +218,7 @@ class Member:
         return self.name
 
     def open(self, path: Path) -> BytesIO:
-        """Its bytes."""
+        """Bytes of the picture."""
         with path.open("rb") as shard:
             shard.seek(self.offset)
             return BytesIO(shard.read(self.size))
@@ -280,7 +280,7 @@ def _sample(path: Path, shard: tarfile.TarFile, members: dict[str, tarfile.TarIn
 
 
 def _captions(shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Captions:
-    """Of the member .txt (or .text, .prompt, .caption), else out of .json."""
+    """Captions of the member .txt (or .text, .prompt, .caption), else of .json."""
     for extension in _TEXTS:
         if extension in members:
             try:

@@ -1,4 +1,4 @@
-"""Batches without end, in an order that depends on nothing but the seed; exact to resume."""
+"""Batches without end, in an order that depends on the seed alone; exact to resume."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Loader:
         return self._per_round == [[len(self.items)]]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a position; the data, its weights and buckets, and the seed must be the same."""
+        """Go to a position; the data, its weights and buckets, and the seed must be the same."""
         now = self.state_dict()
         for name in ("seed", "items", "draws"):
             if state.get(name) != now.get(name):

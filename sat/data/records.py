@@ -66,7 +66,7 @@ class Record:
         return self.path if self.inside is None else self.inside.open(self.path)
 
     def caption(self, draw: float) -> str:
-        """The caption that ``draw``, uniform in [0, 1), falls on."""
+        """The caption that ``draw``, uniform in [0, 1), selects."""
         if not self.weights:
             return self.captions[int(draw * len(self.captions))]
         left = draw * sum(self.weights)
@@ -99,10 +99,10 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class RecordSet:
-    """Usable records in a fixed order, and what was skipped.
+    """Usable records in a fixed order, and the skipped ones.
 
-    ``shares``: how many records each source has, in order, and its weight in the stream; empty: as many as
-    there are.
+    ``shares``: number of records of each source, in order, and its weight in the stream; empty: all records
+    weigh the same.
     """
 
     records: tuple[Record, ...]

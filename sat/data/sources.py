@@ -1,4 +1,4 @@
-"""Data sources by their address, and the captions and concepts in them."""
+"""Data sources by path, and the training of a vocabulary on their captions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from sat.data.records import (
 
 TABLES = (TABLE, "metadata.csv")
 _READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".tar": read_shard, ".parquet": read_parquet}
+log = logging.getLogger(__name__)
 _KNOWN = "a folder, a .jsonl, .csv, .tar or .parquet file"
 
 
@@ -116,9 +117,6 @@ def _folder(folder: Path) -> Iterator[Record | BadRecord]:
 
 
 # -- training of a small sentencepiece vocabulary that T5 tokenizers read
-
-
-log = logging.getLogger(__name__)
 
 
 def captions_of(folders: Sequence[Path]) -> Iterator[str]:

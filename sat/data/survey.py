@@ -44,7 +44,7 @@ class Survey:
     words: tuple[int, ...] = field(default=())  # in each caption
 
     def lines(self, height: int | None = None, width: int | None = None) -> list[str]:
-        """The survey in words; with a training size, how many pictures are smaller than it."""
+        """The survey in words; with a training size, also the number of smaller pictures."""
         names = {"caption": "without caption", "picture": "without readable picture", "row": "broken rows"}
         kinds = Counter[str](bad.kind for bad in self.bad)
         found = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])

@@ -19,7 +19,7 @@ from sat.config.schema import CheckpointConfig, DataConfig, Experiment, SourceCo
 from sat.config.targets import resolve
 from sat.data.buckets import BucketRule, Buckets, Size, measure_all, measured
 from sat.data.cache import (
-    Cached,
+    CachedDataset,
     Job,
     Store,
     Stores,
@@ -240,7 +240,7 @@ class Caches:
         """Parts of the engine that training can do without, once the caches are full."""
         return spare_parts(self.experiment, self.train)
 
-    def over(self, dataset: Dataset, views: int) -> Cached:
+    def over(self, dataset: Dataset, views: int) -> CachedDataset:
         """Items of ``dataset`` out of the caches, which need not be full yet."""
         first = dataset.transform(0)
         placing = {"crop": first.crop, "augment": None if first.augment is None else plain(first.augment)}
@@ -251,13 +251,13 @@ class Caches:
             low=Store(self.root, "low", facts | {"low": low.name}) if self.latents and low else None,
             text=Store(self.root, "text", self._facts["text"]) if self.text else None,
         )
-        return Cached(dataset, stores, views)
+        return CachedDataset(dataset, stores, views)
 
-    def count(self, sets: Sequence[Cached]) -> Count:
+    def count(self, sets: Sequence[CachedDataset]) -> Count:
         """Count the encodings and the missing ones; every rank calls it."""
         return self._count(sets, self._missing(sets))
 
-    def fill(self, sets: Sequence[Cached], batch_size: int) -> Count:
+    def fill(self, sets: Sequence[CachedDataset], batch_size: int) -> Count:
         """Make missing encodings; every rank calls it. The count is from before."""
         absent = self._missing(sets)
         count = self._count(sets, absent)
@@ -268,7 +268,7 @@ class Caches:
         barrier(self.runtime.device)
         for cached in sets:
             if self.latents:
-                cached.settle(cached.jobs())
+                cached.reject_unreadable(cached.jobs())
         return count
 
     def encoded(self) -> list[EncodedPrompt] | None:
@@ -284,7 +284,7 @@ class Caches:
         against = read(negative) if negative.strip() else None
         return [EncodedPrompt(read(prompt), negative=against) for prompt in self.train.sample_prompts]
 
-    def prune(self, sets: Sequence[Cached]) -> int:
+    def prune(self, sets: Sequence[CachedDataset]) -> int:
         """Delete files that these sets do not use; their number (0 on other ranks)."""
         used: dict[Path, set[str]] = {}
         for cached in sets if self.runtime.is_main else []:
@@ -297,7 +297,7 @@ class Caches:
 
     # -- missing encodings
 
-    def _missing(self, sets: Sequence[Cached]) -> list[_Work]:
+    def _missing(self, sets: Sequence[CachedDataset]) -> list[_Work]:
         """Encodings that this rank has to make for each set; the ranks take turns."""
         absent = []
         for cached, work in zip(sets, self._work(sets), strict=True):
@@ -306,7 +306,7 @@ class Caches:
             absent.append(_Work(jobs, {key: work.captions[key] for key in text}))
         return absent
 
-    def _work(self, sets: Sequence[Cached]) -> list[_Work]:
+    def _work(self, sets: Sequence[CachedDataset]) -> list[_Work]:
         """All encodings of each set, without those that an earlier set keeps in the same place."""
         work, seen = [], set[tuple[Store | None, str]]()
         for cached in sets:
@@ -321,7 +321,7 @@ class Caches:
     def _own(self, work: Mapping[str, T]) -> dict[str, T]:
         return dict(itertools.islice(work.items(), self.runtime.rank, None, self.runtime.world))
 
-    def _count(self, sets: Sequence[Cached], absent: Sequence[_Work]) -> Count:
+    def _count(self, sets: Sequence[CachedDataset], absent: Sequence[_Work]) -> Count:
         everyone = gather([sum(len(a.jobs) for a in absent), sum(len(a.captions) for a in absent)])
         latents, text = (sum(counts) for counts in zip(*everyone, strict=True))
         work = self._work(sets)
@@ -330,12 +330,12 @@ class Caches:
     # -- making it
 
     def _make(  # noqa: C901 - the encoders and their use, in order
-        self, sets: Sequence[Cached], absent: Sequence[_Work], count: Count, batch_size: int
+        self, sets: Sequence[CachedDataset], absent: Sequence[_Work], count: Count, batch_size: int
     ) -> None:
         """Build the parts that encode, and fill the caches."""
         if self.runtime.is_main:
             for store in {s for c in sets for s in (c.stores.latents, c.stores.low, c.stores.text) if s}:
-                store.describe()
+                store.write_facts()
         without: set[Part] = {"model"}
         if not count.latents_missing:
             without.add("first_stage")

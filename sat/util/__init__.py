@@ -1,1 +1,1 @@
-"""Small things every layer may use: random numbers, images on disk, logging, progress."""
+"""Tools for every layer: random numbers, images on disk, atomic files, logging, progress."""

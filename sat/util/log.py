@@ -47,8 +47,8 @@ class Progress(Protocol):
     ) -> None: ...
 
 
-class Silent:
-    """Progress nobody sees."""
+class NoProgress:
+    """Progress that is not shown."""
 
     def note(self, text: str) -> None:
         """Show nothing."""
@@ -56,7 +56,7 @@ class Silent:
     def advance(self, steps: int = 1) -> None:
         """Count nothing."""
 
-    def __enter__(self) -> Silent:
+    def __enter__(self) -> NoProgress:
         return self
 
     def __exit__(
@@ -65,8 +65,8 @@ class Silent:
         return None
 
 
-class Bar:
-    """A tqdm bar with the time left; what :meth:`note` says stands before it."""
+class ProgressBar:
+    """A tqdm bar with the time left and the text of :meth:`note` before it."""
 
     def __init__(self, total: int, unit: str, stream: TextIO) -> None:
         from tqdm import tqdm
@@ -81,7 +81,7 @@ class Bar:
         """Move the bar on by ``steps``."""
         self._bar.update(steps)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -94,8 +94,8 @@ def progress(total: int, *, unit: str = "step", rank: int = 0, stream: TextIO | 
     """A bar over ``total`` steps on rank 0 if ``stream`` (standard error) is a terminal, else silence."""
     out = stream if stream is not None else sys.stderr
     if rank != 0 or total <= 0 or not out.isatty():
-        return Silent()
-    return Bar(total, unit, out)
+        return NoProgress()
+    return ProgressBar(total, unit, out)
 
 
 # -- logging of the commands: short lines on standard error, rank 0 first, kept clear of a progress bar

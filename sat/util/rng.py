@@ -14,8 +14,8 @@ SEED_LIMIT = 2**32
 class ImageRng:
     """Unit normal noise of some images, (n, C, h, w) float32 on the CPU: each row from its image's generator.
 
-    What is asked for first comes first from every generator, so the rows are the same whatever images are
-    drawn together. ``given`` latents take the place of the noise that sampling starts from.
+    Every call takes the next numbers of each generator, so the rows are the same whatever images are drawn
+    together. ``given`` latents take the place of the noise that sampling starts from.
     """
 
     def __init__(

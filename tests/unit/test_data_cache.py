@@ -10,7 +10,7 @@ import torch
 
 from sat.data.batch import Batch, Sample, collate
 from sat.data.cache import (
-    Cached,
+    CachedDataset,
     CacheError,
     Job,
     Stamps,
@@ -50,7 +50,7 @@ def test_other_facts_have_another_place_and_facts_can_be_read(tmp_path, store):
     assert Store(tmp_path / "cache", "latents", {"weights": "x"}).folder == store.folder
     assert Store(tmp_path / "cache", "latents", {"weights": "y"}).folder != store.folder
     assert Store(tmp_path / "cache", "low", {"weights": "x"}).folder != store.folder
-    store.describe()
+    store.write_facts()
     assert json.loads((store.folder / "made_from.json").read_text()) == {"weights": "x"}
 
 
@@ -84,7 +84,7 @@ def test_what_dead_writers_left_is_cleared_but_not_what_is_being_written(store):
     for path in (old, new):
         path.touch()
     os.utime(old, (0, 0))
-    store.describe()
+    store.write_facts()
     assert not old.exists()
     assert new.exists()
 
@@ -143,7 +143,7 @@ def embed(captions) -> torch.Tensor:
     return torch.tensor([[float(len(text)), float(ord(text[-1]))] for text in captions])[:, None]
 
 
-def fill(cached: Cached) -> int:
+def fill(cached: CachedDataset) -> int:
     jobs = cached.missing(cached.jobs())
     made = sum(fill_latents(cached, jobs, encode, degrade if cached.stores.low else None, batch_size=2))
     text = cached.stores.text
@@ -154,7 +154,7 @@ def fill(cached: Cached) -> int:
 
 def test_a_cached_item_is_the_one_it_was_made_from(folder, tmp_path):
     data = dataset(folder)
-    cached = Cached(data, stores(tmp_path / "c", low=True), views=1)
+    cached = CachedDataset(data, stores(tmp_path / "c", low=True), views=1)
     assert fill(cached) == 10
     for index in range(5):
         ours, theirs = cached.get(index, 3, 1), data.get(index, 3, 1)
@@ -171,33 +171,33 @@ def test_a_cached_item_is_the_one_it_was_made_from(folder, tmp_path):
 
 
 def test_views_differ_and_are_drawn_by_epoch(folder, tmp_path):
-    cached = Cached(dataset(folder, moving=True), stores(tmp_path / "c"), views=3)
+    cached = CachedDataset(dataset(folder, moving=True), stores(tmp_path / "c"), views=3)
     assert fill(cached) == 15 + 5
     seen = {tuple(cached.get(0, epoch, 0).latent_moments.flatten().tolist()) for epoch in range(30)}
     assert len(seen) == 3
 
 
 def test_views_do_not_change_when_other_pictures_come(folder, tmp_path):
-    before = Cached(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
+    before = CachedDataset(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
     fill(before)
     (folder / "00.txt").write_text("another")
     (folder / "0.png").rename(folder / "00.png")
     PIL.Image.new("RGB", (9, 9)).save(folder / "0.png")
-    after = Cached(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
+    after = CachedDataset(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
     assert fill(after) == 2 * 2 + 1
-    anew = Cached(dataset(folder, moving=True), stores(tmp_path / "d"), views=2)
+    anew = CachedDataset(dataset(folder, moving=True), stores(tmp_path / "d"), views=2)
     fill(anew)
     for index in range(6):
         assert torch.equal(after.get(index, 0, 0).latent_moments, anew.get(index, 0, 0).latent_moments)
 
 
 def test_only_what_changed_is_made_again(folder, tmp_path):
-    cached = Cached(dataset(folder), stores(tmp_path / "c"), views=1)
+    cached = CachedDataset(dataset(folder), stores(tmp_path / "c"), views=1)
     assert fill(cached) == 10
-    assert fill(Cached(dataset(folder), stores(tmp_path / "c"), views=1)) == 0
+    assert fill(CachedDataset(dataset(folder), stores(tmp_path / "c"), views=1)) == 0
     PIL.Image.new("RGB", (8, 8), "red").save(folder / "2.png")
     (folder / "3.txt").write_text("new words")
-    again = Cached(dataset(folder), stores(tmp_path / "c"), views=1)
+    again = CachedDataset(dataset(folder), stores(tmp_path / "c"), views=1)
     assert len(again.missing(again.jobs())) == 1
     assert fill(again) == 2
     assert again.get(2, 0, 0).latent_moments[0].mean() == 1
@@ -205,13 +205,14 @@ def test_only_what_changed_is_made_again(folder, tmp_path):
 
 
 def test_a_moved_folder_keeps_its_latents(folder, tmp_path):
-    before = Cached(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
+    before = CachedDataset(dataset(folder, moving=True), stores(tmp_path / "c"), views=2)
     assert fill(before) == 10 + 5
     (tmp_path / "elsewhere").mkdir()
     moved = folder.rename(tmp_path / "elsewhere" / "data")
-    after = Cached(dataset(moved, moving=True), stores(tmp_path / "c"), views=2)
+    after = CachedDataset(dataset(moved, moving=True), stores(tmp_path / "c"), views=2)
     assert fill(after) == 0
-    renamed = Cached(dataset(moved.rename(tmp_path / "other"), moving=True), stores(tmp_path / "c"), views=2)
+    other = dataset(moved.rename(tmp_path / "other"), moving=True)
+    renamed = CachedDataset(other, stores(tmp_path / "c"), views=2)
     assert fill(renamed) == 10
 
 
@@ -232,7 +233,7 @@ def test_pictures_that_a_cache_cannot_tell_apart_are_named(tmp_path):
 
     def jobs(*places: str) -> int:
         found = read_sources([(tmp_path / place / "data", 1) for place in places])
-        return len(Cached(Dataset(found, Transform(8, 8)), stores(tmp_path / "cache"), views=1).jobs())
+        return len(CachedDataset(Dataset(found, Transform(8, 8)), stores(tmp_path / "cache"), views=1).jobs())
 
     assert jobs("a", "b") == 1
     with pytest.raises(CacheError, match=r"b/data/1.bmp and .*c/data/1.bmp are alike .* differ: .*rename"):
@@ -240,7 +241,7 @@ def test_pictures_that_a_cache_cannot_tell_apart_are_named(tmp_path):
 
 
 def test_a_lost_low_resolution_latent_is_made_again(folder, tmp_path):
-    cached = Cached(dataset(folder), stores(tmp_path / "c", low=True), views=1)
+    cached = CachedDataset(dataset(folder), stores(tmp_path / "c", low=True), views=1)
     fill(cached)
     key = cached.key(Job(0, 0))
     cached.stores.low.path(key).unlink()
@@ -251,59 +252,59 @@ def test_a_lost_low_resolution_latent_is_made_again(folder, tmp_path):
 
 def test_an_unreadable_picture_is_known_without_opening_it_again(folder, tmp_path):
     (folder / "1.png").write_bytes(b"no picture")
-    first = Cached(dataset(folder), stores(tmp_path / "c"), views=2)
+    first = CachedDataset(dataset(folder), stores(tmp_path / "c"), views=2)
     assert fill(first) == 2 * 5 + 5
-    later = Cached(dataset(folder), stores(tmp_path / "c"), views=2)
+    later = CachedDataset(dataset(folder), stores(tmp_path / "c"), views=2)
     jobs = later.jobs()
-    later.settle(jobs)
+    later.reject_unreadable(jobs)
     assert [Path(bad.where).name for bad in later.dataset.bad] == ["1.png"]
     assert later.get(1, 0, 0).caption == "number 2"
     assert not later.missing(jobs)
     with pytest.raises(DataError, match=r"1 of 5 items.*max_bad_share"):
-        strict = Cached(dataset(folder, share=0.1), stores(tmp_path / "c"), views=2)
-        strict.settle(strict.jobs())
+        strict = CachedDataset(dataset(folder, share=0.1), stores(tmp_path / "c"), views=2)
+        strict.reject_unreadable(strict.jobs())
 
 
 def test_a_picture_that_was_unreadable_for_a_moment_is_made_later(folder, tmp_path):
-    first = Cached(dataset(folder), stores(tmp_path / "c"), views=1)
+    first = CachedDataset(dataset(folder), stores(tmp_path / "c"), views=1)
     key = first.key(Job(1, 0))
     first.stores.latents.reject(key, "OSError: the disk was away")
-    later = Cached(dataset(folder), stores(tmp_path / "c"), views=1)
+    later = CachedDataset(dataset(folder), stores(tmp_path / "c"), views=1)
     assert key in later.missing(later.jobs())
     fill(later)
-    later.settle(later.jobs())
+    later.reject_unreadable(later.jobs())
     assert not later.dataset.bad
     assert later.stores.latents.rejected(key) is None
 
 
 def test_either_half_can_be_cached_alone(folder, tmp_path):
     whole = stores(tmp_path / "c")
-    fill(Cached(dataset(folder), whole, views=1))
-    text = Cached(dataset(folder), Stores(text=whole.text), views=1).get(0, 0, 0)
+    fill(CachedDataset(dataset(folder), whole, views=1))
+    text = CachedDataset(dataset(folder), Stores(text=whole.text), views=1).get(0, 0, 0)
     assert text.image is not None
     assert text.text is not None
-    latents = Cached(dataset(folder), Stores(latents=whole.latents), views=1).get(0, 0, 0)
+    latents = CachedDataset(dataset(folder), Stores(latents=whole.latents), views=1).get(0, 0, 0)
     assert latents.text is None
     assert latents.latent_moments is not None
     with pytest.raises(ValueError, match="data.cache_views 0"):
-        Cached(dataset(folder), whole, views=0)
+        CachedDataset(dataset(folder), whole, views=0)
 
 
 def test_captions_are_kept_once_and_by_their_words(folder, tmp_path):
     (folder / "1.txt").write_text("number 0")
-    cached = Cached(dataset(folder), stores(tmp_path / "c"), views=1)
+    cached = CachedDataset(dataset(folder), stores(tmp_path / "c"), views=1)
     assert sorted(cached.captions().values()) == ["number 0", "number 2", "number 3", "number 4"]
     assert caption_key("a") != caption_key("A")
 
 
 def test_pruning_keeps_what_is_used(folder, tmp_path):
     root = tmp_path / "c"
-    cached = Cached(dataset(folder), stores(root), views=1)
+    cached = CachedDataset(dataset(folder), stores(root), views=1)
     fill(cached)
     other = Store(root, "latents", {"weights": "old"})
     other.write(KEY, {"moments": torch.zeros(1)})
     for store in (cached.stores.latents, cached.stores.text, other):
-        store.describe()
+        store.write_facts()
     foreign = root / "not-ours"
     (foreign / "ab").mkdir(parents=True)
     (foreign / "ab" / "x.safetensors").touch()

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from sat.util import log as logs
-from sat.util.log import Silent, progress
+from sat.util.log import NoProgress, progress
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def test_debug_names_the_module(capsys) -> None:
 
 
 def test_progress_is_silent_off_a_terminal_and_on_other_ranks() -> None:
-    assert isinstance(progress(10, stream=io.StringIO()), Silent)
-    assert isinstance(progress(10, rank=1, stream=_Terminal()), Silent)
-    assert isinstance(progress(0, stream=_Terminal()), Silent)
+    assert isinstance(progress(10, stream=io.StringIO()), NoProgress)
+    assert isinstance(progress(10, rank=1, stream=_Terminal()), NoProgress)
+    assert isinstance(progress(0, stream=_Terminal()), NoProgress)
 
 
 def test_progress_on_a_terminal_shows_the_note_the_count_and_the_time_left() -> None:

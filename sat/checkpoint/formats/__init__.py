@@ -54,7 +54,7 @@ class Weights:
         return path.is_file() or any(next(path.glob(kind), None) for kind in kinds)
 
     def parts(self, path: Path, *, allow_pickle: bool = False) -> list[Part]:
-        """Cannot be told."""
+        """None: they cannot be told."""
         return []
 
     def locate(self, path: Path, part: Part, *, allow_pickle: bool = False) -> Path:
@@ -62,11 +62,11 @@ class Weights:
         return path
 
     def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
-        """All tensors, whatever part they are."""
+        """All tensors of the path."""
         return (open_file if path.is_file() else open_folder)(path, allow_pickle=allow_pickle)
 
     def config(self, path: Path) -> Mapping[str, Any]:
-        """Nothing is known."""
+        """Empty: there is none."""
         return {}
 
     def tokenizer(self, path: Path) -> Path | None:
