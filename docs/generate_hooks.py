@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import sat.diffusion  # noqa: E402
+import sat.kernels  # noqa: E402
 import sat.mixins  # noqa: E402
 import sat.parallel.sequence  # noqa: E402
 from sat.diffusion.process import ProcessContext, ProcessHooks  # noqa: E402
@@ -57,11 +57,15 @@ class LayerNorms(Mixin):
 A hook that does not exist, or parameters that do not match, is an error when the class is defined.
 `print(model.hooks)` shows who owns each hook, outermost first. A mixin keeps no state between calls and never
 sees its host: what it needs comes at construction and, per call, in the arguments below.
+
+Those of `sat.mixins` are part of a model. Those of `sat.kernels` (attention kernels, compiled, recorded and
+recomputed blocks, folded text) and `SequenceParallel` are put on a built one from outside, hold no parameters
+and change no key of a checkpoint: `transformer.extend(name, mixin)`.
 """
 
 LETTERS = """
 Letters: **B** batch, **T** text tokens, **N** image patches, **L** = T + N, **D** width, **H** heads on this
-rank, **d** head size, **E** embedding width, **C** latent channels; `h`, `w` latent cells.
+rank, **d** head size, **E** embedding width, **S** segments, **C** latent channels; `h`, `w` latent cells.
 """
 
 
@@ -90,7 +94,7 @@ def _host(host: Any) -> str:
 
 def _owners(host: Any) -> dict[str, list[str]]:
     """Hook -> the package's mixins that fill it."""
-    for package in (sat.mixins, sat.diffusion):
+    for package in (sat.mixins, sat.kernels):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
     found: dict[str, list[str]] = {}

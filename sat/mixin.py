@@ -31,7 +31,7 @@ class HookConflictError(ValueError):
 
 
 class Declared(NamedTuple):
-    """What one mixin method does: the hook it fills and how."""
+    """The hook that a mixin method fills, and how."""
 
     hook: str
     kind: Kind
@@ -66,13 +66,9 @@ class Mixin(nn.Module):
     """The hooks dataclass this mixin plugs into."""
     declared: ClassVar[Mapping[str, Declared]]
     """Method name -> the hook it fills."""
-    text_alike: ClassVar[bool] = False
-    """Whether its hooks do the same to equal text tokens, however many there are, so that one may stand for
-    all of them (``sampling.fold``). Each class says so for itself: a subclass may change a hook."""
 
     def __init_subclass__(cls, **kw: Any) -> None:
         super().__init_subclass__(**kw)
-        cls.text_alike = vars(cls).get("text_alike", False)
         found: dict[str, Declared] = {}
         for base in reversed(cls.__mro__):
             for method, member in vars(base).items():

@@ -105,6 +105,8 @@ class Pipeline:
         waiting, dtype = offloaded_parts(memory, place), DTYPES[sampling.dtype]
         engine = build_engine(experiment, device=place, dtype=dtype, mesh=mesh, offloaded=waiting)
         engine.conditioner.moves_encoder = "text" not in waiting
+        if mesh is not None:
+            apply_sequence(engine.network, mesh.sequence)
         wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
         generator = Generator(
             engine,
@@ -121,10 +123,8 @@ class Pipeline:
             cache=build_cache(experiment),
         )
         guider = build_guider(experiment)
-        if mesh is not None:
-            apply_sequence(engine.network, mesh.sequence)
-            if mesh.guidance.size > 1:
-                guider = CfgParallel(guider, mesh.guidance)
+        if mesh is not None and mesh.guidance.size > 1:
+            guider = CfgParallel(guider, mesh.guidance)
         return cls(generator, guider, experiment)
 
     @property

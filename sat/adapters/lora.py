@@ -40,7 +40,6 @@ from sat.parallel.tensor import (
     whole_weight,
 )
 from sat.sharding import Column, Cut, Row, Shard, of_factors
-from sat.transformer import Transformer
 from sat.transformer.attention import dtype_of
 
 
@@ -345,9 +344,6 @@ def attach(
             _put(model, path, module)
         module.add(name, layer, dropout, strength)
         module.train(module.training)
-    for module in model.modules():
-        if isinstance(module, Transformer) and dropout:
-            module.draws = True
 
 
 def check(model: nn.Module, layers: Layers) -> None:

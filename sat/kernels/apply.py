@@ -1,9 +1,8 @@
-"""What makes a loaded model sample faster and leaves what it computes as it is, put on from outside."""
+"""Speed of a loaded model, put on from outside; the numbers stay what they are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,24 +10,22 @@ import torch
 from torch import nn
 
 from sat.kernels import attention as kernels
-from sat.kernels.compile import compile_blocks, pack, replayed
-from sat.mixins.cross_attention import CrossAttention
+from sat.kernels.compile import compile_blocks, replayed
+from sat.kernels.folding import FOLD_FROM, fold
+from sat.kernels.packed import pack
+from sat.mixins.joint_attention import JointAttention
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
-from sat.models.cogview3_plus import CogView3Plus
 from sat.parallel.sequence import SequenceParallel
 from sat.transformer import Transformer
 
 if TYPE_CHECKING:
     from sat.engine import DiffusionEngine
 
-FOLD_FROM = 512
-"""Tokens from which two passes without the repeated ones are faster than one with them (on two cores)."""
-
 
 @dataclass(frozen=True)
 class Speed:
-    """What to use (docs/performance.md); the fields are those of the config's ``sampling``."""
+    """Choices of docs/performance.md; the fields are those of the config's ``sampling``."""
 
     attention: kernels.Backend = "auto"
     pack: bool = True
@@ -38,11 +35,10 @@ class Speed:
 
 
 def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None = None) -> str:
-    """Apply ``speed`` to a loaded engine, for inference alone; what was chosen, in words for the log.
+    """Apply ``speed`` to a loaded engine, for inference alone; returns the choices in words for the log.
 
-    Raises ``ValueError`` for the impossible.
-
-    ``device``: where the network runs, if it waits elsewhere (:mod:`sat.offload.block_swap`).
+    The last thing to be put on an engine: after adapters and parallelism. ``device``: where the network runs,
+    if it waits elsewhere (:mod:`sat.offload.block_swap`). Raises ``ValueError`` for the impossible.
     """
     if engine.first_stage.dtype != torch.float32:
         channels_last(engine.first_stage)
@@ -52,14 +48,11 @@ def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None =
 def quicken_network(network: nn.Module, speed: Speed, device: torch.device | None = None) -> str:
     """Apply ``speed`` to a network. Packed weights cannot be compiled: ``compile`` goes before ``pack``."""
     device = device or next(network.parameters()).device
-    said = [f"attention: {use_kernel(network, speed.attention, device)}"]
-    if isinstance(network, CogView3Plus):
-        here = speed.fold and device.type == "cpu"  # elsewhere two smaller passes were not measured
-        network.fold = FOLD_FROM if here else None
+    message = [f"attention: {use_kernel(network, speed.attention, device)}"]
     if speed.compile:
-        said.append(f"{compiled(network)} blocks compiled, which the first step of a size waits for")
+        message.append(f"{compiled(network)} blocks compiled, which the first step of a size waits for")
     elif speed.pack and device.type == "cpu" and (count := pack(network)):
-        said.append(f"{count} weights packed for oneDNN")
+        message.append(f"{count} weights packed for oneDNN")
     if speed.graphs:
         whole = getattr(network, "transformer", None)
         if not isinstance(whole, Transformer):
@@ -68,8 +61,10 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
                 f"transformer: set it to false"
             )
         replayed(whole, device)
-        said.append("CUDA graphs")
-    return ", ".join(said)
+        message.append("CUDA graphs")
+    if speed.fold and device.type == "cpu":  # elsewhere two smaller passes were not measured
+        fold(network, FOLD_FROM)
+    return ", ".join(message)
 
 
 def channels_last(module: nn.Module) -> None:
@@ -80,7 +75,7 @@ def channels_last(module: nn.Module) -> None:
 
 
 def compiled(network: nn.Module) -> int:
-    """Compile the blocks of every transformer in ``network`` when they first run; how many there are."""
+    """Compile the blocks of every transformer in ``network`` when they first run; returns their number."""
     count = 0
     for transformer in transformers(network):
         compile_blocks(transformer, alike=layers_alike(transformer))
@@ -89,7 +84,7 @@ def compiled(network: nn.Module) -> int:
 
 
 def use_kernel(network: nn.Module, name: kernels.Backend, device: torch.device | None = None) -> str:
-    """Let every transformer in ``network`` attend with the kernel ``name``; what was chosen.
+    """Let every transformer in ``network`` attend with the kernel ``name``; returns the choice for the log.
 
     ``device``: as in :func:`quicken`.
     """
@@ -99,27 +94,20 @@ def use_kernel(network: nn.Module, name: kernels.Backend, device: torch.device |
         kernel, title = kernels.choose(
             name, device or weight.device, weight.dtype, largest_logit(transformer)
         )
-        transformer.kernel = kernel
-        for mixin in transformer.mixins.values():
-            if isinstance(mixin, CrossAttention):
-                mixin.kernel = kernel
+        kernels.put_kernel(transformer, kernel)
         chosen.append(title)
     return ", ".join(dict.fromkeys(chosen)) or "none"
 
 
-def transformers(network: nn.Module) -> Iterator[Transformer]:
+def transformers(network: nn.Module) -> list[Transformer]:
     """All transformers in ``network``: itself or one inside, or the many of a UNet."""
-    return (module for module in network.modules() if isinstance(module, Transformer))
+    return [module for module in network.modules() if isinstance(module, Transformer)]
 
 
 def layers_alike(transformer: Transformer) -> bool:
-    """Whether no hook inside a block looks at the layer's number; modulations come from outside."""
+    """True if no hook inside a block looks at the layer's number; modulations come from outside."""
     owners = transformer.resolved.owners
-    known = all(
-        type(_owner(transformer, hook)) in (QKNorm, RoPE, type(None)) for hook in ("norm_qk", "rotate_qk")
-    )
-    plain = all(owners[hook] == ("default",) for hook in ("attend", "cross"))
-    return known and plain and len(owners["norm_qk"]) == len(owners["rotate_qk"]) == 1
+    return owners["cross"] == ("default",) and plain_heads(transformer)
 
 
 def largest_logit(transformer: Transformer) -> float | None:
@@ -128,18 +116,22 @@ def largest_logit(transformer: Transformer) -> float | None:
     Layer norm without weights leaves q and k no longer than sqrt(d), and rotating keeps that: their product
     is at most d, times the scale. Anything else that touches q and k takes the promise away.
     """
-    norm, rotation = _owner(transformer, "norm_qk"), _owner(transformer, "rotate_qk")
-    if type(norm) is not QKNorm or type(rotation) not in (RoPE, type(None)):
-        return None
-    owners = transformer.resolved.owners
-    others = {type(dict(transformer.mixins)[name]) for name in owners["attend"] if name != "default"}
-    if len(owners["norm_qk"]) > 1 or len(owners["rotate_qk"]) > 1 or others - {SequenceParallel}:
+    norm = dict(transformer.mixins.items()).get(transformer.resolved.owners["norm_qk"][-1])
+    if not isinstance(norm, QKNorm) or not plain_heads(transformer):
         return None
     size = int(norm.norm.normalized_shape[0])
     return size * (transformer.spec.scale or 1 / math.sqrt(size))
 
 
-def _owner(transformer: Transformer, hook: str) -> nn.Module | None:
-    """The mixin that replaces ``hook``; None for the default."""
-    name = transformer.resolved.owners[hook][-1]
-    return dict(transformer.mixins).get(name)
+def plain_heads(transformer: Transformer) -> bool:
+    """True if q and k are at most normalised and rotated, and attention is that of all layers alike."""
+    owners, mixins = transformer.resolved.owners, dict(transformer.mixins.items())
+
+    def kinds(hook: str) -> list[type]:
+        return [type(mixins.get(name)) for name in owners[hook]]
+
+    return (
+        kinds("norm_qk") in ([QKNorm], [type(None)])
+        and kinds("rotate_qk") in ([RoPE], [type(None)])
+        and {*kinds("attend")} <= {JointAttention, SequenceParallel, kernels.AttentionKernel, type(None)}
+    )

@@ -1,4 +1,4 @@
-"""Attention arithmetic: the one place that calls an attention kernel, and the choice among kernels."""
+"""Attention kernels: the choice among them, and how one takes the place of a transformer's own attention."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sat.kernels.exp_attention import LARGEST_LOGIT, by_head, pays, works
+from sat.mixin import Mixin, replaces
+from sat.mixins.cross_attention import CrossLayer
+from sat.transformer import Context, Transformer, TransformerHooks
+from sat.transformer.attention import DotProduct, attend
 
 Backend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"]
 """Names of kernels: ``auto`` picks by device, ``torch`` leaves it to torch; see docs/performance.md."""
@@ -26,7 +29,7 @@ _SDPA = {
     "math": SDPBackend.MATH,
 }
 _MASKED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""What is left, in this order, where a mask is given that the chosen kernel may not take."""
+"""Kernels to try, in this order, where a mask is given that the chosen one may not take."""
 _ORDER = {"set_priority": True} if "set_priority" in inspect.signature(sdpa_kernel).parameters else {}
 """Before torch 2.6 the order is torch's own."""
 
@@ -44,26 +47,6 @@ class Kernel(Protocol):
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor: ...
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """softmax(q k^T * scale + bias) v, (B, H, L, d), by whichever kernel torch picks.
-
-    ``mask`` (B, 1 or H, 1 or L, L) is true where a key may be seen. ``scale`` None is 1/sqrt(d). With neither
-    bias nor mask no mask tensor is made, so the fast kernels apply.
-    """
-    if mask is not None:
-        hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-        bias = hidden if bias is None else bias + hidden
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -112,6 +95,48 @@ class Plain:
         return self.function(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
+class AttentionKernel(Mixin):
+    """A kernel in place of the transformer's own attention; holds no parameters. ``scale``: of the logits."""
+
+    host = TransformerHooks
+
+    def __init__(self, kernel: Kernel, scale: float | None) -> None:
+        super().__init__()
+        self.kernel, self.scale = kernel, scale
+
+    @replaces("attend")
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        return self.kernel(q, k, v, bias=ctx.bias, mask=ctx.key_mask, scale=self.scale)
+
+
+class CrossKernel(DotProduct):
+    """A kernel in place of a cross-attention's own."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.kernel(q, k, v, mask=mask)
+
+
+def put_kernel(transformer: Transformer, kernel: Kernel) -> None:
+    """Let ``transformer`` attend with ``kernel``, its cross-attention too; torch's own takes them off again.
+
+    A transformer whose ``attend`` hook a mixin of the model's own replaces keeps that.
+    """
+    name, own = "attention_kernel", kernel is attend
+    if name in transformer.mixins:
+        transformer.remove(name)
+    if not own and transformer.resolved.owners["attend"][-1] == "default":
+        transformer.extend(name, AttentionKernel(kernel, transformer.spec.scale))
+    for layer in [m for m in transformer.mixins.modules() if isinstance(m, CrossLayer)]:
+        layer.attend = DotProduct() if own else CrossKernel(kernel)
+
+
+# -- the choice
+
+
 SHORTEST = 384
 """Keys below which starting two matrix products a head costs more than they save."""
 
@@ -155,7 +180,7 @@ def choose(
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, small: bool) -> Backend:
-    """What was fastest for heads of 40 and 64 channels: on a CPU as measured, elsewhere as is usual.
+    """The fastest kernel for heads of 40 and 64 channels: on a CPU as measured, elsewhere as is usual.
 
     ``benchmarks/run.py --suite gpu`` times every kernel beside the choice made here.
     """
@@ -197,15 +222,3 @@ def _flash3(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tens
 def _sage(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """SageAttention quantises q and k to int8: not exact."""
     return cast(Tensor, package.sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=scale))
-
-
-def repeated(x: Tensor, text_len: int, times: int) -> Tensor:
-    """Keys or values (B, H, L, d) with each of the first ``text_len`` tokens ``times`` times."""
-    text = x[:, :, :text_len].repeat_interleave(times, 2)
-    return torch.cat([text, x[:, :, text_len:]], 2)
-
-
-def key_mask(text_mask: Tensor, length: int) -> Tensor:
-    """(B, T) text mask, true = real -> (B, 1, 1, L) key mask in which every image token is visible."""
-    rest = length - text_mask.shape[1]
-    return F.pad(text_mask, (0, rest), value=True)[:, None, None, :]

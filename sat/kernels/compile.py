@@ -1,44 +1,27 @@
-"""Running a transformer faster from outside: one compiled block, packed linears, a CUDA graph."""
+"""How a transformer's blocks and passes are run, from outside: compiled, recomputed, recorded."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
 
-from sat.kernels.packed import Packable, PackedLinear, packable
-from sat.transformer.attention import Attention, FeedForward
-from sat.transformer.context import Context, LayerModulation
-from sat.transformer.hooks import TransformerHooks
-from sat.transformer.transformer import Transformer, call_block
+from sat.mixin import Mixin, replaces, wraps
+from sat.parallel.tensor import ShareOfDropout
+from sat.transformer import Context, Transformer, TransformerHooks
+from sat.transformer.context import LayerModulation
+from sat.transformer.hooks import Layer, Run
 
-log = logging.getLogger(__name__)
-
-
-def pack(model: nn.Module) -> int:
-    """Replace the linears of all attention and feed-forward layers in ``model``; how many there were.
-
-    Only plain and split layers on the CPU, in a type that oneDNN multiplies fast here; adapted and quantised
-    ones stay what they are, and so do packed ones.
-    """
-    count = 0
-    for module in [m for m in model.modules() if isinstance(m, (Attention, FeedForward))]:
-        for name, child in [(n, c) for n, c in module.named_children() if not isinstance(c, PackedLinear)]:
-            if not (type(child) is nn.Linear or isinstance(child, Packable)):
-                continue
-            if child.weight.device.type == "cpu" and packable(child.weight.dtype):
-                made = child.packed() if isinstance(child, Packable) else PackedLinear(child)
-                setattr(module, name, made)
-                count += 1
-    return count
+# -- one compiled block
 
 
-@dataclass(frozen=True)
-class CompiledBlock:
+class CompiledBlocks(Mixin):
     """Calls every block through one compiled function, so that what is compiled for one layer serves all.
 
     Modulations are computed outside and handed in; a block then depends on its number only through hooks.
@@ -46,30 +29,84 @@ class CompiledBlock:
     makes one graph a layer. Sizes are compiled as they come: a new one compiles again.
     """
 
-    function: Callable[..., Tensor]
-    alike: bool
+    host = TransformerHooks
 
-    def __call__(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        ctx: Context,
-        layer: int,
-        hooks: TransformerHooks,
-        modulation: LayerModulation | None,
-    ) -> Tensor:
+    def __init__(self, transformer: Transformer, function: Callable[..., Tensor], alike: bool) -> None:
+        super().__init__()
+        self._host = (transformer,)  # in a tuple: a module must not be registered inside itself
+        self.function, self.alike = function, alike
+
+    @replaces("layer")
+    def layer(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
+        (transformer,) = self._host
+        modulation = transformer.modulation(ctx, layer)
         ctx = replace(ctx, image=None, emb=None, text=None, tokens=None, table=None, modulation=None)
-        return self.function(block, x, ctx, 0 if self.alike else layer, hooks, modulation)
+        number = 0 if self.alike else layer
+        return self.function(transformer.blocks[layer], x, ctx, number, transformer.hooks, modulation)
 
 
 def compile_blocks(transformer: Transformer, *, alike: bool, **options: Any) -> None:
-    """Let ``transformer`` run its blocks compiled; ``options`` go to ``torch.compile``."""
-    compiled = torch.compile(call_block, dynamic=False, **options)
-    transformer.run_block = CompiledBlock(compiled, alike)
+    """Let ``transformer`` run its blocks compiled; ``options`` go to ``torch.compile``.
+
+    A transformer whose ``layer`` hook a mixin of the model's own replaces keeps that.
+    """
+    if transformer.resolved.owners["layer"][-1] == "default":
+        function = torch.compile(_call, dynamic=False, **options)
+        transformer.extend("compiled_blocks", CompiledBlocks(transformer, function, alike))
+
+
+def _call(
+    block: nn.Module,
+    x: Tensor,
+    ctx: Context,
+    layer: int,
+    hooks: TransformerHooks,
+    modulation: LayerModulation | None,
+) -> Tensor:
+    out: Tensor = block(x, ctx, layer, hooks, modulation)
+    return out
+
+
+# -- activations recomputed in the backward pass
+
+
+class Recompute(Mixin):
+    """Recomputes each block in the backward pass instead of keeping its activations.
+
+    ``draws``: blocks draw random numbers (dropout), which recomputing must repeat.
+    """
+
+    host = TransformerHooks
+
+    def __init__(self, draws: bool) -> None:
+        super().__init__()
+        self.draws = draws
+
+    @wraps("layer")
+    def layer(self, inner: Layer, x: Tensor, ctx: Context, layer: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            return inner(x, ctx, layer)
+        run = partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=self.draws)
+        return run(x, ctx, layer)  # type: ignore[no-any-return]
+
+
+def recompute(module: nn.Module) -> int:
+    """Recompute the blocks of every transformer in ``module``; returns their number.
+
+    To be put on after adapters, whose dropout is looked for here.
+    """
+    found = [transformer for transformer in module.modules() if isinstance(transformer, Transformer)]
+    for transformer in found:
+        draws = any(isinstance(layer, (_DropoutNd, ShareOfDropout)) for layer in transformer.modules())
+        transformer.extend("recompute", Recompute(draws))
+    return len(found)
+
+
+# -- passes recorded once and replayed
 
 
 class Recording(NamedTuple):
-    """A recorded pass: where its inputs lie, how it is run again, and where its output appears."""
+    """A recorded pass: its inputs' memory, a call that runs it again, and the memory of its output."""
 
     context: Context  # whose tensors are the recorded ones
     run: Callable[[], None]
@@ -77,10 +114,10 @@ class Recording(NamedTuple):
 
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
-"""(work) -> how to repeat it on the same memory, and where its result appears."""
+"""(work) -> a call that repeats it on the same memory, and the memory of its result."""
 
 
-class Replay:
+class Recorded(Mixin):
     """A transformer's pass recorded once for each shape of its context, then replayed: no launches between.
 
     Worth it where a step is bound by launching kernels: small pictures on a fast GPU. Inputs are copied into
@@ -88,26 +125,30 @@ class Replay:
     makes the recording.
     """
 
-    def __init__(self, transformer: Transformer, record: Record) -> None:
-        self.transformer, self.record = transformer, record
-        self.recorded: dict[Any, Recording] = {}
+    host = TransformerHooks
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.record = record
+        self.recordings: dict[Any, Recording] = {}
         self._copied: dict[Any, tuple[Tensor, ...]] = {}
 
-    def __call__(self, ctx: Context) -> Tensor:
+    @wraps("run")
+    def run(self, inner: Run, ctx: Context) -> Tensor:
         given = tuple(_tensors(ctx))
-        key = (ctx.grid, ctx.text_len, tuple((t.shape, t.dtype, t.device) for t in given))
-        if key not in self.recorded:
+        key = (ctx.grid, ctx.segments, ctx.text_repeat, tuple((t.shape, t.dtype, t.device) for t in given))
+        if key not in self.recordings:
             kept: Context = _mapped(ctx, torch.clone)
-            run, out = self.record(lambda: self.transformer.run(kept))
-            self.recorded[key] = Recording(kept, run, out)
+            again, out = self.record(lambda: inner(kept))
+            self.recordings[key] = Recording(kept, again, out)
         else:
             last = self._copied[key]
-            pairs = zip(_tensors(self.recorded[key].context), given, last, strict=True)
+            pairs = zip(_tensors(self.recordings[key].context), given, last, strict=True)
             fresh = [(to, now) for to, now, before in pairs if now is not before]
             if fresh:
                 torch._foreach_copy_([to for to, _ in fresh], [now for _, now in fresh])
         self._copied[key] = given
-        recording = self.recorded[key]
+        recording = self.recordings[key]
         recording.run()
         return recording.out.clone()
 
@@ -132,7 +173,7 @@ def replayed(transformer: Transformer, device: torch.device) -> None:
         raise ValueError(
             "sampling.graphs records CUDA graphs, but the network is on the CPU: set it to false"
         )
-    transformer.replay = Replay(transformer, cuda_record)
+    transformer.extend("recorded", Recorded(cuda_record))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

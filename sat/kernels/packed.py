@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from sat.parallel.tensor import ColumnLinear, RowLinear, summed
+from sat.transformer.attention import Attention, FeedForward
+from sat.transformer.block import Block
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +57,64 @@ class PackedLinear(nn.Module):
         return product(x, self.packed, self.bias, "gelu", approximate)
 
 
-@runtime_checkable
-class Packable(Protocol):
-    """A linear that is more than its product, and knows how to be packed."""
+class PackedRowLinear(nn.Module):
+    """A :class:`sat.parallel.tensor.RowLinear` with a packed weight."""
 
-    weight: Tensor
+    def __init__(self, row: RowLinear) -> None:
+        super().__init__()
+        self.tensor, self.dtype, self.bias = row.tensor, row.weight.dtype, row.bias
+        self.product = PackedLinear(row, bias=False)  # it is added once, after the sum
 
-    def packed(self) -> nn.Module:
-        """The same with a packed weight, for inference alone."""
-        ...
+    def forward(self, x: Tensor) -> Tensor:
+        """This rank's share (…, I / ranks) of the inputs -> (…, O) on every rank."""
+        out = summed(self.product(x), self.tensor)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class PackedFeedForward(FeedForward):
+    """A feed-forward layer with packed linears: GELU is taken in the pass of the first."""
+
+    def __init__(self, plain: FeedForward) -> None:
+        nn.Module.__init__(self)
+        self.gelu, self.gate, self.up, self.down = plain.gelu, plain.gate, plain.up, plain.down
+        self.train(plain.training)
+
+    def activated(self, linear: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(linear, PackedLinear):
+            return linear.gelu(x, self.gelu)
+        return super().activated(linear, x)
+
+
+def pack(model: nn.Module) -> int:
+    """Replace the linears of all attention and feed-forward layers in ``model``; returns their number.
+
+    Only plain and split layers on the CPU, in a type that oneDNN multiplies fast here; adapted and quantised
+    ones stay as they are, and so do packed ones.
+    """
+    made: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+        nn.Linear: PackedLinear, ColumnLinear: PackedLinear, RowLinear: PackedRowLinear
+    }  # fmt: skip
+    count = 0
+    for module in [m for m in model.modules() if isinstance(m, (Attention, FeedForward))]:
+        for name, child in list(module.named_children()):
+            if type(child) in made and child.weight.device.type == "cpu" and packable(child.weight.dtype):
+                setattr(module, name, made[type(child)](child))
+                count += 1
+    join_gelu(model)
+    return count
+
+
+def join_gelu(model: nn.Module) -> None:
+    """Let the feed-forward layers of ``model`` with a packed first linear take GELU in its pass."""
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        first: nn.Module = block.mlp.up if block.mlp.gate is None else block.mlp.gate
+        if isinstance(first, PackedLinear) and not isinstance(block.mlp, PackedFeedForward):
+            block.mlp = PackedFeedForward(block.mlp)
 
 
 @functools.cache
 def packable(dtype: torch.dtype) -> bool:
-    """Whether the operators are there, take ``dtype``, give the right numbers and pay on this processor."""
+    """True if the operators are there, take ``dtype``, give the right numbers and pay on this processor."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.enabled:
         return False
     try:
@@ -212,7 +260,7 @@ class _Adapted(torch.autograd.Function):
 
 
 def freezable(linear: nn.Module) -> bool:
-    """Whether :class:`FrozenLinear` can stand for ``linear``: plain, frozen, of a type that packs here."""
+    """True if :class:`FrozenLinear` can stand for ``linear``: plain, frozen, of a type that packs here."""
     if type(linear) is not nn.Linear or any(p.requires_grad for p in linear.parameters()):
         return False
     return linear.weight.device.type == "cpu" and packable(linear.weight.dtype)

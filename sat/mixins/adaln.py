@@ -1,9 +1,10 @@
-"""adaLN: shift, scale and gate of every branch from the time and size embedding, apart for text and image."""
+"""adaLN: shift, scale and gate of every branch from time and size, separate for text and image."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import nn
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.context import Context, LayerModulation, Modulation
@@ -11,7 +12,7 @@ from sat.transformer.hooks import TransformerHooks
 
 
 class AdaLN(Mixin):
-    """(B, E) -> modulation of both branches of a layer, (B, 2, D) each.
+    """(B, E) -> modulation of both branches of a layer, (B, 2, D) each: row 0 for text, row 1 for the image.
 
     The 12 D outputs of a layer's projection are (shift, scale, gate) of attention and of the MLP for the
     *image*, then the same six for the *text*, although text comes first in the sequence. Source: official
@@ -19,7 +20,6 @@ class AdaLN(Mixin):
     """
 
     host = TransformerHooks
-    text_alike = True
 
     def __init__(self, dim: int, emb_dim: int, depth: int) -> None:
         super().__init__()
@@ -30,9 +30,7 @@ class AdaLN(Mixin):
     @replaces("modulate")
     def modulate(self, ctx: Context, layer: int) -> LayerModulation | None:
         assert ctx.emb is not None, "adaLN needs the time and size embedding"
-        rows = self.layers[layer](ctx.emb)
-        image_first: Tensor = rows.unflatten(1, (2, 6, -1))
-        parts = torch.stack([image_first[:, 1], image_first[:, 0]], 1).unbind(
-            2
-        )  # six of (B, 2, D), text row first
+        out = self.layers[layer](ctx.emb)  # (B, 12 D)
+        image, text = rearrange(out, "b (stream part d) -> stream part b d", stream=2, part=6)
+        parts = torch.stack([text, image], 2)  # (6, B, 2, D)
         return Modulation(*parts[:3]), Modulation(*parts[3:])

@@ -8,16 +8,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sat.kernels import attention as kernels
 from sat.mixin import Mixin, replaces, wraps
-from sat.transformer.attention import dtype_of, expand, shrink
+from sat.transformer.attention import DotProduct, dtype_of, expand, shrink
 from sat.transformer.block import AffineLayerNorm
 from sat.transformer.context import Context
 from sat.transformer.hooks import Prepare, TransformerHooks
 
 
 class CrossLayer(nn.Module):
-    """One layer's norm and projections. The weight rows of ``kv`` are keys, then values, head by head."""
+    """One layer: norm, projections, attention. The weight rows of ``kv`` are keys, then values, by head."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, text_dim: int) -> None:
         super().__init__()
@@ -26,24 +25,24 @@ class CrossLayer(nn.Module):
         self.q = nn.Linear(dim, heads * head_dim, bias=False)
         self.kv = nn.Linear(text_dim, 2 * heads * head_dim, bias=False)
         self.proj = nn.Linear(heads * head_dim, dim)
+        self.attend: nn.Module = DotProduct()
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, C_text) -> keys and values (B, H, T, d)."""
         k, v = rearrange(self.kv(text), "b t (two h d) -> two b h t d", two=2, d=self.head_dim)
         return k, v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: kernels.Kernel) -> Tensor:
-        dtype = dtype_of(self.q)
-        q = rearrange(self.q(self.norm(x).to(dtype)), "b l (h d) -> b h l d", d=self.head_dim)
-        out = kernel(q, k, v, mask=mask)
-        return expand(self.proj, shrink(rearrange(out, "b h l d -> b l (h d)")))
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        h = self.norm(x).to(dtype_of(self.q))  # (B, L, D)
+        q = rearrange(self.q(h), "b l (h d) -> b h l d", d=self.head_dim)
+        out = rearrange(self.attend(q, k, v, mask), "b h l d -> b l (h d)")
+        return expand(self.proj, shrink(out))  # (B, L, D)
 
 
 class CrossAttention(Mixin):
     """Every layer attends to ``ctx.text`` (B, T, C_text); masked where ``ctx.text_mask`` says so.
 
     Keys and values do not depend on the step: ``prepare`` makes those of all layers once per image.
-    ``kernel`` computes both attentions of a block.
     Source: official ``sgm/modules/attention.py`` (``attn2``); arXiv:2112.10752.
     """
 
@@ -51,7 +50,6 @@ class CrossAttention(Mixin):
 
     def __init__(self, dim: int, heads: int, head_dim: int, text_dim: int, depth: int) -> None:
         super().__init__()
-        self.kernel: kernels.Kernel = kernels.attend
         self.layers = nn.ModuleList(CrossLayer(dim, heads, head_dim, text_dim) for _ in range(depth))
 
     @wraps("prepare")
@@ -62,13 +60,9 @@ class CrossAttention(Mixin):
         text = ctx.text.to(dtype_of(self.layers[0].kv))  # type: ignore[arg-type]
         return replace(ctx, text_kv=tuple(layer.keys_values(text) for layer in self.layers))  # type: ignore[operator]
 
-    @replaces("attend")
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        return self.kernel(q, k, v)  # the text's mask is not for the cells
-
     @replaces("cross")
     def cross(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
         assert ctx.text_kv is not None, "prepare fills it"
         mask = None if ctx.text_mask is None else ctx.text_mask[:, None, None, :].to(torch.bool)
-        out: Tensor = self.layers[layer](x, *ctx.text_kv[layer], mask, self.kernel)
+        out: Tensor = self.layers[layer](x, *ctx.text_kv[layer], mask)
         return out

@@ -13,7 +13,7 @@ from sat.transformer.hooks import TransformerHooks
 
 
 class FinalLayer(Mixin):
-    """Image tokens of (B, L, D) -> (B, C, h, w); text tokens are dropped.
+    """Image tokens (B, N, D) -> (B, C, h, w): modulated norm, projection, and patches back in their places.
 
     ``double_norm`` normalises twice (eps 1e-5, then 1e-6) as the original does through its transformer's own
     final norm; diffusers normalises once. Both norms have no parameters. The adaLN rows are (shift, scale).
@@ -21,7 +21,6 @@ class FinalLayer(Mixin):
     """
 
     host = TransformerHooks
-    text_alike = True
 
     def __init__(self, dim: int, emb_dim: int, patch: int, channels: int, double_norm: bool = True) -> None:
         super().__init__()
@@ -33,10 +32,10 @@ class FinalLayer(Mixin):
 
     @replaces("final")
     def final(self, x: Tensor, ctx: Context) -> Tensor:
-        shift, scale = self.adaln(ctx.emb)[:, None].chunk(2, -1)
-        x = self.norm(self.first_norm(x[:, ctx.text_len :]))
-        x = torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))
-        x = self.linear(x.to(self.linear.weight.dtype))
+        shift, scale = self.adaln(ctx.emb)[:, None].chunk(2, -1)  # (B or 1, 1, D)
+        x = self.norm(self.first_norm(x))
+        x = torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))  # x * (1 + scale) + shift
+        x = self.linear(x.to(self.linear.weight.dtype))  # (B, N, C patch^2)
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=ctx.grid.h, p=self.patch, q=self.patch)
 
 
@@ -54,6 +53,5 @@ class FinalNorm(Mixin):
 
     @replaces("final")
     def final(self, x: Tensor, ctx: Context) -> Tensor:
-        """(B, L, D), normalised."""
         out: Tensor = self.norm(x)
         return out

@@ -1,10 +1,9 @@
-"""Embeddings: image patches with text, feature maps, or token ids become one sequence of tokens."""
+"""Embeddings: image patches, feature maps or token ids become a sequence of tokens."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -14,14 +13,13 @@ from sat.transformer.hooks import Prepare, TransformerHooks
 
 
 class PatchEmbed(Mixin):
-    """(B, C, h, w) latent and (B, T, C_text) text -> (B, T + N, D).
+    """Latent (B, C, h, w) -> image tokens (B, N, D); text (B, T, C_text) -> ``ctx.tokens`` (B, T, D).
 
-    Patches are row-major; the features of one patch are ordered (channel, row, column). The projection is a
-    linear layer. Text is projected once per image, in ``prepare``. Source: official ``dit.py:35``.
+    Patches are row-major; the features of one patch are ordered (channel, row, column). Both projections are
+    linear layers. Text is projected once per image, in ``prepare``. Source: official ``dit.py:35``.
     """
 
     host = TransformerHooks
-    text_alike = True
 
     def __init__(self, channels: int, dim: int, patch: int, text_dim: int) -> None:
         super().__init__()
@@ -37,9 +35,10 @@ class PatchEmbed(Mixin):
 
     @replaces("embed")
     def embed(self, ctx: Context) -> Tensor:
-        assert ctx.image is not None and ctx.tokens is not None, "embed needs an image and prepared text"
-        p = rearrange(ctx.image, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        return torch.cat([ctx.tokens, self.proj(p)], 1)
+        assert ctx.image is not None, "the network gives the latent"
+        patches = rearrange(ctx.image, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        tokens: Tensor = self.proj(patches)  # (B, N, D)
+        return tokens
 
 
 # -- a convolutional feature map as tokens, one a cell, and back onto the map
@@ -66,13 +65,13 @@ class FeatureMap(Mixin):
     @replaces("embed")
     def embed(self, ctx: Context) -> Tensor:
         assert ctx.image is not None, "the caller gives the map"
-        out: Tensor = self.enter(self.norm(ctx.image).flatten(2).transpose(1, 2))
-        return out
+        tokens: Tensor = self.enter(self.norm(ctx.image).flatten(2).transpose(1, 2))
+        return tokens  # (B, h w, D)
 
     @replaces("final")
     def final(self, x: Tensor, ctx: Context) -> Tensor:
         assert ctx.image is not None, "the caller gives the map"
-        cells = self.leave(x.to(self.leave.weight.dtype)).transpose(1, 2)
+        cells = self.leave(x.to(self.leave.weight.dtype)).transpose(1, 2)  # (B, C, h w)
         out: Tensor = cells.reshape(ctx.image.shape) + ctx.image
         return out
 

@@ -14,7 +14,6 @@ class QKNorm(Mixin):
     """Normalises q and k over each head's ``head_dim`` channels, without parameters; text and image alike."""
 
     host = TransformerHooks
-    text_alike = True
 
     def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
         super().__init__()

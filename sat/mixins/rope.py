@@ -1,4 +1,4 @@
-"""2-D rotary position embedding over the patch grid, image tokens only."""
+"""RoPE: 2-D rotary position embedding over the patch grid, image tokens only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rotary_angles(grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000
 
     Positions are scaled to the ``base`` grid (``row * base.h / grid.h``, rounded down), so that every size
     spans the positions seen in training. The angle of pair k is shared by channels k and k + d / 2. Source:
-    CogView4 as published in diffusers (checked in ``tests/parity/test_rope.py``).
+    CogView4 as published in diffusers (checked in ``tests/parity/test_cogview3_plus.py``).
     """
     if head_dim % 4:
         raise ValueError(f"2-D rotary embedding needs a head size that is a multiple of 4, got {head_dim}")
@@ -32,13 +32,13 @@ def rotary_angles(grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000
 
 
 class RoPE(Mixin):
-    """Rotates q and k of the image tokens; text tokens are left as they are. Angles are float32.
+    """Rotates q and k of the image tokens, the last N of the sequence; those before are left as they are.
 
-    ``height`` and ``width`` are the patch grid that every size is scaled to.
+    ``height`` and ``width`` are the patch grid that every size is scaled to. Angles are float32.
+    Source: RoFormer, arXiv:2104.09864, in two dimensions as in CogView4.
     """
 
     host = TransformerHooks
-    text_alike = True
 
     def __init__(self, head_dim: int, height: int, width: int, theta: float = 10000.0) -> None:
         super().__init__()
@@ -50,22 +50,23 @@ class RoPE(Mixin):
     def prepare(self, inner: Prepare, ctx: Context) -> Context:
         ctx = inner(ctx)
         assert ctx.tokens is not None, "rotary embedding follows the patch embedding"
-        angles = rotary_angles(ctx.grid, self.head_dim, base=self.base, theta=self.theta).to(
-            ctx.tokens.device
-        )
+        angles = rotary_angles(ctx.grid, self.head_dim, base=self.base, theta=self.theta)  # (N, d)
+        angles = angles.to(ctx.tokens.device)
         return replace(ctx, rotary=(angles.cos(), angles.sin()))
 
     @replaces("rotate_qk")
     def rotate_qk(self, q: Tensor, k: Tensor, ctx: Context, layer: int) -> tuple[Tensor, Tensor]:
         assert ctx.rotary is not None, "rotary tables are made in prepare"
-        return _rotate(q, ctx.rotary, ctx.text_len), _rotate(k, ctx.rotary, ctx.text_len)
+        return _rotate(q, *ctx.rotary), _rotate(k, *ctx.rotary)
 
 
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor], text_len: int) -> Tensor:
-    """Rotate channel pairs (k, k + d / 2) of the image part of (B, H, L, d), in float32."""
-    cos, sin = rotary
-    image = x[:, :, text_len:]
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(B, H, L, d) with the last N tokens turned in float32: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    a and b are channels i and i + d / 2; ``cos`` and ``sin`` are (N, d).
+    """
+    rest, image = torch.split(x, [x.shape[2] - len(cos), len(cos)], 2)
     wide = image if image.dtype == torch.float64 else image.float()
     a, b = wide.chunk(2, -1)
     turned = wide * cos.to(wide.dtype) + torch.cat([-b, a], -1) * sin.to(wide.dtype)
-    return torch.cat([x[:, :, :text_len], turned.to(x.dtype)], 2)
+    return torch.cat([rest, turned.to(x.dtype)], 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sat.mixin import Mixin, replaces
@@ -32,14 +31,13 @@ def sincos_table(height: int, width: int, dim: int) -> Tensor:
 
 
 class SinCos2D(Mixin):
-    """Adds the top-left (grid.h, grid.w) corner of a (height, width, D) table to the image tokens only.
+    """Adds the top-left (grid.h, grid.w) corner of a (height, width, D) table to the image tokens.
 
     The table is a buffer that checkpoints carry (the official file holds one; it is used when it is there).
     ``height`` and ``width`` count patches; a larger grid is refused.
     """
 
     host = TransformerHooks
-    text_alike = True
     table: Tensor
 
     def __init__(self, dim: int, height: int, width: int) -> None:
@@ -63,5 +61,4 @@ class SinCos2D(Mixin):
                 f"{h} x {w} patches do not fit the {self.size[0]} x {self.size[1]} position table"
             )
         like = self.table if ctx.tokens is None else ctx.tokens
-        image = self.table[:h, :w].reshape(1, h * w, -1).to(like.dtype)
-        return F.pad(image, (0, 0, ctx.text_len, 0))
+        return self.table[:h, :w].reshape(1, h * w, -1).to(like.dtype)  # (1, N, D)

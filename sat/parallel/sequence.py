@@ -1,6 +1,6 @@
 """Sequence parallelism: each rank works on a share of the tokens, and in attention on a share of the heads.
 
-Between entry and exit of a transformer a rank has its share of the text and the image tokens. Norms,
+Between entry and exit of a transformer a rank has its share of each segment, text and image. Norms,
 projections and MLPs work token by token. Attention needs all tokens, but works head by head: an all-to-all
 before it gives each rank some heads of every token, another after it gives the tokens back.
 Source: DeepSpeed-Ulysses, arXiv:2309.14509.
@@ -8,7 +8,7 @@ Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 Gradients average over the ranks, as in data parallelism. Outside a transformer every rank computes the same;
 inside, a rank's gradients are its tokens' part of the sum, times the number of ranks.
 
-Letters: S ranks, t and n this rank's text and image tokens, l = t + n.
+Letters: S ranks, l this rank's tokens.
 """
 
 from __future__ import annotations
@@ -60,13 +60,12 @@ def shares(count: int, ranks: int) -> list[int]:
 class SequenceParallel(Mixin):
     """Cuts the tokens at a transformer's entry and joins them at its exit; holds no parameters.
 
-    There is one image token for each patch of ``ctx.grid`` or, where that is empty, each cell of
-    ``ctx.image``. Token and head counts need not divide: shares differ by one at most. A single text token
-    that stands for many (``ctx.text_repeat``) is the first rank's; each rank repeats the keys of its heads.
+    A sequence without segments has one token for each cell of ``ctx.image``. Token and head counts need not
+    divide: shares differ by one at most. A single text token that stands for many (``ctx.text_repeat``) is
+    the first rank's; each rank repeats the keys of its heads.
     """
 
     host = TransformerHooks
-    text_alike = True
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()
@@ -80,8 +79,8 @@ class SequenceParallel(Mixin):
         if rotary is not None:
             rotary = (self._own(rotary[0], 0), self._own(rotary[1], 0))
         values = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
-        mine = shares(whole.text_len, self.axis.size)[self.axis.rank]
-        return LocalContext(**values | {"text_len": mine, "rotary": rotary}, whole=whole)
+        segments = tuple(shares(length, self.axis.size)[self.axis.rank] for length in whole.segments)
+        return LocalContext(**values | {"segments": segments, "rotary": rotary}, whole=whole)
 
     @wraps("position")
     def position(self, inner: Position, ctx: Context) -> Tensor | None:
@@ -90,22 +89,21 @@ class SequenceParallel(Mixin):
         table = inner(whole)
         if table is None:
             return None
-        text, image = table[:, : whole.text_len], table[:, whole.text_len :]
-        return torch.cat([self._own(text, 1), self._own(image, 1)], 1)
+        parts = torch.split(table, list(whole.segments) or table.shape[1], 1)
+        return torch.cat([self._own(part, 1) for part in parts], 1)
 
     @wraps("embed")
     def embed(self, inner: Embed, ctx: Context) -> Tensor:
         """Tokens of this rank (B, l, D); every rank embeds all of them."""
         whole = _whole(ctx)
-        x = inner(whole)
-        if x.shape[1] != whole.text_len + _cells(whole):
+        x, segments = inner(whole), _segments(whole)
+        if x.shape[1] != sum(segments):
             raise ValueError(
-                f"parallel.sequence: the transformer has {x.shape[1]} tokens, expected "
-                f"{whole.text_len} of text and {_cells(whole)} of the image"
+                f"parallel.sequence: the transformer has {x.shape[1]} tokens, expected segments of {segments}"
             )
-        text, image = x[:, : whole.text_len], x[:, whole.text_len :]
-        parts = [self._cut(part) for part in (text, image) if part.shape[1]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        parts = [part for part in torch.split(x, segments, 1) if part.shape[1]]
+        own: list[Tensor] = [_Split.apply(part, self.axis) for part in parts]  # type: ignore[no-untyped-call]
+        return own[0] if len(own) == 1 else torch.cat(own, 1)
 
     @wraps("attend")
     def attend(self, inner: Attend, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
@@ -114,8 +112,8 @@ class SequenceParallel(Mixin):
         batch, count, length, size = q.shape
         heads = shares(count, axis.size)
         mine, first = heads[axis.rank], sum(heads[: axis.rank])
-        text, image = shares(whole.text_len, axis.size), shares(_cells(whole), axis.size)
-        lengths = [t + n for t, n in zip(text, image, strict=True)]
+        segments = [shares(n, axis.size) for n in _segments(whole)]  # of each segment, by rank
+        lengths = [sum(own) for own in zip(*segments, strict=True)]  # of each rank
 
         # To each rank its heads of this rank's tokens; from each, this rank's heads of its tokens.
         x = rearrange([q, k, v], "three b h l d -> (h b three l d)")
@@ -126,18 +124,18 @@ class SequenceParallel(Mixin):
             part.view(mine, batch, 3, n, size) for part, n in zip(torch.split(x, sizes), lengths, strict=True)
         ]
 
-        # All text tokens, then all image tokens, in order: (3, B, H / S, L, d).
-        texts = [part[..., :t, :] for part, t in zip(parts, text, strict=True)]
-        images = [part[..., t:, :] for part, t in zip(parts, text, strict=True)]
-        q, k, v = rearrange(torch.cat(texts + images, 3), "h b three l d -> three b h l d")
+        # All tokens of the first segment in order, then of the next: (3, B, H / S, L, d).
+        pieces = zip(*(part.split(own, 3) for part, *own in zip(parts, *segments, strict=True)), strict=True)
+        x = torch.cat([piece for segment in pieces for piece in segment], 3)
+        q, k, v = rearrange(x, "h b three l d -> three b h l d")
         if whole.bias is not None:
             whole = replace(whole, bias=whole.bias[:, first : first + mine])
         out = inner(q, k, v, whole) if mine else q  # (B, H / S, L, d)
 
         # The way back: to each rank its tokens, from each its heads.
-        out_text, out_image = torch.split(out, [sum(text), sum(image)], 2)
-        pairs = zip(torch.split(out_text, text, 2), torch.split(out_image, image, 2), strict=True)
-        x = torch.cat([torch.cat(pair, 2).reshape(-1) for pair in pairs])
+        of_segments = zip(torch.split(out, [sum(own) for own in segments], 2), segments, strict=True)
+        of_ranks = zip(*(torch.split(part, own, 2) for part, own in of_segments), strict=True)
+        x = torch.cat([torch.cat(part, 2).reshape(-1) for part in of_ranks])
         unit = batch * size
         sizes = [h * unit * length for h in heads]
         x = _all_to_all(x, [mine * unit * n for n in lengths], sizes, axis)
@@ -148,15 +146,12 @@ class SequenceParallel(Mixin):
 
     @wraps("final")
     def final(self, inner: Final, x: Tensor, ctx: Context) -> Tensor:
-        """Output for the image tokens of all ranks, on every rank."""
+        """Output for the last segment of all ranks, the image, on every rank; heads do not read others."""
         whole = _whole(ctx)
-        image: Tensor = _Join.apply(x[:, ctx.text_len :], _cells(whole), self.axis)  # type: ignore[no-untyped-call]
-        return inner(image, replace(whole, text_len=0))  # no head looks at text
-
-    def _cut(self, x: Tensor) -> Tensor:
-        """This rank's share of the tokens (B, N, D), differentiable."""
-        out: Tensor = _Split.apply(x, self.axis)  # type: ignore[no-untyped-call]
-        return out
+        *before, last = _segments(whole)
+        own = shares(last, self.axis.size)[self.axis.rank]
+        image: Tensor = _Join.apply(x[:, x.shape[1] - own :], last, self.axis)  # type: ignore[no-untyped-call]
+        return inner(image, replace(whole, segments=(*[0] * len(before), last)))
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         """This rank's share of ``x`` along ``dim``."""
@@ -169,12 +164,12 @@ def _whole(ctx: Context) -> Context:
     return replace(ctx.whole, image=ctx.image, emb=ctx.emb, modulation=ctx.modulation)
 
 
-def _cells(ctx: Context) -> int:
-    """Number of image tokens."""
-    if ctx.grid.h:
-        return ctx.grid.h * ctx.grid.w
+def _segments(ctx: Context) -> list[int]:
+    """Lengths of the segments of all tokens; without segments, the number of cells of the map."""
+    if ctx.segments:
+        return list(ctx.segments)
     assert ctx.image is not None, "a transformer over a map gets the map"
-    return ctx.image.shape[2] * ctx.image.shape[3]
+    return [ctx.image.shape[2] * ctx.image.shape[3]]
 
 
 def _all_to_all(x: Tensor, send: list[int], receive: list[int], axis: Axis) -> Tensor:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sat.kernels.packed import PackedLinear
 from sat.parallel.mesh import Axis
 from sat.sharding import Column, Cut, Row, Shard, Sharding, cuts, style_of
 
@@ -144,10 +143,6 @@ class ColumnLinear(SplitLinear):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
         return F.linear(copy_to_ranks(x, self.tensor), self.weight, self.bias)
 
-    def packed(self) -> nn.Module:
-        """With a packed weight, for inference alone: then nothing is sent here."""
-        return PackedLinear(self)
-
 
 class GatheredLinear(SplitLinear):
     """(…, I) -> (…, O) on every rank; each rank has the weights of its share of the outputs."""
@@ -166,24 +161,6 @@ class RowLinear(SplitLinear):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102 - the class says it
         out = reduce_from_ranks(F.linear(x, self.weight), self.tensor)
         return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def packed(self) -> nn.Module:
-        """With a packed weight, for inference alone."""
-        return PackedRowLinear(self)
-
-
-class PackedRowLinear(nn.Module):
-    """A :class:`RowLinear` with a packed weight."""
-
-    def __init__(self, row: RowLinear) -> None:
-        super().__init__()
-        self.tensor, self.dtype, self.bias = row.tensor, row.weight.dtype, row.bias
-        self.product = PackedLinear(row, bias=False)  # it is added once, after the sum
-
-    def forward(self, x: Tensor) -> Tensor:
-        """This rank's share (…, I / ranks) of the inputs -> (…, O) on every rank."""
-        out = summed(self.product(x), self.tensor)
-        return out if self.bias is None else out.add_(self.bias)
 
 
 class ColumnEmbedding(nn.Embedding):

@@ -28,6 +28,7 @@ from sat.data.batch import Batch
 from sat.data.loader import AHEAD
 from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger, Trace, trace
+from sat.kernels.compile import recompute
 from sat.kernels.packed import packable
 from sat.parallel.mesh import Mesh, fake_group
 from sat.parallel.sequence import apply_sequence
@@ -38,7 +39,6 @@ from sat.train import optim
 from sat.train.data import bucket_rule, spare_parts
 from sat.train.lora import add_lora, packed_bytes, unpacked
 from sat.train.objectives import Objective
-from sat.transformer import Transformer
 
 BUCKET = 500_000_000
 """Elements of the buffer that DeepSpeed gathers gradients in (``reduce_bucket_size``)."""
@@ -334,9 +334,6 @@ def _measure(experiment: Experiment, mesh: Mesh) -> Measured:
             replace(train.objective, params=params), imports=experiment.imports, engine=engine
         )
     objective.train()
-    for module in objective.modules():
-        if isinstance(module, Transformer):
-            module.checkpointing = train.activation_checkpointing
     moments = (cached or bool(data.cache_views)) and "first_stage" not in needs
     text = cached and "text" not in needs
 
@@ -350,6 +347,8 @@ def _measure(experiment: Experiment, mesh: Mesh) -> Measured:
     with ledger.without_data():
         if experiment.adapters.lora is not None:
             add_lora(objective, replace(experiment.adapters.lora, start=None), train.seed)
+        if train.activation_checkpointing:
+            recompute(objective)
         weights = _weights(engine, objective)
         if packs:
             copies = packed_bytes(objective.parts())

@@ -18,7 +18,7 @@ from sat.adapters.lora import Adapted, attach, base_norms, extract
 from sat.adapters.names import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig, TrainConfig
-from sat.kernels.packed import FrozenLinear, freezable
+from sat.kernels.packed import FrozenLinear, freezable, join_gelu
 from sat.train.objectives import Objective
 from sat.transformer.attention import Attention, FeedForward
 
@@ -85,6 +85,8 @@ def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
         place = (child, "base") if isinstance(child, Adapted) else (owner, name)
         setattr(*place, FrozenLinear(cast(nn.Linear, _base(child))))
         done += 1
+    for part in parts.values():
+        join_gelu(part)
     said = f"{done} frozen weights packed for oneDNN, both ways (train.pack)"
     others = ", ".join(f"{count} {kind}" for kind, count in left.items())
     return said + (f"; as they are: {others}" if others else "")

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sat.kernels.packed import PackedLinear
 from sat.transformer.context import Context
 from sat.transformer.hooks import TransformerHooks
 
@@ -16,12 +15,31 @@ FP16_HEADROOM = 64.0
 weights trained in bfloat16 (T5-XXL above all) produce values beyond float16's 65504."""
 
 
-def dtype_of(linear: nn.Module) -> torch.dtype:
-    """What ``linear`` computes in: the type of its weight, which a layer without a plain one says itself."""
-    own = getattr(linear, "dtype", None)
-    found = own if own is not None else linear.weight.dtype
-    assert isinstance(found, torch.dtype)
-    return found
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v, (B, H, L, d), by whichever kernel torch picks.
+
+    ``mask`` (B, 1 or H, 1 or L, L) is true where a key may be seen. ``scale`` None is 1/sqrt(d). With neither
+    bias nor mask no mask tensor is made, so the fast kernels apply.
+    """
+    if mask is not None:
+        hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+        bias = hidden if bias is None else bias + hidden
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+class DotProduct(nn.Module):
+    """:func:`attend` as a module without parameters, whose place another implementation can take."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return attend(q, k, v, mask=mask)
 
 
 class Attention(nn.Module):
@@ -43,9 +61,12 @@ class Attention(nn.Module):
         return dtype_of(self.qkv)
 
     def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
+        # (B, L, D) -> three of (B, H, L, d)
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, d=self.head_dim)
-        q, k = hooks.rotate_qk(*hooks.norm_qk(q, k, ctx, layer), ctx, layer)
-        return expand(self.proj, shrink(rearrange(hooks.attend(q, k, v, ctx), "b h l d -> b l (h d)")))
+        q, k = hooks.norm_qk(q, k, ctx, layer)
+        q, k = hooks.rotate_qk(q, k, ctx, layer)
+        out = rearrange(hooks.attend(q, k, v, ctx), "b h l d -> b l (h d)")
+        return expand(self.proj, shrink(out))  # (B, L, D)
 
 
 class FeedForward(nn.Module):
@@ -63,15 +84,23 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return expand(self.down, shrink(_gelu(self.up, x, self.gelu)))
-        return expand(self.down, shrink(_gelu(self.gate, x, self.gelu)) * self.up(x))
+            return expand(self.down, shrink(self.activated(self.up, x)))
+        return expand(self.down, shrink(self.activated(self.gate, x)) * self.up(x))
+
+    def activated(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """gelu(linear(x)), (…, hidden)."""
+        return F.gelu(linear(x), approximate=self.gelu)
 
 
-def _gelu(linear: nn.Module, x: Tensor, approximate: str) -> Tensor:
-    """GELU of ``linear(x)``, in one pass where the layer can."""
-    if isinstance(linear, PackedLinear):
-        return linear.gelu(x, approximate)
-    return F.gelu(linear(x), approximate=approximate)
+# -- the types of matrix products: a weight's own, and float16 without overflow
+
+
+def dtype_of(linear: nn.Module) -> torch.dtype:
+    """Type that ``linear`` computes in: its weight's, or what a layer without a plain weight names."""
+    own = getattr(linear, "dtype", None)
+    found = own if own is not None else linear.weight.dtype
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def shrink(h: Tensor) -> Tensor:

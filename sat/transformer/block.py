@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from sat.transformer.hooks import TransformerHooks
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What differs between the blocks of a diffusion transformer (the defaults), of T5 and of a UNet."""
+    """Choices by which the blocks of a diffusion transformer (the defaults), of T5 and of a UNet differ."""
 
     norm: Literal["layer", "rms"] = "layer"
     eps: float = 1e-5
@@ -51,22 +52,35 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, elementwise_affine=False)
 
 
+class AffineLayerNorm(nn.LayerNorm):
+    """Layer norm with weight and bias; takes the float32 residual stream of a float16 model as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
-    """(B, L, D) -> (B, L, D).
+    """(B, L, D) -> (B, L, D): x + gate1 * attention(norm(x)), then x + gate2 * mlp(norm(x)).
 
     In float16 the residual stream is float32: weights trained in bfloat16 can push it beyond 65504.
     """
 
     def __init__(self, dim: int, heads: int, spec: BlockSpec) -> None:
         super().__init__()
+
+        def norm() -> nn.Module:
+            if spec.norm == "rms":
+                return RMSNorm(dim, spec.eps)
+            return AffineLayerNorm(dim, eps=spec.eps) if spec.affine else LayerNorm(dim, spec.eps)
+
         head_dim = spec.head_dim or dim // heads
-        self.norm1 = _norm(dim, spec)
         qkv_bias = spec.bias if spec.qkv_bias is None else spec.qkv_bias
+        hidden, gated = spec.mlp_dim or 4 * dim, spec.mlp == "geglu"
+        self.norm1 = norm()
         self.attn = Attention(dim, heads, head_dim, bias=spec.bias, qkv_bias=qkv_bias)
-        self.norm2 = _norm(dim, spec)
-        self.mlp = FeedForward(
-            dim, spec.mlp_dim or 4 * dim, gated=spec.mlp == "geglu", bias=spec.bias, gelu=spec.gelu
-        )
+        self.norm2 = norm()
+        self.mlp = FeedForward(dim, hidden, gated=gated, bias=spec.bias, gelu=spec.gelu)
 
     def forward(
         self,
@@ -78,59 +92,48 @@ class Block(nn.Module):
     ) -> Tensor:
         first, second = modulation if modulation is not None else (None, None)
         dtype = self.attn.dtype
-        h = self.attn(modulated(self.norm1(x), first, ctx.text_len, dtype), ctx, layer, hooks)
-        x = residual(x, h, first, ctx.text_len)
+
+        h = self.attn(modulated(self.norm1(x), first, ctx.segments, dtype), ctx, layer, hooks)  # (B, L, D)
+        x = residual(x, h, first, ctx.segments)
+
         if (crossed := hooks.cross(x, ctx, layer)) is not None:
             x = x + crossed
-        h = self.mlp(modulated(self.norm2(x), second, ctx.text_len, dtype))
-        return residual(x, h, second, ctx.text_len)
+
+        h = self.mlp(modulated(self.norm2(x), second, ctx.segments, dtype))  # (B, L, D)
+        return residual(x, h, second, ctx.segments)
 
 
-class AffineLayerNorm(nn.LayerNorm):
-    """Layer norm with weight and bias; takes the float32 residual stream of a float16 model as it is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
-def _norm(dim: int, spec: BlockSpec) -> nn.Module:
-    if spec.norm == "rms":
-        return RMSNorm(dim, spec.eps)
-    return AffineLayerNorm(dim, eps=spec.eps) if spec.affine else LayerNorm(dim, spec.eps)
-
-
-def modulated(x: Tensor, m: Modulation | None, text_len: int, dtype: torch.dtype) -> Tensor:
-    """x * (1 + scale) + shift, per stream, cast to ``dtype`` for the matrix products. ``x`` is consumed."""
+def modulated(x: Tensor, m: Modulation | None, segments: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """x * (1 + scale) + shift, per segment, cast to ``dtype`` for the matrix products. ``x`` is consumed."""
     if m is None:
         return x.to(dtype)
     if torch.is_grad_enabled():
-        streams = _streams(x, text_len)
+        parts = _split(x, segments)
         x = torch.cat(
-            [torch.addcmul(m.shift[:, i : i + 1], s, 1 + m.scale[:, i : i + 1]) for i, s in streams], 1
+            [torch.addcmul(m.shift[:, i : i + 1], p, 1 + m.scale[:, i : i + 1]) for i, p in parts], 1
         )
         return x.to(dtype)
-    for i, stream in _streams(x, text_len):
-        stream.mul_(1 + m.scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
+    for i, part in _split(x, segments):
+        part.mul_(1 + m.scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
     return x.to(dtype)
 
 
-def residual(x: Tensor, branch: Tensor, m: Modulation | None, text_len: int) -> Tensor:
-    """x + gate * branch, per stream. ``branch`` is consumed; ``x`` is not."""
+def residual(x: Tensor, branch: Tensor, m: Modulation | None, segments: Sequence[int]) -> Tensor:
+    """x + gate * branch, per segment. ``branch`` is consumed; ``x`` is not."""
     if m is None:
         return x + branch
     if torch.is_grad_enabled():
-        parts = zip(_streams(x, text_len), _streams(branch, text_len), strict=True)
+        pairs = zip(_split(x, segments), _split(branch, segments), strict=True)
         return torch.cat(
-            [torch.addcmul(a, m.gate[:, i : i + 1].to(b.dtype), b) for (i, a), (_, b) in parts], 1
+            [torch.addcmul(a, m.gate[:, i : i + 1].to(b.dtype), b) for (i, a), (_, b) in pairs], 1
         )
-    for i, stream in _streams(branch, text_len):
-        stream.mul_(m.gate[:, i : i + 1])
+    for i, part in _split(branch, segments):
+        part.mul_(m.gate[:, i : i + 1])
     return branch.add_(x)
 
 
-def _streams(x: Tensor, text_len: int) -> list[tuple[int, Tensor]]:
-    """The non-empty ones of text and image part of (B, L, D), with their row in a :class:`Modulation`."""
-    sizes = [text_len, x.shape[1] - text_len]
-    parts = torch.split_with_sizes(x, sizes, 1)  # slices' gradients would be whole ones, mostly zeros
+def _split(x: Tensor, segments: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """The non-empty segments of (B, L, D), with their row in a :class:`Modulation`."""
+    # Not slices: the gradient of a slice is a whole tensor, mostly zeros.
+    parts = torch.split_with_sizes(x, list(segments) or [x.shape[1]], 1)
     return [(i, part) for i, part in enumerate(parts) if part.shape[1]]

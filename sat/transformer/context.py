@@ -17,9 +17,9 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class Modulation:
-    """Shift, scale and gate of one branch, (B or 1, 2, D) each: row 0 for text, row 1 for image tokens.
+    """Shift, scale and gate of one branch, (B or 1, S, D) each: a row for each of the S segments.
 
-    Never expanded to (B, L, D): rows are applied to slices of the sequence.
+    Never expanded to (B, L, D): each row is applied to its slice of the sequence.
     """
 
     shift: Tensor
@@ -33,25 +33,28 @@ LayerModulation = tuple[Modulation, Modulation]
 
 @dataclass(frozen=True)
 class Context:
-    """What hooks may read besides the hidden states; built once per forward, never written to.
+    """Values that hooks may read besides the hidden states; built once per forward, never written to.
 
-    The first group is input. The second is filled by :meth:`Transformer.prepare` with what no denoising step
-    changes, so that a sampling loop computes it once per image.
+    The first group is input, which only mixins read. The second is all that the transformer itself reads.
+    The third passes between mixins. :meth:`Transformer.prepare` fills in what no denoising step changes, so
+    that a sampling loop computes it once per image.
     """
 
     emb: Tensor | None = None  # (B or 1, E) time and size
     text: Tensor | None = None  # (B, T, C_text) encoder output
+    text_mask: Tensor | None = None  # (B, T) true = real token; None = attend to all
+    text_repeat: int = 1  # number of equal tokens that each text token stands for
     image: Tensor | None = None  # (B, C, h, w) noisy latent
     ids: Tensor | None = None  # (B, T) token ids, for text encoders
     grid: Grid = Grid(0, 0)  # patches
-    text_len: int = 0  # T
-    text_mask: Tensor | None = None  # (B, T) true = real token; None = attend to all
-    text_repeat: int = 1  # how many equal tokens each text token stands for
+
+    segments: tuple[int, ...] = ()  # lengths that add up to L, one for each row of a modulation; () = one
+    table: Tensor | None = None  # (1, L, D) added to the embedded tokens
+    bias: Tensor | None = None  # (1, H, L, L) added to the attention logits
+    key_mask: Tensor | None = None  # (B, 1, 1, L) true where a key may be attended; None = everywhere
+    modulation: tuple[LayerModulation, ...] | None = None  # of this step, one entry a layer
+    prepared: bool = False  # true once the fields that no step changes are filled
 
     tokens: Tensor | None = None  # (B, T, D) projected text
-    table: Tensor | None = None  # (1, L, D) added to the embedded tokens
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, (N, d) each, float32
-    bias: Tensor | None = None  # (1, H, L, L) added to the attention logits
-    modulation: tuple[LayerModulation, ...] | None = None  # of this step, one entry a layer
     text_kv: tuple[tuple[Tensor, Tensor], ...] | None = None  # (B, H, T, d) keys and values of each layer
-    prepared: bool = False  # true once the fields above are filled

@@ -19,8 +19,14 @@ class Prepare(Protocol):
     def __call__(self, ctx: Context) -> Context: ...
 
 
+class Run(Protocol):
+    """One pass: a prepared context -> the network's output."""
+
+    def __call__(self, ctx: Context) -> Tensor: ...
+
+
 class Embed(Protocol):
-    """-> (B, L, D) tokens, text first. Required: it has no default."""
+    """-> (B, L, D) tokens. Required: it has no default."""
 
     def __call__(self, ctx: Context) -> Tensor: ...
 
@@ -50,7 +56,7 @@ class Attend(Protocol):
 
 
 class Cross(Protocol):
-    """What a block adds between its attention and its MLP, (B, L, D), or None for nothing."""
+    """-> (B, L, D) added between a block's attention and its MLP, or None for nothing."""
 
     def __call__(self, x: Tensor, ctx: Context, layer: int) -> Tensor | None: ...
 
@@ -72,6 +78,7 @@ class TransformerHooks:
     """One callable per extension point."""
 
     prepare: Prepare
+    run: Run
     embed: Embed
     position: Position
     modulate: Modulate

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from sat.kernels import attention as kernels
 from sat.mixin import Mixin, Resolved, resolve
+from sat.transformer.attention import attend
 from sat.transformer.block import Block, BlockSpec
 from sat.transformer.context import Context, LayerModulation, Modulation
 from sat.transformer.hooks import TransformerHooks
 
 
-class RunBlock(Protocol):
-    """How a block is called: (B, L, D) -> (B, L, D)."""
-
-    def __call__(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        ctx: Context,
-        layer: int,
-        hooks: TransformerHooks,
-        modulation: LayerModulation | None,
-    ) -> Tensor: ...
-
-
-def call_block(
-    block: nn.Module,
-    x: Tensor,
-    ctx: Context,
-    layer: int,
-    hooks: TransformerHooks,
-    modulation: LayerModulation | None,
-) -> Tensor:
-    """``block`` as it is."""
-    out: Tensor = block(x, ctx, layer, hooks, modulation)
-    return out
-
-
 class Transformer(nn.Module):
-    """``depth`` blocks of width ``dim`` between an ``embed`` and a ``final`` hook.
+    """``depth`` blocks of width ``dim`` over one sequence, between an ``embed`` and a ``final`` hook.
 
-    ``print(transformer.resolved)`` shows who owns each hook. ``checkpointing`` recomputes each block in the
-    backward pass instead of keeping its activations; ``draws``: a block draws random numbers (dropout), which
-    recomputing must repeat. ``kernel`` computes the default attention, ``run_block`` calls a block (or one
-    compiled for all layers), ``replay`` stands for the whole pass (a recorded one); see ``fast.py``.
+    The sequence may consist of segments (``ctx.segments``), each with a row of its own in a modulation; what
+    they mean is the mixins' business. ``print(transformer.resolved)`` shows who owns each hook. Parallelism,
+    kernels and recomputed activations are mixins too, added to a built transformer by :meth:`extend`.
     """
 
     def __init__(
@@ -64,13 +34,9 @@ class Transformer(nn.Module):
         if spec.head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         self.spec = spec
-        self.checkpointing = self.draws = False
-        self.kernel: kernels.Kernel = kernels.attend
-        self.run_block: RunBlock = call_block
-        self.replay: Callable[[Context], Tensor] | None = None
         self.blocks = nn.ModuleList(Block(dim, heads, spec) for _ in range(depth))
         self.mixins = nn.ModuleDict(mixins)
-        self.resolved: Resolved[TransformerHooks] = resolve(self._defaults(), mixins)
+        self._resolve()
 
     @property
     def hooks(self) -> TransformerHooks:
@@ -78,53 +44,57 @@ class Transformer(nn.Module):
         return self.resolved.hooks
 
     def extend(self, name: str, mixin: Mixin) -> None:
-        """Add ``mixin`` to a built transformer, around those it has: what is applied from outside does so."""
+        """Add ``mixin`` to a built transformer, around those it has."""
         if name in self.mixins:
             raise ValueError(f"the transformer has a mixin {name!r} already")
         self.mixins[name] = mixin
-        self.resolved = resolve(self._defaults(), cast("Mapping[str, Mixin]", dict(self.mixins.items())))
+        self._resolve()
+
+    def remove(self, name: str) -> None:
+        """Take a mixin off again."""
+        del self.mixins[name]
+        self._resolve()
+
+    def _resolve(self) -> None:
+        mixins = cast("Mapping[str, Mixin]", dict(self.mixins.items()))
+        self.resolved: Resolved[TransformerHooks] = resolve(self._defaults(), mixins)
 
     def prepare(self, ctx: Context) -> Context:
-        """``ctx`` with everything filled in that depends on the text and the size but not on the step."""
-        ctx = self.hooks.prepare(ctx)
-        return replace(ctx, table=self.hooks.position(ctx), prepared=True)
+        """``ctx`` with everything filled in that depends on the text and the size but not on the step.
 
-    def modulations(self, emb: Tensor, text_len: int) -> list[tuple[LayerModulation, ...]]:
-        """Modulations of all layers for the rows of ``emb`` (S, E), one list entry per row (a row is a step).
+        A hook that has prepared the whole context itself says so by ``ctx.prepared``.
+        """
+        ctx = self.hooks.prepare(ctx)
+        return ctx if ctx.prepared else replace(ctx, table=self.hooks.position(ctx), prepared=True)
+
+    def modulations(self, emb: Tensor) -> list[tuple[LayerModulation, ...]]:
+        """Modulations of all layers for the rows of ``emb`` (steps, E), one list entry per row.
 
         One matrix product a layer for all steps of a run, instead of one a layer and step.
         """
-        ctx = Context(emb=emb, text_len=text_len)
-        per_layer = [self.hooks.modulate(ctx, layer) for layer in range(len(self.blocks))]
+        per_layer = [self.hooks.modulate(Context(emb=emb), layer) for layer in range(len(self.blocks))]
         known = [m for m in per_layer if m is not None]
         if len(known) != len(per_layer):
             return []
-        return [tuple((_row(a, s), _row(b, s)) for a, b in known) for s in range(emb.shape[0])]
+
+        def row(m: Modulation, step: int) -> Modulation:  # (1, S, D) each, as views
+            return Modulation(m.shift[step : step + 1], m.scale[step : step + 1], m.gate[step : step + 1])
+
+        return [tuple((row(a, s), row(b, s)) for a, b in known) for s in range(emb.shape[0])]
+
+    def modulation(self, ctx: Context, layer: int) -> LayerModulation | None:
+        """Modulation of one layer: of the step, where all steps' were computed before, else computed now."""
+        return ctx.modulation[layer] if ctx.modulation is not None else self.hooks.modulate(ctx, layer)
 
     def forward(self, ctx: Context) -> Tensor:
-        if not ctx.prepared:
-            ctx = self.prepare(ctx)
-        return self.run(ctx) if self.replay is None else self.replay(ctx)
-
-    def run(self, ctx: Context) -> Tensor:
-        """The pass itself, for a prepared context."""
-        x = self.hooks.embed(ctx)
-        if ctx.table is not None:
-            x = x + ctx.table
-        if x.dtype == torch.float16:
-            x = x.float()
-        layer = self.hooks.layer
-        if self.checkpointing and torch.is_grad_enabled():
-            layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=self.draws)
-        for i in range(len(self.blocks)):
-            x = layer(x, ctx, i)
-        return self.hooks.final(x, ctx)
+        return self.hooks.run(ctx if ctx.prepared else self.prepare(ctx))
 
     # Bound methods, not lambdas: a deep copy rebinds a bound method, a closure would keep the original's
     # blocks.
     def _defaults(self) -> TransformerHooks:
         return TransformerHooks(
             prepare=self._prepare,
+            run=self._run,
             embed=self._embed,
             position=self._position,
             modulate=self._modulate,
@@ -138,6 +108,16 @@ class Transformer(nn.Module):
 
     def _prepare(self, ctx: Context) -> Context:
         return ctx
+
+    def _run(self, ctx: Context) -> Tensor:
+        x = self.hooks.embed(ctx)  # (B, L, D)
+        if ctx.table is not None:
+            x = x + ctx.table
+        if x.dtype == torch.float16:
+            x = x.float()
+        for layer in range(len(self.blocks)):
+            x = self.hooks.layer(x, ctx, layer)
+        return self.hooks.final(x, ctx)
 
     def _embed(self, ctx: Context) -> Tensor:
         raise NotImplementedError(
@@ -154,22 +134,14 @@ class Transformer(nn.Module):
         return q, k
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
-        if ctx.text_repeat > 1:
-            k, v = (kernels.repeated(x, ctx.text_len, ctx.text_repeat) for x in (k, v))
-        mask = None if ctx.text_mask is None else kernels.key_mask(ctx.text_mask, k.shape[2])
-        return self.kernel(q, k, v, bias=ctx.bias, mask=mask, scale=self.spec.scale)
+        return attend(q, k, v, bias=ctx.bias, mask=ctx.key_mask, scale=self.spec.scale)
 
     def _cross(self, x: Tensor, ctx: Context, layer: int) -> Tensor | None:
         return None
 
     def _layer(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
-        modulation = ctx.modulation[layer] if ctx.modulation is not None else self.hooks.modulate(ctx, layer)
-        return self.run_block(self.blocks[layer], x, ctx, layer, self.hooks, modulation)
+        out: Tensor = self.blocks[layer](x, ctx, layer, self.hooks, self.modulation(ctx, layer))
+        return out
 
     def _final(self, x: Tensor, ctx: Context) -> Tensor:
         return x
-
-
-def _row(m: Modulation, step: int) -> Modulation:
-    """The modulation of one row of a stack, (1, 2, D), as views."""
-    return Modulation(m.shift[step : step + 1], m.scale[step : step + 1], m.gate[step : step + 1])

@@ -26,6 +26,8 @@ from sat.data.batch import Batch, Sample, collate
 from sat.diffusion.guidance import IntervalLimited
 from sat.first_stage import AutoencoderKL
 from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
+from sat.kernels.compile import recompute
+from sat.kernels.folding import Folded, fold
 from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
@@ -93,12 +95,12 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
         shared = CfgParallel(limited, mesh.guidance) if mesh.guidance.size > 1 else limited
         found["interval"] = drawn(SamplingParams(64, 64, 4, shared))
     if isinstance(network := generator.engine.network, CogView3Plus):
-        network.fold = 1
+        fold(network, 1)
         seen, prepare = [], network.prepare
         network.prepare = lambda *given: seen.append(prepare(*given)) or seen[-1]  # type: ignore[method-assign]
         found["folded"] = drawn(SamplingParams(64, 64, 4, guider), generator.encode(["a red apple"])[0])
         unguided = mesh.guidance.rank == mesh.guidance.size - 1 > 0
-        assert [made.folded is not None for made in seen] == [not unguided], "as one rank does"
+        assert [isinstance(made.context, Folded) for made in seen] == [not unguided], "as one rank does"
     return found
 
 
@@ -228,10 +230,11 @@ def _objective(mesh: Mesh, *, lora: bool, checkpointing: bool) -> Objective:
     experiment = load([DEBUG], ["conditioning.tokenizer=null"])
     engine = build_engine(experiment, device="cpu", dtype=torch.float32)
     apply_sequence(engine.network, mesh.sequence)
-    engine.network.transformer.checkpointing = checkpointing  # type: ignore[union-attr]
     objective = DiffusionObjective(caption_dropout=0.3, engine=engine)
     if lora:
         add_lora(objective, LoraConfig(rank=3, alpha=6.0, targets=["attention", "mlp"]), seed=0)
+    if checkpointing:
+        recompute(objective)
     return objective
 
 

@@ -20,6 +20,7 @@ from sat.adapters.lora import attach, extract, merge
 from sat.checkpoint import load
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
+from sat.kernels.compile import recompute
 from sat.models.t5 import T5Encoder
 from sat.offload.block_swap import Guest, carousels
 from sat.parallel.collectives import barrier
@@ -31,7 +32,6 @@ from sat.train.checkpoints import Export, ModelExport
 from sat.train.lora import AdapterExport, add_lora
 from sat.train.objectives import Objective
 from sat.train.resume import Saved
-from sat.transformer import Transformer
 from tests.adapters import noisy, start, unet
 from tests.configs import ROOT
 from tests.golden import build as golden_build
@@ -263,9 +263,7 @@ def trained(
     mesh = Mesh(runtime, tensor=size)
     objective = Painter(mesh.tensor, lora, unsplit)
     if config.activation_checkpointing:
-        for module in objective.modules():
-            if isinstance(module, Transformer):
-                module.checkpointing = True
+        recompute(objective)
     run = trainer(folder / "run", config, runtime, objective, mesh=mesh, export=export(objective, lora))
     if resume is not None:
         for parameter in run.engine.parameters.values():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sat.conditioning.condition import SizeConditioner
 from sat.embeddings import guidance_sinusoid, sinusoid
+from sat.mixins.joint_attention import JointAttention
 from sat.mixins.sincos import SinCos2D, sincos_table
 from sat.transformer.context import Context, Grid
 from tests.golden.file import Golden
@@ -51,7 +52,8 @@ def _table(golden: Golden, dim: str, height: str, width: str) -> Tensor:
 def _position(golden: Golden, dim: str, text: str, height: str, width: str) -> Tensor:
     """The position mixin for an image in pixels, 16 to a patch; its table is just large enough."""
     grid = Grid(int(height) // 16, int(width) // 16)
-    out = SinCos2D(int(dim), *grid).position(Context(grid=grid, text_len=int(text)))
+    ctx = Context(grid=grid, segments=(int(text), grid.h * grid.w))
+    out = JointAttention().position(SinCos2D(int(dim), *grid).position, ctx)
     assert out is not None, "the mixin adds a table"
     return out
 

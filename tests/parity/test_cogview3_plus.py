@@ -95,7 +95,7 @@ def test_rotated_attention_equals_cogview4() -> None:
     text, image = torch.randn(2, 7, 32).double(), torch.randn(2, 60, 32).double()
     angles = rotary_angles(Grid(6, 10), 16, base=Grid(16, 16)).double()
     rotary = (angles.cos(), angles.sin())
-    ctx = Context(text_len=7, grid=Grid(6, 10), rotary=rotary, prepared=True)
+    ctx = Context(grid=Grid(6, 10), rotary=rotary, prepared=True)
     with torch.no_grad():
         their_image, their_text = peer(image, text, image_rotary_emb=rotary)
         mine = attention(torch.cat([text, image], 1), ctx, 0, ours.hooks)

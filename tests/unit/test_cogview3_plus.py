@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sat.conditioning.condition import Condition
+from sat.kernels.compile import recompute
 from sat.mixins.adaln import AdaLN
 from sat.mixins.sincos import SinCos2D, sincos_table
 from sat.models.cogview3_plus import CogView3Plus
@@ -25,7 +26,10 @@ def run(model: CogView3Plus, x: Tensor = X, t: Tensor = T, cond: Condition | Non
 
 
 def test_text_tokens_get_no_position() -> None:
-    table = SinCos2D(32, 9, 11).position(Context(grid=Grid(3, 5), text_len=7))
+    model = plus()
+    context = model.prepare(condition(), (6, 10)).context
+    table = context.table
+    assert context.segments == (7, 15)
     assert table is not None and table.shape == (1, 22, 32)
     assert table[0, :7].abs().max() == 0
     assert torch.equal(table[0, 7:], sincos_table(9, 11, 32)[:3, :5].reshape(15, 32))
@@ -56,19 +60,20 @@ def test_adaln_rows_are_image_first_in_the_weights() -> None:
     assert torch.equal(attention.shift[:, 0], raw[6]) and torch.equal(mlp.gate[:, 0], raw[11])
 
 
-@pytest.mark.parametrize("text_len", [0, 3, 7])
-def test_modulation_without_gradients_equals_the_formula(text_len: int) -> None:
+@pytest.mark.parametrize("first", [0, 3, 7])
+def test_modulation_without_gradients_equals_the_formula(first: int) -> None:
     mixin = AdaLN(dim=4, emb_dim=5, depth=1)
     fill(mixin)
     m, _ = mixin.modulate(Context(emb=torch.randn(2, 5)), 0) or ()
     x, y = torch.randn(2, 7, 4), torch.randn(2, 7, 4)
-    row = (torch.arange(7) >= text_len).long()
+    row = (torch.arange(7) >= first).long()
+    segments = (first, 7 - first)
     want = x * (1 + m.scale[:, row]) + m.shift[:, row]
     want_residual = x + m.gate[:, row] * y
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            assert torch.allclose(modulated(x.clone(), m, text_len, x.dtype), want, atol=1e-6)
-            assert torch.allclose(residual(x, y.clone(), m, text_len), want_residual, atol=1e-6)
+            assert torch.allclose(modulated(x.clone(), m, segments, x.dtype), want, atol=1e-6)
+            assert torch.allclose(residual(x, y.clone(), m, segments), want_residual, atol=1e-6)
 
 
 def test_training_and_sampling_paths_agree() -> None:
@@ -117,9 +122,10 @@ def test_swapped_axes_give_another_image() -> None:
 
 def test_recomputed_activations_change_no_gradient() -> None:
     grads = []
-    for checkpointing in (False, True):
+    for recomputed in (False, True):
         model = plus().double()
-        model.transformer.checkpointing = checkpointing
+        if recomputed:
+            recompute(model)
         run(model, X.double()).square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # same operations

@@ -68,8 +68,8 @@ def test_owners_are_shown_outermost_first() -> None:
     model = plus(mixins={"one": Scale(1.0), "two": Scale(2.0)})
     lines = dict(line.split(maxsplit=1) for line in model.hooks.splitlines())
     assert lines["layer"] == "two -> one -> default"
-    assert lines["position"] == "position"
-    assert lines["attend"] == "default"
+    assert lines["position"] == "joint_attention -> position"
+    assert lines["attend"] == "joint_attention -> default"
 
 
 def test_wrappers_apply_in_order() -> None:

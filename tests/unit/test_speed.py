@@ -20,8 +20,8 @@ from sat.kernels import apply as speed
 from sat.kernels import attention as kernels
 from sat.kernels import compile as fast
 from sat.kernels import exp_attention, packed
-from sat.kernels.compile import pack
-from sat.kernels.packed import PackedLinear, packable
+from sat.kernels.folding import Folded, fold
+from sat.kernels.packed import PackedLinear, pack, packable
 from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
@@ -292,7 +292,7 @@ def guided_step(model: CogView3Plus, rows: int = 1, text: Tensor | None = None) 
         both = Condition.cat([cond.null().rows(slice(rows)), cond])
         x = torch.randn(rows + 2, 4, 6, 10, generator=torch.Generator().manual_seed(1)).double()
         prepared = model.prepare(both, (6, 10), TIMES)
-        assert (prepared.folded is not None) == (model.fold is not None)
+        assert isinstance(prepared.context, Folded) == ("folding" in model.transformer.mixins)
         return model(x, TIMES[0], prepared)
 
 
@@ -300,13 +300,13 @@ def guided_step(model: CogView3Plus, rows: int = 1, text: Tensor | None = None) 
 def test_one_text_token_for_all_is_the_same_step(mixins: dict[str, Mixin]) -> None:
     model = plus(mixins).double()
     expected = guided_step(model)
-    model.fold = 22
+    fold(model, 22)
     assert (guided_step(model) - expected).abs().max() < F64
     with torch.inference_mode():  # all rows without a prompt, as a rank of shared guidance has them
         null = condition(dtype=torch.float64, one_size=True).null()
         x = torch.randn(2, 4, 6, 10).double()
         folded = model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))
-        model.fold = 23  # tokens: there are 7 + 15
+        fold(model, 23)  # tokens: there are 7 + 15
         assert (folded - model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))).abs().max() < F64
 
 
@@ -326,9 +326,13 @@ def test_text_that_something_else_sees_is_not_folded() -> None:
     watched = plus({"watcher": Watcher()})
     other = plus({"qk_norm": Other(8)})
     for model, cond in ((plus(), masked), (watched, null), (other, null), (plus(), condition(one_size=True))):
-        model.fold = 22
-        assert model.prepare(cond, (6, 10), TIMES).folded is None
-        assert model.prepare(cond, (6, 10)).folded is None  # training
+        fold(model, 22)
+        with torch.inference_mode():
+            assert not isinstance(model.prepare(cond, (6, 10), TIMES).context, Folded)
+    fold(model := plus(), 22)
+    assert not isinstance(model.prepare(null, (6, 10)).context, Folded)  # training
+    with torch.inference_mode():
+        assert isinstance(model.prepare(null, (6, 10)).context, Folded)
 
 
 # -- compiled and recorded
@@ -400,7 +404,7 @@ def test_a_replayed_pass_is_the_pass() -> None:
         return run, out
 
     plain, model = plus(), plus()
-    model.transformer.replay = fast.Replay(model.transformer, record)
+    model.transformer.extend("recorded", fast.Recorded(record))
     for time in (*TIMES, TIMES[0]):
         for seed in (1, 2):
             assert torch.equal(step(model, time, seed), step(plain, time, seed))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from sat.kernels.compile import recompute
 from sat.mixin import replaces
 from sat.mixins.relative_bias import RelativeBias, buckets_of
 from sat.models.t5 import T5Encoder, from_huggingface
@@ -135,7 +136,7 @@ def test_checkpointed_blocks_give_the_same_gradients(encoder, ids):
         return [p.grad.clone() for p in encoder.parameters()]
 
     plain = gradients()
-    encoder.transformer.checkpointing = True
+    recompute(encoder)
     for a, b in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=F32, atol=F32)
 
@@ -160,7 +161,7 @@ def test_the_plan_names_every_sharded_layer_and_fits_its_direction(encoder):
 def test_heads_and_hidden_units_can_be_shared_out_by_the_plan(encoder, ids):
     """Two shares of every planned layer, run one after the other and summed where the plan says so."""
     whole = encoder.transformer.blocks[0]
-    ctx = encoder.transformer.prepare(Context(ids=ids, text_len=11))
+    ctx = encoder.transformer.prepare(Context(ids=ids))
     x = encoder.transformer.hooks.embed(ctx)
     expected = whole.attn(x, ctx, 0, encoder.transformer.hooks)
     shares = []
@@ -172,7 +173,7 @@ def test_heads_and_hidden_units_can_be_shared_out_by_the_plan(encoder, ids):
         block.attn.proj.weight.copy_(whole.attn.proj.weight[:, rows])
         table = encoder.transformer.mixins["relative_bias"].table.weight
         part.transformer.mixins["relative_bias"].table.weight.copy_(table[:, heads])
-        own = part.transformer.prepare(Context(ids=ids, text_len=11))
+        own = part.transformer.prepare(Context(ids=ids))
         shares.append(block.attn(x, own, 0, part.transformer.hooks))
     torch.testing.assert_close(sum(shares), expected)
 

@@ -27,6 +27,7 @@ from sat.data.loader import Loader, validation_batches
 from sat.engine import DiffusionEngine
 from sat.errors import LostRankError
 from sat.kernels.apply import compiled, use_kernel
+from sat.kernels.compile import recompute
 from sat.parallel.collectives import barrier, from_main, lost_rank_message
 from sat.parallel.launch import Runtime, keep_freed_memory, launch
 from sat.parallel.mesh import Mesh
@@ -42,7 +43,6 @@ from sat.train.objectives import Objective
 from sat.train.optim import build_optimizer, groups
 from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder
-from sat.transformer import Transformer
 from sat.util import log as logs
 
 log = logging.getLogger(__name__)
@@ -257,12 +257,8 @@ def _objective(
         log.info("attention: %s", use_kernel(objective, "auto"))
     for module in trained.values() if train.compile else []:
         compiled(module)
-    if train.activation_checkpointing:
-        transformers = [module for module in objective.modules() if isinstance(module, Transformer)]
-        for transformer in transformers:
-            transformer.checkpointing = True
-        if not transformers:
-            log.warning("train.activation_checkpointing: %s trains no transformer", name)
+    if train.activation_checkpointing and not recompute(objective):
+        log.warning("train.activation_checkpointing: %s trains no transformer", name)
     return objective
 
 

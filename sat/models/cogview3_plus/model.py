@@ -1,10 +1,10 @@
-"""The CogView3-Plus network: five mixins on the transformer base, and the time and size embedding."""
+"""The CogView3-Plus network: six mixins on the transformer base, and the time and size embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
 from sat.mixin import Mixin
 from sat.mixins.adaln import AdaLN
 from sat.mixins.heads import FinalLayer
+from sat.mixins.joint_attention import JointAttention
 from sat.mixins.patch_embed import PatchEmbed
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.sincos import SinCos2D
@@ -22,7 +23,7 @@ from sat.transformer import Context, Grid, LayerModulation, Transformer
 
 
 class Step(NamedTuple):
-    """What one timestep adds to the prepared context."""
+    """Embedding of one timestep, and all layers' modulations by it."""
 
     emb: Tensor  # (1, E)
     modulation: tuple[LayerModulation, ...] | None
@@ -36,23 +37,18 @@ class Prepared:
     size_emb: Tensor  # (B, E), or (1, E) where all rows are alike
     guidance: Tensor | None  # (B or 1, D) features of the guidance strength
     steps: Mapping[float, Step]  # timestep -> its embedding and modulations
-    folded: Context | None = (
-        None  # of the first rows, whose text is one token repeated; ``context``: the rest
-    )
 
 
 class CogView3Plus(nn.Module):
     """Noisy latent (B, C, h, w), timestep, text (B, T, C_text), size vector (B, V) -> v (B, C, h, w).
 
     ``patch`` counts latent cells, ``table_size`` (rows, columns) patches. ``mixins`` are added to the
-    standard ones (``patch_embed``, ``position``, ``adaln``, ``qk_norm``, ``final_layer``) or take their place
-    by name; to rotate instead of adding a table: ``mixins: {position: {target: sat.mixins.rope.RoPE, params:
-    {…}}}``. ``zero_init``: whether fresh weights predict 0; without it they are random throughout, for tests.
-    ``guidance_dim``: features of a guidance strength that the network takes as an input (distilled models).
-    ``fold`` (an attribute): in sampling of at least that many tokens, let one text token stand for all where
-    they are equal, as those of the unconditional half are. It takes two passes a step instead of one.
-    Defaults are those of the published 3 B model. Source: official ``dit.py``,
-    ``configs/cogview3_plus.yaml``.
+    standard ones (``patch_embed``, ``position``, ``joint_attention``, ``adaln``, ``qk_norm``,
+    ``final_layer``) or take their place by name; null leaves one out. To rotate instead of adding a table:
+    ``mixins: {position: null, rope: {target: sat.mixins.rope.RoPE, params: {…}}}``. ``zero_init``: fresh
+    weights predict 0; without it they are random throughout, for tests. ``guidance_dim``: features of a
+    guidance strength that the network takes as an input (distilled models). Defaults are those of the
+    published 3 B model. Source: official ``dit.py``, ``configs/cogview3_plus.yaml``.
     """
 
     def __init__(  # noqa: PLR0913 - the numbers that make a model, each with the published value
@@ -70,7 +66,7 @@ class CogView3Plus(nn.Module):
         double_norm: bool = True,
         zero_init: bool = True,
         guidance_dim: int | None = None,
-        mixins: Mapping[str, Mixin] | None = None,
+        mixins: Mapping[str, Mixin | None] | None = None,
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
@@ -82,18 +78,19 @@ class CogView3Plus(nn.Module):
         if len(table_size) != 2:
             raise ValueError(f"table_size is (rows, columns) in patches, got {list(table_size)}")
         self.dim, self.patch, self.channels, self.text_len = dim, patch, channels, text_len
-        standard: dict[str, Mixin] = {
+        standard: dict[str, Mixin | None] = {
             "patch_embed": PatchEmbed(channels, dim, patch, text_dim),
             "position": SinCos2D(dim, *table_size),
+            "joint_attention": JointAttention(),
             "adaln": AdaLN(dim, emb_dim, depth),
             "qk_norm": QKNorm(dim // heads),
             "final_layer": FinalLayer(dim, emb_dim, patch, channels, double_norm),
         }
-        self.transformer = Transformer(dim, heads, depth, {**standard, **(mixins or {})})
+        used = {name: mixin for name, mixin in {**standard, **(mixins or {})}.items() if mixin is not None}
+        self.transformer = Transformer(dim, heads, depth, used)
         self.time = mlp(dim, emb_dim)
         self.size = mlp(size_dim, emb_dim)
         self.guidance = None if guidance_dim is None else GuidanceEmbedding(guidance_dim, dim)
-        self.fold: int | None = None
         self._initialise(zero_init)
 
     @property
@@ -130,28 +127,20 @@ class CogView3Plus(nn.Module):
             raise ValueError(f"a latent of {h} x {w} cells does not divide into patches of {self.patch}")
         if cond.text.shape[1] != self.text_len:
             raise ValueError(f"the network takes {self.text_len} text tokens, got {cond.text.shape[1]}")
-        context = Context(
-            text=cond.text,
-            grid=Grid(h // self.patch, w // self.patch),
-            text_len=cond.text.shape[1],
-            text_mask=cond.text_mask,
-        )
         vector, strength = cond.vector, cond.guidance
         if timesteps:
             vector, strength = one_row(vector), None if strength is None else one_row(strength)
-        size_emb = self.size(vector.to(self.dtype))
-        guidance = embedded(self.guidance, strength)
-        alike = len(vector) == 1 and (guidance is None or len(guidance) == 1)
-        steps = self._steps(timesteps, size_emb, guidance) if timesteps and alike else {}
-        long = self.fold is not None and context.grid.h * context.grid.w + self.text_len >= self.fold
-        count = _equal_tokens(cond.text) if long and steps and foldable(self.transformer, context) else 0
-        if not count:
-            return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
-        one = replace(context, text=cond.text[:count, :1], text_len=1, text_repeat=self.text_len)
-        rest = replace(context, text=cond.text[count:])
-        return Prepared(
-            self.transformer.prepare(rest), size_emb, guidance, steps, self.transformer.prepare(one)
-        )
+        size_emb = self.size(vector.to(self.dtype))  # (B or 1, E)
+        guidance = embedded(self.guidance, strength)  # (B or 1, D)
+        steps: dict[float, Step] = {}
+        if timesteps and len(size_emb) == 1 and (guidance is None or len(guidance) == 1):
+            times = torch.tensor(timesteps, dtype=torch.float32, device=size_emb.device)
+            emb = self._time(times, guidance) + size_emb  # (steps, E)
+            for s, made in enumerate(self.transformer.modulations(emb) or [None] * len(emb)):
+                steps[float(timesteps[s])] = Step(emb[s : s + 1], made)
+        grid = Grid(h // self.patch, w // self.patch)
+        context = Context(text=cond.text, text_mask=cond.text_mask, grid=grid)
+        return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
 
     def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Take from a checkpoint's shapes what a config need not know: the guidance embedding's width."""
@@ -163,48 +152,12 @@ class CogView3Plus(nn.Module):
         if step is None:
             t = torch.as_tensor(timestep, dtype=torch.float32, device=x.device).reshape(-1)
             step = Step(self._time(t, prepared.guidance) + prepared.size_emb, None)
-        image = x.to(self.dtype)
-
-        def run(context: Context, rows: Tensor) -> Tensor:
-            ctx = replace(context, image=rows, emb=step.emb, modulation=step.modulation)
-            return self.transformer(ctx)  # type: ignore[no-any-return]
-
-        if prepared.folded is None:
-            return run(prepared.context, image)
-        assert prepared.folded.tokens is not None, "prepared"
-        first, rest = image.tensor_split([len(prepared.folded.tokens)])
-        parts = [run(prepared.folded, first), *([run(prepared.context, rest)] if len(rest) else [])]
-        return torch.cat(parts)
+        context = replace(prepared.context, image=x.to(self.dtype), emb=step.emb, modulation=step.modulation)
+        out: Tensor = self.transformer(context)
+        return out  # (B, C, h, w)
 
     def _time(self, t: Tensor, guidance: Tensor | None) -> Tensor:
+        """(B,) timesteps and (B or 1, D) guidance features -> (B, E)."""
         features = sinusoid(t, self.dim).to(self.dtype)
         out: Tensor = self.time(features if guidance is None else features + guidance)
         return out
-
-    def _steps(
-        self, timesteps: Sequence[float], size_emb: Tensor, guidance: Tensor | None
-    ) -> dict[float, Step]:
-        """Embedding and modulations of each timestep, for a batch whose rows have one size vector (1, E)."""
-        times = torch.tensor(timesteps, dtype=torch.float32, device=size_emb.device)
-        emb = self._time(times, guidance) + size_emb
-        modulations = self.transformer.modulations(emb, self.text_len)
-        return {
-            float(t): Step(emb[s : s + 1], modulations[s] if modulations else None)
-            for s, t in enumerate(timesteps)
-        }
-
-
-def _equal_tokens(text: Tensor) -> int:
-    """How many of the first rows of (B, T, C_text) are one token repeated."""
-    different = (text != text[:, :1]).flatten(1).any(1).tolist()
-    return different.index(True) if True in different else len(different)
-
-
-def foldable(transformer: Transformer, context: Context) -> bool:
-    """Whether equal text tokens stay equal from layer to layer, and nothing else counts them.
-
-    They get no mask, and every mixin that fills a hook says that it treats them alike.
-    """
-    owners, mixins = transformer.resolved.owners, cast("dict[str, Mixin]", dict(transformer.mixins.items()))
-    names = {name for chain in owners.values() for name in chain if name != "default"}
-    return context.text_mask is None and all(mixins[name].text_alike for name in names)

@@ -60,8 +60,9 @@ class T5Encoder(nn.Module):
 
         CogView3 gives no mask: padding takes part.
         """
-        out: Tensor = self.transformer(Context(ids=ids, text_len=ids.shape[1], text_mask=mask))
-        return out
+        key_mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, T)
+        out: Tensor = self.transformer(Context(ids=ids, key_mask=key_mask))
+        return out  # (B, T, dim)
 
     @torch.no_grad()
     def _initialise(self, dim: int, heads: int, head_dim: int, mlp_dim: int) -> None:
