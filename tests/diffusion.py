@@ -17,7 +17,7 @@ SHAPE = (2, 3, 4, 5)
 
 
 def level(alpha: float, sigma: float, ratio: float = 0.0) -> Level:
-    """A level that the network sees as it is; its index is of no consequence."""
+    """A level that the network sees as it is; its timestep is of no consequence."""
     return Level(alpha, sigma, 0.0, alpha, sigma, ratio)
 
 
@@ -51,10 +51,10 @@ class Gaussian:
         offset, factor, deviation = self.split(at)
         return self.mean + factor * self.deviation**2 / deviation**2 * (x - offset)
 
-    def flow(self, x: Tensor, now: Level, to: Level) -> Tensor:
-        """Where the probability flow carries x from ``now`` to ``to``: it keeps the quantile."""
-        offset, _, deviation = self.split(now)
-        there, _, spread = self.split(to)
+    def flow(self, x: Tensor, at: Level, next_level: Level) -> Tensor:
+        """x carried by the probability flow from ``at`` to ``next_level``: it keeps the quantile."""
+        offset, _, deviation = self.split(at)
+        there, _, spread = self.split(next_level)
         return there + spread * (x - offset) / deviation
 
 
@@ -66,10 +66,10 @@ def drawn(seed: int = 3, shape: tuple[int, ...] = SHAPE) -> Callable[[], Tensor]
 
 def path(
     levels: list[Level],
-    between: Callable[[float], Level] = exploding,
+    level_at_sigma: Callable[[float], Level] = exploding,
     process: Process | None = None,
     low: Tensor | None = None,
     shape: tuple[int, ...] = SHAPE,
 ) -> Trajectory:
     """A walk along ``levels`` with everything that any sampler asks for."""
-    return Trajectory(levels, process or Process(), ProcessContext(low), between, drawn(shape=shape))
+    return Trajectory(levels, process or Process(), ProcessContext(low), level_at_sigma, drawn(shape=shape))

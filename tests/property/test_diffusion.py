@@ -130,24 +130,26 @@ def test_x0_follows_from_the_noise_at_any_scale(noise: float, alpha: float, seed
 
 @given(st.floats(1e-2, 50.0), st.floats(1e-2, 50.0), ratios, ratios, seeds)
 def test_a_step_keeps_the_noise_that_is_in_x(
-    now_noise: float, to_noise: float, now_ratio: float, to_ratio: float, seed: int
+    sigma: float, next_sigma: float, blend: float, next_blend: float, seed: int
 ) -> None:
     process, ctx = Process({"relay": RelayNoise()}), ProcessContext(drawn(seed + 2))
-    now, to = (
-        preserving(now_noise)._replace(relay_blend=now_ratio),
-        preserving(to_noise)._replace(relay_blend=to_ratio),
+    level, next_level = (
+        preserving(sigma)._replace(relay_blend=blend),
+        preserving(next_sigma)._replace(relay_blend=next_blend),
     )
     x0, eps = drawn(seed), drawn(seed + 1)
-    moved = process.step(process.noise(x0, eps, now, ctx), x0, now, to, ctx)
-    assert (moved - process.noise(x0, eps, to, ctx)).abs().max() < 1e-9  # divides by sigma of 0.01
+    moved = process.step(process.noise(x0, eps, level, ctx), x0, level, next_level, ctx)
+    assert (moved - process.noise(x0, eps, next_level, ctx)).abs().max() < 1e-9  # divides by sigma of 0.01
 
 
 @given(st.floats(1e-2, 50.0), seeds)
 def test_relay_without_ratio_is_plain(noise: float, seed: int) -> None:
     relay, ctx = Process({"relay": RelayNoise()}), ProcessContext(drawn(seed + 2))
-    now, to = preserving(noise), preserving(noise / 2)
+    level, next_level = preserving(noise), preserving(noise / 2)
     x, x0 = drawn(seed), drawn(seed + 1)
-    assert torch.equal(relay.step(x, x0, now, to, ctx), Process().step(x, x0, now, to, ProcessContext()))
+    assert torch.equal(
+        relay.step(x, x0, level, next_level, ctx), Process().step(x, x0, level, next_level, ProcessContext())
+    )
 
 
 @given(st.integers(1, 500), st.sampled_from([100.0, 200.0, 250.0, 300.0, 500.0, 750.0, 1000.0]))

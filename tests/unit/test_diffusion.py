@@ -207,9 +207,9 @@ def test_the_start_has_the_variance_of_the_first_level() -> None:
 def test_the_step_keeps_the_noise_of_the_data() -> None:
     process, levels = Process(), ZeroSNR().levels(5)
     x0, eps = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
-    for now, to in zip(levels, levels[1:], strict=False):
-        moved = process.step(process.noise(x0, eps, now, CTX), x0, now, to, CTX)
-        assert (moved - process.noise(x0, eps, to, CTX)).abs().max() < F32
+    for level, next_level in zip(levels, levels[1:], strict=False):
+        moved = process.step(process.noise(x0, eps, level, CTX), x0, level, next_level, CTX)
+        assert (moved - process.noise(x0, eps, next_level, CTX)).abs().max() < F32
 
 
 class Fixed:

@@ -22,10 +22,10 @@ def noise(seed: int) -> Tensor:
 
 
 def intervals(process: Process, schedule: Schedule, steps: int) -> list[tuple[Level, Level, Level]]:
-    """(now, middle, to) of every student step."""
+    """(level, middle, next_level) of every student step."""
     levels = process.hooks.levels(schedule, steps)
-    between = process.hooks.levels(schedule, 2 * steps)[1::2]
-    return list(zip(levels, between, levels[1:], strict=False))
+    middles = process.hooks.levels(schedule, 2 * steps)[1::2]
+    return list(zip(levels, middles, levels[1:], strict=False))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
@@ -35,12 +35,12 @@ def test_one_step_with_the_target_arrives_where_two_teacher_steps_did(
     schedule: Schedule, process: Process, steps: int
 ) -> None:
     ctx = ProcessContext(noise(9))
-    for now, middle, to in intervals(process, schedule, steps):
+    for level, middle, next_level in intervals(process, schedule, steps):
         x, first, second = noise(0), noise(1), noise(2)
-        arrived = process.step(process.step(x, first, now, middle, ctx), second, middle, to, ctx)
-        target = student_target(process, x, arrived, now, to, ctx)
+        arrived = process.step(process.step(x, first, level, middle, ctx), second, middle, next_level, ctx)
+        target = student_target(process, x, arrived, level, next_level, ctx)
         # The gain of a short step is small, and so is what rounding does to where it arrives.
-        assert torch.allclose(process.step(x, target, now, to, ctx), arrived, atol=1e-9, rtol=1e-9)
+        assert torch.allclose(process.step(x, target, level, next_level, ctx), arrived, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -48,31 +48,35 @@ def test_one_step_with_the_target_arrives_where_two_teacher_steps_did(
 def test_a_teacher_of_one_mind_is_the_target_itself(schedule: Schedule, process: Process) -> None:
     """x0 does not change between the teacher's steps: one step with it arrives at the same place."""
     ctx, x0 = ProcessContext(noise(9)), noise(1)
-    for now, middle, to in intervals(process, schedule, 8):
+    for level, middle, next_level in intervals(process, schedule, 8):
         x = noise(0)
-        arrived = process.step(process.step(x, x0, now, middle, ctx), x0, middle, to, ctx)
-        assert torch.allclose(student_target(process, x, arrived, now, to, ctx), x0, atol=1e-8)
+        arrived = process.step(process.step(x, x0, level, middle, ctx), x0, middle, next_level, ctx)
+        assert torch.allclose(student_target(process, x, arrived, level, next_level, ctx), x0, atol=1e-8)
 
 
 def test_the_target_is_that_of_progressive_distillation_where_the_process_preserves_variance() -> None:
     """(x'' - (s''/s) x) / (a'' - (s''/s) a), arXiv:2202.00512 section 3."""
     process, ctx = Process(), ProcessContext()
-    now, _, to = intervals(process, ZeroSNR(), 8)[3]
+    level, _, next_level = intervals(process, ZeroSNR(), 8)[3]
     x, arrived = noise(0), noise(1)
-    keep = float(to.sigma) / float(now.sigma)
-    expected = (arrived - keep * x) / (float(to.alpha) - keep * float(now.alpha))
-    assert torch.allclose(student_target(process, x, arrived, now, to, ctx), expected, atol=1e-10)
+    keep = float(next_level.sigma) / float(level.sigma)
+    expected = (arrived - keep * x) / (float(next_level.alpha) - keep * float(level.alpha))
+    assert torch.allclose(student_target(process, x, arrived, level, next_level, ctx), expected, atol=1e-10)
 
 
 def test_the_relay_target_is_that_of_the_paper() -> None:
     """CogView3, eq. 8 and 9, solved for x0: with r and r'' the shares of the low-resolution latent."""
     process = PROCESSES["relay"]
-    now, _, to = intervals(process, Discrete(), 6)[2]
+    level, _, next_level = intervals(process, Discrete(), 6)[2]
     x, arrived, low = noise(0), noise(1), noise(2)
-    keep, r, r2 = float(to.sigma) / float(now.sigma), float(now.relay_blend), float(to.relay_blend)
+    keep, r, r2 = (
+        float(next_level.sigma) / float(level.sigma),
+        float(level.relay_blend),
+        float(next_level.relay_blend),
+    )
     expected = (arrived - r2 * low - keep * (x - r * low)) / ((1 - r2) - keep * (1 - r))
     assert torch.allclose(
-        student_target(process, x, arrived, now, to, ProcessContext(low)), expected, atol=1e-10
+        student_target(process, x, arrived, level, next_level, ProcessContext(low)), expected, atol=1e-10
     )
 
 
@@ -81,13 +85,15 @@ def test_a_linear_teacher_has_a_linear_target(process: Process) -> None:
     """Teacher x0 = a x + b: both steps are affine in x, and so is the student's target, in closed form."""
     a, b = 0.3, -0.2
     ctx = ProcessContext(torch.zeros(SHAPE, dtype=torch.float64))
-    now, middle, to = intervals(process, Discrete(), 5)[1]
+    level, middle, next_level = intervals(process, Discrete(), 5)[1]
 
     def teacher_step(x: Tensor, start: Level, end: Level) -> Tensor:
         return process.step(x, a * x + b, start, end, ctx)
 
     x = noise(0)
-    target = student_target(process, x, teacher_step(teacher_step(x, now, middle), middle, to), now, to, ctx)
+    target = student_target(
+        process, x, teacher_step(teacher_step(x, level, middle), middle, next_level), level, next_level, ctx
+    )
 
     def coefficients(start: Level, end: Level) -> tuple[float, float]:
         """step = slope x + offset, with low = 0."""
@@ -95,9 +101,9 @@ def test_a_linear_teacher_has_a_linear_target(process: Process) -> None:
         gain = (1 - float(end.relay_blend)) - keep * (1 - float(start.relay_blend))
         return keep + gain * a, gain * b
 
-    (s1, o1), (s2, o2) = coefficients(now, middle), coefficients(middle, to)
-    keep = float(to.sigma) / float(now.sigma)
-    gain = (1 - float(to.relay_blend)) - keep * (1 - float(now.relay_blend))
+    (s1, o1), (s2, o2) = coefficients(level, middle), coefficients(middle, next_level)
+    keep = float(next_level.sigma) / float(level.sigma)
+    gain = (1 - float(next_level.relay_blend)) - keep * (1 - float(level.relay_blend))
     expected = ((s2 * s1 - keep) * x + s2 * o1 + o2) / gain
     assert torch.allclose(target, expected, atol=1e-10)
 

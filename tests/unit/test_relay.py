@@ -43,10 +43,10 @@ def fade(share: float) -> float:
 @each_schedule
 def test_without_any_ratio_relay_is_plain(schedule: Schedule) -> None:
     levels = [level._replace(relay_blend=0.0) for level in schedule.levels(6)]
-    for now, to in zip(levels, levels[1:], strict=False):
-        plain = Process().step(NOISE, CLEAR, now, to, ProcessContext())
-        assert (relay().step(NOISE, CLEAR, now, to, CTX) - plain).abs().max() == EXACT
-        assert torch.equal(relay().noise(CLEAR, NOISE, now, CTX), Process().noise(CLEAR, NOISE, now, CTX))
+    for level, next_level in zip(levels, levels[1:], strict=False):
+        plain = Process().step(NOISE, CLEAR, level, next_level, ProcessContext())
+        assert (relay().step(NOISE, CLEAR, level, next_level, CTX) - plain).abs().max() == EXACT
+        assert torch.equal(relay().noise(CLEAR, NOISE, level, CTX), Process().noise(CLEAR, NOISE, level, CTX))
 
 
 @each_schedule
@@ -66,7 +66,7 @@ def test_sampling_starts_at_the_noised_low_resolution_image(schedule: Schedule) 
 def test_its_steps_are_the_last_of_a_run_over_all_timesteps(
     schedule: Schedule, steps: int, partial: float, whole: int
 ) -> None:
-    """12 steps of 500 are 499, 457, …; 1 of 200 is a single look at 199."""
+    """12 steps of 500 are 499, 457, …; 1 of 200 is a single evaluation at 199."""
     levels = relay(partial).hooks.levels(schedule, steps)
     plain = schedule.levels(whole)[-(steps + 1) :]
     assert [level._replace(relay_blend=0.0) for level in levels] == plain
@@ -109,12 +109,12 @@ def test_the_ratio_of_a_training_level_is_its_blend(schedule: Schedule, blend: s
 def test_a_level_between_two_has_a_ratio_between_theirs(schedule: Schedule, blend: str) -> None:
     process = relay(500.0, blend)
     levels = process.hooks.levels(schedule, 12)
-    for now, to in zip(levels[:-2], levels[1:-1], strict=True):
-        noise = math.sqrt(now.sigma * to.sigma / (now.alpha * to.alpha))
+    for level, next_level in zip(levels[:-2], levels[1:-1], strict=True):
+        noise = math.sqrt(level.sigma * next_level.sigma / (level.alpha * next_level.alpha))
         middle = process.hooks.level_at_sigma(schedule, noise)
-        assert now.relay_blend > middle.relay_blend > to.relay_blend
-        again = process.hooks.level_at_sigma(schedule, now.sigma / now.alpha)
-        assert again.relay_blend == pytest.approx(now.relay_blend, abs=6e-3)  # traps 8
+        assert level.relay_blend > middle.relay_blend > next_level.relay_blend
+        again = process.hooks.level_at_sigma(schedule, level.sigma / level.alpha)
+        assert again.relay_blend == pytest.approx(level.relay_blend, abs=6e-3)  # traps 8
 
 
 def test_a_step_is_the_official_one() -> None:
@@ -122,8 +122,8 @@ def test_a_step_is_the_official_one() -> None:
     process, steps = relay(), 12
     levels = process.hooks.levels(Discrete(), steps)
     x = LOW + levels[0].sigma * NOISE
-    for i, (now, to) in enumerate(zip(levels, levels[1:], strict=False)):
-        r, k = to.sigma / now.sigma, steps - i
+    for i, (level, next_level) in enumerate(zip(levels, levels[1:], strict=False)):
+        r, k = next_level.sigma / level.sigma, steps - i
         beta = r * k / steps - (k - 1) / steps
         x = r * x + (1 - r + beta) * torch.tanh(x + i) - beta * LOW
     index = {level.timestep: i for i, level in enumerate(levels)}

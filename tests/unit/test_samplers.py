@@ -107,15 +107,17 @@ def test_the_start_is_not_written_to(sampler: Sampler, schedule: Schedule) -> No
 
 
 @pytest.mark.parametrize(
-    ("sampler", "exploding_looks", "zero_snr_looks"),
+    ("sampler", "exploding_evaluations", "zero_snr_evaluations"),
     [
         (DDIM(), 6, 6), (Euler(), 6, 6), (Heun(), 11, 10), (DPMSolver2SAncestral(), 11, 10),
         (DPMSolver2M(), 6, 6), (LinearMultistep(), 6, 6), (EulerAncestral(), 6, 6),
     ],
 )  # fmt: skip
-def test_looks_at_the_network(sampler: Sampler, exploding_looks: int, zero_snr_looks: int) -> None:
+def test_evaluations_of_the_network(
+    sampler: Sampler, exploding_evaluations: int, zero_snr_evaluations: int
+) -> None:
     """Two a step for the single-step solvers of order 2, but one from pure noise and one at the last."""
-    for schedule, count in ((Discrete(), exploding_looks), (ZeroSNR(), zero_snr_looks)):
+    for schedule, count in ((Discrete(), exploding_evaluations), (ZeroSNR(), zero_snr_evaluations)):
         seen: list[Level] = []
         sampler(lambda x, at: seen.append(at) or X0, NOISE, path(schedule.levels(6), schedule.level_at_sigma))  # noqa: B023
         assert len(seen) == count
@@ -126,8 +128,8 @@ def test_looks_at_the_network(sampler: Sampler, exploding_looks: int, zero_snr_l
 
 def test_euler_is_its_formula() -> None:
     x = NOISE * (1 + SIGMAS[0] ** 2) ** 0.5
-    for now, to in zip(SIGMAS, SIGMAS[1:], strict=False):
-        x = x + (x - bent(x, exploding(now))) / now * (to - now)
+    for sigma, next_sigma in zip(SIGMAS, SIGMAS[1:], strict=False):
+        x = x + (x - bent(x, exploding(sigma))) / sigma * (next_sigma - sigma)
     assert (Euler()(bent, NOISE, path(EXPLODING)) - x).abs().max() < F64
 
 
@@ -140,24 +142,24 @@ def test_euler_without_churn_is_ddim(schedule: Schedule) -> None:
 def test_churn_raises_the_noise_first() -> None:
     """arXiv:2206.00364, algorithm 2; ``churn`` is spread over the steps and limited to sqrt(2) - 1."""
     x, draw = NOISE * (1 + SIGMAS[0] ** 2) ** 0.5, drawn()
-    for now, to in zip(SIGMAS, SIGMAS[1:], strict=False):
-        gamma = min(3.0 / 5, math.sqrt(2) - 1) if 0.5 <= now <= 7.0 else 0.0
-        up = now * (1 + gamma)
+    for sigma, next_sigma in zip(SIGMAS, SIGMAS[1:], strict=False):
+        gamma = min(3.0 / 5, math.sqrt(2) - 1) if 0.5 <= sigma <= 7.0 else 0.0
+        sigma_hat = sigma * (1 + gamma)
         if gamma:
-            x = x + (up**2 - now**2) ** 0.5 * 1.1 * draw()
-        x = x + (x - bent(x, exploding(up))) / up * (to - up)
+            x = x + (sigma_hat**2 - sigma**2) ** 0.5 * 1.1 * draw()
+        x = x + (x - bent(x, exploding(sigma_hat))) / sigma_hat * (next_sigma - sigma_hat)
     got = Euler(churn=3.0, lowest=0.5, highest=7.0, noise=1.1)(bent, NOISE, path(EXPLODING))
     assert (got - x).abs().max() < F64
 
 
 def test_heun_is_its_formula() -> None:
     x = NOISE * (1 + SIGMAS[0] ** 2) ** 0.5
-    for now, to in zip(SIGMAS, SIGMAS[1:], strict=False):
-        slope = (x - bent(x, exploding(now))) / now
-        reached = x + slope * (to - now)
-        if to:
-            slope = (slope + (reached - bent(reached, exploding(to))) / to) / 2
-            reached = x + slope * (to - now)
+    for sigma, next_sigma in zip(SIGMAS, SIGMAS[1:], strict=False):
+        slope = (x - bent(x, exploding(sigma))) / sigma
+        reached = x + slope * (next_sigma - sigma)
+        if next_sigma:
+            slope = (slope + (reached - bent(reached, exploding(next_sigma))) / next_sigma) / 2
+            reached = x + slope * (next_sigma - sigma)
         x = reached
     assert (Heun()(bent, NOISE, path(EXPLODING)) - x).abs().max() < F64
 
@@ -165,11 +167,11 @@ def test_heun_is_its_formula() -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_euler_ancestral_is_its_formula(eta: float) -> None:
     x, draw = NOISE * (1 + SIGMAS[0] ** 2) ** 0.5, drawn()
-    for now, to in zip(SIGMAS, SIGMAS[1:], strict=False):
-        up = min(to, eta * (to**2 * (now**2 - to**2) / now**2) ** 0.5)
-        down = (to**2 - up**2) ** 0.5
-        x = x + (x - bent(x, exploding(now))) / now * (down - now)
-        x = x + 0.9 * up * draw()
+    for sigma, next_sigma in zip(SIGMAS, SIGMAS[1:], strict=False):
+        sigma_up = min(next_sigma, eta * (next_sigma**2 * (sigma**2 - next_sigma**2) / sigma**2) ** 0.5)
+        sigma_down = (next_sigma**2 - sigma_up**2) ** 0.5
+        x = x + (x - bent(x, exploding(sigma))) / sigma * (sigma_down - sigma)
+        x = x + 0.9 * sigma_up * draw()
     got = EulerAncestral(eta, noise=0.9)(bent, NOISE, path(EXPLODING))
     assert (got - x).abs().max() < F64
 
@@ -190,31 +192,31 @@ def test_ddim_with_eta_is_equation_12_of_its_paper(eta: float) -> None:
     for i, (a, b) in enumerate(zip(bars, bars[1:], strict=False)):
         x0 = bent(x, levels[i])
         eps = (x - a**0.5 * x0) / (1 - a) ** 0.5
-        fresh = eta * ((1 - b) / (1 - a)) ** 0.5 * (1 - a / b) ** 0.5
-        x = b**0.5 * x0 + (1 - b - fresh**2) ** 0.5 * eps + fresh * draw()
+        sigma_up = eta * ((1 - b) / (1 - a)) ** 0.5 * (1 - a / b) ** 0.5
+        x = b**0.5 * x0 + (1 - b - sigma_up**2) ** 0.5 * eps + sigma_up * draw()
     assert (DDIM(eta)(bent, NOISE, path(levels, preserving)) - x).abs().max() < F64
 
 
 def test_ddim_with_a_share_is_the_official_step() -> None:
     """The official ``DDIMSampler``: that share of the next level's noise is drawn, whatever the step."""
     x, draw = NOISE * (1 + SIGMAS[0] ** 2) ** 0.5, drawn()
-    for now, to in zip(SIGMAS, SIGMAS[1:], strict=False):
-        slope = (x - bent(x, exploding(now))) / now
-        x = x + slope * (to * (1 - 0.1**2) ** 0.5 - now) + 0.1 * to * draw()
+    for sigma, next_sigma in zip(SIGMAS, SIGMAS[1:], strict=False):
+        slope = (x - bent(x, exploding(sigma))) / sigma
+        x = x + slope * (next_sigma * (1 - 0.1**2) ** 0.5 - sigma) + 0.1 * next_sigma * draw()
     assert (DDIM(share=0.1)(bent, NOISE, path(EXPLODING)) - x).abs().max() < F64
 
 
 def test_dpm_solver_2m_is_its_formula() -> None:
     """arXiv:2211.01095, algorithm 2, in t = -log sigma."""
     x, old, last = NOISE * (1 + SIGMAS[0] ** 2) ** 0.5, None, 0.0
-    for now, to in zip(SIGMAS, SIGMAS[1:], strict=False):
-        x0 = bent(x, exploding(now))
-        if not to:
+    for sigma, next_sigma in zip(SIGMAS, SIGMAS[1:], strict=False):
+        x0 = bent(x, exploding(sigma))
+        if not next_sigma:
             x = x0
             break
-        h = math.log(now / to)
+        h = math.log(sigma / next_sigma)
         mixed = x0 if old is None else (1 + h / (2 * last)) * x0 - h / (2 * last) * old
-        x, old, last = to / now * x - math.expm1(-h) * mixed, x0, h
+        x, old, last = next_sigma / sigma * x - math.expm1(-h) * mixed, x0, h
     assert (DPMSolver2M()(bent, NOISE, path(EXPLODING)) - x).abs().max() < F64
 
 
@@ -222,18 +224,18 @@ def test_dpm_solver_2m_is_its_formula() -> None:
 def test_dpm_solver_2s_is_its_formula(eta: float) -> None:
     """arXiv:2211.01095, algorithm 1 at r = 1/2, to the lowered noise of an ancestral step."""
     x, draw = NOISE * (1 + SIGMAS[0] ** 2) ** 0.5, drawn()
-    for now, to in zip(SIGMAS, SIGMAS[1:], strict=False):
-        up = min(to, eta * (to**2 * (now**2 - to**2) / now**2) ** 0.5)
-        down = (to**2 - up**2) ** 0.5
-        x0 = bent(x, exploding(now))
-        if down:
-            h = math.log(now / down)
-            half = now * math.exp(-h / 2)
-            middle = half / now * x - math.expm1(-h / 2) * x0
-            x = down / now * x - math.expm1(-h) * bent(middle, exploding(half))
+    for sigma, next_sigma in zip(SIGMAS, SIGMAS[1:], strict=False):
+        sigma_up = min(next_sigma, eta * (next_sigma**2 * (sigma**2 - next_sigma**2) / sigma**2) ** 0.5)
+        sigma_down = (next_sigma**2 - sigma_up**2) ** 0.5
+        x0 = bent(x, exploding(sigma))
+        if sigma_down:
+            h = math.log(sigma / sigma_down)
+            half = sigma * math.exp(-h / 2)
+            middle = half / sigma * x - math.expm1(-h / 2) * x0
+            x = sigma_down / sigma * x - math.expm1(-h) * bent(middle, exploding(half))
         else:
             x = x0
-        x = x + up * draw()
+        x = x + sigma_up * draw()
     assert (DPMSolver2SAncestral(eta)(bent, NOISE, path(EXPLODING)) - x).abs().max() < F64
 
 
@@ -287,8 +289,8 @@ def error(sampler: Sampler, levels: list[Level], relay: bool = False) -> float:
     data = Gaussian(low=-0.4 if relay else 0.0)
     low = torch.full(SHAPE, data.low, dtype=torch.float64) if relay else None
     process = Process({"relay": RelayNoise()} if relay else None)
-    between = exploding if levels[0].alpha == 1 else preserving
-    walk = path(levels, between, process, low)
+    level_at_sigma = exploding if levels[0].alpha == 1 else preserving
+    walk = path(levels, level_at_sigma, process, low)
     start = process.start(NOISE, levels[0], ProcessContext(low))
     want = data.flow(start, levels[0], levels[-1])
     return float((sampler(data.denoise, NOISE, walk) - want).abs().max())
@@ -356,12 +358,12 @@ def test_drawing_noise_anew_keeps_the_distribution(sampler: Sampler, grid: Any) 
     """Mean and deviation at the last level, over 40000 values: 1% is 3 standard errors and the steps' own."""
     shape = (1, 4, 100, 100)
     levels, data = grid(200), Gaussian()
-    between = exploding if levels[0].alpha == 1 else preserving
+    level_at_sigma = exploding if levels[0].alpha == 1 else preserving
     noise = drawn(11, shape)()
     if levels[0].alpha:  # the sampler's own start is for data of mean 0 and deviation 1
         mean, _, deviation = data.split(levels[0])
         noise = (mean + deviation * noise) / math.hypot(levels[0].alpha, levels[0].sigma)
-    out = sampler(data.denoise, noise, path(levels, between, shape=shape))
+    out = sampler(data.denoise, noise, path(levels, level_at_sigma, shape=shape))
     mean, _, deviation = data.split(levels[-1])
     assert float(out.std()) == pytest.approx(deviation, rel=0.015)
     assert float(out.mean()) == pytest.approx(mean, abs=0.015)
@@ -370,7 +372,7 @@ def test_drawing_noise_anew_keeps_the_distribution(sampler: Sampler, grid: Any) 
 @pytest.mark.parametrize("sampler", [Euler(churn=3.0), Heun(churn=3.0)], ids=["euler", "heun"])
 @pytest.mark.parametrize("start", [exploding, preserving], ids=["exploding", "preserving"])
 def test_churn_shows_the_network_what_its_level_says(sampler: Sampler, start: Any) -> None:
-    """x_t - mean(x0) has deviation sigma at every look, with relay too."""
+    """x_t - mean(x0) has deviation sigma at every evaluation, with relay too."""
     shape = (1, 4, 100, 100)
     low = torch.full(shape, 3.0, dtype=torch.float64)
     x0 = torch.full(shape, -1.0, dtype=torch.float64)
