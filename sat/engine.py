@@ -40,13 +40,13 @@ class DiffusionEngine(nn.Module):
 
     def __init__(
         self,
-        network: nn.Module,
-        conditioner: Conditioner,
-        first_stage: AutoencoderKL,
-        schedule: Schedule,
-        prediction: Prediction,
-        process: Process | None = None,
-        loss: DenoisingLoss | None = None,
+        network: nn.Module,  # of the contract sat.diffusion.prediction.Network
+        conditioner: Conditioner,  # captions and sizes -> Condition
+        first_stage: AutoencoderKL,  # images <-> latents
+        schedule: Schedule,  # levels of sampling and training
+        prediction: Prediction,  # of the network: eps, v or x0
+        process: Process | None = None,  # None is plain diffusion
+        loss: DenoisingLoss | None = None,  # None is the official loss
     ) -> None:
         super().__init__()
         self.network = network

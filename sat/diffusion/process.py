@@ -84,7 +84,10 @@ class At(Protocol):
 
 @dataclass(frozen=True)
 class ProcessHooks:
-    """The extension points of a process."""
+    """The extension points of a process.
+
+    A mixin that needs a picture has an attribute ``input``, a ``ProcessInput``.
+    """
 
     mean: Mean
     start: Start

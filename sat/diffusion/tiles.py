@@ -23,7 +23,6 @@ class Tiled:
 
     def __init__(self, denoise: Denoise, tile: int, overlap: int | None = None) -> None:
         self.denoise = denoise
-        self.tile = tile
         self.tiling = Tiling(tile, overlap)
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
