@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -214,7 +214,10 @@ NAMES: dict[str, str] = {
     "sat.web.wish.Wish": "sat.apps.web.request.GenerationRequest",
     "sat.web.wish.WishError": "sat.apps.web.request.RequestError",
 }
-"""Old ``module.name`` -> ``module.name`` now, for names that changed themselves (not only their module)."""
+"""Old ``module.name`` -> ``module.name`` now, for names that changed themselves (not only their module).
+
+In a config every one of them is translated; in Python those of modules that moved (:data:`MODULES`).
+"""
 
 KEYS: dict[str, str] = {
     "diffusion.parameterisation": "diffusion.prediction",
@@ -253,45 +256,12 @@ class _Aliases(Loader):
         vars(module)["__getattr__"] = attribute
 
 
-class _Renamed(Loader):
-    """Loads a module of today and answers for the names that were changed in it."""
-
-    def __init__(self, inner: Loader) -> None:
-        self.inner = inner
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.inner.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.inner.exec_module(module)
-        own: Callable[[str], Any] | None = vars(module).get("__getattr__")
-
-        def attribute(name: str) -> Any:
-            today = NAMES.get(f"{module.__name__}.{name}")
-            if today is None:
-                if own is not None:
-                    return own(name)
-                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-            warnings.warn(f"{module.__name__}.{name} is now {today}", FutureWarning, stacklevel=2)
-            where, _, name = today.rpartition(".")
-            return getattr(import_module(where), name)
-
-        vars(module)["__getattr__"] = attribute
-
-
 class _Finder(MetaPathFinder):
-    """Finds modules by their old names, and today's modules that have renamed classes."""
+    """Finds old modules, which the ordinary finders do not know."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith("sat."):
-            return None
-        if name in _RENAMED_IN:
-            spec = PathFinder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = _Renamed(spec.loader)
-            return spec
         if name in MODULES or name in FOLDERS:
             return ModuleSpec(name, _Aliases(), is_package=name in FOLDERS)
         return None
@@ -299,11 +269,9 @@ class _Finder(MetaPathFinder):
 
 FOLDERS = {"sat.memory", "sat.web", "sat.evaluate", "sat.evaluate.preference", "sat.data.emoji"}
 """Packages that are gone."""
-_RENAMED_IN = {name.rpartition(".")[0] for name in NAMES} - MODULES.keys()
-"""Modules of today in which something was renamed."""
 
 
 def install() -> None:
-    """Put the finder in front, once: it leaves every other import alone."""
+    """Add the finder behind the ordinary ones, once: no import of today's names comes to it."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.append(_Finder())
