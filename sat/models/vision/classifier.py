@@ -1,19 +1,14 @@
-"""A small classifier of what a picture shows and in which style, the judge of the retrieval score."""
+"""A small classifier of the thing that a picture shows and of its style, for the retrieval score."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-WEIGHTS, CARD = "classifier.safetensors", "classifier.json"
 
 
 class Logits(NamedTuple):
@@ -26,7 +21,7 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """What a classifier knows and how well. ``size``: pixels a side it sees. Accuracies are shares."""
+    """Labels and accuracies of a classifier. ``size``: pixels a side that it reads. Accuracies are shares."""
 
     concepts: tuple[str, ...]
     styles: tuple[str, ...]
@@ -84,33 +79,8 @@ class Classifier(nn.Module):
         side = self.card.size
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
-        features = self.body(images).mean(dim=(2, 3))
+        features = self.body(images).mean(dim=(2, 3))  # (B, width, H / 16, W / 16) -> (B, width)
         return Logits(self.concept(features), self.style(features), features)
-
-    def save(self, folder: Path, card: Card) -> None:
-        """Writes the weights in fp16 (statistics in fp32) and ``card`` beside them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (value.half() if value.is_floating_point() and not name.startswith("real_") else value)
-            for name, value in self.state_dict().items()
-        }
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
-        (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, folder: Path) -> Classifier:
-        """The classifier saved in ``folder``, float32, ready to judge."""
-        missing = [name for name in (WEIGHTS, CARD) if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"{folder}: no {' and no '.join(missing)}; train one with "
-                "'python -m sat.cli.evaluate train-classifier'"
-            )
-        raw = json.loads((folder / CARD).read_text("utf-8"))
-        raw |= {name: tuple(raw[name]) for name in ("concepts", "styles")}
-        model = cls(Card(**raw))
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        return model.float().eval()
 
 
 def embed(model: Classifier, images: Tensor, batch_size: int = 256) -> Logits:
