@@ -115,18 +115,14 @@ class OutputFolder:
                 path.unlink()
         return paths
 
-    def numbered(self) -> dict[int, list[str]]:
-        """Names of the prompt folders that are there, by number."""
-        return numbered(self.root)
-
     def strangers(self, prompts: Sequence[Prompt]) -> list[str]:
         """Prompt folders that are there but belong to none of ``prompts``: left by another run."""
         ours = {folder_name(prompt) for prompt in prompts}
-        return [name for names in self.numbered().values() for name in names if name not in ours]
+        return [name for names in numbered(self.root).values() for name in names if name not in ours]
 
     def next_index(self) -> int:
         """The smallest number above those of all prompt folders that are there."""
-        return max(self.numbered(), default=-1) + 1
+        return max(numbered(self.root), default=-1) + 1
 
     def _fields(self, prompt: Prompt, index: int | None) -> dict[str, str]:
         seed, last = self.label.seed, self.label.seed + self.batch_size - 1
