@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sat.adapters import lora
-from sat.config.build import adaptable, build_cache, build_engine, build_guider, build_sampler
+from sat.config.build import adaptable, build_engine, components
 from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import load
 from sat.config.schema import Experiment, Precision
@@ -110,7 +110,7 @@ class Pipeline:
         wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
         generator = Generator(
             engine,
-            build_sampler(experiment),
+            components(experiment).sampler,
             place,
             text_memory=memory.text_encoder,
             at_once=sampling.at_once,
@@ -120,9 +120,9 @@ class Pipeline:
             rank=0 if mesh is None else mesh.rank,
             speed=quicken(engine, Speed(*wanted), place),
             offload=offload_schedule(engine, memory, place),
-            cache=build_cache(experiment),
+            cache=components(experiment).cache,
         )
-        guider = build_guider(experiment)
+        guider = components(experiment).guider
         if mesh is not None and mesh.guidance.size > 1:
             guider = CfgParallel(guider, mesh.guidance)
         return cls(generator, guider, experiment)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from sat.config.component import build
+from sat.config.component import build, built
 from sat.config.parts import NoFill, PartBuilder, build_empty, cast_weights, find_tokenizer, quantizers
 from sat.config.schema import CheckpointConfig, Component, Experiment
 
 if TYPE_CHECKING:
     from sat.checkpoint.format import Part
     from sat.diffusion.guidance import Guider
+    from sat.diffusion.loss import DenoisingLoss
+    from sat.diffusion.prediction import Prediction
+    from sat.diffusion.process import Process
     from sat.diffusion.samplers import Sampler
+    from sat.diffusion.schedule import Schedule
     from sat.diffusion.step_cache import StepCache
     from sat.engine import DiffusionEngine
     from sat.first_stage.model import AutoencoderKL
@@ -26,24 +30,23 @@ if TYPE_CHECKING:
     from sat.tokenizers import T5Tokenizer
 
 
-def build_guider(experiment: Experiment) -> Guider:
-    """The guider of ``sampling.guider``."""
-    made: Guider = build(experiment.sampling.guider, imports=experiment.imports)
-    return made
+class Components(NamedTuple):
+    """The objects of an experiment that hold no weights."""
+
+    schedule: Schedule
+    prediction: Prediction
+    process: Process
+    loss: DenoisingLoss | None
+    guider: Guider
+    sampler: Sampler
+    cache: StepCache | None
 
 
-def build_sampler(experiment: Experiment) -> Sampler:
-    """The sampler of ``sampling.sampler``."""
-    made: Sampler = build(experiment.sampling.sampler, imports=experiment.imports)
-    return made
-
-
-def build_cache(experiment: Experiment) -> StepCache | None:
-    """The step cache of ``sampling.cache``, if there is one."""
-    if experiment.sampling.cache is None:
-        return None
-    made: StepCache = build(experiment.sampling.cache, imports=experiment.imports)
-    return made
+def components(experiment: Experiment) -> Components:
+    """The light objects of ``experiment``: made once, shared by its check, its engines and its estimates."""
+    d, s = experiment.diffusion, experiment.sampling
+    listed = (d.schedule, d.prediction, d.process, d.loss, s.guider, s.sampler, s.cache)
+    return Components(*(None if c is None else built(c, experiment.imports) for c in listed))  # type: ignore[arg-type]
 
 
 def build_engine(
@@ -72,31 +75,21 @@ def build_engine(
         weights, torch.device(device), dtype, experiment.imports, load_weights, frozenset(without), mesh,
         quantizers(experiment.memory.quantize), frozenset(offloaded),
     )  # fmt: skip
-    text = cast(
-        "T5Encoder", fill.part(experiment.conditioning.text, "text")
-    )  # the check made sure of classes
-    network = fill.part(experiment.model, "model")
-    first_stage = cast("AutoencoderKL", fill.part(experiment.first_stage, "first_stage"))
+    parts = {part: fill.part(component, part) for part, component in _parts(experiment).items()}
     tokenizer = find_tokenizer(experiment.conditioning, weights)
-    engine = _assemble(experiment, network, text, first_stage, tokenizer, without)
-    _move(engine, torch.device(device), offloaded)
+    engine = _assemble(experiment, parts, tokenizer, without)
+    stay = [module for part, module in parts.items() if part in offloaded]
+    for module in (*engine.children(), *engine.conditioner.children()):
+        if module is not engine.conditioner and module not in stay:
+            module.to(device)
     if experiment.adapters.load:
         from sat.adapters.merge import AdapterRef, load_adapters
 
         wanted = [AdapterRef(item.path, item.strength) for item in experiment.adapters.load]
-        adapted = {"model": network, "text": text}  # parts left out are on the meta device, and go unused
-        load_adapters(adapted, wanted, fold=experiment.adapters.merge)
+        load_adapters(
+            {"model": parts["model"], "text": parts["text"]}, wanted, fold=experiment.adapters.merge
+        )
     return engine
-
-
-def _move(engine: DiffusionEngine, device: torch.device, offloaded: Collection[Part]) -> None:
-    """Everything to ``device`` but the parts that are ``offloaded``."""
-    named: dict[nn.Module, Part] = {
-        engine.network: "model", engine.conditioner.text: "text", engine.first_stage: "first_stage"
-    }  # fmt: skip
-    for module in (*engine.children(), *engine.conditioner.children()):
-        if module is not engine.conditioner and named.get(module) not in offloaded:
-            module.to(device)
 
 
 def build_shapes(
@@ -109,30 +102,33 @@ def build_shapes(
 
     For measuring (:mod:`sat.estimate.trace`): no file is read, and no memory taken.
     """
-    made: dict[Part, nn.Module] = {}
-    parts: dict[Part, Component] = {
-        "model": experiment.model, "text": experiment.conditioning.text, "first_stage": experiment.first_stage
-    }  # fmt: skip
     fill = PartBuilder(
         experiment.checkpoint, torch.device("meta"), dtype, experiment.imports, load=False,
         quantizers=quantizers(experiment.memory.quantize),
     )  # fmt: skip
+    parts: dict[Part, nn.Module] = {}
     with mode, NoFill():
-        for part, component in parts.items():
+        for part, component in _parts(experiment).items():
             if part in without:
-                made[part] = build_empty(component, experiment.imports)
+                parts[part] = build_empty(component, experiment.imports)
             else:
                 module = cast_weights(build(component, imports=experiment.imports), fill.dtype_of(part))
-                made[part] = fill.quantised(module, part)
-    text, first_stage = cast("T5Encoder", made["text"]), cast("AutoencoderKL", made["first_stage"])
-    return _assemble(experiment, made["model"], text, first_stage, None, without)
+                parts[part] = fill.quantised(module, part)
+    return _assemble(experiment, parts, None, without)
+
+
+def _parts(experiment: Experiment) -> dict[Part, Component]:
+    """The components with weights, in the order in which random ones are drawn."""
+    return {
+        "text": experiment.conditioning.text,
+        "model": experiment.model,
+        "first_stage": experiment.first_stage,
+    }
 
 
 def _assemble(
     experiment: Experiment,
-    network: nn.Module,
-    text: T5Encoder,
-    first_stage: AutoencoderKL,
+    parts: Mapping[Part, nn.Module],
     tokenizer: T5Tokenizer | None,
     without: Collection[Part],
 ) -> DiffusionEngine:
@@ -141,19 +137,23 @@ def _assemble(
     from sat.config.parts import MissingAutoencoder, MissingPart
     from sat.engine import DiffusionEngine
 
-    c, d = experiment.conditioning, experiment.diffusion
-    make = partial(build, imports=experiment.imports)
-    conditioner = Conditioner(text, make(c.size), tokenizer, c.max_length)
+    c, light = experiment.conditioning, components(experiment)
+    size = build(c.size, imports=experiment.imports)
+    conditioner = Conditioner(cast("T5Encoder", parts["text"]), size, tokenizer, c.max_length)
     if "text" in without:
         conditioner.text = MissingPart("text encoder")
+    first_stage = cast("AutoencoderKL", parts["first_stage"])
+    process = light.process
+    if [*process.parameters(), *process.buffers()]:  # engines on different devices do not share tensors
+        process = copy.deepcopy(process)
     return DiffusionEngine(
-        MissingPart("network") if "model" in without else network,
+        MissingPart("network") if "model" in without else parts["model"],
         conditioner,
         MissingAutoencoder(first_stage) if "first_stage" in without else first_stage,
-        make(d.schedule),
-        make(d.prediction),
-        make(d.process),
-        None if d.loss is None else make(d.loss),
+        light.schedule,
+        light.prediction,
+        process,
+        light.loss,
     )
 
 

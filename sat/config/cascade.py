@@ -15,27 +15,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sat.config.check import INVALID, Checker
+from sat.config.build import components
+from sat.config.check import Checker
 from sat.config.load import Loaded, load_full, read_base
 from sat.config.schema import Broken, Experiment, Section
 from sat.config.targets import hint
-from sat.config.yaml_source import ConfigError, Override, Problem, Source
+from sat.config.yaml_source import ConfigError, Override, Source
 from sat.config.yaml_source import write as write_yaml
 
-if TYPE_CHECKING:
-    from sat.diffusion.process import Process, ProcessInput
-
 FIRST_ONLY = (
-    "sampling.height",
-    "sampling.width",
-    "sampling.steps",
-    "sampling.guider",
-    "sampling.sampler",
-    "sampling.latents",
-    "sampling.input_dir",
-    "sampling.tile",
+    *(
+        f"sampling.{key}"
+        for key in ("height", "width", "steps", "guider", "sampler", "latents", "input_dir", "tile")
+    ),
     "adapters",
 )
 """Keys, and what is under them, that an override without a stage's name sets for the first stage alone."""
@@ -101,28 +95,40 @@ def load_cascade(bases: Sequence[str | Path], overrides: Sequence[Override] = ()
     if not cascades:
         return Cascade([Stage("", load_full(bases, overrides))])
     if cascades != [0]:
-        raise ConfigError(
-            [
-                Problem(
-                    "",
-                    "cascade",
-                    "one cascade file comes first in --base; other files are laid over its stages",
-                )
-            ]
-        )
-    own, general = _own(overrides)
-    config = _checked(sources[0], own.pop("keep", None))
+        what = "one cascade file comes first in --base; other files are laid over its stages"
+        raise ConfigError.of("", "cascade", what)
+    own: dict[str, list[Override]] = {}  # overrides of ``cascade.NAME.…`` by name, without it
+    general: list[Override] = []
+    for item in overrides:
+        key, value = item.split("=", 1) if isinstance(item, str) else item
+        if key.startswith("cascade."):
+            name, _, rest = key.removeprefix("cascade.").partition(".")
+            own.setdefault(name, []).append(f"{rest}={value}" if isinstance(item, str) else (rest, value))
+        else:
+            general.append(item)
+    config = _checked(sources[0], own.pop("keep", []))
     names = [stage.name for stage in config.stages]
     if strange := sorted(set(own) - set(names)):
         what = f"no stage or setting of this name{hint(strange[0], [*names, 'keep'])}"
-        raise ConfigError([Problem("override", f"cascade.{strange[0]}", what)])
+        raise ConfigError.of("override", f"cascade.{strange[0]}", what)
     stages: list[Stage] = []
     for stage in config.stages:
-        settings: list[Override] = [(key, value) for key, value in stage.set.items()]
+        settings: list[Override] = list(stage.set.items())
         settings += [item for item in general if not stages or not _first_only(item)]
         settings += own.get(stage.name, [])
         files: list[str | Path] = [*stage.base, *bases[1:]]
-        stages.append(Stage(stage.name, _enlarging(files, settings, stages[-1] if stages else None)))
+        loaded = load_full(files, settings)
+        if stages:  # draws the size of the stage before, enlarged
+            wanted = components(loaded.experiment).process.input
+            if wanted is None:
+                what = "a later stage of a cascade needs a relay, this has none"
+                raise ConfigError.of(str(files[0]), "diffusion.process", what)
+            before, sampling = stages[-1].experiment.sampling, loaded.experiment.sampling
+            height, width = wanted.factor * before.height, wanted.factor * before.width
+            if (sampling.height, sampling.width) != (height, width):
+                settings += [("sampling.height", height), ("sampling.width", width)]
+                loaded = load_full(files, settings)
+        stages.append(Stage(stage.name, loaded))
     return Cascade(stages, config.keep)
 
 
@@ -132,77 +138,24 @@ def dump_cascade(stages: Mapping[str, Path], keep: bool) -> str:
     return write_yaml({"cascade": {"keep": keep, "stages": listed}})
 
 
-def process_input(experiment: Experiment) -> ProcessInput | None:
-    """The picture that the experiment's process needs; None for a model that draws from noise alone."""
-    from sat.config.component import build
-
-    process: Process = build(experiment.diffusion.process, imports=experiment.imports)
-    return process.input
-
-
-def _enlarging(files: list[str | Path], settings: list[Override], before: Stage | None) -> Loaded:
-    """A loaded stage; one that follows another draws that one's size, enlarged."""
-    loaded = load_full(files, settings)
-    if before is None:
-        return loaded
-    wanted = process_input(loaded.experiment)
-    if wanted is None:
-        raise ConfigError(
-            [
-                Problem(
-                    str(files[0]),
-                    "diffusion.process",
-                    "a later stage of a cascade needs a relay, this has none",
-                )
-            ]
-        )
-    was = before.experiment.sampling
-    height, width = wanted.factor * was.height, wanted.factor * was.width
-    sampling = loaded.experiment.sampling
-    if (sampling.height, sampling.width) != (height, width):
-        loaded = load_full(files, [*settings, ("sampling.height", height), ("sampling.width", width)])
-    return loaded
-
-
-def _own(overrides: Sequence[Override]) -> tuple[dict[str, list[Override]], list[Override]]:
-    """Overrides of ``cascade.…`` by the name that follows, without it, and all others."""
-    own: dict[str, list[Override]] = {}
-    general: list[Override] = []
-    for item in overrides:
-        key, value = item.split("=", 1) if isinstance(item, str) else item
-        if not key.startswith("cascade."):
-            general.append(item)
-            continue
-        name, _, rest = key.removeprefix("cascade.").partition(".")
-        own.setdefault(name, []).append(f"{rest}={value}" if isinstance(item, str) else (rest, value))
-    return own, general
-
-
 def _first_only(item: Override) -> bool:
     key = item.partition("=")[0].strip() if isinstance(item, str) else item[0]
     return any(key == name or key.startswith(f"{name}.") for name in FIRST_ONLY)
 
 
-def _checked(source: Source, keep: list[Override] | None) -> CascadeConfig:
-    """The checked cascade section; nothing else may be in its file."""
+def _checked(source: Source, keep: Sequence[Override]) -> CascadeConfig:
+    """The checked cascade section; nothing else may be in its file. The last of ``keep`` wins over it."""
     checker = Checker(source.marks)
     config = checker.check(CascadeConfig, source.tree["cascade"], ("cascade",))
-    problems = list(checker.problems)
     if strange := [key for key in source.tree if key != "cascade"]:
-        problems.append(
-            Problem(
-                str(source.marks.get((strange[0],), "")),
-                strange[0],
-                "a cascade file holds only `cascade`; lay other sections over it in a file of their own",
-            )
-        )
-    if problems or config is INVALID:
-        raise ConfigError(problems)
+        what = "a cascade file holds only `cascade`; lay other sections over it in a file of their own"
+        checker.report((strange[0],), what)
+    if checker.problems:
+        raise ConfigError(checker.problems)
     assert isinstance(config, CascadeConfig), "the check made one"
-    if keep is None:
-        return config
-    given = keep[-1]
-    value = given.partition("=")[2] if isinstance(given, str) else given[1]
-    if str(value).lower() not in ("true", "false"):
-        raise ConfigError([Problem("override", "cascade.keep", f"expected true or false, got {value!r}")])
-    return replace(config, keep=str(value).lower() == "true")
+    for given in keep[-1:]:
+        value = given.partition("=")[2] if isinstance(given, str) else given[1]
+        if str(value).lower() not in ("true", "false"):
+            raise ConfigError.of("override", "cascade.keep", f"expected true or false, got {value!r}")
+        config = replace(config, keep=str(value).lower() == "true")
+    return config

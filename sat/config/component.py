@@ -69,6 +69,14 @@ def build(component: Component | Mapping[str, Any], *, imports: Collection[str] 
     return made(**values, **runtime)
 
 
+def built(component: Component, imports: Collection[str] = ()) -> Any:
+    """The object of a ``component`` without weights, made once: all who ask for it share it."""
+    if (made := component.__dict__.get("_built")) is None:
+        made = build(component, imports=imports)
+        object.__setattr__(component, "_built", made)
+    return made
+
+
 def convert(annotation: Any, value: Any, context: Context) -> tuple[Any, list[Fault]]:
     """``value`` (a tree of YAML) as ``annotation`` asks, and what is wrong with it.
 
@@ -208,7 +216,7 @@ def faults(error: ValidationError, annotation: Any, value: Any) -> list[Fault]:
         wanted, node, owner, at = annotation, value, annotation, Key()
         for part in e["loc"][1:]:  # without the list of _adapter; some parts name alternatives of a union
             if isinstance(node, list) and part in range(len(node)) and _alternatives(wanted) < 2:
-                owner, wanted, node = wanted, inside(wanted, node, part), node[part]
+                owner, wanted, node = wanted, inside(wanted, node, part), node[int(part)]
             elif isinstance(node, Mapping) and part in node:
                 owner, wanted, node = wanted, inside(wanted, node, part), node[str(part)]
             else:

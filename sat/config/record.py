@@ -19,7 +19,7 @@ from torch import Tensor
 from sat.adapters.files import locate
 from sat.adapters.merge import adapter_name
 from sat.checkpoint import PARTS, digest
-from sat.config.build import build_guider
+from sat.config.build import components
 from sat.config.load import dump
 from sat.config.schema import Experiment, plain
 from sat.config.yaml_source import HOME
@@ -102,7 +102,7 @@ def label(
             "latents": None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest(),
         }
     )
-    scale = getattr(build_guider(experiment), "scale", None)
+    scale = getattr(components(experiment).guider, "scale", None)
     return Label(
         height=asked.height,
         width=asked.width,

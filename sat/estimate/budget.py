@@ -17,7 +17,7 @@ from torch import nn
 
 from sat.checkpoint.format import DTYPES, PARTS, Part
 from sat.conditioning.condition import Condition
-from sat.config.build import build_guider, build_shapes
+from sat.config.build import build_shapes, components
 from sat.config.schema import Experiment, MemoryConfig, QuantizeConfig
 from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine
@@ -285,7 +285,7 @@ def _denoise(experiment: Experiment, engine: DiffusionEngine) -> None:
     batch, dtype = sampling.at_once, DTYPES[sampling.dtype]
     text = torch.zeros(batch, conditioner.max_length, conditioner.text_dim, dtype=dtype)
     cond = Condition(text, torch.zeros(batch, conditioner.size.width))
-    rows = build_guider(experiment).rows(cond, cond.null())
+    rows = components(experiment).guider.rows(cond, cond.null())
     # One row of sizes and strengths: whether several are alike could only be told from data.
     strengths = None if rows.guidance is None else rows.guidance[:1]
     rows = replace(rows, vector=rows.vector[:1], guidance=strengths)

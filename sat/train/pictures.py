@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sat.checkpoint.format import DTYPES
-from sat.config.build import build_guider, build_sampler
+from sat.config.build import components
 from sat.config.schema import Experiment
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import Runtime
@@ -43,10 +43,10 @@ class Pictures:
         self.prompts = experiment.train.sample_prompts
         self.runtime, self.mesh = runtime, mesh
         self.generator = Generator(
-            engine, build_sampler(experiment), runtime.device,
+            engine, components(experiment).sampler, runtime.device,
             decode_batch=experiment.memory.decode_batch, team=mesh.team,
         )  # fmt: skip
-        self.params = SamplingParams.of(experiment.sampling, build_guider(experiment))
+        self.params = SamplingParams.of(experiment.sampling, components(experiment).guider)
         self.inputs: InputFolder | None = None
         self.mine = range(mesh.data_rank, len(self.prompts), mesh.data_ranks)
         self._waits = not learns and known is None and experiment.memory.text_encoder != "keep"

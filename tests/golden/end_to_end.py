@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition, Sizes
-from sat.config.build import build_guider, build_sampler
+from sat.config.build import components
 from sat.diffusion.schedule import ZeroSNR
 from sat.engine import DiffusionEngine
 from sat.util.images import to_uint8
@@ -44,7 +44,7 @@ def check(golden: Golden, report: Report) -> None:
     whole, experiment = engine(golden.json("config"), golden.weights())
     if isinstance(whole.schedule, ZeroSNR):
         whole.schedule = OfficialZeroSNR(shift=experiment.diffusion.schedule.params.get("shift", 1.0))
-    sampler = build_sampler(experiment)
+    sampler = components(experiment).sampler
     recorder = Recorder()
     listener = Listener(whole.network)
     cond = _condition(golden, whole)
@@ -55,7 +55,7 @@ def check(golden: Golden, report: Report) -> None:
         uncond,
         golden["in.noise"],
         steps=experiment.sampling.steps,
-        guider=build_guider(experiment),
+        guider=components(experiment).guider,
         sampler=sampler,
         low_res=None if low is None else low.latent,
         noise_sampler=partial(next_draw, draws(golden), golden),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sat.config.build import build_engine, build_guider, build_sampler
+from sat.config.build import build_engine, components
 from sat.config.schema import MemoryConfig
 from sat.kernels.quantize import Quantizer, Scheme
 from sat.offload.block_swap import (
@@ -160,11 +160,11 @@ def generator(
     engine.conditioner.moves_encoder = False
     sampling, memory = experiment.sampling, experiment.memory
     made = Generator(
-        engine, build_sampler(experiment), device=torch.device("cpu"), text_memory=memory.text_encoder
+        engine, components(experiment).sampler, device=torch.device("cpu"), text_memory=memory.text_encoder
     )
     if stream is not None:
         made.offload = offload_schedule(engine, memory, torch.device("cpu"), stream)
-    return made, SamplingParams(sampling.height, sampling.width, 3, build_guider(experiment))
+    return made, SamplingParams(sampling.height, sampling.width, 3, components(experiment).guider)
 
 
 @pytest.fixture(scope="module")

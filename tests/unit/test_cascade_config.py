@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sat.config.cascade import Cascade, dump_cascade, load_cascade, process_input
+from sat.config.build import components
+from sat.config.cascade import Cascade, dump_cascade, load_cascade
 from sat.config.yaml_source import ConfigError
 from sat.diffusion.process import ProcessInput
 from tests.configs import DEBUG, ROOT
@@ -26,7 +27,10 @@ def test_each_stage_is_its_own_files_and_later_ones_draw_the_enlarged_size() -> 
     assert [stage.name for stage in cascade.stages] == ["base", "relay"] and not cascade.keep
     sizes = [(s.experiment.sampling.height, s.experiment.sampling.width) for s in cascade.stages]
     assert sizes == [(32, 48), (64, 96)]
-    assert [process_input(stage.experiment) for stage in cascade.stages] == [None, ProcessInput("low_res", 2)]
+    assert [components(stage.experiment).process.input for stage in cascade.stages] == [
+        None,
+        ProcessInput("low_res", 2),
+    ]
 
 
 def test_the_size_of_the_first_stage_decides_those_of_the_others() -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +16,8 @@ import torch
 from torch import nn
 
 from sat.checkpoint.save import save_native
-from sat.config.build import build_engine
+from sat.config import component
+from sat.config.build import build_engine, components
 from sat.config.component import build
 from sat.config.load import load
 from sat.config.parts import build_empty
@@ -53,9 +56,48 @@ def test_arguments_become_what_the_signature_asks_for():
 
 
 def test_each_build_is_a_new_object():
-    component = Component("torch.optim.SGD", {"lr": 0.1})
+    sgd = Component("torch.optim.SGD", {"lr": 0.1})
     parameter = nn.Parameter(torch.zeros(2))
-    assert build(component, params=[parameter]) is not build(component, params=[parameter])
+    assert build(sgd, params=[parameter]) is not build(sgd, params=[parameter])
+
+
+def test_light_components_become_objects_once(monkeypatch):
+    made, plainly = [], component.build
+
+    def counted(given, **options):
+        made.append(given.target)
+        return plainly(given, **options)
+
+    monkeypatch.setattr(component, "build", counted)
+    e = debug("diffusion.loss={target: sat.diffusion.loss.DenoisingLoss}")
+    light = components(e)
+    changed = components(replace(e, sampling=replace(e.sampling, steps=3)))
+    assert all(one is other for one, other in zip(light, changed, strict=True))
+    built = build_engine(e, device="cpu", dtype=torch.float32)
+    assert (built.schedule, built.process, built.denoising_loss) == (
+        light.schedule,
+        light.process,
+        light.loss,
+    )
+    assert len(made) == len(set(made)) == 6
+    sampler = Component("sat.diffusion.samplers.Euler")
+    other = components(replace(e, sampling=replace(e.sampling, sampler=sampler)))
+    assert other.sampler is not light.sampler and other.guider is light.guider
+
+
+def test_an_object_stays_with_its_component_in_this_process_alone():
+    component = debug().diffusion.process
+    assert "_built" in component.__dict__
+    for copied in (copy.deepcopy(component), pickle.loads(pickle.dumps(component))):  # noqa: S301
+        assert copied == component
+        assert "_built" not in copied.__dict__
+
+
+def test_engines_do_not_share_a_process_with_tensors():
+    e = debug()
+    components(e).process.register_buffer("table", torch.zeros(2))
+    one, other = (build_engine(e, device="cpu", dtype=torch.float32).process for _ in range(2))
+    assert one is not other
 
 
 def test_runtime_arguments_are_neither_guessed_nor_given_twice():

@@ -18,8 +18,8 @@ from sat.adapters.files import is_adapter
 from sat.adapters.merge import AdapterRef, adapter_name, load_adapters
 from sat.apps.web.job_queue import Job
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
-from sat.config.build import adaptable, build_guider
-from sat.config.cascade import Cascade, process_input
+from sat.config.build import adaptable, components
+from sat.config.cascade import Cascade
 from sat.config.record import adapter_digest, label, model_name, weight_digests
 from sat.config.schema import Component, Experiment, LoadConfig
 from sat.config.schema.sampling import SizeError, SizeRule
@@ -127,7 +127,7 @@ class GenerationService:
         self.limits = limits or Limits()
         self.pictures = Pictures(root)
         self.stages = [keep_text_encoder(stage.experiment) for stage in cascade.stages]
-        inputs = [process_input(stage) for stage in self.stages]
+        inputs = [components(stage).process.input for stage in self.stages]
         self.factors = [1 if wanted is None else wanted.factor for wanted in inputs]
         if self.factors[0] != 1:
             raise RequestError(
@@ -169,7 +169,7 @@ class GenerationService:
     @property
     def guidance(self) -> float | None:
         """The strength of guidance in the config; None where there is none to set."""
-        return strength(build_guider(self.first))
+        return strength(components(self.first).guider)
 
     def check(self, request: GenerationRequest) -> None:
         """Raise with a sentence unless ``request`` can be drawn."""
@@ -265,7 +265,7 @@ class GenerationService:
             now.pipeline.set_strength(own, request.adapters.get(name, 0.0))
 
         guider = stage.sampling.guider
-        if request.guidance is not None and strength(build_guider(stage)) is not None:
+        if request.guidance is not None and strength(components(stage).guider) is not None:
             guider = Component(guider.target, {**guider.params, "scale": float(request.guidance)})
         sampling = replace(
             stage.sampling, prompt=[request.prompt], prompt_file=None, share=None, latents=None,
@@ -285,7 +285,7 @@ class GenerationService:
         if inputs is not None and wanted is not None:
             size = wanted.size(sampling.height, sampling.width)
             given = InputList(*size, inputs, request.count, first=prompt.index)
-        params = SamplingParams.of(sampling, build_guider(experiment))
+        params = SamplingParams.of(sampling, components(experiment).guider)
         written = generator.save(folder, [prompt], params, inputs=given, callback=job.step)
         return written[: request.count]  # without the sheet
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sat.cli.main_guard import Stopped, UsageError
-from sat.config.cascade import Cascade, dump_cascade, load_cascade, process_input
+from sat.config.build import components
+from sat.config.cascade import Cascade, dump_cascade, load_cascade
 from sat.config.load import dump
 from sat.config.record import amend, label, record, weight_digests
 from sat.config.schema import Experiment
@@ -128,7 +129,7 @@ def _wanted(experiment: Experiment, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def _inputs(experiment: Experiment) -> InputFolder | None:
     """The pictures that the experiment's process needs; None for a model that draws from noise alone."""
-    return InputFolder.of(experiment.sampling, process_input(experiment))
+    return InputFolder.of(experiment.sampling, components(experiment).process.input)
 
 
 def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:

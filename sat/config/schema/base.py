@@ -76,6 +76,10 @@ class Component:
     target: str
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the object that was made of it (:func:`sat.config.component.built`)."""
+        return {"target": self.target, "params": self.params}
+
 
 def plain(value: Any) -> Any:
     """``value`` (a section, component or leaf) as the mappings, lists and scalars that YAML writes."""
