@@ -16,11 +16,15 @@ import torch
 from sat import compat
 from sat.cli import train
 from sat.config.load import load_full
+from sat.config.yaml_source import ConfigError
 from tests.architecture.test_pages import module
 from tests.architecture.tree import ROOT
 
 BEFORE = ROOT / "tests" / "fixtures" / "before_rings"
-MODELS = [path.name for path in sorted((BEFORE / "configs").glob("*.yaml")) if "\nmodel:" in path.read_text()]
+CONFIGS = sorted(path.name for path in (BEFORE / "configs").glob("*.yaml"))
+CASCADES = [name for name in CONFIGS if "\ncascade:" in (BEFORE / "configs" / name).read_text()]
+MODELS = [name for name in CONFIGS if "\nmodel:\n  target:" in (BEFORE / "configs" / name).read_text()]
+OVERLAYS = [name for name in CONFIGS if name not in CASCADES + MODELS]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
@@ -74,6 +78,19 @@ def test_a_config_of_before_is_the_config_of_now(name: str) -> None:
     if "sat.diffusion.parameterisation" in (BEFORE / "configs" / name).read_text():
         assert re.search(rf"{name}:\d+.*parameterisation.*prediction", said), said
     assert not [n for n in new.notices if "is now" in str(n)]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_config_of_before_laid_over_a_model_is_that_of_now(name: str) -> None:
+    """What the small models refuse is refused alike."""
+    family = "tiny_base.yaml" if any(word in name for word in ("base", "relay", "unet")) else "tiny.yaml"
+    found: list[object] = []
+    for folder in (BEFORE / "configs", ROOT / "configs"):
+        try:
+            found.append(load_full([folder / family, folder / name]).experiment)
+        except ConfigError as error:
+            found.append([(problem.key, problem.what) for problem in error.problems])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("path", sorted((BEFORE / "resolved").glob("*.yaml")), ids=lambda path: path.stem)
