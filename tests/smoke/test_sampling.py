@@ -19,7 +19,7 @@ from sat.sampling.output import OutputFolder
 from sat.util.images import read_png_text
 from sat.util.rng import image_noise
 from tests.checkpoints import tokenizer
-from tests.sampling import Command, files, pixels
+from tests.sampling import ROOT, Command, files, pixels
 
 PROMPTS = ("a red apple", "a blue car", "the sun")
 
@@ -72,6 +72,14 @@ def test_a_run_writes_pictures_grid_config_and_record(sample, tmp_path) -> None:
     record = json.loads((out / "run.json").read_text())
     assert record["seeds"] == {"sampling": 5}
     assert record["world"] == 1
+
+
+def test_the_toy_model_with_rotary_positions_draws_another_picture(sample, tmp_path) -> None:
+    for name, more in (("table", []), ("rope", ["--base", ROOT / "configs" / "debug_rope.yaml"])):
+        done = sample(*more, "--prompt", "a dog", "--output-dir", tmp_path / name)
+        assert done.code == 0, done.err
+    table, rope = (pixels(tmp_path / name / "0_a_dog" / "000000000.png") for name in ("table", "rope"))
+    assert abs(table - rope).max() > 0
 
 
 def test_height_and_width_mean_what_they_say(sample, tmp_path) -> None:

@@ -64,6 +64,15 @@ def state(run: Path, step: int) -> dict[str, torch.Tensor]:
     return whole_state(run / "checkpoints" / f"step_{step:08d}")
 
 
+def test_rotary_positions_train_and_leave_no_table(ran) -> None:
+    good(ran, "rope")
+    assert len([row for row in rows(ran.folder / "rope") if "lr" in row]) == 2
+    native = ran.folder / "rope" / "checkpoints" / "step_00000002" / "native"
+    names = set(load_file(native / "model.safetensors"))
+    assert not any("position" in name or "rope" in name for name in names)
+    assert {name for name in names if ".mixins.adaln." in name}
+
+
 def test_a_run_leaves_its_config_record_metrics_samples_and_checkpoints(ran) -> None:
     good(ran, "whole")
     run = ran.folder / "whole"

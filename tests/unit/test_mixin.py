@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sat.config.build import build_engine
+from sat.config.load import load
 from sat.mixin import HookConflictError, HookError, Mixin, replaces, wraps
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Context, TransformerHooks
 from sat.transformer.hooks import Layer
+from tests.configs import DEBUG, ROOT
 from tests.small import condition, plus
 
 
@@ -70,6 +73,27 @@ def test_owners_are_shown_outermost_first() -> None:
     assert lines["layer"] == "two -> one -> default"
     assert lines["position"] == "joint_attention -> position"
     assert lines["attend"] == "joint_attention -> default"
+
+
+def test_the_four_mixins_own_their_hooks_by_name() -> None:
+    """Joint attention, adaLN and RoPE of configs/debug_rope.yaml, relay of configs/relay_plus.yaml."""
+
+    def owners(laid_over: str, *overrides: str) -> dict[str, str]:
+        config = ROOT / "configs" / laid_over
+        experiment = load([DEBUG, config], ["conditioning.tokenizer=null", *overrides])
+        hooks = build_engine(experiment, device="cpu", dtype=torch.float32, load_weights=False).hooks
+        return dict(line.split(maxsplit=1) for line in hooks.splitlines())
+
+    network = owners("debug_rope.yaml")
+    assert network["rotate_qk"] == "rope" and network["modulate"] == "adaln"
+    assert network["embed"] == "joint_attention -> patch_embed"
+    assert network["attend"] == network["position"] == "joint_attention -> default"
+    assert network["final"] == "joint_attention -> final_layer" and network["mean"] == "default"
+    sizes = "sampling.sizes={min: 16, max: 64, multiple: 16, max_area: 4096}"
+    small = (sizes, "sampling.height=48", "sampling.width=64", "checkpoint.path=null")
+    process = owners("relay_plus.yaml", *small)
+    assert process["mean"] == "relay -> default" and process["start"] == "relay"
+    assert process["position"] == "joint_attention -> position"  # the table
 
 
 def test_wrappers_apply_in_order() -> None:
