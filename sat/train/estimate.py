@@ -1,44 +1,30 @@
-"""What a training run will take, found before anything is loaded: memory of each rank, tokens, FLOPs.
+"""Memory of a training run on each rank, estimated before anything is loaded, and settings that fit a budget.
 
-Sizes are those of the tensors that the run will make: the engine and the objective are built without data and
-one micro-batch goes through them (:mod:`sat.estimate.trace`). What the optimizer side takes is DeepSpeed's
-arithmetic (0.19, ``runtime/zero/stage_1_and_2.py``), written out below. All numbers are bytes unless a name
-says otherwise. P are the trained parameters of a rank, N the ranks that share out their optimizer state. Of a
-team (``parallel.tensor``, ``sequence``) the first rank is measured, with its share of weights and tokens.
+Weights and activations are measured (:mod:`sat.train.measure`). The optimizer side is DeepSpeed's arithmetic
+(0.19, ``runtime/zero/stage_1_and_2.py``), written out below. All numbers are bytes unless a name says
+otherwise. P are the trained parameters of a rank, N the ranks that share out their optimizer state.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from sat.checkpoint.format import DTYPES, Part
-from sat.conditioning.conditioner import Tokens
-from sat.config.build import build_shapes
-from sat.config.component import build
-from sat.config.schema import DataConfig, Experiment, OffloadConfig, TrainConfig
+from sat.config.schema import Experiment, LoraConfig, OffloadConfig
 from sat.config.targets import resolve
-from sat.data.batch import Batch
 from sat.data.loader import AHEAD
-from sat.engine import DiffusionEngine
-from sat.estimate.trace import Ledger, Trace, trace
-from sat.kernels.compile import recompute
-from sat.kernels.packed import packable
-from sat.parallel.mesh import Mesh, fake_group
-from sat.parallel.sequence import apply_sequence
-from sat.parallel.tensor import apply_sharding
-from sat.sharding import family_sharding
-from sat.tokenizers import T5Tokenizer
-from sat.train import optim
-from sat.train.data import bucket_rule, spare_parts
-from sat.train.lora import add_lora, packed_bytes, unpacked
-from sat.train.objectives import Objective
+from sat.train.data import spare_parts
+from sat.train.measure import (
+    PACKED,
+    Measured,
+    OptimizerState,
+    Weights,
+    measure,
+    on_host,
+    optimizer_state,
+    sections,
+)
 
 BUCKET = 500_000_000
 """Elements of the buffer that DeepSpeed gathers gradients in (``reduce_bucket_size``)."""
@@ -46,47 +32,15 @@ LIVE = 1_000_000_000
 """Elements that ZeRO 3 may have gathered at a time (``stage3_max_live_parameters``)."""
 FULL = 4
 """Bytes of a float32."""
-PACKED = "packed for the backward pass"
-"""What the second copy of frozen weights is called; at ZeRO 3 there is none."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of what a rank holds; ``frozen`` by part, the tables of trained parts included."""
-
-    trained: int
-    trained_elements: int
-    frozen: Mapping[str, int]
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.trained + sum(self.frozen.values())
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What running one micro-batch without data showed; nothing in it depends on ranks or the ZeRO stage."""
-
-    weights: Weights
-    trace: Trace
-    batch: int  # bytes of the data of a micro-batch, which are in the trace too
-    size: tuple[int, int]  # pixels
-    image_tokens: int  # of one image: patches, or latent cells of a network without patches
-    text_tokens: int
-
-
-@dataclass(frozen=True)
-class State:
-    """Bytes that an optimizer keeps and needs while it steps, for each trained element."""
-
-    kept: float
-    passing: float
+MOST_RANKS = 64
+"""Ranks that the search for settings goes up to."""
+LORA = LoraConfig(targets=["attention", "mlp"])
+"""Adapter of configs/lora.yaml."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The most memory of a part of a step, beside what is always there."""
+    """Peak memory in a part of a step, beside the memory that is always held."""
 
     name: str
     extra: int
@@ -94,10 +48,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one of ``ranks`` ranks, of which ``tensor`` share the weights; see the module."""
+    """Memory of one of ``ranks`` ranks, of which ``tensor`` share the weights."""
 
     measured: Measured
-    state: State
+    state: OptimizerState
     ranks: int
     zero: int
     accumulate: int
@@ -114,37 +68,20 @@ class Estimate:
         return self.ranks // self.tensor
 
     @property
-    def stepped_away(self) -> bool:
-        """Whether the optimizer is not in the device's memory."""
-        return self.offload.optimizer and self.zero > 0 and not self.host
-
-    @property
-    def away(self) -> int:
-        """What offloading has in the CPU's memory, while the device is a GPU."""
-        optimizer = self.masters + self.optimizer + self.average + FULL * self.share  # and its gradients
-        return (optimizer if self.stepped_away else 0) + self._weights_away
-
-    @property
-    def _weights_away(self) -> int:
-        if not self.offload.parameters or self.zero < 3 or self.host:
-            return 0
-        return self.measured.weights.trained // self.sharing
-
-    @property
     def gradient(self) -> int:
-        """Bytes of one element of a gradient: that of its weight."""
+        """Bytes of one element of a gradient: those of its weight."""
         weights = self.measured.weights
         return max(1, round(weights.trained / max(1, weights.trained_elements)))
 
     @property
     def share(self) -> int:
-        """Elements whose optimizer state is on this rank: P / N, at ZeRO 0 all."""
+        """Elements with optimizer state on this rank: P / N, at ZeRO 0 all."""
         elements = self.measured.weights.trained_elements
         return elements if self.zero == 0 else -(-elements // self.sharing)
 
     @property
     def weights(self) -> Weights:
-        """At ZeRO 3 shared out, with what may be gathered at a time."""
+        """Weights of this rank; at ZeRO 3 its share, and those that may be gathered at a time."""
         whole = self.measured.weights
         if self.zero < 3:
             return whole
@@ -161,31 +98,17 @@ class Estimate:
 
     @property
     def optimizer(self) -> int:
-        """What the optimizer keeps."""
+        """State of the optimizer."""
         return int(self.state.kept * self.share)
 
     @property
     def average(self) -> int:
-        """The moving average of the weights, float32."""
+        """Moving average of the weights, float32."""
         return FULL * self.share if self.averaged else 0
 
     @property
-    def lasting(self) -> int:
-        """What is there throughout."""
-        weights = self.weights.total - self._weights_away
-        if self.stepped_away:
-            return weights + self.loading
-        kept = FULL * self.share if self.offload.optimizer and self.zero else 0  # gradients of the optimizer
-        return weights + self.masters + self.optimizer + self.average + self.loading + kept
-
-    @property
-    def loading(self) -> int:
-        """The samples of the batch, and batches read ahead; with a GPU they are not in its memory."""
-        return self.measured.batch * (1 + self.waiting) if self.host else 0
-
-    @property
     def gradients(self) -> int:
-        """Of one finished backward pass."""
+        """Gradients after a backward pass."""
         elements = self.measured.weights.trained_elements if self.zero < 2 else self.share
         return self.gradient * elements
 
@@ -198,277 +121,226 @@ class Estimate:
         return self.gradient * elements
 
     @property
-    def phases(self) -> list[Phase]:
-        """The parts of a step that may be the largest."""
-        found = [Phase("forward and backward", self._backward()), Phase("optimizer step", self._step())]
-        return [*found, Phase("saving", self._saving())] if self.host else found
+    def loading(self) -> int:
+        """Samples of the batch, and batches read ahead; with a GPU they are not in its memory."""
+        return self.measured.batch * (1 + self.waiting) if self.host else 0
 
     @property
-    def largest(self) -> Phase:
-        """The one that decides."""
-        return max(self.phases, key=lambda phase: phase.extra)
+    def optimizer_offloaded(self) -> bool:
+        """True if the optimizer steps outside the device's memory."""
+        return self.offload.optimizer and self.zero > 0 and not self.host
+
+    @property
+    def offloaded_weights(self) -> int:
+        """Weights in the CPU's memory, while the device is a GPU."""
+        if not self.offload.parameters or self.zero < 3 or self.host:
+            return 0
+        return self.measured.weights.trained // self.sharing
+
+    @property
+    def offloaded(self) -> int:
+        """Everything that offloading keeps in the CPU's memory, while the device is a GPU."""
+        optimizer = self.masters + self.optimizer + self.average + FULL * self.share  # and its gradients
+        return (optimizer if self.optimizer_offloaded else 0) + self.offloaded_weights
+
+    @property
+    def lasting(self) -> int:
+        """Memory held throughout."""
+        weights = self.weights.total - self.offloaded_weights
+        if self.optimizer_offloaded:
+            return weights + self.loading
+        kept = FULL * self.share if self.offload.optimizer and self.zero else 0  # gradients of the optimizer
+        return weights + self.masters + self.optimizer + self.average + self.loading + kept
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Parts of a step that may be the largest."""
+        elements, trace = self.measured.weights.trained_elements, self.measured.trace
+        own, bucket, earlier = self.gradient * self.share, self.bucket, self.accumulate > 1
+
+        # Activations and the gradients so far, those of earlier micro-batches included.
+        if self.zero < 2:  # every gradient stays; the bucket is filled when all are there
+            backward = trace.peak(0 if earlier else self.gradient) + (self.gradients if earlier else 0)
+            backward += 0 if self.host else bucket
+        elif self.host:  # the bucket fills as they come
+            backward = trace.peak(self.gradient) + (self.gradients if earlier else 0)
+        else:  # gradients of this pass, and the sum over those before
+            backward = trace.peak() + self.gradients * (2 if earlier else 1) + bucket
+
+        # Gradients are gathered, brought to float32 and applied; activations are gone.
+        passing = int(self.state.passing * self.share)
+        wide = 0 if self.gradient == FULL else FULL * self.share
+        applied = 2 * own + wide + passing  # the share, its flat copy, and that in float32
+        if self.optimizer_offloaded:
+            step = bucket
+        elif self.zero == 0:
+            together = FULL * min(BUCKET, self.share) if self.sharing > 1 else 0
+            step = self.gradients + max(passing, together)
+        elif self.zero == 1:
+            begun = self.gradients + (0 if self.host else bucket)
+            first = self.gradient * max(0, elements - BUCKET) + bucket + own
+            step = max(begun, first, applied)
+        else:
+            step = max(bucket + own * (2 if earlier else 1), applied)
+        found = [Phase("forward and backward", backward), Phase("optimizer step", step)]
+
+        # Whole float32 weights on rank 0, and once more as the bytes of a file.
+        if self.host:
+            saving = (0 if self.zero == 0 else FULL * elements) + (FULL * elements if self.averaged else 0)
+            found.append(Phase("saving", saving))
+        return found
 
     @property
     def total(self) -> int:
-        """The most memory at a time."""
-        return self.lasting + self.largest.extra
-
-    def _backward(self) -> int:
-        """Activations and the gradients so far, those of earlier micro-batches included."""
-        trace, earlier = self.measured.trace, self.accumulate > 1
-        if self.zero < 2:  # every gradient stays; the bucket is filled when all are there
-            held = self.gradients if earlier else 0
-            bucket = 0 if self.host else self.bucket
-            return trace.peak(0 if earlier else self.gradient) + held + bucket
-        own = self.gradients * (2 if earlier else 1)  # of this pass, and the sum over those before
-        if not self.host:
-            return trace.peak() + own + self.bucket
-        return trace.peak(self.gradient) + (self.gradients if earlier else 0)  # the bucket fills as they come
-
-    def _step(self) -> int:
-        """Gradients are gathered, brought to float32 and applied; activations are gone."""
-        own, passing = self.gradient * self.share, int(self.state.passing * self.share)
-        if self.stepped_away:
-            return self.bucket
-        if self.zero == 0:
-            together = FULL * min(BUCKET, self.share) if self.sharing > 1 else 0
-            return self.gradients + max(passing, together)
-        wide = 0 if self.gradient == FULL else FULL * self.share
-        applied = 2 * own + wide + passing  # the share, its flat copy, and that in float32
-        elements = self.measured.weights.trained_elements
-        if self.zero == 1:
-            begun = self.gradients + (0 if self.host else self.bucket)
-            first = self.gradient * max(0, elements - BUCKET) + self.bucket + own
-            return max(begun, first, applied)
-        return max(self.bucket + own * (2 if self.accumulate > 1 else 1), applied)
-
-    def _saving(self) -> int:
-        """Whole float32 weights on rank 0, and once more as the bytes of a file."""
-        whole = FULL * self.measured.weights.trained_elements
-        gathered = 0 if self.zero == 0 else whole
-        return gathered + (whole if self.averaged else 0)
+        """Peak memory."""
+        return self.lasting + max(phase.extra for phase in self.phases)
 
 
 class Estimator:
-    """Plans of one experiment and of changes to it. Each micro-batch is measured once."""
+    """Estimates of one experiment and of changes to it. Each micro-batch is measured once."""
 
     def __init__(self) -> None:
         self._measured: dict[str, Measured] = {}
-        self._states: dict[str, State] = {}
+        self._states: dict[str, OptimizerState] = {}
 
     def estimate(self, experiment: Experiment, ranks: int, zero: int | None = None) -> Estimate:
         """Memory of ``experiment`` on ``ranks`` ranks, at its own ZeRO stage or at another."""
         train, data = sections(experiment)
-        measured = self.measured(experiment)
-        stage = train.zero if zero is None else zero
-        host = on_host(experiment)
-        key = repr((train.optimizer, train.weight_decay))
-        if key not in self._states:
-            self._states[key] = optimizer_state(train, tuple(experiment.imports))
-        return Estimate(
-            measured, self._states[key], ranks, stage, train.accumulate, train.batch_size,
-            train.ema is not None, host, AHEAD if data.workers else 0, train.offload,
-            experiment.parallel.tensor,
-        )  # fmt: skip
-
-    def measured(self, experiment: Experiment) -> Measured:
-        """One micro-batch of ``experiment``, which is not run again if only other things changed."""
-        train, data = sections(experiment)
-        key = repr((
+        batch = repr((
             experiment.model, experiment.diffusion, experiment.adapters, train.objective, train.batch_size,
             train.dtype, train.autocast, train.activation_checkpointing, data.height, data.width,
             train.pack, train.compile, data.buckets, bool(data.cache), bool(data.cache_views),
             train.sample_every is None, experiment.memory.quantize, experiment.parallel.tensor,
             experiment.parallel.sequence,
         ))  # fmt: skip
-        if key not in self._measured:
-            self._measured[key] = measure(experiment)
-        return self._measured[key]
+        if batch not in self._measured:
+            self._measured[batch] = measure(experiment)
+        optimizer = repr((train.optimizer, train.weight_decay))
+        if optimizer not in self._states:
+            self._states[optimizer] = optimizer_state(train, tuple(experiment.imports))
+        return Estimate(
+            self._measured[batch], self._states[optimizer], ranks, train.zero if zero is None else zero,
+            train.accumulate, train.batch_size, train.ema is not None, on_host(experiment),
+            AHEAD if data.workers else 0, train.offload, experiment.parallel.tensor,
+        )  # fmt: skip
 
 
-def sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
-    """The sections that a training has."""
-    if experiment.train is None or experiment.data is None:
-        raise ValueError("an estimate needs the config sections train and data")
-    return experiment.train, experiment.data
+# -- settings that bring a training into a memory budget: each is estimated, none guessed
 
 
-def on_host(experiment: Experiment) -> bool:
-    """Whether the run is estimated for the CPU: if it says so; anything else is estimated for a GPU."""
-    return experiment.parallel.device == "cpu"
+@dataclass(frozen=True)
+class Change:
+    """A change of settings; ``setting`` is what to write on the command line."""
+
+    setting: str
+    apply: Callable[[Experiment], Experiment]
 
 
-def measure(experiment: Experiment) -> Measured:
-    """Build ``experiment`` without data and run one micro-batch, as the first rank of a team does."""
-    team = max(experiment.parallel.tensor, experiment.parallel.sequence) > 1
-    if team and not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
-        raise RuntimeError(
-            f"torch {torch.__version__} cannot estimate a team, as its collectives take no tensors without "
-            f"data: install a newer one, or estimate with parallel.tensor and parallel.sequence 1"
-        )
-    with fake_group(tensor=experiment.parallel.tensor, sequence=experiment.parallel.sequence) as mesh:
-        return _measure(experiment, mesh)
+@dataclass(frozen=True)
+class Outcome:
+    """Memory of a rank after some changes."""
+
+    changes: tuple[Change, ...]
+    ranks: int
+    total: int
+
+    def __str__(self) -> str:
+        return " ".join(change.setting for change in self.changes)
 
 
-def _measure(experiment: Experiment, mesh: Mesh) -> Measured:
+@dataclass(frozen=True)
+class SettingsSearch:
+    """``alone``: each change by itself. ``found``: the least that fits, or None; ``best``: all of them."""
+
+    budget: int
+    now: Outcome
+    alone: tuple[Outcome, ...]
+    found: Outcome | None
+    best: Outcome
+
+
+def find_settings(estimator: Estimator, experiment: Experiment, ranks: int, budget: int) -> SettingsSearch:
+    """Changes that make ``experiment`` fit ``budget`` bytes a rank; those that cost least come first."""
+
+    def outcome(changes: Sequence[Change], ranks: int = ranks) -> Outcome:
+        changed = _changed(experiment, changes)
+        return Outcome(tuple(changes), ranks, estimator.estimate(changed, ranks).total)
+
+    best = now = outcome(())
+    if now.total <= budget:
+        return SettingsSearch(budget, now, (), now, now)
+    offered = list(_changes(experiment, ranks))
+    alone = tuple(outcome([change]) for change in offered)
+    for change in offered:  # each replaces an earlier value of the same key
+        key = change.setting.partition("=")[0]
+        tried = outcome([*(c for c in best.changes if c.setting.partition("=")[0] != key), change])
+        if tried.total < best.total:
+            best = tried
+        if best.total <= budget:
+            break
+
+    found = None
+    if best.total <= budget:  # without the changes that turn out not to be needed, the dearest first
+        found = best
+        for change in reversed(best.changes):
+            fewer = outcome([one for one in found.changes if one is not change])
+            found = fewer if fewer.total <= budget else found
+        return SettingsSearch(budget, now, alone, found, best)
+
+    # With twice as many ranks, and twice again.
+    sharing = [_ZERO_2] if sections(_changed(experiment, best.changes))[0].zero < 2 else []
+    while found is None and (ranks := 2 * ranks) <= MOST_RANKS:
+        tried = outcome([*best.changes, *sharing], ranks)
+        found = tried if tried.total <= budget else None
+    return SettingsSearch(budget, now, alone, found, best)
+
+
+def _changed(experiment: Experiment, changes: Sequence[Change]) -> Experiment:
+    for change in changes:
+        experiment = change.apply(experiment)
+    return experiment
+
+
+def _train(**values: object) -> Callable[[Experiment], Experiment]:
+    def apply(experiment: Experiment) -> Experiment:
+        train, _ = sections(experiment)
+        return replace(experiment, train=replace(train, **values))  # type: ignore[arg-type]
+
+    return apply
+
+
+_ZERO_2 = Change("train.zero=2", _train(zero=2))
+
+zero3_offload = _train(zero=3, offload=OffloadConfig(optimizer=True, parameters=True))
+"""Lays configs/zero3_offload.yaml over an experiment."""
+
+
+def _changes(experiment: Experiment, ranks: int) -> Iterator[Change]:
+    """Changes that this experiment has not made yet."""
     train, data = sections(experiment)
-    kind: type[Objective] = resolve(train.objective.target, experiment.imports)
-    needs = kind.needs(train.objective.params)
-    cached = data.cache is not None
-    spare = spare_parts(experiment, train) if cached else frozenset[Part]()
-    size = largest_size(data)
-    params = train.objective.params
-    for stage in kind.rounds(params)[:1]:  # the first is the largest: its teacher is guided
-        params = {**params, **stage.params}
-    ledger = Ledger(blocked=on_host(experiment))
-    packs = _packs(experiment, train)  # tries it, which takes data
-    engine = build_shapes(experiment, DTYPES[train.dtype], ledger.without_data(), spare)
-    with ledger.without_data():
-        _split(engine, mesh, spare)
-    engine.conditioner.tokenizer = _AnyText(experiment.conditioning.max_length)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Accessing the data pointer of FakeTensor"
-        )  # copies of a teacher do
-        objective: Objective = build(
-            replace(train.objective, params=params), imports=experiment.imports, engine=engine
-        )
-    objective.train()
-    moments = (cached or bool(data.cache_views)) and "first_stage" not in needs
-    text = cached and "text" not in needs
 
-    def batch() -> Batch:
-        return _batch(engine, objective, train, size, moments=moments, text=text)
+    def cached(experiment: Experiment) -> Experiment:
+        return replace(experiment, data=replace(sections(experiment)[1], cache=Path("CACHE")))
 
-    def loss() -> Tensor:
-        with _autocast(train):
-            return objective(batch(), torch.Generator())["loss"]  # type: ignore[no-any-return]
-
-    with ledger.without_data():
-        if experiment.adapters.lora is not None:
-            add_lora(objective, replace(experiment.adapters.lora, start=None), train.seed)
-        if train.activation_checkpointing:
-            recompute(objective)
-        weights = _weights(engine, objective)
-        if packs:
-            copies = packed_bytes(objective.parts())
-            weights = replace(weights, frozen={**weights.frozen, PACKED: copies})
-        found = trace(ledger, objective, loss)
-        data_bytes = sum(
-            x.numel() * x.element_size() for x in vars(batch()).values() if isinstance(x, Tensor)
-        )
-    text_tokens = experiment.conditioning.max_length if "model" in objective.parts() else 0
-    return Measured(weights, found, data_bytes, size, _image_tokens(engine, size), text_tokens)
-
-
-def _packs(experiment: Experiment, train: TrainConfig) -> bool:
-    """Whether frozen weights are packed, at another stage than ZeRO 3."""
-    wanted = experiment.adapters.lora is not None and not unpacked(train, stage=0)
-    return wanted and on_host(experiment) and packable(DTYPES[train.dtype])
-
-
-def _split(engine: DiffusionEngine, mesh: Mesh, spare: Collection[Part]) -> None:
-    """As a training does: network and text encoder over tensor ranks, the network's tokens over others."""
-    parts: dict[Part, nn.Module] = {"model": engine.network, "text": engine.conditioner.text}
-    for module in (module for part, module in parts.items() if part not in spare and mesh.tensor.size > 1):
-        apply_sharding(module, family_sharding(type(module)), mesh.tensor)
-    apply_sequence(engine.network, mesh.sequence)
-
-
-def largest_size(data: DataConfig) -> tuple[int, int]:
-    """(height, width) of the largest images."""
-    rule = bucket_rule(data)
-    if rule is not None:
-        return max((one for area in rule.areas for one in rule.sizes(area)), key=lambda one: one[0] * one[1])
-    assert data.height is not None and data.width is not None, "the section's rules ask for them"
-    return data.height, data.width
-
-
-class _AnyText(T5Tokenizer):
-    """Gives as many ids as any text has, for a vocabulary that need not be there."""
-
-    def __init__(self, max_length: int) -> None:
-        self.max_length = max_length
-
-    def __call__(self, texts: Any) -> Tokens:
-        ids = torch.zeros(len(texts), self.max_length, dtype=torch.int64)
-        return Tokens(ids, ids.bool())
-
-
-def _autocast(train: TrainConfig) -> AbstractContextManager[Any]:
-    """As :func:`sat.train.loop.computing`; tensors without data say that they are on the CPU."""
-    return nullcontext() if train.autocast is None else torch.autocast(_here(), torch.bfloat16)
-
-
-def _here() -> str:
-    return torch.empty(0).device.type
-
-
-def _batch(
-    engine: DiffusionEngine,
-    objective: Objective,
-    train: TrainConfig,
-    size: tuple[int, int],
-    *,
-    moments: bool,
-    text: bool,
-) -> Batch:
-    """A micro-batch as the loader would give it: pictures with captions, or what caches hold of them."""
-    count = train.batch_size
-    pair = torch.zeros(count, 2, dtype=torch.int64)
-    channels, h, w = engine.latent_shape(*size)
-    latent = torch.empty(count, 2 * channels, h, w) if moments else None
-    relay = moments and objective.degrade() is not None
-    shape = (count, engine.conditioner.max_length, engine.conditioner.text_dim) if text else None
-    return Batch(
-        [f"caption {i}" for i in range(count)], pair, pair, pair,
-        image=None if moments else torch.empty(count, engine.first_stage.image_channels, *size),
-        latent_moments=latent, low_moments=None if latent is None or not relay else latent.clone(),
-        text=None if shape is None else torch.empty(shape, dtype=DTYPES[train.dtype]),
-    )  # fmt: skip
-
-
-def _weights(engine: DiffusionEngine, objective: Objective) -> Weights:
-    """Bytes by what they belong to, each tensor once."""
-    seen: set[int] = set()
-
-    def size(tensor: Tensor) -> int:
-        if id(tensor) in seen:
-            return 0
-        seen.add(id(tensor))
-        return tensor.numel() * tensor.element_size()
-
-    def of(module: nn.Module) -> int:
-        return sum(size(tensor) for tensor in [*module.parameters(), *module.buffers()])
-
-    learns = list(optim.trainable(objective).values())
-    trained = sum(size(p) for p in learns)
-    frozen = {"network": of(engine.network), "text encoder": of(engine.conditioner.text)}
-    frozen["first stage"] = of(engine.first_stage)
-    frozen["teacher"] = sum(of(module) for module in objective.beside())
-    return Weights(trained, sum(p.numel() for p in learns), {k: v for k, v in frozen.items() if v})
-
-
-def _image_tokens(engine: DiffusionEngine, size: tuple[int, int]) -> int:
-    _, h, w = engine.latent_shape(*size)
-    patch = getattr(engine.network, "patch", 1)
-    return h * w // cast(int, patch) ** 2
-
-
-def optimizer_state(train: TrainConfig, imports: tuple[str, ...]) -> State:
-    """What ``train.optimizer`` keeps, seen in two steps of a flat float32 vector, as ZeRO gives it to it.
-
-    An optimizer that looks at the shapes of matrices may keep less at ZeRO 0.
-    """
-    count = 1 << 20
-    ledger = Ledger()
-    with ledger.without_data():
-        vector = nn.Parameter(torch.empty(count))
-        vector.grad = torch.empty(count)
-        group = {"params": [vector], "weight_decay": train.weight_decay}
-        optimizer = optim.build_optimizer(train, imports, [group])
-        base = ledger.live
-        optimizer.step()
-        ledger.mark()
-        optimizer.step()
-        return State((ledger.live - base) / count, (ledger.peak - ledger.live) / count)
+    if data.cache is None and spare_parts(experiment, replace(train, sample_every=None)):
+        yield Change("data.cache=CACHE", cached)
+        if train.sample_every is not None:  # the first stage goes too
+            unsampled = _train(sample_every=None)
+            yield Change("data.cache=CACHE train.sample_every=null", lambda e: unsampled(cached(e)))
+    if train.zero < 2:
+        yield _ZERO_2
+    if not train.activation_checkpointing:
+        yield Change("train.activation_checkpointing=true", _train(activation_checkpointing=True))
+    batch, accumulate = train.batch_size, train.accumulate
+    while batch % 2 == 0:
+        batch, accumulate = batch // 2, 2 * accumulate
+        setting = f"train.batch_size={batch} train.accumulate={accumulate}"
+        yield Change(setting, _train(batch_size=batch, accumulate=accumulate))
+    if train.zero < 3 and ranks > 1:
+        yield Change("train.zero=3", _train(zero=3))
+    if not (train.offload.optimizer and train.offload.parameters) and not on_host(experiment):
+        yield Change("configs/zero3_offload.yaml laid over it", zero3_offload)
+    needs = resolve(train.objective.target, experiment.imports).needs(train.objective.params)
+    if experiment.adapters.lora is None and "model" in needs:
+        setting = "LoRA (configs/lora.yaml laid over it)"
+        yield Change(setting, lambda e: replace(e, adapters=replace(e.adapters, lora=LORA)))

@@ -1,4 +1,4 @@
-"""Plans of the toy model: what is counted, and what changes give."""
+"""Estimates of the toy model: the sizes that are counted, and the changes that fit a budget."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sat.cli.train import main, size
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import Experiment, OffloadConfig
-from sat.train.estimate import PACKED, Estimate, Estimator, largest_size, sections
-from sat.train.search import find_settings, zero3_offload
+from sat.train.estimate import Estimate, Estimator, find_settings, zero3_offload
+from sat.train.measure import PACKED, largest_size, sections
 from tests.configs import DEBUG, ROOT
 
 BASE = [DEBUG, ROOT / "configs" / "tiny_train.yaml"]
@@ -134,7 +134,7 @@ def test_tokens_are_patches_and_text() -> None:
     assert (measured.image_tokens, measured.text_tokens) == (cells // 4, 8)
 
 
-def test_largest_bucket_is_planned() -> None:
+def test_largest_bucket_is_estimated() -> None:
     _, data = sections(
         experiment("data.height=null", "data.width=null", "data.buckets={area: [1024, 3072], step: 16}")
     )
@@ -154,7 +154,7 @@ def test_whatever_fits_already_needs_no_change() -> None:
     assert found.alone == ()
 
 
-def test_changes_that_fit_are_planned_not_guessed() -> None:
+def test_changes_that_fit_are_estimated_not_guessed() -> None:
     before = experiment("parallel.device=cpu")
     total = ESTIMATOR.estimate(before, 1).total
     found = find_settings(ESTIMATOR, before, 1, int(0.6 * total))
@@ -163,7 +163,7 @@ def test_changes_that_fit_are_planned_not_guessed() -> None:
     for change in found.found.changes:
         changed = change.apply(changed)
     assert ESTIMATOR.estimate(changed, 1).total == found.found.total <= int(0.6 * total) < total
-    assert {c.says.partition("=")[0] for o in found.alone for c in o.changes} == {
+    assert {c.setting.partition("=")[0] for o in found.alone for c in o.changes} == {
         "data.cache", "train.zero", "train.activation_checkpointing", "train.batch_size",
         "LoRA (configs/lora.yaml laid over it)",
     }  # fmt: skip
@@ -171,9 +171,9 @@ def test_changes_that_fit_are_planned_not_guessed() -> None:
 
 def test_on_a_gpu_sharing_out_weights_and_offloading_are_offered_after_what_costs_less() -> None:
     before = experiment("parallel.device=cuda", "train.zero=2")
-    offered = [o.says for o in find_settings(ESTIMATOR, before, 8, 1000).alone]
+    offered = [str(o) for o in find_settings(ESTIMATOR, before, 8, 1000).alone]
     assert offered.index("train.zero=3") + 1 == offered.index("configs/zero3_offload.yaml laid over it")
-    assert [says.partition("=")[0] for says in offered].index("train.batch_size") < offered.index(
+    assert [setting.partition("=")[0] for setting in offered].index("train.batch_size") < offered.index(
         "train.zero=3"
     )
     away = zero3_offload(before)
@@ -209,15 +209,15 @@ def test_offloading_takes_optimizer_and_weights_out_of_a_gpus_memory() -> None:
     away = replace(plain, offload=OffloadConfig(optimizer=True, parameters=True))
     weights = plain.measured.weights.trained // 8
     assert plain.lasting - away.lasting == plain.masters + plain.optimizer + plain.average + weights
-    assert away.away == plain.lasting - away.lasting + 4 * plain.share
-    assert replace(away, host=True).away == 0
+    assert away.offloaded == plain.lasting - away.lasting + 4 * plain.share
+    assert replace(away, host=True).offloaded == 0
 
 
 TEAMS = pytest.mark.skipif(torch.__version__ < "2.6", reason="collectives want data")
 
 
-@pytest.mark.skipif(torch.__version__ >= "2.6", reason="teams can be planned")
-def test_an_old_torch_says_that_it_cannot_plan_a_team() -> None:
+@pytest.mark.skipif(torch.__version__ >= "2.6", reason="teams can be estimated")
+def test_an_old_torch_says_that_it_cannot_estimate_a_team() -> None:
     with pytest.raises(RuntimeError, match="cannot estimate a team, as its collectives take no tensors"):
         estimated("parallel.sequence=2", ranks=2)
 

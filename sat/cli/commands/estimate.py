@@ -1,17 +1,17 @@
-"""``train.py --plan``: what a training will take, as a table."""
+"""``train.py --plan``: estimate of a training's memory, tokens and FLOPs, as a table."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
 from sat.config.schema import Experiment, OffloadConfig
 from sat.parallel.mesh import data_ranks
-from sat.train.estimate import LIVE, Estimate, Estimator, on_host, sections
-from sat.train.search import SettingsSearch, find_settings, zero3_offload
+from sat.train.estimate import LIVE, Estimate, Estimator, find_settings, zero3_offload
+from sat.train.measure import on_host, sections
 
 GB = 1e9
 STAGES: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
@@ -21,52 +21,47 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
     """Print the estimate for ``ranks`` ranks (None: those started, or one team) and how to fit ``budget``."""
     if os.environ.get("RANK", "0") != "0":
         return
+    train, _ = sections(experiment)
     sizes = experiment.parallel.sizes
     count = ranks or int(os.environ.get("WORLD_SIZE", math.prod(sizes.values())))
-    readers = data_ranks(count, **sizes)
+    readers = data_ranks(count, **sizes)  # ranks that read different images
     estimator = Estimator()
     now = estimator.estimate(experiment, count)
-    for line in [
-        *_head(experiment, now),
-        *_table(now),
-        *_others(estimator, experiment, count),
-        *_work(now, readers),
-    ]:
-        print(line)
-    if count > readers:
-        print(_team(sizes))
-    if budget is not None:
-        for line in _fitting(find_settings(estimator, experiment, count, budget)):
-            print(line)
 
-
-def _team(sizes: Mapping[str, int]) -> str:
-    """What the numbers are of, where ranks work on the same images."""
-    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    return f"weights, activations and TFLOP are those of the first rank of a team of {layout}"
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:.2f}" if size >= 0.095 * GB else f"{size / GB:.3f}"
-
-
-def _row(name: str, size: float, note: str = "") -> str:
-    return f"  {name:<24}{_gb(size):>8}   {note}".rstrip()
-
-
-def _head(experiment: Experiment, now: Estimate) -> Iterator[str]:
-    train, _ = sections(experiment)
     height, width = now.measured.size
     model, objective = (c.target.rpartition(".")[2] for c in (experiment.model, train.objective))
     precision = train.dtype if train.autocast is None else f"{train.dtype} with {train.autocast} autocast"
     lora = experiment.adapters.lora
-    yield (
+    print(
         f"{model}, {objective}{'' if lora is None else f', LoRA of rank {lora.rank}'}: "
         f"{height} x {width} (height x width), {train.batch_size} x {train.accumulate} images a rank and "
         f"step, {precision}, ZeRO {now.zero}, {_ranks(now.ranks)}, "
         f"{'with' if train.activation_checkpointing else 'without'} activation checkpointing"
     )
-    yield f"memory of each rank in GB (1e9 bytes), {'on the CPU' if now.host else 'on a GPU'}"
+    print(f"memory of each rank in GB (1e9 bytes), {'on the CPU' if now.host else 'on a GPU'}")
+    for line in [*_table(now), *_others(estimator, experiment, count)]:
+        print(line)
+
+    measured, images = now.measured, now.batch_size * now.accumulate * readers
+    tokens = measured.image_tokens + measured.text_tokens
+    flops = measured.trace.flops / now.batch_size
+    print(
+        f"each optimizer step: {images} images, {images * tokens:,} tokens "
+        f"({measured.image_tokens:,} image + {measured.text_tokens} text each), "
+        f"{images * flops / 1e12:,.4g} TFLOP ({flops / 1e12:,.4g} an image)"
+    )
+    process = "the process with its libraries" if now.host else "the device's context, libraries' workspaces"
+    print(f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters")
+    if count > readers:
+        layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        print(f"weights, activations and TFLOP are those of the first rank of a team of {layout}")
+    if budget is not None:
+        for line in _fitting(estimator, experiment, count, budget):
+            print(line)
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f}" if size >= 0.095 * GB else f"{size / GB:.3f}"
 
 
 def _ranks(count: int) -> str:
@@ -74,28 +69,33 @@ def _ranks(count: int) -> str:
 
 
 def _table(now: Estimate) -> Iterator[str]:
+    """Lines of what the memory of a rank consists of."""
+
+    def row(name: str, size: float, note: str = "") -> str:
+        return f"  {name:<24}{_gb(size):>8}   {note}".rstrip()
+
     weights, trace = now.weights, now.measured.trace
-    yield _row("weights, trained", weights.trained, f"{weights.trained_elements / 1e6:,.1f} M parameters")
+    yield row("weights, trained", weights.trained, f"{weights.trained_elements / 1e6:,.1f} M parameters")
     frozen = ", ".join(f"{name} {_gb(size)}" for name, size in weights.frozen.items())
-    yield _row("weights, frozen", sum(weights.frozen.values()), frozen)
+    yield row("weights, frozen", sum(weights.frozen.values()), frozen)
     part = "" if now.zero == 0 or now.sharing == 1 else f"1/{now.sharing} of them"
-    yield _row("float32 masters", now.masters, part)
-    yield _row("optimizer state", now.optimizer, part)
-    yield _row("moving average (EMA)", now.average, part)
-    yield _row("gradients", now.gradients, part if now.zero > 1 else "")
+    yield row("float32 masters", now.masters, part)
+    yield row("optimizer state", now.optimizer, part)
+    yield row("moving average (EMA)", now.average, part)
+    yield row("gradients", now.gradients, part if now.zero > 1 else "")
     if now.zero and not now.host:
-        yield _row("gradient buffer", now.bucket, "DeepSpeed's")
-    yield _row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")
+        yield row("gradient buffer", now.bucket, "DeepSpeed's")
+    yield row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")
     if now.host:
-        yield _row("batches being read", now.loading)
-    if now.away:
-        yield _row("in the CPU's memory", now.away, "masters, optimizer, EMA, weights: what is offloaded")
+        yield row("batches being read", now.loading)
+    if now.offloaded:
+        yield row("in the CPU's memory", now.offloaded, "masters, optimizer, EMA, weights: what is offloaded")
     phases = ", ".join(f"{phase.name} {_gb(now.lasting + phase.extra)}" for phase in now.phases)
-    yield _row("most at a time", now.total, phases)
+    yield row("most at a time", now.total, phases)
 
 
 def _others(estimator: Estimator, experiment: Experiment, ranks: int) -> Iterator[str]:
-    """The same at other ZeRO stages, with and without checkpointing; nothing offloaded but where said."""
+    """Lines of the peak at other ZeRO stages, with and without checkpointing; offloaded in the last alone."""
     train, _ = sections(experiment)
     yield f"most at a time, otherwise the same:{'checkpointing':>25}{'without':>12}"
     gathered = f"(estimate: at most {LIVE / 1e9:g} G weights gathered)"
@@ -104,8 +104,9 @@ def _others(estimator: Estimator, experiment: Experiment, ranks: int) -> Iterato
         for zero in STAGES
         if zero or train.dtype == "fp32"
     ]
-    away = sections(zero3_offload(experiment))[0]
-    rows += [] if on_host(experiment) else [("ZeRO 3 offloaded (configs/zero3_offload.yaml)", away)]
+    if not on_host(experiment):
+        away, _ = sections(zero3_offload(experiment))
+        rows.append(("ZeRO 3 offloaded (configs/zero3_offload.yaml)", away))
     for name, stage in rows:
         totals = []
         for checkpointing in (True, False):
@@ -114,30 +115,18 @@ def _others(estimator: Estimator, experiment: Experiment, ranks: int) -> Iterato
         yield f"  {name:<46}{_gb(totals[0]):>12}{_gb(totals[1]):>12}"
 
 
-def _work(now: Estimate, readers: int) -> Iterator[str]:
-    """``readers``: the ranks that read different images."""
-    measured, images = now.measured, now.batch_size * now.accumulate * readers
-    tokens = measured.image_tokens + measured.text_tokens
-    flops = measured.trace.flops / now.batch_size
-    yield (
-        f"each optimizer step: {images} images, {images * tokens:,} tokens "
-        f"({measured.image_tokens:,} image + {measured.text_tokens} text each), "
-        f"{images * flops / 1e12:,.4g} TFLOP ({flops / 1e12:,.4g} an image)"
-    )
-    process = "the process with its libraries" if now.host else "the device's context, libraries' workspaces"
-    yield f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters"
-
-
-def _fitting(found: SettingsSearch) -> Iterator[str]:
-    budget = _gb(found.budget)
-    if not found.now.changes and found.found is found.now:
-        yield f"fits {budget} GB with {_gb(found.budget - found.now.total)} to spare"
+def _fitting(estimator: Estimator, experiment: Experiment, ranks: int, budget: int) -> Iterator[str]:
+    """Lines of what brings the training into ``budget`` bytes a rank."""
+    search = find_settings(estimator, experiment, ranks, budget)
+    now, found = search.now, search.found
+    if found is now:
+        yield f"fits {_gb(budget)} GB with {_gb(budget - now.total)} to spare"
         return
-    yield f"does not fit {budget} GB: {_gb(found.now.total)}. One change alone gives:"
-    for outcome in found.alone:
-        yield f"  {_gb(outcome.total):>8}   {outcome.says}"
-    if found.found is None:
-        yield f"nothing of this is enough; all together: {_gb(found.best.total)}   {found.best.says}"
+    yield f"does not fit {_gb(budget)} GB: {_gb(now.total)}. One change alone gives:"
+    for outcome in search.alone:
+        yield f"  {_gb(outcome.total):>8}   {outcome}"
+    if found is None:
+        yield f"nothing of this is enough; all together: {_gb(search.best.total)}   {search.best}"
         return
-    where = "" if found.found.ranks == found.now.ranks else f" on {_ranks(found.found.ranks)}"
-    yield f"fits with{where}: {found.found.says} ({_gb(found.found.total)})"
+    where = "" if found.ranks == now.ranks else f" on {_ranks(found.ranks)}"
+    yield f"fits with{where}: {found} ({_gb(found.total)})"

@@ -1,0 +1,234 @@
+"""One micro-batch of a training, run without data: bytes of weights and activations, tokens, FLOPs.
+
+The engine and the objective are built from tensors without data, and one micro-batch goes through them
+(:mod:`sat.estimate.trace`), so all sizes are those of the tensors that the run will make. Of a team of ranks
+(``parallel.tensor``, ``sequence``) the first is measured, with its share of weights and tokens. All numbers
+are bytes unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sat.checkpoint.format import DTYPES, Part
+from sat.conditioning.conditioner import Tokens
+from sat.config.build import build_shapes
+from sat.config.component import build
+from sat.config.schema import DataConfig, Experiment, TrainConfig
+from sat.config.targets import resolve
+from sat.data.batch import Batch
+from sat.engine import DiffusionEngine
+from sat.estimate.trace import Ledger, Trace, trace
+from sat.kernels.compile import recompute
+from sat.kernels.packed import packable
+from sat.parallel.mesh import fake_group
+from sat.parallel.sequence import apply_sequence
+from sat.parallel.tensor import apply_sharding
+from sat.sharding import family_sharding
+from sat.tokenizers import T5Tokenizer
+from sat.train.data import bucket_rule, spare_parts
+from sat.train.lora import add_lora, packed_bytes, unpacked
+from sat.train.objectives import Objective
+from sat.train.optim import autocast, build_optimizer, trainable
+
+PACKED = "packed for the backward pass"
+"""Name of the second copy of frozen weights; there is none at ZeRO 3."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of the weights on a rank; ``frozen`` by part, the buffers of trained parts included."""
+
+    trained: int
+    trained_elements: int
+    frozen: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.trained + sum(self.frozen.values())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Result of one micro-batch; nothing in it depends on the number of teams or the ZeRO stage."""
+
+    weights: Weights
+    trace: Trace
+    batch: int  # bytes of the micro-batch's data, which are in the trace too
+    size: tuple[int, int]  # pixels
+    image_tokens: int  # of one image: patches, or latent cells of a network without patches
+    text_tokens: int
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """Bytes that an optimizer keeps, and needs while it steps, for each trained element."""
+
+    kept: float
+    passing: float
+
+
+def sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
+    """The sections ``train`` and ``data``."""
+    if experiment.train is None or experiment.data is None:
+        raise ValueError("an estimate needs the config sections train and data")
+    return experiment.train, experiment.data
+
+
+def on_host(experiment: Experiment) -> bool:
+    """True if the run is estimated for the CPU: where it says so; anything else is taken for a GPU."""
+    return experiment.parallel.device == "cpu"
+
+
+def largest_size(data: DataConfig) -> tuple[int, int]:
+    """(height, width) of the largest images."""
+    rule = bucket_rule(data)
+    if rule is not None:
+        return max((one for area in rule.areas for one in rule.sizes(area)), key=lambda one: one[0] * one[1])
+    assert data.height is not None and data.width is not None, "the section's rules ask for them"
+    return data.height, data.width
+
+
+def measure(experiment: Experiment) -> Measured:  # noqa: C901 - as a training is built, in order
+    """Build ``experiment`` without data and run one micro-batch, as the first rank of a team does."""
+    parallel = experiment.parallel
+    team = max(parallel.tensor, parallel.sequence) > 1
+    if team and not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
+        raise RuntimeError(
+            f"torch {torch.__version__} cannot estimate a team, as its collectives take no tensors without "
+            f"data: install a newer one, or estimate with parallel.tensor and parallel.sequence 1"
+        )
+    train, data = sections(experiment)
+    lora, dtype, size = experiment.adapters.lora, DTYPES[train.dtype], largest_size(data)
+    kind: type[Objective] = resolve(train.objective.target, experiment.imports)
+    params = train.objective.params
+    for stage in kind.rounds(params)[:1]:  # the first is the largest: its teacher is guided
+        params = {**params, **stage.params}
+    cached = data.cache is not None
+    spare = spare_parts(experiment, train) if cached else frozenset[Part]()
+    # Packing is tried out, which takes data.
+    packs = lora is not None and not unpacked(train, stage=0) and on_host(experiment) and packable(dtype)
+
+    ledger = Ledger(blocked=on_host(experiment))
+    with fake_group(tensor=parallel.tensor, sequence=parallel.sequence) as mesh:
+        engine = build_shapes(experiment, dtype, ledger.without_data(), spare)
+        engine.conditioner.tokenizer = _AnyText(experiment.conditioning.max_length)
+        with ledger.without_data():
+            parts: dict[Part, nn.Module] = {"model": engine.network, "text": engine.conditioner.text}
+            for part, module in parts.items() if parallel.tensor > 1 else []:
+                if part not in spare:
+                    apply_sharding(module, family_sharding(type(module)), mesh.tensor)
+            apply_sequence(engine.network, mesh.sequence)
+        with warnings.catch_warnings():  # copying a teacher warns
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            component = replace(train.objective, params=params)
+            objective: Objective = build(component, imports=experiment.imports, engine=engine)
+        objective.train()
+        needs = kind.needs(train.objective.params)
+        moments = (cached or bool(data.cache_views)) and "first_stage" not in needs
+        text = cached and "text" not in needs
+
+        def batch() -> Batch:
+            return _batch(engine, objective, train, size, moments=moments, text=text)
+
+        def loss() -> Tensor:
+            with autocast(train, torch.empty(0).device.type):  # that of tensors without data
+                return objective(batch(), torch.Generator())["loss"]  # type: ignore[no-any-return]
+
+        with ledger.without_data():
+            if lora is not None:
+                add_lora(objective, replace(lora, start=None), train.seed)
+            if train.activation_checkpointing:
+                recompute(objective)
+            weights = _weights(engine, objective)
+            if packs:
+                copies = packed_bytes(objective.parts())
+                weights = replace(weights, frozen={**weights.frozen, PACKED: copies})
+            found = trace(ledger, objective, loss)
+            data_bytes = sum(x.nbytes for x in vars(batch()).values() if isinstance(x, Tensor))
+    _, h, w = engine.latent_shape(*size)
+    image_tokens = h * w // cast(int, getattr(engine.network, "patch", 1)) ** 2
+    text_tokens = experiment.conditioning.max_length if "model" in objective.parts() else 0
+    return Measured(weights, found, data_bytes, size, image_tokens, text_tokens)
+
+
+class _AnyText(T5Tokenizer):
+    """Tokenizer that gives the longest text's number of ids, without a vocabulary."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+
+    def __call__(self, texts: Any) -> Tokens:
+        ids = torch.zeros(len(texts), self.max_length, dtype=torch.int64)
+        return Tokens(ids, ids.bool())
+
+
+def _batch(
+    engine: DiffusionEngine,
+    objective: Objective,
+    train: TrainConfig,
+    size: tuple[int, int],
+    *,
+    moments: bool,
+    text: bool,
+) -> Batch:
+    """A micro-batch as the loader would give it: images with captions, or their cached encodings."""
+    count = train.batch_size
+    pair = torch.zeros(count, 2, dtype=torch.int64)
+    channels, h, w = engine.latent_shape(*size)
+    latent = torch.empty(count, 2 * channels, h, w) if moments else None
+    relay = moments and objective.degrade() is not None
+    shape = (count, engine.conditioner.max_length, engine.conditioner.text_dim) if text else None
+    return Batch(
+        [f"caption {i}" for i in range(count)], pair, pair, pair,
+        image=None if moments else torch.empty(count, engine.first_stage.image_channels, *size),
+        latent_moments=latent, low_moments=None if latent is None or not relay else latent.clone(),
+        text=None if shape is None else torch.empty(shape, dtype=DTYPES[train.dtype]),
+    )  # fmt: skip
+
+
+def _weights(engine: DiffusionEngine, objective: Objective) -> Weights:
+    """Bytes of each part, each tensor counted once."""
+    seen: set[int] = set()
+
+    def size(tensor: Tensor) -> int:
+        if id(tensor) in seen:
+            return 0
+        seen.add(id(tensor))
+        return tensor.nbytes
+
+    def of(module: nn.Module) -> int:
+        return sum(size(tensor) for tensor in [*module.parameters(), *module.buffers()])
+
+    learns = list(trainable(objective).values())
+    trained = sum(size(p) for p in learns)
+    frozen = {"network": of(engine.network), "text encoder": of(engine.conditioner.text)}
+    frozen["first stage"] = of(engine.first_stage)
+    frozen["teacher"] = sum(of(module) for module in objective.beside())
+    return Weights(trained, sum(p.numel() for p in learns), {k: v for k, v in frozen.items() if v})
+
+
+def optimizer_state(train: TrainConfig, imports: tuple[str, ...]) -> OptimizerState:
+    """State of ``train.optimizer``, seen in two steps of a flat float32 vector, as ZeRO steps it.
+
+    An optimizer that looks at the shapes of matrices may keep less at ZeRO 0.
+    """
+    count = 1 << 20
+    ledger = Ledger()
+    with ledger.without_data():
+        vector = nn.Parameter(torch.empty(count))
+        vector.grad = torch.empty(count)
+        group = {"params": [vector], "weight_decay": train.weight_decay}
+        optimizer = build_optimizer(train, imports, [group])
+        base = ledger.live
+        optimizer.step()
+        ledger.mark()
+        optimizer.step()
+        return OptimizerState((ledger.live - base) / count, (ledger.peak - ledger.live) / count)
