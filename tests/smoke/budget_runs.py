@@ -22,7 +22,7 @@ from sat.config.build import build_engine
 from sat.config.load import load
 from sat.estimate.budget import apply_budget
 from tests.configs import DEBUG
-from tests.smoke.plan_runs import resident
+from tests.smoke.estimate_runs import resident
 
 LARGE = ["model.params.dim=768", "model.params.heads=12", "model.params.depth=6", "sampling.pack=false"]
 

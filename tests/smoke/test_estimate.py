@@ -39,9 +39,9 @@ pytestmark = [
 
 
 def compare(folder: Path, *words: str) -> Iterator[dict[str, int]]:
-    """What plan_runs prints, the last line first."""
+    """What estimate_runs prints, the last line first."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.smoke.plan_runs", str(folder), *words],
+        [sys.executable, "-m", "tests.smoke.estimate_runs", str(folder), *words],
         cwd=ROOT, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, text=True, capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
