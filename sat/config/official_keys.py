@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from sat.config.yaml_source import ConfigError, Key, Marks, Problem, Where, dotted, shown, where
 
-NETWORK = {
+NETWORKS = {
+    "DiffusionTransformer": "sat.models.cogview3_plus.CogView3Plus",
+    "UNetModel": "sat.models.cogview3_unet.CogView3UNet",
+}
+TRANSFORMER = {
     "hidden_size": "dim",
     "num_attention_heads": "heads",
     "num_layers": "depth",
@@ -61,6 +66,13 @@ FIRST_STAGE = {
 }
 """Official key of an autoencoder's encoder -> our parameter."""
 
+AUTOENCODERS = {
+    "AutoencodingEngine": "pair",
+    "AutoencoderKLInferenceWrapper": "single",
+    "AutoencoderKL": "single",
+}
+"""Official autoencoder -> encoder and decoder are a ``pair`` of configs, or share a ``single`` one."""
+
 T5 = {
     "d_model": "dim",
     "num_heads": "heads",
@@ -104,12 +116,21 @@ SAMPLER_PARAMS: dict[str, dict[str, str]] = {
     "LinearMultistepSampler": {"order": "order"},
 }
 """Official sampler -> its official option -> our parameter."""
-LOSSES = {"StandardDiffusionLoss": "", "ZeroSNRDiffusionLoss": "", "LinearRelayDiffusionLoss": ""}
+LOSSES = ("StandardDiffusionLoss", "ZeroSNRDiffusionLoss", "LinearRelayDiffusionLoss")
 BLENDS = ("linear", "sigma", "exp")
 GUIDERS = {
     "VanillaCFG": "sat.diffusion.guidance.ClassifierFree",
     "IdentityGuider": "sat.diffusion.guidance.Unguided",
 }
+
+ARGS = {
+    "load": "checkpoint.model",
+    "batch_size": "sampling.batch_size",
+    "grid_num_columns": "sampling.grid_columns",
+    "output_dir": "output.dir",
+    "seed": "sampling.seed",
+}
+"""Official key of ``args`` -> our key."""
 
 # Keys whose only supported value is the official default; another one changes the model, so it is refused.
 FIXED: dict[str, Any] = {
@@ -159,11 +180,11 @@ INSTEAD = {
     "data*": "training data is named in the data section",
 }
 
-MIXINS: dict[str, dict[str, str]] = {
-    "pos_embed": {"PositionEmbeddingMixin": ""},
-    "patch_embed": {"ImagePatchEmbeddingMixin": ""},
-    "attention": {"AdalnAttentionMixin": ""},
-    "final_layer": {"FinalLayerMixin": ""},
+MIXINS = {
+    "pos_embed": "PositionEmbeddingMixin",
+    "patch_embed": "ImagePatchEmbeddingMixin",
+    "attention": "AdalnAttentionMixin",
+    "final_layer": "FinalLayerMixin",
 }
 
 
@@ -179,8 +200,13 @@ class Official:
         self.problems: list[Problem] = []
         self.notes: list[str] = []
 
-    def subtree(self, key: str) -> Any:
-        """What is at ``key``, without counting as used; None when absent."""
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the last file."""
+        return self.place("").folder
+
+    def get(self, key: str) -> Any:
+        """The value at ``key``, which does not count as used; None when absent."""
         node: Any = self.tree
         for part in key.split("."):
             if isinstance(node, list):
@@ -194,19 +220,21 @@ class Official:
     def take(self, key: str, default: Any = None) -> Any:
         """The value at ``key``, counted as used."""
         self.used.add(key)
-        found = self.subtree(key)
+        found = self.get(key)
         return default if found is None else found
+
+    def class_name(self, key: str) -> str:
+        """The name of the official class at ``key``, without its module."""
+        return str(self.get(f"{key}.target")).rpartition(".")[2]
 
     def put(self, native: str, value: Any, key: str) -> None:
         """Write ``value`` at the dotted ``native`` key; messages about it point to the official ``key``."""
         path: Key = tuple(native.split("."))
-        node = self.out
-        for part in path[:-1]:
+        node, mark = self.out, self.place(key)
+        for end, part in enumerate(path[:-1], 1):
             node = node.setdefault(part, {})
-        node[path[-1]] = value
-        mark = where(self.marks, tuple(key.split(".")))
-        for end in range(1, len(path) + 1):
             self.out_marks.setdefault(path[:end], mark)
+        node[path[-1]] = value
         self.out_marks[path] = mark
 
     def move(self, key: str, native: str) -> None:
@@ -215,34 +243,52 @@ class Official:
         if value is not None:
             self.put(native, value, key)
 
-    def choose(self, key: str, choices: Mapping[str, str], what: str) -> str:
-        """Our target for the official class named at ``key.target``."""
-        target = str(self.take(f"{key}.target"))
-        name = target.rpartition(".")[2]
+    def choose(self, key: str, choices: Collection[str], what: str) -> str:
+        """What ``choices`` (names, or a mapping of them) have for the official class at ``key``, else ''."""
+        self.used.add(f"{key}.target")
+        name = self.class_name(key)
         if name not in choices:
-            self.refuse(
-                f"{key}.target", f"{what} {target} is not supported yet (supported: {', '.join(choices)})"
-            )
-        return choices.get(name, "")
+            known, target = ", ".join(choices), self.get(f"{key}.target")
+            self.refuse(f"{key}.target", f"{what} {target} is not supported yet (supported: {known})")
+            return ""
+        return str(choices[name]) if isinstance(choices, Mapping) else name
+
+    def one_of(self, key: str, choices: Collection[str], default: str) -> str | None:
+        """The text at ``key``, one of ``choices``; None when it is refused."""
+        given = self.take(key, default)
+        if given in choices:
+            return str(given)
+        self.refuse(key, f"expected one of {', '.join(choices)}, got {shown(given)}")
+        return None
+
+    def only(self, key: str, value: Any, default: Any) -> None:
+        """Refuse anything but ``value`` at ``key``."""
+        if (given := self.take(key, default)) != value:
+            self.refuse(key, f"only {value!r} is supported, got {shown(given)}")
+
+    def same(self, key: str, as_key: str) -> None:
+        """Refuse two official keys that differ and are one parameter here."""
+        value, other = self.take(key), self.get(as_key)
+        if None not in (value, other) and value != other:
+            self.refuse(key, f"expected {other!r} as in {as_key}, got {shown(value)}")
 
     def place(self, key: str) -> Where:
-        """Where the official ``key`` was written."""
-        return where(self.marks, tuple(key.split(".")))
+        """The place of the official ``key``."""
+        return where(self.marks, tuple(key.split("."))) if key else self.marks.get((), Where(""))
 
     def refuse(self, key: str, what: str) -> None:
         """Note why the official config cannot be translated."""
-        self.problems.append(Problem(str(where(self.marks, tuple(key.split(".")))), key, what))
+        self.problems.append(Problem(str(self.place(key)), key, what))
 
     def finish(self) -> None:
         """Check the fixed keys; raise when anything was refused."""
         for key in self._leaves():
-            if any(fnmatch.fnmatch(key, p) and self.subtree(key) == value for p, value in NOTHING.items()):
+            value = self.get(key)
+            if any(fnmatch.fnmatch(key, p) and value == nothing for p, nothing in NOTHING.items()):
                 self.used.add(key)
-            for pattern, value in FIXED.items():
+            for pattern, fixed in FIXED.items():
                 if fnmatch.fnmatch(key, pattern):
-                    self.used.add(key)
-                    if self.subtree(key) != value:
-                        self.refuse(key, f"only {value!r} is supported, got {shown(self.subtree(key))}")
+                    self.only(key, fixed, None)
         if self.problems:
             raise ConfigError(self.problems)
 
@@ -253,13 +299,12 @@ class Official:
             if not any(key == used or key.startswith(f"{used}.") for used in self.used):
                 why = next((w for p, w in INSTEAD.items() if fnmatch.fnmatch(key, p)), "without effect here")
                 groups.setdefault(why, []).append(key)
-        lines = [f"{self._file()}: not honoured: {', '.join(keys)} ({why})" for why, keys in groups.items()]
+        file = str(self.place("")).rpartition(":")[0] or "official config"
+        lines = [f"{file}: not honoured: {', '.join(keys)} ({why})" for why, keys in groups.items()]
         return [*self.notes, *lines]
 
-    def _file(self) -> str:
-        return str(self.marks.get((), Where("official config"))).rpartition(":")[0] or "official config"
-
     def _leaves(self) -> list[str]:
+        """The keys of all values; a list of single values is one."""
         found: list[str] = []
 
         def walk(node: Any, key: Key) -> None:
@@ -274,9 +319,3 @@ class Official:
 
         walk(self.tree, ())
         return found
-
-    def same(self, key: str, as_key: str) -> None:
-        """Two official keys that are one parameter here."""
-        value, other = self.take(key), self.subtree(as_key)
-        if None not in (value, other) and value != other:
-            self.refuse(key, f"expected {other!r} as in {as_key}, got {shown(value)}")

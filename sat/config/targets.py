@@ -1,10 +1,11 @@
-"""What a ``target`` names: which names are allowed, what the class takes, and what it makes."""
+"""Names that a ``target`` may have, the parameters of a class, and the kind of object it makes."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
+import pkgutil
 import sys
 import types
 import typing
@@ -14,7 +15,7 @@ from functools import lru_cache
 from typing import Any, Union, get_args, get_origin
 
 PACKAGES = ("bitsandbytes", "torchao")
-"""What has optimizers of few bits, on PyPI under the names of the modules."""
+"""Packages with optimizers of few bits, on PyPI under the names of the modules."""
 
 
 class TargetError(ValueError):
@@ -23,7 +24,7 @@ class TargetError(ValueError):
 
 @dataclass(frozen=True)
 class Signature:
-    """What a target takes: ``params`` from YAML (name -> annotation), ``runtime`` objects from the caller."""
+    """Parameters of a target: ``params`` from YAML (name -> annotation), ``runtime`` ones from the caller."""
 
     name: str
     params: Mapping[str, Any]
@@ -48,39 +49,34 @@ def check_import(name: str) -> None:
     """Raise unless the module ``name`` of ``imports`` can be imported and is not Python's own."""
     root = name.partition(".")[0]
     if root in sys.stdlib_module_names or root in sys.builtin_module_names:
-        raise TargetError(
-            f"{name!r} belongs to Python itself; `imports` is for modules with components of your own"
-        )
+        what = "belongs to Python itself; `imports` is for modules with components of your own"
+        raise TargetError(f"{name!r} {what}")
     try:
         importlib.import_module(name)
     except ImportError as error:
-        raise TargetError(f"cannot import {name!r}: {error}; {_where_from(root)}") from error
-
-
-def _where_from(package: str) -> str:
-    """What to do about a package that is not there."""
-    if package in PACKAGES:
-        return f"install it with `pip install {package}`"
-    return "is its folder on PYTHONPATH?"
+        on_pypi = root in PACKAGES
+        advice = f"install it with `pip install {root}`" if on_pypi else "is its folder on PYTHONPATH?"
+        raise TargetError(f"cannot import {name!r}: {error}; {advice}") from error
 
 
 def resolve(target: Any, imports: Collection[str] = ()) -> Any:
     """The class or function named by ``target``: of ``sat``, ``torch.optim`` or one of ``imports``."""
-    if not isinstance(target, str):
+    parts = target.split(".") if isinstance(target, str) else []
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise TargetError(f"expected a dotted name such as sat.package.module.Class, got {target!r}")
-    module, _, name = target.rpartition(".")
-    if not (module and all(part.isidentifier() for part in target.split("."))):
-        raise TargetError(f"expected a dotted name such as sat.package.module.Class, got {target!r}")
-    if target.startswith("sgm."):
-        raise TargetError(
-            f"{target!r} is a class of the official code; official files are translated only as a whole"
-        )
+    module = ".".join(parts[:-1])
+    if parts[0] == "sgm":
+        what = "is a class of the official code; official files are translated only as a whole"
+        raise TargetError(f"{target!r} {what}")
     if not allowed(module, imports):
-        raise TargetError(
-            f"{target!r} is outside sat and torch.optim; "
-            f"list its module in `imports` to allow it: imports: [{module}]"
-        )
+        what = "is outside sat and torch.optim; list its module in `imports` to allow it"
+        raise TargetError(f"{target!r} {what}: imports: [{module}]")
     return _import(target, tuple(imports))
+
+
+def allowed(module: str, imports: Collection[str]) -> bool:
+    """True if a target may live in ``module``."""
+    return any(module == root or module.startswith(f"{root}.") for root in ("sat", "torch.optim", *imports))
 
 
 @lru_cache(maxsize=512)
@@ -88,53 +84,44 @@ def _import(target: str, imports: tuple[str, ...]) -> Any:
     module, _, name = target.rpartition(".")
     try:
         found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and module.startswith(error.name):
-            raise TargetError(f"no module {error.name!r}{_near_module(error.name)}") from error
-        raise TargetError(f"cannot import {module!r}: {error}") from error
     except ImportError as error:
-        raise TargetError(f"cannot import {module!r}: {error}") from error
-    public = [n for n, v in vars(found).items() if inspect.isclass(v) or inspect.isfunction(v)]
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if not missing or not module.startswith(missing):
+            raise TargetError(f"cannot import {module!r}: {error}") from error
+        parent, _, leaf = missing.rpartition(".")
+        paths = getattr(sys.modules.get(parent), "__path__", ())
+        near = difflib.get_close_matches(leaf, [m.name for m in pkgutil.iter_modules(paths)], 1)
+        advice = f"; did you mean {parent}.{near[0]}?" if near else ""
+        raise TargetError(f"no module {missing!r}{advice}") from error
+    made = getattr(found, name, None)
     if name.startswith("_") or not hasattr(found, name):
+        public = [n for n, v in vars(found).items() if inspect.isclass(v) or inspect.isfunction(v)]
         raise TargetError(f"module {module!r} has no {name!r}{hint(name, public)}")
-    made = getattr(found, name)
     if not (inspect.isclass(made) or inspect.isfunction(made)):
         raise TargetError(f"{target!r} is not a class or function")
     if not allowed(made.__module__, imports):
-        raise TargetError(
-            f"{target!r} is defined in {made.__module__!r}, outside sat, torch.optim and `imports`"
-        )
+        what = f"is defined in {made.__module__!r}, outside sat, torch.optim and `imports`"
+        raise TargetError(f"{target!r} {what}")
     return made
-
-
-def allowed(module: str, imports: Collection[str]) -> bool:
-    """Whether a target may live in ``module``."""
-    return any(module == root or module.startswith(f"{root}.") for root in ("sat", "torch.optim", *imports))
-
-
-def _near_module(name: str) -> str:
-    parent, _, leaf = name.rpartition(".")
-    package = sys.modules.get(parent)
-    if package is None or not hasattr(package, "__path__"):
-        return ""
-    import pkgutil
-
-    near = difflib.get_close_matches(leaf, [m.name for m in pkgutil.iter_modules(package.__path__)], 1)
-    return f"; did you mean {parent}.{near[0]}?" if near else ""
 
 
 @lru_cache(maxsize=512)
 def signature(made: Any) -> Signature:
-    """What the class or function ``made`` takes; ``TargetError`` when its parameters cannot be checked."""
+    """Parameters of the class or function ``made``; ``TargetError`` when they cannot be checked.
+
+    The caller alone gives keyword-only ones and, to an optimizer of any package, ``params``.
+    """
     parameters = inspect.signature(made).parameters
     for p in parameters.values():
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             stars = "**" if p.kind is p.VAR_KEYWORD else "*"
-            raise TargetError(
-                f"{made.__name__} takes {stars}{p.name}, whose names cannot be checked; "
-                f"a configurable class lists its parameters"
-            )
-    runtime = _runtime(made, parameters)
+            what = "whose names cannot be checked; a configurable class lists its parameters"
+            raise TargetError(f"{made.__name__} takes {stars}{p.name}, {what}")
+    torch = sys.modules.get("torch.optim")  # without it no optimizer is there
+    optimizer = torch is not None and inspect.isclass(made) and issubclass(made, torch.Optimizer)
+    runtime = tuple(n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY)
+    if optimizer or made.__module__.startswith("torch."):
+        runtime = ("params",)
     hints = _hints(made)
     taken = {n: p for n, p in parameters.items() if n not in runtime}
     return Signature(
@@ -146,36 +133,17 @@ def signature(made: Any) -> Signature:
     )
 
 
-def _runtime(made: Any, parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
-    """Parameters that only the caller gives: keyword-only ones; for torch's optimizers, what to optimise."""
-    if made.__module__.startswith("torch.") or _optimises(made):
-        return ("params",)
-    return tuple(n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY)
-
-
-def _optimises(made: Any) -> bool:
-    """An optimizer of any package; one can only be loaded once torch is."""
-    torch = sys.modules.get("torch.optim")
-    return torch is not None and inspect.isclass(made) and issubclass(made, torch.Optimizer)
-
-
 def _hints(made: Any) -> dict[str, Any]:
     """Annotations of the parameters of ``made``; one that cannot be evaluated is left out."""
     function = made.__init__ if inspect.isclass(made) else made
-    try:
-        return typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError, AttributeError):
-        return _hints_one_by_one(function)
-
-
-def _hints_one_by_one(function: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
         holder = types.SimpleNamespace(__annotations__={name: annotation}, __globals__=function.__globals__)
         try:
-            found[name] = typing.get_type_hints(holder, globalns=function.__globals__)[name]
+            hints = typing.get_type_hints(holder, globalns=function.__globals__, include_extras=True)
         except (NameError, TypeError, AttributeError):
             continue
+        found |= hints
     return found
 
 
@@ -186,27 +154,18 @@ def field_hints(cls: type) -> dict[str, Any]:
 
 
 def produces(made: Any, wanted: Any) -> bool:
-    """Does building ``made`` give what is annotated ``wanted``? A Protocol is met by having its members."""
+    """True if building ``made`` gives what ``wanted`` annotates; a Protocol is met by having its members."""
     result = made if inspect.isclass(made) else _hints(made).get("return")
     arms = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
     classes = [a for a in (get_origin(a) or a for a in arms) if inspect.isclass(a) and a is not type(None)]
     if Any in arms or not classes:
         return True
-    if not inspect.isclass(result):
-        return False
-    return any(_is_a(result, w) for w in classes)
+    return inspect.isclass(result) and any(_is_a(result, cls) for cls in classes)
 
 
 def _is_a(result: type, wanted: type) -> bool:
     if not getattr(wanted, "_is_protocol", False):
         return issubclass(result, wanted)
-    ignored = {"__init__", "__subclasshook__"}
-    members = {
-        n for n, v in vars(wanted).items() if callable(v) and (n == "__call__" or not n.startswith("_"))
-    } - ignored
-    return all(callable(getattr(result, n, None)) and _defines(result, n) for n in members)
-
-
-def _defines(result: type, name: str) -> bool:
-    """Every class has ``type.__call__``; what counts is a method of its instances."""
-    return any(name in vars(c) for c in result.__mro__)
+    own = [n for n, v in vars(wanted).items() if callable(v) and (n == "__call__" or not n.startswith("_"))]
+    # Every class has ``type.__call__``: a member counts where a class defines it.
+    return all(callable(getattr(result, n, None)) and any(n in vars(c) for c in result.__mro__) for n in own)

@@ -70,7 +70,7 @@ LINES = """\
 16: conditioning.text.params.dim: expected int, got 3.5 (float)
 17: conditioning.size.params: expected a mapping of parameters, got 3 (int)
 19: model.params.mixins.position.target: module 'sat.mixins.rope' has no 'RoP'; did you mean 'RoPE'?
-19: model.params.mixins.x: expected Mixin, got 5 (int)
+19: model.params.mixins.x: expected Mixin or null, got 5 (int)
 19: model.params.depth: expected int, got 'yes' (str)
 20: parallel.tensor: expected at least 1, got 0
 20: parallel.device: expected one of 'auto', 'cpu', 'cuda', got 'gpu' (str)

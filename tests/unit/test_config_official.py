@@ -13,7 +13,7 @@ import yaml
 
 from sat.cli import sample
 from sat.config.load import load, load_full
-from sat.config.official import is_official, t5_params
+from sat.config.official import is_official
 from tests.configs import DEBUG, ROOT, refused
 
 OFFICIAL = Path(__file__).parents[1] / "assets" / "official"
@@ -135,8 +135,9 @@ def test_weights_and_text_encoder_are_read_beside_the_official_file(official, tm
     (tmp_path / "t5" / "config.json").write_text(json.dumps(config))
     e = load([official("model.conditioner_config.params.emb_models.0.params.model_dir", "t5")])
     assert e.checkpoint.text == tmp_path / "t5"
-    assert e.conditioning.text.params == t5_params(config)
-    assert e.conditioning.text.params["depth"] == 2
+    assert e.conditioning.text.params == {
+        "dim": 4096, "heads": 8, "head_dim": 4, "mlp_dim": 64, "depth": 2, "vocab": 256,
+    }  # fmt: skip
 
 
 NETWORK, DENOISER = "model.network_config.params", "model.denoiser_config.params"
@@ -374,7 +375,7 @@ def test_one_depth_stands_for_all_levels(official):
         (BASE, f"{UNET}.legacy", None, "only False is supported, got True (bool)"),
         (BASE, f"{UNET}.num_classes", 10, "only 'sequential' is supported, got 10 (int)"),
         (BASE, f"{UNET}.use_scale_shift_norm", True, "only False is supported, got True (bool)"),
-        (BASE, f"{UNET}.spatial_transformer_attn_type", "linear", "expected one of ['softmax', 'softmax-xformers']"),
+        (BASE, f"{UNET}.spatial_transformer_attn_type", "linear", "expected one of softmax, softmax-xformers"),
         (BASE, f"{UNET}.out_channels", 8, f"expected 4 as in {UNET}.in_channels, got 8 (int)"),
         (BASE, f"{UNET}.transformer_depth_middle", 3, "only 10, the last depth, is supported, got 3"),
         (BASE, f"{UNET}.num_res_blocks", [2, 2], "blocks: expected int"),
