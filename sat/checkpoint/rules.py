@@ -146,18 +146,52 @@ class Mapped(View):
     def __init__(self, inner: LazyStateDict, key_map: KeyMap, *, write: bool) -> None:
         super().__init__(inner)
         self._sources = key_map.sources
-        self._write = write
+        self._squeezes: type[Rule] = LinearToConv if write else ConvToLinear
+        self._unsqueezes: type[Rule] = ConvToLinear if write else LinearToConv
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype after the rule, without reading."""
         source = self._sources[key]
-        parts = [self.inner.info(name) for name in source.names]
-        shape = _shape(source, [part.shape for part in parts], key, self._write)
-        return TensorInfo(shape, parts[0].dtype)
+        infos = [self.inner.info(name) for name in source.names]
+        return TensorInfo(self._shape(source, [info.shape for info in infos], key), infos[0].dtype)
+
+    def _shape(self, source: Source, shapes: list[tuple[int, ...]], key: str) -> tuple[int, ...]:
+        first, rule = shapes[0], source.rule
+        if isinstance(rule, Fuse | Split | Tie) and any(shape != first for shape in shapes):
+            names = ", ".join(source.names)
+            raise CheckpointError(f"{names}: shapes {shapes} should be equal to make {key!r}")
+        if isinstance(rule, Fuse | Split):
+            count = len(_pieces(rule))
+            cuts = source.part is not None
+            if not first or (cuts and first[0] % count):
+                raise CheckpointError(
+                    f"{source.names[0]}: shape {list(first)} does not split into {count} equal parts"
+                )
+            return (first[0] // count if cuts else first[0] * count, *first[1:])
+        if isinstance(rule, SwapHalves) and (not first or first[0] % 2):
+            raise CheckpointError(f"{source.names[0]}: shape {list(first)} has no two halves")
+        if isinstance(rule, self._squeezes) and len(first) == 4 and first[2:] == (1, 1):
+            return first[:2]
+        if isinstance(rule, self._unsqueezes) and len(first) == 2:
+            return (*first, 1, 1)
+        return first
 
     def __getitem__(self, key: str) -> Tensor:
         source = self._sources[key]
-        return _value(source, [self.inner[name] for name in source.names], self._write)
+        first, *others = tensors = [self.inner[name] for name in source.names]
+        rule = source.rule
+        if isinstance(rule, Fuse | Split):
+            return torch.cat(tensors) if source.part is None else first.chunk(len(_pieces(rule)))[source.part]
+        if isinstance(rule, Tie) and any(not torch.equal(first, other) for other in others):
+            names = " and ".join(repr(name) for name in source.names)
+            raise CheckpointError(f"{names} should hold the same tensor, but their values differ")
+        if isinstance(rule, SwapHalves):
+            return torch.cat(first.chunk(2)[::-1])
+        if isinstance(rule, self._squeezes) and first.dim() == 4 and first.shape[2:] == (1, 1):
+            return first[:, :, 0, 0]
+        if isinstance(rule, self._unsqueezes) and first.dim() == 2:
+            return first[:, :, None, None]
+        return first
 
     def release(self, key: str) -> None:
         """Pass the hint on."""
@@ -241,6 +275,11 @@ def _several(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
+def _pieces(rule: Fuse | Split) -> Sequence[str]:
+    """The patterns of the side with several tensors."""
+    return rule.theirs if isinstance(rule, Fuse) else rule.ours
+
+
 def _use(used: dict[str, Rule], names: Collection[str], rule: Rule) -> None:
     for name in names:
         if used.setdefault(name, rule) is not rule:
@@ -251,61 +290,6 @@ def _put(sources: dict[str, Source], name: str, source: Source) -> None:
     if name in sources:
         raise KeyMappingError(f"{name!r} comes from both {sources[name].names} and {source.names}")
     sources[name] = source
-
-
-# -- shapes and values
-
-_Shape = tuple[int, ...]
-
-
-def _shape(source: Source, shapes: list[_Shape], key: str, write: bool) -> _Shape:
-    first, rule = shapes[0], source.rule
-    if isinstance(rule, Fuse | Split | Tie) and any(shape != first for shape in shapes):
-        raise CheckpointError(f"{', '.join(source.names)}: shapes {shapes} should be equal to make {key!r}")
-    if isinstance(rule, Fuse | Split):
-        count = len(_pieces(rule))
-        cuts = source.part is not None
-        if not first or (cuts and first[0] % count):
-            raise CheckpointError(
-                f"{source.names[0]}: shape {list(first)} does not split into {count} equal parts"
-            )
-        return (first[0] // count if cuts else first[0] * count, *first[1:])
-    if isinstance(rule, SwapHalves) and (not first or first[0] % 2):
-        raise CheckpointError(f"{source.names[0]}: shape {list(first)} has no two halves")
-    if _squeezes(rule, write) and len(first) == 4 and first[2:] == (1, 1):
-        return first[:2]
-    if _unsqueezes(rule, write) and len(first) == 2:
-        return (*first, 1, 1)
-    return first
-
-
-def _value(source: Source, tensors: list[Tensor], write: bool) -> Tensor:
-    first, rule = tensors[0], source.rule
-    if isinstance(rule, Fuse | Split):
-        return torch.cat(tensors) if source.part is None else first.chunk(len(_pieces(rule)))[source.part]
-    if isinstance(rule, Tie) and any(not torch.equal(first, other) for other in tensors[1:]):
-        names = " and ".join(repr(name) for name in source.names)
-        raise CheckpointError(f"{names} should hold the same tensor, but their values differ")
-    if isinstance(rule, SwapHalves):
-        return torch.cat(first.chunk(2)[::-1])
-    if _squeezes(rule, write) and first.dim() == 4 and first.shape[2:] == (1, 1):
-        return first[:, :, 0, 0]
-    if _unsqueezes(rule, write) and first.dim() == 2:
-        return first[:, :, None, None]
-    return first
-
-
-def _pieces(rule: Fuse | Split) -> Sequence[str]:
-    """The patterns of the side with several tensors."""
-    return rule.theirs if isinstance(rule, Fuse) else rule.ours
-
-
-def _squeezes(rule: Rule, write: bool) -> bool:
-    return isinstance(rule, LinearToConv if write else ConvToLinear)
-
-
-def _unsqueezes(rule: Rule, write: bool) -> bool:
-    return isinstance(rule, ConvToLinear if write else LinearToConv)
 
 
 # -- the layout that a set of tensors is in, found by trying: the rule list that fills most of the module wins

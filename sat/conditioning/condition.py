@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sat.embeddings import sinusoid
@@ -102,5 +103,6 @@ class SizeConditioner(nn.Module):
                 raise ValueError(
                     f"{name} sizes have shape {tuple(pair.shape)}, expected ({original.shape[0]}, 2)"
                 )
-        numbers = torch.cat([original, crop, target], 1)
-        return sinusoid(numbers.flatten(), self.dim).view(len(numbers), self.width)
+        numbers = torch.cat([original, crop, target], 1)  # (B, 6)
+        waves = sinusoid(numbers.flatten(), self.dim)  # (6 B, dim)
+        return rearrange(waves, "(b n) d -> b (n d)", n=6)

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -136,4 +137,5 @@ def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement)
 
 def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
     """(H, W, 3) bytes as (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+    image = rearrange(torch.from_numpy(np.array(pixels)), "h w c -> c h w")
+    return image.contiguous().float().div_(127.5).sub_(1.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
@@ -27,12 +28,13 @@ def to_uint8(image: Tensor) -> Tensor:
 def to_pil(image: Tensor) -> Image.Image:
     """A PIL image of one ``image`` (3, H, W) in [0, 1] or already uint8."""
     pixels = image.cpu() if image.dtype == torch.uint8 else to_uint8(image)
-    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    return Image.fromarray(np.ascontiguousarray(rearrange(pixels, "c h w -> h w c").numpy()))
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """(3, H, W) float32 in [-1, 1] of a picture."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    """Tensor (3, H, W) float32 in [-1, 1] of a picture."""
+    pixels = rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
+    return pixels.contiguous().float() / 127.5 - 1
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, padding: int = 2) -> Image.Image:
