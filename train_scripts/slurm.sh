@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the SLURM scripts have in common; they source it (docs/slurm.md).
+# Functions of the SLURM scripts, which source this file (docs/slurm.md).
 #
 # on_nodes COMMAND runs torchrun with COMMAND on every node of the job. On USR1, which #SBATCH --signal sends before the time
-# is over, the ranks save and end and the job is queued again, which adds --resume: MAX_REQUEUES times (20) at most. A job
+# is over, the ranks save and end, and the job is queued again with --resume: MAX_REQUEUES times (20) at most. A job
 # that fails by itself is not queued again.
 
 on_nodes() {

@@ -1,7 +1,7 @@
 #!/bin/bash
-# torchrun on one node, as srun starts it for train_scripts/slurm.sh; arguments are torchrun's. One rank a GPU of the job's,
-# one without GPUs, or RANKS_PER_NODE. USR1 becomes SIGTERM for the ranks alone, which have all the time that is left to
-# save: torchrun, told itself, would kill them after 30 s.
+# torchrun on one node, started by srun for train_scripts/slurm.sh; arguments are torchrun's. One rank a GPU of the job,
+# one without GPUs, or RANKS_PER_NODE. USR1 becomes SIGTERM for the ranks alone, which then have all the remaining time to
+# save: torchrun itself would kill them 30 s after the signal.
 trap '' USR1 # torchrun and the ranks start with it ignored: SLURM may send it to every process
 torchrun --nproc_per_node "${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" --local-addr "$SLURMD_NODENAME" "$@" &
 agent=$!

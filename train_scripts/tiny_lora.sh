@@ -1,6 +1,6 @@
 #!/bin/sh
-# A LoRA of the small model on the 22 pictures of data/emoji_sample_3d, a style it has never seen: caches, training (a minute on
-# one CPU core with bf16 instructions) and pictures of objects that are not among the 22. docs/finetune.md goes through it.
+# A LoRA of the small model on the 22 pictures of data/emoji_sample_3d, a style new to it: caches, training (a minute on
+# one CPU core with bf16 instructions) and pictures of objects that are not among the 22. docs/finetune.md explains the steps.
 set -e
 python -m sat.cli.prepare cache --base configs/tiny.yaml configs/lora.yaml configs/tiny_lora.yaml
 torchrun --standalone train.py --base configs/tiny.yaml configs/lora.yaml configs/tiny_lora.yaml --output-dir runs/tiny_lora "$@"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# All weights of the small model fine-tuned on the 22 pictures of data/emoji_sample_3d, a style it has never seen: caches,
+# All weights of the small model fine-tuned on the 22 pictures of data/emoji_sample_3d, a style new to it: caches,
 # training (a minute on one CPU core with bf16 instructions) and pictures of objects that are not among the 22.
 set -e
 python -m sat.cli.prepare cache --base configs/tiny.yaml configs/sft.yaml configs/tiny_sft.yaml
