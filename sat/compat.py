@@ -10,10 +10,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:  # importing the module takes as long as the rest of `import sat`
+    Loader = MetaPathFinder = object
 
 MODULES: dict[str, str] = {
     "sat.adapters.convert": "sat.adapters.write",
@@ -239,6 +243,9 @@ def target(name: str) -> str:
 
 class _Aliases(Loader):
     """Makes a module of the old name whose attributes are those of today's module."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None  # the usual one
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
