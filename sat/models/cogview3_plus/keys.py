@@ -1,4 +1,4 @@
-"""How CogView3-Plus checkpoints name their tensors: the official SAT file and diffusers' transformer folder.
+"""Names of CogView3-Plus tensors in checkpoints: the official SAT file and diffusers' transformer folder.
 
 Counts for the 3 B model: SAT 317 names, diffusers 436 (q, k and v apart, no position table).
 Sources: official ``sat/dit.py``; diffusers ``scripts/convert_cogview3_to_diffusers.py``.

@@ -1,4 +1,4 @@
-"""How official SAT files name the UNet's tensors: 1680 names, 1681 with the guidance embedding.
+"""Names of the UNet's tensors in official SAT files: 1680, 1681 with the guidance embedding.
 
 Ours follow the official order: ``down.{i}``, ``middle`` and ``up.{i}`` are lists of layers, as are the
 official ``input_blocks``, ``middle_block`` and ``output_blocks``. Source: official ``openaimodel.py`` and

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -48,7 +48,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]
+        h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]  # (B, C_out, h, w)
         out: Tensor = self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
         return out
 
@@ -109,11 +109,11 @@ class CogView3UNet(nn.Module):
     on the way up; levels whose downsampling factor is in ``attention`` have a transformer of ``depths[i]``
     layers after each, and the middle has one of the last depth. ``guidance_dim`` is the number of features
     of a guidance strength that the network takes as an input (distilled models); a checkpoint's own wins.
-    ``zero_init``: whether fresh weights predict 0. Defaults are those of the published 3 B models.
+    ``zero_init``: fresh weights predict 0. Defaults are those of the published 3 B models.
     Source: official ``openaimodel.py``, ``configs/cogview3_base.yaml``.
     """
 
-    def __init__(  # noqa: PLR0913 - the numbers that make a model, each with the published value
+    def __init__(  # noqa: PLR0913, C901 - the numbers that make a model, each with the published value
         self,
         channels: int = 4,
         width: int = 320,
@@ -130,8 +130,16 @@ class CogView3UNet(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
+        if len(depths) != len(multipliers) or not multipliers:
+            raise ValueError(
+                f"depths {list(depths)} must give one number for each of the multipliers {list(multipliers)}"
+            )
+        if min(*multipliers, *depths) < 1:
+            raise ValueError(f"multipliers {list(multipliers)} and depths {list(depths)} are at least 1")
         sizes = {"channels": channels, "width": width, "blocks": blocks, "head_dim": head_dim}
-        _check_levels(multipliers, depths, {**sizes, "text_len": text_len, "groups": groups})
+        for name, number in {**sizes, "text_len": text_len, "groups": groups}.items():
+            if number < 1:
+                raise ValueError(f"{name} is {number}, expected at least 1")
         self.width, self.channels, self.text_len = width, channels, text_len
         self.factor = 2 ** (len(multipliers) - 1)
         emb_dim = 4 * width
@@ -139,18 +147,26 @@ class CogView3UNet(nn.Module):
         self.size = mlp(size_dim, emb_dim)
         self.guidance = None if guidance_dim is None else GuidanceEmbedding(guidance_dim, width)
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        widths = [width * multiplier for multiplier in multipliers]
 
         def residual(inputs: int, level: int) -> list[nn.Module]:
-            out = width * multipliers[level]
-            layers: list[nn.Module] = [ResBlock(inputs, out, emb_dim, groups)]
+            layers: list[nn.Module] = [ResBlock(inputs, widths[level], emb_dim, groups)]
             if 2**level in attention:
-                layers.append(spatial_transformer(out, depths[level], head_dim, text_dim, groups))
+                layers.append(spatial_transformer(widths[level], depths[level], head_dim, text_dim, groups))
             return layers
 
-        widths = [width * multiplier for multiplier in multipliers]
-        down, skips = _way_down(width, widths, blocks, residual)
-        wide = widths[-1]
-        self.down = nn.ModuleList(nn.ModuleList(layers) for layers in down)
+        # Down. The stem has place 0, so that ``down.{i}`` is the official ``input_blocks.{i}``.
+        places: list[list[nn.Module]] = [[]]
+        wide, skips = width, [width]  # ``skips``: the width that each place hands over to the way up
+        for level in range(len(widths)):
+            for _ in range(blocks):
+                places.append(residual(wide, level))
+                wide = widths[level]
+                skips.append(wide)
+            if level + 1 < len(widths):
+                places.append([Downsample(wide)])
+                skips.append(wide)
+        self.down = nn.ModuleList(nn.ModuleList(layers) for layers in places)
         self.middle = nn.ModuleList(
             [
                 ResBlock(wide, wide, emb_dim, groups),
@@ -158,8 +174,15 @@ class CogView3UNet(nn.Module):
                 ResBlock(wide, wide, emb_dim, groups),
             ]
         )
-        up = _way_up(skips, widths, blocks, residual)
-        self.up = nn.ModuleList(nn.ModuleList(layers) for layers in up)
+        # Up. Takes over ``skips`` from the last to the first.
+        places = []
+        for level in reversed(range(len(widths))):
+            for block in range(blocks + 1):
+                places.append(residual(wide + skips.pop(), level))
+                wide = widths[level]
+                if level and block == blocks:
+                    places[-1].append(Upsample(wide))
+        self.up = nn.ModuleList(nn.ModuleList(layers) for layers in places)
         self.head = nn.Sequential(
             group_norm(width, groups), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
         )
@@ -216,8 +239,8 @@ class CogView3UNet(nn.Module):
     def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:
         emb = prepared.steps.get(timestep) if isinstance(timestep, float) else None
         if emb is None:
-            emb = self._embedding(timestep, prepared)
-        h = self.stem(x.to(self.dtype))
+            emb = self._embedding(timestep, prepared)  # (B or 1, E)
+        h = self.stem(x.to(self.dtype))  # (B, width, h, w)
         skips = [h]
         for place, layers in enumerate(self.down):
             if place:
@@ -227,10 +250,10 @@ class CogView3UNet(nn.Module):
         for place, layers in enumerate(self.up):
             h = self._run(torch.cat([h, skips.pop()], 1), emb, prepared, layers, f"up.{place}")
         out: Tensor = self.head(h)
-        return out
+        return out  # (B, C, h, w)
 
     def _run(self, h: Tensor, emb: Tensor, prepared: Prepared, layers: nn.Module, name: str) -> Tensor:
-        """One place of the way: its layers in order."""
+        """The layers of one place in order: residual block, transformer, change of resolution."""
         for j, layer in enumerate(layers.children()):
             if isinstance(layer, ResBlock):
                 h = layer(h, emb)
@@ -248,55 +271,3 @@ class CogView3UNet(nn.Module):
         if prepared.guidance is not None:
             features = features + prepared.guidance
         return F.silu(self.time(features) + prepared.size_emb)
-
-
-def _check_levels(multipliers: Sequence[int], depths: Sequence[int], at_least_one: Mapping[str, int]) -> None:
-    """Refuse numbers of which no network can be made."""
-    if len(depths) != len(multipliers) or not multipliers:
-        raise ValueError(
-            f"depths {list(depths)} must give one number for each of the multipliers {list(multipliers)}"
-        )
-    if min(*multipliers, *depths) < 1:
-        raise ValueError(f"multipliers {list(multipliers)} and depths {list(depths)} are at least 1")
-    for name, number in at_least_one.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}, expected at least 1")
-
-
-_Residual = Callable[[int, int], list[nn.Module]]
-"""(width coming in, level) -> a residual block and perhaps a transformer."""
-
-
-def _way_down(
-    stem: int, widths: Sequence[int], blocks: int, residual: _Residual
-) -> tuple[list[list[nn.Module]], list[int]]:
-    """The layers of each place on the way down, and the width that each hands over to the way up.
-
-    The stem has place 0, so that ``down.{i}`` is the official ``input_blocks.{i}``.
-    """
-    places: list[list[nn.Module]] = [[]]
-    skips, wide = [stem], stem
-    for level, width in enumerate(widths):
-        for _ in range(blocks):
-            places.append(residual(wide, level))
-            wide = width
-            skips.append(wide)
-        if level + 1 < len(widths):
-            places.append([Downsample(wide)])
-            skips.append(wide)
-    return places, skips
-
-
-def _way_up(
-    skips: Sequence[int], widths: Sequence[int], blocks: int, residual: _Residual
-) -> list[list[nn.Module]]:
-    """The layers of each place on the way up, which takes over ``skips`` from the last to the first."""
-    places: list[list[nn.Module]] = []
-    left, wide = list(skips), widths[-1]
-    for level in reversed(range(len(widths))):
-        for block in range(blocks + 1):
-            places.append(residual(wide + left.pop(), level))
-            wide = widths[level]
-            if level and block == blocks:
-                places[-1].append(Upsample(wide))
-    return places
