@@ -115,7 +115,7 @@ def compare(name: str, pipe: Pipeline, plain: Pipeline, prompts: Sequence[str], 
     images = [image for output in outputs for image in output.images]
     moved = distance(classifier, images, [image for output in references for image in output.images])
     count = pipe.generator.count
-    share = count.computed / count.looks if count.looks else None
+    share = count.computed / count.evaluations if count.evaluations else None
     top1 = score(images, prompts, classifier).top1
     return Result(name, error, moved, top1, megabytes(pipe), statistics.median(ratios), share)
 

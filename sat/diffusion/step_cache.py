@@ -1,33 +1,36 @@
-"""Steps that are not computed: where the network would do much as before, it is not asked again.
+"""Step caches: a step where the network would do much as before reuses what it did then.
 
-Off unless ``sampling.cache`` names one. What a cache remembers is its run's, and a run is one call of
-``DiffusionEngine.sample``: pictures do not influence each other, except those that are drawn together.
+Off unless ``sampling.cache`` names one. A cache lasts for one call of ``DiffusionEngine.sample``: pictures do
+not influence each other, except those that are drawn together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sat.transformer import Context, Transformer
+from sat.mixin import Mixin, wraps
+from sat.transformer import Context, Transformer, TransformerHooks
 from sat.transformer.hooks import Layer
+
+NAME = "step cache"
 
 
 @dataclass
 class Count:
-    """Of ``looks`` at the network, how many were ``computed`` whole."""
+    """Evaluations of the network, and those ``computed`` whole."""
 
-    looks: int = 0
+    evaluations: int = 0
     computed: int = 0
 
     def add(self, other: Count) -> None:
         """Count ``other`` too."""
-        self.looks += other.looks
+        self.evaluations += other.evaluations
         self.computed += other.computed
 
 
@@ -57,16 +60,13 @@ class FirstBlock:
 
     @contextmanager
     def over(self, network: nn.Module, count: Count) -> Iterator[None]:
-        """Have the transformer's hook ``layer`` be the cached one meanwhile."""
+        """Wrap the transformer's hook ``layer`` meanwhile."""
         transformer = transformer_of(network)
-        plain = transformer.resolved
-        run = _Run(plain.hooks.layer, len(transformer.blocks), self.threshold, count)
-        owners = {**plain.owners, "layer": ("step cache", *plain.owners["layer"])}
-        transformer.resolved = replace(plain, hooks=replace(plain.hooks, layer=run), owners=owners)
+        transformer.extend(NAME, _Run(len(transformer.blocks), self.threshold, count))
         try:
             yield
         finally:
-            transformer.resolved = plain
+            transformer.remove(NAME)
 
 
 def transformer_of(network: nn.Module) -> Transformer:
@@ -83,50 +83,45 @@ def transformer_of(network: nn.Module) -> Transformer:
 
 @dataclass
 class _Seen:
-    """The last computed step of a batch of some rows: what its first block added, and what all others did."""
+    """Residuals of the last computed step of some rows: of its first block, and of all others together."""
 
     first: Tensor
     rest: Tensor | None = None
 
 
-class _Run:
-    """The hook ``layer`` during one sampling run."""
+class _Run(Mixin):
+    """The cache during one sampling run."""
 
-    def __init__(self, inner: Layer, depth: int, threshold: float, count: Count) -> None:
-        self._inner, self._last = inner, depth - 1
-        self._threshold, self._count = threshold, count
+    host = TransformerHooks
+
+    def __init__(self, depth: int, threshold: float, count: Count) -> None:
+        super().__init__()
+        self._last, self._threshold, self._count = depth - 1, threshold, count
         self._seen: dict[tuple[int, ...], _Seen] = {}  # by rows and tokens: guidance may show only some
         self._entered: Tensor | None = None  # output of the first block where the step is computed
 
-    def __call__(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
-        if layer == 0:
-            return self._begin(x, ctx)
-        seen = self._seen[tuple(x.shape)]
+    @wraps("layer")
+    def layer(self, inner: Layer, x: Tensor, ctx: Context, layer: int) -> Tensor:
+        key = tuple(x.shape)
+        if layer == 0:  # always computed; decides whether the others are
+            out = inner(x, ctx, 0)
+            added, before = out - x, self._seen.get(key)
+            self._count.evaluations += 1
+            if self._threshold and before is not None and before.rest is not None:
+                change = (added - before.first).abs().mean(dtype=torch.float32)
+                if change / before.first.abs().mean(dtype=torch.float32) <= self._threshold:
+                    self._entered = None
+                    return out
+            self._count.computed += 1
+            self._seen[key] = _Seen(added)
+            self._entered = out.clone()
+            return out
+        seen = self._seen[key]
         if self._entered is None:
             assert seen.rest is not None, "it is reused only once it is there"
             return x + seen.rest if layer == self._last else x
-        out = self._inner(x, ctx, layer)
+        out = inner(x, ctx, layer)
         if layer == self._last:
             seen.rest = out - self._entered
             self._entered = None
         return out
-
-    def _begin(self, x: Tensor, ctx: Context) -> Tensor:
-        """The first block, which is always computed, and whether the others are."""
-        out = self._inner(x, ctx, 0)
-        added = out - x
-        before = self._seen.get(tuple(x.shape))
-        self._count.looks += 1
-        if before is not None and before.rest is not None and self._near(added, before.first):
-            self._entered = None
-            return out
-        self._count.computed += 1
-        self._seen[tuple(x.shape)] = _Seen(added)
-        self._entered = out.clone()
-        return out
-
-    def _near(self, now: Tensor, then: Tensor) -> bool:
-        if self._threshold == 0:
-            return False
-        change = (now - then).abs().mean(dtype=torch.float32) / then.abs().mean(dtype=torch.float32)
-        return bool(change <= self._threshold)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.conditioning.condition import Condition
+from sat.diffusion.step_cache import Count, FirstBlock
 from sat.first_stage.blocks import Upsample
 from sat.kernels import apply as speed
 from sat.kernels import attention as kernels
@@ -330,6 +331,8 @@ def test_text_that_something_else_sees_is_not_folded() -> None:
         with torch.inference_mode():
             assert not isinstance(model.prepare(cond, (6, 10), TIMES).context, Folded)
     fold(model := plus(), 22)
+    with torch.inference_mode(), FirstBlock(0.1).over(model, Count()):  # it decides for all rows together
+        assert not isinstance(model.prepare(null, (6, 10), TIMES).context, Folded)
     assert not isinstance(model.prepare(null, (6, 10)).context, Folded)  # training
     with torch.inference_mode():
         assert isinstance(model.prepare(null, (6, 10)).context, Folded)

@@ -280,7 +280,7 @@ def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], 
     generator = session.pipeline.generator
     if main and generator.cache is not None:
         count = generator.count
-        log.info("step cache: %d of %d looks at the network were computed", count.computed, count.looks)
+        log.info("step cache: %d of %d evaluations were computed", count.computed, count.evaluations)
         amend(session.place.records, {"step_cache": asdict(count)})
     if not main or not result:
         return
