@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -146,19 +145,27 @@ def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if k.shape[2] < SHORTEST or (trained and q.dtype != torch.float32):
         return attend(q, k, v, scale=scale)
-    return by_head(q, k, v, scale)
+    out: Tensor = by_head(q, k, v, scale)[0]
+    return out
 
 
-def choose(
+def choose(  # noqa: C901 - one case after the other
     name: Backend, device: torch.device, dtype: torch.dtype, bound: float | None
 ) -> tuple[Kernel, str]:
-    """The kernel called ``name`` for tensors of ``dtype`` on ``device``, and what it is, for the log.
+    """The kernel called ``name`` for tensors of ``dtype`` on ``device``, and its title for the log.
 
-    ``bound``: no logit is larger (None: not known). Raises ``ValueError`` where the kernel cannot work.
+    ``bound``: no logit is larger (None: not known). ``auto`` is the fastest for heads of 40 and 64 channels,
+    on a CPU as measured, elsewhere as is usual; ``benchmarks/run.py --suite gpu`` times every kernel beside
+    it. Raises ``ValueError`` where the kernel cannot work.
     """
     small = bound is not None and bound <= LARGEST_LOGIT
     if name == "auto":
-        name = _fastest(device, dtype, small)
+        if device.type == "cpu":
+            name = "exp" if small and pays(dtype) else "torch"
+        elif dtype == torch.float32:
+            name = "torch"
+        else:
+            name = "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"
     if name == "torch":
         return attend, "torch's choice"
     if name == "exp":
@@ -177,18 +184,6 @@ def choose(
     if device.type == "cpu" and name in ("cudnn", "efficient"):
         raise ValueError(f"sampling.attention={name} needs a GPU, but the network is on the CPU: use auto")
     return Chosen(_SDPA[name]), name
-
-
-def _fastest(device: torch.device, dtype: torch.dtype, small: bool) -> Backend:
-    """The fastest kernel for heads of 40 and 64 channels: on a CPU as measured, elsewhere as is usual.
-
-    ``benchmarks/run.py --suite gpu`` times every kernel beside the choice made here.
-    """
-    if device.type == "cpu":
-        return "exp" if small and pays(dtype) else "torch"
-    if dtype == torch.float32:
-        return "torch"
-    return "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"
 
 
 def _optional(
@@ -210,15 +205,14 @@ def _optional(
             f"sampling.attention={name} needs the package {package}: see docs/performance.md for how to "
             f"install it, or use auto"
         ) from error
-    return functools.partial(_flash3 if name == "flash3" else _sage, found)
 
+    def flash3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """flash-attn 3 wants (B, L, H, d)."""
+        out = found.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
-def _flash3(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """flash-attn 3 wants (B, L, H, d)."""
-    out = package.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale)
-    return cast(Tensor, out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    def sage(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """SageAttention quantises q and k to int8: not exact."""
+        return cast(Tensor, found.sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=scale))
 
-
-def _sage(package: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """SageAttention quantises q and k to int8: not exact."""
-    return cast(Tensor, package.sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=scale))
+    return flash3 if name == "flash3" else sage

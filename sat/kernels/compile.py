@@ -1,4 +1,4 @@
-"""How a transformer's blocks and passes are run, from outside: compiled, recomputed, recorded."""
+"""Compiled blocks, recomputed activations and recorded passes, put on a transformer from outside."""
 
 from __future__ import annotations
 

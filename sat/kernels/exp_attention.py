@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,18 +34,8 @@ Head = tuple[int, int]
 """Row of the batch, head."""
 
 
-def by_head(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v, (B, H, L, d) each, for logits of at most :data:`LARGEST_LOGIT`.
-
-    On two cores, in bfloat16 two thirds of the time of torch's kernel; in float32 half of it, forwards and
-    backwards, where :func:`pays` says so. In bfloat16 logits and weights are rounded to it, and there is no
-    gradient.
-    """
-    return cast(Tensor, _forward(q, k, v, scale)[0])
-
-
 def pays(dtype: torch.dtype) -> bool:
-    """Whether this was faster than torch's kernel on processors like this one, in ``dtype``.
+    """True if this was faster than torch's kernel on processors like this one, in ``dtype``.
 
     In float32 torch multiplies by MKL, which uses half the width of the vectors of AMD's processors from
     Zen 5 (family 26) on. Elsewhere, on Zen 4 for one, its float32 kernel is the faster one.
@@ -55,7 +45,7 @@ def pays(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def works(dtype: torch.dtype) -> bool:
-    """Whether this can be had in ``dtype``: float32 takes oneDNN's linear, which is private to torch."""
+    """True if ``dtype`` is supported here: float32 takes oneDNN's linear, which is private to torch."""
     if dtype != torch.float32 or not torch.backends.mkldnn.enabled:
         return dtype == torch.bfloat16
     x, weight = torch.linspace(-1, 1, 48).view(3, 16), torch.linspace(-1, 1, 80).view(16, 5)
@@ -68,12 +58,12 @@ def works(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _wide_amd(info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor is one of AMD's whose vectors are 512 bits wide throughout."""
+    """True on AMD processors with vectors of 512 bits throughout (family 26 and later)."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not info.is_file():
         return False
-    said = info.read_text()
-    family = re.search(r"^cpu family\s*:\s*(\d+)$", said, re.MULTILINE)
-    return "AuthenticAMD" in said and family is not None and int(family[1]) >= 26
+    text = info.read_text()
+    family = re.search(r"^cpu family\s*:\s*(\d+)$", text, re.MULTILINE)
+    return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
 
 
 # -- operators of their own, so that a compiler and whoever counts operations see each as one
@@ -84,8 +74,14 @@ def _wide_amd(info: Path = Path("/proc/cpuinfo")) -> bool:
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
 )
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(output (B, H, L, d), log2 of the sums of the rows (B, H, L), empty but in float32)."""
+def by_head(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v, (B, H, L, d) each, for logits of at most :data:`LARGEST_LOGIT`.
+
+    Returns the output, and log2 of the sums of the rows, (B, H, L), which is empty but in float32. On two
+    cores it takes two thirds of the time of torch's kernel in bfloat16, and half of it in float32, forwards
+    and backwards, where :func:`pays` says so. In bfloat16 logits and weights are rounded to it, and there is
+    no gradient.
+    """
     out, sums = _outputs(q)
     if q.dtype == torch.float32:
         _share_out(q, lambda which: _single(q, k, v, scale, (out, sums), which))
@@ -94,7 +90,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     return out, sums
 
 
-@_forward.register_fake
+@by_head.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
@@ -137,7 +133,7 @@ def _turn(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return *_backward(gradient, *ctx.saved_tensors, ctx.scale), None
 
 
-_forward.register_autograd(_turn, setup_context=_keep)
+by_head.register_autograd(_turn, setup_context=_keep)
 
 forward = torch.ops.cogview3.exp_attention
 backward = torch.ops.cogview3.exp_attention_backward
@@ -189,7 +185,7 @@ def _single(
 
 
 class _Saved(NamedTuple):
-    """What the way back takes of one head, (L, d) each; log2 of the sums (L)."""
+    """Tensors of one head for the backward pass, (L, d) each; log2 of the sums (L)."""
 
     q: Tensor
     k: Tensor

@@ -27,7 +27,7 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are kept. ``group`` inputs share a scale; None is a whole row in int8, 32 in int4."""
+    """A way to keep weights. ``group`` inputs share a scale; None is a whole row in int8, 32 in int4."""
 
     kind: Kind
     group: int | None = None
@@ -41,8 +41,8 @@ class Scheme:
 class QuantizedLinear(nn.Module):
     """(…, I) -> (…, O) by a weight of small integers times scales; in place of ``linear``, whose bias it has.
 
-    ``weight`` is made whole at each look. Codes and scales are buffers that no ``state_dict`` has: what is
-    saved of a model is its plain weights, or nothing.
+    ``weight`` is made whole each time it is read. Codes and scales are buffers that no ``state_dict`` has: a
+    model is saved with its plain weights, or not at all.
     """
 
     codes: Tensor  # (O, I) int8, or (O, I / 2) uint8 of two nibbles, the even input in the lower one
@@ -87,7 +87,7 @@ class QuantizedLinear(nn.Module):
         return made.train(self.training)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Sizes, kind and groups, for ``print``."""
         groups = self.scales.shape[1]
         return f"{self.in_features}, {self.out_features}, {self.scheme.kind}, {groups} groups"
 
@@ -147,14 +147,14 @@ Placed = Callable[[nn.Module, str], None]
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Which linears of the part called ``part`` are kept how: shell patterns over ``part.name``."""
+    """The linears of the part called ``part`` to quantise: shell patterns over ``part.name``."""
 
     part: str
     scheme: Scheme
     patterns: Sequence[str]
 
     def takes(self, name: str) -> bool:
-        """Whether the linear ``name`` of the part is meant."""
+        """True if the linear ``name`` of the part is meant."""
         return any(fnmatchcase(f"{self.part}.{name}", pattern) for pattern in self.patterns)
 
     def placed(self, module: nn.Module, tensor: str) -> None:
@@ -167,7 +167,7 @@ class Quantizer:
             self._replace(module, path)
 
     def __call__(self, module: nn.Module) -> int:
-        """Quantise all of ``module``; how many linears are quantised now."""
+        """Quantise all of ``module``; returns the number of its quantised linears."""
         for path in list(self.wanted(module)):
             self._replace(module, path)
         return sum(isinstance(layer, QuantizedLinear) for layer in module.modules())
