@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sat.config.component import build, built
-from sat.config.parts import NoFill, PartBuilder, build_empty, cast_weights, find_tokenizer, quantizers
+from sat.config.parts import PartBuilder, build_empty, cast_weights, find_tokenizer, quantizers, without_init
 from sat.config.schema import CheckpointConfig, Component, Experiment
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def build_shapes(
         quantizers=quantizers(experiment.memory.quantize),
     )  # fmt: skip
     parts: dict[Part, nn.Module] = {}
-    with mode, NoFill():
+    with mode, without_init(lambda tensor: True):
         for part, component in _parts(experiment).items():
             if part in without:
                 parts[part] = build_empty(component, experiment.imports)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sat.config.component import build
 from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, QuantizeConfig
@@ -171,24 +171,25 @@ class PartBuilder:
 
 def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:
     """The module that ``component`` names on the meta device: shapes and names, no memory."""
-    with torch.device("meta"), NoFill():
+    with torch.device("meta"), without_init():
         module: nn.Module = build(component, imports=imports)
     return module
 
 
-class NoFill(TorchFunctionMode):
-    """Skips ``torch.nn.init``: no effect on the meta device, where it first imports sympy, for seconds."""
+@contextmanager
+def without_init(skips: Callable[[Tensor], bool] = lambda tensor: tensor.is_meta) -> Iterator[None]:
+    """Inside, functions of ``torch.nn.init`` return a tensor that ``skips`` is true of as it is.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init" or func in (
-            torch.Tensor.normal_,
-            torch.Tensor.uniform_,
-        ):
-            return kwargs.get("tensor", args[0] if args else None)
-        return func(*args, **kwargs)
+    On the meta device they have no effect, and the first of them imports sympy, for seconds.
+    """
+    before = {name: fill for name, fill in vars(nn.init).items() if name.endswith("_") and callable(fill)}
+    for name, fill in before.items():
+        setattr(nn.init, name, lambda x, *a, fill=fill, **k: x if skips(x) else fill(x, *a, **k))
+    try:
+        yield
+    finally:
+        for name, fill in before.items():
+            setattr(nn.init, name, fill)
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -69,17 +69,17 @@ class T5Encoder(nn.Module):
         """T5's own initialisation: as logits are not scaled, query weights are smaller by sqrt(head_dim)."""
         for module in self.transformer.mixins.values():
             if isinstance(module, TokenEmbed):
-                module.table.weight.normal_(0.0, 1.0)
+                nn.init.normal_(module.table.weight, 0.0, 1.0)
             elif isinstance(module, RelativeBias):
-                module.table.weight.normal_(0.0, dim**-0.5)
+                nn.init.normal_(module.table.weight, 0.0, dim**-0.5)
         for block in self.transformer.blocks:
             assert isinstance(block, Block), "a transformer is made of blocks"
-            block.attn.qkv.weight.normal_(0.0, dim**-0.5)
+            nn.init.normal_(block.attn.qkv.weight, 0.0, dim**-0.5)
             block.attn.qkv.weight[: heads * head_dim].mul_(head_dim**-0.5)
-            block.attn.proj.weight.normal_(0.0, (heads * head_dim) ** -0.5)
+            nn.init.normal_(block.attn.proj.weight, 0.0, (heads * head_dim) ** -0.5)
             for linear in (block.mlp.gate, block.mlp.up, block.mlp.down):
                 assert linear is not None, "T5 v1.1 blocks are gated"
-                linear.weight.normal_(0.0, (mlp_dim if linear is block.mlp.down else dim) ** -0.5)
+                nn.init.normal_(linear.weight, 0.0, (mlp_dim if linear is block.mlp.down else dim) ** -0.5)
 
 
 def from_huggingface(config: Mapping[str, object]) -> dict[str, int]:
