@@ -52,7 +52,7 @@ def page() -> str:
 
 
 def _sections(cls: Any, prefix: str, components: dict[str, Any]) -> Iterator[str]:
-    """The table of a section and those of the sections within it; notes what its components must be."""
+    """Tables of a section and of the sections within it; collects the classes of components."""
     hints = field_hints(cls)
     rows, inner = [], []
     for field in dataclasses.fields(cls):
@@ -140,7 +140,7 @@ def _classes() -> Iterator[type]:
 
 
 def _component(key: str, wanted: Any, found: list[type]) -> Iterator[str]:
-    """What may stand at ``key``."""
+    """Components for ``key``."""
     if key == "model":
         made = [load_name(target) for target in sorted(_models())]
     elif wanted.__module__.startswith("torch."):

@@ -82,7 +82,7 @@ def _host(host: Any) -> str:
     """One host: a table of its hooks, their parameters, what they return and who fills them."""
     owners = _owners(host)
     lines = [f"## {host.__name__}", "", f"`{host.__module__}`. {_text(host)}", ""]
-    lines += ["| hook | parameters | what it does | filled by |", "|---|---|---|---|"]
+    lines += ["| hook | parameters | effect | filled by |", "|---|---|---|---|"]
     hints = get_type_hints(host)
     for field in fields(host):
         protocol = hints[field.name]

@@ -1,7 +1,7 @@
-"""What the site needs beside mkdocs: pages and files from outside ``docs/``, and the notebook as a page.
+"""Hooks of mkdocs: pages and files from outside ``docs/``, and the notebook as a page.
 
-The documents link one another so that a reader of the repository can follow them. Here those links become the
-site's: pages are copied under the names in ``OUTSIDE``, other files under ``files/``.
+Links between the documents work in the repository. Here they become the site's: pages are copied under the
+names in ``OUTSIDE``, other files under ``files/``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=(?:#[^)\s]*)?\))")
 
 
 def on_config(config: Any) -> Any:
-    """Put pages that ``nav`` does not name under More, so that a new page is never out of reach."""
+    """Put pages that ``nav`` does not name under More, so that every page can be reached."""
     listed = set(_pages(config.nav))
     found = {path.name for path in (ROOT / "docs").glob("*.md")} | set(OUTSIDE.values()) | {"tour.md"}
     if rest := sorted(found - listed):
@@ -46,7 +46,7 @@ def _pages(nav: Any) -> Iterator[str]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages from outside, the notebook, and every file that some page links."""
+    """Add pages from outside ``docs/``, the notebook, and every linked file."""
     for source, name in OUTSIDE.items():
         text = (ROOT / source).read_text("utf-8")
         files.append(File.generated(config, name, content=rewritten(text, posixpath.dirname(source))))
@@ -64,13 +64,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links out of ``docs/`` become the site's."""
+    """Rewrite links out of ``docs/`` to the site's."""
     outside = page.file.src_uri in OUTSIDE.values() or page.file.src_uri == "tour.md"
     return markdown if outside else rewritten(markdown, "docs")
 
 
 def rewritten(text: str, folder: str) -> str:
-    """``text`` of the repository's ``folder`` with the site's links; the site's pages lie side by side."""
+    """``text`` of the repository's ``folder`` with links of the site; all its pages lie in one folder."""
     return _LINK.sub(lambda match: _place(_inside(match[1], folder)) if _local(match[1]) else match[1], text)
 
 
@@ -83,12 +83,12 @@ def _local(target: str) -> bool:
 
 
 def _inside(target: str, folder: str) -> str:
-    """The path of a link in the repository."""
+    """Path of a link in the repository."""
     return posixpath.normpath(posixpath.join(folder, target))
 
 
 def _place(path: str) -> str:
-    """Where a file of the repository lies in the site."""
+    """Path in the site of a file of the repository."""
     if path in OUTSIDE:
         return OUTSIDE[path]
     if path == NOTEBOOK:
@@ -97,7 +97,7 @@ def _place(path: str) -> str:
 
 
 def _notebook(text: str) -> str:
-    """A notebook as Markdown: its texts, and its code in blocks."""
+    """A notebook as Markdown: texts, and code in blocks."""
     parts = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"]).strip("\n")

@@ -104,7 +104,7 @@ def _split(words: list[str]) -> list[list[str]]:
 
 
 def _program(words: list[str]) -> tuple[str, list[str]]:
-    """What a command runs, without its launcher; an empty name for programs that are not ours."""
+    """Program of a command, without its launcher; an empty name for programs that are not ours."""
     if not words:
         return "", []
     launcher, rest = words[0], words[1:]
@@ -131,7 +131,7 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _submitted(words: list[str]) -> tuple[str, list[str]]:
-    """What a SLURM script runs with the arguments that follow its name."""
+    """Program that a SLURM script runs with the arguments that follow its name."""
     if not words:
         return "", []  # an option that a sentence is about
     script, arguments = words[0], words[1:]

@@ -1,4 +1,4 @@
-"""Which module may import which, and what a command line costs before it does anything."""
+"""Import order, and the start-up cost of the commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages that say what the code says: config reference, the code of extend.md, names, the two READMEs."""
+"""Agreement of pages and code: config reference, extend.md, names, wording, the two READMEs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _unknown(text: str) -> Iterator[str]:
 
 
 def _resolves(name: str) -> bool:
-    """Whether a dotted name is a module of today or something in one; ``sat.compat`` does not help."""
+    """True for a module of today or a name in one; ``sat.compat`` does not help."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:count])
@@ -107,7 +107,7 @@ def _resolves(name: str) -> bool:
 
 
 def _config_keys() -> dict[str, set[str]]:
-    """Section -> its keys, as the generated reference lists them."""
+    """Section -> keys, as the generated reference lists them."""
     page = (ROOT / "docs" / "config_reference.md").read_text()
     sections = re.split(r"^### ", page.partition("## Components")[0], flags=re.MULTILINE)[2:]
     return {part.split("`")[1]: set(re.findall(r"^\| `(\w+)`", part, re.MULTILINE)) for part in sections}
@@ -134,6 +134,24 @@ def test_a_name_that_is_gone_is_noticed(text: str) -> None:
     assert len(list(_unknown(text))) == 1
 
 
+def _asking(text: str) -> list[str]:
+    """Headings, table cells and sentences that begin with a question word without being a question."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    starts = r"(?:^#+ |^[ ]*[-*] (?:\*\*)?|\A|\n\n|[.!?] |\| )"
+    words = r"(?:[Ww]hat|[Ww]hich|[Ww]ho|[Ww]hom|[Ww]hose|[Ww]hether|[Ww]here|[Ww]hoever)"
+    return re.findall(rf"{starts}({words} [^.|?\n]*)(?=[.|\n])", prose, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in _pages() if page.endswith(".md")])
+def test_sentences_begin_with_nouns_or_verbs(page: str) -> None:
+    assert _asking((ROOT / page).read_text("utf-8")) == []
+
+
+def test_a_question_word_in_front_is_noticed() -> None:
+    assert _asking("## What happens\n") and _asking("| key | what it costs |\n")
+    assert _asking("It runs. Where it fits, it stays.\n") and not _asking("- What is it?\n")
+
+
 def test_the_walk_lists_the_layers_of_pyproject() -> None:
     listed = (ROOT / "docs" / "walk.md").read_text().partition("## Import order")[2]
     rows = [set(re.findall(r"`(\w+)`", line)) for line in listed.splitlines() if line.startswith("| ")]
@@ -151,7 +169,7 @@ def test_files_in_the_drawing_exist() -> None:
 
 
 def _skeleton(name: str) -> dict[str, list[str]]:
-    """What both languages must share: commands, links, pictures, and the number of headings and rows."""
+    """Parts that both languages share: commands, links, pictures, and the number of headings and rows."""
     text = (ROOT / name).read_text("utf-8")
     blocks = re.findall(r"^```(?:bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)#\s]+)", text)

@@ -1,4 +1,4 @@
-"""What the architecture tests look at: the checkout's files, as a clone would have them."""
+"""Files of the checkout for the architecture tests, as a clone would have them."""
 
 from __future__ import annotations
 
