@@ -193,6 +193,8 @@ NAMES: dict[str, str] = {
     "sat.memory.offload.hosted": "sat.offload.block_swap.offloaded_parts",
     "sat.memory.offload.stages": "sat.offload.block_swap.offload_schedule",
     "sat.mixins.rope.Rope": "sat.mixins.rope.RoPE",
+    "sat.parallel.linear.PackedRowLinear": "sat.kernels.packed.PackedRowLinear",
+    "sat.transformer.fast.pack": "sat.kernels.packed.pack",
     "sat.models.t5.T5Tokenizer": "sat.tokenizers.T5Tokenizer",
     "sat.models.t5.Tokens": "sat.conditioning.conditioner.Tokens",
     "sat.models.t5.tokenizer.Tokens": "sat.conditioning.conditioner.Tokens",
