@@ -96,8 +96,7 @@ def work(args: argparse.Namespace) -> None:
     from sat.parallel.launch import launch
     from sat.parallel.mesh import Mesh
     from sat.pipeline import Pipeline
-    from sat.sampling.generator import SamplingParams
-    from sat.util.rng import ImageRng
+    from sat.sampling.generator import ImageRng, SamplingParams
 
     layout = json.loads(args.layout)
     torch.set_num_threads(1)

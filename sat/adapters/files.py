@@ -23,8 +23,7 @@ from torch import Tensor
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
 from sat.adapters.lora import check
 from sat.adapters.names import Layout, Parts, Unfused, layouts, to_ours
-from sat.checkpoint.format import CheckpointError, listing
-from sat.checkpoint.safetensors_file import SafetensorsFile
+from sat.checkpoint.format import CheckpointError, SafetensorsFile, listing
 
 KIND = "cogview3-lora"
 NATIVE_FILE, PEFT_FILE, PEFT_CONFIG = (

@@ -26,9 +26,8 @@ from sat.adapters.files import (
 )
 from sat.adapters.names import Parts, Unfused, layouts, to_theirs
 from sat.checkpoint.files import atomic_folder
-from sat.checkpoint.format import TensorInfo
+from sat.checkpoint.format import TensorInfo, write_safetensors
 from sat.checkpoint.formats.diffusers import PLUS
-from sat.checkpoint.safetensors_file import write_safetensors
 from sat.checkpoint.save import write_json
 
 LAYOUTS = ("native", "peft", "diffusers")

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sat.checkpoint.format import CheckpointError, Joined, LazyStateDict, listing
-from sat.checkpoint.safetensors_file import SafetensorsFile
+from sat.checkpoint.format import CheckpointError, Joined, LazyStateDict, SafetensorsFile, listing
 from sat.checkpoint.torch_file import TorchFile
 
 SAFETENSORS = (".safetensors",)

@@ -1,12 +1,18 @@
-"""Tensors by name, read when asked for: the interface of every checkpoint format, and its error."""
+"""Weights by name, each tensor read when it is asked for: the interface, and safetensors files."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import mmap
+import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -212,3 +218,184 @@ def listing(names: list[str], most: int = 5) -> str:
     """The first names and how many more: ``'a', 'b' and 7 more``."""
     shown = ", ".join(repr(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# -- safetensors files, read by mapping one tensor at a time and written by streaming: one tensor is held
+#
+# The format: 8 bytes little-endian header length, a JSON header (name -> dtype, shape, byte range), then the
+# bytes. Source: https://github.com/huggingface/safetensors (checked against the library in
+# tests/unit/test_checkpoint_files.py).
+
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_HEADER = 100_000_000  # bytes; the library's own limit
+
+
+@dataclass(frozen=True)
+class _Place:
+    info: TensorInfo
+    begin: int  # bytes from the start of the file
+    nbytes: int
+
+
+class SafetensorsFile(LazyStateDict):
+    """The tensors of one file. The header is checked whole when opened; values are mapped when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.source = str(path)
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        try:
+            self._places, self.metadata = _header(path, self._file.read)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape and dtype of ``key``."""
+        return self._places[key].info
+
+    def __getitem__(self, key: str) -> Tensor:
+        place = self._places[key]
+        if not place.nbytes:
+            return torch.empty(place.info.shape, dtype=place.info.dtype)
+        page = mmap.ALLOCATIONGRANULARITY
+        skip = place.begin % page
+        try:  # a private map, which lives as long as the tensor; the file is never written
+            window = mmap.mmap(
+                self._file.fileno(), skip + place.nbytes, access=mmap.ACCESS_COPY, offset=place.begin - skip
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.source}: cannot map {key!r}: {error}") from error
+        if hasattr(mmap, "MADV_WILLNEED"):
+            window.madvise(mmap.MADV_WILLNEED)  # read ahead in one go instead of page by page
+        flat = torch.frombuffer(window, dtype=torch.uint8, offset=skip, count=place.nbytes)
+        if place.begin % place.info.dtype.itemsize:
+            flat = flat.clone()
+        return flat.view(place.info.dtype).reshape(place.info.shape)
+
+    def close(self) -> None:
+        """Close the file; tensors already read stay valid."""
+        self._file.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _header(path: Path, read: Callable[[int], bytes]) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Byte ranges of all tensors, and the metadata; damage of any kind is one line."""
+    size = path.stat().st_size
+    length = int.from_bytes(read(8), "little")
+    if size < 8 or length > min(size - 8, _MOST_HEADER):
+        raise CheckpointError(
+            f"{path}: truncated or corrupt: {size:,} bytes, but its safetensors header claims {length:,}; "
+            f"copy or download it again"
+        )
+    try:
+        header = json.loads(read(length))
+        metadata = header.pop("__metadata__", {})
+        places = {name: _place(entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}: the safetensors header is damaged ({error}); copy or download it again"
+        ) from error
+    end = 8 + length
+    for name, place in sorted(places.items(), key=lambda item: item[1].begin):
+        if place.begin != end or place.nbytes != place.info.nbytes:
+            raise CheckpointError(
+                f"{path}: the safetensors header is damaged at {name!r}; copy or download it again"
+            )
+        end += place.nbytes
+    if end != size:
+        what = "truncated" if size < end else "longer than its header says"
+        raise CheckpointError(f"{path}: {what}: {size:,} bytes, {end:,} expected; copy or download it again")
+    return places, metadata
+
+
+def _place(entry: Mapping[str, Any], base: int) -> _Place:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"unknown dtype {entry['dtype']!r}")
+    shape = tuple(int(n) for n in entry["shape"])
+    if begin < 0 or end < begin or any(n < 0 for n in shape):
+        raise ValueError(f"impossible range {begin}..{end} or shape {list(shape)}")
+    return _Place(TensorInfo(shape, _DTYPES[entry["dtype"]]), base + begin, end - begin)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished file: bytes and SHA-256 of its content."""
+
+    nbytes: int
+    sha256: str
+
+
+def write_safetensors(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> Written:
+    """Write the tensors named by ``infos``, asking ``read`` for one at a time; the result is synced to disk.
+
+    Larger element types come first, so that every tensor stays aligned to its own type.
+    """
+    names = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        info = infos[name]
+        if info.dtype not in _NAMES:
+            raise CheckpointError(f"{path}: {name!r} is {info.dtype}, which safetensors cannot hold")
+        header[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in (memoryview(len(text).to_bytes(8, "little")), memoryview(text)):
+            digest.update(piece)
+            file.write(piece)
+        for name in names:
+            for piece in tensor_bytes(read(name), infos[name], name):
+                digest.update(piece)
+                file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(8 + len(text) + offset, digest.hexdigest())
+
+
+def tensor_bytes(tensor: Tensor, info: TensorInfo, name: str, step: int = 1 << 24) -> Iterator[memoryview]:
+    """The bytes of ``tensor`` in pieces; it must be what ``info`` announced."""
+    if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+        raise CheckpointError(
+            f"{name!r} is {list(tensor.shape)} {tensor.dtype}, announced as {list(info.shape)} {info.dtype}"
+        )
+    if not info.nbytes:
+        return
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for begin in range(0, len(raw), step):
+        yield raw[begin : begin + step]

@@ -21,8 +21,11 @@ from sat.checkpoint.format import (
     LazyStateDict,
     Part,
     TensorInfo,
+    Written,
     as_lazy,
+    write_safetensors,
 )
+from sat.checkpoint.formats import FORMAT, MANIFEST, VERSION
 from sat.checkpoint.formats.diffusers import (
     FOLDERS,
     T5,
@@ -33,12 +36,10 @@ from sat.checkpoint.formats.diffusers import (
     transformer_config,
     vae_config,
 )
-from sat.checkpoint.formats.native import FORMAT, MANIFEST, VERSION
 from sat.checkpoint.formats.sat import SIDECAR, rank_file
 from sat.checkpoint.load import Overflow
 from sat.checkpoint.ranks import RankShare, their_cuts
 from sat.checkpoint.rules import as_theirs, family_rules
-from sat.checkpoint.safetensors_file import Written, write_safetensors
 from sat.checkpoint.torch_file import write_torch
 from sat.sharding import Cut, family_sharding
 

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sat.checkpoint.format import CheckpointError, InMemory, TensorInfo
-from sat.checkpoint.safetensors_file import tensor_bytes
+from sat.checkpoint.format import CheckpointError, InMemory, TensorInfo, tensor_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat.checkpoint.format import TensorInfo
-from sat.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from sat.checkpoint.format import SafetensorsFile, TensorInfo, write_safetensors
 from sat.sharding import Cut
 from sat.train.deepspeed import TrainEngine
 from sat.train.optim import Ema

@@ -37,13 +37,12 @@ from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Mesh
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import Pipeline
-from sat.sampling.generator import EncodedPrompt, SamplingParams
+from sat.sampling.generator import EncodedPrompt, ImageRng, SamplingParams
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective
 from sat.train.objectives.diffusion import DiffusionObjective
 from sat.train.shards import Share
-from sat.util.rng import ImageRng
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.small import condition, fill, plus

@@ -14,9 +14,8 @@ from PIL import Image
 
 import sat
 from sat.config.yaml_source import ConfigError
-from sat.sampling.generator import SamplingParams
+from sat.sampling.generator import SamplingParams, image_noise
 from sat.sampling.prompts import Prompt
-from sat.util.rng import image_noise
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, Command, pixels
 

@@ -21,8 +21,7 @@ from sat.offload.block_swap import (
     resident_bytes,
     swap_groups,
 )
-from sat.sampling.generator import Generator, SamplingParams
-from sat.util.rng import ImageRng
+from sat.sampling.generator import Generator, ImageRng, SamplingParams
 from tests.adapters import output, t5, unet
 from tests.checkpoints import tokenizer as written
 from tests.configs import debug

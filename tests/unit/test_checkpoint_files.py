@@ -12,8 +12,7 @@ import safetensors.torch
 import torch
 
 from sat.checkpoint.files import open_file, open_folder
-from sat.checkpoint.format import CheckpointError, InMemory
-from sat.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from sat.checkpoint.format import CheckpointError, InMemory, SafetensorsFile, write_safetensors
 from sat.checkpoint.torch_file import TorchFile, write_torch
 
 TENSORS = {

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat.checkpoint.format import TensorInfo
-from sat.checkpoint.safetensors_file import write_safetensors
+from sat.checkpoint.format import TensorInfo, write_safetensors
 from sat.checkpoint.torch_file import write_torch
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat.util.rng import image_noise
+from sat.sampling.generator import image_noise
 
 SHAPE = (16, 6, 10)
 
