@@ -5,5 +5,5 @@ F64 = 1e-10  # float64 against another implementation
 F32 = 1e-5  # float32 against another order of the same operations
 BF16 = 2e-2  # bfloat16 against float32
 
-PLAN = 0.15
-"""Of the measured peak. Beside the plan stand batches on their way, kernels' scratch space and JIT code."""
+ESTIMATE = 0.15
+"""Of the measured peak. Besides there are batches on their way, kernels' scratch space and JIT code."""

@@ -1,14 +1,13 @@
-"""What sampling takes of the device's memory, and which ways to save it bring that into a budget.
+"""Memory of sampling on the device, and the options that bring it into a budget.
 
-Shapes alone are run (:mod:`sat.estimate.trace`): one prompt through the text encoder, what is prepared for a
-picture with one step, and the decoding of a picture, each beside the weights that are on the device then. Of
-ranks that share the weights (``parallel.tensor``) those are a rank's; what is run is whole, which is more
-than a rank runs. All numbers are bytes.
+Shapes alone are run (:mod:`sat.estimate.trace`): one prompt through the text encoder, the preparation of an
+image with one step, and its decoding, each beside the weights that are on the device then. With
+``parallel.tensor`` the weights are one rank's share, but activations those of a whole model, which is more
+than a rank has. All numbers are bytes.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +20,7 @@ from sat.config.build import build_shapes, components
 from sat.config.schema import Experiment, MemoryConfig, QuantizeConfig
 from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine
+from sat.errors import UserError
 from sat.estimate.trace import Ledger
 from sat.offload.block_swap import parts, resident_bytes, swap_groups, tensors
 from sat.parallel.mesh import Axis
@@ -28,21 +28,22 @@ from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
 from sat.util.host import parse_size
 
-log = logging.getLogger(__name__)
-
 SPARE = 0.1
-"""Share of a budget that a plan leaves, for what kernels need beside their results and for gaps."""
-STAGES: tuple[tuple[str, Part], ...] = (("text", "text"), ("denoising", "model"), ("decoding", "first_stage"))
-"""The stages of a picture, and the part that works in each."""
+"""Share of a budget that is left to what kernels need beside their results, and to gaps."""
+STAGES: dict[str, Part] = {"text": "text", "denoising": "model", "decoding": "first_stage"}
+"""Stages of drawing an image, and the part that works in each."""
+_WHILE = {"text": "encoding text", "denoising": "denoising", "decoding": "decoding"}
 
 
-class BudgetError(ValueError):
-    """Nothing brings a sampling into its budget."""
+class BudgetError(UserError, ValueError):
+    """Nothing brings sampling into its budget."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """The most memory in each stage, weights included."""
+    """Peak memory in each stage, weights included."""
 
     text: int
     denoising: int
@@ -50,48 +51,45 @@ class Peaks:
 
     @property
     def total(self) -> int:
-        """The most at all."""
+        """Peak of all stages."""
         return max(self.text, self.denoising, self.decoding)
 
     @property
     def stage(self) -> str:
-        """The stage that decides."""
-        return max(("text", "denoising", "decoding"), key=lambda name: int(getattr(self, name)))
+        """Stage with that peak."""
+        return max(STAGES, key=lambda name: int(getattr(self, name)))
 
 
 @dataclass(frozen=True)
 class MemoryOption:
-    """One way to save memory, as it is written, and how it changes an experiment."""
+    """One setting that saves memory, as it is written, and the experiment with it."""
 
-    says: str
+    setting: str
     apply: Callable[[Experiment], Experiment]
 
 
 @dataclass(frozen=True)
 class Budgeted:
-    """An experiment that is within its budget, and the ways that brought it there."""
+    """An experiment within its budget, and the options that brought it there."""
 
     experiment: Experiment
-    ways: tuple[MemoryOption, ...]
+    options: tuple[MemoryOption, ...]
     peaks: Peaks
     budget: int
 
     def __str__(self) -> str:
-        found = f"{_gb(self.peaks.total)} planned, most while {_WHILE[self.peaks.stage]}"
-        ways = " ".join(way.says for way in self.ways) or "nothing needs to change"
-        return f"memory.budget {_gb(self.budget)}: {ways} ({found})"
-
-
-_WHILE = {"text": "encoding text", "denoising": "denoising", "decoding": "decoding"}
+        found = f"{_gb(self.peaks.total)} estimated, most while {_WHILE[self.peaks.stage]}"
+        options = " ".join(option.setting for option in self.options) or "nothing needs to change"
+        return f"memory.budget {_gb(self.budget)}: {options} ({found})"
 
 
 def apply_budget(
     experiment: Experiment, device: torch.device, estimator: SamplingEstimator | None = None
 ) -> Budgeted | None:
-    """``experiment`` with what its ``memory.budget`` needs, the cheapest ways first; None without a budget.
+    """``experiment`` with the options that its ``memory.budget`` needs, the cheapest first; None without one.
 
     ``estimator``: of an earlier call for the same experiment, so that nothing is measured twice. Raises
-    :class:`BudgetError` where all ways together are not enough.
+    :class:`BudgetError` where all options together are not enough.
     """
     if experiment.memory.budget is None:
         return None
@@ -99,43 +97,40 @@ def apply_budget(
     estimator = estimator or SamplingEstimator(host=device.type == torch.device("cpu").type)
     limit = int(budget * (1 - SPARE))
 
-    def peaks(ways: Sequence[MemoryOption]) -> Peaks:
-        return estimator.peaks(_changed(experiment, ways))
+    def changed(options: Sequence[MemoryOption]) -> Experiment:
+        made = experiment
+        for option in options:
+            made = option.apply(made)
+        return made
 
     taken: list[MemoryOption] = []
-    best = peaks(taken)
-    for way in estimator.ways(experiment):
+    best = estimator.peaks(experiment)
+    for option in estimator.options(experiment):
         if best.total <= limit:
             break
-        tried = peaks([*taken, way])
-        # A way may help only once another has made room, so whatever lowers any stage is kept.
-        if any(getattr(tried, name) < getattr(best, name) for name, _ in STAGES):
-            taken, best = [*taken, way], tried
+        tried = estimator.peaks(changed([*taken, option]))
+        # An option may help only once another has made room, so any that lowers one stage is kept.
+        if any(getattr(tried, name) < getattr(best, name) for name in STAGES):
+            taken, best = [*taken, option], tried
     if best.total > limit:
-        last = {way.says.partition("=")[0]: way.says for way in taken}  # of a key that is set twice the last
+        last = {one.setting.partition("=")[0]: one.setting for one in taken}  # of a key, the last
         raise BudgetError(
-            f"memory.budget is {experiment.memory.budget}, of which {_gb(limit)} are planned with, but "
+            f"memory.budget is {experiment.memory.budget}, of which {_gb(limit)} may be taken, but "
             f"sampling takes {_gb(best.total)} while {_WHILE[best.stage]}, even with "
             f"{' '.join(last.values()) or 'all that is known here'}: give more"
             + ("" if best.stage == "text" else ", or draw smaller pictures")
         )
-    for way in reversed(list(taken)):
-        fewer = [one for one in taken if one is not way]
-        if (without := peaks(fewer)).total <= limit:
+    for option in reversed(list(taken)):  # those that turn out not to be needed
+        fewer = [one for one in taken if one is not option]
+        if (without := estimator.peaks(changed(fewer))).total <= limit:
             taken, best = fewer, without
-    return Budgeted(_changed(experiment, taken), tuple(taken), best, budget)
-
-
-def _changed(experiment: Experiment, ways: Sequence[MemoryOption]) -> Experiment:
-    for way in ways:
-        experiment = way.apply(experiment)
-    return experiment
+    return Budgeted(changed(taken), tuple(taken), best, budget)
 
 
 class SamplingEstimator:
-    """Peaks of one experiment and of changes to it; each stage is run once for what it depends on.
+    """Peaks of one experiment and of changes to it; each stage is run once for the settings it depends on.
 
-    ``host``: the device is the CPU, where nothing can wait elsewhere.
+    ``host``: the device is the CPU, where nothing can be offloaded.
     """
 
     def __init__(self, *, host: bool) -> None:
@@ -145,39 +140,44 @@ class SamplingEstimator:
         self._activations: dict[str, int] = {}
 
     def peaks(self, experiment: Experiment) -> Peaks:
-        """The most memory in each stage."""
+        """Peak memory in each stage."""
         found = {}
-        for stage, _ in STAGES:
+        for stage in STAGES:
             weights = sum(self._weights(experiment, part, stage) for part in PARTS)
             found[stage] = weights + self._activation(experiment, stage)
         return Peaks(**found)
 
-    def ways(self, experiment: Experiment) -> Iterator[MemoryOption]:
-        """What could be done that is not: first what costs nothing, last what costs time at every step."""
+    def options(self, experiment: Experiment) -> Iterator[MemoryOption]:  # noqa: C901 - one list, in order
+        """Options not taken yet: first those that cost nothing, last those that cost time at every step."""
         memory, sampling = experiment.memory, experiment.sampling
         if memory.text_encoder == "keep":
-            yield _memory("memory.text_encoder=free", text_encoder="free")
+            yield _option(text_encoder="free")
         if memory.decode_batch > 1:
-            yield _memory("memory.decode_batch=1", decode_batch=1)
+            yield _option(decode_batch=1)
         if sampling.at_once > 1:
             yield MemoryOption(
                 "sampling.at_once=1", lambda e: replace(e, sampling=replace(e.sampling, at_once=1))
             )
-        yield from () if self.host else _waiting(experiment)
-        yield from self._tiles(experiment)
-        if experiment.parallel.tensor == 1:
-            yield from _integers(memory)
-        if not (self.host or sampling.graphs or sampling.compile) and memory.network != "blocks":
-            yield _memory("memory.network=blocks", network="blocks")
-
-    def _tiles(self, experiment: Experiment) -> Iterator[MemoryOption]:
-        """Decoding in tiles, the larger first."""
-        _, engine = self._engine(experiment)
-        side = max(engine.latent_shape(experiment.sampling.height, experiment.sampling.width)[1:])
-        now = experiment.memory.decode_tile or side
+        if not self.host:  # parts wait in host memory; images stay the same, and each part costs copies
+            if memory.first_stage == "keep":
+                yield _option(first_stage="cpu")
+            if memory.text_encoder != "blocks":
+                yield _option(text_encoder="blocks")
+            if memory.adaln == "keep" and not sampling.graphs:
+                yield _option(adaln="cpu")
+            if memory.network == "keep" and not sampling.graphs:
+                yield _option(network="cpu")
+        side = memory.decode_tile or max(
+            self._engine(experiment)[1].latent_shape(sampling.height, sampling.width)[1:]
+        )
         for tile in (64, 32):
-            if tile < now:
-                yield _memory(f"memory.decode_tile={tile}", decode_tile=tile)
+            if tile < side:
+                yield _option(decode_tile=tile)
+        for name in ("network", "text_encoder"):  # int4 is never picked, as it shows in images
+            if experiment.parallel.tensor == 1 and getattr(memory.quantize, name) is None:
+                yield _quantised(name)
+        if not (self.host or sampling.graphs or sampling.compile) and memory.network != "blocks":
+            yield _option(network="blocks")
 
     def _engine(self, experiment: Experiment) -> tuple[Ledger, DiffusionEngine]:
         key = repr(experiment.memory.quantize)
@@ -188,94 +188,65 @@ class SamplingEstimator:
             self._engines[key] = ledger, engine.eval()
         return self._engines[key]
 
-    def _held(self, experiment: Experiment) -> Mapping[Part, nn.Module]:
-        """The parts as a rank holds them: of tensor ranks, its share."""
-        ranks = experiment.parallel.tensor
-        if ranks == 1:
-            return parts(self._engine(experiment)[1])
-        if ranks not in self._shares:
-            # Apart from those that are run, whole: there is nobody here to send to.
-            ledger = Ledger()
-            engine = build_shapes(experiment, DTYPES[experiment.sampling.dtype], ledger.without_data())
-            split = {"model": engine.network, "text": engine.conditioner.text}
-            with ledger.without_data():
-                for module in split.values():
-                    apply_sharding(module, family_sharding(type(module)), Axis(ranks))
-            self._shares[ranks] = parts(engine.requires_grad_(False))
-        return self._shares[ranks]
-
     def _weights(self, experiment: Experiment, part: Part, stage: str) -> int:
-        """Bytes of ``part`` on the device in a stage."""
-        memory, worker = experiment.memory, dict(STAGES)[stage]
-        module = self._held(experiment)[part]
+        """Bytes of ``part`` on the device in a stage; of tensor ranks, those of one rank's share."""
+        memory, ranks = experiment.memory, experiment.parallel.tensor
+        if ranks == 1:
+            module = parts(self._engine(experiment)[1])[part]
+        else:
+            if ranks not in self._shares:
+                # Apart from those that are run, whole: there is nobody here to send to.
+                ledger = Ledger()
+                engine = build_shapes(experiment, DTYPES[experiment.sampling.dtype], ledger.without_data())
+                with ledger.without_data():
+                    for split in (engine.network, engine.conditioner.text):
+                        apply_sharding(split, family_sharding(type(split)), Axis(ranks))
+                self._shares[ranks] = parts(engine.requires_grad_(False))
+            module = self._shares[ranks][part]
         if self.host:
-            gone = part == "text" and memory.text_encoder == "free" and stage != "text"
-            return 0 if gone else _size(module)
+            freed = part == "text" and memory.text_encoder == "free" and stage != "text"
+            return 0 if freed else sum(t.nbytes for t in tensors([module]))
         waits = {"text": memory.text_encoder, "model": memory.network, "first_stage": memory.first_stage}
         if part == "model" and stage == "text" and memory.text_encoder == "free":
             return 0  # it comes once the text encoder has gone
-        if part != worker and waits[part] != "keep":
+        if part != STAGES[stage] and waits[part] != "keep":
             return 0
         return resident_bytes(module, swap_groups(module, memory, part))
 
     def _activation(self, experiment: Experiment, stage: str) -> int:
-        """The most bytes beside the weights in a stage."""
+        """Peak bytes beside the weights in a stage."""
         sampling, memory = experiment.sampling, experiment.memory
         size = (sampling.height, sampling.width, sampling.dtype, memory.quantize)
-        key = {
-            "text": ("text", memory.quantize),
-            "denoising": (
-                "denoising",
-                size,
-                sampling.at_once,
-                sampling.steps,
-                sampling.tile,
-                sampling.guider,
-            ),
-            "decoding": ("decoding", size, memory.decode_batch, memory.decode_tile, sampling.at_once),
+        depends: tuple[object, ...] = {
+            "text": (memory.quantize,),
+            "denoising": (size, sampling.at_once, sampling.steps, sampling.tile, sampling.guider),
+            "decoding": (size, memory.decode_batch, memory.decode_tile, sampling.at_once),
         }[stage]
-        if repr(key) not in self._activations:
+        key = repr((stage, *depends))
+        if key not in self._activations:
             ledger, engine = self._engine(experiment)
             with torch.no_grad(), ledger.without_data():
                 base = ledger.live
                 ledger.mark()
-                {"text": _encode, "denoising": _denoise, "decoding": _decode}[stage](experiment, engine)
-                self._activations[repr(key)] = ledger.peak - base
-        return self._activations[repr(key)]
-
-
-def _waiting(experiment: Experiment) -> Iterator[MemoryOption]:
-    """Parts that may wait on the host: pictures stay the same, and each costs copies."""
-    memory = experiment.memory
-    if memory.first_stage == "keep":
-        yield _memory("memory.first_stage=cpu", first_stage="cpu")
-    if memory.text_encoder != "blocks":
-        yield _memory("memory.text_encoder=blocks", text_encoder="blocks")
-    if experiment.sampling.graphs:
-        return
-    if memory.adaln == "keep":
-        yield _memory("memory.adaln=cpu", adaln="cpu")
-    if memory.network == "keep":
-        yield _memory("memory.network=cpu", network="cpu")
-
-
-def _integers(memory: MemoryConfig) -> Iterator[MemoryOption]:
-    """Parts whose weights may be int8; int4 is never picked, as it shows in pictures."""
-    for name in ("network", "text_encoder"):
-        if getattr(memory.quantize, name) is None:
-            yield MemoryOption(f"memory.quantize.{name}=int8", _quantised(name))
-
-
-def _encode(experiment: Experiment, engine: DiffusionEngine) -> None:
-    """One prompt through the text encoder."""
-    engine.conditioner.text(torch.zeros(1, experiment.conditioning.max_length, dtype=torch.int64))
+                if stage == "text":  # one prompt
+                    ids = torch.zeros(1, experiment.conditioning.max_length, dtype=torch.int64)
+                    engine.conditioner.text(ids)
+                elif stage == "denoising":
+                    _denoise(experiment, engine)
+                else:  # the images that are decoded together
+                    shape = engine.latent_shape(sampling.height, sampling.width)
+                    z = torch.zeros(sampling.at_once, *shape, dtype=engine.first_stage.dtype)
+                    batch = min(memory.decode_batch, sampling.at_once)
+                    engine.decode(z, batch=batch, tile=memory.decode_tile)
+                self._activations[key] = ledger.peak - base
+        return self._activations[key]
 
 
 def _denoise(experiment: Experiment, engine: DiffusionEngine) -> None:
-    """What is prepared for the pictures that are drawn together, and their first step."""
+    """Run what is prepared for images that are drawn together, and their first step."""
     sampling, conditioner = experiment.sampling, engine.conditioner
     shape = engine.latent_shape(sampling.height, sampling.width)
-    if engine.process.input is not None:  # the enlarged picture's latent, with the network there already
+    if engine.process.input is not None:  # the enlarged image's latent, with the network there already
         large = torch.zeros(
             sampling.at_once, engine.first_stage.image_channels, sampling.height, sampling.width
         )
@@ -297,33 +268,24 @@ def _denoise(experiment: Experiment, engine: DiffusionEngine) -> None:
     del kept
 
 
-def _decode(experiment: Experiment, engine: DiffusionEngine) -> None:
-    """The pictures that are decoded together."""
-    sampling, memory = experiment.sampling, experiment.memory
-    batch = min(memory.decode_batch, sampling.at_once)
-    shape = engine.latent_shape(sampling.height, sampling.width)
-    z = torch.zeros(sampling.at_once, *shape, dtype=engine.first_stage.dtype)
-    engine.decode(z, batch=batch, tile=memory.decode_tile)
+def _option(**values: object) -> MemoryOption:
+    """Settings of the section ``memory``."""
 
-
-def _size(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors([module]))
-
-
-def _memory(says: str, **values: object) -> MemoryOption:
     def apply(experiment: Experiment) -> Experiment:
         memory: MemoryConfig = replace(experiment.memory, **values)  # type: ignore[arg-type]
         return replace(experiment, memory=memory)
 
-    return MemoryOption(says, apply)
+    return MemoryOption(" ".join(f"memory.{name}={value}" for name, value in values.items()), apply)
 
 
-def _quantised(name: str) -> Callable[[Experiment], Experiment]:
+def _quantised(name: str) -> MemoryOption:
+    """Part ``name`` with int8 weights."""
+
     def apply(experiment: Experiment) -> Experiment:
         quantize: QuantizeConfig = replace(experiment.memory.quantize, **{name: "int8"})  # type: ignore[arg-type]
         return replace(experiment, memory=replace(experiment.memory, quantize=quantize))
 
-    return apply
+    return MemoryOption(f"memory.quantize.{name}=int8", apply)
 
 
 def _gb(size: float) -> str:

@@ -1,8 +1,8 @@
-"""What a forward and backward pass allocates and computes, found by running it on tensors without data.
+"""Memory and FLOPs of a forward and backward pass, found by running it on tensors without data.
 
 The tensors are torch's fake ones: they have shapes, types and lifetimes, but no memory, so that a model of
-any size is run in seconds, by the same code that trains it. They claim to be on the CPU. Its attention keeps
-for the backward pass what the fused attention of a GPU keeps: q, k, v, the output and one number a row.
+any size runs in seconds, by the same code that trains it. They claim to be on the CPU. Attention there keeps
+the same for the backward pass as the fused attention of a GPU: q, k, v, the output and one number a row.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BLOCK = 16
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a step in which ``gradients`` elements of the parameters' gradients are finished."""
+    """Stretch of a step in which ``gradients`` elements of the parameters' gradients are finished."""
 
     gradients: int
     live: int  # most bytes at a time, these gradients not counted
@@ -46,7 +46,7 @@ class Segment:
 class Trace:
     """One micro-batch. ``kept``: bytes at the end of the forward pass, which the backward pass needs.
 
-    Weights are in no number, nor are finished gradients, whose fate depends on the ZeRO stage.
+    Weights are not counted, nor are finished gradients, which depend on the ZeRO stage.
     """
 
     kept: int
@@ -54,12 +54,12 @@ class Trace:
     flops: int
 
     def peak(self, per_gradient: float = 0.0) -> int:
-        """The most bytes at a time, each finished element of a gradient counting ``per_gradient`` bytes."""
+        """Peak bytes, with ``per_gradient`` bytes for each finished element of a gradient."""
         return max(int(s.live + per_gradient * s.gradients) for s in self.segments)
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps account of the storages that live, and of the FLOPs of what runs.
+    """Counts the bytes of living storages, and the FLOPs of operations.
 
     ``blocked``: convolutions make their output twice, as they do on a CPU: oneDNN writes it with channels in
     blocks of 16, and torch copies that (so the peaks of processes showed). Not so for channels-last.
@@ -74,45 +74,45 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def without_data(self) -> Iterator[None]:
-        """Inside the block tensors that are made have no data, and are counted."""
+        """Make tensors without data inside the block, and count them."""
         with self._fake, self:
             yield
 
     def mark(self) -> None:
-        """Forget the peak: from now on it is that of what follows."""
+        """Start a new peak."""
         self.peak = self.live
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run ``func`` and enter what it made."""
+        """Run ``func`` and count the storages it makes."""
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
-                self._enter(value)
+                self._count(value.untyped_storage())
         self.flops += flops_of(func, args, kwargs or {}, out)
         if self._blocked and getattr(func, "_overloadpacket", None) in _CONVOLUTIONS:
             self.peak = max(self.peak, self.live + _in_blocks(out))
         return out
 
-    def _enter(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        """Add ``storage`` to the living ones, until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
+
+        def freed() -> None:
+            self._known.discard(key)
+            self.live -= size
+
         self._known.add(key)
-        size = storage.nbytes()
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._leave, key, size)
-
-    def _leave(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+        weakref.finalize(storage, freed)
 
 
 def _in_blocks(out: Any) -> int:
-    """Bytes of a map (B, C, h, w), the first of ``out``, with C rounded up to blocks."""
+    """Bytes of the first map (B, C, h, w) in ``out``, with C rounded up to blocks."""
     made = next((x for x in tree_iter(out) if isinstance(x, Tensor) and x.ndim == 4), None)
     if made is None or made.is_contiguous(memory_format=torch.channels_last):
         return 0
@@ -120,7 +120,7 @@ def _in_blocks(out: Any) -> int:
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-    """FLOPs of one operation with its result; 0 if it is no product of matrices, convolution or attention."""
+    """FLOPs of one operation with its result; 0 for all but matrix products, convolutions and attention."""
     packet = getattr(func, "_overloadpacket", None)
     packet = _ATEN.addmm if packet is _ATEN.addmm_ else packet
     if packet in flop_registry:
@@ -135,9 +135,9 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
 
 
 def trace(ledger: Ledger, module: nn.Module, loss: Callable[[], Tensor]) -> Trace:
-    """One forward and backward pass of ``loss``, the parameters' gradients taken away as they are finished.
+    """Run a forward and backward pass of ``loss``, freeing each parameter's gradient as it is finished.
 
-    Called inside :meth:`Ledger.without_data`, where the parameters of ``module``, what is trained, were made.
+    Called inside :meth:`Ledger.without_data`, where the parameters of the trained ``module`` were made.
     """
     segments: list[Segment] = []
     base, flops, done = ledger.live, ledger.flops, 0

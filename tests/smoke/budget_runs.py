@@ -1,4 +1,4 @@
-"""A picture within a budget beside its plan: ``python -m tests.smoke.budget_runs FOLDER BUDGET`` prints both.
+"""A picture within a budget, measured and estimated: ``python -m tests.smoke.budget_runs FOLDER BUDGET``.
 
 The same picture is drawn first, so that libraries are loaded and their kernels built: what the process holds
 then is not the picture's. Large buffers come from the system and go back to it (the environment's
@@ -70,6 +70,10 @@ if __name__ == "__main__":
     found = measured(args.folder, settings)
     print(
         json.dumps(
-            {"planned": picked.peaks.total, "measured": found, "picked": [w.says for w in picked.ways]}
+            {
+                "estimated": picked.peaks.total,
+                "measured": found,
+                "picked": [option.setting for option in picked.options],
+            }
         )
     )

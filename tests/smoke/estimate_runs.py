@@ -65,9 +65,9 @@ def of_team(folder: Path, base: list[str], settings: list[str]) -> int:
 
 
 def report(peak: int, base: list[str], settings: list[str], count: int) -> None:
-    """Print a measured peak and that of the plan of ``count`` ranks, in bytes."""
-    plan = Estimator().estimate(load(base, [*SAME, *settings]), count)
-    print(json.dumps({"measured": peak, "planned": plan.total}))
+    """Print a measured peak and that of the estimate for ``count`` ranks, in bytes."""
+    estimate = Estimator().estimate(load(base, [*SAME, *settings]), count)
+    print(json.dumps({"measured": peak, "estimated": estimate.total}))
 
 
 def run() -> None:

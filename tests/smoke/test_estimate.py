@@ -1,4 +1,4 @@
-"""The planned peak is the measured one."""
+"""The estimated peak is the measured one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.configs import ROOT
-from tests.tolerances import PLAN
+from tests.tolerances import ESTIMATE
 
 RUNS = {
     "plus": ["configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=96"],
@@ -49,12 +49,12 @@ def compare(folder: Path, *words: str) -> Iterator[dict[str, int]]:
 
 
 def agree(found: dict[str, int]) -> None:
-    assert found["planned"] == pytest.approx(found["measured"], rel=PLAN)
+    assert found["estimated"] == pytest.approx(found["measured"], rel=ESTIMATE)
     assert found["measured"] > 150e6, "too small to tell the training from the process"
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_planned_peak_is_the_measured_one(name: str, tmp_path: Path) -> None:
+def test_estimated_peak_is_the_measured_one(name: str, tmp_path: Path) -> None:
     agree(next(compare(tmp_path, *RUNS[name])))
 
 
@@ -66,5 +66,5 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="collectives want data")
 @pytest.mark.parametrize("axis", AXES)
-def test_planned_peak_of_a_rank_is_the_measured_one(teams: dict[str, dict[str, int]], axis: str) -> None:
+def test_estimated_peak_of_a_rank_is_the_measured_one(teams: dict[str, dict[str, int]], axis: str) -> None:
     agree(teams[axis])

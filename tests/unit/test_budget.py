@@ -47,17 +47,17 @@ def test_of_ranks_that_share_the_weights_a_ranks_share_counts() -> None:
         assert getattr(whole, stage) - getattr(shared, stage) == sizes[0] - sizes[1] > 0.1 * sizes[0]
 
 
-def test_without_a_budget_nothing_is_planned() -> None:
+def test_without_a_budget_nothing_is_estimated() -> None:
     assert apply_budget(debug(), HOST) is None
 
 
 def test_what_fits_needs_no_change(estimator: SamplingEstimator) -> None:
     picked = apply_budget(asked("1GB"), DEVICE, estimator)
-    assert picked is not None and not picked.ways and picked.experiment == asked("1GB")
+    assert picked is not None and not picked.options and picked.experiment == asked("1GB")
     assert "nothing needs to change" in str(picked)
 
 
-def test_the_cheapest_ways_that_are_enough_are_picked(estimator: SamplingEstimator) -> None:
+def test_the_cheapest_options_that_are_enough_are_picked(estimator: SamplingEstimator) -> None:
     plain = estimator.peaks(asked(None)).total
     budgets = [int(plain * share / (1 - SPARE)) for share in (0.9, 0.6, 0.4)]
     counts = []
@@ -67,15 +67,15 @@ def test_the_cheapest_ways_that_are_enough_are_picked(estimator: SamplingEstimat
         except BudgetError:
             counts.append(99)
             continue
-        assert picked is not None and picked.ways
+        assert picked is not None and picked.options
         assert estimator.peaks(picked.experiment).total == picked.peaks.total <= budget * (1 - SPARE)
-        for way in picked.ways:  # each is needed
+        for option in picked.options:  # each is needed
             fewer = asked(None)
-            for other in picked.ways:
-                fewer = fewer if other is way else other.apply(fewer)
+            for other in picked.options:
+                fewer = fewer if other is option else other.apply(fewer)
             assert estimator.peaks(fewer).total > budget * (1 - SPARE)
-            assert way.says in str(picked)
-        counts.append(len(picked.ways))
+            assert option.setting in str(picked)
+        counts.append(len(picked.options))
     assert counts == sorted(counts) and counts[0] <= 2
 
 
