@@ -19,6 +19,22 @@ file formats and command-line flags did not change. `python docs/generate_moved.
 `sat/compat.py`.
 """
 
+TRANSFORMER = """
+## Attributes of a transformer and its context
+
+Speed is put on a built model from outside; the context knows segments, not text.
+
+| before | now |
+|---|---|
+| `ctx.text_len` | `ctx.segments[0]`, under joint attention |
+| `final` of (B, T + N, D), `embed` and `position` with text | of image tokens alone; `sat.mixins.joint_attention.JointAttention` adds and takes away the text |
+| `ctx.text_mask` in `attend` | `ctx.key_mask`, (B, 1, 1, L) |
+| `transformer.kernel = f` | `sat.kernels.attention.put_kernel(transformer, f)` |
+| `transformer.checkpointing = True` | `sat.kernels.compile.recompute(module)` |
+| `transformer.run_block`, `transformer.replay` | mixins: `sat.kernels.compile.CompiledBlocks`, `Recorded` |
+| `network.fold = tokens` | `sat.kernels.folding.fold(network, tokens)` |
+"""  # noqa: E501
+
 
 def _table(title: str, heads: tuple[str, str], rows: Mapping[str, str]) -> list[str]:
     lines = [f"| {old} | {new} |" for old, new in sorted(rows.items())]
@@ -44,6 +60,7 @@ def page() -> str:
         HEAD.rstrip(),
         *_table("Files", ("before", "now"), {_file(old): _file(new) for old, new in compat.MODULES.items()}),
         *_table("Classes and functions", ("before", "now"), code),
+        TRANSFORMER.rstrip(),
         *_table("Keys of a config", ("before", "now"), keys | parameters),
     ]
     return "\n".join(lines) + "\n"
