@@ -152,6 +152,18 @@ def test_a_question_word_in_front_is_noticed() -> None:
     assert _asking("It runs. Where it fits, it stays.\n") and not _asking("- What is it?\n")
 
 
+def test_the_walk_prints_the_owners_of_hooks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "walk.md").read_text()
+    ((code, shown),) = re.findall(
+        r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL
+    )
+    exec(compile(code, "docs/walk.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
 def test_the_walk_lists_the_layers_of_pyproject() -> None:
     listed = (ROOT / "docs" / "walk.md").read_text().partition("## Import order")[2]
     rows = [set(re.findall(r"`(\w+)`", line)) for line in listed.splitlines() if line.startswith("| ")]
