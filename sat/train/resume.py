@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sat.errors import UserError
+
 log = logging.getLogger(__name__)
 
 MARKER = "COMPLETE"
@@ -25,8 +27,10 @@ FORMAT = 2
 _NAME = re.compile(r"step_(\d{8,})")
 
 
-class ResumeError(RuntimeError):
+class ResumeError(UserError, RuntimeError):
     """Checkpoint from which this run cannot resume."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sat.checkpoint.format import SafetensorsFile, TensorInfo, write_safetensors
+from sat.checkpoint.format import CheckpointError, SafetensorsFile, TensorInfo, write_safetensors
 from sat.sharding import Cut
 from sat.train.deepspeed import TrainEngine
 from sat.train.optim import Ema
-from sat.train.resume import ResumeError
 
 WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
 _OPTIMIZER = "optimizer."  # before the optimizer's own name of what it keeps
@@ -144,7 +143,7 @@ class Shards:
         self.folder = folder
         paths = sorted(folder.glob(f"shard_{tensor_rank:03d}_*.safetensors"))
         if not paths:
-            raise ResumeError(f"{folder} has no shard_{tensor_rank:03d}_*.safetensors: files are missing")
+            raise CheckpointError(f"{folder} has no shard_{tensor_rank:03d}_*.safetensors: files are missing")
         self._pieces: dict[str, list[_Piece]] = {}
         self._kinds: dict[str, set[str]] = {}
         self.numbers: dict[str, dict[str, float]] = {}
@@ -188,7 +187,7 @@ class Shards:
                 target[low - start : high - start].copy_(values)
                 filled += high - low
         if filled < target.numel():
-            raise ResumeError(
+            raise CheckpointError(
                 f"{self.folder} has {filled} of {target.numel()} values of {kind} {name!r}: files are missing"
             )
 
