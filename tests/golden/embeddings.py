@@ -24,7 +24,11 @@ def check(golden: Golden, report: Report) -> None:
     for name in golden.names("mid.", "out."):
         for pattern, make in _RULES.items():
             if found := re.fullmatch(rf"out\.{pattern}", name):
-                report.table(name, make(golden, *found.groups()), golden[name])
+                ours = make(golden, *found.groups())
+                if make in _LARGEST:
+                    report.sinusoid(name, ours, golden[name], _LARGEST[make](golden))
+                else:
+                    report.table(name, ours, golden[name])
                 break
         else:
             report.unknown(name)
@@ -65,3 +69,10 @@ _RULES: dict[str, Callable[..., Tensor]] = {
     r"pos_embed_sincos\.dim(\d+)\.h(\d+)\.w(\d+)": _table,
     r"position_embedding_forward\.dim(\d+)\.text(\d+)\.target_(\d+)x(\d+)": _position,
 }
+
+_LARGEST: dict[Callable[..., Tensor], Callable[[Golden], float]] = {
+    _timestep: lambda golden: float(golden["in.timesteps"].max()),
+    _guidance: lambda golden: 1000 * float(golden["in.guidance_w"].max()),
+    _sizes: lambda golden: float(golden["in.sizes_hw"].max()),
+}
+"""Largest angle of the sinusoids."""

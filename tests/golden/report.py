@@ -71,6 +71,13 @@ class Report:
         else:
             self.exact(name, ours, stored)
 
+    def sinusoid(self, name: str, ours: Tensor, stored: Tensor, largest: float) -> None:
+        """Sines and cosines of angles up to ``largest``: :data:`TABLE`, and one rounding of a frequency.
+
+        Math libraries differ in the last bit of exp, so in that of a frequency: at 1000 radians that is 1e-4.
+        """
+        self._add(name, ours, stored, absolute=TABLE + largest * 2**-23)
+
     def image(self, name: str, ours: Tensor, stored: Tensor) -> None:
         """Pixels in [0, 1]."""
         self._add(name, ours, stored, absolute=IMAGE)

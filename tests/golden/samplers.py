@@ -103,7 +103,11 @@ def check(golden: Golden, report: Report) -> None:
         "out.x": (report.network, x),
     }
     if network.strengths:
-        ours["mid.network_kw.scale_emb"] = (report.table, torch.stack(network.strengths))
+        largest = 1000 * number(golden, "cfg_cond_scale")
+        ours["mid.network_kw.scale_emb"] = (
+            partial(report.sinusoid, largest=largest),
+            torch.stack(network.strengths),
+        )
     report.all(golden, ours)
 
 
