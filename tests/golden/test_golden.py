@@ -69,7 +69,7 @@ def scaled(name: str, factor: float) -> Change:
         ("sampler_zerosnr_ddim_10", "in.noise", 1 + 1e-2),
         ("sampler_euler_edm_10", "in.noise", 1 + 1e-2),
         ("sampler_euler_edm_10", "mid.denoiser_sigma", 1 + 3e-6),
-        ("sampler_euler_edm_distill_4", "mid.network_kw.scale_emb", 1 + 3e-6),
+        ("sampler_euler_edm_distill_4", "mid.network_kw.scale_emb", 1 + 3e-3),
         ("sampler_heun_edm_10", "mid.x_after_step", 1 + 3e-4),
         ("sampler_dpmpp2m_10", "mid.denoised_before_guider", 1 + 3e-4),
         ("sampler_relay_12of24", "in.image", 1 + 1e-2),
@@ -78,7 +78,8 @@ def scaled(name: str, factor: float) -> Change:
         ("loss_relay_linear", "in.lr_input", 1 + 1e-2),
         ("loss_relay_linear", "in.rng3.randn", 2.0),
         ("tables_discretization", "out.zerosnr_shift4.alpha_sqrt_append0.n50", 1 + 3e-6),
-        ("embeddings", "out.timestep_embedding.dim320", 1 + 3e-6),
+        ("embeddings", "out.timestep_embedding.dim320", 1 + 3e-3),
+        ("embeddings", "out.pos_embed_sincos.dim80.h24.w32", 1 + 3e-6),
     ],
 )
 def test_a_difference_past_the_bound_is_found(stem: str, name: str, factor: float, tmp_path: Path) -> None:
