@@ -82,7 +82,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cascade:
-    """What a run draws: one stage, or several of which each enlarges the pictures of the one before."""
+    """Stages of a run: one, or several, each enlarging the pictures of the one before."""
 
     stages: list[Stage]
     keep: bool = False

@@ -11,7 +11,7 @@ from typing import Any, Final
 from sat.config.component import Context, Fault, convert, inside, record_of, split
 from sat.config.schema import Experiment, MustExist
 from sat.config.targets import TargetError, check_import, field_hints, hint
-from sat.config.yaml_source import Key, Marks, Problem, dotted, find, where
+from sat.config.yaml_source import Key, Marks, Problem, dotted, find, problem, where
 from sat.data.formats import expand
 
 INVALID: Final = object()
@@ -28,7 +28,7 @@ class Checker:
 
     def report(self, key: Key, what: str) -> None:
         """Note one problem at ``key``."""
-        self.problems.append(Problem(str(where(self.marks, key)), dotted(key), what))
+        self.problems.append(problem(self.marks, key, what))
 
     def allow(self, imports: Any) -> None:
         """Take ``imports``, the modules outside sat whose classes may be targets."""

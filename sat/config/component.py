@@ -40,7 +40,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Context:
-    """What checks know beside the value: modules that targets may lie in, and those that failed to import."""
+    """Modules that targets may lie in, and those that failed to import; whether components are built."""
 
     imports: Collection[str] = ()
     absent: Collection[str] = ()
@@ -215,7 +215,7 @@ def faults(error: ValidationError, annotation: Any, value: Any) -> list[Fault]:
     for e in error.errors(include_url=False):
         wanted, node, owner, at = annotation, value, annotation, Key()
         for part in e["loc"][1:]:  # without the list of _adapter; some parts name alternatives of a union
-            if isinstance(node, list) and part in range(len(node)) and _alternatives(wanted) < 2:
+            if isinstance(node, list) and part in range(len(node)) and len(_arms(wanted)) == 1:
                 owner, wanted, node = wanted, inside(wanted, node, part), node[int(part)]
             elif isinstance(node, Mapping) and part in node:
                 owner, wanted, node = wanted, inside(wanted, node, part), node[str(part)]
@@ -243,19 +243,13 @@ def faults(error: ValidationError, annotation: Any, value: Any) -> list[Fault]:
     return list(dict.fromkeys(fault for fault in out if fault.kind != "type" or fault.key not in deeper))
 
 
-def _alternatives(annotation: Any) -> int:
-    """The alternatives of a union, null not counted."""
-    arms = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return sum(arm is not type(None) for arm in arms)
-
-
 def inside(annotation: Any, node: Any, part: str | int) -> Any:
     """The annotation of what lies under ``part`` of ``node``, which is annotated ``annotation``."""
     kind = Mapping if isinstance(node, Mapping) else Sequence
     record = record_of(annotation)
     if record is not None and kind is Mapping:
         return field_hints(record).get(str(part), Any)
-    for arm in (annotation, *get_args(annotation)):
+    for arm in _arms(annotation):
         origin, arguments = get_origin(arm), get_args(arm)
         if inspect.isclass(origin) and issubclass(origin, kind):
             if origin is tuple and ... not in arguments:
@@ -266,13 +260,18 @@ def inside(annotation: Any, node: Any, part: str | int) -> Any:
 
 def record_of(annotation: Any) -> Any:
     """The dataclass that ``annotation``, such as ``X | None``, writes out as a mapping; None without one."""
-    annotation, _ = split(annotation)
-    arms = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    arms = _arms(split(annotation)[0])
     return next((a for a in arms if inspect.isclass(a) and is_dataclass(a) and a is not Component), None)
 
 
+def _arms(annotation: Any) -> list[Any]:
+    """Alternatives of a union, null not counted; of anything else, itself."""
+    arms = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return [arm for arm in arms if arm is not type(None)]
+
+
 def fits(annotation: Any, value: Any) -> bool:
-    """Whether ``value`` of YAML is what ``annotation`` asks for."""
+    """True if ``value`` of YAML is what ``annotation`` asks for."""
     return not convert(annotation, value, Context())[1]
 
 
@@ -315,8 +314,7 @@ def _advice(annotation: Any, value: Any) -> str:
     """A likely correction of a text, if there is one."""
     if not isinstance(value, str) or len(value) > 100:
         return ""
-    arms = (annotation, *get_args(annotation))
-    choices = [a for arm in arms if get_origin(arm) is Literal for a in get_args(arm)]
+    choices = [a for arm in _arms(annotation) if get_origin(arm) is Literal for a in get_args(arm)]
     if near := hint(value, [c for c in choices if isinstance(c, str)]):
         return near
     try:

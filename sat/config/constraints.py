@@ -13,7 +13,7 @@ from sat.config.component import built
 from sat.config.parts import build_empty, quantizers
 from sat.config.schema import Component, Experiment
 from sat.config.targets import resolve, signature
-from sat.config.yaml_source import Key, Marks, Problem, dotted, where
+from sat.config.yaml_source import Key, Marks, Problem, problem
 from sat.data.buckets import BucketRule
 from sat.diffusion.guidance import Embedded, Unguided
 from sat.diffusion.step_cache import transformer_of
@@ -34,7 +34,7 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
     rules: list[Callable[[Experiment, Objects], Broken]] = [_widths, _sizes, _drawing, _adapters, _memory]
     for rule in rules:
         broken += rule(experiment, objects)
-    return [Problem(str(where(marks, key)), dotted(key), what) for key, what in broken]
+    return [problem(marks, key, what) for key, what in broken]
 
 
 def _refusals(e: Experiment, objects: Objects) -> Broken:

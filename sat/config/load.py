@@ -27,11 +27,11 @@ from sat.config.yaml_source import (
     HOME,
     ConfigError,
     Key,
+    Mark,
     Marks,
     Override,
     Problem,
     Source,
-    Where,
     dotted,
     find,
     read,
@@ -180,7 +180,7 @@ class _Layers:
             (earlier,) = spellings - {key}
             self.problems.append(Problem("override", dotted(earlier), _twice(dotted(key))))
         value = plain(value)
-        marks = {(*key, *inner): Where("override") for inner in _keys(value)} | {key: mark}
+        marks = {(*key, *inner): Mark("override") for inner in _keys(value)} | {key: mark}
         node, split = self.config, len(key)
         for end, name in enumerate(key):
             if isinstance(node, ListConfig):  # replaced as a whole, so one item is changed in a copy
@@ -251,7 +251,7 @@ class _Layers:
         self.notices.append(f"{place}: {dotted(at)} is now called {dotted(now)}")
 
     def _settable(self, key: Key) -> bool:
-        """Whether ``key`` is there, a field of a section, or a parameter of a component."""
+        """True if ``key`` is there, a field of a section, or a parameter of a component."""
         node: Any = self.config
         section: Any = Experiment
         free = False  # among the params of a component, whose signature decides later
@@ -274,7 +274,7 @@ class _Layers:
 
 
 def _raw(node: Any, name: str | int) -> Any:
-    """What a mapping or list of OmegaConf's holds under ``name``; a reference is not followed."""
+    """The value under ``name`` of a mapping or list of OmegaConf's; a reference is not followed."""
     if not isinstance(node, (DictConfig, ListConfig)) or (isinstance(node, DictConfig) and name not in node):
         return None
     return "${" if OmegaConf.is_interpolation(node, name) else node[name]  # type: ignore[index]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sat.config.yaml_source import ConfigError, Key, Marks, Problem, Where, dotted, shown, where
+from sat.config.yaml_source import ConfigError, Key, Mark, Marks, Problem, dotted, shown, where
 
 NETWORKS = {
     "DiffusionTransformer": "sat.models.cogview3_plus.CogView3Plus",
@@ -272,9 +272,9 @@ class Official:
         if None not in (value, other) and value != other:
             self.refuse(key, f"expected {other!r} as in {as_key}, got {shown(value)}")
 
-    def place(self, key: str) -> Where:
+    def place(self, key: str) -> Mark:
         """The place of the official ``key``."""
-        return where(self.marks, tuple(key.split("."))) if key else self.marks.get((), Where(""))
+        return where(self.marks, tuple(key.split("."))) if key else self.marks.get((), Mark(""))
 
     def refuse(self, key: str, what: str) -> None:
         """Note why the official config cannot be translated."""

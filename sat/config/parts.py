@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sat.config.component import build
 from sat.config.schema import WEIGHTS, CheckpointConfig, Component, ConditioningConfig, QuantizeConfig
-from sat.config.yaml_source import ConfigError, Problem
+from sat.config.yaml_source import ConfigError
 from sat.first_stage.model import AutoencoderKL, Posterior
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 class MissingPartError(RuntimeError):
     """Something needs a part of the engine that was left out."""
 
-
-def _absent(what: str) -> NoReturn:
-    raise MissingPartError(
-        f"the {what} was not loaded, because a cache (data.cache) stands for it: "
-        "set data.cache to null, or build the engine with every part"
-    )
+    def __init__(self, part: str) -> None:
+        super().__init__(
+            f"the {part} was not loaded, because a cache (data.cache) stands for it: "
+            "set data.cache to null, or build the engine with every part"
+        )
 
 
 class MissingAutoencoder(AutoencoderKL):
@@ -47,33 +46,31 @@ class MissingAutoencoder(AutoencoderKL):
 
     def encode(self, image: Tensor) -> Posterior:
         """Raise: there is nothing to encode with."""
-        _absent("first stage")
+        raise MissingPartError("first stage")
 
     def decode(self, latent: Tensor) -> Tensor:
         """Raise: there is nothing to decode with."""
-        _absent("first stage")
+        raise MissingPartError("first stage")
 
 
 class MissingPart(nn.Module):
     """Any other module that is not there."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, part: str) -> None:
         super().__init__()
-        self._what = what
+        self._part = part
 
     def prepare(self, *args: Any) -> NoReturn:
         """Raise: there is no network."""
-        _absent(self._what)
+        raise MissingPartError(self._part)
 
     def forward(self, *args: Any) -> NoReturn:
         """Raise: there is nothing to run."""
-        _absent(self._what)
-
-
-# -- the parts of an engine: built without memory, then filled from a checkpoint or at random, and split
+        raise MissingPartError(self._part)
 
 
 _VOCABULARY = "spiece.model"
+_SEEDS: dict[Part, int] = {"model": 0, "first_stage": 1, "text": 2}
 
 
 @dataclass(frozen=True)
@@ -98,22 +95,15 @@ class PartBuilder:
         if not self.load:
             return self._random(component, part)
         if source is None and self.weights.random is None:
-            raise ConfigError(
-                [
-                    Problem(
-                        "checkpoint",
-                        part,
-                        f"no weights are named: set checkpoint.path (a folder with every part) or "
-                        f"checkpoint.{part}; checkpoint.random=SEED draws them at random",
-                    )
-                ]
-            )
-        if source is None:
+            what = f"checkpoint.path (a folder with every part) or checkpoint.{part}"
+            what = f"no weights are named: set {what}; checkpoint.random=SEED draws them at random"
+            raise ConfigError.of("checkpoint", part, what)
+        if source is None:  # each part has a seed of its own, whichever others are read from files
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._seed(part))
+                torch.manual_seed((self.weights.random or 0) + _SEEDS[part])
                 return self._random(component, part)
         if not source.exists():
-            raise ConfigError([Problem("checkpoint", part, f"there is no {str(source)!r}; {WEIGHTS}")])
+            raise ConfigError.of("checkpoint", part, f"there is no {str(source)!r}; {WEIGHTS}")
         from sat.checkpoint.load import load
 
         module = self._split(build_empty(component, self.imports), part)
@@ -139,10 +129,6 @@ class PartBuilder:
         narrow = part == "first_stage" and self.dtype == torch.float16
         return torch.float32 if narrow else self.dtype
 
-    def _seed(self, part: Part) -> int:
-        """Each part has its own: its weights do not depend on which others are read from files."""
-        return (self.weights.random or 0) + {"model": 0, "first_stage": 1, "text": 2}[part]
-
     def _random(self, component: Component, part: Part) -> nn.Module:
         """Made on the CPU, so that a seed means the same weights on every device and layout.
 
@@ -153,13 +139,13 @@ class PartBuilder:
         return self.quantised(cast_weights(module, self.dtype_of(part)).to(self.device_of(part)), part)
 
     def _split(self, module: nn.Module, part: Part) -> nn.Module:
-        """``module`` with this tensor rank's share of its planned layers; the autoencoder stays whole."""
+        """``module`` with this tensor rank's share of its layers; the autoencoder stays whole."""
         if self.mesh is None or part == "first_stage":
             return module
         return apply_sharding(module, family_sharding(type(module)), self.mesh.tensor)
 
     def device_of(self, part: Part) -> torch.device:
-        """Where a part is to be."""
+        """Device of a part."""
         return torch.device("cpu") if part in self.offloaded else self.device
 
     def quantised(self, module: nn.Module, part: Part) -> nn.Module:
@@ -201,7 +187,7 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def quantizers(config: QuantizeConfig) -> dict[str, Quantizer]:
-    """What quantises each part that ``memory.quantize`` names."""
+    """Quantizers of the parts that ``memory.quantize`` names."""
     kinds = {"model": config.network, "text": config.text_encoder}
     if not any(kinds.values()):
         return {}
@@ -236,13 +222,6 @@ def find_vocabulary(config: ConditioningConfig, weights: CheckpointConfig) -> Pa
     )
     found = next((f / _VOCABULARY for f in folders if (f / _VOCABULARY).is_file()), None)
     if found is None:
-        raise ConfigError(
-            [
-                Problem(
-                    "conditioning",
-                    "tokenizer",
-                    f"there is no {_VOCABULARY} in {beside}; name one in conditioning.tokenizer",
-                )
-            ]
-        )
+        what = f"there is no {_VOCABULARY} in {beside}; name one in conditioning.tokenizer"
+        raise ConfigError.of("conditioning", "tokenizer", what)
     return found

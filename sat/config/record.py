@@ -51,7 +51,7 @@ def settings_digest(settings: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True)
 class Label:
-    """What every picture of a run says about how it was made; it becomes the PNG text fields."""
+    """Settings that every picture of a run carries in its PNG text fields."""
 
     height: int  # pixels
     width: int  # pixels
@@ -88,8 +88,8 @@ def label(
 
     ``weights`` are its :func:`weight_digests` where they are known, so that no file is read again.
     """
-    asked = experiment.sampling
-    tree = plain(experiment)
+    requested = experiment.sampling
+    tree, quantize = plain(experiment), experiment.memory.quantize
     sampling = {key: value for key, value in tree["sampling"].items() if key not in _UNSEEN}
     settings = settings_digest(
         {
@@ -98,40 +98,29 @@ def label(
             "sampling": sampling,
             "weights": weight_digests(experiment) if weights is None else dict(weights),
             "decode_tile": experiment.memory.decode_tile,
-            **_kept(experiment),
+            **({"quantize": plain(quantize)} if quantize.network or quantize.text_encoder else {}),
             "latents": None if given is None else hashlib.sha256(given.numpy().tobytes()).hexdigest(),
         }
     )
+    adapters: dict[str, float] = {}  # by the names that the loaded model has for them
+    for item in experiment.adapters.load:
+        adapters[adapter_name(item.path, adapters)] = item.strength
     scale = getattr(components(experiment).guider, "scale", None)
     return Label(
-        height=asked.height,
-        width=asked.width,
-        steps=asked.steps,
+        height=requested.height,
+        width=requested.width,
+        steps=requested.steps,
         guidance=None if scale is None else float(scale),
-        negative_prompt=asked.negative_prompt,
-        seed=asked.seed,
+        negative_prompt=requested.negative_prompt,
+        seed=requested.seed,
         model=model_name(experiment),
         digest=settings,
-        adapters=_adapters(experiment),
+        adapters={name: strength for name, strength in adapters.items() if strength},
     )
 
 
-def _adapters(experiment: Experiment) -> dict[str, float]:
-    """Adapters that count, by the names that the loaded model has for them."""
-    found: dict[str, float] = {}
-    for item in experiment.adapters.load:
-        found[adapter_name(item.path, found)] = item.strength
-    return {name: strength for name, strength in found.items() if strength}
-
-
-def _kept(experiment: Experiment) -> dict[str, object]:
-    """How weights are kept, where not all are plain."""
-    quantize = experiment.memory.quantize
-    return {"quantize": plain(quantize)} if quantize.network or quantize.text_encoder else {}
-
-
 def weight_digests(experiment: Experiment) -> dict[str, object]:
-    """What tells the weights of this run from others: their contents, or the seed of random ones."""
+    """Digests that tell the weights of this run from others: of their contents, or their seed."""
     known: dict[Path, str] = {}
     found: dict[str, object] = {"random": experiment.checkpoint.random}
     for part in PARTS:
@@ -218,7 +207,7 @@ def commit(root: Path = HOME) -> dict[str, Any] | None:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None when there is no git, it fails, or it takes longer than ten seconds."""
+    """Output of git; None when there is no git, it fails, or it takes longer than ten seconds."""
     command = ["git", "-C", str(root), "--no-optional-locks", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from sat.config.yaml_source import MOST_LEVELS, ConfigError, Key, Marks, Problem, dotted, where
+from sat.config.yaml_source import MOST_LEVELS, ConfigError, Key, Marks, Problem, dotted, problem
 
 PROMPTS: tuple[Key, ...] = (
     ("sampling", "prompt"),
@@ -53,7 +53,7 @@ def map_texts(tree: Any, change: Callable[[Any, Key], Any], key: Key = ()) -> An
 
 
 def is_prompt(key: Key) -> bool:
-    """Whether ``key`` is, or lies in, text for the model."""
+    """True if ``key`` is, or lies in, text for the model."""
     return any(key[: len(prompt)] == prompt for prompt in PROMPTS)
 
 
@@ -85,7 +85,7 @@ def wrap(tree: Any, marks: Marks, problems: list[Problem], above: Key = (), *, l
                 what = (
                     f"{match[0][len(match[1]) :]} {said}: only ${{section.key}} is, and \\${{ for a plain ${{"
                 )
-                problems.append(Problem(str(where(marks, key)), dotted(key), what))
+                problems.append(problem(marks, key, what))
                 return Text(value)
         return value
 
@@ -110,30 +110,26 @@ def resolve(config: DictConfig, marks: Marks) -> tuple[dict[str, Any], list[Prob
             if total > MOST_VALUES:
                 raise _EndlessError(f"references expand to more than {MOST_VALUES} values")
         except _EndlessError as error:
-            raise ConfigError([Problem(str(where(marks, key)), dotted(key), str(error))]) from None
+            raise ConfigError([problem(marks, key, str(error))]) from None
         except _DanglingError as error:
-            problems.append(Problem(str(where(marks, key)), dotted(key), str(error)))
+            problems.append(problem(marks, key, str(error)))
             return Text(value)
         return value
 
     def plain(value: Any, key: Key) -> Any:
         value = str(value) if isinstance(value, Text) else value
-        too_long = isinstance(value, int) and value.bit_length() > _MOST_BITS
-        if too_long or (isinstance(value, str) and not _is_utf8(value)):
-            what = f"a number of {value.bit_length()} bits" if too_long else "text that is not valid UTF-8"
-            problems.append(Problem(str(where(marks, key)), dotted(key), what))
+        what = ""
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            what = f"a number of {value.bit_length()} bits, more than {_MOST_BITS}"
+        elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            what = "text that is not valid UTF-8"
+        if what:
+            problems.append(problem(marks, key, what))
             return None
         return value
 
     sound = OmegaConf.create(map_texts(tree, follow), flags=FLAGS)
     return map_texts(OmegaConf.to_container(sound, resolve=True), plain), problems
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
 
 
 class _DanglingError(Exception):
@@ -145,7 +141,7 @@ class _EndlessError(Exception):
 
 
 class _Size(NamedTuple):
-    """What a value expands to."""
+    """Size of a value with its references followed."""
 
     values: int
     levels: int

@@ -1,8 +1,9 @@
-"""YAML files with the line of every key, and where the files lie."""
+"""YAML files with the line of every key, overrides, and the lookup of files."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,14 +28,8 @@ def find(path: str | Path, folder: Path | None = None) -> Path | None:
     """
     path = Path(path).expanduser()
     roots = [Path.cwd(), *([project(folder)] if folder else []), HOME]
-    return next((root / path for root in roots if _exists(root / path)), None)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long for the file system
-        return False
+    # ``os.path`` takes a name too long for the file system for one that is not there
+    return next((root / path for root in roots if os.path.exists(root / path)), None)
 
 
 def project(folder: Path) -> Path:
@@ -49,7 +44,7 @@ def project(folder: Path) -> Path:
 
 
 Key = tuple[str, ...]
-"""Where a value sits: the names from the top of the tree; list items are named by their index."""
+"""Names from the top of the tree to a value; list items are named by their index."""
 
 MOST_LEVELS = 64
 """Of mappings and lists in one another."""
@@ -64,8 +59,8 @@ def dotted(key: Key) -> str:
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where a value was written: in a file of ``folder``, or as the text ``raw`` of an override."""
+class Mark:
+    """Place where a value was written: a line in a file of ``folder``, or the text ``raw`` of an override."""
 
     label: str
     folder: Path | None = None
@@ -75,11 +70,11 @@ class Where:
         return self.label
 
 
-Marks = dict[Key, Where]
-DEFAULT = Where("config")
+Marks = dict[Key, Mark]
+DEFAULT = Mark("config")
 
 
-def where(marks: Marks, key: Key) -> Where:
+def where(marks: Marks, key: Key) -> Mark:
     """The place of ``key``, or of the nearest written value above it, or of the first below it."""
     for end in range(len(key), 0, -1):
         if (found := marks.get(key[:end])) is not None and found is not DEFAULT:
@@ -100,6 +95,11 @@ class Problem:
         return ": ".join(part for part in (self.where, self.key, self.what) if part)
 
 
+def problem(marks: Marks, key: Key, what: str) -> Problem:
+    """The problem ``what`` with the place of ``key``."""
+    return Problem(str(where(marks, key)), dotted(key), what)
+
+
 class ConfigError(UserError, ValueError):
     """An experiment that cannot be run; the message has one line per problem."""
 
@@ -115,7 +115,7 @@ class ConfigError(UserError, ValueError):
 
 
 class Source(NamedTuple):
-    """One YAML file: its tree of mappings, lists and scalars, and where each key was written."""
+    """One YAML file: its tree of mappings, lists and scalars, and the place of each key."""
 
     tree: dict[str, Any]
     marks: Marks
@@ -162,15 +162,6 @@ for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"{_TAG}{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = str(loader.construct_scalar(node))
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-
-
-def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    return float(str(loader.construct_scalar(node)).lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
 def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     """Line breaks and invisible characters go in double quotes, escaped: other styles fold them."""
     style = '"' if re.search("[\x00-\x1f\x7f-\xa0\u2028\u2029\ufeff]", text) else None
@@ -178,8 +169,12 @@ def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text)
-_Loader.add_constructor(f"{_TAG}int", _int)
-_Loader.add_constructor(f"{_TAG}float", _float)
+_Loader.add_constructor(
+    f"{_TAG}int", lambda _, node: int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
+)
+_Loader.add_constructor(
+    f"{_TAG}float", lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+)
 
 
 def read(path: Path, label: str | None = None) -> Source:
@@ -188,14 +183,14 @@ def read(path: Path, label: str | None = None) -> Source:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError([Problem(label, "", f"cannot be read: {error.strerror or error}")]) from error
+        raise ConfigError.of(label, "", f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError([Problem(label, "", f"is not UTF-8 text: {error}")]) from error
+        raise ConfigError.of(label, "", f"is not UTF-8 text: {error}") from error
     tree, marks = parse(text, label)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError([Problem(f"{label}:1", "", f"expected sections, got {shown(tree)}")])
+        raise ConfigError.of(f"{label}:1", "", f"expected sections, got {shown(tree)}")
     folder = path.parent.resolve()
     return Source(tree, {key: replace(mark, folder=folder) for key, mark in marks.items()})
 
@@ -215,11 +210,11 @@ def parse(text: str, label: str) -> tuple[Any, Marks]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"{label}:{mark.line + 1}" if mark else label
-        raise ConfigError([Problem(line, "", f"not valid YAML: {error.problem or error.context}")]) from error
+        raise ConfigError.of(line, "", f"not valid YAML: {error.problem or error.context}") from error
     except yaml.reader.ReaderError as error:
         line = f"{label}:{text.count(chr(10), 0, error.position) + 1}"
         what = f"not valid YAML: character {error.character:#x}: {error.reason}"
-        raise ConfigError([Problem(line, "", what)]) from error
+        raise ConfigError.of(line, "", what) from error
 
 
 class _Walk:
@@ -240,7 +235,7 @@ class _Walk:
         if len(key) > MOST_LEVELS:
             self.refuse(node, key, f"nested deeper than {MOST_LEVELS} levels after aliases are written out")
         self.check_tag(node, key)
-        self.marks.setdefault(key, Where(self.line(node)))
+        self.marks.setdefault(key, Mark(self.line(node)))
         inside = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
             names: set[str] = set()
@@ -250,7 +245,7 @@ class _Walk:
                     if not isinstance(name, yaml.ScalarNode):
                         self.refuse(name, key, "a key must be a single word")
                     name.tag = f"{_TAG}str"
-                    self.marks[key + (name.value,)] = Where(self.line(name))
+                    self.marks[key + (name.value,)] = Mark(self.line(name))
                 if name.value in names:
                     self.refuse(name, (*key, name.value), "given twice in this file")
                 names.add(name.value)
@@ -260,12 +255,12 @@ class _Walk:
                 self(child, (*key, str(index)), inside)
 
     def line(self, node: yaml.Node) -> str:
-        """Where ``node`` begins."""
+        """File and line of ``node``."""
         return f"{self.label}:{node.start_mark.line + 1}"
 
     def refuse(self, node: yaml.Node, key: Key, what: str) -> NoReturn:
         """Raise with the line of ``node``."""
-        raise ConfigError([Problem(self.line(node), dotted(key), what)])
+        raise ConfigError.of(self.line(node), dotted(key), what)
 
     def check_tag(self, node: yaml.Node, key: Key) -> None:
         """Refuse tags that make objects, and numbers and other scalars that are none."""
@@ -286,20 +281,20 @@ Override = str | tuple[str, Any]
 """``"section.key=value"`` with a YAML value, or ``("section.key", value)`` with the value itself."""
 
 
-def read_override(given: Override) -> tuple[Key, Any, Where]:
+def read_override(given: Override) -> tuple[Key, Any, Mark]:
     """The key, value and place of ``given``; text that is no YAML, or holds a ``#``, is taken as it is."""
     if not isinstance(given, str):
         name, value = given
-        return tuple(name.strip().split(".")), value, Where("override")
+        return tuple(name.strip().split(".")), value, Mark("override")
     name, equals, text = given.partition("=")
     if not equals:
-        raise ConfigError([Problem("override", "", f"{given!r} is not of the form section.key=value")])
+        raise ConfigError.of("override", "", f"{given!r} is not of the form section.key=value")
     value = text
     with contextlib.suppress(ConfigError):
         value, _ = parse(text, "override")
     if "#" in text and (value is None or isinstance(value, str)) and text.strip()[:1] not in "\"'":
         value = text
-    return tuple(name.strip().split(".")), value, Where("override", raw=text)
+    return tuple(name.strip().split(".")), value, Mark("override", raw=text)
 
 
 def write(tree: Mapping[str, Any]) -> str:
