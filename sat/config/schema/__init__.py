@@ -2,7 +2,7 @@
 
 Nothing heavy is imported, so any layer may use these types. Sizes are (height, width) in pixels unless a
 field says otherwise. Rules about several fields of a section are its ``_rules``; rules between sections are
-in ``between.py``.
+in ``constraints.py``.
 """
 
 from sat.config.schema.base import (
@@ -40,31 +40,9 @@ from sat.config.schema.train import (
 )
 
 __all__ = [
-    "Precision",
-    "Broken",
-    "Makes",
-    "MustExist",
-    "RuleError",
-    "Section",
-    "Component",
+    "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
+    "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "LoadConfig", "LoraConfig",
+    "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutputConfig", "ParallelConfig", "Precision",
+    "QuantizeConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig", "TrainConfig", "WEIGHTS",
     "plain",
-    "WEIGHTS",
-    "DiffusionConfig",
-    "ConditioningConfig",
-    "CheckpointConfig",
-    "SamplingConfig",
-    "QuantizeConfig",
-    "MemoryConfig",
-    "OutputConfig",
-    "ParallelConfig",
-    "OffloadConfig",
-    "TrainConfig",
-    "LoraConfig",
-    "LoadConfig",
-    "AdaptersConfig",
-    "SourceConfig",
-    "AugmentConfig",
-    "BucketsConfig",
-    "DataConfig",
-    "Experiment",
-]
+]  # fmt: skip

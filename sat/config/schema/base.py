@@ -20,7 +20,7 @@ class Makes:
     wanted: Any
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """How pydantic checks such a field."""
+        """Schema by which pydantic checks such a field."""
         from sat.config.component import object_schema
 
         return object_schema(self.wanted, source, handler)
@@ -92,12 +92,12 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-# -- where a run writes, and how its ranks are laid out
+# -- the output of a run and the layout of its ranks
 
 
 @dataclass(frozen=True)
 class OutputConfig(Section):
-    """Where results go, null is the command's folder; ``resume`` skips prompts whose files are all there."""
+    """Output folder, null for the command's own; ``resume`` skips prompts whose files are all there."""
 
     section = "output"
     dir: Path | None = None
@@ -132,7 +132,7 @@ class ParallelConfig(Section):
             yield "timeout", f"expected more than 0 seconds, got {self.timeout}"
 
 
-# -- the model: how it is noised, what it is conditioned on, where its weights are read
+# -- the model: noise, conditions, weights
 
 
 WEIGHTS = "see docs/checkpoints.md for where weights come from, or name another folder"
@@ -140,7 +140,7 @@ WEIGHTS = "see docs/checkpoints.md for where weights come from, or name another 
 
 @dataclass(frozen=True)
 class DiffusionConfig(Section):
-    """How images are noised, what the network predicts, and how training is scored."""
+    """Noising of images, the network's prediction, and the training loss."""
 
     section = "diffusion"
     schedule: Annotated[Component, Makes("sat.diffusion.schedule.Schedule")]
@@ -170,7 +170,7 @@ class ConditioningConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """Where weights are read: ``path`` has every part, the other three name one part each and win over it.
+    """Files of weights: ``path`` has every part, the other three name one part each and win over it.
 
     ``random`` is a seed: parts that no path covers are drawn at random from it. Without it they are an error.
     ``allow_missing`` are shell patterns over our tensor names, ``allow_unexpected`` over those in the file.

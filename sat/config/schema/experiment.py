@@ -92,7 +92,7 @@ class AdaptersConfig(Section):
     merge: bool = False
 
 
-# -- what memory is saved by
+# -- memory
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class MemoryConfig(Section):
             yield "budget", str(error)
 
 
-# -- the whole of a config
+# -- the whole config
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,12 @@ class SizeRule:
         def distance(size: tuple[int, int]) -> tuple[int, int]:
             return (size[0] - height) ** 2 + (size[1] - width) ** 2, -size[0] * size[1]
 
-        best = [
-            (h, self._side(width, self.max_area // h))
-            for h in self._sides()
-            if h * self._low <= self.max_area
-        ]
+        best, step = list[tuple[int, int]](), self.multiple
+        rounded = (2 * width + step) // (2 * step) * step  # halves go up
+        for side in self._sides():
+            if side * self._low <= self.max_area:
+                most = self.max_area // side // step * step
+                best.append((side, max(self._low, min(rounded, self._high, most))))
         return min(best, key=distance)
 
     def sides(self, other: int | None = None) -> list[int]:
@@ -86,11 +87,6 @@ class SizeRule:
 
     def _sides(self) -> range:
         return range(self._low, self._high + 1, self.multiple)
-
-    def _side(self, wanted: int, most: int) -> int:
-        """The allowed side closest to ``wanted`` and no larger than ``most``; halves go up."""
-        rounded = (2 * wanted + self.multiple) // (2 * self.multiple) * self.multiple
-        return max(self._low, min(rounded, self._high, most // self.multiple * self.multiple))
 
     def _broken(self, height: int, width: int) -> Iterator[str]:
         """Each rule that is broken, in words."""
@@ -120,7 +116,7 @@ def parse_share(text: str) -> Share:
 
 @dataclass(frozen=True)
 class SamplingConfig(Section):
-    """What to draw and how. ``batch_size`` is images per prompt; image ``i`` uses seed ``seed + i``.
+    """Prompts and settings of pictures. ``batch_size`` is images per prompt; image ``i`` uses ``seed + i``.
 
     ``input_dir`` is an earlier run's output folder, whose pictures relay enlarges. ``tile`` (latent cells)
     denoises larger pictures by overlapping squares of that side.

@@ -98,21 +98,13 @@ class DataConfig(Section):
     workers: int = 0
     validation: list[SourceConfig] = field(default_factory=list)
 
-    def _rules(self) -> Broken:
+    def _rules(self) -> Broken:  # noqa: C901
         if not self.sources:
             yield "sources", "expected at least one source"
         for name in ("sources", "validation"):
             weighted = [source.weight is not None for source in getattr(self, name)]
             if any(weighted) and not all(weighted):
                 yield name, "either every source has a `weight` or none has"
-        yield from self._size_rules()
-        if not 0 <= self.max_bad_share <= 1:
-            yield "max_bad_share", f"expected a share of 0 to 1, got {self.max_bad_share}"
-        for name in ("cache_views", "workers"):
-            if getattr(self, name) < 0:
-                yield name, f"expected at least 0, got {getattr(self, name)}"
-
-    def _size_rules(self) -> Broken:
         for name in ("height", "width"):
             value = getattr(self, name)
             if value is None and self.buckets is None:
@@ -121,6 +113,11 @@ class DataConfig(Section):
                 yield name, "`buckets` is given too: set one of them to null"
             elif value is not None and value < 1:
                 yield name, f"expected at least 1 pixel, got {value}"
+        if not 0 <= self.max_bad_share <= 1:
+            yield "max_bad_share", f"expected a share of 0 to 1, got {self.max_bad_share}"
+        for name in ("cache_views", "workers"):
+            if getattr(self, name) < 0:
+                yield name, f"expected at least 0, got {getattr(self, name)}"
 
 
 # -- a training run
@@ -128,7 +125,7 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class OffloadConfig(Section):
-    """What waits in the CPU's memory until it is needed: the optimizer, which then steps there; weights."""
+    """Parts that wait in the CPU's memory until needed: the optimizer, which then steps there; weights."""
 
     section = "train.offload"
     optimizer: bool = False
@@ -187,22 +184,6 @@ class TrainConfig(Section):
     def _rules(self) -> Broken:
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last")
         yield from self._at_least_1(*counts, "sample_every", "validate_every", "max_bad_steps")
-        yield from self._ranges()
-        if self.autocast is not None and self.dtype != "fp32":
-            yield "autocast", f"computes in bf16 with `dtype` fp32 weights, but `dtype` is {self.dtype}"
-        if self.dtype != "fp32" and self.zero == 0:
-            yield (
-                "zero",
-                f"`dtype` {self.dtype} needs 1, 2 or 3, which keep float32 masters of the weights; got 0",
-            )
-        if self.offload.optimizer and self.zero == 0:
-            yield "offload", "`optimizer` needs `zero` 1, 2 or 3, which keep the optimizer apart; got 0"
-        if self.offload.parameters and self.zero != 3:
-            yield "offload", f"`parameters` needs `zero` 3, which shares out the weights; got {self.zero}"
-        if self.sample_every is not None and not self.sample_prompts:
-            yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
-
-    def _ranges(self) -> Broken:
         ranges = {
             "warmup": (0 <= self.warmup <= self.steps, f"0 to `steps` ({self.steps})"),
             "lr": (self.lr > 0, "more than 0"),
@@ -216,3 +197,16 @@ class TrainConfig(Section):
         for name, (holds, expected) in ranges.items():
             if not holds:
                 yield name, f"expected {expected}, got {getattr(self, name)}"
+        if self.autocast is not None and self.dtype != "fp32":
+            yield "autocast", f"computes in bf16 with `dtype` fp32 weights, but `dtype` is {self.dtype}"
+        if self.dtype != "fp32" and self.zero == 0:
+            yield (
+                "zero",
+                f"`dtype` {self.dtype} needs 1, 2 or 3, which keep float32 masters of the weights; got 0",
+            )
+        if self.offload.optimizer and self.zero == 0:
+            yield "offload", "`optimizer` needs `zero` 1, 2 or 3, which keep the optimizer apart; got 0"
+        if self.offload.parameters and self.zero != 3:
+            yield "offload", f"`parameters` needs `zero` 3, which shares out the weights; got {self.zero}"
+        if self.sample_every is not None and not self.sample_prompts:
+            yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
