@@ -1,1 +1,1 @@
-"""The command lines; each module has ``main(argv)``."""
+"""The command lines; each module has ``main(argv)``, and ``python -m sat.cli.NAME`` runs it."""

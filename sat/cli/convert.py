@@ -233,3 +233,7 @@ def _convert_adapter(
     names = ", ".join(file.relative_to(args.dst).as_posix() for file in files)
     print(f"{args.dst}: LoRA of {len(adapter.layers)} layers as {args.to}: {names}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from sat.cli.arguments import Setting, lora, parse, reader, settings
@@ -112,3 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return sample_work.work(args, given(args))
 
     return guard(work, debug=args.debug, on_stop="run the same command with --resume to draw the rest")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from sat.cli.arguments import Setting, parse, reader, settings
@@ -81,3 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     again = "run the same command with --resume to go on from the last checkpoint"
     return guard(run, debug=args.debug, on_stop=again)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
