@@ -22,7 +22,7 @@ from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
 from sat.kernels.compile import recompute
 from sat.models.t5 import T5Encoder
-from sat.offload.block_swap import Guest, carousels
+from sat.offload.block_swap import OffloadedPart, swap_groups
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Runtime
 from sat.parallel.mesh import Axis, Mesh
@@ -38,7 +38,7 @@ from tests.golden import build as golden_build
 from tests.golden.check import check_file
 from tests.small import condition, fill, plus
 from tests.training import CONFIG, changed, ranks, rows, trainer
-from tests.unit.test_offload import Recorder
+from tests.unit.test_block_swap import BLOCKS, Recorder
 
 
 def t5() -> T5Encoder:
@@ -199,11 +199,10 @@ def offloaded(runtime: Runtime, folder: Path) -> bool:
     """Whether a split model whose blocks and modulation layers wait on the host computes the same bits."""
     tensor = Mesh(runtime, tensor=runtime.world).tensor
     there, waits = (apply_sharding(plus(), family_sharding(type(plus())), tensor) for _ in range(2))
-    lane = Recorder()
-    guest = Guest(waits, lane, carousels(waits, blocks=True, adaln=True))
-    guest.arrive()
+    stream = Recorder()
+    OffloadedPart(waits, stream, swap_groups(waits, BLOCKS, "model")).onload()
     same = torch.equal(run_plain(waits), run_plain(there))
-    return same and len(lane.slots) == 4  # two for the blocks, two for the modulation layers
+    return same and len(stream.buffers) == 4  # two for the blocks, two for the modulation layers
 
 
 GOLDEN = ("dit_plus_square", "unet_base", "e2e_plus", "conditioner")
