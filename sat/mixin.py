@@ -75,25 +75,22 @@ class Mixin(nn.Module):
                 if hasattr(member, "_hook"):
                     found[method] = member._hook
         cls.declared = found
+        known = {f.name for f in fields(cls.host)} if found else set()
         for method, (hook, kind) in found.items():
-            _check(cls, method, hook, kind)
-
-
-def _check(cls: type[Mixin], method: str, hook: str, kind: Kind) -> None:
-    known = {f.name for f in fields(cls.host)}
-    if hook not in known:
-        near = difflib.get_close_matches(hook, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise HookError(
-            f"{cls.__name__}.{method}: {cls.host.__name__} has no hook {hook!r}{hint} "
-            f"(it has {sorted(known)})"
-        )
-    protocol = get_type_hints(cls.host)[hook]
-    want = list(inspect.signature(protocol.__call__).parameters)[1:]
-    got = list(inspect.signature(getattr(cls, method)).parameters)[1:]
-    want = ["inner", *want] if kind == "wraps" else want
-    if got != want:
-        raise HookError(f"{cls.__name__}.{method} {kind} {hook!r} with parameters {got}; it must take {want}")
+            if hook not in known:
+                near = difflib.get_close_matches(hook, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise HookError(
+                    f"{cls.__name__}.{method}: {cls.host.__name__} has no hook {hook!r}{hint} "
+                    f"(it has {sorted(known)})"
+                )
+            want = list(inspect.signature(get_type_hints(cls.host)[hook].__call__).parameters)[1:]
+            got = list(inspect.signature(getattr(cls, method)).parameters)[1:]
+            want = ["inner", *want] if kind == "wraps" else want
+            if got != want:
+                raise HookError(
+                    f"{cls.__name__}.{method} {kind} {hook!r} with parameters {got}; it must take {want}"
+                )
 
 
 @dataclass(frozen=True)

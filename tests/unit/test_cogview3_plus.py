@@ -9,9 +9,11 @@ from torch import Tensor
 from sat.conditioning.condition import Condition
 from sat.kernels.compile import recompute
 from sat.mixins.adaln import AdaLN
+from sat.mixins.joint_attention import JointAttention
 from sat.mixins.sincos import SinCos2D, sincos_table
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Context, Grid
+from sat.transformer.attention import attend
 from sat.transformer.block import modulated, residual
 from tests.small import condition, fill, plus
 from tests.tolerances import BF16, F32, F64
@@ -74,6 +76,14 @@ def test_modulation_without_gradients_equals_the_formula(first: int) -> None:
         with torch.set_grad_enabled(grad):
             assert torch.allclose(modulated(x.clone(), m, segments, x.dtype), want, atol=1e-6)
             assert torch.allclose(residual(x, y.clone(), m, segments), want_residual, atol=1e-6)
+
+
+def test_a_text_token_that_stands_for_three_is_attended_to_as_three() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 8)  # two text tokens, three of the image
+    places = torch.tensor([0, 0, 0, 1, 1, 1, 2, 3, 4])
+    ctx = Context(segments=(2, 3), text_repeat=3)
+    out = JointAttention().attend(lambda q, k, v, ctx: attend(q, k, v), q, k, v, ctx)
+    assert torch.equal(out, attend(q, k[:, :, places], v[:, :, places]))
 
 
 def test_training_and_sampling_paths_agree() -> None:

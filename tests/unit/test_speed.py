@@ -421,6 +421,29 @@ def test_graphs_are_refused_on_the_cpu() -> None:
         fast.replayed(plus().transformer, CPU)
 
 
+def test_what_is_put_on_adds_no_key_and_a_copy_runs_its_own_weights() -> None:
+    model = plus()
+    keys, expected = list(model.state_dict()), step(model)
+    speed.use_kernel(model, "math")
+    fast.compile_blocks(model.transformer, alike=True, backend="eager")
+    fast.recompute(model)
+    fold(model, 22)
+    assert list(model.state_dict()) == keys and not [*model.transformer.mixins["folding"].buffers()]
+    hooks = dict(line.split(maxsplit=1) for line in model.hooks.splitlines())
+    assert hooks["attend"] == "joint_attention -> attention_kernel"
+    assert hooks["layer"] == "recompute -> compiled_blocks" and hooks["run"] == "folding -> default"
+    assert relative(step(model), expected) < F32
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert relative(step(twin), expected) < F32 and step(model).abs().max() == 0
+    for name in ("attention_kernel", "compiled_blocks", "recompute", "folding"):
+        twin.transformer.remove(name)
+    assert str(twin.transformer.resolved) == str(plus().transformer.resolved)
+    assert relative(step(twin), expected) < F32
+
+
 # -- first stage
 
 
