@@ -99,7 +99,8 @@ def _owners(host: Any) -> dict[str, list[str]]:
             importlib.import_module(module.name)
     found: dict[str, list[str]] = {}
     for mixin in sorted(Mixin.__subclasses__(), key=lambda cls: cls.__name__):
-        if mixin.__module__.startswith("sat.") and mixin.host is host:
+        public = mixin.__module__.startswith("sat.") and not mixin.__name__.startswith("_")
+        if public and mixin.host is host:
             for declared in mixin.declared.values():
                 verb = "" if declared.kind == "replaces" else " (wraps)"
                 found.setdefault(declared.hook, []).append(f"`{mixin.__name__}`{verb}")
