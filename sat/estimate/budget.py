@@ -115,7 +115,7 @@ def apply_budget(
     if best.total > limit:
         last = {one.setting.partition("=")[0]: one.setting for one in taken}  # of a key, the last
         raise BudgetError(
-            f"memory.budget is {experiment.memory.budget}, of which {_gb(limit)} may be taken, but "
+            f"memory.budget is {experiment.memory.budget}, with {_gb(limit)} usable, but "
             f"sampling takes {_gb(best.total)} while {_WHILE[best.stage]}, even with "
             f"{' '.join(last.values()) or 'all that is known here'}: give more"
             + ("" if best.stage == "text" else ", or draw smaller pictures")

@@ -173,7 +173,7 @@ class BlockSwap:
         self._count = min(BUFFERS, len(groups))
         self._buffers: list[DeviceBuffer] = []
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # (group, buffer) -> its tensors there
-        self._holds: dict[int, int] = {}  # buffer -> the group whose weights are there, or on their way
+        self._holds: dict[int, int] = {}  # buffer -> group that it holds, or waits for
         self._buffer = 0  # of the group that runs, or ran last
         for index, group in enumerate(groups):
             group[0].register_forward_pre_hook(lambda *_, index=index: self._begin(index))

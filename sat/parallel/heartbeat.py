@@ -29,7 +29,7 @@ class Heartbeat:
         self._rank = rank
         self._world = world
         self._timeout = timeout
-        self._beaten = 0.0
+        self._last_beat = 0.0
         self._store: Store | None = None
         if world > 1:
             base = store if store is not None else _get_default_store()
@@ -38,11 +38,11 @@ class Heartbeat:
     def beat(self) -> None:
         """Send a heartbeat, once a second at most; raises if another rank has failed."""
         now = time.monotonic()
-        if self._store is None or now - self._beaten < 1.0:
+        if self._store is None or now - self._last_beat < 1.0:
             return
-        self._beaten = now
+        self._last_beat = now
         self._ask(lambda store: store.add(f"beat{self._rank}", 1))
-        self._hear()
+        self._raise_failure()
 
     def fail(self, reason: str) -> None:
         """Report that this rank failed, unless another was first; never raises."""
@@ -58,7 +58,7 @@ class Heartbeat:
         """
         until = time.monotonic() + patience
         while self._store is not None and time.monotonic() < until:
-            self._hear()
+            self._raise_failure()
             time.sleep(0.05)
         self.fail(line)
         raise LostRankError(line)
@@ -70,7 +70,7 @@ class Heartbeat:
         self._ask(lambda store: store.add(f"end{self._rank}", 1))
         others = [rank for rank in range(self._world) if rank != self._rank]
         self._wait(lambda: [r for r in others if not self._count(f"end{r}")])
-        self._hear()
+        self._raise_failure()
         # The rank that serves the store leaves last: the others must have seen that all are done.
         self._ask(lambda store: store.add(f"left{self._rank}", 1))
         if self._rank == 0:
@@ -82,7 +82,7 @@ class Heartbeat:
         seen: dict[int, int] = {}
         pause = 0.01
         while left := waiting():
-            self._hear()
+            self._raise_failure()
             beats = {rank: self._count(f"beat{rank}") for rank in left}
             if beats != seen:
                 seen, moved = beats, time.monotonic()
@@ -95,7 +95,7 @@ class Heartbeat:
             time.sleep(pause)
             pause = min(0.5, pause * 1.5)
 
-    def _hear(self) -> None:
+    def _raise_failure(self) -> None:
         """Raise if another rank has reported a failure."""
         if self._ask(lambda store: store.check(["failed"])):
             reason = self._ask(lambda store: store.get("failed")).decode()

@@ -52,7 +52,7 @@ class Export(Protocol):
 
 @dataclass
 class _Writing:
-    """A checkpoint of which the files are being written."""
+    """A checkpoint in the middle of being written."""
 
     path: Path
     progress: Progress

@@ -190,7 +190,7 @@ class TrainEngine:
         return f"{self.mesh.tensor.rank:03d}_{self.mesh.gradient.rank:05d}"
 
     def _fragments(self) -> Iterator[tuple[str, Fragment]]:
-        """(name, share) of every trained parameter of which this rank has a share."""
+        """(name, share) for every trained parameter with a share on this rank."""
         optimizer = self.engine.optimizer
         for name, parameter in self.parameters.items():
             if self.config.zero == 0:

@@ -48,7 +48,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of one of ``ranks`` ranks, of which ``tensor`` share the weights."""
+    """Memory of one rank of ``ranks``; ``tensor`` of them share the weights."""
 
     measured: Measured
     state: OptimizerState

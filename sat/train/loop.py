@@ -193,16 +193,18 @@ class Trainer:
                     self.save(background=config.background_save)
                 self._window.started += time.perf_counter() - paused
 
-                # All ranks stop when one was asked to, or the minutes of this run are over. A checkpoint
+                # All ranks stop when one got a signal, or the minutes of this run are over. A checkpoint
                 # that all ranks have written meanwhile is made whole.
                 limit = config.max_minutes
                 late = limit is not None and passed >= 60 * limit
                 flags = [stop.is_set(), late, self.checkpoints.busy]
-                asked, late, writing = agree(flags, self.runtime.device)
+                stopped, late, writing = agree(flags, self.runtime.device)
                 if not writing:
                     self.checkpoints.settle()
-                if asked or late:
-                    why = "asked to stop" if asked else f"the {limit:g} minutes of train.max_minutes are over"
+                if stopped or late:
+                    why = (
+                        "asked to stop" if stopped else f"the {limit:g} minutes of train.max_minutes are over"
+                    )
                     log.info("%s: saving at step %d of %d", why, self.step, config.steps)
                     break
             self.save()

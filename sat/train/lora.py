@@ -87,9 +87,9 @@ def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
         done += 1
     for part in parts.values():
         join_gelu(part)
-    said = f"{done} frozen weights packed for oneDNN, both ways (train.pack)"
+    message = f"{done} frozen weights packed for oneDNN, both ways (train.pack)"
     others = ", ".join(f"{count} {kind}" for kind, count in left.items())
-    return said + (f"; as they are: {others}" if others else "")
+    return message + (f"; as they are: {others}" if others else "")
 
 
 def packed_bytes(parts: Mapping[str, nn.Module]) -> int:
