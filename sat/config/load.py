@@ -100,7 +100,7 @@ def dump(experiment: Experiment) -> str:
 def read_base(base: str | Path) -> Source:
     """The YAML file ``base``, from the current folder or from the project's."""
     path = find(base)
-    if path is None or not path.is_file():
+    if path is None or path.is_dir():
         near = hint(str(base), (f"configs/{p.name}" for p in (HOME / "configs").glob("*.yaml")))
         raise ConfigError.of("", str(base), f"there is no such config{near}")
     return read(path, str(base))

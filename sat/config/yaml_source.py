@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from sat.errors import UserError
+from sat.util.host import read_bounded
 
 HOME = Path(__file__).resolve().parents[2]
 """The folder that holds the ``sat`` package, and in a checkout ``configs/`` and ``checkpoints/``."""
@@ -50,6 +51,7 @@ MOST_LEVELS = 64
 """Of mappings and lists in one another."""
 _MOST_KEYS = 20_000
 _MOST_DIGITS = 1000
+_MOST_BYTES = 4 << 20
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -181,7 +183,7 @@ def read(path: Path, label: str | None = None) -> Source:
     """The tree of the YAML file ``path``; ``label`` is how messages name it."""
     label = label or str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, _MOST_BYTES).decode("utf-8")
     except OSError as error:
         raise ConfigError.of(label, "", f"cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

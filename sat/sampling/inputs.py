@@ -18,6 +18,7 @@ from sat.config.yaml_source import ConfigError, Problem
 from sat.errors import UserError
 from sat.sampling.output import IMAGE, STAGES, folder_name, numbered, opened
 from sat.sampling.prompts import Prompt
+from sat.util.host import check_regular
 from sat.util.images import from_pil, read_png_text
 
 if TYPE_CHECKING:
@@ -221,12 +222,14 @@ def read_latents(path: Path) -> Tensor:
     if kind not in (".safetensors", ".pt", ".pth"):
         raise LatentsError(f"initial latents {path}: expected a .safetensors or .pt file")
     try:
+        check_regular(path)
         if kind == ".safetensors":
             found: object = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise LatentsError(f"initial latents {path}: no such file") from error
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise LatentsError(f"initial latents {path}: {reason}") from error
     except pickle.UnpicklingError as error:
         whole = zipfile.is_zipfile(path)
         reason = "holds more than tensors; save the bare tensor" if whole else "damaged or not a tensor file"

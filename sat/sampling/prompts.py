@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sat.errors import UserError
+from sat.util.host import read_bounded
+
+MOST_BYTES = 64 << 20
+"""Of a prompt file."""
 
 
 class PromptError(UserError, ValueError):
@@ -33,7 +37,7 @@ def title(text: str) -> str:
 def read_prompt_file(path: Path) -> list[str]:
     """The prompts of a UTF-8 text file, one a line; blank lines and spaces around a prompt are dropped."""
     try:
-        raw = path.read_bytes()
+        raw = read_bounded(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise PromptError(f"prompt file {path} does not exist") from error
     except OSError as error:
@@ -61,7 +65,9 @@ def checked_prompts(texts: Iterable[str]) -> list[Prompt]:
 
 
 def check_text(text: str, what: str) -> None:
-    """Refuse ``text`` that has no UTF-8 form, as from an argument in another encoding."""
+    """Refuse ``text`` that has no UTF-8 form, as from an argument in another encoding, or holds a NUL."""
+    if (at := text.find("\0")) >= 0:
+        raise PromptError(f"{what} holds a NUL at character {at}: text has none; is it binary data?")
     try:
         text.encode()
     except UnicodeEncodeError as error:

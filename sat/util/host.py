@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,29 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
+
+
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Raise OSError, saying what ``path`` is, unless it is a regular file of ``most`` bytes at most.
+
+    A FIFO or a device would be read for ever.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {"p": "a FIFO", "c": "a device", "b": "a device", "s": "a socket"}
+        kind = kinds.get(stat.filemode(found.st_mode)[0], "something else")
+        raise OSError(errno.EINVAL, f"is {kind}, expected a regular file")
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"has {found.st_size} bytes, more than {most}")
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a regular file of ``most`` bytes at most; else :func:`check_regular`'s error."""
+    check_regular(path, most)
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def parse_size(text: str) -> int:

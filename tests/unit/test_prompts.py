@@ -1,10 +1,14 @@
 """Prompts: files, numbers, shares."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from sat.config.load import load
 from sat.config.schema.sampling import parse_share
+from sat.config.yaml_source import ConfigError
+from sat.sampling.inputs import LatentsError, read_latents
 from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file, share
 
 
@@ -73,3 +77,28 @@ def test_a_share_keeps_the_numbers_and_is_shared_by_ranks_evenly() -> None:
 def test_a_share_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected K/N with K from 0 to N - 1"):
         parse_share(text)
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name, kind in (("fifo", "a FIFO"), ("link", "a device")):
+        with pytest.raises(PromptError, match=f"is {kind}, expected a regular file"):
+            read_prompt_file(tmp_path / name)
+        with pytest.raises(ConfigError, match=f"is {kind}, expected a regular file"):
+            load([tmp_path / name])
+        (tmp_path / name).rename(tmp_path / f"{name}.pt")
+        with pytest.raises(LatentsError, match=f"is {kind}, expected a regular file"):
+            read_latents(tmp_path / f"{name}.pt")
+
+
+def test_a_file_that_is_no_prompt_file_is_not_read(tmp_path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    with pytest.raises(PromptError, match="has 67108865 bytes, more than 67108864"):
+        read_prompt_file(tmp_path / "large")
+
+
+def test_a_nul_is_refused() -> None:
+    with pytest.raises(PromptError, match="prompt 1 holds a NUL at character 1"):
+        checked_prompts(["a", "b\0c"])

@@ -15,7 +15,8 @@ import PIL.Image
 from sat.data.records import CAPTION_KEYS, DataError
 from sat.data.transforms import on_white
 from sat.sampling.output import IMAGE, folder_name, numbered
-from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file
+from sat.sampling.prompts import MOST_BYTES, Prompt, PromptError, checked_prompts, read_prompt_file
+from sat.util.host import read_bounded
 from sat.util.images import read_png_text
 
 TEXTS = ("prompts", "prompt", "text", "caption")
@@ -56,7 +57,7 @@ def read_list(path: Path) -> PromptList:
     if suffix not in (".csv", ".tsv", ".jsonl", ".json"):
         return plain(read_prompt_file(path))
     try:
-        text = path.read_text("utf-8-sig")
+        text = read_bounded(path, MOST_BYTES).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise PromptError(f"prompt list {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -230,7 +231,7 @@ def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]
             if isinstance(prompt, str):
                 found.append((path, prompt))
     elif captions.suffix == ".jsonl":
-        for number, line in enumerate(captions.read_text("utf-8").splitlines(), 1):
+        for number, line in enumerate(read_bounded(captions, MOST_BYTES).decode("utf-8").splitlines(), 1):
             if not line.strip():
                 continue
             try:
