@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 import torch
 
-from sat.apps.web.job_queue import Job, JobQueue, QueueFullError
+from sat.apps.web.job_queue import Job, JobQueue, QueueClosedError, QueueFullError
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_closing_cancels_what_is_left() -> None:
     assert held.begun.wait(5)
     queue.close(5)
     assert [first.view().state, second.view().state] == ["cancelled", "cancelled"]
-    with pytest.raises(QueueFullError, match="closing"):
+    with pytest.raises(QueueClosedError, match="closing"):
         queue.submit(quick("late"))
 
 

@@ -15,20 +15,26 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sat.apps.web.job_queue import Job, JobQueue, QueueFullError
+from sat.apps.web.job_queue import Job, JobQueue, QueueClosedError, QueueFullError
 from sat.apps.web.request import GenerationRequest, RequestError
 from sat.apps.web.service import GenerationService
+from sat.config.schema.sampling import SizeError
 from sat.util.log import describe
 
 log = logging.getLogger(__name__)
 
 POLL = 0.05  # seconds between looks at a job
+GENERATIONS = "/v1/images/generations"
+METHODS = {GENERATIONS: "POST", "/v1/models": "GET", "/health": "GET"}
 
 
 class Body(BaseModel):
-    """``POST /v1/images/generations``: OpenAI's fields that mean something here, and four of our own."""
+    """``POST /v1/images/generations``: OpenAI's fields that mean something here, and four of our own.
+
+    Of fields that this server cannot vary, the one value that says what it does is taken.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,6 +44,12 @@ class Body(BaseModel):
     size: str | None = None  # WIDTHxHEIGHT, as OpenAI writes it; auto is the config's
     response_format: Literal["url", "b64_json"] | None = None
     user: str | None = None  # taken and not used
+    quality: Literal["auto"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    output_format: Literal["png"] | None = None
+    moderation: Literal["auto"] | None = None
+    stream: Literal[False] | None = None
+    partial_images: Literal[0] | None = None
     seed: Annotated[int, Field(strict=True)] | None = None
     steps: Annotated[int, Field(strict=True)] | None = None
     guidance: float | None = None
@@ -53,12 +65,29 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
+    @classmethod
+    def of(cls, error: Exception) -> ApiError:
+        """The answer to ``error``; what is not the client's fault is told in one line and logged."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, QueueFullError):
+            return cls(429, str(error), code="queue_full")
+        if isinstance(error, QueueClosedError):
+            return cls(503, str(error), code="closing")
+        if isinstance(error, ValueError):
+            param = "size" if isinstance(error, SizeError) else getattr(error, "param", None)
+            return cls(400, describe(error), param=param)
+        log.error("a request failed: %s", describe(error))
+        log.debug("where", exc_info=error)
+        return cls(500, describe(error))
+
     def response(self) -> JSONResponse:
         """The answer."""
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
         kind = kind or ("invalid_request_error" if self.status < 500 else "server_error")
         body = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
+        retry = {"Retry-After": "1"}
+        headers = {429: retry, 503: retry, 401: {"WWW-Authenticate": "Bearer"}}.get(self.status)
         return JSONResponse({"error": body}, self.status, headers)
 
 
@@ -140,15 +169,17 @@ def api_routes(  # noqa: C901 - the handlers are in it
         return card
 
     @router.post("/images/generations")
-    async def generations(body: Body, http: Request) -> dict[str, Any]:
+    async def generations(http: Request) -> dict[str, Any]:
+        try:
+            body = Body.model_validate_json(await http.body())
+        except ValidationError as error:
+            raise unreadable(error) from None
         _known(service, body.model)
         request = request_of(body, service)
         try:
             job = queue.submit(service.job(request, whole=True))
-        except QueueFullError as error:
-            raise ApiError(429, str(error), code="queue_full") from None
-        except ValueError as error:
-            raise ApiError(400, describe(error)) from None
+        except (QueueFullError, QueueClosedError, ValueError) as error:
+            raise ApiError.of(error) from None
         await _over(job, queue, http)
         base, data = str(http.base_url).rstrip("/"), []
         for index, path in enumerate(job.pictures):
@@ -159,18 +190,39 @@ def api_routes(  # noqa: C901 - the handlers are in it
             data.append({**shown, "seed": request.seed + index})  # the seed is a field of our own
         return {"created": int(time.time()), "data": data}
 
+    @router.api_route("/{rest:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"])
+    async def unknown(rest: str, http: Request) -> None:
+        raise missing(http.method, f"/v1/{rest}")
+
     @app.exception_handler(ApiError)
     async def ours(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def unread(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        what = "is not one of this server's" if first["type"] == "extra_forbidden" else first["msg"]
-        return ApiError(400, f"{where or 'the request'}: {what}", param=where or None).response()
+        return unreadable(error).response()
 
     app.include_router(router)
+
+
+def unreadable(error: ValidationError | RequestValidationError) -> ApiError:
+    """The answer to a body that is no JSON, or whose fields are not those of :class:`Body`."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:80]
+    strange = first["type"] == "extra_forbidden"
+    what = "is not one of this server's" if strange else first["msg"].partition(" [type=")[0][:400]
+    if first["type"].startswith("literal"):
+        what = f"expected {first['ctx']['expected']}, as this server does nothing else"
+    return ApiError(400, f"{where or 'the request'}: {what}", param=where or None)
+
+
+def missing(method: str, path: str) -> ApiError:
+    """The answer to a request for a path that is not here, or not with that method."""
+    wanted = METHODS.get(path)
+    if wanted is not None:
+        return ApiError(405, f"{path} takes {wanted}, not {method[:20]}", code="method_not_allowed")
+    known = ", ".join(f"{verb} {name}" for name, verb in METHODS.items())
+    return ApiError(404, f"there is no {path[:80]} here; there are {known}", code="not_found")
 
 
 def request_of(body: Body, service: GenerationService) -> GenerationRequest:
@@ -217,15 +269,17 @@ def _known(service: GenerationService, name: str | None) -> None:
 
 
 async def _over(job: Job, queue: JobQueue, http: Request) -> None:
-    """Wait until ``job`` is over; cancel it when nobody listens any more."""
+    """Wait until ``job`` is over; cancel it when nobody listens any more, or when the server closes."""
     try:
         while not job.is_over:
+            if queue.is_closing:  # not waiting for the step that is being drawn
+                raise ApiError.of(QueueClosedError("the server is closing"))
             if await http.is_disconnected():
                 raise ApiError(499, "the client left")
             await asyncio.sleep(POLL)
     finally:
         queue.cancel(job)
-    if job.view().state == "failed" and job.error is not None:
-        raise ApiError(400 if isinstance(job.error, ValueError) else 500, describe(job.error))
-    if job.view().state == "cancelled":
-        raise ApiError(503, "the server is closing")
+    if job.view().state == "failed" and isinstance(job.error, Exception):
+        raise ApiError.of(job.error)
+    if job.view().state != "done":
+        raise ApiError.of(QueueClosedError("the server is closing"))

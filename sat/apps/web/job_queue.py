@@ -21,6 +21,10 @@ class QueueFullError(RuntimeError):
     """The queue takes no more jobs."""
 
 
+class QueueClosedError(RuntimeError):
+    """The server is closing."""
+
+
 class CancelledError(Exception):
     """Raised inside a job that was cancelled."""
 
@@ -120,10 +124,10 @@ class JobQueue:
         return self._ready
 
     def submit(self, job: Job) -> Job:
-        """Append ``job``; :class:`QueueFullError` if too many are before it."""
+        """Append ``job``; :class:`QueueFullError` if too many wait, :class:`QueueClosedError` at the end."""
         with self._change:
             if self._closing:
-                raise QueueFullError("the server is closing")
+                raise QueueClosedError("the server is closing")
             if len(self._waiting) >= self.most:
                 raise QueueFullError(
                     f"{len(self._waiting)} pictures are waiting already: try again in a moment"
@@ -162,8 +166,13 @@ class JobQueue:
         """True while the drawing thread runs."""
         return self._thread.is_alive()
 
-    def close(self, seconds: float = 30.0) -> None:
-        """Cancel everything and wait for the drawing thread to stop."""
+    @property
+    def is_closing(self) -> bool:
+        """True once nothing that waits will be drawn any more."""
+        return self._closing or (self._opened.is_set() and not self.is_alive)
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Cancel everything; wait for the drawing thread to stop, but not longer: a step may be long."""
         with self._change:
             self._closing = True
             left = [*self._waiting, *([self._current] if self._current else [])]

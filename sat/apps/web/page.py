@@ -18,7 +18,7 @@ from PIL import Image
 
 from sat.apps.prompts.optimizer import OptimizerError, PromptOptimizer
 from sat.apps.web.api import Links
-from sat.apps.web.job_queue import Job, JobQueue, QueueFullError
+from sat.apps.web.job_queue import Job, JobQueue, QueueClosedError, QueueFullError
 from sat.apps.web.request import GenerationRequest, RequestError, settings_of
 from sat.apps.web.service import GenerationService, fitted
 from sat.util.log import describe
@@ -107,7 +107,7 @@ class Actions:
         try:
             request = self.request(*values)
             job = self.queue.submit(self.service.job(request))
-        except (ValueError, QueueFullError) as error:
+        except (ValueError, QueueFullError, QueueClosedError) as error:
             yield gr.skip(), _error(error), gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return
         async for update in self._follow(job, http, request.seed):
@@ -117,7 +117,7 @@ class Actions:
         """As :meth:`draw`, of the chosen picture enlarged."""
         try:
             job = self.queue.submit(self.service.enlarging(chosen or ""))
-        except (ValueError, QueueFullError) as error:
+        except (ValueError, QueueFullError, QueueClosedError) as error:
             known = error if chosen else "Choose a picture first."
             yield gr.skip(), _error(known), gr.skip(), gr.skip(), gr.skip(), gr.skip()
             return

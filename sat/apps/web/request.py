@@ -24,7 +24,14 @@ _THUMBNAIL = 256  # pixels, the longer side
 
 
 class RequestError(UserError, ValueError):
-    """A request that this server cannot draw; the text is shown to the user."""
+    """A request that this server cannot draw; the text is shown to the user.
+
+    ``param`` is the field of the API that is meant, None where no single one is.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass(frozen=True)
@@ -55,21 +62,25 @@ class Limits:
     def check(self, request: GenerationRequest) -> None:
         """Raise :class:`RequestError` with a sentence unless ``request`` keeps to them."""
         if not request.prompt.strip():
-            raise RequestError("the prompt is empty: say what to draw")
-        for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
+            raise RequestError("the prompt is empty: say what to draw", "prompt")
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if len(text) > self.prompt:
-                raise RequestError(f"the {name} has {len(text)} characters, more than {self.prompt}")
+                words = f"the {name.replace('_', ' ')} has {len(text)} characters"
+                raise RequestError(f"{words}, more than {self.prompt}", name)
         ranges: dict[str, tuple[float, float, float]] = {
             "pictures": (request.count, 1, self.count),
             "steps": (request.steps, 1, self.steps),
             "seed": (request.seed, 0, 2**32 - max(request.count, 1)),
             "guidance": (request.guidance or 0.0, -self.guidance, self.guidance),
         }
-        for name, strength in request.adapters.items():
-            ranges[f"strength of {name}"] = (strength, -self.strength, self.strength)
+        strengths = {f"strength of {name}": value for name, value in request.adapters.items()}
+        ranges |= {name: (value, -self.strength, self.strength) for name, value in strengths.items()}
         for name, (value, least, most) in ranges.items():
             if not least <= value <= most:
-                raise RequestError(f"{name}: expected {least:.10g} to {most:.10g}, got {value:.10g}")
+                huge = isinstance(value, int) and abs(value) >= 10**15  # neither a float nor a text of it
+                got = "a number of more than 15 digits" if huge else f"{value:.10g}"
+                param = {"pictures": "n"}.get(name, None if name in strengths else name)
+                raise RequestError(f"{name}: expected {least:.10g} to {most:.10g}, got {got}", param)
 
 
 class Settings(NamedTuple):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import logging
 import os
 import secrets
@@ -9,18 +12,22 @@ import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sat.apps.prompts.optimizer import PromptOptimizer
 from sat.apps.web import Access
-from sat.apps.web.api import ApiError, Links, api_routes, picture_routes
+from sat.apps.web.api import GENERATIONS, ApiError, Links, api_routes, missing, picture_routes
 from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.service import GenerationService
+from sat.util.log import describe
 
 log = logging.getLogger(__name__)
 
 BODY, UPLOAD = 64 << 10, 32 << 20  # bytes of a request to the API, and of an uploaded picture
+BODY_SECONDS = 30.0  # in which the body of a request to the API has to arrive
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; worker-src 'self' blob:; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -70,16 +77,16 @@ def application(
         theme=theme(),
         css=CSS,
     )
-    mounted.add_middleware(Guard)
     if access.is_local:  # a page elsewhere must not reach it under a name of its own
         mounted.add_middleware(
             TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"]
         )
+    mounted.add_middleware(Guard)  # around all else: errors of every layer pass through it
     return mounted
 
 
 class Guard:
-    """Limits requests to the API, and forbids browsers to fetch anything from elsewhere."""
+    """Limits requests to the API, writes every error in OpenAI's form, and keeps browsers from elsewhere."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -89,9 +96,12 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        started = False
 
         async def guarded(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"content-security-policy", POLICY.encode()),
@@ -100,22 +110,80 @@ class Guard:
                 ]
             await send(message)
 
-        if scope["path"].startswith("/v1/") and scope["method"] == "POST":
-            refusal, receive = await _small(scope, receive)
-            if refusal is not None:
-                await refusal.response()(scope, receive, guarded)
+        try:
+            refusal = None
+            if scope["path"] == GENERATIONS and scope["method"] == "POST":
+                refusal, receive = await _small(scope, receive)
+            if refusal is None:
+                await self.app(scope, receive, _in_form(scope, guarded))
                 return
-        await self.app(scope, receive, guarded)
+        except asyncio.CancelledError:  # the server ends, and waited long enough
+            refusal = ApiError(503, "the server is closing", code="closing")
+        except Exception as error:
+            log.debug("%s %s", scope["method"], scope["path"][:80], exc_info=True)
+            refusal = ApiError.of(error)
+        if not started:
+            await refusal.response()(scope, receive, guarded)
+        else:
+            with contextlib.suppress(Exception):  # it may have been whole already
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _in_form(scope: Scope, send: Send) -> Send:
+    """``send``, with errors in OpenAI's form: those of the API, and of paths that nobody knows.
+
+    The page's own requests (``/gradio_api``) keep the form that it reads.
+    """
+    path, start, parts = scope["path"], None, list[bytes]()
+    api = f"{path}/".startswith("/v1/")
+
+    async def out(message: MutableMapping[str, Any]) -> None:
+        nonlocal start
+        if message["type"] == "http.response.start":
+            unknown = message["status"] in (400, 404, 405) and not path.startswith("/gradio_api")
+            if message["status"] >= 400 and (api or unknown):
+                start = message
+                return
+        if start is None:
+            await send(message)
+            return
+        parts.append(message.get("body", b""))
+        if message.get("more_body", False):
+            return
+        body, status = b"".join(parts), start["status"]
+        text = body[:400].decode("utf-8", "replace")
+        with contextlib.suppress(ValueError):
+            said = json.loads(body)
+            if isinstance(said, dict) and "error" in said:
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+                return
+            text = str(said.get("detail", text))[:400] if isinstance(said, dict) else text
+        error = missing(scope["method"], path) if status in (404, 405) else ApiError(status, text)
+        await error.response()(scope, _nothing, send)
+
+    return out
+
+
+async def _nothing() -> MutableMapping[str, Any]:
+    """No request: what answers an error reads none."""
+    return {"type": "http.disconnect"}
 
 
 async def _small(scope: Scope, receive: Receive) -> tuple[ApiError | None, Receive]:
     """(None, the body read once) if it is JSON and not too large; else (the error, ``receive``)."""
     headers = {key.lower(): value for key, value in scope["headers"]}
-    if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
-        return ApiError(415, "expected a body of application/json"), receive
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json" or headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        return ApiError(415, "expected a body of application/json, not compressed"), receive
     parts, size, more = [], 0, True
+    ends = asyncio.get_running_loop().time() + BODY_SECONDS
     while more:
-        message = await receive()
+        try:
+            left = ends - asyncio.get_running_loop().time()
+            message = await asyncio.wait_for(receive(), left)
+        except asyncio.TimeoutError:
+            return ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s"), receive
         if message["type"] != "http.request":
             break
         parts.append(message.get("body", b""))
@@ -155,16 +223,42 @@ def share(host: str, port: int) -> str:
     return found
 
 
-def run(app: FastAPI, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until a signal; ``ready`` is called when requests are answered."""
-    import uvicorn
+def server(app: App, ready: Callable[[], None], closing: Callable[[], None]) -> uvicorn.Server:
+    """The HTTP server of ``app``; its ``run(sockets=[…])`` serves until a signal, or ``should_exit``.
+
+    ``ready`` is called once requests are answered, ``closing`` before the last of them are waited for.
+    """
 
     class Server(uvicorn.Server):
-        """Calls ``ready`` once it is up."""
+        """Tells of its beginning and its end."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             ready()
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-    Server(config).run(sockets=[listening])
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            closing()
+            await super().shutdown(sockets)
+
+    class Protocol(H11Protocol):
+        """Answers bytes that are no HTTP in OpenAI's form too."""
+
+        def send_400_response(self, msg: str) -> None:
+            answer = bytes(ApiError(400, msg).response().body)
+            head = f"HTTP/1.1 400 Bad Request\r\ncontent-length: {len(answer)}\r\n"
+            head += "content-type: application/json\r\nconnection: close\r\n\r\n"
+            self.transport.write(head.encode() + answer)
+            self.transport.close()
+
+    logging.getLogger("uvicorn.error").addFilter(_one_line)
+    return Server(
+        uvicorn.Config(app, http=Protocol, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    )
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """Leave tracebacks out of the server's log."""
+    if record.exc_info and record.exc_info[1] is not None:
+        record.msg, record.args = f"{record.getMessage().strip()}: {describe(record.exc_info[1])}", ()
+    record.exc_info = record.exc_text = None
+    return True

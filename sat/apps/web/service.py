@@ -29,7 +29,7 @@ from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams, strength
 from sat.sampling.inputs import InputList
 from sat.sampling.output import OutputFolder, prove_writable
-from sat.sampling.prompts import Prompt, check_text
+from sat.sampling.prompts import Prompt, PromptError, check_text
 from sat.util.images import to_pil
 
 log = logging.getLogger(__name__)
@@ -173,8 +173,11 @@ class GenerationService:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise with a sentence unless ``request`` can be drawn."""
-        check_text(request.prompt, "the prompt")
-        check_text(request.negative_prompt, "the negative prompt")
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+            try:
+                check_text(text, f"the {name.replace('_', ' ')}")
+            except PromptError as error:
+                raise RequestError(str(error), name) from None
         self.limits.check(request)
         self.sizes.check(request.height, request.width)
         for name in request.adapters:

@@ -51,7 +51,7 @@ def work(args: argparse.Namespace, access: Access) -> int:
     from sat.apps.prompts.optimizer import Cache, Endpoint, PromptOptimizer
     from sat.apps.web.job_queue import JobQueue
     from sat.apps.web.request import Limits
-    from sat.apps.web.serve import application, bind, run, share
+    from sat.apps.web.serve import application, bind, server, share
     from sat.apps.web.service import GenerationService
     from sat.config.cascade import load_cascade
     from sat.config.load import dump
@@ -96,7 +96,7 @@ def work(args: argparse.Namespace, access: Access) -> int:
         print(f"http://{shown}:{port}/" + (f"  {shared}" if shared else ""), flush=True)
 
     try:
-        run(app, listening, ready)
+        server(app, ready, lambda: queue.close(0)).run(sockets=[listening])
     finally:
         queue.close()
     return 0
