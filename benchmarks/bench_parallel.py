@@ -93,8 +93,7 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     from sat.config.load import load
-    from sat.parallel.launch import launch
-    from sat.parallel.mesh import Mesh
+    from sat.parallel.launch import Mesh, launch
     from sat.pipeline import Pipeline
     from sat.sampling.generator import ImageRng, SamplingParams
 

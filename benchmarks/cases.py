@@ -183,7 +183,7 @@ def encode_text(case: Case) -> Work:
 
 def unet(case: Case) -> Work:
     """A step of CogView3-Base's UNet with guidance at 512²; ``options`` shrink it."""
-    from sat.conditioning.condition import Condition
+    from sat.conditioning.conditioner import Condition
     from sat.kernels import apply as speed
     from sat.models.cogview3_unet import CogView3UNet
 
@@ -240,7 +240,7 @@ def lora_step(case: Case) -> Work:
 
 def _our_lora(case: Case, pair: Side) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The network with factors as ``train.py`` attaches them, and its settings of the process."""
-    from sat.conditioning.condition import Condition
+    from sat.conditioning.conditioner import Condition
     from sat.config.schema import LoraConfig
     from sat.kernels import apply as speed
     from sat.parallel.launch import keep_freed_memory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.checkpoint.formats.diffusers import transformer_config, vae_config
-from sat.conditioning.condition import Condition, SizeConditioner, Sizes
+from sat.conditioning.conditioner import Condition, SizeConditioner, Sizes
 from sat.first_stage import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
 

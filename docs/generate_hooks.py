@@ -18,8 +18,7 @@ import sat.mixins  # noqa: E402
 import sat.parallel.sequence  # noqa: E402
 from sat.diffusion.process import ProcessContext, ProcessHooks  # noqa: E402
 from sat.mixin import Mixin  # noqa: E402
-from sat.transformer.context import Context  # noqa: E402
-from sat.transformer.hooks import TransformerHooks  # noqa: E402
+from sat.transformer.hooks import Context, TransformerHooks  # noqa: E402
 
 PAGE = ROOT / "docs" / "hooks.md"
 
@@ -38,7 +37,7 @@ fills some of them, by decorator:
 ```python
 from torch import Tensor
 from sat.mixin import Mixin, wraps
-from sat.transformer.context import Context
+from sat.transformer.hooks import Context
 from sat.transformer.hooks import Layer, TransformerHooks
 
 

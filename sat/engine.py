@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
-from sat.conditioning.conditioner import Conditioner
+from sat.conditioning.conditioner import Condition, Conditioner
 from sat.diffusion.guidance import Denoise, Guider
 from sat.diffusion.loss import DenoisingLoss
 from sat.diffusion.prediction import Denoiser, Network, Prediction

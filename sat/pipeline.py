@@ -24,8 +24,7 @@ from sat.estimate.budget import apply_budget
 from sat.kernels.apply import Speed, quicken
 from sat.offload.block_swap import offload_schedule, offloaded_parts
 from sat.parallel.cfg_parallel import CfgParallel
-from sat.parallel.launch import free_memory, pick_device
-from sat.parallel.mesh import ALONE, Mesh, data_ranks
+from sat.parallel.launch import ALONE, Mesh, data_ranks, free_memory, pick_device
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.generator import Generator, SamplingParams, Strong
 from sat.sampling.inputs import InputList, checked_latents

@@ -12,7 +12,7 @@ from sat.adapters.factors import LayerFactors, LinearLike, Pair, initial_factors
 from sat.adapters.files import Adapter, AdapterInfo
 from sat.adapters.lora import attach
 from sat.adapters.names import choose
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
 from tests.small import fill

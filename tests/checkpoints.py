@@ -36,7 +36,7 @@ CONFIG: dict[str, Any] = {
     "first_stage": {"target": "sat.first_stage.model.AutoencoderKL", "params": FIRST_STAGE},
     "conditioning": {
         "text": {"target": "sat.models.t5.T5Encoder", "params": TEXT},
-        "size": {"target": "sat.conditioning.condition.SizeConditioner", "params": {"dim": 8}},
+        "size": {"target": "sat.conditioning.conditioner.SizeConditioner", "params": {"dim": 8}},
         "max_length": 16,
     },
     "diffusion": {

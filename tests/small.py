@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.mixin import Mixin
 from sat.models.cogview3_plus import CogView3Plus
 

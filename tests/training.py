@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from sat.config.component import build
 from sat.config.schema import Component, TrainConfig
 from sat.data.batch import Batch, Sample, collate
-from sat.parallel.launch import Runtime, launch
-from sat.parallel.mesh import Mesh
+from sat.parallel.launch import Mesh, Runtime, launch
 from sat.train import optim
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Record

@@ -27,7 +27,7 @@ from sat.adapters.factors import (
 from sat.kernels.packed import FrozenLinear, LowRank
 from sat.kernels.packed import adapted as adapted_product
 from sat.kernels.quantize import QuantizedLinear
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.parallel.tensor import (
     RowLinear,
     ShareOfDropout,
@@ -40,7 +40,7 @@ from sat.parallel.tensor import (
     whole_weight,
 )
 from sat.sharding import Column, Cut, Row, Shard, of_factors
-from sat.transformer.attention import dtype_of
+from sat.transformer.block import dtype_of
 
 
 class Factors(nn.Module):

@@ -3,9 +3,8 @@
 The walk-through is docs/checkpoints.md.
 """
 
-from sat.checkpoint.digest import digest
 from sat.checkpoint.format import DTYPES, PARTS, CheckpointError, InMemory, LazyStateDict, Part, TensorInfo
-from sat.checkpoint.formats import detect, find_part, find_tokenizer, open_part
+from sat.checkpoint.formats import detect, digest, find_part, find_tokenizer, open_part
 from sat.checkpoint.load import LoadReport, load, match
 from sat.checkpoint.save import WRITERS, Options, save_diffusers, save_native, save_sat
 

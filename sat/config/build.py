@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sat.engine import DiffusionEngine
     from sat.first_stage.model import AutoencoderKL
     from sat.models.t5 import T5Encoder
-    from sat.parallel.mesh import Mesh
+    from sat.parallel.launch import Mesh
     from sat.tokenizers import T5Tokenizer
 
 

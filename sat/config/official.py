@@ -292,7 +292,7 @@ def _conditioner(o: Official, t5: Mapping[str, Any] | None) -> None:  # noqa: C9
             dims.append(o.take(f"{at}.{index}.params.outdim"))
     if len(set(dims)) > 1:
         o.refuse(at, f"expected one outdim for all three sizes, got {dims}")
-    size = {"target": "sat.conditioning.condition.SizeConditioner", "params": {"dim": dims[0]}}
+    size = {"target": "sat.conditioning.conditioner.SizeConditioner", "params": {"dim": dims[0]}}
     o.put("conditioning.size", size, at)
 
     text = f"{at}.{names.index('txt')}"

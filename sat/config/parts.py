@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sat.checkpoint.format import Part
     from sat.kernels.quantize import Quantizer
-    from sat.parallel.mesh import Mesh
+    from sat.parallel.launch import Mesh
     from sat.tokenizers import T5Tokenizer
 
 
@@ -124,7 +124,7 @@ class PartBuilder:
     def dtype_of(self, part: Part) -> torch.dtype:
         """The dtype of a part: float32 for an autoencoder that would run, and overflow, in float16.
 
-        The transformers of the other parts guard themselves (:mod:`sat.transformer.attention`).
+        The transformers of the other parts guard themselves (:mod:`sat.transformer.block`).
         """
         narrow = part == "first_stage" and self.dtype == torch.float16
         return torch.float32 if narrow else self.dtype

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sat.checkpoint.format import DTYPES, PARTS, Part
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.config.build import build_shapes, components
 from sat.config.schema import Experiment, MemoryConfig, QuantizeConfig
 from sat.diffusion.tiles import tile_size
@@ -23,7 +23,7 @@ from sat.engine import DiffusionEngine
 from sat.errors import UserError
 from sat.estimate.trace import Ledger
 from sat.offload.block_swap import parts, resident_bytes, swap_groups, tensors
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
 from sat.util.host import parse_size

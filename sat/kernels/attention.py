@@ -16,7 +16,7 @@ from sat.kernels.exp_attention import LARGEST_LOGIT, by_head, pays, works
 from sat.mixin import Mixin, replaces
 from sat.mixins.cross_attention import CrossLayer
 from sat.transformer import Context, Transformer, TransformerHooks
-from sat.transformer.attention import DotProduct, attend
+from sat.transformer.block import DotProduct, attend
 
 Backend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"]
 """Names of kernels: ``auto`` picks by device, ``torch`` leaves it to torch; see docs/performance.md."""

@@ -15,8 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sat.mixin import Mixin, replaces, wraps
 from sat.parallel.tensor import ShareOfDropout
 from sat.transformer import Context, Transformer, TransformerHooks
-from sat.transformer.context import LayerModulation
-from sat.transformer.hooks import Layer, Run
+from sat.transformer.hooks import Layer, LayerModulation, Run
 
 # -- one compiled block
 

@@ -7,8 +7,7 @@ from einops import rearrange
 from torch import nn
 
 from sat.mixin import Mixin, replaces
-from sat.transformer.context import Context, LayerModulation, Modulation
-from sat.transformer.hooks import TransformerHooks
+from sat.transformer.hooks import Context, LayerModulation, Modulation, TransformerHooks
 
 
 class AdaLN(Mixin):

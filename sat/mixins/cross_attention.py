@@ -9,10 +9,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces, wraps
-from sat.transformer.attention import DotProduct, dtype_of, expand, shrink
-from sat.transformer.block import AffineLayerNorm
-from sat.transformer.context import Context
-from sat.transformer.hooks import Prepare, TransformerHooks
+from sat.transformer.block import AffineLayerNorm, DotProduct, dtype_of, expand, shrink
+from sat.transformer.hooks import Context, Prepare, TransformerHooks
 
 
 class CrossLayer(nn.Module):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.block import LayerNorm, RMSNorm
-from sat.transformer.context import Context
-from sat.transformer.hooks import TransformerHooks
+from sat.transformer.hooks import Context, TransformerHooks
 
 
 class FinalLayer(Mixin):

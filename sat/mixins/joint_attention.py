@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sat.mixin import Mixin, wraps
-from sat.transformer.context import Context
-from sat.transformer.hooks import Attend, Embed, Final, Position, Prepare, TransformerHooks
+from sat.transformer.hooks import Attend, Context, Embed, Final, Position, Prepare, TransformerHooks
 
 
 class JointAttention(Mixin):

@@ -8,8 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces, wraps
-from sat.transformer.context import Context
-from sat.transformer.hooks import Prepare, TransformerHooks
+from sat.transformer.hooks import Context, Prepare, TransformerHooks
 
 
 class PatchEmbed(Mixin):

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.block import LayerNorm
-from sat.transformer.context import Context
-from sat.transformer.hooks import TransformerHooks
+from sat.transformer.hooks import Context, TransformerHooks
 
 
 class QKNorm(Mixin):

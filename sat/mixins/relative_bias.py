@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, wraps
-from sat.transformer.context import Context
-from sat.transformer.hooks import Prepare, TransformerHooks
+from sat.transformer.hooks import Context, Prepare, TransformerHooks
 
 
 def buckets_of(offsets: Tensor, buckets: int, max_distance: int) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from sat.mixin import Mixin, replaces, wraps
-from sat.transformer.context import Context, Grid
-from sat.transformer.hooks import Prepare, TransformerHooks
+from sat.transformer.hooks import Context, Grid, Prepare, TransformerHooks
 
 
 def rotary_angles(grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000.0) -> Tensor:

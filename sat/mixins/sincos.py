@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from sat.mixin import Mixin, replaces
-from sat.transformer.context import Context
-from sat.transformer.hooks import TransformerHooks
+from sat.transformer.hooks import Context, TransformerHooks
 
 
 def sincos_table(height: int, width: int, dim: int) -> Tensor:

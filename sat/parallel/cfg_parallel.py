@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.guidance import Denoise, Guider
 from sat.diffusion.schedule import Level
 from sat.parallel.collectives import stacked
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 
 
 class CfgParallel:

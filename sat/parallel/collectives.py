@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sat.mixin import Mixin, wraps
 from sat.parallel.collectives import stacked
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.transformer import Context, Transformer, TransformerHooks
 from sat.transformer.hooks import Attend, Embed, Final, Position, Prepare
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.sharding import Column, Cut, Row, Shard, Sharding, cuts, style_of
 
 

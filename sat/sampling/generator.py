@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sat.conditioning.condition import Condition, Sizes
+from sat.conditioning.conditioner import Condition, Sizes
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import Sampler, StepCallback
 from sat.diffusion.step_cache import Count, StepCache
 from sat.engine import DiffusionEngine, NonFiniteError
 from sat.offload.block_swap import OffloadSchedule
 from sat.parallel.collectives import by_first, taking_turns
-from sat.parallel.mesh import ALONE, Axis
+from sat.parallel.launch import ALONE, Axis
 from sat.sampling.inputs import PictureInput
 from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt, title

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sat.checkpoint.digest import digest
 from sat.checkpoint.format import DTYPES, PARTS, CheckpointError, InMemory, Part
-from sat.checkpoint.formats import detect
+from sat.checkpoint.formats import detect, digest
 from sat.checkpoint.save import Options, save_native
 from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain

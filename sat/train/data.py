@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from sat.checkpoint.digest import digest, part_digest
 from sat.checkpoint.format import DTYPES, PARTS, Part
+from sat.checkpoint.formats import digest, part_digest
 from sat.config.build import build_engine
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, SourceConfig, TrainConfig, plain
 from sat.config.targets import resolve

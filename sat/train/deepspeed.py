@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sat.config.schema import TrainConfig
-from sat.parallel.launch import Runtime
-from sat.parallel.mesh import Mesh
+from sat.parallel.launch import Mesh, Runtime
 from sat.parallel.tensor import joined, summed
 from sat.sharding import shards
 from sat.train.optim import trainable

@@ -20,7 +20,7 @@ from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.kernels.packed import FrozenLinear, freezable, join_gelu
 from sat.train.objectives import Objective
-from sat.transformer.attention import Attention, FeedForward
+from sat.transformer.block import Attention, FeedForward
 
 log = logging.getLogger(__name__)
 

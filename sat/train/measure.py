@@ -27,7 +27,7 @@ from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger, Trace, trace
 from sat.kernels.compile import recompute
 from sat.kernels.packed import packable
-from sat.parallel.mesh import fake_group
+from sat.parallel.launch import fake_group
 from sat.parallel.sequence import apply_sequence
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding

@@ -12,8 +12,7 @@ from sat.checkpoint.format import DTYPES
 from sat.config.build import components
 from sat.config.schema import Experiment
 from sat.engine import DiffusionEngine
-from sat.parallel.launch import Runtime
-from sat.parallel.mesh import Mesh
+from sat.parallel.launch import Mesh, Runtime
 from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import safe_name

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, Resolved, resolve
-from sat.transformer.attention import attend
-from sat.transformer.block import Block, BlockSpec
-from sat.transformer.context import Context, LayerModulation, Modulation
-from sat.transformer.hooks import TransformerHooks
+from sat.transformer.block import Block, BlockSpec, attend
+from sat.transformer.hooks import Context, LayerModulation, Modulation, TransformerHooks
 
 
 class Transformer(nn.Module):

@@ -24,8 +24,7 @@ from sat.kernels.compile import recompute
 from sat.models.t5 import T5Encoder
 from sat.offload.block_swap import OffloadedPart, swap_groups
 from sat.parallel.collectives import barrier
-from sat.parallel.launch import Runtime
-from sat.parallel.mesh import Axis, Mesh
+from sat.parallel.launch import Axis, Mesh, Runtime
 from sat.parallel.tensor import GatheredLinear, apply_sharding
 from sat.sharding import Column, family_sharding, shards
 from sat.train.checkpoints import Export, ModelExport

@@ -30,7 +30,7 @@ from sat.first_stage.model import AutoencoderKL
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sat.conditioning.condition import Condition, SizeConditioner
+from sat.conditioning.conditioner import Condition, SizeConditioner
 from tests.golden.build import size_dim, text_encoder
 from tests.golden.file import Golden
 from tests.golden.report import Report

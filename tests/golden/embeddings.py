@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sat.conditioning.condition import SizeConditioner
+from sat.conditioning.conditioner import SizeConditioner
 from sat.embeddings import guidance_sinusoid, sinusoid
 from sat.mixins.joint_attention import JointAttention
 from sat.mixins.sincos import SinCos2D, sincos_table
-from sat.transformer.context import Context, Grid
+from sat.transformer.hooks import Context, Grid
 from tests.golden.file import Golden
 from tests.golden.report import Report
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition, Sizes
+from sat.conditioning.conditioner import Condition, Sizes
 from sat.config.build import components
 from sat.diffusion.schedule import ZeroSNR
 from sat.engine import DiffusionEngine

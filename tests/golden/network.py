@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from tests.golden.build import network
 from tests.golden.file import Golden, GoldenError
 from tests.golden.report import Comparison, Report

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.guidance import ClassifierFree, Embedded, Guider, Unguided
 from sat.diffusion.prediction import Denoiser, Eps, V
 from sat.diffusion.process import Process, ProcessContext

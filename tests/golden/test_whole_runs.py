@@ -120,7 +120,7 @@ def run(relay: bool) -> dict[str, Tensor]:
 
 def network(whole: Any, x: Tensor, t: int, rows: list[Tensor]) -> Tensor:
     """The network's answer to a batch at one timestep."""
-    from sat.conditioning.condition import Condition
+    from sat.conditioning.conditioner import Condition
 
     out: Tensor = whole.network(x, float(t), whole.network.prepare(Condition(*rows), (8, 12)))
     return out

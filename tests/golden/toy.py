@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.schedule import Scalar
 from sat.embeddings import guidance_sinusoid
 from tests.golden.file import Golden, GoldenError

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.models.cogview3_unet import CogView3UNet, Prepared
 from tests.golden.build import unet
 from tests.golden.file import Golden, GoldenError

@@ -7,7 +7,7 @@ import torch
 from diffusers import CogView3PlusTransformer2DModel, CogView4Transformer2DModel
 
 from sat.checkpoint.load import load
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.embeddings import sinusoid
 from sat.mixins.rope import RoPE, rotary_angles
 from sat.models.cogview3_plus import CogView3Plus

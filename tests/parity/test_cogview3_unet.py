@@ -10,7 +10,7 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from sat.checkpoint.load import load
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.guidance import ClassifierFree
 from sat.models.cogview3_unet import CogView3UNet
 from tests.small import fill

@@ -17,7 +17,7 @@ from sat.adapters.files import read
 from sat.adapters.lora import attach, detach
 from sat.adapters.write import write
 from sat.checkpoint.load import load
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.embeddings import sinusoid
 from sat.models.cogview3_plus import CogView3Plus
 from tests.adapters import adapter, noisy, start, t5

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.guidance import ClassifierFree, IntervalLimited, Unguided
 from sat.diffusion.prediction import X0, Eps, Prediction, V
 from sat.diffusion.process import Process, ProcessContext

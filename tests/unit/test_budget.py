@@ -8,7 +8,7 @@ import torch
 from sat.config.build import build_engine
 from sat.config.schema import Experiment
 from sat.estimate.budget import SPARE, BudgetError, SamplingEstimator, apply_budget
-from sat.parallel.mesh import fake_group
+from sat.parallel.launch import fake_group
 from sat.util.host import parse_size
 from tests.configs import DEBUG, debug, refused
 

@@ -28,7 +28,7 @@ from sat.checkpoint import load, open_part, Options
 from sat.checkpoint.save import write_shards, write_torch_file
 from sat.kernels.quantize import Quantizer, Scheme
 from sat.parallel.tensor import apply_sharding
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.sharding import Column, Row
 
 folder = Path(sys.argv[1])

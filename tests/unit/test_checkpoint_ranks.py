@@ -10,7 +10,7 @@ from sat.checkpoint.convert import Sources, convert
 from sat.cli.convert import main
 from sat.config.component import build as build_component
 from sat.models.cogview3_unet import CogView3UNet
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
 from tests.checkpoints import CONFIG, build, same, tensors

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.kernels.compile import recompute
 from sat.mixins.adaln import AdaLN
 from sat.mixins.joint_attention import JointAttention
 from sat.mixins.sincos import SinCos2D, sincos_table
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Context, Grid
-from sat.transformer.attention import attend
-from sat.transformer.block import modulated, residual
+from sat.transformer.block import attend, modulated, residual
 from tests.small import condition, fill, plus
 from tests.tolerances import BF16, F32, F64
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.kernels.compile import recompute
 from sat.mixins.cross_attention import CrossLayer
 from sat.models.cogview3_unet import CogView3UNet

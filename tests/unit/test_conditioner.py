@@ -7,8 +7,7 @@ import logging
 import pytest
 import torch
 
-from sat.conditioning.condition import Condition, SizeConditioner, Sizes
-from sat.conditioning.conditioner import Conditioner
+from sat.conditioning.conditioner import Condition, Conditioner, SizeConditioner, Sizes
 from sat.models.t5 import T5Encoder
 from sat.tokenizers import T5Tokenizer
 from tests.small import fill

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.loss import DenoisingLoss, MinSNR, SNRPlusOne, TruncatedSNR, Uniform, Weighting
 from sat.diffusion.prediction import X0, Denoiser, Eps, Prediction, V
 from sat.diffusion.process import Process, ProcessContext

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sat.checkpoint.digest import part_digest
 from sat.checkpoint.format import PARTS
+from sat.checkpoint.formats import part_digest
 from sat.checkpoint.save import save_native
 from sat.config.build import build_engine
 from sat.config.load import load

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.guidance import ClassifierFree, Embedded, Guider, IntervalLimited, Unguided
 from sat.diffusion.prediction import V
 from sat.diffusion.samplers import DDIM, DPMSolver2M, Heun

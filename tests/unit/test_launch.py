@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sat.parallel.collectives import agree, from_main, gather, lost_rank_message, mean
-from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
-from sat.parallel.mesh import LayoutError, Mesh, data_ranks
+from sat.parallel.launch import LayoutError, Mesh, Runtime, data_ranks, keep_freed_memory, launch, pick_device
 
 
 @pytest.fixture(autouse=True)

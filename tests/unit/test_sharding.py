@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sat.models.cogview3_plus import CogView3Plus
-from sat.parallel.mesh import Axis, fake_group
+from sat.parallel.launch import Axis, fake_group
 from sat.parallel.tensor import apply_sharding, check_sharding
 from sat.sharding import Column, Row, family_sharding
 from tests.small import plus

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sat.conditioning.condition import SizeConditioner, Sizes
+from sat.conditioning.conditioner import SizeConditioner, Sizes
 
 
 def test_the_six_numbers_come_in_the_order_original_crop_target():

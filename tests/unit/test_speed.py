@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.step_cache import Count, FirstBlock
-from sat.first_stage.blocks import Upsample
+from sat.first_stage.model import Upsample
 from sat.kernels import apply as speed
 from sat.kernels import attention as kernels
 from sat.kernels import compile as fast
@@ -27,7 +27,7 @@ from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
-from sat.parallel.mesh import Axis
+from sat.parallel.launch import Axis
 from sat.parallel.sequence import apply_sequence
 from sat.transformer import Context, Transformer, TransformerHooks
 from tests.small import condition, fill, plus

@@ -45,7 +45,7 @@ def test_float32_results_do_not_depend_on_the_number_of_threads() -> None:
 from sat.util.host import prepare_threads
 prepare_threads()
 import torch
-from sat.first_stage.blocks import ResBlock, Upsample
+from sat.first_stage.model import ResBlock, Upsample
 from sat.kernels.packed import PackedLinear, packable
 torch.manual_seed(0)
 time, image = torch.randn(6, 256), torch.randn(1, 128, 16, 16)

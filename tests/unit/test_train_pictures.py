@@ -10,8 +10,7 @@ import torch
 
 from sat.config.build import build_engine
 from sat.config.load import load
-from sat.parallel.launch import launch
-from sat.parallel.mesh import Mesh
+from sat.parallel.launch import Mesh, launch
 from sat.sampling.generator import Generator
 from sat.train.pictures import Pictures
 from tests.checkpoints import tokenizer

@@ -177,7 +177,7 @@ def _tokens(file: Path) -> int:
 
 def size_component(size_dim: int) -> dict[str, Any]:
     """The size embedding whose six numbers make vectors of ``size_dim``."""
-    return {"target": "sat.conditioning.condition.SizeConditioner", "params": {"dim": size_dim // 6}}
+    return {"target": "sat.conditioning.conditioner.SizeConditioner", "params": {"dim": size_dim // 6}}
 
 
 def _model(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 from sat.config.schema import Experiment, OffloadConfig
-from sat.parallel.mesh import data_ranks
+from sat.parallel.launch import data_ranks
 from sat.train.estimate import LIVE, Estimate, Estimator, find_settings, zero3_offload
 from sat.train.measure import on_host, sections
 

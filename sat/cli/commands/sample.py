@@ -24,8 +24,7 @@ from sat.errors import LostRankError
 from sat.estimate.budget import apply_budget
 from sat.parallel.collectives import by_first, lost_rank_message
 from sat.parallel.heartbeat import Heartbeat
-from sat.parallel.launch import Runtime, keep_freed_memory, launch, pick_device
-from sat.parallel.mesh import Mesh
+from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch, pick_device
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams
 from sat.sampling.inputs import InputFolder, checked_latents, read_latents

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from sat.checkpoint.digest import digest
 from sat.checkpoint.format import DTYPES, PARTS
+from sat.checkpoint.formats import digest
 from sat.cli.main_guard import UsageError
 from sat.config.build import build_engine
 from sat.config.component import build
@@ -29,8 +29,7 @@ from sat.errors import LostRankError
 from sat.kernels.apply import compiled, use_kernel
 from sat.kernels.compile import recompute
 from sat.parallel.collectives import barrier, from_main, lost_rank_message
-from sat.parallel.launch import Runtime, keep_freed_memory, launch
-from sat.parallel.mesh import Mesh
+from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.inputs import InputFolder
 from sat.train.checkpoints import exporter

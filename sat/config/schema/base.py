@@ -157,7 +157,7 @@ class ConditioningConfig(Section):
 
     section = "conditioning"
     text: Annotated[Component, Makes("sat.models.t5.T5Encoder")]
-    size: Annotated[Component, Makes("sat.conditioning.condition.SizeConditioner")]
+    size: Annotated[Component, Makes("sat.conditioning.conditioner.SizeConditioner")]
     max_length: int = 224
     tokenizer: Annotated[
         Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.schedule import Scalar
 from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
 from sat.mixin import Mixin

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.diffusion.schedule import Scalar
 from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
 from sat.mixins.cross_attention import CrossAttention

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition, Sizes
+from sat.conditioning.conditioner import Condition, Sizes
 from sat.data.batch import Batch
 from sat.engine import DiffusionEngine
 from sat.first_stage.model import Posterior

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from sat.conditioning.condition import Condition
+from sat.conditioning.conditioner import Condition
 from sat.data.batch import Batch
 from sat.diffusion.distillation import SMALLEST_GAIN, LevelTable, step_gain, student_target
 from sat.diffusion.loss import DenoisingLoss, TruncatedSNR, Weighting
