@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 from collections.abc import Collection, Iterator, Sequence
@@ -42,6 +43,9 @@ from sat.config.yaml_source import (
 
 log = logging.getLogger(__name__)
 
+FOLLOWED = "${}"
+"""Stands for a reference that is not followed yet."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -68,7 +72,8 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
     layers = _Layers(", ".join(map(str, bases)), notices)
     for source in sources:
         layers.lay(source)
-        layers.latest_prompt(source.tree.get("sampling") or ())
+        given = source.tree.get("sampling")
+        layers.latest_prompt(given if isinstance(given, dict) else ())
     for given in ours:
         layers.override(given)
     layers.latest_prompt([key[-1] for key in layers.typed if key[:-1] == ("sampling",)])
@@ -186,8 +191,9 @@ class _Layers:
             if isinstance(node, ListConfig):  # replaced as a whole, so one item is changed in a copy
                 items, split = copy.deepcopy(node), end
                 wrapped = wrap(value, marks, self.problems, key, literal=literal)
-                if key[-1] == "target" and OmegaConf.select(items, dotted(key[end:])) != value:
-                    OmegaConf.update(items, dotted((*key[end:-1], "params")), {}, merge=False, force_add=True)
+                holder = functools.reduce(_raw, key[end:-1], items)
+                if key[-1] == "target" and _raw(holder, "target") != value:
+                    holder["params"] = {}
                 OmegaConf.update(items, dotted(key[end:]), wrapped, force_add=True)
                 value = OmegaConf.to_container(items, resolve=False)
                 break
@@ -201,8 +207,8 @@ class _Layers:
 
         A layer that gives both is left to the check.
         """
-        section = self.config.get("sampling")
-        named = [n for n in ("prompt", "prompt_file") if n in given and section.get(n) is not None]
+        section = _raw(self.config, "sampling")
+        named = [n for n in ("prompt", "prompt_file") if n in given and _raw(section, n) is not None]
         if len(named) == 1:
             section["prompt" if named == ["prompt_file"] else "prompt_file"] = None
 
@@ -213,7 +219,7 @@ class _Layers:
             self.notices.append(f"{where(marks, (*key, 'target'))}: {target} is now called {today}")
             new["target"] = target = today
         if "target" in new and target != before and old is not None:
-            old.pop("params", None)
+            old["params"] = {}
         if isinstance(params := new.get("params"), dict):
             words = compat.PARAMETERS.get(str(target or before), {})
             for word, today in words.items():
@@ -223,12 +229,10 @@ class _Layers:
             for index, item in enumerate(value if isinstance(value, list) else ()):
                 if isinstance(item, dict):
                     self._prepare(None, item, None, (*key, name, str(index)), marks)
-            if not isinstance(value, (dict, list)):
-                continue
-            kind = DictConfig if isinstance(value, dict) else ListConfig
             child, below = _raw(old, name), record_of(hints.get(name))
-            if old is not None and not isinstance(child, kind):  # OmegaConf would follow a reference here
-                old[name] = _defaults(below) if below and child is None else None
+            kind = {dict: DictConfig, list: ListConfig}.get(type(value), object)
+            if old is not None and (child == FOLLOWED or not isinstance(child, kind)):
+                old[name] = _defaults(below) if below and child is None and kind is DictConfig else None
                 child = _raw(old, name)
             if isinstance(value, dict):
                 self._prepare(child, value, below, (*key, name), marks)
@@ -259,13 +263,13 @@ class _Layers:
             if isinstance(node, ListConfig):
                 if not (name.isdigit() and int(name) < len(node)):
                     return False
-                node, section = _raw(node, int(name)), None
+                node, section = _raw(node, name), None
                 continue
             if node is not None and not isinstance(node, DictConfig):
                 return False
             names = set(field_hints(section)) if section else set[str]()
-            part = node is not None and "target" in node and name in ("target", "params")
-            if not (free or part or name in names or (node is not None and name in node)):
+            part = _raw(node, "target") is not None and name in ("target", "params")
+            if not (free or part or name in names or _raw(node, name) is not None):
                 return False
             free = free or (part and name == "params")
             section = record_of(field_hints(section).get(name)) if section else None
@@ -273,11 +277,15 @@ class _Layers:
         return True
 
 
-def _raw(node: Any, name: str | int) -> Any:
-    """The value under ``name`` of a mapping or list of OmegaConf's; a reference is not followed."""
-    if not isinstance(node, (DictConfig, ListConfig)) or (isinstance(node, DictConfig) and name not in node):
+def _raw(node: Any, name: str) -> Any:
+    """The value under ``name`` in a mapping or list of OmegaConf's, :data:`FOLLOWED` for a reference.
+
+    Most of OmegaConf follows one, however far it expands: getting, ``in``, ``pop``, and merging over it.
+    """
+    if not isinstance(node, (DictConfig, ListConfig)):
         return None
-    return "${" if OmegaConf.is_interpolation(node, name) else node[name]  # type: ignore[index]
+    index: Any = name if isinstance(node, DictConfig) else int(name)
+    return FOLLOWED if OmegaConf.is_interpolation(node, index) else node.get(index)
 
 
 def _holder(tree: Any, key: Key) -> dict[str, Any] | None:

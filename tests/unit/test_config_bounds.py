@@ -99,6 +99,33 @@ def test_references_that_multiply_end_in_one_line(write):
     assert line == f"{more}:2: sampling.x0: references expand to more than 10000 values"
 
 
+@pytest.mark.parametrize(
+    ("refers", "over"),
+    [
+        ("output: {dir: '${x0}'}", "output: {dir: a}"),
+        ("output: {dir: '${x0}'}", "output: {dir: {a: 1}}"),
+        ("output: {dir: '${x0}'}", "output: {dir: [a]}"),
+        ("output: {dir: '${x0}'}", "output.dir=a"),
+        ("output: {dir: '${x0}'}", "output.dir.x=a"),
+        ("output: '${x0}'", "output.dir=a"),
+        ("sampling: {prompt_file: '${x0}'}", "sampling.prompt=a"),
+        ("sampling: {prompt_file: '${x0}'}", "sampling: {prompt: a}"),
+        ("sampling: {guider: {target: '${x0}'}}", "sampling.guider.target=a.b"),
+        ("sampling: {guider: {target: '${x0}'}}", "sampling: {guider: {target: a.b, params: {}}}"),
+        ("data: {sources: [{path: '${x0}'}]}", "data.sources.0.path=a"),
+        ("model: {params: {more: [{target: '${x0}'}]}}", "model.params.more.0.target=a.b"),
+        ("sampling: '${x0}'", "sampling: {prompt: a}"),
+    ],
+)  # fmt: skip
+def test_laying_over_a_reference_follows_none(write, tmp_path, refers, over):
+    chain = "".join(f"x{i}: '{' '.join([f'${{x{i + 1}}}'] * 4)}'\n" for i in range(14))
+    more, later = write(f"{chain}x14: end\n{refers}\n"), tmp_path / "later.yaml"
+    later.write_text(over if "=" not in over else "")
+    lines = refused([DEBUG, more, later], [over] if "=" in over else [])
+    told = [line for line in lines if line.endswith("references expand to more than 10000 values")]
+    assert len(told) == 1 and told[0].startswith(f"{more}:")
+
+
 def test_many_references_to_one_large_value_are_counted_together(write):
     large = "large: {" + ", ".join(f"k{i}: 1" for i in range(600)) + "}\n"
     more = write(large + "many: [" + ", ".join(["'${large}'"] * 20) + "]\n")
