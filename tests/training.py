@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sat.config.component import build
+from sat.config.check import build
 from sat.config.schema import Component, TrainConfig
 from sat.data.batch import Batch, Sample, collate
 from sat.parallel.launch import Mesh, Runtime, launch

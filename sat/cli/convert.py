@@ -103,8 +103,8 @@ def _convert(args: argparse.Namespace) -> int:
     from sat.adapters.files import is_adapter
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
+    from sat.config.build import build_empty
     from sat.config.load import load
-    from sat.config.parts import build_empty
     from sat.config.schema import Component, plain
 
     experiment = load(args.base) if args.base else None

@@ -1,18 +1,341 @@
-"""Checks the tree of an experiment and makes typed sections of it; every problem is found in one go."""
+"""Checks the tree of an experiment by pydantic and makes typed sections of it; every problem in one go.
+
+Strict: a quoted number is not a number, a bool is not an int, an int is fine for a float. Objects are written
+as components (``target`` and ``params``), those of a dataclass also as its fields.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+import functools
+import inspect
+import json
+import operator
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-from sat.config.component import Context, Fault, convert, inside, record_of, split
-from sat.config.schema import Experiment, MustExist
-from sat.config.targets import TargetError, check_import, field_hints, hint
-from sat.config.yaml_source import Key, Marks, Problem, dotted, find, problem, where
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from sat.config.schema import Component, Experiment, Makes, MustExist, RuleError, Section, plain
+from sat.config.targets import (
+    TargetError,
+    check_import,
+    field_hints,
+    hint,
+    load_name,
+    produces,
+    resolve,
+    signature,
+)
+from sat.config.yaml_source import Key, Marks, Problem, dotted, find, problem, shown, where
 from sat.data.formats import expand
+
+_SCALARS = (str, int, float, bool, type(None), Path)
+_NO_TYPE = (Any, object, inspect.Parameter.empty)
+_BARE = {list: list[Any], tuple: tuple[Any, ...], dict: dict[str, Any]}
+
+
+class Fault(NamedTuple):
+    """One thing wrong with a value, at ``key`` within it; ``rule`` and ``needs`` are a whole section's."""
+
+    key: Key
+    what: str  # empty: said already
+    kind: Literal["type", "rule", "needs", "other"] = "other"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Modules that targets may lie in, and those that failed to import; whether components are built."""
+
+    imports: Collection[str] = ()
+    absent: Collection[str] = ()
+    build: bool = False
+
+
+def build(component: Component | Mapping[str, Any], *, imports: Collection[str] = (), **runtime: Any) -> Any:
+    """The object that ``component`` names; ``runtime`` are the arguments that only the caller has."""
+    tree = plain(component)
+    params = tree.get("params") or {}
+    made = resolve(tree["target"], imports)
+    takes = signature(made)
+    if strange := sorted(set(runtime) - {*takes.runtime, *takes.params}):
+        raise TypeError(f"{takes.name} takes no {', '.join(strange)}")
+    if both := sorted(set(runtime) & set(params)):
+        raise TypeError(f"{takes.name}: {', '.join(both)} given both in the config and at run time")
+    values = {}
+    for name, given in params.items():
+        annotation = takes.params.get(name, Any)
+        value, faults = convert(annotation, given, Context(imports, build=True))
+        if faults:
+            raise TypeError(f"{takes.name}: {name}: {'; '.join(fault.what for fault in faults)}")
+        if isinstance(value, list) and isinstance(takes.defaults.get(name), tuple):
+            value = tuple(value)  # of a package without annotations
+        values[name] = value
+    return made(**values, **runtime)
+
+
+def built(component: Component, imports: Collection[str] = ()) -> Any:
+    """The object of a ``component`` without weights, made once: all who ask for it share it."""
+    if (made := component.__dict__.get("_built")) is None:
+        made = build(component, imports=imports)
+        object.__setattr__(component, "_built", made)
+    return made
+
+
+def convert(annotation: Any, value: Any, context: Context) -> tuple[Any, list[Fault]]:
+    """``value`` (a tree of YAML) as ``annotation`` asks, and what is wrong with it.
+
+    Lists become tuples and texts paths. Components stay :class:`Component`, or are built as ``context`` says.
+    """
+    try:
+        (made,) = _adapter(annotation).validate_json(json.dumps([value]), context=context)
+    except ValidationError as error:
+        return None, faults(error, annotation, value)
+    return made, []
+
+
+@functools.lru_cache(maxsize=1024)
+def _adapter(annotation: Any) -> TypeAdapter[list[Any]]:
+    """In a list, for pydantic takes no configuration beside a dataclass."""
+    config = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+    kind: Any = list[_written(annotation)]  # type: ignore[misc]
+    return TypeAdapter(kind, config=config)
+
+
+def _written(annotation: Any) -> Any:
+    """``annotation`` for pydantic, with :class:`Makes` where YAML writes no plain value or has no type."""
+    annotation = _BARE.get(annotation, annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in _NO_TYPE:
+        return Annotated[Any, Makes(Any)]
+    if origin is Annotated and not any(isinstance(note, Makes) for note in arguments):
+        return _written(arguments[0])
+    if origin in (Literal, Annotated) or annotation in _SCALARS:
+        return annotation
+    if origin in (Union, types.UnionType):
+        values = [a for a in arguments if not _is_object(a)]
+        objects = [] if len(values) == len(arguments) else [Annotated[Any, Makes(annotation)]]
+        return functools.reduce(operator.or_, [*map(_written, values), *objects])
+    if inspect.isclass(origin) and issubclass(origin, (Sequence, AbstractSet, Mapping)):
+        kind: Any = origin
+        return kind[tuple(a if a is ... else _written(a) for a in arguments)]
+    if not is_dataclass(annotation) or annotation is Component:
+        return Annotated[Any, Makes(annotation)]
+    return annotation if issubclass(annotation, Section) else Annotated[annotation, Makes(annotation)]  # type: ignore[arg-type]
+
+
+def _is_object(annotation: Any) -> bool:
+    """A class that no YAML value is an instance of."""
+    known = annotation in (*_SCALARS, *_NO_TYPE, *_BARE) or is_dataclass(annotation)
+    return inspect.isclass(annotation) and not known and get_origin(annotation) is None
+
+
+def object_schema(wanted: Any, source: Any, handler: Any) -> core_schema.CoreSchema:
+    """pydantic's schema of components that make ``wanted``; a dataclass ``source`` also takes its fields."""
+    made = core_schema.with_info_plain_validator_function(
+        lambda value, info: _object(value, wanted, info.context)
+    )
+    if not is_dataclass(source) or source is Component:
+        return made
+    kinds = {"<component>": made, "<fields>": handler(source)}
+    return core_schema.tagged_union_schema(
+        kinds, lambda value: "<component>" if _is_component(value) else "<fields>"
+    )
+
+
+def _object(value: Any, wanted: Any, context: Context) -> Any:
+    """The component, or its object, that ``value`` writes; without a type, those anywhere inside it."""
+    section = isinstance(wanted, str)  # which takes nothing but a component
+    if _is_component(value) or (section and isinstance(value, Mapping)):
+        if context.build:
+            return build(value, imports=context.imports)
+        if found := list(_component_faults(value, load_name(wanted) if section else wanted, context)):
+            _raise(found)
+        return Component(value["target"], dict(value.get("params") or {}))
+    if wanted is not Any:
+        asked = "a component (`target` and `params`)" if section else show(wanted)
+        _raise([Fault((), f"expected {asked}, got {shown(value)}")])
+    made: Any = value
+    found = list[Fault]()
+    if isinstance(value, (dict, list)):
+        made = copy.copy(value)
+        items: Any = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, child in items:
+            made[name], inner = convert(Any, child, context)
+            found += [fault._replace(key=(str(name), *fault.key)) for fault in inner]
+    if found:
+        _raise(found)
+    return made
+
+
+def _component_faults(tree: Mapping[str, Any], makes: Any, context: Context) -> Iterator[Fault]:  # noqa: C901
+    """Why ``tree`` is no component: its target may be named, makes ``makes`` and takes its params."""
+    for name in tree:
+        if name not in ("target", "params"):
+            near = hint(name, ("target", "params"))
+            yield Fault((name,), f"a component has only `target` and `params`{near}")
+    params = {} if tree.get("params") is None else tree["params"]
+    if not isinstance(params, Mapping):
+        yield Fault(("params",), f"expected a mapping of parameters, got {shown(params)}")
+        params = {}
+    if "target" not in tree:
+        yield Fault((), f"a component needs `target`, got {shown(tree)}")
+        return
+    try:
+        made = resolve(tree["target"], context.imports)
+        takes = signature(made)
+    except TargetError as error:
+        said = str(tree["target"]).startswith(tuple(f"{name}." for name in context.absent))
+        yield Fault(("target",), "" if said else str(error))
+        return
+    if not produces(made, makes):
+        yield Fault(("target",), f"expected {show(makes)}, got {tree['target']}")
+    for name, value in params.items():
+        at = ("params", name)
+        if name in takes.runtime:
+            yield Fault(at, f"{name!r} is given to {takes.name} at run time; it cannot come from a config")
+        elif name not in takes.params:
+            near, known = hint(name, takes.params), ", ".join(takes.params) or "none"
+            yield Fault(at, f"{takes.name} has no parameter {name!r}{near} (it takes {known})")
+        else:
+            for fault in convert(takes.params[name], value, context)[1]:
+                yield fault._replace(key=(*at, *fault.key))
+    if needed := [f"`{n}`" for n in takes.required if n not in params]:
+        yield Fault((), f"{takes.name} needs {', '.join(needed)}")
+
+
+def _is_component(value: Any) -> bool:
+    return isinstance(value, Mapping) and "target" in value
+
+
+def _raise(found: Sequence[Fault]) -> NoReturn:
+    """End a validator with several errors; pydantic adds the place of the value."""
+    errors = [PydanticCustomError("fault", "{fault}", {"fault": fault}) for fault in found]
+    raise ValidationError.from_exception_data("", [InitErrorDetails(type=e, input=None) for e in errors])
+
+
+def faults(error: ValidationError, annotation: Any, value: Any) -> list[Fault]:
+    """pydantic's errors in this project's words, one for each place; tried alternatives are one place."""
+    out: list[Fault] = []
+    for e in error.errors(include_url=False):
+        wanted, node, owner, at = annotation, value, annotation, Key()
+        for part in e["loc"][1:]:  # without the list of _adapter; some parts name alternatives of a union
+            if isinstance(node, list) and part in range(len(node)) and len(_arms(wanted)) == 1:
+                owner, wanted, node = wanted, inside(wanted, node, part), node[int(part)]
+            elif isinstance(node, Mapping) and part in node:
+                owner, wanted, node = wanted, inside(wanted, node, part), node[str(part)]
+            else:
+                continue
+            at = (*at, str(part))
+        kind, name, context = e["type"], str(e["loc"][-1]), e.get("ctx", {})
+        cause = context.get("error")
+        if kind == "fault":
+            fault: Fault = context["fault"]
+            out.append(fault._replace(key=(*at, *fault.key)))
+        elif kind == "missing" and isinstance(node, Mapping):
+            out.append(Fault(at, f"needs `{name}`", "needs"))
+        elif kind == "unexpected_keyword_argument":
+            known = [f.name for f in fields(record_of(owner))]
+            out.append(Fault(at, f"no such key{hint(name, known)} (there are {', '.join(known)})"))
+        elif isinstance(cause, RuleError):
+            out += [Fault((*at, field) if field else at, what, "rule") for field, what in cause.broken]
+        elif isinstance(cause, Exception):
+            out.append(Fault(at, str(cause), "rule"))
+        else:
+            what = f"expected {show(wanted)}, got {shown(node)}{_advice(wanted, node)}"
+            out.append(Fault(at, what, "type"))
+    deeper = {fault.key[:end] for fault in out for end in range(len(fault.key) + (fault.kind == "other"))}
+    return list(dict.fromkeys(fault for fault in out if fault.kind != "type" or fault.key not in deeper))
+
+
+def inside(annotation: Any, node: Any, part: str | int) -> Any:
+    """The annotation of what lies under ``part`` of ``node``, which is annotated ``annotation``."""
+    kind = Mapping if isinstance(node, Mapping) else Sequence
+    record = record_of(annotation)
+    if record is not None and kind is Mapping:
+        return field_hints(record).get(str(part), Any)
+    for arm in _arms(annotation):
+        origin, arguments = get_origin(arm), get_args(arm)
+        if inspect.isclass(origin) and issubclass(origin, kind):
+            if origin is tuple and ... not in arguments:
+                return arguments[min(int(part), len(arguments) - 1)]
+            return arguments[-1 if kind is Mapping else 0]
+    return Any
+
+
+def record_of(annotation: Any) -> Any:
+    """The dataclass that ``annotation``, such as ``X | None``, writes out as a mapping; None without one."""
+    arms = _arms(split(annotation)[0])
+    return next((a for a in arms if inspect.isclass(a) and is_dataclass(a) and a is not Component), None)
+
+
+def _arms(annotation: Any) -> list[Any]:
+    """Alternatives of a union, null not counted; of anything else, itself."""
+    arms = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return [arm for arm in arms if arm is not type(None)]
+
+
+def fits(annotation: Any, value: Any) -> bool:
+    """True if ``value`` of YAML is what ``annotation`` asks for."""
+    return not convert(annotation, value, Context())[1]
+
+
+def split(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """An annotation without its notes, and the notes (also those inside ``Annotated[…] | None``)."""
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        return inner, tuple(notes)
+    if get_origin(annotation) in (Union, types.UnionType):
+        arms = [split(a) for a in get_args(annotation)]
+        notes = [n for _, found in arms for n in found]
+        return (functools.reduce(operator.or_, (a for a, _ in arms)) if notes else annotation), tuple(notes)
+    return (Any if annotation is inspect.Parameter.empty else annotation), ()
+
+
+def show(annotation: Any) -> str:
+    """An annotation as a reader of YAML would put it."""
+    annotation, _ = split(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(show, arguments))
+    if annotation is type(None):
+        return "null"
+    if inspect.isclass(annotation) and is_dataclass(annotation):
+        return f"a mapping of {', '.join(f.name for f in fields(annotation))}"
+    if origin is None:
+        return "path" if annotation is Path else getattr(annotation, "__name__", str(annotation))
+    if not inspect.isclass(origin) or not issubclass(origin, (Mapping, Sequence, AbstractSet)):
+        return str(annotation).replace("typing.", "")
+    if issubclass(origin, Mapping):
+        return f"a mapping of {show(arguments[-1])}"
+    if origin is tuple and ... not in arguments:
+        return f"a list of {len(arguments)}: {', '.join(map(show, arguments))}"
+    return f"a list of {show(arguments[0])}"
+
+
+def _advice(annotation: Any, value: Any) -> str:
+    """A likely correction of a text, if there is one."""
+    if not isinstance(value, str) or len(value) > 100:
+        return ""
+    choices = [a for arm in _arms(annotation) if get_origin(arm) is Literal for a in get_args(arm)]
+    if near := hint(value, [c for c in choices if isinstance(c, str)]):
+        return near
+    try:
+        number = json.loads(value)
+    except ValueError:
+        return ""
+    return "; remove the quotes" if not isinstance(number, str) and fits(annotation, number) else ""
+
+
+# -- the whole tree: problems with their lines, inputs that are read from disk
+
 
 INVALID: Final = object()
 

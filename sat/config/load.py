@@ -17,8 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sat import compat
-from sat.config.check import Checker
-from sat.config.component import record_of
+from sat.config.check import Checker, record_of
 from sat.config.official import is_official, override_official, translate
 from sat.config.references import FLAGS, escape, resolve, wrap
 from sat.config.schema import Experiment, plain

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sat.adapters.files import locate
 from sat.adapters.merge import adapter_name
-from sat.checkpoint import PARTS
-from sat.checkpoint import formats as digest
+from sat.checkpoint import PARTS, digest
 from sat.config.build import components
 from sat.config.load import dump
 from sat.config.schema import Experiment, plain

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sat.config.component import build
+from sat.config.check import build
 from sat.config.schema import TrainConfig
 from sat.config.targets import resolve
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sat.checkpoint import load
 from sat.checkpoint.format import ENGINE_PREFIXES, Part
 from sat.checkpoint.formats.diffusers import t5_config
-from sat.config.component import build
+from sat.config.check import build
 from sat.config.load import load_full
 from sat.config.official import translate
 from sat.config.schema import Experiment

@@ -9,7 +9,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from sat.checkpoint import Options, detect, load, save_diffusers
 from sat.checkpoint.formats.diffusers import FOLDERS
 from sat.conditioning.conditioner import Condition, SizeConditioner
-from sat.config.component import build as build_component
+from sat.config.check import build as build_component
 from sat.tokenizers import T5Tokenizer as OurTokenizer
 from tests.checkpoints import CONFIG, build, same, tensors, tokenizer
 

@@ -3,7 +3,7 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sat.config.schema.sampling import SizeRule
+from sat.config.schema.base import SizeRule
 
 
 @st.composite

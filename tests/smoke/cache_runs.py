@@ -19,7 +19,7 @@ import PIL.Image
 
 from sat.cli import prepare
 from sat.cli.train import main
-from sat.config.parts import PartBuilder
+from sat.config.build import PartBuilder
 from tests.configs import DEBUG
 
 CONFIG = """\

@@ -19,7 +19,7 @@ from sat.apps.web.service import GenerationService, LatentPreview, fitted
 from sat.cli.sample import main
 from sat.config.build import adaptable
 from sat.config.cascade import load_cascade
-from sat.config.schema.sampling import SizeError
+from sat.config.schema.base import SizeError
 from tests.adapters import adapter, noisy, start
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT

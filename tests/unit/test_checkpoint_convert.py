@@ -16,7 +16,7 @@ from sat.checkpoint.convert import DIFFUSION, UNET, Sources, convert, match_comp
 from sat.checkpoint.format import PARTS, InMemory
 from sat.cli.convert import main, size
 from sat.cli.main_guard import UsageError
-from sat.config.component import build as build_component
+from sat.config.check import build as build_component
 from tests.checkpoints import CONFIG, build, same, spec, tensors, tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import torch
 from sat.checkpoint import CheckpointError, Options, load, open_part, save_sat
 from sat.checkpoint.convert import Sources, convert
 from sat.cli.convert import main
-from sat.config.component import build as build_component
+from sat.config.check import build as build_component
 from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.launch import Axis
 from sat.parallel.tensor import apply_sharding

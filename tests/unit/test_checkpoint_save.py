@@ -14,16 +14,16 @@ from sat.checkpoint import (
     CheckpointError,
     Options,
     detect,
+    digest,
     find_part,
     find_tokenizer,
     load,
     open_part,
     save_native,
 )
-from sat.checkpoint import formats as digest
 from sat.checkpoint.convert import Sources, convert
 from sat.checkpoint.format import PARTS, InMemory
-from sat.config.component import build as build_component
+from sat.config.check import build as build_component
 from tests.checkpoints import CONFIG, build, same, tensors, tokenizer
 
 FORMATS = sorted(WRITERS)

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from sat.checkpoint.save import save_native
-from sat.config import component
-from sat.config.build import build_engine, components
-from sat.config.component import build
+from sat.config import check as component
+from sat.config.build import build_empty, build_engine, components
+from sat.config.check import build
 from sat.config.load import load
-from sat.config.parts import build_empty
 from sat.config.record import commit, record
 from sat.config.schema import CheckpointConfig, Component, plain
 from sat.config.targets import TargetError, check_import, resolve, signature

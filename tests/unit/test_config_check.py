@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from sat.config.check import INVALID, Checker
-from sat.config.component import Context, convert, show
+from sat.config.check import INVALID, Checker, Context, convert, show
 from sat.config.schema import (
     Component,
     DataConfig,

@@ -8,9 +8,8 @@ import torch
 from sat.checkpoint.format import PARTS
 from sat.checkpoint.formats import part_digest
 from sat.checkpoint.save import save_native
-from sat.config.build import build_engine
+from sat.config.build import MissingPartError, build_engine
 from sat.config.load import load
-from sat.config.parts import MissingPartError
 from sat.data.batch import Batch
 from sat.diffusion.process import Process
 from sat.mixins.relay import RelayNoise

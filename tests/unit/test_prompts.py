@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sat.config.load import load
-from sat.config.schema.sampling import parse_share
+from sat.config.schema.base import parse_share
 from sat.config.yaml_source import ConfigError
 from sat.sampling.inputs import LatentsError, read_latents
 from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file, share

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from sat.adapters import lora
 from sat.checkpoint.load import load
 from sat.cli.train import main as train_main
-from sat.config.build import build_engine
-from sat.config.parts import quantizers
+from sat.config.build import build_engine, quantizers
 from sat.config.schema import QuantizeConfig
 from sat.kernels.quantize import Kind, QuantizedLinear, Quantizer, Scheme, quantized, quantized_layers, whole
 from tests.adapters import output, t5, trained, unet

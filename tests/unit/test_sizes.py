@@ -2,7 +2,7 @@
 
 import pytest
 
-from sat.config.schema.sampling import SizeError, SizeRule
+from sat.config.schema.base import SizeError, SizeRule
 
 PLUS = SizeRule()
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, settings_of
 from sat.apps.web.serve import Access
-from sat.config.schema.sampling import SizeRule
+from sat.config.schema.base import SizeRule
 from sat.util.images import write_png
 
 FIELDS = {

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sat.apps.web.job_queue import Job, JobQueue, QueueClosedError, QueueFullError
 from sat.apps.web.request import GenerationRequest, RequestError
 from sat.apps.web.service import GenerationService
-from sat.config.schema.sampling import SizeError
+from sat.config.schema.base import SizeError
 from sat.util.log import describe
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from sat.config.build import adaptable, components
 from sat.config.cascade import Cascade
 from sat.config.record import adapter_digest, label, model_name, weight_digests
 from sat.config.schema import Component, Experiment, LoadConfig
-from sat.config.schema.sampling import SizeError, SizeRule
+from sat.config.schema.base import SizeError, SizeRule
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import launch
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder

@@ -55,8 +55,8 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
     except ValueError as error:
         raise UsageError(str(error)) from error
     if args.base:
+        from sat.config.build import find_vocabulary
         from sat.config.load import load
-        from sat.config.parts import find_vocabulary
         from sat.train.data import bucket_rule
 
         experiment = load(args.base)

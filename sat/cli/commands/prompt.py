@@ -36,8 +36,8 @@ def work(args: argparse.Namespace) -> int:
     cache = None if args.no_cache else Cache.of_user()
     tokenizer = None  # of the config that limits the length
     if args.base:
+        from sat.config.build import find_tokenizer
         from sat.config.cascade import load_cascade
-        from sat.config.parts import find_tokenizer
 
         first = load_cascade(args.base, list(args.overrides)).stages[0].experiment
         tokenizer = find_tokenizer(first.conditioning, first.checkpoint)
@@ -77,7 +77,7 @@ class Rewriting:
                 "--optimize-prompt would ask once for every share: rewrite the file first "
                 "(prompt_optimize.py --prompt-file FILE --output FILE)"
             )
-        from sat.config.parts import find_tokenizer
+        from sat.config.build import find_tokenizer
 
         endpoint = Endpoint.found(args.optimizer_url, args.optimizer_model)
         tokenizer = find_tokenizer(experiment.conditioning, experiment.checkpoint)

@@ -18,7 +18,7 @@ from sat.config.cascade import Cascade, dump_cascade, load_cascade
 from sat.config.load import dump
 from sat.config.record import amend, label, record, weight_digests
 from sat.config.schema import Experiment
-from sat.config.schema.sampling import parse_share
+from sat.config.schema.base import parse_share
 from sat.config.yaml_source import ConfigError
 from sat.errors import LostRankError
 from sat.estimate.budget import apply_budget

@@ -16,7 +16,7 @@ from sat.checkpoint.format import DTYPES, PARTS
 from sat.checkpoint.formats import digest
 from sat.cli.main_guard import UsageError
 from sat.config.build import build_engine
-from sat.config.component import build
+from sat.config.check import build
 from sat.config.load import dump, load_full
 from sat.config.record import record
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainConfig, plain

@@ -53,9 +53,9 @@ def work(args: argparse.Namespace, access: Access) -> int:
     from sat.apps.web.request import Limits
     from sat.apps.web.serve import application, bind, server, share
     from sat.apps.web.service import GenerationService
+    from sat.config.build import find_tokenizer
     from sat.config.cascade import load_cascade
     from sat.config.load import dump
-    from sat.config.parts import find_tokenizer
     from sat.config.yaml_source import ConfigError
     from sat.sampling.output import prove_writable
 

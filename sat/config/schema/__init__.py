@@ -18,23 +18,21 @@ from sat.config.schema.base import (
     ParallelConfig,
     Precision,
     RuleError,
+    SamplingConfig,
     Section,
     plain,
 )
 from sat.config.schema.experiment import (
     AdaptersConfig,
+    AugmentConfig,
+    BucketsConfig,
+    DataConfig,
     Experiment,
     LoadConfig,
     LoraConfig,
     MemoryConfig,
-    QuantizeConfig,
-)
-from sat.config.schema.sampling import SamplingConfig
-from sat.config.schema.train import (
-    AugmentConfig,
-    BucketsConfig,
-    DataConfig,
     OffloadConfig,
+    QuantizeConfig,
     SourceConfig,
     TrainConfig,
 )

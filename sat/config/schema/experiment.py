@@ -1,4 +1,4 @@
-"""Sections of an experiment but for sampling, data and training."""
+"""The whole experiment, and the sections of data, training, adapters and memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,216 @@ from sat.config.schema.base import (
     MustExist,
     OutputConfig,
     ParallelConfig,
+    Precision,
+    SamplingConfig,
     Section,
 )
-from sat.config.schema.sampling import SamplingConfig
-from sat.config.schema.train import DataConfig, TrainConfig
 from sat.util.host import parse_size
+
+
+@dataclass(frozen=True)
+class SourceConfig(Section):
+    """One data set: a folder, table or shards of images with captions (``name-{000..012}.tar`` is a range).
+
+    ``repeats``: copies of it in an epoch. ``weight``: its share of the stream instead, relative to the
+    weights of the other sources.
+    """
+
+    section = "data.sources"
+    path: Annotated[
+        Path,
+        MustExist("name a folder, table or shards of images with captions (see docs/data.md)", ranges=True),
+    ]
+    repeats: int = 1
+    weight: float | None = None
+
+    def _rules(self) -> Broken:
+        yield from self._at_least_1("repeats")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            yield "weight", f"expected more than 0 or null, got {self.weight}"
+        if self.weight is not None and self.repeats != 1:
+            yield "weight", f"`repeats` {self.repeats} is given too: one of them says how often it comes"
+
+
+@dataclass(frozen=True)
+class AugmentConfig(Section):
+    """Mild random placement on white: ``shift`` is a share of the side, ``scale`` the range of the factor."""
+
+    section = "data.augment"
+    shift: float = 0.0
+    scale: tuple[float, float] = (1.0, 1.0)
+
+    def _rules(self) -> Broken:
+        if not 0 <= self.shift <= 0.5:
+            yield "shift", f"expected 0 to 0.5 of the side, got {self.shift}"
+        if not 0 < self.scale[0] <= self.scale[1]:
+            yield "scale", f"expected 0 < smallest <= largest, got {list(self.scale)}"
+
+
+@dataclass(frozen=True)
+class BucketsConfig(Section):
+    """Sizes for pictures of different shapes: multiples of ``step`` pixels with at most ``area`` pixels.
+
+    ``area``: one or several; a picture goes to the largest that it fills. ``max_ratio``: of the longer to
+    the shorter side. ``min_images``: buckets with fewer are closed, their pictures go to the next best.
+    """
+
+    section = "data.buckets"
+    area: int | list[int]
+    step: int
+    max_ratio: float = 2.0
+    min_images: int = 1
+
+    @property
+    def areas(self) -> tuple[int, ...]:
+        """All areas in pixels."""
+        return (self.area,) if isinstance(self.area, int) else tuple(self.area)
+
+    def _rules(self) -> Broken:
+        yield from self._at_least_1("step", "min_images")
+        if not self.areas or min(self.areas) < self.step**2:
+            least = f"at least `step` x `step` ({self.step**2}) pixels"
+            yield "area", f"expected one or several areas of {least}, got {self.area}"
+        if not 1 <= self.max_ratio < math.inf:
+            yield "max_ratio", f"expected at least 1, got {self.max_ratio}"
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Image-caption pairs for training, brought to ``height`` x ``width`` pixels or to ``buckets``.
+
+    ``cache``: a folder that keeps latents and text embeddings over runs; ``cache_views``: differently placed
+    pictures of each item whose latents are kept there, or in memory without it.
+    """
+
+    section = "data"
+    sources: list[SourceConfig]
+    height: int | None = None
+    width: int | None = None
+    buckets: BucketsConfig | None = None
+    crop: Literal["center", "random"] = "center"
+    augment: AugmentConfig | None = None
+    max_bad_share: float = 0.05
+    cache: Path | None = None
+    cache_views: int = 0
+    workers: int = 0
+    validation: list[SourceConfig] = field(default_factory=list)
+
+    def _rules(self) -> Broken:  # noqa: C901
+        if not self.sources:
+            yield "sources", "expected at least one source"
+        for name in ("sources", "validation"):
+            weighted = [source.weight is not None for source in getattr(self, name)]
+            if any(weighted) and not all(weighted):
+                yield name, "either every source has a `weight` or none has"
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is None and self.buckets is None:
+                yield "", f"needs `{name}`, or `buckets` instead of height and width"
+            elif value is not None and self.buckets is not None:
+                yield name, "`buckets` is given too: set one of them to null"
+            elif value is not None and value < 1:
+                yield name, f"expected at least 1 pixel, got {value}"
+        if not 0 <= self.max_bad_share <= 1:
+            yield "max_bad_share", f"expected a share of 0 to 1, got {self.max_bad_share}"
+        for name in ("cache_views", "workers"):
+            if getattr(self, name) < 0:
+                yield name, f"expected at least 0, got {getattr(self, name)}"
+
+
+# -- a training run
+
+
+@dataclass(frozen=True)
+class OffloadConfig(Section):
+    """Parts that wait in the CPU's memory until needed: the optimizer, which then steps there; weights."""
+
+    section = "train.offload"
+    optimizer: bool = False
+    parameters: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """One training run; ``batch_size`` is per rank and accumulation step, ``warmup`` in optimizer steps.
+
+    ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` above 0);
+    ``autocast`` computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early;
+    ``max_bad_steps`` steps in a row with a loss that is not finite end the run.
+    ``compile``: one compiled block for all layers of what is trained. ``pack``: beside LoRA on a CPU, keep
+    frozen weights in the order of its matrix products, once for each pass: faster, and one more copy.
+    """
+
+    section = "train"
+    objective: Annotated[Component, Makes("sat.train.objectives.Objective")]
+    steps: int
+    batch_size: int = 1
+    accumulate: int = 1
+    dtype: Precision = "fp32"
+    autocast: Literal["bf16"] | None = None
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    optimizer: Annotated[Component, Makes("torch.optim.Optimizer")] = Component("torch.optim.AdamW")
+    lr: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: int = 0
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    ema: float | None = None
+    activation_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+    keep_last: int = 2
+    background_save: bool = False
+    sample_every: int | None = None
+    sample_prompts: list[str] = field(default_factory=list)
+    validate_every: int | None = None
+    max_minutes: float | None = None
+    max_bad_steps: int = 20
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    tensorboard: bool = False
+    peak_tflops: float | None = None
+    project: str = "cogview3"
+    allocator: bool = True
+    pack: bool = True
+    attention: Literal["auto", "torch"] = "auto"
+    compile: bool = False
+    init_from: CheckpointConfig | None = None
+
+    def _rules(self) -> Broken:
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last")
+        yield from self._at_least_1(*counts, "sample_every", "validate_every", "max_bad_steps")
+        ranges = {
+            "warmup": (0 <= self.warmup <= self.steps, f"0 to `steps` ({self.steps})"),
+            "lr": (self.lr > 0, "more than 0"),
+            "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "0 to 1"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "clip": (self.clip is None or self.clip > 0, "more than 0 or null"),
+            "ema": (self.ema is None or 0 <= self.ema < 1, "a decay of at least 0 and below 1, or null"),
+            "peak_tflops": (self.peak_tflops is None or self.peak_tflops > 0, "more than 0 or null"),
+            "max_minutes": (self.max_minutes is None or self.max_minutes > 0, "more than 0 minutes or null"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                yield name, f"expected {expected}, got {getattr(self, name)}"
+        if self.autocast is not None and self.dtype != "fp32":
+            yield "autocast", f"computes in bf16 with `dtype` fp32 weights, but `dtype` is {self.dtype}"
+        if self.dtype != "fp32" and self.zero == 0:
+            yield (
+                "zero",
+                f"`dtype` {self.dtype} needs 1, 2 or 3, which keep float32 masters of the weights; got 0",
+            )
+        if self.offload.optimizer and self.zero == 0:
+            yield "offload", "`optimizer` needs `zero` 1, 2 or 3, which keep the optimizer apart; got 0"
+        if self.offload.parameters and self.zero != 3:
+            yield "offload", f"`parameters` needs `zero` 3, which shares out the weights; got {self.zero}"
+        if self.sample_every is not None and not self.sample_prompts:
+            yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
+
+
+# -- sections of an experiment but for sampling, data and training
 
 
 @dataclass(frozen=True)
