@@ -45,6 +45,12 @@ def reader(program: str, description: str, epilog: str) -> argparse.ArgumentPars
     return out
 
 
+def add_check_inputs(reader: argparse.ArgumentParser) -> None:
+    """Give ``reader`` the option ``--check-inputs`` of commands that write a run folder; job scripts use it."""
+    what = "as --check, with an error for files that are missing; its last line names the run folder"
+    reader.add_argument("--check-inputs", action="store_true", help=what)
+
+
 def parse(reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: str) -> argparse.Namespace:
     """``reader``'s arguments, with overrides separated from the files of ``--base`` wherever they stand.
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sat.cli.arguments import Setting, lora, parse, reader, settings
+from sat.cli.arguments import Setting, add_check_inputs, lora, parse, reader, settings
 from sat.cli.main_guard import guard
 from sat.sampling.prompts import check_text
 from sat.util.host import prepare_threads
@@ -41,6 +41,7 @@ _OPTIONS = {
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     out = reader("sample.py", DESCRIPTION, EPILOG)
+    add_check_inputs(out)
     add = out.add_argument
     add("--prompt", action="append", metavar="TEXT", help="what to draw; repeat for several")
     add("--prompt-file", metavar="FILE", help="a UTF-8 text file with one prompt a line")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sat.cli.arguments import Setting, parse, reader, settings
+from sat.cli.arguments import Setting, add_check_inputs, parse, reader, settings
 from sat.cli.main_guard import guard
 from sat.util.host import parse_size
 
@@ -37,6 +37,7 @@ _OPTIONS = {
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     out = reader("train.py", DESCRIPTION, EPILOG)
+    add_check_inputs(out)
     add = out.add_argument
     add(
         "--output-dir",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -166,7 +167,8 @@ def record(
     """Write ``resolved.yaml`` (``--base`` reads it) and ``run.json`` into ``folder``; call it on one rank.
 
     ``hooks`` is the printed table of hook owners, ``weights`` a digest per checkpoint part, ``command`` the
-    program with its arguments (None: this process's).
+    program with its arguments (None: this process's). A folder that another start has written keeps it: what
+    it had otherwise is an entry of ``starts``, oldest first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "resolved.yaml", dump(experiment))
@@ -180,12 +182,36 @@ def record(
         "device": device,
         "world": world,
         "parallel": experiment.parallel.sizes,
+        **({"slurm": job} if (job := slurm_job()) else {}),
         "seeds": dict(seeds or {"sampling": experiment.sampling.seed}),
         "weights": dict(weights or {}),
         "hooks": hooks.splitlines(),
         "config": "resolved.yaml",
     }
+    try:
+        before = json.loads((folder / "run.json").read_text("utf-8"))
+        starts = [*before.pop("starts", [])]
+        different = [key for key in {**before, **facts} if before.get(key) != facts.get(key)]
+        facts["starts"] = [
+            *starts,
+            {key: before.get(key) for key in {"written": 0, **dict.fromkeys(different)}},
+        ]
+    except (OSError, ValueError, TypeError, AttributeError):  # the first start, or a damaged record
+        pass
     write_text(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def slurm_job() -> dict[str, Any]:
+    """Number, nodes and restarts of the SLURM job that this process belongs to; {} outside of one."""
+    told = os.environ
+    if "SLURM_JOB_ID" not in told:
+        return {}
+    array, task = told.get("SLURM_ARRAY_JOB_ID"), told.get("SLURM_ARRAY_TASK_ID")
+    return {
+        "job": told["SLURM_JOB_ID"] if array is None else f"{array}_{task}",
+        "nodes": told.get("SLURM_JOB_NODELIST", ""),
+        "restarts": int(told.get("SLURM_RESTART_COUNT") or 0),
+    }
 
 
 def amend(folder: Path, facts: Mapping[str, Any]) -> None:

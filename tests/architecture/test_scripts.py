@@ -38,7 +38,10 @@ def test_shellcheck_finds_nothing() -> None:
 @pytest.mark.parametrize("script", SLURM, ids=name)
 def test_a_slurm_script_is_warned_before_its_time_is_over(script: Path) -> None:
     options = re.findall(r"^#SBATCH --(\S+)$", script.read_text(), re.MULTILINE)
-    assert {"requeue", "open-mode=append", "ntasks-per-node=1"} <= set(options)
+    assert {"requeue", "open-mode=append"} <= set(options)
+    assert not re.search(r"(gpus|gres|ntasks|mem)[-=\w]*=", " ".join(options)), (
+        "one form would forbid the others"
+    )
     assert any(re.fullmatch(r"signal=B:USR1@\d+", option) for option in options)
 
 

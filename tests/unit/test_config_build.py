@@ -215,6 +215,29 @@ def test_a_run_can_be_repeated_from_its_record(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["resolved.yaml", "run.json"]
 
 
+def test_a_later_start_keeps_the_first_in_the_record(tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    e = debug()
+    read = lambda: json.loads((tmp_path / "run.json").read_text())  # noqa: E731
+    record(tmp_path, e, command=["train.py"])
+    first = read()
+    assert "starts" not in first and "slurm" not in first
+    for name, value in {"JOB_ID": "9", "JOB_NODELIST": "n[1-2]", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    record(tmp_path, e, world=2, command=["train.py", "--resume"])
+    second = read()
+    assert second["slurm"] == {"job": "9", "nodes": "n[1-2]", "restarts": 1}
+    assert second["starts"] == [
+        {"written": first["written"], "command": ["train.py"], "world": 1, "slurm": None}
+    ]
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    (tmp_path / "run.json").write_text('{"world": [')
+    record(tmp_path, e)
+    assert read()["slurm"]["job"] == "9_3" and "starts" not in read()
+
+
 def test_the_record_names_the_commit_and_changes_of_a_checkout(tmp_path):
     assert commit(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]

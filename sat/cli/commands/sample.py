@@ -56,8 +56,11 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         raise ConfigError(missing)
     absent = any(problem.key in ("sampling.prompt_file", "sampling.input_dir") for problem in missing)
     prompts = None if absent else _prompts(first)
-    if args.check:
-        return _check(cascade, prompts)
+    if args.check or args.check_inputs:
+        _check(cascade, prompts)
+        if args.check_inputs:
+            print(f"run folder: {first.output.dir or OUTPUT}")
+        return 0
     for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.loaded.notices):
         log.warning("%s", notice)
     if prompts is None and len(cascade.stages) > 1:
@@ -131,7 +134,7 @@ def _inputs(experiment: Experiment) -> InputFolder | None:
     return InputFolder.of(experiment.sampling, components(experiment).process.input)
 
 
-def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
+def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> None:
     """Say that the config is good, and what it still needs."""
     lines = [str(n) for stage in cascade.stages for n in (*stage.loaded.notices, *stage.loaded.missing)]
     for line in dict.fromkeys(lines):
@@ -151,7 +154,6 @@ def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> int:
         picked = apply_budget(stage.experiment, pick_device(stage.experiment.parallel.device))
         if picked is not None:
             print(f"{name}{picked}")
-    return 0
 
 
 @dataclass(frozen=True)

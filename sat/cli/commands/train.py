@@ -59,7 +59,9 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         print(dump(experiment), end="")
         return 0
     train, data = _sections(experiment)
-    if args.check:
+    if args.check_inputs and loaded.missing:
+        raise ConfigError(loaded.missing)
+    if args.check or args.check_inputs:
         for note in [*loaded.notices, *map(str, loaded.missing)]:
             print(f"note: {note}")
         precision = train.dtype if train.autocast is None else f"{train.dtype} with {train.autocast} autocast"
@@ -70,6 +72,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
             f"config ok: {train.steps} steps of {train.batch_size} x {train.accumulate} images a data rank "
             f"at {sizes}, {precision}, ZeRO {train.zero}"
         )
+        if args.check_inputs:
+            print(f"run folder: {experiment.output.dir}")
         return 0
     if args.plan:
         from sat.cli.commands.estimate import estimate

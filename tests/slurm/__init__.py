@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAND_INS = ROOT / "tests" / "assets" / "slurm"
 NODES = "127.0.0.[1-2]"
 """Two nodes as SLURM writes them; both are this machine."""
@@ -43,6 +43,9 @@ class Slurm:
             "PATH": self.path,
             "OMP_NUM_THREADS": "1",
             "REQUEUED": str(self.requeues),
+            "RANKS_PER_NODE": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "MEET_TIMEOUT": "30",
             "SLURM_JOB_ID": str(number),
             "SLURM_JOB_NODELIST": nodes,
             "SLURM_JOB_NUM_NODES": "2" if nodes == NODES else "1",
