@@ -46,7 +46,7 @@ def reader(program: str, description: str, epilog: str) -> argparse.ArgumentPars
 
 
 def add_check_inputs(reader: argparse.ArgumentParser) -> None:
-    """Give ``reader`` the option ``--check-inputs`` of commands that write a run folder; job scripts use it."""
+    """Give ``reader`` the option ``--check-inputs`` of commands with a run folder; job scripts use it."""
     what = "as --check, with an error for files that are missing; its last line names the run folder"
     reader.add_argument("--check-inputs", action="store_true", help=what)
 

@@ -38,7 +38,7 @@ def steps(run: Path) -> list[int]:
 
 
 def unchecked(folder: Path) -> Slurm:
-    """Jobs that leave out the check before the ranks, which one test has already: it imports torch once more."""
+    """Jobs without the check before the ranks, which one test has already: it imports torch once more."""
     programs = folder / "bin"
     programs.mkdir()
     text = f'#!/bin/bash\n[[ " $* " == *" --check-inputs "* ]] || exec {sys.executable} "$@"\n'

@@ -99,8 +99,8 @@ def test_every_node_starts_torchrun_and_meets_at_the_first(slurm) -> None:
     code, said = slurm.end(*TRAIN, number=number, nodes=NODES)
     assert code == 0, said
     assert sorted(slurm.calls) == [
-        f"127.0.0.{node} --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id {number} --rdzv_endpoint "
-        f"127.0.0.1:{10000 + number % 20000} --local-addr 127.0.0.{node} "
+        f"127.0.0.{node} --nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id {number} "
+        f"--rdzv_endpoint 127.0.0.1:{10000 + number % 20000} --local-addr 127.0.0.{node} "
         f"--rdzv_conf is_host={'true' if node == 1 else 'false'},join_timeout=30 {RANK}"
         for node in (1, 2)
     ]
@@ -137,8 +137,8 @@ def test_a_job_that_asked_for_no_gpu_is_told_how(slurm) -> None:
 
 def test_the_step_is_one_task_a_node_and_has_the_environment(slurm) -> None:
     """What the job asked for, and sbatch --export=NONE, do not reach srun."""
-    asked = ["GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "NTASKS", "NTASKS_PER_NODE", "CPUS_PER_GPU", "MEM_PER_GPU",
-             "TRES_PER_TASK", "EXPORT_ENV", "CPUS_PER_TASK"]  # fmt: skip
+    asked = ["GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "NTASKS", "NTASKS_PER_NODE", "CPUS_PER_GPU",
+             "MEM_PER_GPU", "TRES_PER_TASK", "EXPORT_ENV", "CPUS_PER_TASK"]  # fmt: skip
     slurm.end(*TRAIN, SRUN_SAYS=str(slurm.folder / "srun"), **{f"SLURM_{name}": "2" for name in asked})
     options, *left = (slurm.folder / "srun").read_text().splitlines()
     assert "--ntasks=1 --ntasks-per-node=1 " in options and "--export=ALL " in options
