@@ -190,7 +190,7 @@ class _Layers:
             if isinstance(node, ListConfig):  # replaced as a whole, so one item is changed in a copy
                 items, split = copy.deepcopy(node), end
                 wrapped = wrap(value, marks, self.problems, key, literal=literal)
-                holder = functools.reduce(_raw, key[end:-1], items)
+                holder: Any = functools.reduce(_raw, key[end:-1], items)
                 if key[-1] == "target" and _raw(holder, "target") != value:
                     holder["params"] = {}
                 OmegaConf.update(items, dotted(key[end:]), wrapped, force_add=True)
@@ -229,11 +229,12 @@ class _Layers:
                 if isinstance(item, dict):
                     self._prepare(None, item, None, (*key, name, str(index)), marks)
             child, below = _raw(old, name), record_of(hints.get(name))
-            kind = {dict: DictConfig, list: ListConfig}.get(type(value), object)
+            mapping = isinstance(value, dict)
+            kind = DictConfig if mapping else ListConfig if isinstance(value, list) else object
             if old is not None and (child == FOLLOWED or not isinstance(child, kind)):
-                old[name] = _defaults(below) if below and child is None and kind is DictConfig else None
+                old[name] = _defaults(below) if below and child is None and mapping else None
                 child = _raw(old, name)
-            if isinstance(value, dict):
+            if mapping:
                 self._prepare(child, value, below, (*key, name), marks)
 
     def _rename(self, tree: dict[str, Any], marks: Marks, old: Key, new: Key, above: Key = ()) -> None:

@@ -75,7 +75,7 @@ def test_three_question_marks_elsewhere_are_text_too(write):
 
 def test_resolvers_are_refused_before_anything_could_call_them(write):
     called = []
-    OmegaConf.register_new_resolver("told", lambda: called.append(1), replace=True)
+    OmegaConf.register_resolver("told", lambda: called.append(1), replace=True)
     first = write("sampling:\n  guider: ${told:}\n  steps: ${env:HOME}\n")
     lines = refused([DEBUG, first, DEBUG], ["sampling.guider={target: sat.diffusion.guidance.Unguided}"])
     assert [line.partition(" is not")[0] for line in lines] == [
