@@ -104,7 +104,7 @@ class Pipeline:
         waiting, dtype = offloaded_parts(memory, place), DTYPES[sampling.dtype]
         engine = build_engine(experiment, device=place, dtype=dtype, mesh=mesh, offloaded=waiting)
         engine.conditioner.moves_encoder = "text" not in waiting
-        if mesh is not None:
+        if mesh is not None and mesh.sequence.size > 1:
             apply_sequence(engine.network, mesh.sequence)
         wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
         generator = Generator(

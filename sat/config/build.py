@@ -157,7 +157,7 @@ class PartBuilder:
 
     def _split(self, module: nn.Module, part: Part) -> nn.Module:
         """``module`` with this tensor rank's share of its layers; the autoencoder stays whole."""
-        if self.mesh is None or part == "first_stage":
+        if self.mesh is None or self.mesh.tensor.size == 1 or part == "first_stage":
             return module
         return apply_sharding(module, family_sharding(type(module)), self.mesh.tensor)
 

@@ -119,16 +119,12 @@ class Process(nn.Module):
         mixins = mixins or {}
         self.mixins = nn.ModuleDict(mixins)
         self.resolved: Resolved[ProcessHooks] = resolve(PLAIN, mixins)
+        self.hooks = self.resolved.hooks
         asked = {name: getattr(mixin, "input", None) for name, mixin in mixins.items()}
         inputs = {name: given for name, given in asked.items() if isinstance(given, ProcessInput)}
         if len(set(inputs.values())) > 1:
             raise HookConflictError(f"mixins {list(inputs)} need different input pictures: keep one of them")
         self.input: ProcessInput | None = next(iter(inputs.values()), None)
-
-    @property
-    def hooks(self) -> ProcessHooks:
-        """The resolved extension points."""
-        return self.resolved.hooks
 
     def noise(self, x0: Tensor, eps: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
         """x_t (B, C, h, w) of training, from clean latents and unit noise of that shape."""

@@ -272,8 +272,8 @@ class OffloadedPart:
 class OffloadSchedule:
     """Keeps the part of the current stage on the device, and the other ``offloaded`` parts off it."""
 
-    def __init__(self, offloaded: Mapping[Part, OffloadedPart] | None = None) -> None:
-        self._offloaded = dict(offloaded or {})
+    def __init__(self, offloaded: Mapping[Part, OffloadedPart]) -> None:
+        self._offloaded = dict(offloaded)
 
     def enter(self, part: Part) -> None:
         """Offload other parts, then onload ``part``; a part that is never offloaded is there anyway."""
@@ -290,15 +290,15 @@ class OffloadSchedule:
 
 def offload_schedule(
     engine: DiffusionEngine, memory: Placement, device: torch.device, stream: TransferStream | None = None
-) -> OffloadSchedule:
-    """Offload the parts of ``engine`` that ``memory`` asks for.
+) -> OffloadSchedule | None:
+    """Offload the parts of ``engine`` that ``memory`` asks for; None where it asks for none.
 
     :func:`offloaded_parts` must be in host memory. ``stream`` None is the device's own; with one, parts are
     offloaded on any device, the CPU included.
     """
     names = offloaded_parts(memory, device if stream is None else None)
     if not names:
-        return OffloadSchedule()
+        return None
     stream = stream or DeviceStream(device)
     offloaded: dict[Part, OffloadedPart] = {}
     for part, module in parts(engine).items():

@@ -171,7 +171,7 @@ class Generator:
     decode_tile: int | None = None
     team: Axis = ALONE
     rank: int = 0  # of this process in the run; rank 0 shows progress
-    offload: OffloadSchedule = field(default_factory=OffloadSchedule)  # of parts that wait in host memory
+    offload: OffloadSchedule | None = None  # of parts that wait in host memory
     cache: StepCache | None = None
     count: Count = field(default_factory=Count)  # of the network's looks, where a step cache is in use
     speed: str = ""  # what makes the network fast, in words
@@ -272,7 +272,8 @@ class Generator:
 
         An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
         """
-        self.offload.enter("text")
+        if self.offload is not None:
+            self.offload.enter("text")
 
         def encode(text: str) -> tuple[Tensor, Tensor | None]:
             out, mask = self.engine.conditioner.encode([text], self.device)
@@ -328,12 +329,14 @@ class Generator:
         if low is not None:
             if wanted is None:
                 raise ValueError("low-resolution images are given, but this model draws from noise alone")
-            self.offload.enter("first_stage")
+            if self.offload is not None:
+                self.offload.enter("first_stage")
             noise = rng.unit().to(self.device)
             large = wanted.enlarge(low.to(self.device))  # (B, 3, H, W)
             low_latent = self.engine.encode(large, noise, tile=self.decode_tile, work=self._share_tiles)
 
-        self.offload.enter("model")
+        if self.offload is not None:
+            self.offload.enter("model")
         out = self.engine.sample(
             cond,
             uncond,
@@ -353,7 +356,8 @@ class Generator:
         """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""
         if self.team.rank and self.decode_tile is None:
             return []
-        self.offload.enter("first_stage")
+        if self.offload is not None:
+            self.offload.enter("first_stage")
         pixels = self.engine.decode(
             latents.to(self.device), batch=self.decode_batch, tile=self.decode_tile, work=self._share_tiles
         )

@@ -36,11 +36,6 @@ class Transformer(nn.Module):
         self.mixins = nn.ModuleDict(mixins)
         self._resolve()
 
-    @property
-    def hooks(self) -> TransformerHooks:
-        """The resolved extension points."""
-        return self.resolved.hooks
-
     def extend(self, name: str, mixin: Mixin) -> None:
         """Add ``mixin`` to a built transformer, around those it has."""
         if name in self.mixins:
@@ -56,6 +51,7 @@ class Transformer(nn.Module):
     def _resolve(self) -> None:
         mixins = cast("Mapping[str, Mixin]", dict(self.mixins.items()))
         self.resolved: Resolved[TransformerHooks] = resolve(self._defaults(), mixins)
+        self.hooks = self.resolved.hooks
 
     def prepare(self, ctx: Context) -> Context:
         """``ctx`` with everything filled in that depends on the text and the size but not on the step.
