@@ -18,6 +18,7 @@ from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, T5, V,
 from sat.checkpoint.load import Computes, match
 from sat.checkpoint.rules import Matched
 from sat.checkpoint.save import WRITERS, Options
+from sat.checkpoint.verify import verify_file
 
 #: Builds the network that a component (``target`` and ``params``) describes; on the meta device where it can.
 Build = Callable[[Mapping[str, Any]], nn.Module]
@@ -161,6 +162,7 @@ def convert(
         for part in _parts(sources, allow_pickle):
             path = sources.of(part)
             theirs = stack.enter_context(open_part(path, part, allow_pickle=allow_pickle))
+            theirs.verified()  # before anything is written
             section = sections.get("conditioning") or {} if part == "text" else sections
             component, module, found = match_component(path, theirs, part, section.get(part), build)
             if part == "text":
@@ -177,7 +179,7 @@ def convert(
         total = sum(info.nbytes for tensors in parts.values() for info in tensors.infos().values())
         advance = progress(total) if progress is not None else None
         tokenizer, notes = _tokenizer(sources, parts, to)
-        options = replace(options, advance=advance)
+        options = replace(options, advance=advance, finite=True)
         WRITERS[to](destination, parts, _finished(sections), tokenizer=tokenizer, options=options)
         return Converted(destination, {part: len(tensors) for part, tensors in parts.items()}, total, notes)
 
@@ -262,6 +264,8 @@ def _tokenizer(
         return found, []
     path = sources.of("text")
     found = detect(path).tokenizer(path)
+    if found is not None:
+        verify_file(found)
     return found, [] if found else [
         f"no spiece.model beside the text encoder: the {to} folder is without a tokenizer"
     ]

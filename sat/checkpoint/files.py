@@ -13,6 +13,7 @@ from typing import Any
 
 from sat.checkpoint.format import CheckpointError, Joined, LazyStateDict, SafetensorsFile, listing
 from sat.checkpoint.torch_file import TorchFile
+from sat.checkpoint.verify import Verify, check_file
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -31,10 +32,18 @@ _NOT_WEIGHTS = (  # beginnings of files that are surely not weights, and what to
 )
 
 
-def open_file(path: Path, *, allow_pickle: bool = False) -> LazyStateDict:
-    """The tensors of one file, safetensors or PyTorch, told apart by content."""
+_FULL = Verify()
+
+
+def open_file(  # noqa: C901 - one kind of file after the other
+    path: Path, *, allow_pickle: bool = False, verify: Verify = _FULL
+) -> LazyStateDict:
+    """The tensors of one file, safetensors or PyTorch, told apart by content; checked as ``verify`` says."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise CheckpointError(f"{path}: {kind}, not a file of weights")
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -45,10 +54,13 @@ def open_file(path: Path, *, allow_pickle: bool = False) -> LazyStateDict:
     for beginnings, complaint in _NOT_WEIGHTS:
         if head.lstrip().lower().startswith(beginnings):
             raise CheckpointError(f"{path}: {complaint}")
+    check = check_file(path, verify)
     if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:9] != b"{":
-        return TorchFile(path, allow_pickle=allow_pickle)
+        return TorchFile(path, allow_pickle=allow_pickle, check=check, verify=verify)
     if head[8:9] == b"{" or path.suffix in SAFETENSORS:
-        return SafetensorsFile(path)
+        return SafetensorsFile(path, check)
+    if check is not None:
+        check.finish()
     if path.suffix in TORCH:
         raise CheckpointError(
             f"{path}: truncated or corrupt: does not begin as a PyTorch file; copy or download it again"
@@ -64,11 +76,19 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got a {type(content).__name__}")
     return content
+
+
+VOCABULARY = ("spiece.model", "tokenizer.json")  # sentencepiece's own file, and the one of `tokenizers`
+
+
+def vocabulary(folder: Path) -> Path | None:
+    """The file of the tokenizer in ``folder``: spiece.model, else tokenizer.json, else None."""
+    return next((folder / name for name in VOCABULARY if (folder / name).is_file()), None)
 
 
 def weight_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
@@ -77,7 +97,7 @@ def weight_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in wanted and path.is_file())
 
 
-def open_folder(folder: Path, *, allow_pickle: bool = False) -> LazyStateDict:
+def open_folder(folder: Path, *, allow_pickle: bool = False, verify: Verify = _FULL) -> LazyStateDict:
     """The tensors of a folder: those of its index, else its only weight file, else its numbered shards.
 
     Safetensors win over PyTorch files, plain names over variants (``model.fp16.safetensors``).
@@ -90,14 +110,17 @@ def open_folder(folder: Path, *, allow_pickle: bool = False) -> LazyStateDict:
             places = read_json(index).get("weight_map")
             if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
                 raise CheckpointError(f"{index}: has no weight_map of tensor names to files")
-            tensors = open_shards(folder, sorted(set(places.values())), allow_pickle=allow_pickle)
+            tensors = open_shards(
+                folder, sorted(set(places.values())), allow_pickle=allow_pickle, verify=verify
+            )
             if absent := sorted(set(places) - set(tensors)):
                 raise CheckpointError(
                     f"{index}: names {len(absent)} tensors that the shards do not hold: {listing(absent)}"
                 )
             return tensors
         if files := _plain(weight_files(folder, suffixes)):
-            return open_shards(folder, [path.name for path in files], allow_pickle=allow_pickle)
+            names = [path.name for path in files]
+            return open_shards(folder, names, allow_pickle=allow_pickle, verify=verify)
     raise CheckpointError(f"{folder}: holds no weight files ({', '.join((*SAFETENSORS, *TORCH))})")
 
 
@@ -118,13 +141,15 @@ def _plain(files: list[Path]) -> list[Path]:
     return files
 
 
-def open_shards(folder: Path, names: list[str], *, allow_pickle: bool = False) -> LazyStateDict:
+def open_shards(
+    folder: Path, names: list[str], *, allow_pickle: bool = False, verify: Verify = _FULL
+) -> LazyStateDict:
     """The tensors of the files ``names`` in ``folder`` as one; all of them must be there."""
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{folder}: shard names must be plain file names, got {listing(outside)}")
     if absent := [name for name in names if not (folder / name).exists()]:
         raise CheckpointError(f"{folder}: {len(absent)} of {len(names)} shards missing: {listing(absent)}")
-    shards = {name: open_file(folder / name, allow_pickle=allow_pickle) for name in names}
+    shards = {name: open_file(folder / name, allow_pickle=allow_pickle, verify=verify) for name in names}
     return next(iter(shards.values())) if len(shards) == 1 else Joined(shards, str(folder))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -16,6 +15,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from sat.checkpoint.verify import CheckpointError as CheckpointError
+from sat.checkpoint.verify import Digester, FileCheck
+from sat.checkpoint.verify import Written as Written
 
 #: A checkpoint's parts: the denoising network, the image autoencoder, the text encoder.
 Part: TypeAlias = Literal["model", "first_stage", "text"]
@@ -39,10 +42,6 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, used or written. The message is one line a user can act on."""
 
 
 class TensorInfo(NamedTuple):
@@ -70,6 +69,7 @@ class LazyStateDict(Mapping[str, Tensor]):
 
     source: str  # file or folder of the tensors, for messages
     exact: frozenset[str] = frozenset()  # names that a native writer never narrows: buffers such as tables
+    digested: bool = True  # false: values without digests of ours, which may hold NaN unseen
 
     @abstractmethod
     def info(self, key: str) -> TensorInfo:
@@ -77,6 +77,9 @@ class LazyStateDict(Mapping[str, Tensor]):
 
     def release(self, key: str) -> None:  # noqa: B027 (a hint; most sources hold nothing)
         """Hint that ``key`` has been used: memory that reading it took may go back to the system."""
+
+    def verified(self) -> None:  # noqa: B027
+        """Wait until the files behind the tensors are checked; :class:`CheckpointError` if one is damaged."""
 
     def close(self) -> None:  # noqa: B027
         """Close the files behind the tensors."""
@@ -123,7 +126,7 @@ class View(LazyStateDict):
 
     def __init__(self, inner: LazyStateDict) -> None:
         self.inner = inner
-        self.source = inner.source
+        self.source, self.digested = inner.source, inner.digested
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
@@ -132,6 +135,10 @@ class View(LazyStateDict):
     def release(self, key: str) -> None:
         """Pass the hint on."""
         self.inner.release(key)
+
+    def verified(self) -> None:
+        """Wait for the check of the files."""
+        self.inner.verified()
 
     def close(self) -> None:
         """Close the files behind the tensors."""
@@ -179,6 +186,7 @@ class Joined(LazyStateDict):
     def __init__(self, shards: Mapping[str, LazyStateDict], source: str) -> None:
         self.source = source
         self._shards = shards
+        self.digested = all(shard.digested for shard in shards.values())
         self._owner: dict[str, LazyStateDict] = {}
         for file, shard in shards.items():
             for name in shard:
@@ -193,6 +201,11 @@ class Joined(LazyStateDict):
     def release(self, key: str) -> None:
         """Pass the hint on."""
         self._owner[key].release(key)
+
+    def verified(self) -> None:
+        """Wait for the check of every shard."""
+        for shard in self._shards.values():
+            shard.verified()
 
     def close(self) -> None:
         """Close every shard."""
@@ -253,15 +266,22 @@ class _Place:
 
 
 class SafetensorsFile(LazyStateDict):
-    """The tensors of one file. The header is checked whole when opened; values are mapped when asked for."""
+    """The tensors of one file. The header is checked whole when opened; values are mapped when asked for.
 
-    def __init__(self, path: Path) -> None:
-        self.source = str(path)
+    ``check`` compares the file with its digests while it is read.
+    """
+
+    def __init__(self, path: Path, check: FileCheck | None = None) -> None:
+        self.source, self._check, self.digested = str(path), check, check is not None
         try:
             self._file = path.open("rb")
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from error
         try:
+            if check is not None:
+                check.first(8)
+                check.first(8 + int.from_bytes(self._file.read(8), "little"))
+                self._file.seek(0)
             self._places, self.metadata = _header(path, self._file.read)
         except BaseException:
             self._file.close()
@@ -275,6 +295,8 @@ class SafetensorsFile(LazyStateDict):
         place = self._places[key]
         if not place.nbytes:
             return torch.empty(place.info.shape, dtype=place.info.dtype)
+        if self._check is not None:
+            self._check.wait(place.begin, place.begin + place.nbytes)
         page = mmap.ALLOCATIONGRANULARITY
         skip = place.begin % page
         try:  # a private map, which lives as long as the tensor; the file is never written
@@ -290,8 +312,15 @@ class SafetensorsFile(LazyStateDict):
             flat = flat.clone()
         return flat.view(place.info.dtype).reshape(place.info.shape)
 
+    def verified(self) -> None:
+        """Wait for the check of the whole file."""
+        if self._check is not None:
+            self._check.finish()
+
     def close(self) -> None:
         """Close the file; tensors already read stay valid."""
+        if self._check is not None:
+            self._check.close()
         self._file.close()
 
     def __iter__(self) -> Iterator[str]:
@@ -314,7 +343,7 @@ def _header(path: Path, read: Callable[[int], bytes]) -> tuple[dict[str, _Place]
         header = json.loads(read(length))
         metadata = header.pop("__metadata__", {})
         places = {name: _place(entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the safetensors header is damaged ({error}); copy or download it again"
         ) from error
@@ -339,14 +368,6 @@ def _place(entry: Mapping[str, Any], base: int) -> _Place:
     if begin < 0 or end < begin or any(n < 0 for n in shape):
         raise ValueError(f"impossible range {begin}..{end} or shape {list(shape)}")
     return _Place(TensorInfo(shape, _DTYPES[entry["dtype"]]), base + begin, end - begin)
-
-
-@dataclass(frozen=True)
-class Written:
-    """A finished file: bytes and SHA-256 of its content."""
-
-    nbytes: int
-    sha256: str
 
 
 def write_safetensors(
@@ -374,18 +395,18 @@ def write_safetensors(
         offset += info.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    digester = Digester()
     with path.open("wb") as file:
         for piece in (memoryview(len(text).to_bytes(8, "little")), memoryview(text)):
-            digest.update(piece)
+            digester.update(piece)
             file.write(piece)
         for name in names:
             for piece in tensor_bytes(read(name), infos[name], name):
-                digest.update(piece)
+                digester.update(piece)
                 file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-    return Written(8 + len(text) + offset, digest.hexdigest())
+    return digester.written()
 
 
 def tensor_bytes(tensor: Tensor, info: TensorInfo, name: str, step: int = 1 << 24) -> Iterator[memoryview]:

@@ -26,6 +26,7 @@ from sat.checkpoint.format import (
 from sat.checkpoint.formats import open_part
 from sat.checkpoint.ranks import RankFiles
 from sat.checkpoint.rules import Matched, best_layout, family_rules
+from sat.checkpoint.verify import Verify
 from sat.sharding import family_sharding, shards
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     allow_unexpected: Sequence[str] = (),
     allow_pickle: bool = False,
     placed: Callable[[nn.Module, str], None] | None = None,
+    verify: Verify | None = None,
 ) -> LoadReport:
     """Fill ``module`` with the weights of ``part`` at ``source`` (a path in any format, or tensors by name).
 
@@ -91,24 +93,34 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     is for floating-point parameters; buffers keep their own. None keeps the module's (a meta module goes to
     the CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and the file's.
     ``placed(module, name)`` is called as soon as a tensor has its values, and may put another module in its
-    owner's place.
+    owner's place. ``verify`` says how files are checked (all of them, by this process); a damaged one is
+    refused before the module is returned, and so are values that are not finite in files without digests.
     """
+    verify = verify or Verify()
     with ExitStack() as stack:
+        stack.enter_context(verify.together())
         if isinstance(source, str | Path):
-            theirs = stack.enter_context(open_part(source, part, allow_pickle=allow_pickle))
+            theirs = stack.enter_context(open_part(source, part, allow_pickle=allow_pickle, verify=verify))
         else:
             theirs = as_lazy(source)
-        found = match(module, theirs, part, allow_missing=allow_missing, allow_unexpected=allow_unexpected)
-        target = _Target(module, device, dtype)
-        target.fill(found.view, placed)
-        target.finish(found.missing)
+        try:
+            found = match(
+                module, theirs, part, allow_missing=allow_missing, allow_unexpected=allow_unexpected
+            )
+            target = _Target(module, device, dtype)
+            target.fill(found.view, placed, finite=verify.mode == "full" and not theirs.digested)
+            target.finish(found.missing)
+        except Exception:
+            theirs.verified()  # damage explains whatever came of it
+            raise
+        theirs.verified()
     lists = (found.missing, found.computed, found.unexpected, found.ignored)
     report = LoadReport(theirs.source, found.layout, len(found.view), *lists)
     logger.info("%s: %s", part, report)
     return report
 
 
-def match(
+def match(  # noqa: C901 - one problem after the other
     module: nn.Module,
     theirs: LazyStateDict,
     part: Part,
@@ -139,6 +151,16 @@ def match(
             f"the first are {listing(list(theirs))}; is it the {part} part of this model?"
         )
     problems = []
+    odd = [
+        f"{name!r} is {str(is_)[6:]}, the model has {str(has)[6:]}"
+        for name in found.view
+        if (has := expected[name].dtype).is_floating_point
+        and not (is_ := found.view.info(name).dtype).is_floating_point
+    ]
+    if odd:
+        problems.append(
+            f"{len(odd)} of another kind of number: {'; '.join(odd[:3])}{' …' if odd[3:] else ''}"
+        )
     if missing:
         problems.append(f"{len(missing)} missing: {listing([found.their_name(name) for name in missing])}")
     if unexpected:
@@ -170,6 +192,18 @@ def wanted(module: nn.Module) -> dict[str, TensorInfo]:
 
 def _any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def refuse_not_finite(tensor: Tensor, name: str, source: str) -> None:
+    """Raise if a value of ``tensor`` is NaN or infinite."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise CheckpointError(
+            f"{source}: {name!r} holds values that are not finite (NaN or infinite): damaged, or of a "
+            f"training that diverged; copy or download it again"
+        )
 
 
 class Overflow:
@@ -215,8 +249,16 @@ class _Target:
         # id of a replaced parameter -> its replacement, for tied ones, while something else keeps that
         self._shared: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
-    def fill(self, view: LazyStateDict, placed: Callable[[nn.Module, str], None] | None = None) -> None:
-        """Read, cast and place every tensor of ``view``; ``placed`` is called after each."""
+    def fill(
+        self,
+        view: LazyStateDict,
+        placed: Callable[[nn.Module, str], None] | None = None,
+        finite: bool = False,
+    ) -> None:
+        """Read, cast and place every tensor of ``view``; ``placed`` is called after each.
+
+        With ``finite``, parameters whose values are not are refused.
+        """
         overflow = Overflow()
         for name in view:
             path, _, local = name.rpartition(".")
@@ -224,6 +266,8 @@ class _Target:
             old: Tensor = getattr(owner, local)
             shard = self._shards.get(name)
             tensor = view[name] if shard is None else shard.take(view[name])
+            if finite and isinstance(old, nn.Parameter):
+                refuse_not_finite(tensor, name, view.source)
             tensor = overflow.cast(name, tensor, self._wanted(old))
             self._place(owner, local, old, tensor)
             view.release(name)

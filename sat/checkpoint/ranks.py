@@ -27,6 +27,7 @@ class RankFiles(View):
     def __init__(self, files: Sequence[LazyStateDict], source: str) -> None:
         super().__init__(files[0])
         self.files, self.source = files, source
+        self.digested = all(file.digested for file in files)
         first = files[0]
         for file in files[1:]:
             if odd := sorted(set(first) ^ set(file)):
@@ -42,6 +43,11 @@ class RankFiles(View):
         """Pass the hint on."""
         for file in self.files:
             file.release(key)
+
+    def verified(self) -> None:
+        """Wait for the check of every file."""
+        for file in self.files:
+            file.verified()
 
     def close(self) -> None:
         """Close every file."""
@@ -73,7 +79,25 @@ class RankFiles(View):
             for theirs in source.names:
                 if self.info(own[theirs]).shape[: len(whole)] != whole:
                     cuts[own[theirs]] = _their_cut(source, ours[name])
+        self._refuse_copies(cuts)
         return MergedRanks(self, cuts)
+
+    def _refuse_copies(self, cuts: Mapping[str, Cut]) -> None:
+        """Raise if two ranks have the same shares of all tensors in ``cuts``: a copied file."""
+        for rank, file in enumerate(self.files):
+            for earlier, other in enumerate(self.files[:rank]):
+                telling = False  # a share that is one number all over may well be equal
+                for name in cuts:
+                    share = other[name]
+                    if not torch.equal(file[name], share):
+                        break
+                    telling = telling or bool((share != share.flatten()[0]).any())
+                else:
+                    if telling:
+                        raise CheckpointError(
+                            f"{self.source}: the files of ranks {earlier} and {rank} hold the same shares "
+                            f"of every layer: one is a copy of the other; copy the right file again"
+                        )
 
 
 class MergedRanks(View):

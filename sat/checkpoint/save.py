@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.files import atomic_folder
+from sat.checkpoint.files import SAFETENSORS, TORCH, atomic_folder
 from sat.checkpoint.format import (
     ENGINE_PREFIXES,
     PARTS,
@@ -25,7 +25,7 @@ from sat.checkpoint.format import (
     as_lazy,
     write_safetensors,
 )
-from sat.checkpoint.formats import FORMAT, MANIFEST, VERSION
+from sat.checkpoint.formats import FORMAT, VERSION
 from sat.checkpoint.formats.diffusers import (
     FOLDERS,
     T5,
@@ -37,10 +37,11 @@ from sat.checkpoint.formats.diffusers import (
     vae_config,
 )
 from sat.checkpoint.formats.sat import SIDECAR, rank_file
-from sat.checkpoint.load import Overflow
+from sat.checkpoint.load import Overflow, refuse_not_finite
 from sat.checkpoint.ranks import RankShare, their_cuts
 from sat.checkpoint.rules import as_theirs, family_rules
 from sat.checkpoint.torch_file import write_torch
+from sat.checkpoint.verify import DIGESTS, MANIFEST, digest_file
 from sat.sharding import Cut, family_sharding
 
 Parts = Mapping[Part, Mapping[str, Tensor]]
@@ -51,13 +52,15 @@ SHARD_BYTES = 5_000_000_000
 class Options:
     """Options of a writer. ``dtype`` None keeps each tensor's; ``advance`` is called with the bytes done.
 
-    ``ranks``: model-parallel ranks that an official engine file is split over.
+    ``ranks``: model-parallel ranks that an official engine file is split over. ``finite`` refuses values that
+    are not.
     """
 
     dtype: torch.dtype | None = None
     max_shard_bytes: int = SHARD_BYTES
     ranks: int = 1
     advance: Callable[[int], None] | None = None
+    finite: bool = False
 
 
 def save_native(
@@ -81,13 +84,14 @@ def save_native(
                 tensors = as_lazy(parts[part])
                 written = write_shards(place, part, tensors, options, index=False)
                 files[part] = {
-                    "files": [{"name": n, "bytes": w.nbytes, "sha256": w.sha256} for n, w in written.items()],
+                    "files": [w.record(name) for name, w in written.items()],
                     "tensors": len(tensors),
                     "elements": sum(info.numel for info in tensors.infos().values()),
                     "dtypes": sorted({str(_info(tensors, name, options).dtype)[6:] for name in tensors}),
                 }
         manifest = {"format": FORMAT, "version": VERSION, "parts": files, "config": dict(config)}
-        _copy_tokenizer(tokenizer, place / "tokenizer")
+        if copied := _copy_tokenizer(tokenizer, place / "tokenizer"):
+            manifest["tokenizer"] = [digest_file(copied).record(f"tokenizer/{copied.name}")]
         write_json(place / MANIFEST, manifest)
     return Path(folder)
 
@@ -121,15 +125,18 @@ def save_sat(
                     place / "1" / rank_file(rank), share, "module", ENGINE_PREFIXES["model"], options
                 )
             (place / "latest").write_text("1")
+            write_digests(place / "1")
         if "first_stage" in parts:
             tensors = _theirs(parts["first_stage"], "first_stage", "SAT", config)
             (place / "vae").mkdir()
             channels = _params(config, "first_stage").get("latent_channels", 16)
             write_torch_file(place / "vae" / f"imagekl_ch{channels}.pt", tensors, "state_dict", "", options)
+            write_digests(place / "vae")
         if "text" in parts:
             text = place / "t5-v1_1-xxl"
-            _write_t5(text, parts["text"], config, options)
+            written = _write_t5(text, parts["text"], config, options)
             _copy_tokenizer(tokenizer, text)
+            write_digests(text, written)
         write_json(place / SIDECAR, dict(config))
     return Path(folder)
 
@@ -161,12 +168,16 @@ def save_diffusers(
         for part, tensors in theirs.items():
             target = place / FOLDERS[part]
             target.mkdir()
-            write_shards(target, "diffusion_pytorch_model", tensors, options, index=True)
+            written = write_shards(target, "diffusion_pytorch_model", tensors, options, index=True)
+            write_digests(target, written)
             write_json(target / "config.json", configs[part])
         if "text" in parts:
-            _write_t5(place / FOLDERS["text"], parts["text"], config, options, with_tokenizer_config=False)
+            encoder = place / FOLDERS["text"]
+            written = _write_t5(encoder, parts["text"], config, options, with_tokenizer_config=False)
+            write_digests(encoder, written)
             if tokenizer is not None:
                 _copy_tokenizer(tokenizer, place / "tokenizer")
+                write_digests(place / "tokenizer")
                 write_json(place / "tokenizer" / "tokenizer_config.json", tokenizer_config(_tokens(config)))
         (place / "scheduler").mkdir()
         write_json(place / "scheduler" / "scheduler_config.json", scheduler)
@@ -238,16 +249,17 @@ def _write_t5(
     options: Options,
     *,
     with_tokenizer_config: bool = True,
-) -> None:
-    """Write the text encoder as a Hugging Face folder."""
+) -> dict[str, Written]:
+    """Write the text encoder as a Hugging Face folder; returns the weight files by name."""
     folder.mkdir()
     theirs = _theirs(tensors, "text", "HF", config)
-    write_shards(folder, "model", theirs, options, index=True)
+    written = write_shards(folder, "model", theirs, options, index=True)
     dtype = str(_info(theirs, next(iter(theirs)), options).dtype)[6:]
     text = (config.get("conditioning") or {}).get("text") or {}
     write_json(folder / "config.json", t5_config(text.get("params") or {}, dtype))
     if with_tokenizer_config:
         write_json(folder / "tokenizer_config.json", tokenizer_config(_tokens(config)))
+    return written
 
 
 def _info(tensors: LazyStateDict, name: str, options: Options) -> TensorInfo:
@@ -270,6 +282,8 @@ class _Reader:
         self.done()
         self._last = name
         tensor = self._tensors[name]
+        if self._options.finite:
+            refuse_not_finite(tensor, name, self._tensors.source)
         wanted = _info(self._tensors, name, self._options).dtype
         return self._overflow.cast(name, tensor, wanted)
 
@@ -282,7 +296,8 @@ class _Reader:
         self._last = None
 
     def check(self) -> None:
-        """Raise if a value did not fit the wanted type."""
+        """Raise if a value did not fit the wanted type, or a file that was read is damaged."""
+        self._tensors.verified()
         self._overflow.check(self._tensors.source)
 
 
@@ -333,14 +348,25 @@ def write_torch_file(path: Path, tensors: LazyStateDict, root: str, prefix: str,
     read.check()
 
 
-def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> None:
+def _copy_tokenizer(tokenizer: Path | None, folder: Path) -> Path | None:
+    """Copy of ``tokenizer`` in ``folder``, under the name of its kind."""
     if tokenizer is None:
-        return
+        return None
     folder.mkdir(exist_ok=True)
     try:
-        shutil.copyfile(tokenizer, folder / "spiece.model")
+        kind = "tokenizer.json" if tokenizer.suffix == ".json" else "spiece.model"
+        return Path(shutil.copyfile(tokenizer, folder / kind))
     except OSError as error:
         raise CheckpointError(f"{tokenizer}: cannot copy the tokenizer: {error.strerror or error}") from error
+
+
+def write_digests(folder: Path, written: Mapping[str, Written] | None = None) -> None:
+    """Write digests.json of the weights and the vocabulary in ``folder``; reads those not in ``written``."""
+    kinds = (*SAFETENSORS, *TORCH, ".model")
+    files = sorted(p for p in folder.iterdir() if p.suffix in kinds or p.name == "tokenizer.json")
+    known = written or {}
+    content = [(known.get(file.name) or digest_file(file)).record(file.name) for file in files]
+    write_json(folder / DIGESTS, {"files": content})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import re
 import sys
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sat.checkpoint.format import CheckpointError, InMemory, TensorInfo, tensor_bytes
+from sat.checkpoint.verify import FileCheck, Range, Verify, crc32
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,23 @@ _LOAD_ERRORS = (
 
 
 class TorchFile(InMemory):
-    """The tensors of one ``torch.save`` file, mapped. ``allow_pickle`` runs any code the pickle holds."""
+    """The tensors of one ``torch.save`` file, mapped. ``allow_pickle`` runs any code the pickle holds.
 
-    def __init__(self, path: Path, *, allow_pickle: bool = False) -> None:
+    ``check`` compares the file with its digests; without one the CRC-32 of the zip is looked at.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        allow_pickle: bool = False,
+        check: FileCheck | None = None,
+        verify: Verify | None = None,
+    ) -> None:
+        verify = verify or Verify()
+        crc = _records(path, verify, check is None)
         super().__init__(_tensors(path, _load(path, allow_pickle)), str(path))
+        self._check, self.digested = check or crc, check is not None
         # Addresses at which the system has mapped the file (Linux; none elsewhere).
         self._ranges: list[tuple[int, int]] = []
         maps = Path("/proc/self/maps")
@@ -73,9 +88,66 @@ class TorchFile(InMemory):
             address, length = ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)
             ctypes.CDLL(None).madvise(address, length, mmap.MADV_DONTNEED)
 
+    def verified(self) -> None:
+        """Wait for the check of the file."""
+        if self._check is not None:
+            self._check.finish()
+
     def close(self) -> None:
         """Drop the map."""
+        if self._check is not None:
+            self._check.close()
         self._tensors = {}
+
+
+def _records(path: Path, verify: Verify, crc: bool) -> FileCheck | None:
+    """Check of the CRC-32 of the zip's records; those that are not tensors at once.
+
+    Compressed records, and more bytes than the file has, are refused: ``torch.save`` only stores.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    ranges: list[Range] = []
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            entries = archive.infolist()
+            if packed := [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]:
+                raise CheckpointError(
+                    f"{path}: {packed[0][:80]!r} in it is compressed, as torch.save never does: refused"
+                )
+            total = sum(entry.file_size for entry in entries)
+            if total > size or any(entry.file_size != entry.compress_size for entry in entries):
+                raise CheckpointError(
+                    f"{path}: its records claim {total:,} bytes, the file has {size:,}: refused"
+                )
+            if verify.mode != "full" or not crc:
+                return None
+            for entry in entries:
+                file.seek(entry.header_offset)
+                head = file.read(30)
+                begin = (
+                    entry.header_offset
+                    + 30
+                    + sum(int.from_bytes(head[i : i + 2], "little") for i in (26, 28))
+                )
+                if head[:4] != b"PK\3\4" or begin + entry.file_size > size:
+                    raise CheckpointError(
+                        f"{path}: damaged at {entry.filename[:80]!r}; copy or download it again"
+                    )
+                ranges.append(Range(begin, begin + entry.file_size, f"{entry.CRC:08x}"))
+                if "/data/" not in entry.filename:
+                    file.seek(begin)
+                    if zlib.crc32(file.read(entry.file_size)) != entry.CRC:
+                        raise CheckpointError(
+                            f"{path}: truncated or corrupt: {entry.filename[:80]!r} has another CRC-32; "
+                            f"copy or download it again"
+                        )
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or corrupt PyTorch file ({error}); copy or download it again"
+        ) from error
+    return FileCheck(path, sorted(ranges), verify, crc32)
 
 
 def _load(path: Path, allow_pickle: bool) -> object:

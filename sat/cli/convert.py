@@ -29,7 +29,9 @@ Convert the checkpoint SRC to a new folder DST. The format of SRC is found by it
   python convert.py runs/sft OUT --to diffusers
   python convert.py runs/lora OUT --to peft
 
-Tensors pass through one at a time; DST appears whole or not at all.
+Tensors pass through one at a time; DST appears whole or not at all. Damaged input is refused.
+
+  python convert.py verify PATH [--write]   check a folder; --write adds digests of chunks
 """
 EPILOG = """\
 native     our own: manifest with the config, safetensors
@@ -83,8 +85,40 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; returns the exit code."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["verify"]:
+        checked = verify_parser().parse_args(words[1:])
+        return guard(lambda: _verify(checked), debug=checked.debug)
+    args = parser().parse_args(words)
     return guard(lambda: _convert(args), debug=args.debug, on_stop="nothing was left at the destination")
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """The command line of ``convert.py verify``."""
+    top = argparse.ArgumentParser(
+        prog="convert.py verify",
+        description="Check every weight file in PATH: its digests, the CRC-32 of .pt files, finite values.",
+        epilog="Exit codes: 0 all good, 1 damaged, 2 wrong arguments.",
+        allow_abbrev=False,
+    )
+    top.add_argument("path", metavar="PATH", type=Path, help="folder or weight file, of any format")
+    write = "if all is good, add digests of chunks to the manifest (digests.json where there is none)"
+    top.add_argument("--write", action="store_true", help=write)
+    top.add_argument("--allow-pickle", action="store_true", help="run pickles' code; only if you trust them")
+    top.add_argument("--debug", action="store_true", help="show where an error came from")
+    return top
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from sat.checkpoint.audit import audit
+
+    verdicts = audit(args.path, write=args.write, allow_pickle=args.allow_pickle)
+    for file, good, text in verdicts:
+        print(f"{file}: {'good' if good else 'DAMAGED'}: {text}")
+    bad = sum(not verdict.good for verdict in verdicts)
+    if bad and args.write:
+        print(f"error: {bad} of {len(verdicts)} files are damaged: no digests were written", file=sys.stderr)
+    return 1 if bad else 0
 
 
 def size(text: str) -> int:

@@ -22,6 +22,8 @@ from sat.config.schema import (
 )
 from sat.config.yaml_source import ConfigError
 from sat.first_stage.model import AutoencoderKL, Posterior
+from sat.parallel.collectives import gather
+from sat.parallel.launch import ALONE
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
 
@@ -86,7 +88,6 @@ class MissingPart(nn.Module):
         raise MissingPartError(self._part)
 
 
-_VOCABULARY = "spiece.model"
 _SEEDS: dict[Part, int] = {"model": 0, "first_stage": 1, "text": 2}
 
 
@@ -122,7 +123,10 @@ class PartBuilder:
         if not source.exists():
             raise ConfigError.of("checkpoint", part, f"there is no {str(source)!r}; {WEIGHTS}")
         from sat.checkpoint.load import load
+        from sat.checkpoint.verify import Verify
 
+        axis = ALONE if self.mesh is None else self.mesh.tensor
+        verify = Verify(self.weights.verify, axis.rank, axis.size, lambda found: gather(found, axis))
         module = self._split(build_empty(component, self.imports), part)
         quantizer = self.quantizers.get(part)
         load(
@@ -135,6 +139,7 @@ class PartBuilder:
             allow_unexpected=self.weights.allow_unexpected,
             allow_pickle=self.weights.allow_pickle,
             placed=None if quantizer is None else quantizer.placed,
+            verify=verify,
         )
         return module
 
@@ -227,20 +232,25 @@ def find_tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5T
 
 def find_vocabulary(config: ConditioningConfig, weights: CheckpointConfig) -> Path | None:
     """The file of that tokenizer. Raises if the text encoder has weights and none lies beside them."""
-    if config.tokenizer is not None:
-        return config.tokenizer
+    found = config.tokenizer
     beside = weights.source("text")
-    if beside is None:
+    if found is None and beside is None:
         return None
-    folders = (
-        beside if beside.is_dir() else beside.parent,
-        beside / "tokenizer",
-        beside.parent / "tokenizer",
-    )
-    found = next((f / _VOCABULARY for f in folders if (f / _VOCABULARY).is_file()), None)
+    from sat.checkpoint.files import VOCABULARY, vocabulary
+    from sat.checkpoint.verify import Verify, verify_file
+
+    if found is None and beside is not None:
+        folders = (
+            beside if beside.is_dir() else beside.parent,
+            beside / "tokenizer",
+            beside.parent / "tokenizer",
+        )
+        found = next((file for folder in folders if (file := vocabulary(folder)) is not None), None)
     if found is None:
-        what = f"there is no {_VOCABULARY} in {beside}; name one in conditioning.tokenizer"
+        what = f"there is no {' or '.join(VOCABULARY)} in {beside}; name one in conditioning.tokenizer"
         raise ConfigError.of("conditioning", "tokenizer", what)
+    if found.is_file():
+        verify_file(found, Verify(weights.verify))
     return found
 
 

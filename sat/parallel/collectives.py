@@ -43,12 +43,13 @@ def mean(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-def gather(value: Any) -> list[Any]:  # noqa: ANN401 - any picklable object
-    """``value`` of every rank, in rank order, on every rank."""
-    if world_size() == 1:
+def gather(value: Any, axis: Axis | None = None) -> list[Any]:  # noqa: ANN401 - any picklable object
+    """``value`` of every rank (of ``axis``), in rank order, on every one of them."""
+    size = world_size() if axis is None else axis.size
+    if size == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value, group=None if axis is None else axis.group)
     return values
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from sat.checkpoint.files import open_file, open_folder, open_shards, read_json
+from sat.checkpoint.files import open_file, open_folder, open_shards, read_json, vocabulary
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, listing
 from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline, HuggingFaceT5
 from sat.checkpoint.formats.sat import Sat
+from sat.checkpoint.verify import DIGESTS, MANIFEST, Verify, records
 
-MANIFEST = "manifest.json"
 FORMAT = "cogview3-native"
 VERSION = 1
+_FULL = Verify()
 
 
 class Native:
@@ -54,18 +56,14 @@ class Native:
             raise CheckpointError(f"{path}: holds no {part} weights, only {self.parts(path)}")
         return path
 
-    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
-        """The tensors of ``part``; files must be there in the size that was written."""
+    def open(
+        self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+    ) -> LazyStateDict:
+        """The tensors of ``part``; files, names and counts must be those that were written."""
         self.locate(path, part)
-        try:
-            files = {
-                str(entry["name"]): int(entry["bytes"])
-                for entry in self.manifest(path)["parts"][part]["files"]
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path / MANIFEST}: the file list of {part} is damaged ({error})"
-            ) from error
+        entry, listed = self.manifest(path)["parts"][part], records(path / MANIFEST)
+        own = {str(file["name"]) for file in entry["files"]}
+        files = {record["name"]: record["bytes"] for record in listed if record["name"] in own}
         for name, size in files.items():
             if (path / name).is_file() and (path / name).stat().st_size != size:
                 there = (path / name).stat().st_size
@@ -73,7 +71,22 @@ class Native:
                 raise CheckpointError(
                     f"{path / name}: {state}: {there:,} bytes, {size:,} in the manifest; copy it again"
                 )
-        return open_shards(path, list(files))
+        tensors = open_shards(path, list(files), verify=verify)
+        if verify.mode != "off":
+            infos = tensors.infos().values()
+            there: dict[str, Any] = {
+                "tensors": len(tensors),
+                "elements": sum(info.numel for info in infos),
+                "dtypes": sorted({str(info.dtype)[6:] for info in infos}),
+            }
+            for key, value in there.items():
+                if key in entry and entry[key] != value:
+                    tensors.close()
+                    raise CheckpointError(
+                        f"{path / MANIFEST}: {key} of {part} is {str(entry[key])[:80]}, its files "
+                        f"hold {value}: one of them is not what was written; copy the folder again"
+                    )
+        return tensors
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """The config sections in the manifest."""
@@ -81,9 +94,8 @@ class Native:
         return config
 
     def tokenizer(self, path: Path) -> Path | None:
-        """``tokenizer/spiece.model``."""
-        file = path / "tokenizer" / "spiece.model"
-        return file if file.is_file() else None
+        """``tokenizer/spiece.model`` or ``tokenizer/tokenizer.json``."""
+        return vocabulary(path / "tokenizer")
 
 
 # -- checkpoint formats, and their detection by the content of a path
@@ -106,8 +118,10 @@ class Format(Protocol):
         """The file or folder that holds ``part``; an error where there is none."""
         ...
 
-    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
-        """The tensors of ``part`` under the format's own names."""
+    def open(
+        self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+    ) -> LazyStateDict:
+        """The tensors of ``part`` under the format's own names, checked as ``verify`` says."""
         ...
 
     def config(self, path: Path) -> Mapping[str, Any]:
@@ -115,7 +129,7 @@ class Format(Protocol):
         ...
 
     def tokenizer(self, path: Path) -> Path | None:
-        """The sentencepiece model beside the text encoder."""
+        """The vocabulary beside the text encoder: spiece.model, else tokenizer.json."""
         ...
 
 
@@ -137,18 +151,19 @@ class Weights:
         """The path itself."""
         return path
 
-    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+    def open(
+        self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+    ) -> LazyStateDict:
         """All tensors of the path."""
-        return (open_file if path.is_file() else open_folder)(path, allow_pickle=allow_pickle)
+        return (open_folder if path.is_dir() else open_file)(path, allow_pickle=allow_pickle, verify=verify)
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """Empty: there is none."""
         return {}
 
     def tokenizer(self, path: Path) -> Path | None:
-        """A sentencepiece model that lies in the folder."""
-        beside = (path.parent if path.is_file() else path) / "spiece.model"
-        return beside if beside.is_file() else None
+        """The vocabulary that lies in the folder."""
+        return vocabulary(path.parent if path.is_file() else path)
 
 
 FORMATS: tuple[Format, ...] = (
@@ -168,7 +183,7 @@ def detect(path: Path) -> Format:
     """The format that ``path`` is in; one clear line where it is in none."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    if path.is_file():
+    if not path.is_dir():
         return FORMATS[-1]
     for found in FORMATS:
         if found.detects(path):
@@ -190,17 +205,22 @@ def find_part(path: Path | str, part: Part, *, allow_pickle: bool = False) -> Pa
 
 
 def find_tokenizer(path: Path | str) -> Path | None:
-    """The sentencepiece model that belongs to the text encoder under ``path``, or None."""
+    """The vocabulary file that belongs to the text encoder under ``path``, or None."""
     path = Path(path)
     return detect(path).tokenizer(path)
 
 
-def open_part(path: Path | str, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
-    """The tensors of ``part`` under ``path``, under the names of the format it is in."""
+def open_part(
+    path: Path | str, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+) -> LazyStateDict:
+    """The tensors of ``part`` under ``path``, under the names of the format it is in.
+
+    ``verify`` says how its files are checked; reading a tensor, or ``verified()``, raises if one is damaged.
+    """
     if part not in PARTS:
         raise ValueError(f"part is one of {PARTS}, got {part!r}")
     path = Path(path)
-    return detect(path).open(path, part, allow_pickle=allow_pickle)
+    return detect(path).open(path, part, allow_pickle=allow_pickle, verify=verify)
 
 
 # -- short fingerprints: of a checkpoint's files, for records of runs; of one part's weights, for caches
@@ -216,7 +236,8 @@ def digest(path: Path | str) -> str:
     """16 hexadecimal digits for a file or folder of weights, in about a second whatever the size.
 
     Names inside the folder, sizes, and contents: whole up to 64 MB, else 64 evenly spaced pieces of 64 kB. It
-    tells checkpoints apart; it is no proof against tampering. The place of the folder does not matter.
+    tells checkpoints apart; it is no proof against tampering. The place of the folder does not matter, nor do
+    the chunk digests that `convert.py verify --write` adds.
     """
     path = Path(path)
     if not path.exists():
@@ -226,6 +247,9 @@ def digest(path: Path | str) -> str:
     for file in files:
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         size = file.stat().st_size
+        if file.name == MANIFEST and (plain := _without_chunks(file)) is not None:
+            total.update(f"{name}\0{len(plain)}\0".encode() + plain)
+            continue
         total.update(f"{name}\0{size}\0".encode())
         with file.open("rb") as handle:
             if size <= _WHOLE:
@@ -244,7 +268,8 @@ def part_digest(path: Path | str, part: Part, *, allow_pickle: bool = False) -> 
     Names, shapes, types, and values: all of a tensor up to 64 kB, else 256 evenly spaced ones.
     """
     total = hashlib.sha256()
-    with open_part(path, part, allow_pickle=allow_pickle) as tensors:
+    # The contents are checked where the weights are loaded.
+    with open_part(path, part, allow_pickle=allow_pickle, verify=Verify("manifest")) as tensors:
         for name in sorted(tensors):
             tensor = tensors[name]
             total.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
@@ -257,4 +282,16 @@ def part_digest(path: Path | str, part: Part, *, allow_pickle: bool = False) -> 
 
 
 def _counts(file: Path) -> bool:
-    return file.suffix in _KINDS or file.name == "latest"
+    return (file.suffix in _KINDS and file.name != DIGESTS) or file.name == "latest"
+
+
+def _without_chunks(file: Path) -> bytes | None:
+    """Content of a native manifest as it was before it had chunk digests; None if it is no such manifest."""
+    try:
+        content = json.loads(file.read_bytes())
+        for part in content["parts"].values():
+            part["files"] = [{k: record[k] for k in ("name", "bytes", "sha256")} for record in part["files"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    content.pop("tokenizer", None)
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat.checkpoint.files import open_folder, read_json
+from sat.checkpoint.files import open_folder, read_json, vocabulary
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part
+from sat.checkpoint.verify import Verify
 from sat.models.t5.model import from_huggingface
 
+_FULL = Verify()
 FOLDERS: dict[Part, str] = {"model": "transformer", "first_stage": "vae", "text": "text_encoder"}
 CLASSES: dict[str, Part] = {"CogView3PlusTransformer2DModel": "model", "AutoencoderKL": "first_stage"}
 PIPELINE = "CogView3PlusPipeline"
@@ -49,9 +51,11 @@ class DiffusersPipeline:
             raise CheckpointError(f"{path}: holds no {part} weights: {FOLDERS[part]}/ is missing")
         return folder
 
-    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+    def open(
+        self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+    ) -> LazyStateDict:
         """The tensors under diffusers' (text encoder: Hugging Face) names."""
-        return open_folder(self.locate(path, part), allow_pickle=allow_pickle)
+        return open_folder(self.locate(path, part), allow_pickle=allow_pickle, verify=verify)
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """The sections that the component configs give."""
@@ -74,9 +78,8 @@ class DiffusersPipeline:
         return config
 
     def tokenizer(self, path: Path) -> Path | None:
-        """``tokenizer/spiece.model``."""
-        file = path / "tokenizer" / "spiece.model"
-        return file if file.is_file() else None
+        """``tokenizer/spiece.model``, or the ``tokenizer.json`` that transformers 5 writes."""
+        return vocabulary(path / "tokenizer")
 
 
 class DiffusersComponent:
@@ -99,9 +102,11 @@ class DiffusersComponent:
             raise CheckpointError(f"{path}: holds {self._part(path)} weights, not {part}")
         return path
 
-    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+    def open(
+        self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+    ) -> LazyStateDict:
         """The tensors under diffusers' names."""
-        return open_folder(self.locate(path, part), allow_pickle=allow_pickle)
+        return open_folder(self.locate(path, part), allow_pickle=allow_pickle, verify=verify)
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """The one section it gives."""
@@ -137,18 +142,19 @@ class HuggingFaceT5:
             raise CheckpointError(f"{path}: is a T5 text encoder, it holds no {part} weights")
         return path
 
-    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+    def open(
+        self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+    ) -> LazyStateDict:
         """The tensors under Hugging Face names."""
-        return open_folder(self.locate(path, part), allow_pickle=allow_pickle)
+        return open_folder(self.locate(path, part), allow_pickle=allow_pickle, verify=verify)
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """``conditioning.text`` from config.json."""
         return {"conditioning": {"text": text_component(path)}}
 
     def tokenizer(self, path: Path) -> Path | None:
-        """``spiece.model`` in the folder."""
-        file = path / "spiece.model"
-        return file if file.is_file() else None
+        """``spiece.model`` or ``tokenizer.json`` in the folder."""
+        return vocabulary(path)
 
 
 # -- their configs -> ours

@@ -31,12 +31,14 @@ from sat.checkpoint.format import (
 )
 from sat.checkpoint.formats.diffusers import HuggingFaceT5
 from sat.checkpoint.ranks import RankFiles
+from sat.checkpoint.verify import Verify
 
 ENGINE_FILE = "mp_rank_00_model_states.pt"
 #: Config sections the weights belong to; our writer's addition, which the official code does not look at.
 SIDECAR = "config_sections.json"
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _T5 = HuggingFaceT5()
+_FULL = Verify()
 
 
 class Sat:
@@ -62,20 +64,25 @@ class Sat:
             )
         return found
 
-    def open(self, path: Path, part: Part, *, allow_pickle: bool = False) -> LazyStateDict:
+    def open(
+        self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
+    ) -> LazyStateDict:
         """The tensors of ``part`` under the official names."""
         found = self.locate(path, part, allow_pickle=allow_pickle)
         if found.is_dir():
-            return _T5.open(found, part, allow_pickle=allow_pickle)
+            return _T5.open(found, part, allow_pickle=allow_pickle, verify=verify)
         if found.name != ENGINE_FILE:
-            return open_file(found, allow_pickle=allow_pickle)
+            return open_file(found, allow_pickle=allow_pickle, verify=verify)
         names = [path.name for path in found.parent.glob("mp_rank_*_model_states.pt")]
         ranks = sorted(int(rank[1]) for name in names if (rank := _RANK.fullmatch(name)))
         if absent := sorted(set(range(ranks[-1] + 1)) - set(ranks)):
             raise CheckpointError(
                 f"{found.parent}: {rank_file(absent[0])} is missing, one of {ranks[-1] + 1}"
             )
-        files = [open_file(found.with_name(rank_file(rank)), allow_pickle=allow_pickle) for rank in ranks]
+        files = [
+            open_file(found.with_name(rank_file(rank)), allow_pickle=allow_pickle, verify=verify)
+            for rank in ranks
+        ]
         tensors = files[0] if len(files) == 1 else RankFiles(files, str(found.parent))
         # A model gets all names: those it leaves over must be seen and refused.
         return tensors if part == "model" else Prefixed(tensors, ENGINE_PREFIXES[part])
@@ -96,7 +103,8 @@ class Sat:
         engine = engine_file(path)
         if part == "model":
             return engine
-        with open_file(engine, allow_pickle=allow_pickle) as tensors:
+        names_only = Verify("manifest")  # `open` checks the contents
+        with open_file(engine, allow_pickle=allow_pickle, verify=names_only) as tensors:
             if any(name.startswith(ENGINE_PREFIXES[part]) for name in tensors):
                 return engine
         if part == "text":

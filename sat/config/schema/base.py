@@ -175,6 +175,9 @@ class CheckpointConfig(Section):
 
     ``random`` is a seed: parts that no path covers are drawn at random from it. Without it they are an error.
     ``allow_missing`` are shell patterns over our tensor names, ``allow_unexpected`` over those in the file.
+    ``verify`` compares files with the digests in their manifest (``full``), only sizes and counts
+    (``manifest``), or nothing (``off``). ``allow_config`` are shell patterns over keys of this config that
+    may differ from the config that comes with the weights.
     """
 
     section = "checkpoint"
@@ -186,6 +189,8 @@ class CheckpointConfig(Section):
     allow_missing: list[str] = field(default_factory=list)
     allow_unexpected: list[str] = field(default_factory=list)
     allow_pickle: bool = False
+    verify: Literal["full", "manifest", "off"] = "full"
+    allow_config: list[str] = field(default_factory=list)
 
     def source(self, part: Literal["model", "first_stage", "text"]) -> Path | None:
         """The file or folder that ``part`` is read from, or None when no path names one."""
