@@ -119,7 +119,7 @@ def _records(path: Path, verify: Verify, crc: bool) -> FileCheck | None:
             total = sum(entry.file_size for entry in entries)
             if total > size or any(entry.file_size != entry.compress_size for entry in entries):
                 raise CheckpointError(
-                    f"{path}: its records claim {total:,} bytes, the file has {size:,}: refused"
+                    f"{path}: its records claim {total:,} bytes, the file has {size:,}: damaged"
                 )
             if verify.mode != "full" or not crc:
                 return None

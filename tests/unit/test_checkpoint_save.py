@@ -264,8 +264,11 @@ def test_an_unknown_part_is_a_mistake_of_the_caller(tmp_path):
         ({"format": "other"}, "format is 'other'"),
         ({"version": 2}, "version is 2; this code reads version 1"),
         ({"parts": []}, "must be objects"),
-        ({"parts": {"model": {"files": [{"name": "a"}]}}}, "the file list of model is damaged"),
-        ({"parts": {"model": {"files": [{"name": "../a", "bytes": 1}]}}}, "plain file names"),
+        ({"parts": {"model": {"files": [{"name": "a"}]}}}, "the list of files is damaged"),
+        (
+            {"parts": {"model": {"files": [{"name": "../a", "bytes": 1, "sha256": "0" * 64}]}}},
+            "plain file names",
+        ),
     ],
 )
 def test_a_wrong_manifest_is_told(copy, change, says):
@@ -366,6 +369,7 @@ def test_parts_in_the_engine_file_win_over_files_of_their_own(copy):
     vae = torch.load(folder / "vae" / "imagekl_ch4.pt")["state_dict"]
     module.update({f"first_stage_model.{name}": t + 1 for name, t in vae.items()})
     torch.save({"module": module}, path)
+    (path.parent / "digests.json").unlink()
     found = build("first_stage", meta=True)
     load(found, folder, "first_stage")
     assert torch.equal(found.encoder.stem.bias, build("first_stage").encoder.stem.bias + 1)
