@@ -9,12 +9,12 @@ import zipfile
 
 import pytest
 import torch
-from sat.config.component import build as build_component
 
 from sat.checkpoint import CheckpointError, digest, load, open_part, save_diffusers, save_native, save_sat
 from sat.checkpoint.audit import audit
 from sat.checkpoint.convert import Sources, convert
 from sat.checkpoint.verify import CHUNK, Digester, Verify, digest_file, record_of, verify_file
+from sat.config.check import build as build_component
 from tests.checkpoints import CONFIG, build, tensors, tokenizer
 
 WRITERS = {"native": save_native, "diffusers": save_diffusers, "sat": save_sat}
