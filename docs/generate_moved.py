@@ -32,7 +32,7 @@ Speed is put on a built model from outside; the context knows segments, not text
 | `transformer.kernel = f` | `sat.kernels.attention.put_kernel(transformer, f)` |
 | `transformer.checkpointing = True` | `sat.kernels.compile.recompute(module)` |
 | `transformer.run_block`, `transformer.replay` | mixins: `sat.kernels.compile.CompiledBlocks`, `Recorded` |
-| `network.fold = tokens` | `sat.kernels.folding.fold(network, tokens)` |
+| `network.fold = tokens` | `sat.kernels.apply.fold(network, tokens)` |
 """  # noqa: E501
 
 

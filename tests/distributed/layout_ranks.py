@@ -26,8 +26,8 @@ from sat.data.batch import Batch, Sample, collate
 from sat.diffusion.guidance import IntervalLimited
 from sat.first_stage import AutoencoderKL
 from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
+from sat.kernels.apply import Folded, fold
 from sat.kernels.compile import recompute
-from sat.kernels.folding import Folded, fold
 from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet

@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sat.config.load import dump, load
-from sat.config.references import FLAGS, escape, resolve, wrap
+from sat.config.load import FLAGS, dump, escape, load, resolve, wrap
 from sat.config.yaml_source import Marks, Problem, parse, write
 from tests.configs import DEBUG
 

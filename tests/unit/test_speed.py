@@ -21,7 +21,7 @@ from sat.kernels import apply as speed
 from sat.kernels import attention as kernels
 from sat.kernels import compile as fast
 from sat.kernels import exp_attention, packed
-from sat.kernels.folding import Folded, fold
+from sat.kernels.apply import Folded, fold
 from sat.kernels.packed import PackedLinear, pack, packable
 from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
