@@ -41,6 +41,11 @@ on_nodes() {
     if [[ ${SLURM_GPUS_PER_NODE:-${SLURM_GPUS:-}} == 0 ]]; then
         export RANKS_PER_NODE=${RANKS_PER_NODE:-1} # asked for without GPUs
     fi
+    local -a gpus=()
+    if [[ -n ${SLURM_GPUS_PER_TASK:-} ]]; then # the step would have those of one task
+        gpus=(--gpus=$((${SLURM_GPUS_PER_TASK##*:} * ${SLURM_NTASKS:-1})))
+    fi
+    export GPUS_OF_HEAD=${SLURM_GPUS_ON_NODE:-0}
     unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_GRES \
         SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_SOCKET SLURM_NTASKS_PER_CORE \
         SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SRUN_CPUS_PER_TASK SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE \
@@ -54,7 +59,7 @@ on_nodes() {
     fi
     if ((!asked)); then
         srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --mem=0 \
-            --export=ALL --kill-on-bad-exit=1 "${inside[@]}" bash train_scripts/slurm_node.sh "$head" "$port" "$@" &
+            --export=ALL --kill-on-bad-exit=1 "${gpus[@]}" "${inside[@]}" bash train_scripts/slurm_node.sh "$head" "$port" "$@" &
         step=$!
         while ((signalled)); do # a signal ends the wait, not the step
             signalled=0

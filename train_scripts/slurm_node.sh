@@ -17,6 +17,9 @@ answers() { timeout 5 bash -c ": >/dev/tcp/$head/$port" 2>/dev/null; }
 
 ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
 ((ranks > 0)) || fail "the job has no GPU: sbatch --gpus-per-node=8 (or --gres=gpu:8, --gpus=8) …; without GPUs --gpus-per-node=0" 2
+if ((SLURM_NODEID == 0 && ${SLURM_GPUS_ON_NODE:-0} < ${GPUS_OF_HEAD:-0})); then
+    echo "warning: $node: ${SLURM_GPUS_ON_NODE:-0} of the job's $GPUS_OF_HEAD GPUs here are used: ask by --gpus-per-node" >&2
+fi
 if ((SLURM_JOB_NUM_NODES == 1)); then # no name to resolve, and any free port
     meet=(--rdzv_endpoint 127.0.0.1:0 --local-addr 127.0.0.1)
 else
@@ -40,11 +43,11 @@ fi
 
 # After a good end the agents of other nodes lose the first one's store and warn with a page of C++ frames: agents tell errors
 # alone. The ranks tell what they are set to.
-told=(env -u TORCH_CPP_LOG_LEVEL -u LOGLEVEL)
-for name in TORCH_CPP_LOG_LEVEL LOGLEVEL; do
+told=(env -u TORCH_CPP_LOG_LEVEL -u TORCH_LOGS)
+for name in TORCH_CPP_LOG_LEVEL TORCH_LOGS; do
     [[ -z ${!name:-} ]] || told+=("$name=${!name}")
 done
-TORCH_CPP_LOG_LEVEL=ERROR LOGLEVEL=ERROR torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$ranks" \
+TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS=-torch.distributed.elastic.rendezvous torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$ranks" \
     --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" "${meet[@]}" --no-python "${told[@]}" python -u "$@" &
 agent=$!
 # No ranks yet: nothing to save.

@@ -91,7 +91,7 @@ def slurm(tmp_path) -> Fake:
     return Fake(tmp_path)
 
 
-RANK = "--no-python env -u TORCH_CPP_LOG_LEVEL -u LOGLEVEL python -u train.py --base a.yaml"
+RANK = "--no-python env -u TORCH_CPP_LOG_LEVEL -u TORCH_LOGS python -u train.py --base a.yaml"
 
 
 def test_every_node_starts_torchrun_and_meets_at_the_first(slurm) -> None:
@@ -180,7 +180,7 @@ def test_a_site_file_gives_jobs_their_environment_and_container(slurm) -> None:
     (slurm.folder / "site.sh").write_text('CONTAINER="env INSIDE=yes"\nexport TORCH_CPP_LOG_LEVEL=INFO\n')
     code, said = slurm.end(*TRAIN, SAT_SITE=str(slurm.folder / "site.sh"))
     assert code == 0, said
-    assert "-u LOGLEVEL TORCH_CPP_LOG_LEVEL=INFO python -u train.py" in slurm.calls[0]
+    assert "-u TORCH_LOGS TORCH_CPP_LOG_LEVEL=INFO python -u train.py" in slurm.calls[0]
     code, said = slurm.end(*TRAIN, SAT_SITE=str(slurm.folder / "none.sh"))
     assert code != 0 and "none.sh: No such file" in said
 
