@@ -301,13 +301,13 @@ def test_a_taken_port_is_passed_over(cluster) -> None:
 
 
 def test_a_firewall_between_nodes_is_told_in_time(cluster) -> None:
-    drop = ("ip", "route", "add", "prohibit", "10.77.0.11/32")
-    cluster.on("node2", *drop)
+    wall = ("to", "10.77.0.11", "ipproto", "tcp", "dport", "10000-31999", "prohibit")
+    cluster.on("node2", "ip", "rule", "add", *wall)
     try:
         job = cluster.sbatch("--nodes=2", "--gpus-per-node=1", SFT, *train("wall"), MEET_TIMEOUT="20")
         assert job.end() == ("FAILED", 1), job.said
     finally:
-        cluster.on("node2", "ip", "route", "del", *drop[3:])
+        cluster.on("node2", "ip", "rule", "del", *wall)
     assert "node2: node1 does not answer at port" in job.last
     result = (
         "code 1; last line: node2: node1 does not answer at port … after 20 s (MEET_TIMEOUT): a firewall …"
