@@ -14,10 +14,10 @@
 #export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
 # A container that every node starts its ranks in; it needs bash, and torchrun on its PATH. Once, on a machine with a network:
-#   apptainer build sat.sif docker://pytorch/pytorch:2.7.1-cuda12.6-cudnn9-runtime
-#   apptainer exec sat.sif python -m venv --system-site-packages "$HOME/venvs/sat"
-#   apptainer exec sat.sif "$HOME/venvs/sat/bin/pip" install -r requirements.txt
+#   apptainer build cogview3.sif docker://pytorch/pytorch:2.7.1-cuda12.6-cudnn9-runtime
+#   apptainer exec cogview3.sif python -m venv --system-site-packages "$HOME/venvs/sat"
+#   apptainer exec cogview3.sif "$HOME/venvs/sat/bin/pip" install -r requirements.txt
 # APPTAINERENV_PREPEND_PATH puts that environment on the container's PATH, --nv gives it the GPUs; --bind adds folders outside of
 # the home and the working folder, such as weights and data.
 #export APPTAINERENV_PREPEND_PATH=$HOME/venvs/sat/bin
-#CONTAINER="apptainer exec --nv --bind /scratch $HOME/sat.sif"
+#CONTAINER="apptainer exec --nv --bind /scratch $HOME/cogview3.sif"

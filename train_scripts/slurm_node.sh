@@ -47,8 +47,9 @@ told=(env -u TORCH_CPP_LOG_LEVEL -u TORCH_LOGS)
 for name in TORCH_CPP_LOG_LEVEL TORCH_LOGS; do
     [[ -z ${!name:-} ]] || told+=("$name=${!name}")
 done
-TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS=-torch.distributed.elastic.rendezvous torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$ranks" \
-    --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" "${meet[@]}" --no-python "${told[@]}" python -u "$@" &
+TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS=-torch.distributed.elastic.rendezvous \
+    torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$ranks" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" \
+    "${meet[@]}" --no-python "${told[@]}" python -u "$@" &
 agent=$!
 # No ranks yet: nothing to save.
 trap 'signalled=1; read -ra ranks <"/proc/$agent/task/$agent/children"; kill -TERM "${ranks[@]:-$agent}"' USR1
