@@ -281,3 +281,20 @@ def test_a_script_outside_of_slurm_says_what_it_needs(slurm) -> None:
     assert code != 0
     assert "SLURM_JOB_NODELIST: start this with sbatch" in said
     assert slurm.calls == []
+
+
+def test_the_check_before_ranks_demands_every_file_and_names_the_run_folder(capsys) -> None:
+    from sat.cli import sample, train
+
+    files = ["configs/tiny.yaml", "configs/sft.yaml", "configs/tiny_sft.yaml"]
+    words = {
+        train.main: ["--base", *files],
+        sample.main: ["--base", "configs/tiny.yaml", "--prompt", "a cat"],
+    }
+    for main, given in words.items():
+        assert main([*given, "--check-inputs", "--output-dir", "OUT"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "run folder: OUT"
+        assert main([*given, "--check", "checkpoint.model=none"]) == 0
+        capsys.readouterr()
+        assert main([*given, "--check-inputs", "checkpoint.model=none"]) == 2
+        assert "there is no 'none'" in capsys.readouterr().err
