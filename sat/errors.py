@@ -13,7 +13,11 @@ class UserError(Exception):
 
 
 class LostRankError(RuntimeError):
-    """Another rank died or fell silent; this one cannot go on."""
+    """Another rank died, stands still or failed; this one ends too, with ``exit_code``."""
+
+    def __init__(self, line: str, exit_code: int = 1) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
 
 
 class ReportedError(LostRankError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sat.cli.arguments import sort_overrides
-from sat.cli.main_guard import guard
+from sat.cli.main_guard import guard, refuse_tasks
 from sat.util.host import prepare_threads
 
 CLASSIFIER = Path("checkpoints/tiny_classifier")
@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     def work() -> int:
+        refuse_tasks("-m sat.cli.evaluate", argv)
         if args.command == RUN:  # it has a log of its own, for several ranks
             sort_overrides(args)
             prepare_threads()
@@ -140,11 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return COMMANDS[args.command](args)
 
-    return guard(
-        work,
-        debug=args.debug,
-        on_stop="run the same command again to go on" if args.command == RUN else "",
-    )
+    draws = args.command == RUN and args.base and not args.check
+    return guard(work, debug=args.debug, on_stop="run the same command again to go on" if draws else "")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shlex
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
 
-from sat.errors import ReportedError, UserError
+from sat.errors import LostRankError, ReportedError, UserError
+from sat.util.ending import FAILED, INTERRUPTED, STOPPED_EARLY, begin, rank, tell
 from sat.util.log import describe
 
-FAILED, INTERRUPTED = 1, 130
+_DEAF = 30.0
+"""Seconds after a command's end in which a late signal no longer changes its exit code."""
 
 
 class UsageError(UserError, ValueError):
@@ -22,47 +26,100 @@ class UsageError(UserError, ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM arrived: leave like on Ctrl-C, cleaning up."""
+    """SIGTERM or SIGUSR1 arrived: leave like on Ctrl-C, cleaning up."""
 
 
 def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") -> int:
     """Run ``work`` and return its exit code; an error becomes one line on standard error and code 1 or 2.
 
     A :class:`UserError` brings its code, 2 for a mistake in the command line or the config; 130 stands for
-    Ctrl-C and SIGTERM, 1 for everything else. A mistake is the same on every rank, so only rank 0 tells it; a
-    rank's failure is told by that rank and rank 0. ``debug`` prints the traceback; ``on_stop`` says how to
-    go on after an interruption.
+    Ctrl-C and SIGTERM, 75 for work that was saved to be continued, 1 for everything else. A mistake is the
+    same on every rank, so only rank 0 tells it; a rank's failure is told by that rank and rank 0. ``debug``
+    prints the traceback; ``on_stop`` says how to go on after an interruption, unless the work says it in
+    ``ending.again``. Code and reason go to ``ended.json`` (:mod:`sat.util.ending`).
     """
+    ending = begin()
+    ending.again = lambda: on_stop
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not ending.sealed:
+            raise Stopped(signal.Signals(number).name)
+        if time.monotonic() - ending.sealed > _DEAF:  # a program that runs on after the command
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us keeps the signal
         signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:  # it may be ignored on purpose
+            signal.signal(signal.SIGUSR1, stop)
+        atexit.register(_ignore_signals)
+    code, reason, own = FAILED, "", True
     try:
-        return work()
+        code = work()
+        reason = ending.reason or (
+            "done" if not code else "stopped early" if code == STOPPED_EARLY else "failed"
+        )
     except KeyboardInterrupt as end:
-        cause = "SIGTERM" if isinstance(end, Stopped) else "Ctrl-C"
-        _tell(f"stopped by {cause}" + (f"; {on_stop}" if on_stop else ""))
-        return INTERRUPTED
+        ending.seal()
+        cause = str(end) if isinstance(end, Stopped) else "Ctrl-C"
+        again = ending.again()
+        code, reason = INTERRUPTED, f"stopped by {cause}" + (f"; {again}" if again else "")
+        tell(reason)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # quiet the last flush
-        return FAILED
+        reason = "nobody reads the output"
     except Exception as error:
         if debug:
             traceback.print_exc()
-        mistake = isinstance(error, UserError) and error.exit_code != FAILED
-        if _rank() == 0 or not (mistake or isinstance(error, ReportedError)):
-            _tell(f"error: {describe(error)}" + ("" if debug or mistake else " (--debug shows where)"))
-        return error.exit_code if isinstance(error, UserError) else FAILED
+        reason = describe(error)
+        code, own = getattr(error, "exit_code", FAILED), not isinstance(error, ReportedError)
+        mistake = isinstance(error, UserError) and code != FAILED
+        if rank() == 0 or (own and not mistake):
+            shows = "" if debug or mistake or isinstance(error, LostRankError) else " (--debug shows where)"
+            tell(f"error: {reason}{shows}")
+    finally:
+        ending.seal()
+    ending.write(code, reason, own=own)
+    return code
 
 
-def _tell(line: str) -> None:
-    rank = _rank()
-    print(f"[rank {rank}] {line}" if rank else line, file=sys.stderr, flush=True)
+def _ignore_signals() -> None:
+    """Keep the exit code while the interpreter shuts down, which takes seconds after torch.
+
+    Python puts its own handlers back to the default on the way, and a late signal would end the process.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        with contextlib.suppress(ValueError):
+            signal.signal(number, signal.SIG_IGN)
 
 
-def _rank() -> int:
-    """This process's rank as its launcher says, 0 without one."""
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdigit() else 0
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def refuse_tasks(program: str, argv: Sequence[str] | None) -> None:
+    """Raise :class:`UsageError` in one of several tasks of srun or mpirun that does not know its rank.
+
+    Each would be a run of its own, all of them in one folder. ``program`` is a file or ``-m module``.
+    """
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    for name in _TASKS:
+        text = os.environ.get(name, "")
+        if not text.isdigit() or int(text) < 2:
+            continue
+        tasks, nodes = int(text), os.environ.get("SLURM_STEP_NUM_NODES", "1")
+        words = shlex.join(sys.argv[1:] if argv is None else argv)
+        each = -(-tasks // int(nodes)) if nodes.isdigit() and int(nodes) > 1 else tasks
+        command = f"torchrun --standalone --nproc_per_node {each} {program} {words}".strip()
+        if each < tasks:
+            command = (
+                f"sbatch --nodes {nodes} train_scripts/sft.sbatch, or a script of yours with its on_nodes "
+                f"(docs/slurm.md)"
+            )
+        elif name == _TASKS[0]:
+            command = f"srun --ntasks=1 {command}"
+        launcher = "srun" if name == _TASKS[0] else "mpirun"
+        raise UsageError(
+            f"{launcher} started {tasks} tasks ({name}) and none knows its rank, so each would be a run of "
+            f"its own in one folder. Start one task a node, in which torchrun starts the ranks: {command}"
+        )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.cli.main_guard import guard
+from sat.cli.main_guard import guard, refuse_tasks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def work() -> int:
+        refuse_tasks("-m sat.cli.prepare", argv)
         from sat.cli.commands.prepare import COMMANDS
 
         return COMMANDS[args.command](args)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sat.cli.arguments import Setting, add_check_inputs, lora, parse, reader, settings
-from sat.cli.main_guard import guard
+from sat.cli.main_guard import guard, refuse_tasks
 from sat.sampling.prompts import check_text
 from sat.util.host import prepare_threads
 
@@ -108,12 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
 
     def work() -> int:
+        refuse_tasks("sample.py", argv)
         prepare_threads()
         from sat.cli.commands import sample as sample_work  # torch and all: only once the arguments are good
 
         return sample_work.work(args, given(args))
 
-    return guard(work, debug=args.debug, on_stop="run the same command with --resume to draw the rest")
+    return guard(work, debug=args.debug)
 
 
 if __name__ == "__main__":

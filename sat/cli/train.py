@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sat.cli.arguments import Setting, add_check_inputs, parse, reader, settings
-from sat.cli.main_guard import guard
+from sat.cli.main_guard import guard, refuse_tasks
 from sat.util.host import parse_size
 
 DESCRIPTION = """\
@@ -21,7 +21,8 @@ section.key=value sets any key of the config, for example train.dtype=bf16 or da
 above only set such keys. --plan --fit 24GB says what a run takes, and what makes it fit. A run folder holds
 resolved.yaml, run.json, metrics.jsonl, samples/ and checkpoints/. Ctrl-C, SIGTERM and SIGUSR1 save and
 exit; the same command with --resume goes on exactly.
-Exit codes: 0 done or saved on request, 1 failed, 2 wrong arguments or config.
+Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 75 saved and stopped early, 130 interrupted
+without saving. RUN/ended.json has code and reason, also under torchrun, which makes 1 of every code.
 """
 _OPTIONS = {
     "output_dir": "output.dir",
@@ -77,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.append(Setting("output.resume", True))
 
     def run() -> int:
+        refuse_tasks("train.py", argv)
         from sat.cli.commands.train import work
 
         return work(args, given)
 
-    again = "run the same command with --resume to go on from the last checkpoint"
-    return guard(run, debug=args.debug, on_stop=again)
+    return guard(run, debug=args.debug)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The only file that names devices. Works the same under plain ``python`` (one pro
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -21,12 +22,17 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 from sat.errors import UserError
+from sat.parallel.heartbeat import current, unwatch, watch
 
 log = logging.getLogger(__name__)
 
 DeviceKind = Literal["auto", "cpu", "cuda"]
+
+PATIENCE = timedelta(days=30)
+"""Wait of a collective: the watch over the ranks ends a run sooner where one is lost."""
 
 # glibc <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -36,7 +42,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 class Runtime:
     """This process: ``rank`` of ``world`` over all machines, ``local_rank`` on this one.
 
-    ``timeout`` is in seconds: the wait of a collective for a silent rank.
+    ``timeout`` is in seconds: the wait for all ranks to join.
     """
 
     rank: int
@@ -83,19 +89,32 @@ class Runtime:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
+    def finish(self) -> None:
+        """Wait until every rank has come here, as long as they live; raises where one does not."""
+        current().finish()
+
     def close(self) -> None:
-        """Leave the process group, if there is one."""
+        """Stop the watch over the ranks, and leave the process group if there is one.
+
+        After the loss of a rank neither is done: its connections may never close, and the watch ends this
+        process where it does not end by itself.
+        """
+        if current().error is not None:
+            return
+        unwatch()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def launch(  # noqa: C901 - the environment and the group, in order
-    device: DeviceKind = "auto", timeout: float = 600.0, *, group: bool = False
+    device: DeviceKind = "auto", timeout: float = 600.0, stall: float = 600.0, *, group: bool = False
 ) -> Runtime:
-    """Pick this process's device and join the process group.
+    """Pick this process's device, join the process group and start the watch over the ranks.
 
     A group is made for more than one process, or when ``group`` asks for one (DeepSpeed needs it).
-    ``timeout`` is in seconds: the wait of a collective for a silent rank.
+    ``timeout`` is in seconds: the wait for all ranks to join, and for a silent one (15 s at most);
+    ``stall``: for one that lives and makes no progress (:mod:`sat.parallel.heartbeat`). Collectives wait for
+    any time.
     """
     if timeout <= 0:
         raise ValueError(f"parallel.timeout is {timeout}: expected seconds > 0")
@@ -133,7 +152,16 @@ def launch(  # noqa: C901 - the environment and the group, in order
             f"rank {rank} of {world} could not join the process group within {timeout:g} s "
             f"(parallel.timeout): {str(error).splitlines()[0]}"
         ) from error
+    watch(rank, world, _get_default_store(), timeout, stall)
+    be_patient()
     return Runtime(rank, world, local_rank, picked, timeout)
+
+
+def be_patient() -> None:
+    """Let the collectives of all groups wait for any time: a rank that is lost is found by the watch."""
+    for group in list(_world.pg_map):
+        with contextlib.suppress(Exception):  # a backend without time limits
+            _set_pg_timeout(PATIENCE, group)
 
 
 def free_memory() -> None:
@@ -237,8 +265,7 @@ class Mesh:
                 return ALONE
             if size == runtime.world:
                 return Axis(size, runtime.rank, dist.group.WORLD)
-            wait = timedelta(seconds=runtime.timeout)
-            group, _ = dist.new_subgroups_by_enumeration(lines, timeout=wait)  # type: ignore[no-untyped-call]
+            group, _ = dist.new_subgroups_by_enumeration(lines, timeout=PATIENCE)  # type: ignore[no-untyped-call]
             return Axis(size, own.index(runtime.rank), group)
 
         self.guidance, self.sequence, self.tensor = axis("guidance"), axis("sequence"), axis("tensor")

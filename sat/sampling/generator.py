@@ -233,13 +233,13 @@ class Generator:
         *,
         inputs: PictureInput | None = None,
         callback: StepCallback | None = None,
-        beat: Callable[[], None] = lambda: None,
+        beat: Callable[[str], None] = lambda doing: None,
         resume: bool = False,
     ) -> list[Path]:
         """Draw ``prompts`` into ``folder``, each file as soon as its picture is there; the files written.
 
         With ``resume``, only what is not there yet. Of a team, the first rank decides what is drawn and
-        writes the files, for all. ``beat`` is called at every step and picture.
+        writes the files, for all. ``beat`` is told what is done at every step and picture.
         """
         requests = by_first(self.team, lambda: folder.requests(prompts, resume=resume))
         leads, written = self.team.rank == 0, list[Path]()
@@ -250,7 +250,7 @@ class Generator:
 
             def step(done: int, total: int, preview: Tensor) -> None:
                 bar.advance()
-                beat()
+                beat(f"step {done} of {total}")
                 if callback is not None:
                     callback(done, total, preview)
 
@@ -261,7 +261,7 @@ class Generator:
                 for picture in islice(pictures, len(images)):
                     if picture.image is not None:
                         folder.write_image(prompt, picture.index, picture.image)
-                    beat()
+                    beat(f"picture {picture.index} of prompt {prompt.index} is done")
                 if leads:
                     written += folder.finish(prompt)
         return written

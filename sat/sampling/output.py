@@ -101,7 +101,7 @@ class OutputFolder:
         folder = self.folder(prompt)
         paths = [self.image_path(prompt, i) for i in range(self.batch_size)]
         stale = {p for p in folder.glob("*.png") if IMAGE.fullmatch(p.name)} - set(paths)
-        stale.update(folder.glob(f".*{host.TEMPORARY}"))
+        stale.update(draft for draft in folder.glob(f".*{host.TEMPORARY}") if host.abandoned(draft))
         if self.batch_size > 1:
             sheet = folder / "grid.png"
             self._write(

@@ -21,6 +21,7 @@ from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.engine import DiffusionEngine
 from sat.parallel.collectives import agree, barrier, gather
+from sat.parallel.heartbeat import current
 from sat.train import shards
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import clock
@@ -80,14 +81,19 @@ class Checkpoints:
         """True while this rank writes a checkpoint."""
         return self._writing is not None and not self._writing.future.done()
 
-    def save(  # noqa: C901 - one checkpoint, in order
-        self, progress: Progress, keep_last: int, *, background: bool = False
-    ) -> None:
+    def save(self, progress: Progress, keep_last: int, *, background: bool = False) -> None:
         """Write the checkpoint of ``progress.step``, make it whole, and delete old ones.
 
         In the ``background`` only a copy is made now; :meth:`settle` makes it whole once it is written.
         """
         self.settle()
+        with current().long(f"step {progress.step}: writing a checkpoint"):
+            self._begin(progress, keep_last, background=background)
+        if not background:
+            self.settle()
+
+    def _begin(self, progress: Progress, keep_last: int, *, background: bool) -> None:  # noqa: C901 - in order
+        """Write the files of a checkpoint, or in the ``background`` copy what they hold."""
         began, runtime, path = time.perf_counter(), self.engine.runtime, self.folder.path(progress.step)
         if runtime.is_main:
             (self.folder.begin(progress.step) / STATE).mkdir()
@@ -123,14 +129,16 @@ class Checkpoints:
             except Exception as error:  # noqa: BLE001 - raised again by settle, after all ranks have agreed
                 future.set_exception(error)
         self._writing = _Writing(path, progress, keep_last, began, future)
-        if not background:
-            self.settle()
 
     def settle(self) -> None:
         """Wait for files that are being written, and make their checkpoint whole."""
         writing, self._writing = self._writing, None
         if writing is None:
             return
+        with current().long(f"step {writing.progress.step}: waiting for a checkpoint"):
+            self._settle(writing)
+
+    def _settle(self, writing: _Writing) -> None:
         error, runtime = writing.future.exception(), self.engine.runtime
         if any(agree([error is not None], runtime.device)):
             if error is not None:

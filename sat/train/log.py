@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from sat.estimate.trace import flops_of
 from sat.parallel.collectives import mean
 from sat.parallel.launch import Runtime
 from sat.train.objectives import Objective
+from sat.util.host import write_text
 
 log = logging.getLogger(__name__)
 
@@ -83,22 +85,26 @@ class Record:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def start_wandb(
-        self,
-        folder: Path,
-        mode: Literal["offline", "online", "disabled"],
-        project: str,
-        config: Mapping[str, Any],
+        self, folder: Path, train: TrainConfig, config: Mapping[str, Any], *, resume: bool
     ) -> None:
-        """Mirror the rows to wandb; a missing or failing wandb costs a warning, never the run."""
-        if mode == "disabled":
+        """Mirror the rows to wandb; a missing or failing wandb costs a warning, never the run.
+
+        The run's id is kept in ``folder``; with ``resume`` the same run goes on.
+        """
+        if train.wandb == "disabled":
             return
+        kept = folder / "wandb_id"
         try:
             import wandb
 
-            quiet = wandb.Settings(silent=True, console="off", save_code=False)
+            if not (resume and kept.is_file()):
+                write_text(kept, f"{uuid4().hex[:8]}\n")
             self._wandb = wandb.init(
-                project=project, dir=str(folder), mode=mode, config=dict(config), settings=quiet
-            )
+                project=train.project, dir=str(folder), mode=train.wandb, config=dict(config),
+                id=kept.read_text().strip(), resume="allow", name=train.wandb_name or folder.resolve().name,
+                group=train.wandb_group, tags=train.wandb_tags, notes=train.wandb_notes,
+                settings=wandb.Settings(silent=True, console="off", save_code=False),
+            )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a training run
             log.warning(
                 "wandb does not start (%s): metrics go to metrics.jsonl only", str(error).splitlines()[0]

@@ -20,12 +20,14 @@ import torch
 from sat.config.schema import TrainConfig
 from sat.data.batch import Batch
 from sat.parallel.collectives import agree, barrier, mean
+from sat.parallel.heartbeat import current
 from sat.train.checkpoints import Checkpoints, Export
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Averages, Meter, Record, line, peak_flops
-from sat.train.optim import Ema, autocast, rate, set_rate
+from sat.train.optim import Ema, autocast, prolonged, rate, set_rate
 from sat.train.resume import Layout, Progress, RunFolder, Saved
 from sat.train.shards import cuttable
+from sat.util.ending import ending
 from sat.util.log import progress
 
 log = logging.getLogger(__name__)
@@ -150,6 +152,7 @@ class Trainer:
         peak = peak_flops(self.config, self.runtime)
         self.meter = None if peak is None else Meter(peak)
         self.step = self.skipped = self.images = 0
+        self.cycles = [self.config.steps]  # where the rate's cosines end
         self.seconds = 0.0
         self._bad_steps = 0  # in a row
         self._saved_step = -1
@@ -164,7 +167,9 @@ class Trainer:
         self._window = _Window()
         remaining = config.steps - self.step
         if remaining < 1:
-            log.info("step %d of %d is done: raise train.steps to go on", self.step, config.steps)
+            cosine = " (train.prolong says what the cosine then does)" * (config.schedule == "cosine")
+            log.info("step %d of %d is done: raise train.steps to go on%s", self.step, config.steps, cosine)
+        ending.sealed, watch = 0.0, current()
 
         def due(every: int | None, *, at_end: bool = True) -> bool:
             return bool(every) and (self.step % (every or 1) == 0 or (at_end and self.step == config.steps))
@@ -178,6 +183,8 @@ class Trainer:
                     last = self.checkpoints.last
                     left = "there is no checkpoint" if last is None else f"the last good checkpoint is {last}"
                     raise DivergedError(f"{error}; {left}") from error
+                watch.ready()  # a first step is over: what is compiled has been
+                ending.step = self.step
                 passed = time.perf_counter() - began
                 self.seconds = before + passed
                 bar.advance()
@@ -206,8 +213,11 @@ class Trainer:
                         "asked to stop" if stopped else f"the {limit:g} minutes of train.max_minutes are over"
                     )
                     log.info("%s: saving at step %d of %d", why, self.step, config.steps)
+                    ending.reason = f"{why}: saved at step {self.step} of {config.steps}, --resume goes on"
                     break
             self.save()
+            ending.step = self.step
+            ending.seal()  # all is saved: a late signal changes nothing
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: ``accumulate`` micro-batches, clip, apply, average.
@@ -216,18 +226,22 @@ class Trainer:
         :class:`DivergedError`, apart from fp16's search for a loss scale.
         """
         engine, config, mesh, device = self.engine, self.config, self.engine.mesh, self.runtime.device
-        window, losses = self._window, []
-        set_rate(engine.optimizer, rate(self.step, config))
+        window, losses, watch = self._window, [], current()
+        set_rate(engine.optimizer, rate(self.step, config, self.cycles))
+        watch.mark(f"step {self.step + 1}: begin", place=self.step * 10**6)
         for micro in range(config.accumulate):
             began = time.perf_counter()
+            watch.mark(f"step {self.step + 1}: read a batch")
             batch = next(batches)
             window.waited += time.perf_counter() - began
             with nullcontext() if self.meter is None else self.meter.micro(batch):
                 moved = batch.to(device)
                 place = micro * mesh.data_ranks + mesh.data_rank
                 generator = step_generator(config.seed, self.step, place)
+                watch.mark(f"step {self.step + 1}: forward pass")
                 with autocast(config, device.type):
                     values = engine.engine(moved, generator)
+                watch.mark(f"step {self.step + 1}: backward pass")
                 engine.backward(values["loss"], last=micro == config.accumulate - 1)
             window.averages.add(values)
             losses.append(values["loss"].detach())
@@ -235,7 +249,9 @@ class Trainer:
                 window.tokens += self.extras.tokens(batch) * mesh.data_ranks
             window.images += len(batch) * mesh.data_ranks
             self.images += len(batch) * mesh.data_ranks
+        watch.mark(f"step {self.step + 1}: optimizer")
         result = engine.step()
+        watch.mark(f"step {self.step + 1}: end")
         self.step += 1
         window.steps += 1
         window.averages.add({"grad_norm": torch.as_tensor(result.norm, device=device)})
@@ -273,7 +289,7 @@ class Trainer:
         means = window.averages.take()
         share = torch.tensor([window.waited / passed], device=self.runtime.device)
         row: dict[str, float] = {"step": self.step, "loss": means.pop("loss", float("nan")), **means}
-        row["lr"] = rate(self.step - 1, self.config)
+        row["lr"] = rate(self.step - 1, self.config, self.cycles)
         if self.config.dtype == "fp16":
             row["loss_scale"] = self.engine.loss_scale
         row |= {
@@ -310,6 +326,7 @@ class Trainer:
                 with torch.no_grad(), autocast(self.config, device.type):
                     for index, batch in enumerate(self.extras.validation):
                         place = index * mesh.data_ranks + mesh.data_rank
+                        current().mark(f"step {self.step}: validation, batch {index}")
                         generator = step_generator(self.config.seed, VALIDATION, place)
                         averages.add(objective.evaluate(batch.to(device), generator))
             finally:
@@ -345,7 +362,7 @@ class Trainer:
         cut = not any(agree([not cuttable(self.engine)], self.runtime.device))
         return Progress(
             self.step, self.skipped, self.images, self.seconds, self.source.state_dict(), layout,
-            config.dtype, cut, self.engine.whole_shapes,
+            config.dtype, cut, self.engine.whole_shapes, config.steps, self.cycles,
         )  # fmt: skip
 
     def save(self, *, background: bool = False) -> None:
@@ -366,4 +383,7 @@ class Trainer:
         self.source.load_state_dict(state.loader)
         self.step, self.skipped, self.images = state.step, state.skipped, state.images
         self.seconds, self._saved_step = state.seconds, state.step
+        self.cycles, changed = prolonged(self.config, state.step, state.steps, state.cycles)
+        if changed:
+            log.warning("%s", changed)
         log.info("resumed from %s at step %d of %d", saved.path, self.step, self.config.steps)

@@ -68,18 +68,57 @@ def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence
     return optimizer
 
 
-def rate(step: int, config: TrainConfig) -> float:
+def rate(step: int, config: TrainConfig, cycles: Sequence[int] = ()) -> float:
     """Learning rate of ``step`` (0-based): linear warm-up, then constant, or a cosine to ``min_lr_ratio``.
 
-    A pure function of the step, so there is no scheduler state to save.
+    ``cycles`` are the steps at which cosines end, one of ``config.steps`` without them. A later one warms up
+    from the last rate of the one before; behind the last one that rate stays. A pure function of the step,
+    so there is no scheduler state to save.
     """
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
+    start, end, before = 0, config.steps, 0.0
+    for end in cycles:
+        if step < end or end == cycles[-1]:
+            break
+        start, before = end, rate(end - 1, config, cycles)
+    place = min(step, end - 1) - start if cycles else step
+    warmup = min(config.warmup, end - start) if start else config.warmup
+    if place < warmup:
+        return before + (config.lr - before) * (place + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    progress = min(1.0, (place - warmup) / max(1, end - start - warmup))
     floor = config.min_lr_ratio
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def prolonged(
+    config: TrainConfig, step: int, steps: int | None, cycles: Sequence[int]
+) -> tuple[list[int], str]:
+    """Cosine cycles of a run that goes on at ``step``, and a line for the user where they change.
+
+    The run was made for ``steps`` (None: not known) with ``cycles``, and is for ``config.steps`` now.
+    """
+    if steps is None or steps == config.steps or step >= config.steps or config.schedule == "constant":
+        return list(cycles) or [config.steps], ""
+    cycles = list(cycles) or [steps]
+    stretched = [end for end in cycles[:-1] if end < config.steps] + [config.steps]
+    ways = {
+        "stretch": (stretched, f"the cosine now ends at step {config.steps}"),
+        "constant": (cycles, "the last rate of the cosine is kept behind it"),
+        "rewarm": (
+            sorted({*cycles, steps, config.steps}),
+            "a second cosine follows, after train.warmup steps",
+        ),
+    }
+    way = config.prolong if config.steps > steps else "stretch"
+    now, words = ways[way]
+    was, follows = rate(step - 1, config, cycles), rate(step, config, now)
+    last = rate(config.steps - 1, config, now)
+    return now, (
+        f"train.steps {steps} -> {config.steps}: {words} (train.prolong={way}): the learning rate goes from "
+        f"{was:.2g} to {follows:.2g} at step {step + 1} and ends at {last:.2g}; the other ways are "
+        f"{' and '.join(name for name in ways if name != way)} (docs/training.md)"
+    )
 
 
 def set_rate(optimizer: Optimizer, value: float) -> None:

@@ -12,6 +12,7 @@ from sat.checkpoint.format import DTYPES
 from sat.config.build import components
 from sat.config.schema import Experiment
 from sat.engine import DiffusionEngine
+from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime
 from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams
 from sat.sampling.inputs import InputFolder
@@ -74,7 +75,10 @@ class Pictures:
         for index, text in zip(self.mine, encoded, strict=True):
             prompt = Prompt(index, self.prompts[index])
             params = replace(self.params, seed=self.params.seed + index)
-            drawn = self.generator.generate([(prompt, [0])], params, inputs=self.inputs, encoded=[text])
+            drawn = self.generator.generate(
+                [(prompt, [0])], params, inputs=self.inputs, encoded=[text],
+                callback=lambda done, total, _: current().mark(f"drawing samples: step {done} of {total}"),
+            )  # fmt: skip
             for picture in drawn:
                 if picture.image is not None:  # on the first rank of a team
                     folder.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sat.errors import UserError
+from sat.util.ending import ending
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class Progress:
 
     ``step``: optimizer steps tried; ``skipped``: those not applied; ``images`` seen by all ranks; ``seconds``
     of training; ``loader``: position in the data, equal on every rank; ``cut``: the optimizer's state is cut
-    by parameters, so that any layout reads it; ``parameters``: shapes by name.
+    by parameters, so that any layout reads it; ``parameters``: shapes by name; ``steps``: of the whole run;
+    ``cycles``: last steps of the rate's cosines (:func:`sat.train.optim.rate`).
     """
 
     step: int
@@ -68,6 +70,8 @@ class Progress:
     dtype: str
     cut: bool
     parameters: Mapping[str, list[int]]
+    steps: int | None = None  # None in older checkpoints
+    cycles: Sequence[int] = ()
 
     def check(self, now: Progress, where: Path) -> list[str]:
         """Changes of layout between the checkpoint ``where`` and this run, in words.
@@ -131,7 +135,8 @@ class Saved:
                 f"start a new run from its {NATIVE} folder"
             )
         progress = marker["progress"]
-        return Progress(**{**progress, "layout": Layout(**progress["layout"])})
+        cycles = tuple(progress.get("cycles", ()))
+        return Progress(**{**progress, "layout": Layout(**progress["layout"]), "cycles": cycles})
 
 
 class RunFolder:
@@ -158,6 +163,8 @@ class RunFolder:
     def begin(self, step: int) -> Path:
         """Make an empty folder for the checkpoint of ``step``; rank 0 only, before the others write."""
         path = self.path(step)
+        if ending.lock is not None:
+            ending.lock.check()
         if path.exists():
             (path / MARKER).unlink(missing_ok=True)  # first, so that it is torn if we die while deleting
             shutil.rmtree(path)
@@ -166,6 +173,8 @@ class RunFolder:
 
     def commit(self, path: Path, progress: Progress) -> None:
         """Make the checkpoint whole; rank 0 only, after every rank has written."""
+        if ending.lock is not None:
+            ending.lock.check()
         files = sorted(file for file in path.rglob("*") if file.is_file())
         for file in files:
             _flush(file)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
+import socket
 import stat
 import sys
+import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -31,7 +35,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     A run that is killed at any moment leaves no half file under ``path``, and a reader never sees one. The
     disk is not waited for: after a power cut, only reading a file back tells.
     """
-    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}{TEMPORARY}")  # its own on every machine
+    draft = path.with_name(f".{path.name}.{machine()}-{os.getpid()}-{uuid4().hex[:12]}{TEMPORARY}")
     try:
         with draft.open("wb") as file:
             write(file)
@@ -63,6 +67,62 @@ def read_bounded(path: Path, most: int) -> bytes:
     check_regular(path, most)
     with path.open("rb") as file:
         return file.read(most)
+
+
+def abandoned(draft: Path) -> bool:
+    """True if a draft of :func:`write_atomic` has no owner any more, or is this process's own.
+
+    Another machine's is abandoned after ten minutes by the file system's clock.
+    """
+    named = re.search(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{12}\.partial$", draft.name)
+    if named is not None and named[1] == machine():
+        return int(named[2]) == os.getpid() or not alive(int(named[2]))
+    try:
+        return file_clock(draft.parent) - draft.stat().st_mtime > 600
+    except OSError:  # gone
+        return False
+
+
+@cache
+def machine() -> str:
+    """8 hexadecimal digits of the machine since its start, and of the container: where pids mean the same."""
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    with contextlib.suppress(OSError):
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.blake2b(" ".join(facts).encode(), digest_size=4).hexdigest()
+
+
+def alive(pid: int) -> bool:
+    """True if a process of this machine has the number ``pid`` and has not ended; a suspended one has not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return process_fact(pid, 0) not in ("Z", "X")
+
+
+def process_fact(pid: int, field: int) -> str:
+    """Value of a process in /proc: 0 is its state (R, S, D, T, Z), 19 its begin in ticks; else empty."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[field]
+    return ""
+
+
+def file_clock(folder: Path) -> float:
+    """Time now by the clock of the file system of ``folder``, which dates its files; seconds."""
+    draft = folder / f".clock.{uuid4().hex[:12]}{TEMPORARY}"
+    try:
+        draft.touch()
+        return draft.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def parse_size(text: str) -> int:

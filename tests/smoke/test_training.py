@@ -54,9 +54,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Ran:
 
 
 def good(ran: Ran, name: str) -> str:
-    """What a run that ended well said."""
+    """What a run that ended well said; "half" ones stop early."""
     end = ran.ends[name]
-    assert end["code"] == 0, end["err"]
+    assert end["code"] == (75 if name.endswith("half") else 0), end["err"]
     return str(end["out"]) + str(end["err"])
 
 
@@ -78,6 +78,7 @@ def test_a_run_leaves_its_config_record_metrics_samples_and_checkpoints(ran) -> 
     run = ran.folder / "whole"
     assert {path.name for path in run.iterdir()} == {
         "resolved.yaml", "run.json", "metrics.jsonl", "samples", "checkpoints", "tensorboard",
+        "ended.json",
     }  # fmt: skip
     assert load([run / "resolved.yaml"]).train.steps == 6
     record = json.loads((run / "run.json").read_text())
@@ -124,13 +125,31 @@ def test_a_run_cut_in_three_is_the_uninterrupted_one_bit_for_bit(ran) -> None:
 
 
 def test_minutes_end_a_run_with_a_checkpoint(ran) -> None:
-    assert "minutes of train.max_minutes are over: saving at step 1 of 6" in good(ran, "half")
+    said = good(ran, "half")
+    assert "minutes of train.max_minutes are over: saving at step 1 of 6" in said
 
 
 def test_a_run_folder_with_checkpoints_is_not_trained_over(ran) -> None:
     end = ran.ends["again"]
     assert end["code"] == 2
     assert "holds checkpoints up to step 1: --resume goes on from there" in end["err"]
+
+
+def test_the_end_of_a_run_stands_in_its_folder(ran) -> None:
+    done, stopped = (json.loads((ran.folder / name / "ended.json").read_text()) for name in ("vae", "early"))
+    assert (done["code"], done["step"], done["reason"]) == (0, 2, "done")
+    assert (stopped["code"], stopped["step"]) == (75, 1)
+    assert "train.max_minutes are over: saved at step 1 of 6, --resume goes on" in stopped["reason"]
+    failed = json.loads((ran.folder / "nan" / "ended.json").read_text())
+    assert (failed["code"], "not finite in 2 steps" in failed["reason"]) == (1, True)
+    assert not list(ran.folder.glob("*/.writer*")), "locks are given back"
+
+
+def test_a_prolonged_run_keeps_to_its_choice_of_rate(ran) -> None:
+    assert "train.steps 6 -> 8: the last rate of the cosine is kept behind it" in good(ran, "longer")
+    rates = [row["lr"] for row in rows(ran.folder / "longer") if "lr" in row]
+    assert rates[6:] == [rates[5]] * 2
+    assert rates[:6] == [row["lr"] for row in rows(ran.folder / "whole") if "lr" in row]
 
 
 def test_a_finished_run_says_so(ran) -> None:
@@ -346,6 +365,8 @@ def test_sigterm_under_torchrun_saves_and_ends(spiece, tmp_path) -> None:
     assert "asked to stop: saving at step" in said  # torchrun itself returns 1 after a signal
     (last,) = steps(out)[-1:]
     assert f"saving at step {last} of 100000" in said
+    ended = json.loads((out / "ended.json").read_text())
+    assert (ended["code"], ended["step"]) == (75, last)
 
 
 def test_ctrl_c_saves_and_exits_without_an_error(spiece, tmp_path) -> None:
@@ -354,5 +375,5 @@ def test_ctrl_c_saves_and_exits_without_an_error(spiece, tmp_path) -> None:
     wait_for(lambda: bool(steps(out)), process)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=240)[1]
-    assert process.returncode == 0, said
+    assert process.returncode == 75, said
     assert f"saving at step {steps(out)[-1]} of 100000" in said

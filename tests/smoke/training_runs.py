@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -74,9 +75,12 @@ def everything(folder: Path, spiece: Path) -> None:
     run("config", "--print-config")
     run("whole", "train.tensorboard=true", "train.peak_tflops=0.1")
     run("half", "train.save_every=2", "train.max_minutes=1e-9", "train.sample_every=null")
+    shutil.copytree(folder / "half", folder / "early")
     run("again", "train.sample_every=null", to="half")
     run("rest", "--resume", "train.sample_every=null", to="half")
     run("done", "--resume", to="whole")
+    shutil.copytree(folder / "half", folder / "longer")
+    run("longer", "--resume", "--steps", "8", "train.prolong=constant", "train.sample_every=null")
     torn = folder / "half" / "checkpoints" / "step_00000006"
     (torn / "COMPLETE").unlink()
     run("torn", "--resume", "train.sample_every=null", "train.background_save=true", to="half")

@@ -1,14 +1,19 @@
 """What the commands make of errors: one line, an exit code."""
 
+import json
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from sat.cli.main_guard import UsageError, guard
+from sat.cli.main_guard import UsageError, guard, refuse_tasks
 from sat.config.yaml_source import ConfigError, Problem
 from sat.errors import ReportedError, UserError
+from sat.util.ending import ending
 from sat.util.log import describe
+from tests.configs import ROOT
 
 
 def _fail(error: BaseException):
@@ -91,3 +96,123 @@ def test_an_error_of_the_users_brings_its_exit_code() -> None:
         exit_code = 7
 
     assert guard(_fail(Unanswered("nobody answers"))) == 7
+
+
+@pytest.fixture
+def signals():
+    """The handlers of this process, put back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_the_end_stands_in_the_folder_and_in_torchs_error_file(tmp_path, monkeypatch, signals) -> None:
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+
+    def run(end: BaseException | int) -> dict[str, object]:
+        def work() -> int:
+            ending.own(tmp_path)
+            ending.step = 7
+            if isinstance(end, int):
+                return end
+            raise end
+
+        error_file.unlink(missing_ok=True)
+        code = guard(work)
+        ended = json.loads((tmp_path / "ended.json").read_text())
+        assert (ended["code"], ended["step"], ended["job"]) == (code, 7, "12")
+        if code:
+            told = json.loads(error_file.read_text())["message"]
+            assert told["message"] == f"{ended['reason']} (exit code {code})"
+            assert (told["extraInfo"]["code"], told["extraInfo"]["timestamp"].isdigit()) == (code, True)
+        return ended
+
+    assert run(0)["reason"] == "done"
+    assert not error_file.exists()
+    assert run(75)["reason"] == "stopped early"
+    assert run(KeyboardInterrupt())["code"] == 130
+    assert run(UsageError("give a prompt\nor two"))["reason"] == "give a prompt"
+    monkeypatch.setenv("RANK", "1")
+    assert run(ValueError("boom"))["rank"] == 1
+    monkeypatch.setenv("RANK", "0")
+    told = ReportedError("rank 1 failed: boom; this rank stops too")
+    assert guard(lambda: ending.__setattr__("folder", tmp_path) or _fail(told)()) == 1
+    assert json.loads((tmp_path / "ended.json").read_text())["reason"] == "boom", "the failing rank's"
+
+
+def test_who_does_not_own_a_folder_writes_nothing_into_it(tmp_path, signals) -> None:
+    assert guard(_fail(UsageError("another run writes here"))) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigusr1_stops_like_sigterm_and_a_signal_after_the_end_changes_nothing(capsys, signals) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+    def work() -> int:
+        signal.raise_signal(signal.SIGUSR1)
+        return 0
+
+    assert guard(work, on_stop="go on so") == 130
+    assert capsys.readouterr().err == "stopped by SIGUSR1; go on so\n"
+
+    def saved() -> int:
+        ending.seal()
+        signal.raise_signal(signal.SIGTERM)  # torchrun's, when another rank has left
+        return 75
+
+    assert guard(saved) == 75
+    signal.raise_signal(signal.SIGTERM)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_signal_while_the_interpreter_shuts_down_leaves_the_exit_code() -> None:
+    """A training ended with -15 after it had saved: Python had put the handlers back to the default."""
+    program = (
+        "import os, signal, sys\n"
+        "from sat.cli.main_guard import guard\n"
+        "class Late:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "late = Late()\n"  # deleted with its module
+        "sys.exit(guard(lambda: 75))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"SLURM_STEP_NUM_TASKS": "2"},
+            "srun --ntasks=1 torchrun --standalone --nproc_per_node 2 train.py --base 'a b.yaml'",
+        ),
+        (
+            {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"},
+            "sbatch --nodes 2 train_scripts/sft.sbatch",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 tasks (OMPI_COMM_WORLD_SIZE)"),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "2", "RANK": "0", "WORLD_SIZE": "2"}, ""),
+        ({"SLURM_NTASKS": "2"}, ""),  # a shell of sbatch or salloc
+    ],
+)  # fmt: skip
+def test_several_tasks_of_srun_without_ranks_are_refused(monkeypatch, given, says) -> None:
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "PMI_SIZE", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if not says:
+        refuse_tasks("train.py", [])
+        return
+    with pytest.raises(UsageError) as refused:
+        refuse_tasks("train.py", ["--base", "a b.yaml"])
+    assert says in str(refused.value)
+
+
+def test_a_task_other_than_the_first_does_not_repeat_the_refusal(capsys, monkeypatch, signals) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert guard(_fail(UsageError("srun started 2 tasks"))) == 2
+    assert capsys.readouterr().err == ""

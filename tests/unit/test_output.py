@@ -1,5 +1,8 @@
 """The folder of a run: files, text fields, what counts as finished."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from PIL import Image
 from sat.config.record import Label, settings_digest
 from sat.sampling.output import OutputError, OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt
+from sat.util import host
 from sat.util.images import read_png_text
 
 LABEL = Label(
@@ -113,10 +117,26 @@ def test_more_images_a_prompt_keep_those_that_are_there(tmp_path) -> None:
 
 def test_leftovers_of_an_earlier_run_in_the_prompts_folder_go_and_strange_files_stay(tmp_path) -> None:
     home = _draw(_folder(tmp_path, 3))[0].parent
-    (home / ".000000001.png.42.partial").write_bytes(b"half")
-    (home / "mine.png").write_bytes(b"kept")
+    draft, ours = "000000001.png", host.machine()
+    dead, live = (
+        f".{draft}.{ours}-{_dead_pid()}-0123456789ab.partial",
+        f".{draft}.{ours}-1-0123456789ab.partial",
+    )
+    far, old = f".{draft}.00000000-1-0123456789ab.partial", f".{draft}.42.partial"
+    for name in (dead, live, far, old, "mine.png"):
+        (home / name).write_bytes(b"half")
+    os.utime(home / old, (1, 1))
     _draw(_folder(tmp_path, 1))
-    assert sorted(p.name for p in home.iterdir()) == ["000000000.png", "mine.png"]
+    assert sorted(p.name for p in home.iterdir()) == sorted([live, far, "000000000.png", "mine.png"])
+    os.utime(home / far, (1, 1))
+    _draw(_folder(tmp_path, 1))
+    assert not (home / far).exists(), "nobody wrote it for ten minutes"
+
+
+def _dead_pid() -> int:
+    done = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    done.wait()
+    return done.pid
 
 
 def test_folders_of_another_run_are_told_apart(tmp_path) -> None:

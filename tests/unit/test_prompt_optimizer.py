@@ -19,8 +19,8 @@ from sat.apps.prompts.optimizer import (
 )
 from sat.apps.prompts.writing import EXAMPLES, AnswerError, Words, is_english, read_answer
 from sat.cli import prompt_optimize
-from sat.cli.main_guard import FAILED
 from sat.tokenizers import T5Tokenizer
+from sat.util.ending import FAILED
 from tests.chat import KEY, LONG, Chat, Says, chat
 from tests.checkpoints import tokenizer as vocabulary
 

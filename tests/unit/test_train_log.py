@@ -7,11 +7,13 @@ import logging
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sat.train.log import Averages, Record, clock, line
+from tests.training import CONFIG
 
 
 def test_means_are_since_the_last_take_and_leave_out_what_is_not_finite() -> None:
@@ -51,14 +53,29 @@ def test_a_tracker_that_fails_costs_a_warning(tmp_path, monkeypatch, caplog) -> 
     monkeypatch.setitem(sys.modules, "wandb", broken)
     record = Record(tmp_path)
     with caplog.at_level(logging.WARNING):
-        record.start_wandb(tmp_path, "offline", "p", {})
+        record.start_wandb(tmp_path, replace(CONFIG, wandb="offline"), {}, resume=False)
     record.write({"step": 1})
     assert "wandb does not start (no network)" in caplog.text
 
 
+def test_a_resumed_run_goes_on_as_the_same_run_of_the_tracker(tmp_path, monkeypatch) -> None:
+    begun: list[dict[str, object]] = []
+    fake = types.SimpleNamespace(init=lambda **given: begun.append(given), Settings=lambda **given: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    names = {"wandb_name": "apples", "wandb_group": "g", "wandb_tags": ["t"], "wandb_notes": "n"}
+    named = replace(CONFIG, **names)
+    for config, resume in ((CONFIG, False), (CONFIG, True), (named, True), (CONFIG, False)):
+        Record(tmp_path).start_wandb(tmp_path, replace(config, wandb="offline"), {}, resume=resume)
+    ids = [one["id"] for one in begun]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+    assert {one["resume"] for one in begun} == {"allow"}
+    assert (begun[0]["name"], begun[0]["group"], begun[0]["tags"]) == (tmp_path.name, None, [])
+    assert [begun[2][key] for key in ("name", "group", "tags", "notes")] == ["apples", "g", ["t"], "n"]
+
+
 def test_a_tracker_that_is_disabled_is_not_imported(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
-    Record(tmp_path).start_wandb(tmp_path, "disabled", "p", {})
+    Record(tmp_path).start_wandb(tmp_path, replace(CONFIG, wandb="disabled"), {}, resume=False)
 
 
 def test_the_line_for_the_reader_says_what_is_left() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from sat.config.schema import Component
-from sat.train.optim import build_optimizer, groups, rate, set_rate, trainable
+from sat.train.optim import build_optimizer, groups, prolonged, rate, set_rate, trainable
 from tests.small import plus
 from tests.training import CONFIG, Toy, changed
 
@@ -60,6 +61,31 @@ def test_cosine_falls_to_the_floor() -> None:
     assert rate(0, config) == 2.0
     assert rate(50, config) == pytest.approx(2.0 * (0.1 + 0.9 * (math.cos(math.pi / 2) + 1) / 2))
     assert rate(100, config) == rate(1000, config) == pytest.approx(0.2)
+
+
+def test_a_prolonged_cosine_says_what_the_rate_does_and_has_three_ways() -> None:
+    first = replace(CONFIG, lr=2.0, schedule="cosine", warmup=2, steps=12, min_lr_ratio=0.1)
+    longer = replace(first, steps=16)
+    before = [rate(step, first) for step in range(12)]
+    assert prolonged(first, 12, 12, [12]) == ([12], "")
+    assert prolonged(longer, 12, None, []) == ([16], ""), "an older checkpoint"
+    assert prolonged(replace(longer, schedule="constant"), 12, 12, [12])[1] == ""
+    ends = {}
+    for way in ("stretch", "constant", "rewarm"):
+        config = replace(longer, prolong=way)
+        cycles, said = prolonged(config, 12, 12, [12])
+        ends[way] = [rate(step, config, cycles) for step in range(16)]
+        assert "train.steps 12 -> 16: " in said
+        assert f"(train.prolong={way})" in said
+        assert f"goes from {before[-1]:.2g} to {ends[way][12]:.2g} at step 13" in said
+        assert prolonged(config, 14, 16, cycles) == (cycles, ""), "resumed once more"
+    assert ends["stretch"] == [rate(step, longer) for step in range(16)], "as before there was a choice"
+    assert ends["constant"] == [*before, *[before[-1]] * 4]
+    assert ends["rewarm"][:12] == before
+    assert ends["rewarm"][12:14] == [pytest.approx((before[-1] + 2.0) / 2), 2.0]
+    assert ends["rewarm"][15] < ends["rewarm"][14] <= 2.0
+    cycles, said = prolonged(replace(first, steps=8, prolong="constant"), 6, 12, [12])
+    assert (cycles, "(train.prolong=stretch)" in said) == ([8], True), "shorter"
 
 
 def test_the_rate_reaches_every_group() -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sat.cli import web
-from sat.cli.main_guard import FAILED
+from sat.util.ending import FAILED
 from tests.configs import ROOT
 
 TINY = ["--base", str(ROOT / "configs" / "tiny.yaml")]

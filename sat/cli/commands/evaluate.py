@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from sat.cli import sample
 from sat.cli.arguments import Setting, checked_device
-from sat.cli.main_guard import FAILED, UsageError
+from sat.cli.main_guard import UsageError
 from sat.util import log as logs
+from sat.util.ending import FAILED
 from sat.util.host import write_atomic, write_text
 
 if TYPE_CHECKING:

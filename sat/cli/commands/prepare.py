@@ -106,6 +106,7 @@ def cache(args: argparse.Namespace) -> int:
     """Make, count (``--check``) or clear (``--prune``) the caches; the exit code."""
     from sat.config.load import load_full
     from sat.config.yaml_source import ConfigError
+    from sat.parallel.collectives import ranks_together
     from sat.parallel.launch import launch
     from sat.train.data import Caches, open_data
     from sat.util import log as logs
@@ -128,17 +129,19 @@ def cache(args: argparse.Namespace) -> int:
         raise ConfigError(loaded.missing)
     runtime = launch(experiment.parallel.device, experiment.parallel.timeout)
     logs.setup(runtime.rank, debug=args.debug)
-    sets = open_data(data, runtime, held_out=bool(data.validation))
-    caches = Caches(data.cache, experiment, train, train.init_from or experiment.checkpoint, runtime)
-    views = [max(1, data.cache_views), 1]
-    cached = [caches.over(dataset, count) for dataset, count in zip(sets.both(), views, strict=False)]
-    count = caches.count(cached) if args.check else caches.fill(cached, args.batch_size or train.batch_size)
-    if args.prune and not args.check:
-        log.info("%d files deleted that this config does not use", caches.prune(cached))
-    if runtime.is_main:
-        print(f"{data.cache}: {count}" + ("" if args.check else "; all are there now"))
-        print(f"training will not load: {', '.join(sorted(caches.spare)) or 'nothing left out'}")
-    runtime.close()
+    with ranks_together(runtime):
+        sets = open_data(data, runtime, held_out=bool(data.validation))
+        caches = Caches(data.cache, experiment, train, train.init_from or experiment.checkpoint, runtime)
+        views = [max(1, data.cache_views), 1]
+        cached = [caches.over(dataset, count) for dataset, count in zip(sets.both(), views, strict=False)]
+        batch = args.batch_size or train.batch_size
+        count = caches.count(cached) if args.check else caches.fill(cached, batch)
+        if args.prune and not args.check:
+            log.info("%d files deleted that this config does not use", caches.prune(cached))
+        if runtime.is_main:
+            print(f"{data.cache}: {count}" + ("" if args.check else "; all are there now"))
+            print(f"training will not load: {', '.join(sorted(caches.spare)) or 'nothing left out'}")
+        runtime.finish()
     return 1 if args.check and (count.latents_missing or count.text_missing) else 0
 
 

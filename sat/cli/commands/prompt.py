@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sat.apps.prompts.optimizer import Cache, Endpoint, OptimizerError, PromptOptimizer
-from sat.cli.main_guard import FAILED, UsageError
+from sat.cli.main_guard import UsageError
 from sat.sampling.prompts import Prompt, check_text, read_prompt_file, title
 from sat.util import log as logs
+from sat.util.ending import FAILED
 from sat.util.host import write_text
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,14 +16,13 @@ from sat.cli.main_guard import Stopped, UsageError
 from sat.config.build import components
 from sat.config.cascade import Cascade, dump_cascade, load_cascade
 from sat.config.load import dump
-from sat.config.record import amend, label, record, weight_digests
+from sat.config.record import amend, label, record, settings_digest, weight_digests
 from sat.config.schema import Experiment
 from sat.config.schema.base import parse_share
 from sat.config.yaml_source import ConfigError
-from sat.errors import LostRankError
 from sat.estimate.budget import apply_budget
-from sat.parallel.collectives import by_first, lost_rank_message
-from sat.parallel.heartbeat import Heartbeat
+from sat.parallel.collectives import by_first, from_main, ranks_together
+from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch, pick_device
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams
@@ -31,7 +30,9 @@ from sat.sampling.inputs import InputFolder, checked_latents, read_latents
 from sat.sampling.output import STAGES, OutputFolder, folder_name, prove_writable
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
 from sat.util import log as logs
+from sat.util.ending import ending
 from sat.util.host import write_text
+from sat.util.lock import BusyError, share_lock
 from sat.util.log import describe
 
 log = logging.getLogger(__name__)
@@ -83,30 +84,49 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         from sat.cli.commands.prompt import Rewriting
 
         rewriting = Rewriting(args, first)
-    runtime = launch(first.parallel.device, first.parallel.timeout)
+    runtime = launch(first.parallel.device, first.parallel.timeout, first.parallel.stall)
     logs.setup(runtime.rank, debug=args.debug)
-    heartbeat = Heartbeat(runtime.rank, runtime.world, first.parallel.timeout)
-    try:
-        ranks = _Ranks(runtime, Mesh(runtime, **layout), heartbeat)
-        if prompts is None:
-            root = first.output.dir or OUTPUT
-            session = _open(_Place(keep_text_encoder(first), root, root), ranks, 1)
-            _ask(session, str.strip if rewriting is None else lambda text: rewriting.texts([text])[0])
-        else:
-            if rewriting is not None:
-                cascade, prompts = rewriting.whole(cascade, prompts, runtime)
-            _draw_all(cascade, prompts, ranks)
-        heartbeat.finish()
-    except LostRankError:
-        raise
-    except BaseException as error:
-        if (lost := lost_rank_message(error)) is not None:  # while this team exchanged something
-            heartbeat.abort(lost)
-        heartbeat.fail(describe(error))
-        raise
-    finally:
-        runtime.close()
+    with ranks_together(runtime):
+        ranks = _Ranks(runtime, Mesh(runtime, **layout))
+        if rewriting is not None and prompts is not None:
+            cascade, prompts = rewriting.whole(cascade, prompts, runtime)
+        with _writer(cascade, prompts, runtime):
+            if prompts is None:
+                root = first.output.dir or OUTPUT
+                session = _open(_Place(keep_text_encoder(first), root, root), ranks, 1)
+                _ask(session, str.strip if rewriting is None else lambda text: rewriting.texts([text])[0])
+            else:
+                _draw_all(cascade, prompts, ranks)
+            runtime.finish()
     return 0
+
+
+@contextlib.contextmanager
+def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime) -> Iterator[None]:
+    """Be the one writer of this share of the output folder; rank 0 is for all, and its refusal is theirs."""
+    last = cascade.stages[-1].experiment
+    root = last.output.dir or OUTPUT
+    with contextlib.ExitStack() as stack:
+        refused: Exception | None = None
+        try:
+            if runtime.is_main:
+                prove_writable(root)
+                sampling, output = replace(last.sampling, share=None), replace(last.output, resume=False)
+                tree = dump(replace(last, sampling=sampling, output=output))
+                texts = None if prompts is None else [[prompt.index, prompt.text] for prompt in prompts]
+                purpose = settings_digest({"config": tree, "prompts": texts})
+                part = parse_share(last.sampling.share or "0/1")
+                lock = stack.enter_context(share_lock(root, *part, purpose, str(root)))
+                ending.own(root)
+                ending.lock = lock
+        except BusyError as error:
+            refused = error
+        if (refusal := from_main(refused)) is not None:
+            raise refusal
+        if prompts is not None:
+            ending.again = lambda: "run the same command with --resume to draw the rest"
+        ending.folder = root
+        yield
 
 
 def _prompts(experiment: Experiment) -> list[Prompt] | None:
@@ -162,7 +182,6 @@ class _Ranks:
 
     runtime: Runtime
     mesh: Mesh
-    heartbeat: Heartbeat
 
 
 @dataclass(frozen=True)
@@ -188,7 +207,14 @@ class _Session:
         """Draw ``prompts`` into the folder; the files written."""
         generator, sampling = self.pipeline.generator, self.pipeline.experiment.sampling
         inputs = InputFolder.of(sampling, generator.engine.process.input)
-        beat = self.ranks.heartbeat.beat
+        watch = current()
+
+        def beat(doing: str) -> None:
+            watch.ready()  # a first step is over: what is compiled has been
+            watch.mark(doing)
+            if ending.lock is not None:
+                ending.lock.check()
+
         return generator.save(self.folder, prompts, self.params, inputs=inputs, beat=beat, resume=resume)
 
 

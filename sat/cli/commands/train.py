@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,11 +26,11 @@ from sat.config.yaml_source import ConfigError, Problem
 from sat.data.dataset import Items
 from sat.data.loader import Loader, validation_batches
 from sat.engine import DiffusionEngine
-from sat.errors import LostRankError
 from sat.kernels.apply import compiled, use_kernel
 from sat.kernels.compile import recompute
-from sat.parallel.collectives import barrier, from_main, lost_rank_message
-from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch
+from sat.parallel.collectives import barrier, from_main, ranks_together
+from sat.parallel.heartbeat import current
+from sat.parallel.launch import Mesh, Runtime, be_patient, keep_freed_memory, launch
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.inputs import InputFolder
 from sat.train.checkpoints import exporter
@@ -43,8 +44,13 @@ from sat.train.optim import build_optimizer, groups
 from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder
 from sat.util import log as logs
+from sat.util.ending import STOPPED_EARLY, ending
+from sat.util.lock import BusyError, Lock
 
 log = logging.getLogger(__name__)
+
+LOCK = ".writer.lock"
+"""Lock file of a run folder."""
 
 
 def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:  # noqa: C901 - in order
@@ -83,20 +89,45 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     if loaded.missing:
         raise ConfigError(loaded.missing)
 
-    runtime = launch(experiment.parallel.device, experiment.parallel.timeout, group=True)
+    parallel = experiment.parallel
+    runtime = launch(parallel.device, parallel.timeout, parallel.stall, group=True)
     logs.setup(runtime.rank, debug=args.debug)
     for notice in loaded.notices:
         log.warning("%s", notice)
-    check_dtype(train, runtime)
-    try:
-        _train_rounds(experiment, train, data, runtime)
-    except RuntimeError as error:
-        if (line := lost_rank_message(error)) is not None:
-            raise LostRankError(line) from error
-        raise
-    if runtime.world > 1:  # alone, the group stays for another run in this process: DeepSpeed remembers it
-        runtime.close()
-    return 0
+    assert experiment.output.dir is not None, "set above"
+    with ranks_together(runtime):
+        check_dtype(train, runtime)
+        with _writer(experiment.output.dir, runtime):
+            whole = _train_rounds(experiment, train, data, runtime)
+            runtime.finish()
+    return 0 if whole else STOPPED_EARLY
+
+
+@contextmanager
+def _writer(root: Path, runtime: Runtime) -> Iterator[None]:
+    """Be the one writer of the run folder; rank 0 is for all, and its refusal is that of all."""
+    with ExitStack() as stack:
+        refused: Exception | None = None
+        try:
+            if runtime.is_main:
+                root.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(Lock(root / LOCK, str(root)))
+                ending.own(root)
+                ending.lock = lock
+        except BusyError as error:
+            refused = error
+        if (refusal := from_main(refused)) is not None:
+            raise refusal
+        ending.folder, ending.again = root, lambda: _again(root)
+        yield
+
+
+def _again(root: Path) -> str:
+    """How to go on after an interruption: from the newest checkpoint, if there is any."""
+    steps = [saved.step for place in (root, *root.iterdir()) for saved in RunFolder(place).saved()]
+    if not steps:
+        return "there is no checkpoint yet: the same command starts from the beginning"
+    return "run the same command with --resume to go on from the last checkpoint"
 
 
 def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
@@ -127,13 +158,15 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
     return train, data
 
 
-def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> None:
-    """Train once, or the objective's rounds in a row, each in a folder of its own under the run's."""
+def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, runtime: Runtime) -> bool:
+    """Train once, or the objective's rounds in a row, each in a folder of its own under the run's.
+
+    True if the last step was done.
+    """
     weights = train.init_from or experiment.checkpoint
     rounds = resolve(train.objective.target, experiment.imports).rounds(train.objective.params)
     if not rounds:
-        _train(experiment, train, data, weights, runtime)
-        return
+        return _train(experiment, train, data, weights, runtime)
     assert experiment.output.dir is not None, "the work sets it"
     root = experiment.output.dir
     folders = [RunFolder(root / stage.name) for stage in rounds]
@@ -154,10 +187,11 @@ def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, 
             sampling=replace(experiment.sampling, steps=stage.steps),
         )
         if not _train(part, own, data, weights, runtime):
-            return
+            return False
         runtime.free_memory()
         last = from_main(folder.saved()[-1].path if runtime.is_main else None)
         weights = replace(weights, model=last / NATIVE, allow_missing=[])
+    return True
 
 
 def _train(
@@ -165,6 +199,7 @@ def _train(
 ) -> bool:
     """Build everything and run the loop; true if it came to the last step."""
     assert experiment.output.dir is not None, "the work sets it"
+    current().starting()
     folder, mesh = RunFolder(experiment.output.dir), Mesh(runtime, **experiment.parallel.sizes)
     saved = from_main(folder.saved() if runtime.is_main else None)
     if saved and not experiment.output.resume:
@@ -217,6 +252,7 @@ def _train(
         extras.record = _record(experiment, train, weights, engine, runtime, trainer)
 
     count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
+    be_patient()  # DeepSpeed has made groups
     log.info(
         "%s: %.2f M trained parameters, %d images an epoch, %d rank%s on %s (%s)",
         type(objective).__name__, count / 1e6, len(sets.train), runtime.world, "s" * (runtime.world > 1),
@@ -230,7 +266,8 @@ def _train(
         trainer.fit()
     finally:
         if extras.record is not None:
-            extras.record.close()
+            with current().long("closing the record"):
+                extras.record.close()
     return trainer.step >= train.steps
 
 
@@ -291,7 +328,7 @@ def _record(
         device=str(runtime.device),
     )
     metrics = Record(root, step=trainer.step)
-    metrics.start_wandb(root, train.wandb, train.project, plain(experiment))
+    metrics.start_wandb(root, train, plain(experiment), resume=experiment.output.resume)
     if train.tensorboard:
         metrics.start_tensorboard(root, step=trainer.step)
     return metrics

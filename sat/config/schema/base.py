@@ -107,7 +107,10 @@ class OutputConfig(Section):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    """Device and rank layout; ``timeout`` in seconds ends a run whose other ranks are silent.
+    """Device and rank layout; ``timeout`` and ``stall``, in seconds, end a run that lost a rank.
+
+    ``timeout``: until all ranks have joined, and (15 s at most) without a sign of life of one. ``stall``:
+    without progress of a rank that lives, outside of work that may take any time.
 
     ``tensor`` x ``sequence`` x ``guidance`` ranks work on the same pictures, sharing weights, tokens and the
     two halves of guidance; what is left of the world shares out the pictures (docs/parallel.md).
@@ -119,6 +122,7 @@ class ParallelConfig(Section):
     sequence: int = 1
     guidance: int = 1
     timeout: float = 600.0
+    stall: float = 600.0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -129,8 +133,9 @@ class ParallelConfig(Section):
         yield from self._at_least_1("tensor", "sequence")
         if self.guidance not in (1, 2):
             yield "guidance", f"expected 1 or 2 (guidance has two halves), got {self.guidance}"
-        if not self.timeout > 0:
-            yield "timeout", f"expected more than 0 seconds, got {self.timeout}"
+        for name in ("timeout", "stall"):
+            if not getattr(self, name) > 0:
+                yield name, f"expected more than 0 seconds, got {getattr(self, name)}"
 
 
 # -- the model: noise, conditions, weights

@@ -153,7 +153,9 @@ class TrainConfig(Section):
 
     ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` above 0);
     ``autocast`` computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early;
-    ``max_bad_steps`` steps in a row with a loss that is not finite end the run.
+    ``max_bad_steps`` steps in a row with a loss that is not finite end the run. ``prolong``: what the cosine
+    does when a resumed run has another ``steps``: it is stretched over them, keeps its last rate, or warms up
+    for a second one (docs/training.md). wandb's name is the run folder's unless ``wandb_name`` says another.
     ``compile``: one compiled block for all layers of what is trained. ``pack``: beside LoRA on a CPU, keep
     frozen weights in the order of its matrix products, once for each pass: faster, and one more copy.
     """
@@ -172,6 +174,7 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: int = 0
     min_lr_ratio: float = 0.0
+    prolong: Literal["stretch", "constant", "rewarm"] = "stretch"
     weight_decay: float = 0.0
     clip: float | None = 1.0
     ema: float | None = None
@@ -190,6 +193,10 @@ class TrainConfig(Section):
     tensorboard: bool = False
     peak_tflops: float | None = None
     project: str = "cogview3"
+    wandb_name: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    wandb_notes: str | None = None
     allocator: bool = True
     pack: bool = True
     attention: Literal["auto", "torch"] = "auto"
