@@ -6,14 +6,23 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, get_args
 
 from sat.cli.main_guard import UsageError
+from sat.util.log import one_line
 
 if TYPE_CHECKING:
     from sat.parallel.launch import DeviceKind
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors cut what they echo."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and ``message``; exit with code 2."""
+        super().error(one_line(message))
 
 
 class Setting(NamedTuple):
@@ -28,7 +37,7 @@ def reader(program: str, description: str, epilog: str) -> argparse.ArgumentPars
 
     Options get no defaults: those are the config's.
     """
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog=program,
         description=description,
         epilog=epilog,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sat.cli.arguments import lora
+from sat.cli.arguments import Parser, lora
 from sat.cli.main_guard import UsageError, guard
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="convert.py",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sat.cli.arguments import sort_overrides
+from sat.cli.arguments import Parser, sort_overrides
 from sat.cli.main_guard import guard, refuse_tasks
 from sat.util.host import prepare_threads
 
@@ -28,7 +28,7 @@ aesthetic, hps and image_reward need weights in --metric-weights (docs/evaluatio
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Reads options without a command before them as those of ``run``."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

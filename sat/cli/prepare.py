@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sat.cli.arguments import Parser
 from sat.cli.main_guard import guard, refuse_tasks
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m sat.cli.prepare", description="Make and look at training data.", allow_abbrev=False
     )
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")

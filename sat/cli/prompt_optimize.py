@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.cli.arguments import sort_overrides
+from sat.cli.arguments import Parser, sort_overrides
 from sat.cli.main_guard import guard
 
 KEY, URL, NAME, MODEL = "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "gpt-5-mini"
@@ -27,7 +27,7 @@ answer, 2 wrong arguments.
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    out = argparse.ArgumentParser(
+    out = Parser(
         prog="prompt_optimize.py",
         description=DESCRIPTION,
         epilog=EPILOG,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from sat.config.check import build, built
 from sat.config.schema import (
@@ -21,6 +22,7 @@ from sat.config.schema import (
     QuantizeConfig,
 )
 from sat.config.yaml_source import ConfigError
+from sat.errors import UserError
 from sat.first_stage.model import AutoencoderKL, Posterior
 from sat.parallel.collectives import gather
 from sat.parallel.launch import ALONE
@@ -177,10 +179,53 @@ class PartBuilder:
         return module
 
 
+MOST_MODULES, MOST_WEIGHTS = 10_000, 10**12
+"""Of one part; no more are made. CogView3's UNet has 1,400 modules, its T5 5e9 weights."""
+
+
+class PartSizeError(UserError, ValueError):
+    """A part that is larger than any that can be meant, or empty."""
+
+
 def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Module:
-    """The module that ``component`` names on the meta device: shapes and names, no memory."""
-    with torch.device("meta"), without_init():
-        module: nn.Module = build(component, imports=imports)
+    """The module that ``component`` names on the meta device: shapes and names, no memory.
+
+    :class:`PartSizeError` beyond :data:`MOST_MODULES` and :data:`MOST_WEIGHTS`, and for an empty weight.
+    """
+    modules = weights = 0
+
+    def count_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > MOST_MODULES:
+            raise PartSizeError(
+                f"more than {MOST_MODULES} modules: is a depth or a number of blocks too large?"
+            )
+
+    def count_weights(module: nn.Module, name: str, weight: Tensor | None) -> None:
+        nonlocal weights
+        if weight is None:
+            return
+        weights += weight.numel()
+        if weights > MOST_WEIGHTS:
+            raise PartSizeError(f"more than {MOST_WEIGHTS:.0e} weights: is a width or a length too large?")
+        if isinstance(weight, nn.Parameter) and not weight.numel():
+            shape = list(weight.shape)
+            raise PartSizeError(
+                f"{name} of {type(module).__name__} has shape {shape}: is a width or a length 0?"
+            )
+
+    hooks = (
+        module_hooks.register_module_module_registration_hook(count_module),
+        module_hooks.register_module_parameter_registration_hook(count_weights),
+        module_hooks.register_module_buffer_registration_hook(count_weights),
+    )
+    try:
+        with torch.device("meta"), without_init():
+            module: nn.Module = build(component, imports=imports)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return module
 
 

@@ -363,7 +363,7 @@ class Checker:
                     names.append(name)
             except TargetError as error:
                 self.report(("imports", str(index)), str(error))
-                if isinstance(error.__cause__, ImportError):
+                if error.__cause__ is not None:
                     names.append(name)
                     absent.append(name)
         self.context = Context(tuple(names), tuple(absent))

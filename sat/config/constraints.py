@@ -24,6 +24,10 @@ Broken = Iterator[tuple[Key, str]]
 Objects = dict[Key, Any]
 """The objects of components by their keys: those without weights as they are used later, modules empty."""
 
+_INNER = (
+    ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, AssertionError, MemoryError,
+    AttributeError,
+)  # fmt: skip
 _MODEL, _TEXT, _CACHE = ("model",), ("conditioning", "text"), ("sampling", "cache")
 
 
@@ -33,7 +37,11 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
     broken = list(_refusals(experiment, objects))
     rules: list[Callable[[Experiment, Objects], Broken]] = [_widths, _sizes, _drawing, _adapters, _memory]
     for rule in rules:
-        broken += rule(experiment, objects)
+        try:
+            broken += rule(experiment, objects)
+        except _INNER:  # of a value that a component refuses, which is said already
+            if not broken:
+                raise
     return [problem(marks, key, what) for key, what in broken]
 
 
@@ -54,8 +62,9 @@ def _refusals(e: Experiment, objects: Objects) -> Broken:
         try:
             make: Callable[..., Any] = build_empty if key in modules else built
             objects[key] = make(component, e.imports)
-        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, AssertionError) as error:
-            yield key, f"{component.target} refuses these parameters: {error}"
+        except _INNER as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            yield key, f"{component.target} refuses these parameters: {reason}"
 
 
 def _param(e: Experiment, component: Component, name: str) -> Any:

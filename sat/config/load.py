@@ -399,7 +399,7 @@ def wrap(tree: Any, marks: Marks, problems: list[Problem], above: Key = (), *, l
     return map_texts(tree, change, above)
 
 
-def resolve(config: DictConfig, marks: Marks) -> tuple[dict[str, Any], list[Problem]]:
+def resolve(config: DictConfig, marks: Marks) -> tuple[dict[str, Any], list[Problem]]:  # noqa: C901 - two passes
     """The plain tree of ``config`` with its references followed; one that leads nowhere stays text.
 
     Raises when they expand too far: that is measured first, for no limit of OmegaConf's stops them.
@@ -430,6 +430,8 @@ def resolve(config: DictConfig, marks: Marks) -> tuple[dict[str, Any], list[Prob
             what = f"a number of {value.bit_length()} bits, more than {_MOST_BITS}"
         elif isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
             what = "text that is not valid UTF-8"
+        elif isinstance(value, str) and "\0" in value:
+            what = "text with a NUL character"
         if what:
             problems.append(problem(marks, key, what))
             return None

@@ -47,6 +47,8 @@ def load_name(name: str) -> Any:
 
 def check_import(name: str) -> None:
     """Raise unless the module ``name`` of ``imports`` can be imported and is not Python's own."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise TargetError(f"expected the dotted name of a module such as my_package.parts, got {name!r}")
     root = name.partition(".")[0]
     if root in sys.stdlib_module_names or root in sys.builtin_module_names:
         what = "belongs to Python itself; `imports` is for modules with components of your own"
@@ -57,6 +59,8 @@ def check_import(name: str) -> None:
         on_pypi = root in PACKAGES
         advice = f"install it with `pip install {root}`" if on_pypi else "is its folder on PYTHONPATH?"
         raise TargetError(f"cannot import {name!r}: {error}; {advice}") from error
+    except (Exception, SystemExit) as error:  # its code runs
+        raise TargetError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
 
 
 def resolve(target: Any, imports: Collection[str] = ()) -> Any:
@@ -93,6 +97,8 @@ def _import(target: str, imports: tuple[str, ...]) -> Any:
         near = difflib.get_close_matches(leaf, [m.name for m in pkgutil.iter_modules(paths)], 1)
         advice = f"; did you mean {parent}.{near[0]}?" if near else ""
         raise TargetError(f"no module {missing!r}{advice}") from error
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"cannot import {module!r}: {type(error).__name__}: {error}") from error
     made = getattr(found, name, None)
     if name.startswith("_") or not hasattr(found, name):
         public = [n for n, v in vars(found).items() if inspect.isclass(v) or inspect.isfunction(v)]

@@ -14,6 +14,7 @@ import yaml
 
 from sat.errors import UserError
 from sat.util.host import read_bounded
+from sat.util.log import one_line
 
 HOME = Path(__file__).resolve().parents[2]
 """The folder that holds the ``sat`` package, and in a checkout ``configs/`` and ``checkpoints/``."""
@@ -52,6 +53,7 @@ MOST_LEVELS = 64
 _MOST_KEYS = 20_000
 _MOST_DIGITS = 1000
 _MOST_BYTES = 4 << 20
+_MOST_TOLD = 100
 _TAG = "tag:yaml.org,2002:"
 
 
@@ -94,7 +96,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (self.where, self.key, self.what) if part)
+        return one_line(": ".join(part for part in (self.where, self.key, self.what) if part))
 
 
 def problem(marks: Marks, key: Key, what: str) -> Problem:
@@ -107,8 +109,11 @@ class ConfigError(UserError, ValueError):
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = list(dict.fromkeys(problems))
-        lines = [str(p) for p in self.problems]
-        super().__init__("\n".join(lines if len(lines) == 1 else [f"{len(lines)} problems:", *lines]))
+        lines = [str(p) for p in self.problems[:_MOST_TOLD]]
+        if len(self.problems) > _MOST_TOLD:
+            lines.append(f"and {len(self.problems) - _MOST_TOLD} more")
+        head = [f"{len(self.problems)} problems:"] if len(lines) > 1 else []
+        super().__init__("\n".join([*head, *lines]))
 
     @classmethod
     def of(cls, where: str, key: str, what: str) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from types import TracebackType
 from typing import Protocol, TextIO
@@ -11,8 +12,22 @@ from typing import Protocol, TextIO
 _PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)
 
 
+_MOST_WORD, _MOST_LINE = 240, 1500
+
+
+def one_line(text: str) -> str:
+    """``text`` as one readable line: control characters escaped, long words and lines cut inside."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda m: ascii(m[0])[1:-1], text)
+    text = re.sub(rf"\S{{{_MOST_WORD},}}", lambda m: f"{m[0][:120]}…{m[0][-60:]}", text)
+    return text if len(text) <= _MOST_LINE else f"{text[: _MOST_LINE - 200]} … {text[-150:]}"
+
+
 def describe(error: BaseException) -> str:
-    """``error`` in one clear line (or, for a list of problems, one line each)."""
+    """``error`` in one clear line (or, for a list of problems, one line each), with long echoes cut."""
+    return "\n".join(map(one_line, _described(error).split("\n")))
+
+
+def _described(error: BaseException) -> str:
     text = str(error).strip()
     kind = type(error).__name__
     if kind in ("OutOfMemoryError", "MemoryError"):
