@@ -154,7 +154,7 @@ RAW = (
     b"GET / HTTP/9.9\r\n\r\n",
     b"\x16\x03\x01\x02\0\x01\0\r\n\r\n",
     b"POST /v1/models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+    b"GET /v1/x HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
     b"POST " + GENERATIONS.encode() + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
     b"POST " + GENERATIONS.encode() + b" HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: -5\r\n\r\n",
