@@ -47,6 +47,9 @@ told=(env -u TORCH_CPP_LOG_LEVEL -u TORCH_LOGS)
 for name in TORCH_CPP_LOG_LEVEL TORCH_LOGS; do
     [[ -z ${!name:-} ]] || told+=("$name=${!name}")
 done
+if [[ -n ${RUN_FOLDER:-} ]]; then # its ended.json has the code of a stop; torchrun would print a traceback for one other than 0
+    told+=(SAT_QUIET_STOP=1)
+fi
 TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS=-torch.distributed.elastic.rendezvous \
     torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$ranks" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" \
     "${meet[@]}" --no-python "${told[@]}" python -u "$@" &

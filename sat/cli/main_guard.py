@@ -29,7 +29,7 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGUSR1 arrived: leave like on Ctrl-C, cleaning up."""
 
 
-def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") -> int:
+def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") -> int:  # noqa: C901 - in order
     """Run ``work`` and return its exit code; an error becomes one line on standard error and code 1 or 2.
 
     A :class:`UserError` brings its code, 2 for a mistake in the command line or the config; 130 stands for
@@ -80,6 +80,8 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
     finally:
         ending.seal()
     ending.write(code, reason, own=own)
+    if code in (STOPPED_EARLY, INTERRUPTED) and ending.folder and os.environ.get("SAT_QUIET_STOP"):
+        return 0  # the SLURM scripts read ended.json; torchrun would print a traceback for a normal stop
     return code
 
 

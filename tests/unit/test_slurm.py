@@ -91,7 +91,9 @@ def slurm(tmp_path) -> Fake:
     return Fake(tmp_path)
 
 
-RANK = "--no-python env -u TORCH_CPP_LOG_LEVEL -u TORCH_LOGS python -u train.py --base a.yaml"
+RANK = (
+    "--no-python env -u TORCH_CPP_LOG_LEVEL -u TORCH_LOGS SAT_QUIET_STOP=1 python -u train.py --base a.yaml"
+)
 
 
 def test_every_node_starts_torchrun_and_meets_at_the_first(slurm) -> None:
@@ -180,7 +182,7 @@ def test_a_site_file_gives_jobs_their_environment_and_container(slurm) -> None:
     (slurm.folder / "site.sh").write_text('CONTAINER="env INSIDE=yes"\nexport TORCH_CPP_LOG_LEVEL=INFO\n')
     code, said = slurm.end(*TRAIN, SAT_SITE=str(slurm.folder / "site.sh"))
     assert code == 0, said
-    assert "-u TORCH_LOGS TORCH_CPP_LOG_LEVEL=INFO python -u train.py" in slurm.calls[0]
+    assert "-u TORCH_LOGS TORCH_CPP_LOG_LEVEL=INFO SAT_QUIET_STOP=1 python -u train.py" in slurm.calls[0]
     code, said = slurm.end(*TRAIN, SAT_SITE=str(slurm.folder / "none.sh"))
     assert code != 0 and "none.sh: No such file" in said
 
@@ -298,3 +300,18 @@ def test_the_check_before_ranks_demands_every_file_and_names_the_run_folder(caps
         capsys.readouterr()
         assert main([*given, "--check-inputs", "checkpoint.model=none"]) == 2
         assert "there is no 'none'" in capsys.readouterr().err
+
+
+def test_a_rank_that_stops_early_leaves_its_code_in_the_run_folder_alone(tmp_path, monkeypatch) -> None:
+    from sat.cli.main_guard import guard
+    from sat.util.ending import ending
+
+    def work() -> int:
+        ending.own(tmp_path)
+        return 75
+
+    assert guard(work) == 75
+    monkeypatch.setenv("SAT_QUIET_STOP", "1")
+    assert guard(work) == 0
+    assert json.loads((tmp_path / "ended.json").read_text())["code"] == 75
+    assert guard(lambda: 75) == 75  # nobody would know
