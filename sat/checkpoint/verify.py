@@ -87,10 +87,11 @@ class Written:
         """Record of the file under ``name``, as the module's documentation shows it."""
         record: dict[str, Any] = {"name": name, "bytes": self.nbytes, "sha256": self.sha256}
         record["chunks"] = {"bytes": CHUNK, "xxh3": list(self.chunks)}
-        return {**record, "check": _own_check(record)}
+        return {**record, "check": own_check(record)}
 
 
-def _own_check(record: Mapping[str, Any]) -> str:
+def own_check(record: Mapping[str, Any]) -> str:
+    """Digest of ``record`` itself, without its ``check``."""
     text = json.dumps({k: v for k, v in record.items() if k != "check"}, sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode())
 
@@ -175,7 +176,7 @@ def _malformed(record: object) -> str | None:
         return f"sha256 of {name!r} is {str(sha)[:80]!r}, expected 64 hexadecimal digits"
     if "chunks" not in record and "check" not in record:
         return None  # of before there were chunks
-    if record.get("check") != _own_check(record):
+    if record.get("check") != own_check(record):
         return f"the entry of {name!r} is not the one that was written"
     return None
 
@@ -306,9 +307,14 @@ class FileCheck:
 
 
 def check_file(path: Path, how: Verify) -> FileCheck | None:
-    """Check of ``path`` by its record; None without one, or with an old one, which is dealt with at once."""
+    """Check of ``path`` by its record; None without one."""
     if how.mode != "full" or (record := record_of(path)) is None:
         return None
+    return check_record(path, record, how)
+
+
+def check_record(path: Path, record: Mapping[str, Any], how: Verify) -> FileCheck:
+    """Check of ``path`` by ``record``; an old one, with a SHA-256 alone, is dealt with at once."""
     size = path.stat().st_size
     if size != record["bytes"]:
         state = "truncated" if size < record["bytes"] else "not the file that was written"

@@ -17,6 +17,7 @@ from torch import Tensor
 from sat.checkpoint.format import DTYPES, PARTS, CheckpointError, InMemory, Part
 from sat.checkpoint.formats import detect, digest
 from sat.checkpoint.save import Options, save_native
+from sat.checkpoint.verify import Written
 from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.engine import DiffusionEngine
@@ -58,7 +59,7 @@ class _Writing:
     progress: Progress
     keep_last: int
     began: float
-    future: Future[None]
+    future: Future[dict[str, Written]]
 
 
 class Checkpoints:
@@ -114,18 +115,18 @@ class Checkpoints:
         if background:
             share = share.detached()
 
-        def write() -> None:
-            share.write(path / STATE, self.engine.shard_name)
+        def write() -> dict[str, Written]:
+            files = share.write(path / STATE, self.engine.shard_name)
             if runtime.is_main and self.export is not None:
                 self.export(path / NATIVE, weights)
+            return files
 
-        future: Future[None] = Future()
+        future: Future[dict[str, Written]] = Future()
         if background:
             future = self._pool.submit(write)
         else:
             try:
-                write()
-                future.set_result(None)
+                future.set_result(write())
             except Exception as error:  # noqa: BLE001 - raised again by settle, after all ranks have agreed
                 future.set_exception(error)
         self._writing = _Writing(path, progress, keep_last, began, future)
@@ -144,8 +145,11 @@ class Checkpoints:
             if error is not None:
                 raise error
             raise RuntimeError(f"another rank could not write its part of {writing.path}")
+        written: dict[str, Written] = {}
+        for files in gather(writing.future.result()):
+            written |= {f"{STATE}/{name}": file for name, file in files.items()}
         if runtime.is_main:
-            self.folder.commit(writing.path, writing.progress)
+            self.folder.commit(writing.path, writing.progress, written)
             self.folder.prune(writing.keep_last)
             log.info("saved %s in %s", writing.path, clock(time.perf_counter() - writing.began))
         barrier(runtime.device)
@@ -154,6 +158,7 @@ class Checkpoints:
     def load(self, saved: Saved, now: Progress) -> Progress:
         """Read ``saved`` and return its counters; ``now`` is the layout of this run."""
         progress = saved.progress()
+        saved.verify(self.engine.runtime.rank, self.engine.runtime.world, gather)
         for change in progress.check(now, saved.path):
             log.info("going on with other %s", change)
         averaged = shards.restore(self.engine, self.ema, saved.path / STATE, cut=progress.cut)

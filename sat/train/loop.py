@@ -165,7 +165,7 @@ class Trainer:
         self.engine.objective.train()
         batches = iter(self.source)
         self._window = _Window()
-        remaining = config.steps - self.step
+        began_at, remaining = self.step, config.steps - self.step
         if remaining < 1:
             cosine = " (train.prolong says what the cosine then does)" * (config.schedule == "cosine")
             log.info("step %d of %d is done: raise train.steps to go on%s", self.step, config.steps, cosine)
@@ -216,6 +216,12 @@ class Trainer:
                     ending.reason = f"{why}: saved at step {self.step} of {config.steps}, --resume goes on"
                     break
             self.save()
+            if self._bad_steps > 1 or (self._bad_steps and self._bad_steps == config.steps - began_at):
+                raise DivergedError(
+                    f"the last {self._bad_steps} steps up to step {self.step} were skipped, loss or gradient "
+                    f"not finite: the weights are those of step {self.step - self._bad_steps}; lower train.lr "
+                    f"({config.lr:g}), set train.clip, or use train.dtype fp32"
+                )
             ending.step = self.step
             ending.seal()  # all is saved: a late signal changes nothing
 

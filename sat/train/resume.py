@@ -12,11 +12,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sat.checkpoint.verify import CheckpointError, Verify, Written, check_record, own_check
 from sat.errors import UserError
 from sat.util.ending import ending
 
@@ -129,14 +130,39 @@ class Saved:
     def progress(self) -> Progress:
         """Counters and data position it was written with."""
         marker = json.loads((self.path / MARKER).read_text())
-        if marker["format"] != FORMAT:
+        if marker.get("format") != FORMAT:
             raise ResumeError(
-                f"{self.path} is of another version (format {marker['format']}, this one reads {FORMAT}): "
+                f"{self.path} is of another version (format {marker.get('format')}, this reads {FORMAT}): "
                 f"start a new run from its {NATIVE} folder"
             )
-        progress = marker["progress"]
-        cycles = tuple(progress.get("cycles", ()))
-        return Progress(**{**progress, "layout": Layout(**progress["layout"]), "cycles": cycles})
+        try:
+            progress = marker["progress"]
+            cycles = tuple(progress.get("cycles", ()))
+            read = Progress(**{**progress, "layout": Layout(**progress["layout"]), "cycles": cycles})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ResumeError(
+                f"{self.path / MARKER}: its counters are damaged ({error}): delete this folder to resume "
+                f"from the checkpoint before"
+            ) from error
+        if read.step != self.step:
+            raise ResumeError(f"{self.path / MARKER}: step {str(read.step)[:40]} is not its folder's")
+        return read
+
+    def verify(self, rank: int, world: int, gather: Callable[[str | None], list[str | None]]) -> None:
+        """Compare the state files with the marker's digests, each rank its share; raise on every rank."""
+        records = json.loads((self.path / MARKER).read_text()).get("digests")
+        if records is None:
+            log.info("%s holds no digests of its files, an older version wrote it", self.path)
+            records = {}
+        problem = None
+        try:
+            for name in sorted(records)[rank::world]:
+                check = check_record(self.path / name, records[name], Verify())
+                check.finish()
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        if told := [text for text in gather(problem) if text is not None]:
+            raise ResumeError(f"{told[0]}; or delete {self.path} to resume from the checkpoint before")
 
 
 class RunFolder:
@@ -171,15 +197,21 @@ class RunFolder:
         path.mkdir(parents=True)
         return path
 
-    def commit(self, path: Path, progress: Progress) -> None:
-        """Make the checkpoint whole; rank 0 only, after every rank has written."""
+    def commit(self, path: Path, progress: Progress, written: Mapping[str, Written] | None = None) -> None:
+        """Make the checkpoint whole; rank 0 only, after every rank has written.
+
+        ``written``: digests of the files that resuming reads, by their names in the folder.
+        """
         if ending.lock is not None:
             ending.lock.check()
         files = sorted(file for file in path.rglob("*") if file.is_file())
         for file in files:
             _flush(file)
         sizes = {file.relative_to(path).as_posix(): file.stat().st_size for file in files}
-        text = json.dumps({"format": FORMAT, "progress": asdict(progress), "files": sizes}, indent=1)
+        marker: dict[str, Any] = {"format": FORMAT, "progress": asdict(progress), "files": sizes}
+        if written is not None:
+            marker["digests"] = {name: file.record(name) for name, file in written.items()}
+        text = json.dumps({**marker, "check": own_check(marker)}, indent=1)
         partial = path / f".{MARKER}.tmp"
         partial.write_text(text)
         _flush(partial)
@@ -212,9 +244,13 @@ def torn(path: Path) -> str | None:
     if not marker.is_file():
         return f"no {MARKER} file: the run stopped while writing it"
     try:
-        files: dict[str, int] = json.loads(marker.read_text())["files"]
-    except (ValueError, KeyError, OSError) as error:
+        content: dict[str, Any] = json.loads(marker.read_text())
+        files: dict[str, int] = dict(content["files"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         return f"its {MARKER} file is not readable: {error}"
+    known = content.get("format") == FORMAT and {"check", "digests"} & set(content)
+    if known and content.get("check") != own_check(content):
+        return f"its {MARKER} file is not what was written"
     for name, size in files.items():
         file = path / name
         if not file.is_file():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sat.checkpoint.format import CheckpointError, SafetensorsFile, TensorInfo, write_safetensors
+from sat.checkpoint.verify import Written, digest_file
 from sat.sharding import Cut
 from sat.train.deepspeed import TrainEngine
 from sat.train.optim import Ema
@@ -49,19 +50,26 @@ class Share:
         uncut = None if self.uncut is None else [_copied_state(state) for state in self.uncut]
         return replace(self, tensors=tensors, uncut=uncut)
 
-    def write(self, folder: Path, name: str) -> None:
-        """Write ``folder/shard_NAME.safetensors``, and ``optimizer_NAME.pt`` for state that is not cut."""
+    def write(self, folder: Path, name: str) -> dict[str, Written]:
+        """Write ``folder/shard_NAME.safetensors``, and ``optimizer_NAME.pt`` for state that is not cut.
+
+        Returns the files by name.
+        """
         notes = {
             "starts": self.starts, "cuts": self.cuts, "numbers": self.numbers, "scaler": self.scaler
         }  # fmt: skip
-        write_safetensors(
-            folder / f"shard_{name}.safetensors",
+        file, whole = f"shard_{name}.safetensors", f"optimizer_{name}.pt"
+        out: dict[str, Written] = {}
+        out[file] = write_safetensors(
+            folder / file,
             {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self.tensors.items()},
             lambda key: self.tensors[key],
             {key: json.dumps(value) for key, value in notes.items()},
         )
         if self.uncut is not None:
-            torch.save([_copied_state(state) for state in self.uncut], folder / f"optimizer_{name}.pt")
+            torch.save([_copied_state(state) for state in self.uncut], folder / whole)
+            out[whole] = digest_file(folder / whole)
+        return out
 
 
 def _copied(value: Tensor) -> Tensor:

@@ -148,6 +148,13 @@ def test_a_streak_of_nan_losses_ends_the_run_on_all_ranks(results) -> None:
         assert "step_00000004" in end["error"], "whose weights are those before the streak"
 
 
+def test_a_run_whose_last_steps_were_skipped_fails(results) -> None:
+    (end,) = results["bad_end"]
+    assert end["code"] == 1
+    assert "the last 8 steps up to step 10 were skipped" in end["error"]
+    assert "the weights are those of step 2" in end["error"]
+
+
 def test_a_dead_rank_ends_the_others_with_a_reason(results) -> None:
     assert results["dying"][1]["code"] == 7
     assert "another rank died" in value(results, "dying")

@@ -156,6 +156,7 @@ def main(folder: Path) -> None:
     case("batch", 1, _copied(folder / "zero0/run", resumed))
     case("background", 2, whole, background_save=True, save_every=1)
     case("hopeless", 2, hopeless, max_bad_steps=3, save_every=2, background_save=True)
+    case("bad_end", 1, hopeless, max_bad_steps=50)
     case("dying", 2, dying)
     case("stopping", 2, stopping)
     torch.save(results, folder / "results.pt")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sat.checkpoint.verify import digest_file
 from sat.train.resume import MARKER, Layout, Progress, ResumeError, RunFolder
 
 PROGRESS = Progress(
@@ -147,3 +148,37 @@ def test_a_checkpoint_of_another_version_is_refused(folder) -> None:
     (saved,) = folder.saved()
     with pytest.raises(ResumeError, match="format 1, this one reads 2.*start a new run from its native"):
         saved.progress()
+
+
+def test_a_flipped_bit_of_the_state_is_refused_by_name_on_every_rank(folder) -> None:
+    path = save(folder, 3, commit=False)
+    file = path / "state" / "weights.pt"
+    folder.commit(path, PROGRESS, {"state/weights.pt": digest_file(file)})
+    (saved,) = folder.saved()
+    saved.verify(0, 1, lambda found: [found])
+    file.write_bytes(b"0123456799")
+    (saved,) = folder.saved()
+    with pytest.raises(ResumeError, match=r"state/weights.pt: damaged.*delete .*step_00000003"):
+        saved.verify(0, 1, lambda found: [found])
+    saved.verify(1, 2, lambda found: [found])  # the other rank's share
+    with pytest.raises(ResumeError, match="theirs"):
+        saved.verify(1, 2, lambda found: ["theirs", found])
+
+
+@pytest.mark.parametrize("change", [("36", "35"), ('"check"', '"chesk"'), ('"step": 3', '"step": 2')])
+def test_a_changed_marker_is_torn(folder, change, caplog) -> None:
+    path = save(folder, 3, commit=False)
+    folder.commit(path, PROGRESS, {"state/weights.pt": digest_file(path / "state" / "weights.pt")})
+    text = (path / MARKER).read_text()
+    (path / MARKER).write_text(text.replace(*change, 1))
+    assert folder.saved() == []
+    assert "not what was written" in caplog.text
+
+
+@pytest.mark.parametrize("content", ['{"files": {}, "format": 2}', '{"files": {}}', "[" * 100_000, "[]", "3"])
+def test_a_marker_of_another_kind_is_one_line(folder, content) -> None:
+    path = save(folder, 3)
+    (path / MARKER).write_text(content)
+    for saved in folder.saved():
+        with pytest.raises(ResumeError):
+            saved.progress()
