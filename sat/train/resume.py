@@ -132,8 +132,8 @@ class Saved:
         marker = json.loads((self.path / MARKER).read_text())
         if marker.get("format") != FORMAT:
             raise ResumeError(
-                f"{self.path} is of another version (format {marker.get('format')}, this reads {FORMAT}): "
-                f"start a new run from its {NATIVE} folder"
+                f"{self.path} is of another version (format {marker.get('format')}, this one reads "
+                f"{FORMAT}): start a new run from its {NATIVE} folder"
             )
         try:
             progress = marker["progress"]
