@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -253,6 +253,31 @@ def target(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     moved = MODULES.get(module)
     return name if moved is None else f"{moved}.{attribute}"
+
+
+def today(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """``sections`` of a manifest's config with today's names of targets, keys and parameters."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        out = {name: renamed(item) for name, item in value.items()}
+        if isinstance(out.get("target"), str):
+            out["target"] = target(out["target"])
+            words = PARAMETERS.get(out["target"], {})
+            if isinstance(out.get("params"), dict):
+                out["params"] = {words.get(name, name): item for name, item in out["params"].items()}
+        return out
+
+    tree: dict[str, Any] = {name: renamed(value) for name, value in sections.items()}
+    for old, new in KEYS.items():
+        section, _, last = old.partition(".")
+        holder = tree.get(section)
+        if isinstance(holder, dict) and last in holder:
+            holder.setdefault(new.rpartition(".")[2], holder.pop(last))
+    return tree
 
 
 class _Aliases(Loader):

@@ -93,6 +93,16 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
         from sat.config.constraints import constraints  # which imports torch
 
         problems += constraints(experiment, layers.marks)
+    if not problems:
+        from sat.config.recorded import differences
+
+        began = experiment.train.init_from if experiment.train is not None else None
+        for found in differences(experiment, began or experiment.checkpoint):
+            problem = Problem(str(where(layers.marks, found.key)), dotted(found.key), found.what)
+            if found.fatal:
+                problems.append(problem)
+            else:
+                notices.append(str(problem))
     if problems:
         raise ConfigError(problems)
     return Loaded(experiment, checker.missing, list(dict.fromkeys(notices)))

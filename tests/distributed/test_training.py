@@ -151,7 +151,7 @@ def test_a_streak_of_nan_losses_ends_the_run_on_all_ranks(results) -> None:
 def test_a_run_whose_last_steps_were_skipped_fails(results) -> None:
     (end,) = results["bad_end"]
     assert end["code"] == 1
-    assert "the last 8 steps up to step 10 were skipped" in end["error"]
+    assert "the last 8 steps to step 10 were skipped" in end["error"]
     assert "the weights are those of step 2" in end["error"]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sat import compat
 from sat.checkpoint.files import open_file, open_folder, open_shards, read_json, vocabulary
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, listing
 from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline, HuggingFaceT5
@@ -89,9 +90,8 @@ class Native:
         return tensors
 
     def config(self, path: Path) -> Mapping[str, Any]:
-        """The config sections in the manifest."""
-        config: dict[str, Any] = self.manifest(path).get("config", {})
-        return config
+        """The config sections in the manifest, under today's names."""
+        return compat.today(self.manifest(path).get("config", {}))
 
     def tokenizer(self, path: Path) -> Path | None:
         """``tokenizer/spiece.model`` or ``tokenizer/tokenizer.json``."""
