@@ -218,9 +218,9 @@ class Trainer:
             self.save()
             if self._bad_steps > 1 or (self._bad_steps and self._bad_steps == config.steps - began_at):
                 raise DivergedError(
-                    f"the last {self._bad_steps} steps up to step {self.step} were skipped, loss or gradient "
-                    f"not finite: the weights are those of step {self.step - self._bad_steps}; lower train.lr "
-                    f"({config.lr:g}), set train.clip, or use train.dtype fp32"
+                    f"the last {self._bad_steps} steps to step {self.step} were skipped, loss or gradient "
+                    f"not finite: the weights are those of step {self.step - self._bad_steps}; lower "
+                    f"train.lr ({config.lr:g}), set train.clip, or use train.dtype fp32"
                 )
             ending.step = self.step
             ending.seal()  # all is saved: a late signal changes nothing
