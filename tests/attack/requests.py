@@ -276,7 +276,7 @@ def cases(seed: int, token: str, sizes: tuple[str, ...]) -> Iterator[Case]:  # n
             request(b"", pick.choice(METHODS), pick.choice((GENERATIONS, "/v1/models")), token),
             {200, 400, 405},
         ),
-        lambda: Case("raw", pick.choice(RAW), {400, 404, 405, 415}),
+        lambda: Case("raw", pick.choice(RAW), REFUSED),
     ]
     while True:
         yield pick.choice(kinds)()
