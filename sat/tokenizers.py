@@ -5,15 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sat.conditioning.conditioner import Tokens
+from sat.errors import UserError
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 _SPECIAL = ["<pad>", "</s>", "<unk>"]  # by id
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+NEEDS = "{} needs the tokenizers library (there is no spiece.model): pip install 'cogview3-sat[tokenizers]'"
+
+
+class MissingTokenizersError(UserError, RuntimeError):
+    """A vocabulary is a tokenizer.json, and the library that reads it is not installed."""
 
 
 class Piece(NamedTuple):
@@ -45,6 +53,10 @@ class T5Tokenizer:
         file = Path(path)
         self.path = file / "spiece.model" if file.is_dir() else file
         self.max_length = max_length
+        self._json: Any = None
+        if self.path.suffix == ".json":
+            self._open_json()
+            return
         self._model = SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(self.path.read_bytes())
@@ -57,6 +69,28 @@ class T5Tokenizer:
         self.trained: int = self._model.vocab_size()
         self.vocab_size = self.trained + extra_ids
         first = self._model.id_to_piece(list(range(min(3, self.trained))))
+        if first != _SPECIAL:
+            raise ValueError(f"{self.path} is not a T5 vocabulary: ids 0, 1, 2 are {first}, not {_SPECIAL}")
+
+    def _open_json(self) -> None:
+        """Read tokenizer.json, which transformers 5 writes instead of spiece.model."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise MissingTokenizersError(NEEDS.format(self.path)) from error
+        try:
+            self._json = Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{self.path} is not a usable tokenizer.json: {error}") from error
+        self._json.no_padding()
+        self._json.no_truncation()
+        self._json.encode_special_tokens = True  # typed into a text they are plain text, as in sentencepiece
+        vocabulary: dict[str, int] = self._json.get_vocab()
+        self.vocab_size = len(vocabulary)
+        self.trained = min(
+            (i for t, i in vocabulary.items() if t.startswith("<extra_id_")), default=len(vocabulary)
+        )
+        first = [self._json.id_to_token(i) for i in range(3)]
         if first != _SPECIAL:
             raise ValueError(f"{self.path} is not a T5 vocabulary: ids 0, 1, 2 are {first}, not {_SPECIAL}")
 
@@ -74,6 +108,9 @@ class T5Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """All token ids of ``text``, end of sequence included, neither cut nor padded."""
+        if self._json is not None:
+            clean = _SURROGATE.sub("\ufffd", text)
+            return [*self._json.encode(clean, add_special_tokens=False).ids, EOS]
         return [*self._model.encode(_SURROGATE.sub("\ufffd", text), out_type=int), EOS]
 
     def truncation(self, text: str) -> str | None:
@@ -94,6 +131,9 @@ class T5Tokenizer:
         of its characters.
         """
         clean = _SURROGATE.sub("\ufffd", text)
+        if self._json is not None:
+            found = self._json.encode(clean, add_special_tokens=False)
+            return [Piece(token, *place) for token, place in zip(found.ids, found.offsets, strict=True)]
         _, places = self._model.normalize(clean, with_offsets=True)
         out, end = [], 0
         for token, surface in zip(

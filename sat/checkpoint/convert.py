@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,8 @@ def _tokenizer(
     found = detect(path).tokenizer(path)
     if found is not None:
         verify_file(found)
+    if found is not None and found.suffix == ".json" and find_spec("tokenizers") is None:
+        return found, [f"{found}: drawing with it needs the tokenizers library: pip install tokenizers"]
     return found, [] if found else [
         f"no spiece.model beside the text encoder: the {to} folder is without a tokenizer"
     ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sat.checkpoint.format import CheckpointError, Part
@@ -11,6 +13,7 @@ from sat.checkpoint.formats import detect
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.config.targets import TargetError, resolve, signature
 from sat.config.yaml_source import Key, dotted
+from sat.tokenizers import NEEDS
 
 if TYPE_CHECKING:
     pass
@@ -49,6 +52,12 @@ def differences(experiment: Experiment, weights: CheckpointConfig) -> Iterator[D
     Keys that ``checkpoint.allow_config`` names are left out, and so are folders that carry no config.
     """
     ours = plain(experiment)
+    text = weights.source("text")
+    if experiment.conditioning.tokenizer is None and text is not None and text.is_dir():
+        with suppress(CheckpointError):
+            file = detect(text).tokenizer(text)
+            if file is not None and file.suffix == ".json" and find_spec("tokenizers") is None:
+                yield Difference(("conditioning", "tokenizer"), NEEDS.format(file), True)
     for part, sections in SECTIONS.items():
         path = weights.source(part)
         if path is None or not path.is_dir():
