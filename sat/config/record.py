@@ -190,12 +190,10 @@ def record(
     }
     try:
         before = json.loads((folder / "run.json").read_text("utf-8"))
-        starts = [*before.pop("starts", [])]
+        starts: list[dict[str, Any]] = [*before.pop("starts", [])]
         different = [key for key in {**before, **facts} if before.get(key) != facts.get(key)]
-        facts["starts"] = [
-            *starts,
-            {key: before.get(key) for key in {"written": 0, **dict.fromkeys(different)}},
-        ]
+        kept: dict[str, Any] = {key: before.get(key) for key in ["written", *different]}
+        facts["starts"] = [*starts, kept]
     except (OSError, ValueError, TypeError, AttributeError):  # the first start, or a damaged record
         pass
     write_text(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
