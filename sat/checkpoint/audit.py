@@ -16,6 +16,7 @@ from sat.checkpoint.load import refuse_not_finite
 from sat.checkpoint.verify import (
     DIGESTS,
     MANIFEST,
+    CheckpointPathError,
     Verify,
     digest_file,
     record_of,
@@ -39,7 +40,7 @@ def audit(path: Path, *, write: bool = False, allow_pickle: bool = False) -> lis
     digests.json beside others. Raises :class:`CheckpointError` where there is nothing to check.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointPathError(f"{path}: no such file or folder")
     kinds = (*SAFETENSORS, *TORCH)
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     files = [p for p in found if p.suffix in kinds or p.name in VOCABULARY or p == path]

@@ -13,7 +13,7 @@ from typing import Any
 
 from sat.checkpoint.format import CheckpointError, Joined, LazyStateDict, SafetensorsFile, listing
 from sat.checkpoint.torch_file import TorchFile
-from sat.checkpoint.verify import Verify, check_file
+from sat.checkpoint.verify import CheckpointPathError, Verify, check_file
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -193,6 +193,6 @@ def refuse_occupied(folder: Path) -> None:
     if folder.is_dir() and next(folder.iterdir(), None) is None:
         return
     if folder.exists() or folder.is_symlink():
-        raise CheckpointError(
+        raise CheckpointPathError(
             f"{folder}: exists and is not an empty folder; give a new destination or empty it first"
         )

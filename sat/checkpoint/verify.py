@@ -27,6 +27,8 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
+from sat.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # of a native folder
@@ -38,6 +40,10 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, used or written. The message is one line a user can act on."""
+
+
+class CheckpointPathError(UserError, CheckpointError):
+    """A path that cannot be read or written as a checkpoint: the user named the wrong one."""
 
 
 @dataclass(frozen=True)

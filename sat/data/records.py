@@ -10,6 +10,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal, Protocol
 
+from sat.errors import UserError
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 CAPTION_KEYS = ("text", "prompt", "caption")
 TABLE = "metadata.jsonl"
@@ -20,6 +22,10 @@ Kind = Literal["row", "caption", "picture"]
 
 class DataError(RuntimeError):
     """The data cannot be used: too much of it is bad, or there is none."""
+
+
+class DataPathError(UserError, DataError):
+    """A path that holds no data: the user named the wrong one."""
 
 
 class Inside(Protocol):

@@ -15,6 +15,7 @@ from sat.data.records import (
     TABLE,
     BadRecord,
     DataError,
+    DataPathError,
     Record,
     RecordSet,
     check_bad_share,
@@ -70,7 +71,7 @@ def read_source(path: Path) -> RecordSet:
     files = expand(path)
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file}: no such folder or file; expected {_KNOWN} (data.sources)")
+            raise DataPathError(f"{file}: no such folder or file; expected {_KNOWN} (data.sources)")
         if file.suffix.lower() not in _READERS:
             raise DataError(f"{file}: expected {_KNOWN} (data.sources)")
     return _read((item for file in files for item in _READERS[file.suffix.lower()](file)), path.parent)

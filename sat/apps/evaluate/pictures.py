@@ -12,7 +12,7 @@ from typing import overload
 
 import PIL.Image
 
-from sat.data.records import CAPTION_KEYS, DataError
+from sat.data.records import CAPTION_KEYS, DataError, DataPathError
 from sat.data.transforms import on_white
 from sat.sampling.output import IMAGE, folder_name, numbered
 from sat.sampling.prompts import MOST_BYTES, Prompt, PromptError, checked_prompts, read_prompt_file
@@ -166,7 +166,7 @@ def named_prompt(path: Path) -> str | None:
 def inner_folder(folder: Path) -> Path:
     """The folder of the pictures: ``folder``, or the one in it where it is that of an evaluation."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images")
+        raise DataPathError(f"{folder}: no such folder of images")
     return folder / PICTURES if (folder / PICTURES).is_dir() else folder
 
 
@@ -207,7 +207,7 @@ def found(folder: Path, prompts: Sequence[Prompt]) -> list[Picture]:
 def pictures_below(folder: Path) -> list[Path]:
     """All pictures below ``folder``; an error if there is none."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder of images")
+        raise DataPathError(f"{folder}: no such folder of images")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name != GRID)
     if not paths:
         raise DataError(f"{folder}: holds no pictures")
@@ -222,7 +222,7 @@ def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]
     prompts are read from the PNG files themselves, where sampling keeps them.
     """
     if not images.is_dir():
-        raise DataError(f"{images}: no such folder of images")
+        raise DataPathError(f"{images}: no such folder of images")
     found: list[tuple[Path, str]] = []
     if captions is None:
         for path in sorted(path for path in images.rglob("*.png") if path.name != GRID):
@@ -243,7 +243,7 @@ def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]
     else:
         found = _of_lines(images, captions)
     if not found:
-        raise DataError(f"{images}: no images with a caption" + (f" in {captions}" if captions else ""))
+        raise DataPathError(f"{images}: no images with a caption" + (f" in {captions}" if captions else ""))
     return found
 
 

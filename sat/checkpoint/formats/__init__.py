@@ -15,7 +15,7 @@ from sat.checkpoint.files import open_file, open_folder, open_shards, read_json,
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, listing
 from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline, HuggingFaceT5
 from sat.checkpoint.formats.sat import Sat
-from sat.checkpoint.verify import DIGESTS, MANIFEST, Verify, records
+from sat.checkpoint.verify import DIGESTS, MANIFEST, CheckpointPathError, Verify, records
 
 FORMAT = "cogview3-native"
 VERSION = 1
@@ -182,7 +182,7 @@ MARKS = ("manifest.json", "model_index.json", "latest", "config.json")
 def detect(path: Path) -> Format:
     """The format that ``path`` is in; one clear line where it is in none."""
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointPathError(f"{path}: no such file or folder")
     if not path.is_dir():
         return FORMATS[-1]
     for found in FORMATS:
@@ -191,7 +191,7 @@ def detect(path: Path) -> Format:
     inside = sorted(entry.name for entry in path.iterdir())
     nested = [name for name in inside if any((path / name / mark).is_file() for mark in MARKS)]
     hint = f"; did you mean {str(path / nested[0])!r}?" if nested else ""
-    raise CheckpointError(
+    raise CheckpointPathError(
         f"{path}: no known checkpoint format: expected manifest.json (native), model_index.json or "
         f"config.json (diffusers, Hugging Face), `latest` (SAT) or weight files; it "
         f"holds {listing(inside) or 'nothing'}{hint}"
@@ -241,7 +241,7 @@ def digest(path: Path | str) -> str:
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointPathError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _counts(p))
     total = hashlib.sha256()
     for file in files:
