@@ -172,7 +172,7 @@ def record(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "resolved.yaml", dump(experiment))
-    facts = {
+    facts: dict[str, Any] = {
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(sys.argv if command is None else command),
         "code": commit(),
