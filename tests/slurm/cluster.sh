@@ -65,11 +65,11 @@ CONF
 }
 
 open_python() { # an interpreter below a closed home folder stays reachable for the user, in these namespaces alone
-    local base=$1 top
-    [[ $base == /root/* ]] || return 0
+    local base=$1 home=~root top
+    [[ $base == "$home"/* ]] || return 0
     top=$dir/python && mkdir -p "$top"
     mount --bind "$base" "$top"
-    mount -t tmpfs -o mode=755 tmpfs /root
+    mount -t tmpfs -o mode=755 tmpfs "$home"
     mkdir -p "$base"
     mount --bind "$top" "$base"
 }
