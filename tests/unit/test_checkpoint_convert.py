@@ -181,7 +181,7 @@ def test_the_command_reads_a_base(written, tmp_path):
 
 def test_the_command_refuses_an_occupied_destination(written, tmp_path, capsys):
     (tmp_path / "x").write_text("mine")
-    assert main([str(written / "native"), str(tmp_path), "--to", "sat"]) == 1
+    assert main([str(written / "native"), str(tmp_path), "--to", "sat"]) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
