@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sat.checkpoint.format import CheckpointError, Part
 from sat.checkpoint.formats import detect
@@ -14,9 +14,6 @@ from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.config.targets import TargetError, resolve, signature
 from sat.config.yaml_source import Key, dotted
 from sat.tokenizers import NEEDS
-
-if TYPE_CHECKING:
-    pass
 
 SECTIONS: dict[Part, tuple[Key, ...]] = {
     "text": (("conditioning", "text"),),
@@ -63,7 +60,11 @@ def differences(experiment: Experiment, weights: CheckpointConfig) -> Iterator[D
         if path is None or not path.is_dir():
             continue
         try:
-            theirs = detect(path).config(path)
+            found = detect(path)
+        except CheckpointError:
+            continue  # told when it is read, with what it holds
+        try:
+            theirs = found.config(path)
         except CheckpointError as error:
             yield Difference(("checkpoint", part if path != weights.path else "path"), str(error), True)
             continue
@@ -79,7 +80,8 @@ def differences(experiment: Experiment, weights: CheckpointConfig) -> Iterator[D
                     continue
                 if at[-1] in unsaid:
                     continue
-                fatal = at[-1] not in SAMPLING
+                added = there is None and _only_wraps(here, experiment.imports)
+                fatal = at[-1] not in SAMPLING and not added
                 advice = "; if that is meant, name the key in checkpoint.allow_config" if fatal else ""
                 what = f"{_shown(here)}, but the weights in {path} are of {_shown(there)}{advice}"
                 yield Difference(at, what, fatal)
@@ -124,6 +126,15 @@ def _mixins(key: Key, ours: Any, theirs: Any, imports: Any) -> Iterator[tuple[Ke
             yield from _compare((*key, name), one, other, imports)
         elif one != other:
             yield (*key, name), one, other
+
+
+def _only_wraps(mixin: Any, imports: Any) -> bool:
+    """True for a mixin around what the weights have, such as a probe, which takes nothing's place."""
+    try:
+        declared = resolve(mixin["target"], imports).declared.values()
+    except (TargetError, TypeError, KeyError, AttributeError):
+        return False
+    return all(kind == "wraps" for _, kind in declared)
 
 
 def _shown(value: Any) -> str:

@@ -35,6 +35,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[CogView3PlusPipeline
     save_native(root / "ours", weights, CONFIG, tokenizer=spiece)
     extra = [
         "model.params.double_norm=false",
+        "checkpoint.allow_config=[model.params.double_norm]",
         "diffusion.schedule.params.rescale=before_spacing",
         "diffusion.schedule.params.quantise=false",
         "sampling.sizes={min: 16, max: 64, multiple: 16, max_area: 4096}",
@@ -84,6 +85,7 @@ def test_the_small_model_that_ships_draws_the_same_through_diffusers(
     theirs.set_progress_bar_config(disable=True)
     extra = [
         "model.params.double_norm=false",
+        "checkpoint.allow_config=[model.params.double_norm]",
         "diffusion.schedule.params.rescale=before_spacing",
         "diffusion.schedule.params.quantise=false",
     ]

@@ -42,7 +42,7 @@ def test_what_is_wrong_is_listed_and_gives_code_one(folder, capsys):
 
 
 def test_a_missing_source_is_one_line(tmp_path, capsys):
-    assert prepare.main(["inspect", str(tmp_path / "none")]) == 1
+    assert prepare.main(["inspect", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err
 
 

@@ -250,7 +250,7 @@ def test_a_missing_prompt_folder_is_named(tmp_path):
 def test_what_cannot_be_judged_is_one_line(trained, tmp_path, capsys, arguments, words):
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
-    assert evaluate.main(["retrieval", "--classifier", str(trained), *filled]) == 1
+    assert evaluate.main(["retrieval", "--classifier", str(trained), *filled]) == 2
     assert words in capsys.readouterr().err
 
 
