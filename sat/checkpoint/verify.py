@@ -361,7 +361,7 @@ def _check_once(path: Path, sha256: str) -> None:
     """Compare the SHA-256 of ``path``, unless this very file was good before."""
     stat, name, file = path.stat(), str(path.resolve()), _memory()
     mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino, sha256]
-    known: dict[str, Any] = {}
+    known: Any = {}
     with suppress(OSError, ValueError, RecursionError):
         known = json.loads(file.read_bytes())
     if not isinstance(known, dict):

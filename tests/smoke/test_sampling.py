@@ -55,6 +55,7 @@ def test_a_run_writes_pictures_grid_config_and_record(sample, tmp_path) -> None:
         "0_a_red_apple/000000000.png",
         "0_a_red_apple/000000001.png",
         "0_a_red_apple/grid.png",
+        "ended.json",
         "resolved.yaml",
         "run.json",
     ]

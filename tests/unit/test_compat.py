@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,7 +15,6 @@ import pytest
 import torch
 
 from sat import compat
-from sat.cli import train
 from sat.config.load import load_full
 from sat.config.yaml_source import ConfigError
 from tests.architecture.test_pages import module
@@ -116,7 +116,9 @@ def test_a_run_of_before_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
     run = tmp_path / "run"
     shutil.copytree(BEFORE / "run", run)
     (run / "resolved.yaml").write_text((run / "resolved.yaml").read_text().replace("outputs/lora", str(run)))
-    assert train.main(["--base", str(run / "resolved.yaml"), "--resume", "train.steps=3"]) == 0
+    words = ["train.py", "--base", str(run / "resolved.yaml"), "--resume", "train.steps=3"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2]["loss"] == pytest.approx(2.1843581199645996, rel=1e-5)  # as the code of before went on

@@ -75,12 +75,12 @@ class Native:
         tensors = open_shards(path, list(files), verify=verify)
         if verify.mode != "off":
             infos = tensors.infos().values()
-            there: dict[str, Any] = {
+            counts: dict[str, Any] = {
                 "tensors": len(tensors),
                 "elements": sum(info.numel for info in infos),
                 "dtypes": sorted({str(info.dtype)[6:] for info in infos}),
             }
-            for key, value in there.items():
+            for key, value in counts.items():
                 if key in entry and entry[key] != value:
                     tensors.close()
                     raise CheckpointError(
