@@ -43,7 +43,9 @@ class Difference(NamedTuple):
     fatal: bool
 
 
-def differences(experiment: Experiment, weights: CheckpointConfig) -> Iterator[Difference]:
+def differences(  # noqa: C901 - one comparison a folder, from its format to its keys
+    experiment: Experiment, weights: CheckpointConfig
+) -> Iterator[Difference]:
     """Every difference between ``experiment`` and the configs in the folders of ``weights``.
 
     Keys that ``checkpoint.allow_config`` names are left out, and so are folders that carry no config.
