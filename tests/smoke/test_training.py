@@ -206,7 +206,8 @@ def test_what_a_run_trained_draws_the_same_through_diffusers(ran, tmp_path) -> N
         [run / "resolved.yaml"],
         ["model.params.double_norm=false", "diffusion.schedule.params.rescale=before_spacing",
          "diffusion.schedule.params.quantise=false", "data=null", "train=null",
-         f"checkpoint={{model: {native}, text: {native}, first_stage: {with_first_stage[1]}}}"],
+         f"checkpoint={{model: {native}, text: {native}, first_stage: {with_first_stage[1]},"
+         " allow_config: [model.params.double_norm]}"],
         device="cpu", dtype="fp32",
     )  # fmt: skip
     noise = torch.randn(1, 4, 6, 8, generator=torch.Generator().manual_seed(1))
