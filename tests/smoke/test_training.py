@@ -319,10 +319,11 @@ import os, runpy, sys
 from sat.train.shards import Share
 write, count = Share.write, []
 def act(self, *given):
-    write(self, *given)
+    done = write(self, *given)
     count.append(1)
     if len(count) == 2:
         os.kill(os.getpid(), 9)
+    return done
 Share.write = act
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
