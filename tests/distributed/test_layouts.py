@@ -99,6 +99,6 @@ def test_ten_steps_with_shared_tokens_are_those_of_one_process(results, how, wha
 def test_a_rank_that_dies_while_saving_ends_its_team_and_leaves_no_whole_checkpoint(results) -> None:
     assert results["dying"][1]["code"] == 7
     end = results["dying"][0]["value"]
-    assert "another rank died" in end["said"]
+    assert "the connection to another rank broke off" in end["said"]
     assert end["folders"] == ["step_00000001"]
     assert end["whole"] == []

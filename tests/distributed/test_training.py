@@ -157,7 +157,7 @@ def test_a_run_whose_last_steps_were_skipped_fails(results) -> None:
 
 def test_a_dead_rank_ends_the_others_with_a_reason(results) -> None:
     assert results["dying"][1]["code"] == 7
-    assert "another rank died" in value(results, "dying")
+    assert "the connection to another rank broke off" in value(results, "dying")
 
 
 def test_one_rank_asked_to_stop_stops_all_at_one_step_and_saves(results) -> None:
