@@ -1,6 +1,6 @@
 """The nearest size is allowed and none is nearer, for any rule and any wish."""
 
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sat.config.schema.base import SizeRule
@@ -9,11 +9,10 @@ from sat.config.schema.base import SizeRule
 @st.composite
 def rules(draw) -> SizeRule:
     multiple = draw(st.integers(1, 40))
-    low = draw(st.integers(1, 120))
-    high = low + draw(st.integers(0, 120))
-    area = draw(st.integers(1, high * high + 10))
-    first = -(-low // multiple) * multiple
-    assume(first <= high and first * first <= area)
+    first = multiple * draw(st.integers(1, 3))  # the smallest allowed side
+    low = draw(st.integers(first - multiple + 1, first))
+    high = first + draw(st.integers(0, 120))
+    area = draw(st.integers(first * first, high * high + 10))
     return SizeRule(low, high, multiple, area)
 
 
