@@ -48,7 +48,7 @@ class CheckpointPathError(UserError, CheckpointError):
 
 @dataclass(frozen=True)
 class Verify:
-    """How files are checked. ``full``: contents; ``manifest``: names, sizes and counts only; or ``off``.
+    """Check of files. ``full``: contents; ``manifest``: names, sizes and counts only; or ``off``.
 
     ``size`` ranks read the same files: each checks its share, and ``agree`` brings together what they found
     (None for nothing), on every rank.
@@ -123,7 +123,7 @@ class Digester:
                 self._chunk.reset()
 
     def written(self) -> Written:
-        """What the whole content comes to."""
+        """Digest of the whole content."""
         last = [self._chunk.hexdigest()] if self._nbytes % CHUNK else []
         return Written(self._nbytes, self._whole.hexdigest(), (*self._chunks, *last))
 
@@ -172,7 +172,7 @@ def records(file: Path) -> list[dict[str, Any]]:
 
 
 def _malformed(record: object) -> str | None:
-    """What is wrong with the form of a record, None if nothing is."""
+    """Fault in the form of a record, or None."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         return "an entry has no name"
     name, nbytes, sha = record["name"], record.get("bytes"), record.get("sha256")

@@ -244,7 +244,7 @@ class Official:
             self.put(native, value, key)
 
     def choose(self, key: str, choices: Collection[str], what: str) -> str:
-        """What ``choices`` (names, or a mapping of them) have for the official class at ``key``, else ''."""
+        """Entry of ``choices`` (names, or a mapping of them) for the official class at ``key``, else ''."""
         self.used.add(f"{key}.target")
         name = self.class_name(key)
         if name not in choices:

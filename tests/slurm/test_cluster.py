@@ -71,7 +71,7 @@ class Job:
     began: float = field(default_factory=time.monotonic)
 
     def facts(self) -> dict[str, str]:
-        """What ``scontrol show job`` tells."""
+        """Output of ``scontrol show job``."""
         told = self.cluster.run("scontrol", "show", "job", "-o", self.number.partition("_")[0], check=False)
         lines = [
             line for line in told.splitlines() if f"JobId={self.number} " in line or "_" not in self.number
@@ -122,7 +122,7 @@ class Cluster:
         return [str(ROOT / "tests" / "slurm" / "cluster.sh"), words[0], str(self.folder), *words[1:]]
 
     def run(self, *words: str, check: bool = True, **more: str) -> str:
-        """What ``words`` print, run as the user in the clone with the environment active."""
+        """Output of ``words``, run as the user in the clone with the environment active."""
         path = f"{sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin"
         given = [f"{name}={value}" for name, value in {"PATH": path, "OMP_NUM_THREADS": "1", **more}.items()]
         command = self.script("in", "env", *given, *words)
@@ -131,7 +131,7 @@ class Cluster:
         return done.stdout + (done.stderr if not check else "")
 
     def on(self, node: str, *words: str) -> str:
-        """What ``words`` print, run as root on ``node``."""
+        """Output of ``words``, run as root on ``node``."""
         done = subprocess.run(self.script("on", node, *words), capture_output=True, text=True, check=False)
         return done.stdout
 

@@ -123,7 +123,7 @@ def _writer(root: Path, runtime: Runtime) -> Iterator[None]:
 
 
 def _again(root: Path) -> str:
-    """How to go on after an interruption: from the newest checkpoint, if there is any."""
+    """Advice to go on after an interruption: from the newest checkpoint, if there is any."""
     steps = [saved.step for place in (root, *root.iterdir()) for saved in RunFolder(place).saved()]
     if not steps:
         return "there is no checkpoint yet: the same command starts from the beginning"
