@@ -68,8 +68,12 @@ def accepted(command: Command) -> int:
 
 def _parsed(program: ModuleType, arguments: Sequence[str]) -> int:
     """0 when the arguments, or the call for help, are understood."""
+    verify = arguments[:1] == ("verify",) and hasattr(program, "verify_parser")
     try:
-        program.parser().parse_args(list(arguments))
+        if verify:
+            program.verify_parser().parse_args(list(arguments[1:]))
+        else:
+            program.parser().parse_args(list(arguments))
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

@@ -239,7 +239,8 @@ def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]
                 text = next(row[key] for key in CAPTION_KEYS if row.get(key))
                 found.append((images / row["file_name"], text if isinstance(text, str) else text[0]))
             except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-                raise DataError(f"{captions}:{number}: expected an object with file_name and text") from error
+                message = f"{captions}:{number}: expected an object with file_name and text"
+                raise DataPathError(message) from error
     else:
         found = _of_lines(images, captions)
     if not found:
