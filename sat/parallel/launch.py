@@ -208,6 +208,13 @@ def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def capability(device: torch.device) -> int | None:
+    """Major compute capability of an NVIDIA GPU, 0 for an AMD one, None for any other device."""
+    if device.type != "cuda":
+        return None
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
 # -- the mesh of all ranks: data x guidance x sequence x tensor. Also DeepSpeed's ``mpu``
 
 
