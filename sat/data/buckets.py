@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import PIL.Image
-
 from sat.data.records import BadRecord, DataError, Record, RecordSet, check_bad_share
+from sat.data.transforms import check_shape
+from sat.util.images import open_picture
 
 Size = tuple[int, int]
 LEAST_AREA = 0.9  # share of an area that sizes at the ratio's limit must have
-_ORIENTATION = 0x0112  # EXIF tag; from 5 on the picture lies on its side
+ORIENTATION = 0x0112  # EXIF tag; from 5 on the picture lies on its side
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ class Buckets:
 
 def measure(record: Record) -> Size:
     """(height, width) of a picture as it is shown, out of the head of its file."""
-    with PIL.Image.open(record.file()) as picture:
+    with open_picture(record.file()) as picture:
+        check_shape((picture.height, picture.width))
         sideways = False
         if picture.format != "PNG" or "exif" in picture.info:  # a PNG without would be decoded to look for it
-            sideways = picture.getexif().get(_ORIENTATION, 1) >= 5
+            sideways = picture.getexif().get(ORIENTATION, 1) >= 5
         return (picture.width, picture.height) if sideways else (picture.height, picture.width)
 
 
@@ -110,8 +111,8 @@ def measure_all(records: Sequence[Record], workers: int = 8) -> list[Size | BadR
     def measure_one(record: Record) -> Size | BadRecord:
         try:
             return measure(record)
-        except Exception as error:  # noqa: BLE001 - decoders raise anything
-            return BadRecord(record.name, f"{type(error).__name__}: {error}", "picture")
+        except (OSError, ValueError) as error:
+            return BadRecord(record.name, str(error), "picture")
 
     with ThreadPoolExecutor(workers, thread_name_prefix="measure") as pool:
         return list(pool.map(measure_one, records))

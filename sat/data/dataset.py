@@ -152,8 +152,8 @@ class Dataset:
             return None
         try:
             resized = transform.load(record.file())
-        except Exception as error:  # noqa: BLE001 - decoders raise anything: SyntaxError, struct.error, bomb errors
-            self.reject(record, f"{type(error).__name__}: {error}")
+        except (OSError, ValueError) as error:
+            self.reject(record, str(error))
             return None
         with self._lock:
             if record.name not in self._kept and resized.pixels.nbytes <= self._room:

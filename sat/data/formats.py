@@ -146,7 +146,10 @@ class _Pictures:
         """The bytes of one picture."""
         with self._lock:
             if group not in self._groups:
-                self._groups[group] = self._file.read_row_group(group, columns=[IMAGE]).column(IMAGE)
+                try:
+                    self._groups[group] = self._file.read_row_group(group, columns=[IMAGE]).column(IMAGE)
+                except Exception as error:  # Arrow's have kinds of their own
+                    raise ValueError(f"{IMAGE}: {error}") from error
                 if len(self._groups) > KEPT:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import PIL.Image
-import PIL.ImageOps
 
-from sat.data.buckets import Buckets, Size
+from sat.data.buckets import ORIENTATION, Buckets, Size
 from sat.data.records import BadRecord, Record
 from sat.data.sources import read_source
-from sat.data.transforms import Transform, on_white
+from sat.data.transforms import Transform, shown
+from sat.util.images import open_picture
 
 SHOWN = 5  # lines of a list that is printed
 
@@ -26,6 +26,9 @@ class Picture(NamedTuple):
 
     size: Size
     kind: str  # of the file: PNG, JPEG …
+    mode: str  # of its pixels: RGB, P, CMYK …
+    turned: bool  # by its EXIF
+    several: bool  # frames or pages, of which the first is used
     file: str  # digest of the file
     pixels: str  # digest of size and pixels, transparency on white
 
@@ -55,6 +58,13 @@ class Survey:
             f"formats: {_counts(Counter(picture.kind for picture in self.pictures))}",
             f"sizes (height x width): {_counts(sizes)}",
         ]
+        modes = Counter(picture.mode for picture in self.pictures if picture.mode != "RGB")
+        if modes:
+            rows.append(f"converted to RGB, transparent parts to white: {_counts(modes)}")
+        if turned := sum(picture.turned for picture in self.pictures):
+            rows.append(f"turned as their EXIF says: {turned}")
+        if several := sum(picture.several for picture in self.pictures):
+            rows.append(f"with several frames or pages, of which the first is used: {several}")
         if self.words:
             middle = sorted(self.words)[len(self.words) // 2]
             rows.append(
@@ -103,16 +113,22 @@ def survey(source: Path, too_long: Callable[[str], bool] | None = None, workers:
 def inspect_picture(record: Record) -> Picture | BadRecord:
     """Properties of a picture, or the reason that it cannot be opened."""
     try:
-        file = record.file()
-        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
-        with PIL.Image.open(record.file()) as opened:
-            kind = opened.format or "?"
-            shown = on_white(PIL.ImageOps.exif_transpose(opened))
-    except Exception as error:  # noqa: BLE001 - decoders raise anything
-        return BadRecord(record.name, f"{type(error).__name__}: {error}", "picture")
-    size = (shown.height, shown.width)
-    pixels = hashlib.sha256(f"{size}".encode() + shown.tobytes()).hexdigest()
-    return Picture(size, kind, hashlib.sha256(data).hexdigest(), pixels)
+        source, digest = record.file(), hashlib.sha256()
+        with open_picture(source) as opened:
+            kind, mode = opened.format or "?", opened.mode
+            several = bool(getattr(opened, "is_animated", False))
+            turned = opened.getexif().get(ORIENTATION, 1) in range(2, 9)
+            picture = shown(opened)
+        with source.open("rb") if isinstance(source, Path) else source as file:
+            file.seek(0)
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except (OSError, ValueError) as error:
+        return BadRecord(record.name, str(error), "picture")
+    size = (picture.height, picture.width)
+    pixels = hashlib.sha256(f"{size}".encode())
+    pixels.update(picture.tobytes())
+    return Picture(size, kind, mode, turned, several, digest.hexdigest(), pixels.hexdigest())
 
 
 def duplicates(surveys: Sequence[Survey]) -> list[str]:

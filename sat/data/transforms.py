@@ -15,7 +15,12 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sat.util.images import PictureError, open_picture
+
 WHITE = (255, 255, 255)
+LONGEST = 100  # times its shorter side: longer strips are no pictures
+KEPT = 16  # lengths of the training size: of a longer strip the middle alone is resized
+_AT_ONCE = 1 << 20  # pixels that are put on white at a time
 
 
 class Resized(NamedTuple):
@@ -23,6 +28,7 @@ class Resized(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (H', W', 3), H' >= H and W' >= W, one of them equal
     original_size: tuple[int, int]
+    start: tuple[int, int] = (0, 0)  # (top, left) of the pixels in the whole resized picture
 
 
 @dataclass(frozen=True)
@@ -71,18 +77,25 @@ class Transform:
 
     def load(self, source: Path | BytesIO) -> Resized:
         """The picture in a file, turned as its EXIF says, on white, resized to just cover the target."""
-        with PIL.Image.open(source) as file:
-            picture = on_white(PIL.ImageOps.exif_transpose(file))
-        return self.resize(picture)
+        with open_picture(source) as file:
+            return self.resize(shown(file))
 
     def resize(self, picture: PIL.Image.Image) -> Resized:
-        """An RGB picture resized to just cover the target."""
+        """An RGB picture resized to just cover the target; of a long strip the middle ``KEPT`` lengths."""
         height, width = picture.height, picture.width
         factor = max(self.height / height, self.width / width)
-        size = (max(self.width, round(width * factor)), max(self.height, round(height * factor)))
-        if size != picture.size:
-            picture = picture.resize(size, PIL.Image.Resampling.LANCZOS)
-        return Resized(np.asarray(picture), (height, width))
+        wide, tall = max(self.width, round(width * factor)), max(self.height, round(height * factor))
+        top, left = (max(0, (a - KEPT * b) // 2) for a, b in ((tall, self.height), (wide, self.width)))
+        if top or left:
+            x, y = width / wide, height / tall
+            picture = picture.resize(
+                (wide - 2 * left, tall - 2 * top),
+                PIL.Image.Resampling.LANCZOS,
+                box=(left * x, top * y, (wide - left) * x, (tall - top) * y),
+            )
+        elif (wide, tall) != picture.size:
+            picture = picture.resize((wide, tall), PIL.Image.Resampling.LANCZOS)
+        return Resized(np.asarray(picture), (height, width), (top, left))
 
     def place(self, resized: Resized, placement: Placement) -> tuple[Tensor, tuple[int, int]]:
         """The picture (3, height, width) in [-1, 1] and the (top, left) pixels it was cut at."""
@@ -94,22 +107,49 @@ class Transform:
         pixels = resized.pixels[top : top + self.height, left : left + self.width]
         if self.augment is not None:
             pixels = augmented(pixels, self.augment, placement)
-        return to_tensor(pixels), (top, left)
+        return to_tensor(pixels), (top + resized.start[0], left + resized.start[1])
+
+
+def check_shape(size: tuple[int, int]) -> None:
+    """Raise PictureError for an empty picture and for one that is a mere line. ``size``: (height, width)."""
+    if max(size) > LONGEST * min(size):
+        raise PictureError(
+            f"{size[0]} x {size[1]} (height x width): one side is over {LONGEST} times the other"
+        )
+
+
+def shown(file: PIL.Image.Image) -> PIL.Image.Image:
+    """An opened picture as RGB on white, turned as its EXIF says."""
+    check_shape((file.height, file.width))
+    PIL.ImageOps.exif_transpose(file, in_place=True)
+    return on_white(file)
 
 
 def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """``picture`` as RGB, its transparent parts white."""
+    """``picture`` as RGB, its transparent parts white; itself if that changes nothing.
+
+    Rows are converted some at a time, so that large pictures are not held several times over.
+    """
+    picture.load()
     if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture.copy()
-    if picture.has_transparency_data:
-        white = PIL.Image.new("RGBA", picture.size, (*WHITE, 255))
-        picture = PIL.Image.alpha_composite(white, picture.convert("RGBA"))
-    if picture.mode.startswith(
-        ("I", "F")
-    ):  # 16 bits and more, which convert() would clip; 65535 (1) is white
-        values = np.asarray(picture, dtype=np.float64) * (255.0 if picture.mode == "F" else 255.0 / 65535.0)
-        picture = PIL.Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-    return picture.convert("RGB")
+        return picture
+    out = PIL.Image.new("RGB", picture.size)
+    step = max(1, _AT_ONCE // picture.width)
+    for top in range(0, picture.height, step):
+        part = picture.crop((0, top, picture.width, min(picture.height, top + step)))
+        if part.mode.startswith(("I", "F")):  # convert() would clip them
+            most = 1.0 if part.mode == "F" else 65535.0
+            values = np.asarray(part, dtype=np.float64)
+            low, high = values.min(), values.max()
+            if not (low >= 0 and high <= most):
+                raise PictureError(f"values from {low:g} to {high:g}, expected 0 to {most:g}")
+            values = np.where(values == part.info.get("transparency"), most, values)
+            part = PIL.Image.fromarray(np.rint(values * (255.0 / most)).astype(np.uint8))
+        elif part.has_transparency_data:
+            white = PIL.Image.new("RGBA", part.size, (*WHITE, 255))
+            part = PIL.Image.alpha_composite(white, part.convert("RGBA"))
+        out.paste(part.convert("RGB"), (0, top))
+    return out
 
 
 def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement) -> NDArray[np.uint8]:

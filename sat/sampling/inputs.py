@@ -19,7 +19,7 @@ from sat.errors import UserError
 from sat.sampling.output import IMAGE, STAGES, folder_name, numbered, opened
 from sat.sampling.prompts import Prompt
 from sat.util.host import check_regular
-from sat.util.images import from_pil, read_png_text
+from sat.util.images import PictureError, from_pil, open_picture, read_png_text
 
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig
@@ -140,10 +140,10 @@ class InputFolder(PictureInput):
                 )
             for path in (folder / name for name in there):
                 try:
-                    with Image.open(path) as picture:
+                    with open_picture(path) as picture:
                         width, height = picture.size
-                except (OSError, SyntaxError) as error:
-                    raise InputError(f"{path}: not a readable picture ({error})") from error
+                except PictureError as error:
+                    raise InputError(f"{path}: {error}") from error
                 if (height, width) != (self.height, self.width):
                     raise InputError(
                         f"{path}: is {height} x {width} (height x width), expected {self.height} x "

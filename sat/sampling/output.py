@@ -163,6 +163,8 @@ def numbered(root: Path) -> dict[int, list[str]]:
 
 def opened(path: Path) -> Image.Image:
     """The RGB pixels of a picture's file, which is closed again."""
-    with Image.open(path) as image:
-        pixels: Image.Image = image.convert("RGB")
-    return pixels
+    try:
+        with images.open_picture(path) as image:
+            return image.convert("RGB")
+    except images.PictureError as error:
+        raise images.PictureError(f"{path}: {error}") from error

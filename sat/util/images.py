@@ -1,23 +1,65 @@
-"""Images in and out: uint8 conversion, contact sheets, PNG files with text."""
+"""Images in and out: files of known formats, uint8 conversion, contact sheets, PNG files with text."""
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
-from sat.util.host import write_atomic
+from sat.util.host import check_regular, read_bounded, write_atomic
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000")
+"""Formats that are opened, whatever a file is called. Pillow knows many more; EPS starts a program."""
+LARGEST_FILE = 2 << 30
+"""Bytes of a picture's file: Pillow's limit of about 179 million pixels, 16 bits a channel, fits."""
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class PictureError(ValueError):
+    """A file that is no picture of a known format, or is damaged, or too large."""
+
+
+@contextlib.contextmanager
+def open_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
+    """The picture of a regular file or of its bytes; the only place where one is opened.
+
+    Its pixels are not read yet. Whatever goes wrong with it, also within the ``with``, is a
+    :class:`PictureError` that does not name the file.
+    """
+    try:
+        if isinstance(source, Path):
+            check_regular(source, LARGEST_FILE)
+        elif source.getbuffer().nbytes > LARGEST_FILE:
+            raise PictureError(f"has more than {LARGEST_FILE} bytes")
+        with Image.open(source, formats=_formats()) as image:
+            yield image
+    except PictureError:
+        raise
+    except UnidentifiedImageError as error:
+        empty = not (source.stat().st_size if isinstance(source, Path) else source.getbuffer().nbytes)
+        what = "an empty file" if empty else f"not a picture in one of the formats {', '.join(_formats())}"
+        raise PictureError(what) from error
+    except Exception as error:  # decoders raise anything: SyntaxError, struct.error, errors of bombs
+        known = isinstance(error, OSError) and error.strerror
+        raise PictureError(str(known or f"cannot be read: {error or type(error).__name__}")) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -74,7 +116,7 @@ def read_png_text(path: Path) -> dict[str, str] | None:
     Pillow forgives a file that is cut after its last pixel, so the chunks' checksums are looked at first.
     """
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, LARGEST_FILE)
         if not data.startswith(_PNG):
             return None
         at, kind = len(_PNG), b""
@@ -85,9 +127,9 @@ def read_png_text(path: Path) -> dict[str, str] | None:
             if checksum != zlib.crc32(chunk):
                 return None
             at, kind = at + 12 + length, chunk[:4]
-        with Image.open(BytesIO(data)) as image:
+        with open_picture(BytesIO(data)) as image:
             image.load()  # text may also stand after the pixels
             texts = image.text if isinstance(image, PngImageFile) else None
             return None if texts is None else {key: str(value) for key, value in texts.items()}
-    except (OSError, SyntaxError, ValueError, struct.error, zlib.error):  # a broken file, to Pillow and us
+    except (OSError, PictureError, struct.error):  # a broken file, to Pillow and us
         return None

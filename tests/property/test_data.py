@@ -14,7 +14,7 @@ from sat.data.batch import groups as order_groups
 from sat.data.buckets import BucketRule, Buckets
 from sat.data.loader import Loader
 from sat.data.records import Record, RecordSet
-from sat.data.transforms import Augment, Placement, Transform
+from sat.data.transforms import KEPT, Augment, Placement, Transform
 
 unit = st.floats(0, 1, exclude_max=True)
 
@@ -68,8 +68,9 @@ def test_any_picture_becomes_the_target_size_and_the_cut_lies_inside(
     assert image.shape == (3, height, width)
     assert -1 <= image.min() <= image.max() <= 1
     tall, wide = resized.pixels.shape[:2]
-    assert 0 <= top <= tall - height
-    assert 0 <= left <= wide - width
+    assert 0 <= top - resized.start[0] <= tall - height
+    assert 0 <= left - resized.start[1] <= wide - width
+    assert tall * wide <= (KEPT + 1) * height * width + height + width
     assert (tall, wide) == (height, wide) or (tall, wide) == (tall, width)
 
 

@@ -151,7 +151,7 @@ def test_pictures_that_cannot_be_measured_are_left_out_with_their_weight(tmp_pat
         sized(records, 1.0)
     left, sizes = sized(RecordSet(found.records, (), ((2, 1.0),)), 1.0)
     assert (len(left), sizes, left.shares) == (1, [(8, 8)], ((1, 1.0),))
-    assert "UnidentifiedImageError" in str(left.bad[0])
+    assert "not a picture in one of" in str(left.bad[0])
     with pytest.raises(DataError, match="1 of 2 items"):
         sized(found, 0.1)
 

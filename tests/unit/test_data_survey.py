@@ -38,7 +38,7 @@ def test_what_is_wrong_is_listed_and_gives_code_one(folder, capsys):
     out = capsys.readouterr().out
     assert "1 pairs, 2 that cannot be used" in out
     assert "no caption file b.txt" in out
-    assert "a.png: UnidentifiedImageError" in out
+    assert "a.png: not a picture in one of the formats PNG, JPEG" in out
 
 
 def test_a_missing_source_is_one_line(tmp_path, capsys):

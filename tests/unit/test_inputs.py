@@ -94,7 +94,7 @@ def test_a_picture_of_the_wrong_size_is_refused_by_name(root: Path) -> None:
 
 def test_a_file_that_is_no_picture_is_refused(root: Path) -> None:
     (root / "7_a_lion" / "000000001.png").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="000000001.png: not a readable picture"):
+    with pytest.raises(InputError, match="000000001.png: not a picture in one of the formats"):
         folder(root).check([LION])
 
 

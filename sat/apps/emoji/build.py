@@ -30,6 +30,7 @@ from sat.apps.emoji.concepts import (
 )
 from sat.data.records import HELD_OUT, TABLE
 from sat.errors import UserError
+from sat.util.images import open_picture
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +233,8 @@ class SvgDrawings:
             background="#ffffff",
             skip_system_fonts=True,
         )
-        return _resized(PIL.Image.open(io.BytesIO(bytes(png))).convert("RGB"), size)
+        with open_picture(io.BytesIO(bytes(png))) as image:
+            return _resized(image.convert("RGB"), size)
 
 
 class WebpDrawings:
@@ -255,9 +257,9 @@ class WebpDrawings:
 
     def draw(self, name: str, size: int) -> PIL.Image.Image:
         """The picture in file ``name`` as an RGB image of (size, size) pixels on white."""
-        image = PIL.Image.open(io.BytesIO(self.archive.read(name))).convert("RGBA")
-        white = PIL.Image.new("RGBA", image.size, "white")
-        return _resized(PIL.Image.alpha_composite(white, image).convert("RGB"), size)
+        with open_picture(io.BytesIO(self.archive.read(name))) as image:
+            white = PIL.Image.new("RGBA", image.size, "white")
+            return _resized(PIL.Image.alpha_composite(white, image.convert("RGBA")).convert("RGB"), size)
 
 
 def svg(icons: IconSet, name: str) -> str:

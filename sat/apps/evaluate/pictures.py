@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from typing import overload
 import PIL.Image
 
 from sat.data.records import CAPTION_KEYS, DataError, DataPathError
-from sat.data.transforms import on_white
+from sat.data.transforms import shown
 from sat.sampling.output import IMAGE, folder_name, numbered
 from sat.sampling.prompts import MOST_BYTES, Prompt, PromptError, checked_prompts, read_prompt_file
 from sat.util.host import read_bounded
-from sat.util.images import read_png_text
+from sat.util.images import PictureError, open_picture, read_png_text
 
 TEXTS = ("prompts", "prompt", "text", "caption")
 """Columns that hold the prompt, whatever their case: DrawBench says Prompts, PartiPrompts Prompt."""
@@ -28,6 +29,7 @@ PICTURES = "pictures"
 """Folder for pictures in an evaluation's own folder."""
 
 _NUMBERED = re.compile(r"(\d+)_")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,9 @@ class Opened(Sequence[PIL.Image.Image]):
             return Opened(self.paths[index])
         path = self.paths[index]
         try:
-            with PIL.Image.open(path) as file:
-                return on_white(file)
-        except (OSError, SyntaxError) as error:
+            with open_picture(path) as file:
+                return shown(file)
+        except PictureError as error:
             raise DataError(f"{path}: {error}") from error
 
     def __len__(self) -> int:
@@ -214,7 +216,9 @@ def pictures_below(folder: Path) -> list[Path]:
     return paths
 
 
-def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]]:
+def collect(  # noqa: C901 - three places that captions come from
+    images: Path, captions: Path | None = None
+) -> list[tuple[Path, str]]:
     """Pictures below ``images`` with their captions.
 
     ``captions`` may be a table (``.jsonl`` with file_name, relative to ``images``, and text) or a text file
@@ -226,10 +230,15 @@ def collect(images: Path, captions: Path | None = None) -> list[tuple[Path, str]
     found: list[tuple[Path, str]] = []
     if captions is None:
         for path in sorted(path for path in images.rglob("*.png") if path.name != GRID):
-            with PIL.Image.open(path) as file:
-                prompt = file.info.get("prompt")
+            try:
+                with open_picture(path) as file:
+                    prompt = file.info.get("prompt")
+            except PictureError as error:
+                raise DataError(f"{path}: {error}") from error
             if isinstance(prompt, str):
                 found.append((path, prompt))
+            else:
+                log.warning("left out %s: it names no prompt in its PNG text", path)
     elif captions.suffix == ".jsonl":
         for number, line in enumerate(read_bounded(captions, MOST_BYTES).decode("utf-8").splitlines(), 1):
             if not line.strip():

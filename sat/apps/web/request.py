@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from PIL import Image
 
 from sat.errors import UserError
 from sat.sampling.output import IMAGE, numbered
-from sat.util.images import read_png_text
+from sat.util.images import open_picture, read_png_text
 
 _NAME = re.compile(r"\d+_[\w-]{0,20}/\d{9}\.png", re.ASCII)
 _THUMBNAIL = 256  # pixels, the longer side
@@ -172,7 +171,7 @@ class Pictures:
 @lru_cache(maxsize=256)
 def _small(path: Path, changed: int) -> Image.Image:
     """``changed`` makes a rewritten file another entry."""
-    with Image.open(BytesIO(path.read_bytes())) as picture:
-        small: Image.Image = picture.convert("RGB")
+    with open_picture(path) as picture:
+        small = picture.convert("RGB")
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     return small

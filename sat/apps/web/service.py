@@ -30,7 +30,7 @@ from sat.sampling.generator import SamplingParams, strength
 from sat.sampling.inputs import InputList
 from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt, PromptError, check_text
-from sat.util.images import to_pil
+from sat.util.images import open_picture, to_pil
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class GenerationService:
         """The enlarging of one picture of the folder, with its own prompt and seed."""
         path = self.pictures.at(name)
         known = settings_of(path)
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             size = (picture.height, picture.width)
         index = self.enlarger(size)
         if index is None:
