@@ -13,7 +13,7 @@ if [[ -n ${SAT_SITE:-} || -f train_scripts/site.sh ]]; then
 fi
 
 on_nodes() {
-    local nodes=${SLURM_JOB_NODELIST:?start this with sbatch} head="" port=0 run="" job=$SLURM_JOB_ID
+    local nodes=${SLURM_JOB_NODELIST:?start this with sbatch} head="" port=0 run="" end="" job=$SLURM_JOB_ID
     local asked=0 signalled=1 step="" code before="" ended="" reason="" restarts=${SLURM_RESTART_COUNT:-0}
     local -a inside
     read -ra inside <<<"${CONTAINER:-}"
@@ -31,10 +31,11 @@ on_nodes() {
         ((restarts == 0)) || set -- "$@" --resume
         run=$("${inside[@]}" python "$@" --check-inputs) || return
         echo "$run"
+        end=$(sed -n 's/^its end: //p' <<<"$run") # each share of an array has its own
         run=$(sed -n 's/^run folder: //p' <<<"$run")
         before=$(_made "$run")
-        export RUN_FOLDER=$run
-        ended=$(cat "$run/ended.json" 2>/dev/null)
+        export RUN_END=$end
+        ended=$(cat "$end" 2>/dev/null)
     fi
 
     # One task a node whatever the job asked for, with all that the job has there: its requests are not the step's.
@@ -69,9 +70,9 @@ on_nodes() {
     fi
 
     # torchrun turns every code into 1; the run's own stands in its folder, with the reason.
-    if [[ -n $run && -f $run/ended.json && $(<"$run/ended.json") != "$ended" ]]; then
+    if [[ -n $end && -f $end && $(<"$end") != "$ended" ]]; then
         ended=$("${inside[@]}" python -c 'import json, sys; end = json.load(open(sys.argv[1])); print(end["code"], end["reason"])' \
-            "$run/ended.json") && reason=${ended#* } ended=${ended%% *}
+            "$end") && reason=${ended#* } ended=${ended%% *}
         ((${ended:-0} == 0)) || code=$ended
     else
         ended=""

@@ -8,8 +8,8 @@ shift 2
 
 fail() { # as a line of the log and, where train_scripts/slurm.sh looks for reasons, in the run folder
     echo "error: $node: $1" >&2
-    if [[ -n ${RUN_FOLDER:-} ]] && mkdir -p "$RUN_FOLDER"; then
-        printf '{"code": %d, "reason": "%s", "step": null, "time": "%(%FT%TZ)T"}\n' "$2" "$node: $1" -1 >"$RUN_FOLDER/ended.json"
+    if [[ -n ${RUN_END:-} ]] && mkdir -p "$(dirname "$RUN_END")"; then
+        printf '{"code": %d, "reason": "%s", "step": null, "time": "%(%FT%TZ)T"}\n' "$2" "$node: $1" -1 >"$RUN_END"
     fi
     exit "$2"
 }
@@ -47,7 +47,7 @@ told=(env -u TORCH_CPP_LOG_LEVEL -u TORCH_LOGS)
 for name in TORCH_CPP_LOG_LEVEL TORCH_LOGS; do
     [[ -z ${!name:-} ]] || told+=("$name=${!name}")
 done
-if [[ -n ${RUN_FOLDER:-} ]]; then # its ended.json has the code of a stop; torchrun would print a traceback for one other than 0
+if [[ -n ${RUN_END:-} ]]; then # its ended.json has the code of a stop; torchrun would print a traceback for one other than 0
     told+=(SAT_QUIET_STOP=1)
 fi
 TORCH_CPP_LOG_LEVEL=ERROR TORCH_LOGS=-torch.distributed.elastic.rendezvous \

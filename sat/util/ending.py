@@ -26,17 +26,23 @@ FAILED, MISTAKE, STOPPED_EARLY, INTERRUPTED = 1, 2, 75, 130
 ENDED = "ended.json"
 
 
+def ended_name(part: int, parts: int) -> str:
+    """Name of the file for share ``part`` of ``parts``, which draw into one folder side by side."""
+    return ENDED if parts == 1 else f"ended-{part}-of-{parts}.json"
+
+
 class Ending:
     """Place and progress of this process's run; what is known of them when the process ends.
 
-    ``folder`` gets ``ended.json`` once a run owns it by its ``lock``, which rank 0 has. ``step`` is that of a
-    training. ``again`` says how to go on after an interruption, and is asked only then. ``reason`` is that of
-    an end without an error. Once ``sealed`` (a time), signals no longer change the end. ``releases`` run
-    before a process is ended hard.
+    ``folder`` gets ``name`` (``ended.json``) once a run owns it by its ``lock``, which rank 0 has. ``step``
+    is that of a training. ``again`` says how to go on after an interruption, and is asked only then.
+    ``reason`` is that of an end without an error. Once ``sealed`` (a time), signals no longer change the end.
+    ``releases`` run before a process is ended hard.
     """
 
     def __init__(self) -> None:
         self.folder: Path | None = None
+        self.name = ENDED
         self.step: int | None = None
         self.again: Callable[[], str] = str
         self.lock: Lock | None = None
@@ -45,12 +51,12 @@ class Ending:
         self.sealed = 0.0
         self._written = False
 
-    def own(self, folder: Path) -> None:
-        """Let ``folder`` be the place of ``ended.json``; an earlier run's is removed by rank 0."""
-        self.folder = folder
+    def own(self, folder: Path, name: str = ENDED) -> None:
+        """Let ``name`` in ``folder`` be the place of the reason; an earlier run's is removed by rank 0."""
+        self.folder, self.name = folder, name
         if rank() == 0:
             with contextlib.suppress(OSError):
-                (folder / ENDED).unlink()
+                (folder / name).unlink()
 
     def seal(self) -> None:
         """Let no later signal change how this process ends: its work is saved, or it is leaving."""
@@ -69,7 +75,7 @@ class Ending:
         failed = own and code == FAILED
         if self.folder is not None and (failed or (rank() == 0 and not self._told())):
             with contextlib.suppress(OSError):
-                write_text(self.folder / ENDED, json.dumps(facts, ensure_ascii=False) + "\n")
+                write_text(self.folder / self.name, json.dumps(facts, ensure_ascii=False) + "\n")
         if code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
             extra = {"py_callstack": "", "timestamp": str(int(time.time())), "code": code}
             message = {"message": f"{line} (exit code {code})", "errorCode": code, "extraInfo": extra}
@@ -80,7 +86,7 @@ class Ending:
         """True if another rank has written its failure during this run."""
         assert self.folder is not None, "only asked with one"
         try:
-            return bool(json.loads((self.folder / ENDED).read_text())["code"] == FAILED)
+            return bool(json.loads((self.folder / self.name).read_text())["code"] == FAILED)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

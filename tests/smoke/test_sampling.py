@@ -213,6 +213,8 @@ def test_shares_draw_the_files_of_one_run_between_them(sample, tmp_path, three) 
         assert f"{count} files written" in done.err
         assert "of another run" not in done.err
     assert files(tmp_path / "shares") == files(tmp_path / "whole")
+    ends = sorted(path.name for path in (tmp_path / "shares").glob("ended*"))
+    assert ends == ["ended-0-of-2.json", "ended-1-of-2.json"], "each share has its own"
     assert load([tmp_path / "shares" / "resolved.yaml"]).sampling.share is None
 
 

@@ -28,7 +28,7 @@ if "is_host=true" in words:  # the first of several nodes, which the second wait
     server = socket.create_server((host, int(port)))
     server.accept()
 if ended := os.environ.get("ENDED"):
-    open(os.path.join(os.environ["RUN_FOLDER"], "ended.json"), "w").write(ended)
+    open(os.environ["RUN_END"], "w").write(ended)
 if code := os.environ.get("CODE"):
     sys.exit(int(code))
 rank = subprocess.Popen(["bash", "-c", '''trap "echo saved >>$CALLS; exit 0" TERM
@@ -41,6 +41,7 @@ PYTHON = """#!/bin/bash
 [[ $1 != -c ]] || exec python3 "$@"
 echo "$*" >>"$CALLS.checked"
 [[ -z $CHECK ]] || { echo "error: $CHECK" >&2; exit 2; }
+echo "its end: $RUN/${END:-ended.json}"
 echo "run folder: $RUN"
 """
 TRAIN = ("train_scripts/sft.sbatch", "train.py", "--base", "a.yaml")
@@ -200,6 +201,7 @@ def test_the_code_and_the_reason_are_the_runs_own(slurm, own: int, seen: int) ->
     code, said = slurm.end(*TRAIN, code="1", ENDED=ended)
     assert code == seen
     assert said.splitlines()[-1].endswith(f'ended with code {seen}: stopped "early"')
+    assert slurm.end(*TRAIN, code="1", ENDED=ended, END="ended-1-of-2.json")[0] == seen, "another share's"
     code, said = slurm.end(*TRAIN, code="1", ENDED=ended)  # the same file again: not this job's
     assert code == 1 and "the reason stands above" in said.splitlines()[-1]
 
@@ -295,11 +297,13 @@ def test_the_check_before_ranks_demands_every_file_and_names_the_run_folder(caps
     }
     for main, given in words.items():
         assert main([*given, "--check-inputs", "--output-dir", "OUT"]) == 0
-        assert capsys.readouterr().out.splitlines()[-1] == "run folder: OUT"
+        assert capsys.readouterr().out.splitlines()[-2:] == ["its end: OUT/ended.json", "run folder: OUT"]
         assert main([*given, "--check", "checkpoint.model=none"]) == 0
         capsys.readouterr()
         assert main([*given, "--check-inputs", "checkpoint.model=none"]) == 2
         assert "there is no 'none'" in capsys.readouterr().err
+    assert sample.main([*given, "--check-inputs", "--output-dir", "OUT", "sampling.share=1/3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "its end: OUT/ended-1-of-3.json"
 
 
 def test_a_rank_that_stops_early_leaves_its_code_in_the_run_folder_alone(tmp_path, monkeypatch) -> None:

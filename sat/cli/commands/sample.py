@@ -30,7 +30,7 @@ from sat.sampling.inputs import InputFolder, checked_latents, read_latents
 from sat.sampling.output import STAGES, OutputFolder, folder_name, prove_writable
 from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
 from sat.util import log as logs
-from sat.util.ending import ending
+from sat.util.ending import ended_name, ending
 from sat.util.host import write_text
 from sat.util.lock import BusyError, share_lock
 from sat.util.log import describe
@@ -56,11 +56,12 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     if missing and not args.check:
         raise ConfigError(missing)
     absent = any(problem.key in ("sampling.prompt_file", "sampling.input_dir") for problem in missing)
-    prompts = None if absent else _prompts(first)
+    prompts = None if absent else given_prompts(first)
     if args.check or args.check_inputs:
         _check(cascade, prompts)
         if args.check_inputs:
-            print(f"run folder: {first.output.dir or OUTPUT}")
+            part, root = parse_share(first.sampling.share or "0/1"), first.output.dir or OUTPUT
+            print(f"its end: {root / ended_name(*part)}\nrun folder: {root}")
         return 0
     for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.loaded.notices):
         log.warning("%s", notice)
@@ -105,7 +106,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
 def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime) -> Iterator[None]:
     """Be the one writer of this share of the output folder; rank 0 is for all, and its refusal is theirs."""
     last = cascade.stages[-1].experiment
-    root = last.output.dir or OUTPUT
+    root, part = last.output.dir or OUTPUT, parse_share(last.sampling.share or "0/1")
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
         try:
@@ -115,9 +116,8 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
                 tree = dump(replace(last, sampling=sampling, output=output))
                 texts = None if prompts is None else [[prompt.index, prompt.text] for prompt in prompts]
                 purpose = settings_digest({"config": tree, "prompts": texts})
-                part = parse_share(last.sampling.share or "0/1")
                 lock = stack.enter_context(share_lock(root, *part, purpose, str(root)))
-                ending.own(root)
+                ending.own(root, ended_name(*part))
                 ending.lock = lock
         except BusyError as error:
             refused = error
@@ -125,11 +125,11 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
             raise refusal
         if prompts is not None:
             ending.again = lambda: "run the same command with --resume to draw the rest"
-        ending.folder = root
+        ending.folder, ending.name = root, ended_name(*part)
         yield
 
 
-def _prompts(experiment: Experiment) -> list[Prompt] | None:
+def given_prompts(experiment: Experiment) -> list[Prompt] | None:
     """The prompts that the config gives; None when it gives none and they are to be asked for."""
     sampling = experiment.sampling
     check_text(sampling.negative_prompt, "the negative prompt")

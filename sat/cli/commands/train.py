@@ -44,7 +44,7 @@ from sat.train.optim import build_optimizer, groups
 from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder
 from sat.util import log as logs
-from sat.util.ending import STOPPED_EARLY, ending
+from sat.util.ending import ENDED, STOPPED_EARLY, ending
 from sat.util.lock import BusyError, Lock
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
             f"at {sizes}, {precision}, ZeRO {train.zero}"
         )
         if args.check_inputs:
-            print(f"run folder: {experiment.output.dir}")
+            print(f"its end: {experiment.output.dir / ENDED}\nrun folder: {experiment.output.dir}")
         return 0
     if args.plan:
         from sat.cli.commands.estimate import estimate
