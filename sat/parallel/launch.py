@@ -190,6 +190,18 @@ def keep_freed_memory(top_pad: int = 512 << 20) -> bool:
     return all(mallopt(option, value) == 1 for option, value in settings)
 
 
+def accelerators() -> tuple[str, list[dict[str, Any]]]:
+    """torch's build, and of each accelerator it sees ``name``, ``total`` and ``free`` bytes, and ``bf16``."""
+    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
+    kind = f"ROCm {torch.version.hip}" if torch.version.hip else kind
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        about = {"name": torch.cuda.get_device_name(index), "total": total, "free": free}
+        found.append({**about, "bf16": torch.cuda.is_bf16_supported()})
+    return f"{torch.__version__}, {kind}", found
+
+
 def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
     """Device of this process: one GPU for each local rank, or the CPU."""
     if device not in ("auto", "cpu", "cuda"):
@@ -206,13 +218,6 @@ def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def capability(device: torch.device) -> int | None:
-    """Major compute capability of an NVIDIA GPU, 0 for an AMD one, None for any other device."""
-    if device.type != "cuda":
-        return None
-    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
 # -- the mesh of all ranks: data x guidance x sequence x tensor. Also DeepSpeed's ``mpu``

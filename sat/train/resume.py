@@ -148,8 +148,11 @@ class Saved:
             raise ResumeError(f"{self.path / MARKER}: step {str(read.step)[:40]} is not its folder's")
         return read
 
-    def verify(self, rank: int, world: int, gather: Callable[[str | None], list[str | None]]) -> None:
-        """Compare the state files with the marker's digests, each rank its share; raise on every rank."""
+    def verify(self, rank: int, world: int, gather: Callable[[str | None], list[str | None]]) -> int:
+        """Compare the state files with the marker's digests, each rank its share; their number.
+
+        Raises on every rank.
+        """
         records = json.loads((self.path / MARKER).read_text()).get("digests")
         if records is None:
             log.info("%s holds no digests of its files, an older version wrote it", self.path)
@@ -163,6 +166,7 @@ class Saved:
             problem = str(error)
         if told := [text for text in gather(problem) if text is not None]:
             raise ResumeError(f"{told[0]}; or delete {self.path} to resume from the checkpoint before")
+        return len(records)
 
 
 class RunFolder:
@@ -175,7 +179,7 @@ class RunFolder:
     def saved(self) -> list[Saved]:
         """Whole checkpoints, oldest first. Torn ones are named in a warning."""
         whole: list[Saved] = []
-        for path, step in self._folders():
+        for path, step in self.folders():
             if reason := torn(path):
                 log.warning("checkpoint %s is torn (%s): skipped", path, reason)
             else:
@@ -220,17 +224,17 @@ class RunFolder:
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest ``keep`` whole checkpoints, and torn ones older than the newest."""
-        whole = [(path, step) for path, step in self._folders() if not torn(path)]
+        whole = [(path, step) for path, step in self.folders() if not torn(path)]
         if not whole:
             return
         newest = whole[-1][1]
         kept = {path for path, _ in whole[-keep:]}
-        for path, step in self._folders():
+        for path, step in self.folders():
             if path not in kept and step < newest:
                 (path / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _folders(self) -> list[tuple[Path, int]]:
+    def folders(self) -> list[tuple[Path, int]]:
         """(folder, step) of every checkpoint folder, by step."""
         if not self.checkpoints.is_dir():
             return []

@@ -25,7 +25,7 @@ def _other(path: Path, **changes: object) -> Lock:
     return lock
 
 
-def _dead_pid() -> int:
+def dead_pid() -> int:
     done = subprocess.Popen([sys.executable, "-S", "-c", ""])
     done.wait()
     return done.pid
@@ -57,7 +57,7 @@ def test_the_second_writer_gets_a_line_that_names_the_first(tmp_path) -> None:
 def test_a_lock_whose_owner_is_gone_is_taken_over_with_a_line(tmp_path, caplog, monkeypatch, owner) -> None:
     path = tmp_path / "lock"
     if owner == "dead":
-        _other(path, pid=_dead_pid())
+        _other(path, pid=dead_pid())
     elif owner == "reused":
         _other(path, born="1")
     elif owner == "requeued":
@@ -96,7 +96,7 @@ def test_an_owner_elsewhere_that_touches_its_file_is_alive(tmp_path) -> None:
 
 def test_of_many_that_find_a_dead_owner_one_wins(tmp_path) -> None:
     path = tmp_path / "lock"
-    _other(path, pid=_dead_pid())
+    _other(path, pid=dead_pid())
     start, ends = threading.Barrier(8), []
 
     def enter() -> None:
