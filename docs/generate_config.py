@@ -17,9 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import sat  # noqa: E402
-from sat.config.check import show, split  # noqa: E402
+from sat.config.check import TargetError, field_hints, load_name, produces, show, signature, split  # noqa: E402  # noqa: E402
 from sat.config.schema import Component, Experiment, Makes, MustExist  # noqa: E402
-from sat.config.targets import TargetError, field_hints, load_name, produces, signature  # noqa: E402
 from sat.mixin import Mixin  # noqa: E402
 
 PAGE = ROOT / "docs" / "config_reference.md"

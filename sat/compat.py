@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from importlib.abc import Loader, MetaPathFinder
+    from importlib.abc import Loader
 else:  # importing the module takes as long as the rest of `import sat`
-    Loader = MetaPathFinder = object
+    Loader = object
 
 MODULES: dict[str, str] = {
     "sat.adapters.convert": "sat.adapters.write",
@@ -60,6 +60,7 @@ MODULES: dict[str, str] = {
     "sat.config.schema.sampling": "sat.config.schema.base",
     "sat.config.schema.train": "sat.config.schema.experiment",
     "sat.config.source": "sat.config.yaml_source",
+    "sat.config.targets": "sat.config.check",
     "sat.data.emoji": "sat.apps.emoji",
     "sat.data.emoji.build": "sat.apps.emoji.build",
     "sat.data.emoji.captions": "sat.apps.emoji.concepts",
@@ -280,6 +281,10 @@ def today(sections: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+FOLDERS = {"sat.memory", "sat.web", "sat.evaluate", "sat.evaluate.preference", "sat.data.emoji"}
+"""Packages that are gone."""
+
+
 class _Aliases(Loader):
     """Makes a module of the old name whose attributes are those of today's module."""
 
@@ -302,19 +307,16 @@ class _Aliases(Loader):
         vars(module)["__getattr__"] = attribute
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Finds old modules, which the ordinary finders do not know."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name in MODULES or name in FOLDERS:
-            return ModuleSpec(name, _Aliases(), is_package=name in FOLDERS)
-        return None
-
-
-FOLDERS = {"sat.memory", "sat.web", "sat.evaluate", "sat.evaluate.preference", "sat.data.emoji"}
-"""Packages that are gone."""
+    find_spec = staticmethod(
+        lambda name, path=None, target=None: (
+            ModuleSpec(name, _Aliases(), is_package=name in FOLDERS)
+            if name in MODULES or name in FOLDERS
+            else None
+        )
+    )
 
 
 def install() -> None:

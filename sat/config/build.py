@@ -192,40 +192,27 @@ def build_empty(component: Component, imports: Collection[str] = ()) -> nn.Modul
 
     :class:`PartSizeError` beyond :data:`MOST_MODULES` and :data:`MOST_WEIGHTS`, and for an empty weight.
     """
-    modules = weights = 0
+    left = iter(range(MOST_MODULES))
 
-    def count_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        nonlocal modules
-        modules += 1
-        if modules > MOST_MODULES:
-            raise PartSizeError(
-                f"more than {MOST_MODULES} modules: is a depth or a number of blocks too large?"
-            )
+    def refuse(what: str) -> NoReturn:
+        raise PartSizeError(what)
 
-    def count_weights(module: nn.Module, name: str, weight: Tensor | None) -> None:
-        nonlocal weights
-        if weight is None:
-            return
-        weights += weight.numel()
-        if weights > MOST_WEIGHTS:
-            raise PartSizeError(f"more than {MOST_WEIGHTS:.0e} weights: is a width or a length too large?")
-        if isinstance(weight, nn.Parameter) and not weight.numel():
-            shape = list(weight.shape)
-            raise PartSizeError(
-                f"{name} of {type(module).__name__} has shape {shape}: is a width or a length 0?"
-            )
-
-    hooks = (
-        module_hooks.register_module_module_registration_hook(count_module),
-        module_hooks.register_module_parameter_registration_hook(count_weights),
-        module_hooks.register_module_buffer_registration_hook(count_weights),
+    many = f"more than {MOST_MODULES} modules: is a depth or a number of blocks too large?"
+    hook = module_hooks.register_module_module_registration_hook(
+        lambda *_: refuse(many) if next(left, None) is None else None
     )
     try:
         with torch.device("meta"), without_init():
             module: nn.Module = build(component, imports=imports)
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+    if sum(t.numel() for t in (*module.parameters(), *module.buffers())) > MOST_WEIGHTS:
+        refuse(f"more than {MOST_WEIGHTS:.0e} weights: is a width or a length too large?")
+    for name, weight in module.named_parameters():
+        if not weight.numel():
+            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            last, shape = name.rpartition(".")[2], list(weight.shape)
+            refuse(f"{last} of {owner} has shape {shape}: is a width or a length 0?")
     return module
 
 

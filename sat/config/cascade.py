@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sat.config.build import components
-from sat.config.check import Checker
+from sat.config.check import Checker, hint
 from sat.config.load import Loaded, load_full, read_base
-from sat.config.schema import Broken, Experiment, Section
-from sat.config.targets import hint
+from sat.config.schema import Broken, Section
 from sat.config.yaml_source import ConfigError, Override, Source
 from sat.config.yaml_source import write as write_yaml
 
@@ -68,16 +67,10 @@ class CascadeConfig(Section):
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Loaded):
     """A loaded stage of a run; ``name`` is empty for a run of one model."""
 
-    name: str
-    loaded: Loaded
-
-    @property
-    def experiment(self) -> Experiment:
-        """Its checked config."""
-        return self.loaded.experiment
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ def load_cascade(bases: Sequence[str | Path], overrides: Sequence[Override] = ()
     sources = [read_base(base) for base in bases]
     cascades = [i for i, source in enumerate(sources) if "cascade" in source.tree]
     if not cascades:
-        return Cascade([Stage("", load_full(bases, overrides))])
+        return Cascade([Stage(**vars(load_full(bases, overrides)))])
     if cascades != [0]:
         what = "one cascade file comes first in --base; other files are laid over its stages"
         raise ConfigError.of("", "cascade", what)
@@ -128,7 +121,7 @@ def load_cascade(bases: Sequence[str | Path], overrides: Sequence[Override] = ()
             if (sampling.height, sampling.width) != (height, width):
                 settings += [("sampling.height", height), ("sampling.width", width)]
                 loaded = load_full(files, settings)
-        stages.append(Stage(stage.name, loaded))
+        stages.append(Stage(**vars(loaded), name=stage.name))
     return Cascade(stages, config.keep)
 
 

@@ -10,9 +10,8 @@ from torch import nn
 from sat.adapters import groups
 from sat.adapters.factors import AdapterError
 from sat.config.build import build_empty, quantizers
-from sat.config.check import built
+from sat.config.check import built, resolve, signature
 from sat.config.schema import Component, Experiment
-from sat.config.targets import resolve, signature
 from sat.config.yaml_source import Key, Marks, Problem, problem
 from sat.data.buckets import BucketRule
 from sat.diffusion.guidance import Embedded, Unguided

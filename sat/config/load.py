@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sat import compat
-from sat.config.check import Checker, record_of
+from sat.config.check import Checker, field_hints, hint, record_of
 from sat.config.official import is_official, override_official, translate
 from sat.config.schema import Experiment, plain
-from sat.config.targets import field_hints, hint
 from sat.config.yaml_source import (
     DEFAULT,
     HOME,
@@ -94,7 +93,7 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
 
         problems += constraints(experiment, layers.marks)
     if not problems:
-        from sat.config.recorded import differences
+        from sat.config.record import differences
 
         began = experiment.train.init_from if experiment.train is not None else None
         for found in differences(experiment, began or experiment.checkpoint):

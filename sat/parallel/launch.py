@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,7 @@ class Runtime:
     device: torch.device
     timeout: float = 600.0
 
-    @property
+    @cached_property
     def is_main(self) -> bool:
         """True on rank 0, the one that logs and writes."""
         return self.rank == 0
@@ -254,7 +255,8 @@ class Mesh:
     """Ranks laid out as (data, guidance, sequence, tensor), tensor ranks adjacent.
 
     ``guidance``, ``sequence`` and ``tensor`` are this rank's axes, ``team`` all three together: the ranks
-    that work on the same images. ``gradient`` is data x guidance x sequence.
+    that work on the same images. ``gradient`` is data x guidance x sequence. ``data_ranks`` teams work on
+    different images; this one is number ``data_rank``, and its first rank ``leads``: it writes the images.
 
     DeepSpeed takes it as ``mpu``. Its "data parallel" group is ``gradient``, because gradients are averaged
     over all of it; the sequence methods that DeepSpeed probes for are left out: they would scale gradients
@@ -282,22 +284,13 @@ class Mesh:
 
         self.guidance, self.sequence, self.tensor = axis("guidance"), axis("sequence"), axis("tensor")
         self.team, self.gradient = axis(*AXES[1:]), axis(*AXES[:3])
-        self.rank = runtime.rank
+        self.rank, self.data_ranks = runtime.rank, data
         self.data_rank = runtime.rank // (runtime.world // data)
+        self.leads = self.team.rank == 0
 
     def __str__(self) -> str:
         """The axes longer than 1, as ``data 2 x sequence 2``."""
         return " x ".join(f"{name} {size}" for name, size in self.sizes.items() if size > 1) or "one rank"
-
-    @property
-    def data_ranks(self) -> int:
-        """Number of teams, which work on different images; ``data_rank`` is the index of this one."""
-        return self.sizes["data"]
-
-    @property
-    def leads(self) -> bool:
-        """True on the first rank of each team, which writes the images."""
-        return self.team.rank == 0
 
     # DeepSpeed's mpu: the seven methods the engine calls.
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:

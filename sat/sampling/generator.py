@@ -24,7 +24,7 @@ from sat.parallel.collectives import by_first, taking_turns
 from sat.parallel.launch import ALONE, Axis
 from sat.sampling.inputs import PictureInput
 from sat.sampling.output import OutputFolder
-from sat.sampling.prompts import Prompt, title
+from sat.sampling.prompts import Prompt
 from sat.util.images import to_pil
 from sat.util.log import progress
 
@@ -257,7 +257,7 @@ class Generator:
             drawn = [(prompt, images) for prompt, images in requests if images]  # the others lack a grid
             pictures = self.generate(drawn, params, inputs=inputs, callback=step)
             for number, (prompt, images) in enumerate(requests, 1):
-                bar.note(f"[{number}/{len(requests)}] {title(prompt.text)}")
+                bar.note(f"[{number}/{len(requests)}]", prompt.text)
                 for picture in islice(pictures, len(images)):
                     if picture.image is not None:
                         folder.write_image(prompt, picture.index, picture.image)

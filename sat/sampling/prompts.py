@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +23,6 @@ class Prompt:
 
     index: int
     text: str
-
-
-_TITLE = 32  # characters of a prompt that a progress line shows
-
-
-def title(text: str) -> str:
-    """The beginning of a prompt, safe to print on one line."""
-    line = "".join(c if c.isprintable() else " " for c in text[: _TITLE + 1])
-    return line if len(text) <= _TITLE else line[: _TITLE - 1] + "…"
 
 
 def read_prompt_file(path: Path) -> list[str]:
@@ -74,11 +65,3 @@ def check_text(text: str, what: str) -> None:
         raise PromptError(
             f"{what} is not valid UTF-8 at character {error.start} ({ascii(text[error.start])})"
         ) from error
-
-
-def share(prompts: Sequence[Prompt], part: int, parts: int) -> list[Prompt]:
-    """Every ``parts``-th prompt; of a whole file number i goes to rank i modulo the world, as officially.
-
-    It goes by place, not number, so that ranks can share what is a share of a file already.
-    """
-    return list(prompts[part::parts])

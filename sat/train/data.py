@@ -15,8 +15,8 @@ from torch import Tensor
 from sat.checkpoint.format import DTYPES, PARTS, Part
 from sat.checkpoint.formats import digest, part_digest
 from sat.config.build import build_engine
+from sat.config.check import resolve
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, SourceConfig, TrainConfig, plain
-from sat.config.targets import resolve
 from sat.data.buckets import BucketRule, Buckets, Size, measure_all, measured
 from sat.data.cache import (
     CachedDataset,

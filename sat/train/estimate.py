@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sat.config.check import resolve
 from sat.config.schema import Experiment, LoraConfig, OffloadConfig
-from sat.config.targets import resolve
 from sat.data.loader import AHEAD
 from sat.train.data import spare_parts
 from sat.train.measure import (

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from sat.checkpoint.format import DTYPES, Part
 from sat.conditioning.conditioner import Tokens
 from sat.config.build import build_shapes
-from sat.config.check import build
+from sat.config.check import build, resolve
 from sat.config.schema import DataConfig, Experiment, TrainConfig
-from sat.config.targets import resolve
 from sat.data.batch import Batch
 from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger, Trace, trace

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sat.config.check import build
+from sat.config.check import build, resolve
 from sat.config.schema import TrainConfig
-from sat.config.targets import resolve
 
 if TYPE_CHECKING:
     from sat.train.deepspeed import TrainEngine

@@ -43,14 +43,23 @@ def _described(error: BaseException) -> str:
     return text if isinstance(error, _PLAIN_ERRORS) else f"{kind}: {text}"
 
 
+_TITLE = 32  # characters of a prompt that a progress line shows
+
+
+def title(text: str) -> str:
+    """The beginning of ``text``, safe to print on one line."""
+    line = "".join(c if c.isprintable() else " " for c in text[: _TITLE + 1])
+    return line if len(text) <= _TITLE else line[: _TITLE - 1] + "…"
+
+
 # -- a progress line over many steps, shown on a terminal and silent elsewhere
 
 
 class Progress(Protocol):
     """Progress of a long task."""
 
-    def note(self, text: str) -> None:
-        """Show the item that is being worked on."""
+    def note(self, place: str, item: str = "") -> None:
+        """Show the item that is being worked on, after its ``place`` among the others."""
 
     def advance(self, steps: int = 1) -> None:
         """Count ``steps`` more as done."""
@@ -65,7 +74,7 @@ class Progress(Protocol):
 class NoProgress:
     """Progress that is not shown."""
 
-    def note(self, text: str) -> None:
+    def note(self, place: str, item: str = "") -> None:
         """Show nothing."""
 
     def advance(self, steps: int = 1) -> None:
@@ -88,9 +97,9 @@ class ProgressBar:
 
         self._bar = tqdm(total=total, unit=unit, file=stream, dynamic_ncols=True, leave=True, mininterval=0.1)
 
-    def note(self, text: str) -> None:
-        """Show ``text`` before the bar."""
-        self._bar.set_description_str(text, refresh=True)
+    def note(self, place: str, item: str = "") -> None:
+        """Show ``place`` and the beginning of ``item`` before the bar."""
+        self._bar.set_description_str(f"{place} {title(item)}".strip(), refresh=True)
 
     def advance(self, steps: int = 1) -> None:
         """Move the bar on by ``steps``."""

@@ -18,11 +18,10 @@ from torch import nn
 from sat.checkpoint.save import save_native
 from sat.config import check as component
 from sat.config.build import build_empty, build_engine, components
-from sat.config.check import build
+from sat.config.check import TargetError, build, check_import, resolve, signature
 from sat.config.load import load
 from sat.config.record import commit, record
 from sat.config.schema import CheckpointConfig, Component, plain
-from sat.config.targets import TargetError, check_import, resolve, signature
 from sat.config.yaml_source import ConfigError
 from tests.configs import Brush, Range, Wide, debug
 from tests.vocabulary import write_vocabulary

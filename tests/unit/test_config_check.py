@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import pytest
 
-from sat.config.check import INVALID, Checker, Context, convert, show
+from sat.config.check import (
+    INVALID,
+    Checker,
+    Context,
+    TargetError,
+    allowed,
+    check_import,
+    convert,
+    produces,
+    resolve,
+    show,
+    signature,
+)
 from sat.config.schema import (
     Component,
     DataConfig,
@@ -18,7 +30,6 @@ from sat.config.schema import (
     SourceConfig,
     TrainConfig,
 )
-from sat.config.targets import TargetError, allowed, check_import, produces, resolve, signature
 from sat.diffusion.guidance import ClassifierFree, Guider
 from sat.diffusion.schedule import ZeroSNR
 from tests.configs import DEBUG, Brush, Greedy, Range, Wide, debug, helper, refused

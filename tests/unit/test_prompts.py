@@ -1,15 +1,17 @@
 """Prompts: files, numbers, shares."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from sat.cli.commands.sample import _wanted
 from sat.config.load import load
 from sat.config.schema.base import parse_share
 from sat.config.yaml_source import ConfigError
 from sat.sampling.inputs import LatentsError, read_latents
-from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file, share
+from sat.sampling.prompts import Prompt, PromptError, checked_prompts, read_prompt_file
 
 
 def _file(tmp_path: Path, data: bytes) -> Path:
@@ -58,19 +60,15 @@ def test_an_argument_in_another_encoding_is_refused() -> None:
         checked_prompts(["fine", "caf\udce9"])
 
 
-def test_ranks_share_every_prompt_exactly_once_by_its_number() -> None:
-    prompts = checked_prompts("abcdefg")
-    shares = [share(prompts, rank, 3) for rank in range(3)]
+def test_shares_take_every_prompt_exactly_once_by_its_place() -> None:
+    prompts, experiment = checked_prompts("abcdefg"), load(["configs/tiny.yaml"])
+    shares = [
+        _wanted(replace(experiment, sampling=replace(experiment.sampling, share=text)), prompts)
+        for text in ("0/3", "1/3", "2/3")
+    ]
     assert shares[1] == [Prompt(1, "b"), Prompt(4, "e")]
     assert sorted((p for s in shares for p in s), key=lambda p: p.index) == prompts
-
-
-def test_a_share_keeps_the_numbers_and_is_shared_by_ranks_evenly() -> None:
-    prompts = checked_prompts("abcdefghi")
-    part = share(prompts, *parse_share("1/2"))
-    assert [prompt.index for prompt in part] == [1, 3, 5, 7]
-    assert [len(share(part, rank, 2)) for rank in range(2)] == [2, 2]
-    assert share(prompts[:1], *parse_share("1/2")) == []
+    assert _wanted(experiment, prompts) == prompts
 
 
 @pytest.mark.parametrize("text", ["", "3/3", "-1/3", "1", "1/", "0/0", "1/2/3", "a/b", " 1/2", "\u0661/2"])

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from sat.apps.prompts.optimizer import Cache, Endpoint, OptimizerError, PromptOptimizer
 from sat.cli.main_guard import UsageError
-from sat.sampling.prompts import Prompt, check_text, read_prompt_file, title
+from sat.sampling.prompts import Prompt, check_text, read_prompt_file
 from sat.util import log as logs
 from sat.util.ending import FAILED
 from sat.util.host import write_text
+from sat.util.log import title
 
 if TYPE_CHECKING:
     from sat.config.cascade import Cascade
@@ -112,7 +113,6 @@ class Rewriting:
         for stage in cascade.stages:
             experiment = stage.experiment
             sampling = replace(experiment.sampling, prompt=texts, prompt_file=None)
-            loaded = replace(stage.loaded, experiment=replace(experiment, sampling=sampling))
-            stages.append(replace(stage, loaded=loaded))
+            stages.append(replace(stage, experiment=replace(experiment, sampling=sampling)))
         rewritten = [replace(prompt, text=text) for prompt, text in zip(prompts, texts, strict=True)]
         return Cascade(stages, cascade.keep), rewritten

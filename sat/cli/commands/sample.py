@@ -28,7 +28,7 @@ from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams
 from sat.sampling.inputs import InputFolder, checked_latents, read_latents
 from sat.sampling.output import STAGES, OutputFolder, folder_name, prove_writable
-from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file, share
+from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file
 from sat.util import log as logs
 from sat.util.ending import ended_name, ending
 from sat.util.host import write_text
@@ -52,7 +52,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
                 print(f"{'---' + chr(10) if number else ''}# stage {stage.name}")
             print(dump(stage.experiment), end="")
         return 0
-    missing = [problem for stage in cascade.stages for problem in stage.loaded.missing]
+    missing = [problem for stage in cascade.stages for problem in stage.missing]
     if missing and not args.check:
         raise ConfigError(missing)
     absent = any(problem.key in ("sampling.prompt_file", "sampling.input_dir") for problem in missing)
@@ -63,7 +63,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
             part, root = parse_share(first.sampling.share or "0/1"), first.output.dir or OUTPUT
             print(f"its end: {root / ended_name(*part)}\nrun folder: {root}")
         return 0
-    for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.loaded.notices):
+    for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.notices):
         log.warning("%s", notice)
     if prompts is None and len(cascade.stages) > 1:
         raise UsageError("a cascade loads its stages one after the other: give --prompt or --prompt-file")
@@ -146,17 +146,21 @@ def given_prompts(experiment: Experiment) -> list[Prompt] | None:
 
 def _wanted(experiment: Experiment, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts of this run: those of ``sampling.share``, else all."""
-    return share(prompts, *parse_share(experiment.sampling.share or "0/1"))
+    if experiment.sampling.share is None:
+        return list(prompts)
+    part, parts = parse_share(experiment.sampling.share)
+    return list(prompts[part::parts])
 
 
 def _inputs(experiment: Experiment) -> InputFolder | None:
     """The pictures that the experiment's process needs; None for a model that draws from noise alone."""
-    return InputFolder.of(experiment.sampling, components(experiment).process.input)
+    wanted, sampling = components(experiment).process.input, experiment.sampling
+    return InputFolder.of(sampling, wanted) if wanted is not None or sampling.input_dir is not None else None
 
 
 def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> None:
     """Say that the config is good, and what it still needs."""
-    lines = [str(n) for stage in cascade.stages for n in (*stage.loaded.notices, *stage.loaded.missing)]
+    lines = [str(n) for stage in cascade.stages for n in (*stage.notices, *stage.missing)]
     for line in dict.fromkeys(lines):
         print(f"note: {line}")
     first, count = cascade.stages[0].experiment, "no prompts yet"
@@ -205,9 +209,7 @@ class _Session:
 
     def draw(self, prompts: Sequence[Prompt], *, resume: bool = False) -> list[Path]:
         """Draw ``prompts`` into the folder; the files written."""
-        generator, sampling = self.pipeline.generator, self.pipeline.experiment.sampling
-        inputs = InputFolder.of(sampling, generator.engine.process.input)
-        watch = current()
+        inputs, watch = _inputs(self.pipeline.experiment), current()
 
         def beat(doing: str) -> None:
             watch.ready()  # a first step is over: what is compiled has been
@@ -215,7 +217,9 @@ class _Session:
             if ending.lock is not None:
                 ending.lock.check()
 
-        return generator.save(self.folder, prompts, self.params, inputs=inputs, beat=beat, resume=resume)
+        return self.pipeline.generator.save(
+            self.folder, prompts, self.params, inputs=inputs, beat=beat, resume=resume
+        )
 
 
 def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> _Session:
@@ -273,7 +277,8 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
         pictures = root if stage is cascade.stages[-1] else records
         places.append(_Place(experiment, pictures, records))
 
-    mine = share(_wanted(places[0].experiment, prompts), mesh.data_rank, mesh.data_ranks)
+    mine = _wanted(places[0].experiment, prompts)
+    mine = mine[mesh.data_rank :: mesh.data_ranks]  # by place, as officially
     inputs = _inputs(places[0].experiment)
     if inputs is not None and mesh.leads:  # before anything is loaded
         inputs.check(mine)

@@ -17,11 +17,10 @@ from sat.checkpoint.format import DTYPES, PARTS
 from sat.checkpoint.formats import digest
 from sat.cli.main_guard import UsageError
 from sat.config.build import build_engine
-from sat.config.check import build
+from sat.config.check import build, resolve
 from sat.config.load import dump, load_full
 from sat.config.record import record
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainConfig, plain
-from sat.config.targets import resolve
 from sat.config.yaml_source import ConfigError, Problem
 from sat.data.dataset import Items
 from sat.data.loader import Loader, validation_batches

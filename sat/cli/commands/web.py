@@ -66,7 +66,7 @@ def work(args: argparse.Namespace, access: Access) -> int:
         for stage in cascade.stages:
             print(dump(stage.experiment), end="")
         return 0
-    missing = [problem for stage in cascade.stages for problem in stage.loaded.missing]
+    missing = [problem for stage in cascade.stages for problem in stage.missing]
     if missing and not args.check:
         raise ConfigError(missing)
     if args.check:

@@ -376,7 +376,8 @@ class SamplingConfig(Section):
         if self.tile is not None and self.tile < 8:
             yield "tile", f"expected at least 8 latent cells, got {self.tile}"
         try:
-            parse_share("0/1" if self.share is None else self.share)
+            if self.share is not None:
+                parse_share(self.share)
         except ValueError as error:
             yield "share", str(error)
         try:
