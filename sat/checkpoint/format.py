@@ -279,7 +279,7 @@ class SafetensorsFile(LazyStateDict):
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from error
         try:
-            if check is not None and (size := path.stat().st_size) <= _SMALL:
+            if check is not None and check.alone and (size := path.stat().st_size) <= _SMALL:
                 check.first(size)
                 self._check = None
             elif check is not None:

@@ -98,7 +98,8 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     """
     verify = verify or Verify()
     with ExitStack() as stack:
-        stack.enter_context(verify.together())
+        if verify.size > 1:
+            stack.enter_context(verify.together())
         if isinstance(source, str | Path):
             theirs = stack.enter_context(open_part(source, part, allow_pickle=allow_pickle, verify=verify))
         else:

@@ -66,11 +66,7 @@ class Verify:
         try:
             yield
         except Exception as error:
-            if self.size == 1:
-                raise
             own = error
-        if self.size == 1:
-            return
         found = self.agree(None if own is None else str(own))
         if own is not None:
             raise own
@@ -222,7 +218,7 @@ class FileCheck:
     ) -> None:
         self.path, self._ranges, self._kind = path, ranges, kind
         self._begins = [r.begin for r in ranges]
-        self._alone = how.size == 1
+        self.alone = how.size == 1  # nobody else checks a share
         self._state = bytearray(len(ranges))  # 0 nobody's yet, 1 being checked, 2 good
         self._own = range(how.rank, len(ranges), how.size)
         self._changed = threading.Condition()
@@ -240,7 +236,7 @@ class FileCheck:
     def wait(self, begin: int, end: int) -> None:
         """Return once the bytes ``begin`` to ``end`` are known to be good; raise if they are not."""
         self._start()
-        if not self._alone or begin >= end:
+        if not self.alone or begin >= end:
             return
         for number in range(max(0, bisect_right(self._begins, begin) - 1), len(self._ranges)):
             if self._ranges[number].begin >= end:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sat.errors import LostRankError
-from sat.parallel.heartbeat import current
-from sat.parallel.launch import Axis, Runtime
+from sat.parallel.launch import Axis
 
 T = TypeVar("T")
 
@@ -91,41 +88,3 @@ def taking_turns(axis: Axis, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[T
         own = jobs[min(start + axis.rank, len(jobs) - 1)]()
         done = stacked(axis, own) if axis.size > 1 else own[None]
         yield from done[: len(jobs) - start]
-
-
-@contextmanager
-def ranks_together(runtime: Runtime) -> Iterator[None]:
-    """Work of all ranks: an error of this one is told to the others, a broken exchange explained.
-
-    Leaves the process group behind; a process alone keeps it for another run, as DeepSpeed does.
-    """
-    try:
-        yield
-    except LostRankError:
-        raise
-    except BaseException as error:
-        watch = current()
-        if watch.error is not None:
-            raise watch.error from error
-        if (lost := lost_rank_message(error)) is not None:
-            watch.abort(lost)
-        watch.fail(error)
-        raise
-    finally:
-        if runtime.world > 1:
-            runtime.close()
-
-
-def lost_rank_message(error: BaseException) -> str | None:
-    """A line for the log if ``error`` comes from a lost rank, else None."""
-    words = ("Connection closed by peer", "Connection reset", "Timed out waiting", "timed out", "Broken pipe",
-             "ncclRemoteError", "Watchdog caught collective")  # fmt: skip
-    if world_size() == 1 and not isinstance(error, dist.DistError):
-        return None
-    text = str(error)
-    if isinstance(error, RuntimeError) and any(word.lower() in text.lower() for word in words):
-        return (
-            f"the connection to another rank broke off, so this one stops: "
-            f"{text.strip().splitlines()[0][:200]}"
-        )
-    return None

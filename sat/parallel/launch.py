@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
-from sat.errors import UserError
+from sat.errors import LostRankError, UserError
 from sat.parallel.heartbeat import current, unwatch, watch
 
 log = logging.getLogger(__name__)
@@ -219,6 +219,44 @@ def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def ranks_together(runtime: Runtime) -> Iterator[None]:
+    """Work of all ranks: an error of this one is told to the others, a broken exchange explained.
+
+    Leaves the process group behind; a process alone keeps it for another run, as DeepSpeed does.
+    """
+    try:
+        yield
+    except LostRankError:
+        raise
+    except BaseException as error:
+        watch = current()
+        if watch.error is not None:
+            raise watch.error from error
+        if (lost := lost_rank_message(error)) is not None:
+            watch.abort(lost)
+        watch.fail(error)
+        raise
+    finally:
+        if runtime.world > 1:
+            runtime.close()
+
+
+def lost_rank_message(error: BaseException) -> str | None:
+    """A line for the log if ``error`` comes from a lost rank, else None."""
+    words = ("Connection closed by peer", "Connection reset", "Timed out waiting", "timed out", "Broken pipe",
+             "ncclRemoteError", "Watchdog caught collective")  # fmt: skip
+    if (not dist.is_initialized() or dist.get_world_size() == 1) and not isinstance(error, dist.DistError):
+        return None
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(word.lower() in text.lower() for word in words):
+        return (
+            f"the connection to another rank broke off, so this one stops: "
+            f"{text.strip().splitlines()[0][:200]}"
+        )
+    return None
 
 
 # -- the mesh of all ranks: data x guidance x sequence x tensor. Also DeepSpeed's ``mpu``

@@ -32,8 +32,8 @@ from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.cfg_parallel import CfgParallel
-from sat.parallel.collectives import lost_rank_message, taking_turns
-from sat.parallel.launch import Mesh, Runtime
+from sat.parallel.collectives import taking_turns
+from sat.parallel.launch import Mesh, Runtime, lost_rank_message
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import Pipeline
 from sat.sampling.generator import EncodedPrompt, ImageRng, SamplingParams

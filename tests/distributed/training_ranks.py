@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from sat.config.schema import Component, OffloadConfig, TrainConfig
-from sat.parallel.collectives import gather, lost_rank_message
-from sat.parallel.launch import Runtime
+from sat.parallel.collectives import gather
+from sat.parallel.launch import Runtime, lost_rank_message
 from tests.training import CONFIG, Toy, changed, ranks, rows, trainer, weights
 
 STAGES: dict[str, dict[str, Any]] = {

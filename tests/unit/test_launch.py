@@ -10,8 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sat.parallel.collectives import agree, from_main, gather, lost_rank_message, mean
-from sat.parallel.launch import LayoutError, Mesh, Runtime, data_ranks, keep_freed_memory, launch, pick_device
+from sat.parallel.collectives import agree, from_main, gather, mean
+from sat.parallel.launch import (
+    LayoutError,
+    Mesh,
+    Runtime,
+    data_ranks,
+    keep_freed_memory,
+    launch,
+    lost_rank_message,
+    pick_device,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -106,8 +106,7 @@ def cache(args: argparse.Namespace) -> int:
     """Make, count (``--check``) or clear (``--prune``) the caches; the exit code."""
     from sat.config.load import load_full
     from sat.config.yaml_source import ConfigError
-    from sat.parallel.collectives import ranks_together
-    from sat.parallel.launch import launch
+    from sat.parallel.launch import launch, ranks_together
     from sat.train.data import Caches, open_data
     from sat.util import log as logs
 

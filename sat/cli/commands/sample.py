@@ -21,9 +21,9 @@ from sat.config.schema import Experiment
 from sat.config.schema.base import parse_share
 from sat.config.yaml_source import ConfigError
 from sat.estimate.budget import apply_budget
-from sat.parallel.collectives import by_first, from_main, ranks_together
+from sat.parallel.collectives import by_first, from_main
 from sat.parallel.heartbeat import current
-from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch, pick_device
+from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch, pick_device, ranks_together
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams
 from sat.sampling.inputs import InputFolder, checked_latents, read_latents

@@ -27,9 +27,9 @@ from sat.data.loader import Loader, validation_batches
 from sat.engine import DiffusionEngine
 from sat.kernels.apply import compiled, use_kernel
 from sat.kernels.compile import recompute
-from sat.parallel.collectives import barrier, from_main, ranks_together
+from sat.parallel.collectives import barrier, from_main
 from sat.parallel.heartbeat import current
-from sat.parallel.launch import Mesh, Runtime, be_patient, keep_freed_memory, launch
+from sat.parallel.launch import Mesh, Runtime, be_patient, keep_freed_memory, launch, ranks_together
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.inputs import InputFolder
 from sat.train.checkpoints import exporter

@@ -53,21 +53,18 @@ class Section:
     """A part of the experiment. Subclasses list their ``_rules``; all that fail are raised together."""
 
     section: ClassVar[str] = "section"
+    counts: ClassVar[tuple[str, ...]] = ()  # fields that, if given, are at least 1
 
     def __post_init__(self) -> None:
-        if broken := list(self._rules()):
+        counts = {name: getattr(self, name) for name in self.counts}
+        small = {name: n for name, n in counts.items() if n is not None and n < 1}
+        broken = [(name, f"expected at least 1, got {n}") for name, n in small.items()]
+        if broken := [*broken, *self._rules()]:
             raise RuleError(self.section, broken)
 
     def _rules(self) -> Broken:
         """(field, what is wrong) for every broken rule."""
         yield from ()
-
-    def _at_least_1(self, *names: str) -> Broken:
-        """The rule that counts which are given are at least 1."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield name, f"expected at least 1, got {value}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,7 @@ class ParallelConfig(Section):
     """
 
     section = "parallel"
+    counts = ("tensor", "sequence")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor: int = 1
     sequence: int = 1
@@ -130,7 +128,6 @@ class ParallelConfig(Section):
         return {"tensor": self.tensor, "sequence": self.sequence, "guidance": self.guidance}
 
     def _rules(self) -> Broken:
-        yield from self._at_least_1("tensor", "sequence")
         if self.guidance not in (1, 2):
             yield "guidance", f"expected 1 or 2 (guidance has two halves), got {self.guidance}"
         for name in ("timeout", "stall"):
@@ -328,6 +325,7 @@ class SamplingConfig(Section):
     """
 
     section = "sampling"
+    counts = ("batch_size", "at_once", "grid_columns")
     prompt: str | list[str] | None = None
     prompt_file: Annotated[
         Path | None, MustExist("name a text file with one prompt per line, or use --prompt")
@@ -372,7 +370,6 @@ class SamplingConfig(Section):
             yield "steps", f"expected 1 to 1000 steps, got {self.steps}"
         if not 0 <= self.seed <= 2**32 - self.batch_size:
             yield "seed", f"expected 0 to 2^32 - `batch_size` (image i uses seed + i), got {self.seed}"
-        yield from self._at_least_1("batch_size", "at_once", "grid_columns")
         if self.tile is not None and self.tile < 8:
             yield "tile", f"expected at least 8 latent cells, got {self.tile}"
         try:

@@ -34,6 +34,7 @@ class SourceConfig(Section):
     """
 
     section = "data.sources"
+    counts = ("repeats",)
     path: Annotated[
         Path,
         MustExist("name a folder, table or shards of images with captions (see docs/data.md)", ranges=True),
@@ -42,7 +43,6 @@ class SourceConfig(Section):
     weight: float | None = None
 
     def _rules(self) -> Broken:
-        yield from self._at_least_1("repeats")
         if self.weight is not None and not 0 < self.weight < math.inf:
             yield "weight", f"expected more than 0 or null, got {self.weight}"
         if self.weight is not None and self.repeats != 1:
@@ -73,6 +73,7 @@ class BucketsConfig(Section):
     """
 
     section = "data.buckets"
+    counts = ("step", "min_images")
     area: int | list[int]
     step: int
     max_ratio: float = 2.0
@@ -84,7 +85,6 @@ class BucketsConfig(Section):
         return (self.area,) if isinstance(self.area, int) else tuple(self.area)
 
     def _rules(self) -> Broken:
-        yield from self._at_least_1("step", "min_images")
         if not self.areas or min(self.areas) < self.step**2:
             least = f"at least `step` x `step` ({self.step**2}) pixels"
             yield "area", f"expected one or several areas of {least}, got {self.area}"
@@ -161,6 +161,10 @@ class TrainConfig(Section):
     """
 
     section = "train"
+    counts = (
+        "steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last", "sample_every",
+        "validate_every", "max_bad_steps",
+    )  # fmt: skip
     objective: Annotated[Component, Makes("sat.train.objectives.Objective")]
     steps: int
     batch_size: int = 1
@@ -204,8 +208,6 @@ class TrainConfig(Section):
     init_from: CheckpointConfig | None = None
 
     def _rules(self) -> Broken:
-        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last")
-        yield from self._at_least_1(*counts, "sample_every", "validate_every", "max_bad_steps")
         ranges = {
             "warmup": (0 <= self.warmup <= self.steps, f"0 to `steps` ({self.steps})"),
             "lr": (self.lr > 0, "more than 0"),
@@ -248,6 +250,7 @@ class LoraConfig(Section):
     """
 
     section = "adapters.lora"
+    counts = ("rank",)
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -262,7 +265,6 @@ class LoraConfig(Section):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def _rules(self) -> Broken:
-        yield from self._at_least_1("rank")
         if self.alpha is not None and not self.alpha > 0:
             yield "alpha", f"expected more than 0, or null for the rank, got {self.alpha}"
         if not 0 <= self.dropout < 1:
@@ -317,6 +319,7 @@ class QuantizeConfig(Section):
     """
 
     section = "memory.quantize"
+    counts = ("group",)
     network: Literal["int8", "int4"] | None = None
     text_encoder: Literal["int8", "int4"] | None = None
     group: int | None = None
@@ -327,7 +330,6 @@ class QuantizeConfig(Section):
         return [pattern for layer in self.layers for pattern in groups.patterns(layer)]
 
     def _rules(self) -> Broken:
-        yield from self._at_least_1("group")
         if not self.layers:
             yield "layers", f"expected at least one of {', '.join(groups.GROUPS)}, or a pattern"
         for layer in groups.unknown(self.layers):
@@ -361,7 +363,8 @@ class MemoryConfig(Section):
         if self.decode_tile is not None and self.decode_tile < 8:
             yield "decode_tile", f"expected at least 8 latent cells, got {self.decode_tile}"
         try:
-            parse_size("1GB" if self.budget is None else self.budget)
+            if self.budget is not None:
+                parse_size(self.budget)
         except ValueError as error:
             yield "budget", str(error)
 
