@@ -23,6 +23,7 @@ from sat.mixins.rope import RoPE
 from sat.mixins.sincos import SinCos2D
 from sat.parallel.sequence import SequenceParallel
 from sat.transformer import Context, Transformer, TransformerHooks
+from sat.transformer.block import Block
 from sat.transformer.hooks import Prepare, Run
 
 if TYPE_CHECKING:
@@ -97,8 +98,9 @@ def use_kernel(network: nn.Module, name: kernels.Backend, device: torch.device |
     chosen = []
     for transformer in transformers(network):
         weight = next(transformer.parameters())
+        attention = cast(Block, transformer.blocks[0]).attn
         kernel, title = kernels.choose(
-            name, device or weight.device, weight.dtype, largest_logit(transformer)
+            name, device or weight.device, attention.dtype, largest_logit(transformer), attention.head_dim
         )
         kernels.put_kernel(transformer, kernel)
         chosen.append(title)

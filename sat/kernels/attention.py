@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, cast, get_args
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sat.kernels.exp_attention import LARGEST_LOGIT, by_head, pays, works
 from sat.mixin import Mixin, replaces
 from sat.mixins.cross_attention import CrossLayer
+from sat.parallel.launch import capability
 from sat.transformer import Context, Transformer, TransformerHooks
 from sat.transformer.block import DotProduct, attend
 
@@ -50,9 +53,13 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class Chosen:
-    """One kernel of torch's; calls with a bias or a mask, which not all take, go to the next that does."""
+    """Kernels of torch's in order of preference: each call goes to the first that takes it.
 
-    backend: SDPBackend
+    A single kernel is a demand: torch raises where it does not take a call. Only those with a bias or a mask,
+    which few take, go to others.
+    """
+
+    backends: tuple[SDPBackend, ...]
 
     def __call__(
         self,
@@ -64,8 +71,8 @@ class Chosen:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        plain = bias is None and mask is None
-        with sdpa_kernel(self.backend) if plain else sdpa_kernel([self.backend, *_MASKED], **_ORDER):
+        others = _MASKED if len(self.backends) == 1 and (bias is not None or mask is not None) else []
+        with sdpa_kernel([*self.backends, *others], **_ORDER):
             return attend(q, k, v, bias=bias, mask=mask, scale=scale)
 
 
@@ -150,22 +157,24 @@ def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def choose(  # noqa: C901 - one case after the other
-    name: Backend, device: torch.device, dtype: torch.dtype, bound: float | None
+    name: Backend, device: torch.device, dtype: torch.dtype, bound: float | None, head_dim: int = 64
 ) -> tuple[Kernel, str]:
-    """The kernel called ``name`` for tensors of ``dtype`` on ``device``, and its title for the log.
+    """The kernel called ``name`` for heads of ``head_dim`` in ``dtype`` on ``device``, and its title.
 
-    ``bound``: no logit is larger (None: not known). ``auto`` is the fastest for heads of 40 and 64 channels,
-    on a CPU as measured, elsewhere as is usual; ``benchmarks/run.py --suite gpu`` times every kernel beside
-    it. Raises ``ValueError`` where the kernel cannot work.
+    ``bound``: no logit is larger (None: not known). ``auto`` is a preference: on a CPU as measured, on a GPU
+    the kernels of :func:`preferred`, each call going to the first that takes it; the title names those that
+    were refused, and why. Any other name is a demand. Raises ``ValueError`` where that kernel cannot work.
     """
     small = bound is not None and bound <= LARGEST_LOGIT
-    if name == "auto":
-        if device.type == "cpu":
-            name = "exp" if small and pays(dtype) else "torch"
-        elif dtype == torch.float32:
-            name = "torch"
-        else:
-            name = "cudnn" if torch.cuda.get_device_capability(device)[0] >= 9 else "flash"
+    if name == "auto" and device.type == "cpu":
+        name = "exp" if small and pays(dtype) else "torch"
+    elif name == "auto":
+        reasons = {kind: refusal(kind, device, dtype, head_dim) for kind in preferred(device, dtype)}
+        usable = [kind for kind, reason in reasons.items() if reason is None]
+        refused = "".join(f"; {kind} refused: {reason}" for kind, reason in reasons.items() if reason)
+        if usable:
+            return Chosen(tuple(_SDPA[kind] for kind in usable)), f"{', else '.join(usable)}{refused}"
+        return attend, f"torch's choice{refused}"
     if name == "torch":
         return attend, "torch's choice"
     if name == "exp":
@@ -183,7 +192,43 @@ def choose(  # noqa: C901 - one case after the other
         raise ValueError(f"sampling.attention is {name!r}, expected one of {', '.join(get_args(Backend))}")
     if device.type == "cpu" and name in ("cudnn", "efficient"):
         raise ValueError(f"sampling.attention={name} needs a GPU, but the network is on the CPU: use auto")
-    return Chosen(_SDPA[name]), name
+    if reason := refusal(name, device, dtype, head_dim):
+        raise ValueError(f"sampling.attention={name} cannot work on {device}: {reason}; use auto")
+    return Chosen((_SDPA[name],)), name
+
+
+def preferred(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Kernels of torch's for ``device``, the fastest first; empty where torch's own choice stands.
+
+    On NVIDIA's GPUs cuDNN's from Hopper on (compute capability 9), before that flash; on AMD's flash. The
+    order is general experience until ``benchmarks/gpu.py`` has measured it.
+    """
+    major = capability(device)
+    if major is None or dtype == torch.float32:
+        return ()
+    first = ("cudnn", "flash") if major >= 9 else ("flash", "cudnn") if major else ("flash",)
+    return (*first, "efficient", "math")
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Torch's reason for not running its kernel ``name`` here, or None; a small call tells."""
+    return _refusal(name, device, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
+
+
+@cache
+def _refusal(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> str | None:
+    q = torch.zeros(1, 1, 16, head_dim, device=device, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        try:
+            Chosen((_SDPA[name],))(q, q, q)
+        except (RuntimeError, NotImplementedError) as error:
+            told = [str(one.message).partition(" (Triggered")[0].strip() for one in caught]
+            reasons = [text for text in told if not text.endswith(("because:", "runtime disabled."))]
+            return " ".join(reasons) or str(error).splitlines()[0].rstrip(".")
+    return None
 
 
 def _optional(

@@ -259,6 +259,13 @@ def lost_rank_message(error: BaseException) -> str | None:
     return None
 
 
+def capability(device: torch.device) -> int | None:
+    """Major compute capability of an NVIDIA GPU, 0 for an AMD one, None for any other device."""
+    if device.type != "cuda":
+        return None
+    return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
 # -- the mesh of all ranks: data x guidance x sequence x tensor. Also DeepSpeed's ``mpu``
 
 

@@ -254,6 +254,41 @@ def test_a_kernel_that_takes_no_mask_leaves_masked_calls_to_others() -> None:
         assert own(q, k, v).min() == 7
 
 
+@pytest.mark.parametrize(
+    ("major", "dtype", "order"),
+    [
+        (9, torch.bfloat16, ("cudnn", "flash", "efficient", "math")),
+        (7, torch.float16, ("flash", "cudnn", "efficient", "math")),  # flash is refused there when tried
+        (0, torch.bfloat16, ("flash", "efficient", "math")),  # AMD
+        (9, torch.float32, ()),
+        (None, torch.float16, ()),  # other accelerators
+    ],
+)
+def test_kernels_are_preferred_by_device(
+    major: int | None, dtype: torch.dtype, order: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "capability", lambda device: major)
+    assert kernels.preferred(CPU, dtype) == order
+
+
+def test_the_default_falls_back_and_names_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This build has no cuDNN: torch's own refusal, on the device at hand."""
+    refusal = kernels.refusal
+    assert refusal("flash", CPU, torch.bfloat16, 20) is None
+    monkeypatch.setattr(kernels, "capability", lambda device: 9)
+    monkeypatch.setattr(kernels, "refusal", lambda kind, device, *rest: refusal(kind, CPU, *rest))
+    kernel, title = kernels.choose("auto", torch.device("meta"), torch.bfloat16, None, 20)
+    assert title.startswith("flash, else math; cudnn refused: No viable backend")
+    q, k, v = heads(9, 20)
+    assert (kernel(q, k, v) - kernels.attend(q, k, v)).abs().max() < F32
+    with pytest.raises(ValueError, match="attention=cudnn cannot work on meta: No viable .* use auto"):
+        kernels.choose("cudnn", torch.device("meta"), torch.bfloat16, None, 20)
+    monkeypatch.setattr(kernels, "refusal", lambda *rest: "never")
+    assert kernels.choose("auto", torch.device("meta"), torch.bfloat16, None)[0] is kernels.attend
+    wanting = kernels.Chosen((kernels._SDPA["cudnn"], kernels._SDPA["math"]))
+    assert (wanting(q, k, v) - kernels.attend(q, k, v)).abs().max() < F32
+
+
 @pytest.mark.parametrize("name", ["cudnn", "efficient", "flash3", "sage"])
 def test_a_kernel_for_gpus_is_refused_on_the_cpu(name: kernels.Backend) -> None:
     with pytest.raises(ValueError, match=f"sampling.attention={name} needs a GPU"):
