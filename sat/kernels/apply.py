@@ -15,6 +15,7 @@ from sat.kernels.compile import CompiledBlocks, Recorded, compile_blocks, replay
 from sat.kernels.packed import pack
 from sat.mixin import Mixin, wraps
 from sat.mixins.adaln import AdaLN
+from sat.mixins.cross_attention import CrossAttention
 from sat.mixins.heads import FinalLayer
 from sat.mixins.joint_attention import JointAttention
 from sat.mixins.patch_embed import PatchEmbed
@@ -23,7 +24,7 @@ from sat.mixins.rope import RoPE
 from sat.mixins.sincos import SinCos2D
 from sat.parallel.sequence import SequenceParallel
 from sat.transformer import Context, Transformer, TransformerHooks
-from sat.transformer.block import Block
+from sat.transformer.block import AffineLayerNorm, Block
 from sat.transformer.hooks import Prepare, Run
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
     """Apply ``speed`` to a network. Packed weights cannot be compiled: ``compile`` goes before ``pack``."""
     device = device or next(network.parameters()).device
     message = [f"attention: {use_kernel(network, speed.attention, device)}"]
+    for module in network.modules():
+        if isinstance(module, AffineLayerNorm) and module.weight.dtype == torch.float16:
+            module.float()  # it takes a float32 residual stream, and would be cast at every step
     if speed.compile:
         message.append(f"{compiled(network)} blocks compiled, which the first step of a size waits for")
     elif speed.pack and device.type == "cpu" and (count := pack(network)):
@@ -114,8 +118,10 @@ def transformers(network: nn.Module) -> list[Transformer]:
 
 def layers_alike(transformer: Transformer) -> bool:
     """True if no hook inside a block looks at the layer's number; modulations come from outside."""
-    owners = transformer.resolved.owners
-    return owners["cross"] == ("default",) and plain_heads(transformer)
+    cross = transformer.resolved.owners["cross"]
+    mixin = dict(transformer.mixins.items()).get(cross[-1])
+    plain = cross == ("default",) or (len(cross) == 1 and type(mixin) is CrossAttention)
+    return plain and plain_heads(transformer)
 
 
 def largest_logit(transformer: Transformer) -> float | None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
+from sat.errors import UserError
 from sat.mixin import Mixin, replaces, wraps
+from sat.mixins.cross_attention import CrossAttention
 from sat.parallel.tensor import ShareOfDropout
 from sat.transformer import Context, Transformer, TransformerHooks
 from sat.transformer.hooks import Layer, LayerModulation, Run
@@ -20,37 +22,67 @@ from sat.transformer.hooks import Layer, LayerModulation, Run
 # -- one compiled block
 
 
+GRAPHS = 32
+"""Graphs that one kind of layer may need: widths, sizes, and passes with and without gradients."""
+
+
+class CompileError(UserError, RuntimeError):
+    """The compiler gave up, and the rest would run uncompiled."""
+
+    exit_code = 1
+
+
 class CompiledBlocks(Mixin):
     """Calls every block through one compiled function, so that what is compiled for one layer serves all.
 
-    Modulations are computed outside and handed in; a block then depends on its number only through hooks.
-    ``alike``: no hook here looks at that number, and all layers are layer 0 to the compiler. Otherwise it
-    makes one graph a layer. Sizes are compiled as they come: a new one compiles again.
+    Modulations are computed outside and handed in, and so is a layer's own cross-attention; a block then
+    depends on its number only through other hooks. ``alike``: none of them looks at that number, and all
+    layers are layer 0 to the compiler. Otherwise it makes one graph a layer.
     """
 
     host = TransformerHooks
 
     def __init__(self, transformer: Transformer, function: Callable[..., Tensor], alike: bool) -> None:
         super().__init__()
-        self._host = (transformer,)  # in a tuple: a module must not be registered inside itself
+        own = dict(transformer.mixins.items()).get(transformer.resolved.owners["cross"][-1])
+        crosses = [own.single(layer) for layer in own.layers] if isinstance(own, CrossAttention) else []
+        self._host = (transformer, crosses if alike else [])  # in a tuple: not registered inside itself
         self.function, self.alike = function, alike
 
     @replaces("layer")
     def layer(self, x: Tensor, ctx: Context, layer: int) -> Tensor:
-        (transformer,) = self._host
-        modulation = transformer.modulation(ctx, layer)
+        transformer, crosses = self._host
+        hooks, modulation = transformer.hooks, transformer.modulation(ctx, layer)
         ctx = replace(ctx, image=None, emb=None, text=None, tokens=None, table=None, modulation=None)
+        if crosses and ctx.text_kv is not None:
+            hooks = replace(hooks, cross=crosses[layer].cross)
+            ctx = replace(ctx, text_kv=(ctx.text_kv[layer],))
         number = 0 if self.alike else layer
-        return self.function(transformer.blocks[layer], x, ctx, number, transformer.hooks, modulation)
+        try:
+            return self.function(transformer.blocks[layer], x, ctx, number, hooks, modulation)
+        except Exception as error:
+            if not type(error).__name__.startswith("FailOn"):  # the class moves between versions of torch
+                raise
+            raise CompileError(
+                f"sampling.compile (train.compile in training): the compiler gave up at its "
+                f"{torch._dynamo.config.cache_size_limit}th graph, blocks would run uncompiled: set it to "
+                f"false, or see with TORCH_LOGS=recompiles what differs from call to call"
+            ) from error
 
 
 def compile_blocks(transformer: Transformer, *, alike: bool, **options: Any) -> None:
     """Let ``transformer`` run its blocks compiled; ``options`` go to ``torch.compile``.
 
-    A transformer whose ``layer`` hook a mixin of the model's own replaces keeps that.
+    The first size is compiled as it is, the second with a free number of tokens, which serves all others. A
+    transformer whose ``layer`` hook a mixin of the model's own replaces keeps that.
     """
     if transformer.resolved.owners["layer"][-1] == "default":
-        function = torch.compile(_call, dynamic=False, **options)
+        function = torch.compile(_call, **options)
+        config = torch._dynamo.config  # under its names before torch 2.6
+        needed = GRAPHS * (1 if alike else len(transformer.blocks))
+        config.cache_size_limit = max(config.cache_size_limit, needed)
+        config.accumulated_cache_size_limit = max(config.accumulated_cache_size_limit, needed)
+        config.fail_on_cache_limit_hit = True
         transformer.extend("compiled_blocks", CompiledBlocks(transformer, function, alike))
 
 
@@ -104,6 +136,10 @@ def recompute(module: nn.Module) -> int:
 # -- passes recorded once and replayed
 
 
+RECORDINGS = 8
+"""Recordings that are kept, of the sizes drawn last: each has its inputs and output to itself."""
+
+
 class Recording(NamedTuple):
     """A recorded pass: its inputs' memory, a call that runs it again, and the memory of its output."""
 
@@ -140,8 +176,11 @@ class Recorded(Mixin):
             kept: Context = _mapped(ctx, torch.clone)
             again, out = self.record(lambda: inner(kept))
             self.recordings[key] = Recording(kept, again, out)
+            if len(self.recordings) > RECORDINGS:
+                del self._copied[oldest := next(iter(self.recordings))], self.recordings[oldest]
         else:
             last = self._copied[key]
+            self.recordings[key] = self.recordings.pop(key)  # to the end: used last
             pairs = zip(_tensors(self.recordings[key].context), given, last, strict=True)
             fresh = [(to, now) for to, now, before in pairs if now is not before]
             if fresh:
@@ -152,18 +191,34 @@ class Recorded(Mixin):
         return recording.out.clone()
 
 
-def cuda_record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """``work`` as a CUDA graph, after the warm-up on a side stream that recording asks for."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = work()
-    return graph.replay, out
+class CudaRecorder:
+    """Records work on ``device`` as CUDA graphs, which share one pool: each is read before the next replays.
+
+    The device need not be the current one; other threads may go on to use it meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool: Any = None
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Record ``work``, after the warm-up on a side stream that recording asks for."""
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    work()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                out = work()
+        return partial(self._replay, graph), out
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        with torch.cuda.device(self.device):
+            graph.replay()
 
 
 def replayed(transformer: Transformer, device: torch.device) -> None:
@@ -172,7 +227,7 @@ def replayed(transformer: Transformer, device: torch.device) -> None:
         raise ValueError(
             "sampling.graphs records CUDA graphs, but the network is on the CPU: set it to false"
         )
-    transformer.extend("recorded", Recorded(cuda_record))
+    transformer.extend("recorded", Recorded(CudaRecorder(device)))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

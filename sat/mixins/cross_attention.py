@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -49,6 +50,12 @@ class CrossAttention(Mixin):
     def __init__(self, dim: int, heads: int, head_dim: int, text_dim: int, depth: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CrossLayer(dim, heads, head_dim, text_dim) for _ in range(depth))
+
+    def single(self, layer: nn.Module) -> CrossAttention:
+        """A mixin of one of the layers, as layer 0, for callers that treat all layers alike."""
+        alone = copy.copy(self)
+        alone.__dict__["_modules"] = {"layers": nn.ModuleList([layer])}
+        return alone
 
     @wraps("prepare")
     def prepare(self, inner: Prepare, ctx: Context) -> Context:

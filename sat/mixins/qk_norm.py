@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sat.mixin import Mixin, replaces
@@ -20,4 +21,7 @@ class QKNorm(Mixin):
 
     @replaces("norm_qk")
     def norm_qk(self, q: Tensor, k: Tensor, ctx: Context, layer: int) -> tuple[Tensor, Tensor]:
-        return self.norm(q), self.norm(k)
+        if torch.is_grad_enabled():  # together they would be kept for the backward pass once more
+            return self.norm(q), self.norm(k)
+        q, k = self.norm(torch.stack([q, k]))
+        return q, k

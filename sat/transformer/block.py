@@ -118,7 +118,7 @@ def expand(linear: nn.Module, h: Tensor) -> Tensor:
         return out
     out = out.float() * FP16_HEADROOM
     bias = getattr(linear, "bias", None)
-    return out if bias is None else out - (FP16_HEADROOM - 1) * bias.float()
+    return out if bias is None else torch.sub(out, bias, alpha=FP16_HEADROOM - 1)
 
 
 # -- one pre-norm block: an attention branch and an MLP branch, each optionally modulated
@@ -216,14 +216,13 @@ def modulated(x: Tensor, m: Modulation | None, segments: Sequence[int], dtype: t
     """x * (1 + scale) + shift, per segment, cast to ``dtype`` for the matrix products. ``x`` is consumed."""
     if m is None:
         return x.to(dtype)
+    scale = m.scale if m.plus_one else 1 + m.scale
     if torch.is_grad_enabled():
         parts = _split(x, segments)
-        x = torch.cat(
-            [torch.addcmul(m.shift[:, i : i + 1], p, 1 + m.scale[:, i : i + 1]) for i, p in parts], 1
-        )
+        x = torch.cat([torch.addcmul(m.shift[:, i : i + 1], p, scale[:, i : i + 1]) for i, p in parts], 1)
         return x.to(dtype)
     for i, part in _split(x, segments):
-        part.mul_(1 + m.scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
+        part.mul_(scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
     return x.to(dtype)
 
 

@@ -19,12 +19,14 @@ class Grid(NamedTuple):
 class Modulation:
     """Shift, scale and gate of one branch, (B or 1, S, D) each: a row for each of the S segments.
 
-    Never expanded to (B, L, D): each row is applied to its slice of the sequence.
+    Never expanded to (B, L, D): each row is applied to its slice of the sequence. ``plus_one``: ``scale`` has
+    had 1 added already.
     """
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
+    plus_one: bool = False
 
 
 LayerModulation = tuple[Modulation, Modulation]
@@ -52,7 +54,7 @@ class Context:
     table: Tensor | None = None  # (1, L, D) added to the embedded tokens
     bias: Tensor | None = None  # (1, H, L, L) added to the attention logits
     key_mask: Tensor | None = None  # (B, 1, 1, L) true where a key may be attended; None = everywhere
-    modulation: tuple[LayerModulation, ...] | None = None  # of this step, one entry a layer
+    modulation: Tensor | None = None  # (depth, 6, 1, S, D), this step's: shift, 1 + scale, gate, twice
     prepared: bool = False  # true once the fields that no step changes are filled
 
     tokens: Tensor | None = None  # (B, T, D) projected text

@@ -61,24 +61,27 @@ class Transformer(nn.Module):
         ctx = self.hooks.prepare(ctx)
         return ctx if ctx.prepared else replace(ctx, table=self.hooks.position(ctx), prepared=True)
 
-    def modulations(self, emb: Tensor) -> list[tuple[LayerModulation, ...]]:
-        """Modulations of all layers for the rows of ``emb`` (steps, E), one list entry per row.
+    def modulations(self, emb: Tensor) -> Tensor | None:
+        """Modulations for the rows of ``emb`` (steps, E), each as ``ctx.modulation``; None without any.
 
         One matrix product a layer for all steps of a run, instead of one a layer and step.
         """
-        per_layer = [self.hooks.modulate(Context(emb=emb), layer) for layer in range(len(self.blocks))]
-        known = [m for m in per_layer if m is not None]
-        if len(known) != len(per_layer):
-            return []
-
-        def row(m: Modulation, step: int) -> Modulation:  # (1, S, D) each, as views
-            return Modulation(m.shift[step : step + 1], m.scale[step : step + 1], m.gate[step : step + 1])
-
-        return [tuple((row(a, s), row(b, s)) for a, b in known) for s in range(emb.shape[0])]
+        every: Tensor | None = None
+        for layer in range(len(self.blocks)):
+            if (branches := self.hooks.modulate(Context(emb=emb), layer)) is None:
+                return None
+            parts = torch.stack([x for m in branches for x in (m.shift, 1 + m.scale, m.gate)], 1)
+            if every is None:
+                every = parts.new_empty(len(emb), len(self.blocks), 6, 1, *parts.shape[2:])
+            every[:, layer, :, 0] = parts  # (steps, 6, S, D)
+        return every
 
     def modulation(self, ctx: Context, layer: int) -> LayerModulation | None:
         """Modulation of one layer: of the step, where all steps' were computed before, else computed now."""
-        return ctx.modulation[layer] if ctx.modulation is not None else self.hooks.modulate(ctx, layer)
+        if ctx.modulation is None:
+            return self.hooks.modulate(ctx, layer)
+        a, b, c, d, e, f = ctx.modulation[layer].unbind()  # (1, S, D) each
+        return Modulation(a, b, c, True), Modulation(d, e, f, True)
 
     def forward(self, ctx: Context) -> Tensor:
         return self.hooks.run(ctx if ctx.prepared else self.prepare(ctx))

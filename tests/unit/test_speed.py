@@ -7,7 +7,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition
 from sat.diffusion.step_cache import Count, FirstBlock
+from sat.errors import UserError
 from sat.first_stage.model import Upsample
 from sat.kernels import apply as speed
 from sat.kernels import attention as kernels
@@ -27,6 +30,7 @@ from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
 from sat.models.cogview3_plus import CogView3Plus
+from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.launch import Axis
 from sat.parallel.sequence import apply_sequence
 from sat.transformer import Context, Transformer, TransformerHooks
@@ -393,8 +397,50 @@ def test_one_graph_serves_all_layers_steps_and_prompts(monkeypatch: pytest.Monke
         for seed in (1, 2):
             assert relative(step(model, time, seed), step(plain, time, seed)) < F32
     assert graphs == 1
-    step(model, size=(4, 6))
-    assert graphs == 2  # a new size is compiled anew
+    for size in ((4, 6), (8, 6), (4, 10)):
+        assert relative(step(model, size=size), step(plain, size=size)) < F32
+    assert graphs == 2  # the second size is compiled with a free number of tokens, for all others
+
+
+def test_two_graphs_serve_a_unet_of_two_widths_and_two_more_its_other_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    graphs = 0
+
+    def backend(module, inputs):
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    model = CogView3UNet(
+        channels=4, width=16, multipliers=(1, 2), blocks=1, attention=(1, 2), depths=(1, 2), head_dim=8,
+        text_dim=16, text_len=7, size_dim=48, groups=4,
+    )  # fmt: skip
+    fill(model)
+    plain, found = copy.deepcopy(model.eval()), speed.transformers(model)
+    for transformer in found:
+        assert speed.layers_alike(transformer)
+        fast.compile_blocks(transformer, alike=True, backend=backend, fullgraph=True)
+    assert sum(len(transformer.blocks) for transformer in found) == 11
+    for size, most in (((6, 10), 2), ((4, 6), 4), ((8, 6), 4)):
+        assert relative(step(model, size=size), step(plain, size=size)) < F32
+        assert graphs <= most, size
+
+
+def test_a_compiler_that_gives_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    monkeypatch.setattr(fast, "GRAPHS", 3)
+    model = plus()
+    with torch._dynamo.config.patch(cache_size_limit=1):
+        fast.compile_blocks(model.transformer, alike=False, backend="eager")
+        assert torch._dynamo.config.cache_size_limit == 6  # two layers
+        torch._dynamo.config.cache_size_limit = 1
+        step(model)
+        with pytest.raises(UserError, match="sampling.compile .*gave up at its 1th graph.* set it to false"):
+            step(model, size=(4, 6))
 
 
 @pytest.mark.parametrize(("kernel", "compiled"), [("torch", True), ("exp", False), ("exp", True)])
@@ -427,7 +473,7 @@ def test_layers_with_hooks_of_their_own_are_not_alike() -> None:
     assert not speed.layers_alike(plus({"numbered": Numbered()}).transformer)
 
 
-def test_a_replayed_pass_is_the_pass() -> None:
+def test_a_replayed_pass_is_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in records on the CPU: the same memory is computed on again, as a CUDA graph does."""
     recordings = 0
 
@@ -447,8 +493,57 @@ def test_a_replayed_pass_is_the_pass() -> None:
         for seed in (1, 2):
             assert torch.equal(step(model, time, seed), step(plain, time, seed))
     assert recordings == 1
-    assert torch.equal(step(model, size=(4, 6)), step(plain, size=(4, 6)))
-    assert recordings == 2
+    monkeypatch.setattr(fast, "RECORDINGS", 2)
+    for size, expected in (((4, 6), 2), ((4, 8), 3), ((4, 6), 3), ((6, 10), 4), ((4, 6), 4), ((4, 8), 5)):
+        assert torch.equal(step(model, size=size), step(plain, size=size))
+        assert recordings == expected, size  # the one drawn longest ago was forgotten
+
+
+def test_a_step_of_a_replayed_pass_copies_three_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent, embedding and modulations, each in one piece of memory: one launch."""
+    model = plus()
+    model.transformer.extend("recorded", fast.Recorded(lambda work: (lambda: None, work())))
+    copied: list[list[Tensor]] = []
+    copy_all = torch._foreach_copy_
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda to, now: copied.append([*to, *now]) or copy_all(to, now)
+    )
+    with torch.inference_mode():
+        prepared = model.prepare(condition(one_size=True), (6, 10), TIMES)
+        for time in TIMES:
+            model(torch.randn(2, 4, 6, 10), time, prepared)
+    assert len(copied) == 1 and len(copied[0]) == 6 and all(x.is_contiguous() for x in copied[0])
+
+
+def test_graphs_are_recorded_and_replayed_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.cuda that keeps the current device."""
+    now, events = [0], []
+
+    @contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        now.append(place.index)
+        yield
+        now.pop()
+
+    @contextmanager
+    def graph(made: object, pool: object, capture_error_mode: str) -> Iterator[None]:
+        events.append(("capture", now[-1], pool, capture_error_mode))
+        yield
+
+    fake = SimpleNamespace(
+        device=device, graph=graph, graph_pool_handle=object,
+        Stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        current_stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+        stream=lambda stream: nullcontext(),
+        CUDAGraph=lambda: SimpleNamespace(replay=lambda: events.append(("replay", now[-1]))),
+    )  # fmt: skip
+    monkeypatch.setattr(torch, "cuda", fake)
+    record = fast.CudaRecorder(torch.device(f"{'cuda'}:1"))
+    first, _ = record(lambda: torch.zeros(()))
+    record(lambda: torch.zeros(()))
+    first()
+    assert [event[1] for event in events] == [1, 1, 1] and now == [0]
+    assert events[0] == events[1] and events[0][3] == "thread_local"  # one pool
 
 
 def test_graphs_are_refused_on_the_cpu() -> None:

@@ -19,14 +19,14 @@ from sat.mixins.joint_attention import JointAttention
 from sat.mixins.patch_embed import PatchEmbed
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.sincos import SinCos2D
-from sat.transformer import Context, Grid, LayerModulation, Transformer
+from sat.transformer import Context, Grid, Transformer
 
 
 class Step(NamedTuple):
     """Embedding of one timestep, and all layers' modulations by it."""
 
     emb: Tensor  # (1, E)
-    modulation: tuple[LayerModulation, ...] | None
+    modulation: Tensor | None  # (depth, 6, 1, S, D)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ class CogView3Plus(nn.Module):
         if timesteps and len(size_emb) == 1 and (guidance is None or len(guidance) == 1):
             times = torch.tensor(timesteps, dtype=torch.float32, device=size_emb.device)
             emb = self._time(times, guidance) + size_emb  # (steps, E)
-            for s, made in enumerate(self.transformer.modulations(emb) or [None] * len(emb)):
-                steps[float(timesteps[s])] = Step(emb[s : s + 1], made)
+            made = self.transformer.modulations(emb)
+            for s, timestep in enumerate(timesteps):
+                steps[float(timestep)] = Step(emb[s : s + 1], None if made is None else made[s])
         grid = Grid(h // self.patch, w // self.patch)
         context = Context(text=cond.text, text_mask=cond.text_mask, grid=grid)
         return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)

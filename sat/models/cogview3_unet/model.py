@@ -234,7 +234,9 @@ class CogView3UNet(nn.Module):
             vector, strength = one_row(vector), None if strength is None else one_row(strength)
         guidance = embedded(self.guidance, strength)
         prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {})
-        return replace(prepared, steps={float(t): self._embedding(float(t), prepared) for t in timesteps})
+        times = torch.tensor(timesteps, dtype=torch.float32, device=prepared.size_emb.device)
+        pairs = zip(timesteps, times, strict=True)  # sent to the device at once
+        return replace(prepared, steps={float(step): self._embedding(t, prepared) for step, t in pairs})
 
     def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:
         emb = prepared.steps.get(timestep) if isinstance(timestep, float) else None
