@@ -169,8 +169,8 @@ MODULES: dict[str, str] = {
 
 NAMES: dict[str, str] = {
     "sat.data.cache.Cached": "sat.data.cache.CachedDataset",
-    "sat.util.progress.Bar": "sat.util.log.ProgressBar",
-    "sat.util.progress.Silent": "sat.util.log.NoProgress",
+    "sat.util.progress.Bar": "sat.util.log.progress",
+    "sat.util.progress.Silent": "sat.util.log.progress",
     "sat.util.threads.prepare": "sat.util.host.prepare_threads",
     "sat.data.loader.once": "sat.data.loader.validation_batches",
     "sat.data.order.Schedule": "sat.data.batch.BatchOrder",
@@ -220,6 +220,7 @@ NAMES: dict[str, str] = {
     "sat.pipeline.asked_again": "sat.pipeline.keep_text_encoder",
     "sat.plan.Plan": "sat.sharding.Sharding",
     "sat.plan.family_plan": "sat.sharding.family_sharding",
+    "sat.plan.shards": "sat.checkpoint.load.shards",
     "sat.sampling.draw.Drawer": "sat.sampling.generator.Generator",
     "sat.sampling.draw.Encoded": "sat.sampling.generator.EncodedPrompt",
     "sat.sampling.draw.Look": "sat.sampling.generator.SamplingParams",

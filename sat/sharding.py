@@ -130,16 +130,6 @@ class Splits(Protocol):
         ...
 
 
-def shards(module: nn.Module) -> dict[str, Shard]:
-    """Shares in ``module`` by the full name of the tensor."""
-    return {
-        f"{path}.{name}" if path else name: shard
-        for path, layer in module.named_modules()
-        if isinstance(layer, Splits)
-        for name, shard in layer.shards().items()
-    }
-
-
 def cuts(style: Column | Row, kind: type[nn.Module] = nn.Linear) -> dict[str, Cut]:
     """Cuts of the tensors of a layer of ``kind``, by local name.
 

@@ -27,7 +27,7 @@ from sat.checkpoint.formats import open_part
 from sat.checkpoint.ranks import RankFiles
 from sat.checkpoint.rules import Matched, best_layout, family_rules
 from sat.checkpoint.verify import Verify
-from sat.sharding import family_sharding, shards
+from sat.sharding import Shard, Splits, family_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
         theirs.verified()
     lists = (found.missing, found.computed, found.unexpected, found.ignored)
     report = LoadReport(theirs.source, found.layout, len(found.view), *lists)
-    logger.info("%s: %s", part, report)
+    logger.info("%s: %s", part, str(report))
     return report
 
 
@@ -180,6 +180,16 @@ def match(  # noqa: C901 - one problem after the other
         names = f"({found.layout} names)"
         raise CheckpointError(f"{theirs.source}: does not fit {what} {names}: {'; '.join(problems)}")
     return found
+
+
+def shards(module: nn.Module) -> dict[str, Shard]:
+    """Shares in ``module`` by the full name of the tensor."""
+    return {
+        f"{path}.{name}" if path else name: shard
+        for path, layer in module.named_modules()
+        if isinstance(layer, Splits)
+        for name, shard in layer.shards().items()
+    }
 
 
 def wanted(module: nn.Module) -> dict[str, TensorInfo]:

@@ -332,7 +332,7 @@ def _folder(root: Path) -> Iterator[Check]:
         yield Check(name, "note", "not there: the run ended before it began", "start it again")
         return
     cascade = load_cascade([config])
-    absent = [str(problem) for stage in cascade.stages for problem in stage.loaded.missing]
+    absent = [str(problem) for stage in cascade.stages for problem in stage.missing]
     text = f"{len(absent)} inputs are not there any more: {absent[0]}" if absent else "readable"
     yield Check(name, "note" if absent else "ok", text, facts={"missing": absent})
     experiment = cascade.stages[-1].experiment

@@ -129,12 +129,10 @@ def label(
 
 def weight_digests(experiment: Experiment) -> dict[str, object]:
     """Digests that tell the weights of this run from others: of their contents, or their seed."""
-    known: dict[Path, str] = {}
+    sources = {part: experiment.checkpoint.source(part) for part in PARTS}
+    known = {source: digest(source) for source in {*sources.values()} - {None} if source is not None}
     found: dict[str, object] = {"random": experiment.checkpoint.random}
-    for part in PARTS:
-        source = experiment.checkpoint.source(part)
-        if source is not None and source not in known:
-            known[source] = digest(source)
+    for part, source in sources.items():
         found[part] = None if source is None else known[source]
     if loaded := experiment.adapters.load:
         found["adapters"] = [[adapter_digest(item.path), item.strength] for item in loaded]

@@ -103,10 +103,12 @@ class Heartbeat:
         if self._started:
             self._started, self._long = False, self._long + 1
 
-    def ready(self) -> None:
-        """End it."""
+    def ready(self, doing: str | None = None) -> None:
+        """End it, and note ``doing`` as progress."""
         if not self._started:
             self._started, self._long = True, self._long - 1
+        if doing is not None:
+            self.mark(doing)
 
     @contextmanager
     def long(self, doing: str) -> Iterator[None]:

@@ -26,7 +26,7 @@ from sat.sampling.inputs import PictureInput
 from sat.sampling.output import OutputFolder
 from sat.sampling.prompts import Prompt
 from sat.util.images import to_pil
-from sat.util.log import progress
+from sat.util.log import progress, title
 
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig
@@ -249,7 +249,7 @@ class Generator:
         with progress(steps, rank=self.rank) as bar:
 
             def step(done: int, total: int, preview: Tensor) -> None:
-                bar.advance()
+                bar.update()
                 beat(f"step {done} of {total}")
                 if callback is not None:
                     callback(done, total, preview)
@@ -257,7 +257,8 @@ class Generator:
             drawn = [(prompt, images) for prompt, images in requests if images]  # the others lack a grid
             pictures = self.generate(drawn, params, inputs=inputs, callback=step)
             for number, (prompt, images) in enumerate(requests, 1):
-                bar.note(f"[{number}/{len(requests)}]", prompt.text)
+                if not bar.disable:
+                    bar.set_description_str(f"[{number}/{len(requests)}] {title(prompt.text)}")
                 for picture in islice(pictures, len(images)):
                     if picture.image is not None:
                         folder.write_image(prompt, picture.index, picture.image)

@@ -373,4 +373,4 @@ class Caches:
                 if todo.captions and cached.stores.text is not None:
                     made.append(fill_text(cached.stores.text, todo.captions, read, batch_size=8 * batch_size))
                 for done in itertools.chain(*made):
-                    bar.advance(done)
+                    bar.update(done)

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sat.checkpoint.load import shards
 from sat.config.schema import TrainConfig
 from sat.parallel.launch import Mesh, Runtime
 from sat.parallel.tensor import joined, summed
-from sat.sharding import shards
 from sat.train.optim import trainable
 
 if TYPE_CHECKING:

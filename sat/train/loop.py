@@ -187,7 +187,7 @@ class Trainer:
                 ending.step = self.step
                 passed = time.perf_counter() - began
                 self.seconds = before + passed
-                bar.advance()
+                bar.update()
                 if due(config.log_every):
                     self._log()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from types import TracebackType
-from typing import Protocol, TextIO
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Their text is a sentence for the user; anything else is shown with its kind.
 _PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)
@@ -52,74 +55,15 @@ def title(text: str) -> str:
     return line if len(text) <= _TITLE else line[: _TITLE - 1] + "…"
 
 
-# -- a progress line over many steps, shown on a terminal and silent elsewhere
+def progress(total: int, *, unit: str = "step", rank: int = 0, stream: TextIO | None = None) -> tqdm:
+    """A bar over ``total`` steps on rank 0 if ``stream`` (standard error) is a terminal, else silent."""
+    from tqdm import tqdm
 
-
-class Progress(Protocol):
-    """Progress of a long task."""
-
-    def note(self, place: str, item: str = "") -> None:
-        """Show the item that is being worked on, after its ``place`` among the others."""
-
-    def advance(self, steps: int = 1) -> None:
-        """Count ``steps`` more as done."""
-
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class NoProgress:
-    """Progress that is not shown."""
-
-    def note(self, place: str, item: str = "") -> None:
-        """Show nothing."""
-
-    def advance(self, steps: int = 1) -> None:
-        """Count nothing."""
-
-    def __enter__(self) -> NoProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-
-class ProgressBar:
-    """A tqdm bar with the time left and the text of :meth:`note` before it."""
-
-    def __init__(self, total: int, unit: str, stream: TextIO) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, unit=unit, file=stream, dynamic_ncols=True, leave=True, mininterval=0.1)
-
-    def note(self, place: str, item: str = "") -> None:
-        """Show ``place`` and the beginning of ``item`` before the bar."""
-        self._bar.set_description_str(f"{place} {title(item)}".strip(), refresh=True)
-
-    def advance(self, steps: int = 1) -> None:
-        """Move the bar on by ``steps``."""
-        self._bar.update(steps)
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-
-def progress(total: int, *, unit: str = "step", rank: int = 0, stream: TextIO | None = None) -> Progress:
-    """A bar over ``total`` steps on rank 0 if ``stream`` (standard error) is a terminal, else silence."""
     out = stream if stream is not None else sys.stderr
-    if rank != 0 or total <= 0 or not out.isatty():
-        return NoProgress()
-    return ProgressBar(total, unit, out)
+    silent = rank != 0 or total <= 0 or not out.isatty()
+    return tqdm(
+        total=total, unit=unit, file=out, dynamic_ncols=True, leave=True, mininterval=0.1, disable=silent
+    )
 
 
 # -- logging of the commands: short lines on standard error, rank 0 first, kept clear of a progress bar
@@ -134,11 +78,8 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         self.stream = sys.stderr
-        tqdm = sys.modules.get("tqdm")  # a bar can only stand there if tqdm was imported
-        if tqdm is None:
-            super().emit(record)
-            return
-        with tqdm.tqdm.external_write_mode(file=sys.stderr):
+        known = sys.modules.get("tqdm")  # a bar can only stand there if it was imported
+        with nullcontext() if known is None else known.tqdm.external_write_mode(file=sys.stderr):
             super().emit(record)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sat.adapters.lora import attach, extract, merge
 from sat.checkpoint import load
+from sat.checkpoint.load import shards
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
 from sat.kernels.compile import recompute
@@ -26,7 +27,7 @@ from sat.offload.block_swap import OffloadedPart, swap_groups
 from sat.parallel.collectives import barrier
 from sat.parallel.launch import Axis, Mesh, Runtime
 from sat.parallel.tensor import GatheredLinear, apply_sharding
-from sat.sharding import Column, family_sharding, shards
+from sat.sharding import Column, family_sharding
 from sat.train.checkpoints import Export, ModelExport
 from sat.train.lora import AdapterExport, add_lora
 from sat.train.objectives import Objective

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from sat.util import log as logs
-from sat.util.log import NoProgress, progress
+from sat.util.log import progress
 
 
 @pytest.fixture(autouse=True)
@@ -41,16 +41,17 @@ def test_debug_names_the_module(capsys) -> None:
 
 
 def test_progress_is_silent_off_a_terminal_and_on_other_ranks() -> None:
-    assert isinstance(progress(10, stream=io.StringIO()), NoProgress)
-    assert isinstance(progress(10, rank=1, stream=_Terminal()), NoProgress)
-    assert isinstance(progress(0, stream=_Terminal()), NoProgress)
+    for total, rank, screen in ((10, 0, io.StringIO()), (10, 1, _Terminal()), (0, 0, _Terminal())):
+        with progress(total, rank=rank, stream=screen) as bar:
+            bar.update(total)
+        assert not screen.getvalue()
 
 
 def test_progress_on_a_terminal_shows_the_note_the_count_and_the_time_left() -> None:
     screen = _Terminal()
     with progress(4, stream=screen) as bar:
-        bar.note("[1/2] a red apple")
-        bar.advance(4)
+        bar.set_description_str("[1/2] a red apple")
+        bar.update(4)
     assert "[1/2] a red apple" in screen.getvalue()
     assert "4/4" in screen.getvalue()
     assert "<" in screen.getvalue()

@@ -212,9 +212,8 @@ class _Session:
         inputs, watch = _inputs(self.pipeline.experiment), current()
 
         def beat(doing: str) -> None:
-            watch.ready()  # a first step is over: what is compiled has been
-            watch.mark(doing)
-            if ending.lock is not None:
+            watch.ready(doing)  # a first step is over: what is compiled has been
+            if ending.lock is not None and ending.lock.lost:
                 ending.lock.check()
 
         return self.pipeline.generator.save(
@@ -240,7 +239,8 @@ def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> 
     if given is not None:
         shape = engine.latent_shape(sampling.height, sampling.width)
         given = checked_latents(given, shape, prompts, sampling.batch_size)
-    about = label(experiment, given)
+    weights = weight_digests(experiment)
+    about = label(experiment, given, weights)
     folder = OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns)
     if runtime.is_main:
         record(
@@ -253,7 +253,7 @@ def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> 
             hooks=engine.hooks,
             world=runtime.world,
             seeds={"sampling": sampling.seed},
-            weights=weight_digests(experiment),
+            weights=weights,
             device=str(runtime.device),
         )
         seconds = time.monotonic() - started
