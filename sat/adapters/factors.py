@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +73,18 @@ def row_norms(weight: Tensor) -> Tensor:
     return widened(weight).square().sum(1).sqrt()
 
 
+def telling(names: Iterable[str]) -> list[str]:
+    """Up to four of ``names``, evenly spread: layers whose :func:`some_norms` tell a model's weights."""
+    ordered = sorted(names)
+    return ordered[:: -(-len(ordered) // 4) or 1]
+
+
+def some_norms(norms: Tensor) -> list[float]:
+    """Up to 16 of the ``norms`` (O,), evenly spread; formats and types of files hardly change them."""
+    rows = sorted({round(i * (len(norms) - 1) / 15) for i in range(16)})
+    return [float(f"{norm:.6g}") for norm in norms[rows].tolist()]
+
+
 def weight_change(weight: Tensor, factors: LayerFactors) -> Tensor:
     """Change (O, I) that an adapter at strength 1 makes to ``weight``, at least float32."""
     wide = widened(weight)
@@ -90,6 +102,19 @@ def weight_change(weight: Tensor, factors: LayerFactors) -> Tensor:
 def widened(tensor: Tensor) -> Tensor:
     """``tensor`` in float32, or as it is in float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def finite_cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``tensor`` in ``dtype``; an error where its finite values do not fit."""
+    cast = tensor.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max and bool(
+        (cast.isinf() & tensor.isfinite()).any()
+    ):
+        raise AdapterError(
+            f"{name!r} with its adapters has values beyond the range of {str(dtype)[6:]}: use bf16 or "
+            f"fp32, or less strength"
+        )
+    return cast
 
 
 class LinearLike(Protocol):

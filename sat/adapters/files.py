@@ -4,26 +4,34 @@ native     adapter.safetensors: names of our modules, fused parts numbered (``â€
 peft       adapter_model.safetensors and adapter_config.json; names of the peer's model, unfused
 diffusers  pytorch_lora_weights.safetensors: the same with ``transformer.`` or ``text_encoder.`` in front
 
-The header of every file we write has its rank, alpha and targets, the rank and alpha of each layer, and the
-model it was trained on.
+Files of other names are read like the last two (``peers.py``), PyTorch's ``.bin`` as well. The header of
+every file we write has its rank, alpha and targets, the rank and alpha of each layer, the model it was
+trained on with norms of its weights, and digests of all this and of the tensors.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field, Json
 from torch import Tensor
 
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
 from sat.adapters.lora import check
-from sat.adapters.names import Layout, Parts, Unfused, layouts, to_ours
-from sat.checkpoint.format import CheckpointError, SafetensorsFile, listing
+from sat.adapters.names import Parts, Unfused, to_ours
+from sat.adapters.peers import PeftConfig, checked, parse, place, refusal, split_header
+from sat.checkpoint.files import SAFETENSORS, TORCH, open_file, weight_files
+from sat.checkpoint.format import CheckpointError, listing
+from sat.checkpoint.load import refuse_not_finite
+from sat.checkpoint.verify import Verify, read_json
 
 KIND = "cogview3-lora"
 NATIVE_FILE, PEFT_FILE, PEFT_CONFIG = (
@@ -32,25 +40,27 @@ NATIVE_FILE, PEFT_FILE, PEFT_CONFIG = (
     "adapter_config.json",
 )
 DIFFUSERS_FILE, DIFFUSERS_HEADER = "pytorch_lora_weights.safetensors", "lora_adapter_metadata"
+_NAMED = (NATIVE_FILE, PEFT_FILE, DIFFUSERS_FILE)
+_NAMES_ONLY = Verify("manifest")
 
-_FACTOR = re.compile(
-    r"(?P<name>.+?)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora_magnitude_vector|magnitude|alpha)"
-    r"(?:\.(?P<which>(?!weight$)\w+))?(?:\.weight)?$"
-)
-_SIDES = {"lora_down": "lora_A", "lora_up": "lora_B", "lora_magnitude_vector": "magnitude"}
-_WRAPPERS = ("base_model.model.", "transformer.", "unet.", "diffusion_model.", "text_encoder.", "model.")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """Description in an adapter's header. ``base``: part -> the config component it was trained on."""
+    """Description in an adapter's header. ``base``: part -> the config component it was trained on.
+
+    ``digests``: part -> fingerprint of the files of its weights. ``norms``: part -> layer -> norms of some
+    rows of its weight, which tell other weights of the same shapes in whatever file they are.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = ()
     dora: bool = False
     base: Mapping[str, Any] = field(default_factory=dict)
-    digests: Mapping[str, str | None] = field(default_factory=dict)  # part -> fingerprint of its weights
+    digests: Mapping[str, str | None] = field(default_factory=dict)
+    norms: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,58 +81,73 @@ class Adapter:
 def is_adapter(path: Path) -> bool:
     """True if ``path`` holds an adapter, not a checkpoint; of a run's folder, if its checkpoints do."""
     try:
-        files = locate(path)
-    except AdapterError:
+        file = locate(path)[0]
+        if path.is_dir() and file.with_suffix(".safetensors").name in _NAMED:
+            return True
+        with open_file(file, verify=_NAMES_ONLY) as tensors:
+            return any(found is not None and found.side in ("down", "up") for found in map(parse, tensors))
+    except (AdapterError, CheckpointError):
         return False
-    if path.is_dir():
-        return True
-    with SafetensorsFile(files[0]) as file:
-        return any(_FACTOR.fullmatch(name) for name in file)
 
 
 def locate(path: Path) -> list[Path]:
     """The adapter files under ``path``: itself, a folder in any layout, or a training run's newest."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise AdapterError(f"{path}: an adapter is a .safetensors file or a folder with one")
+    if path.exists() and not path.is_dir():
         return [path]
     if not path.is_dir():
         raise AdapterError(f"{path}: no such file or folder")
-    for place in (path, path / "native"):
-        for name in (NATIVE_FILE, PEFT_FILE, DIFFUSERS_FILE):
-            if (place / name).is_file():
-                return [place / name]
-    inside = [path / part / PEFT_FILE for part in ("transformer", "unet", "text_encoder")]
-    if found := [file for file in inside if file.is_file()]:
-        return found
+    for folder in (path, path / "native"):
+        found = [file for name in _NAMED if (file := _either(folder / name)) is not None]
+        inside = [
+            file
+            for part in ("transformer", "unet", "text_encoder")
+            if (file := _either(path / part / PEFT_FILE)) is not None
+        ]
+        if len(found) > 1 or (found and inside):
+            names = [file.relative_to(path).as_posix() for file in (*found, *inside)]
+            raise AdapterError(f"{path}: holds several adapters, name one of {listing(names)}")
+        if found or inside:
+            return found or inside
     steps = sorted(marker.parent for marker in path.glob("checkpoints/step_*/COMPLETE"))
     if steps and (steps[-1] / "native" / NATIVE_FILE).is_file():
         return [steps[-1] / "native" / NATIVE_FILE]
+    files = weight_files(path, SAFETENSORS) or weight_files(path, TORCH)
+    if len(files) == 1:
+        return files
+    there = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     raise AdapterError(
         f"{path}: holds no adapter: expected {NATIVE_FILE} (ours, or in a run's checkpoints), {PEFT_FILE} "
-        f"(PEFT) or {DIFFUSERS_FILE} (diffusers)"
+        f"(PEFT), {DIFFUSERS_FILE} (diffusers) or one .safetensors file alone; it holds "
+        f"{listing(there) or 'nothing'}"
     )
+
+
+def _either(file: Path) -> Path | None:
+    """``file``, a .safetensors, else the .bin of its name, else None."""
+    return next((one for one in (file, file.with_suffix(".bin")) if one.is_file()), None)
 
 
 def base_of(path: Path) -> dict[str, Any]:
     """Part -> the config component that the adapter at ``path`` was trained on; empty if it names none."""
     found: dict[str, Any] = {}
     for file in locate(path):
-        opened = SafetensorsFile(file)
-        with opened:
-            base = _header(file, opened.metadata).get("base", {})
-        found |= {part: base[part]["component"] for part in base}
+        with open_file(file, verify=_NAMES_ONLY) as opened:
+            header = _header(file, getattr(opened, "metadata", {}))
+        found |= {part: base.component for part, base in (header.base if header else {}).items()}
     return found
 
 
-def read(path: Path, parts: Parts) -> Adapter:
+def read(path: Path, parts: Parts, verify: Verify | None = None) -> Adapter:
     """The adapter at ``path`` for the modules ``parts``, which may be on the meta device.
 
-    Names and shapes that do not fit them are refused.
+    Names and shapes that do not fit them are refused; its files are checked as ``verify`` says.
     """
-    found = [_read(file, parts) for file in locate(path)]
+    found = [_read(file, parts, verify or Verify()) for file in locate(path)]
     layers = {name: layer for one in found for name, layer in one.layers.items()}
-    adapter = Adapter(layers, found[0].info, found[0].layout, str(path))
+    if len(layers) < sum(len(one.layers) for one in found):
+        raise AdapterError(f"{path}: two of its files adapt the same layers: name one of them")
+    dora = any(one.info.dora for one in found)
+    adapter = Adapter(layers, replace(found[0].info, dora=dora), found[0].layout, str(path))
     for part, module in parts.items():
         mine, kind = adapter.of(part), type(module).__name__
         target = str((adapter.info.base.get(part) or {}).get("target", "")).rpartition(".")[2]
@@ -134,207 +159,248 @@ def read(path: Path, parts: Parts) -> Adapter:
             raise AdapterError(f"{path}: {error}") from None
     if strange := sorted({name.partition(".")[0] for name in layers} - set(parts)):
         raise AdapterError(f"{path}: adapts the {strange[0]} part, of which this model has none")
+    _tell_vain(path, [pair for layer in layers.values() for pair in layer.parts if pair is not None])
     return adapter
 
 
-def _read(file: Path, parts: Parts) -> Adapter:
-    try:
-        opened = SafetensorsFile(file)
-    except CheckpointError as error:
-        raise AdapterError(str(error)) from error
-    with opened:
-        content = _Content(file, dict(opened), opened.metadata)
-    unfused = content.unfused()
-    if content.header.get("layout") != "native":
-        layout = "peft" if (file.parent / PEFT_CONFIG).is_file() else "diffusers"
-        return Adapter(_placed(unfused, parts, file), content.info(unfused), layout, str(file))
-    listed = content.header["layers"]  # native names are ours, with the number of the fused part
-    fused = {name.partition("#")[0]: listed[name].get("parts", 1) for name in listed}
-    layers = {}
-    for linear, count in fused.items():
-        found = [unfused.get(f"{linear}#{i}") for i in range(count)]
-        magnitude = next((one.magnitude for one in found if one is not None), None)
-        pairs = tuple(None if one is None else one.pair for one in found)
-        layers[linear] = LayerFactors(pairs, magnitude)
-    return Adapter(layers, content.info(unfused), "native", str(file))
-
-
-class _Content:
-    """Content of one file: tensors by linear and kind, with the ranks and alphas of its header or config."""
-
-    def __init__(self, file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self.file = file
-        self.header = _header(file, metadata)
-        self.config = _config(file, metadata)
-        self.factors: dict[str, dict[str, Tensor]] = {}
-        strays = []
-        for name, tensor in tensors.items():
-            found = _FACTOR.fullmatch(name)
-            if found is None:
-                strays.append(name)
-                continue
-            kind = _SIDES.get(found["kind"], found["kind"])
-            which = found["which"] if (found["which"] or "").isdigit() else None
-            linear = found["name"] if which is None else f"{found['name']}#{which}"
-            self.factors.setdefault(linear, {})[kind] = tensor.clone()
-        if strays:
-            raise AdapterError(
-                f"{file}: {len(strays)} tensors are no LoRA factors of linears: {listing(strays, 3)}"
-            )
-        if not self.factors:
-            raise AdapterError(f"{file}: holds no tensors")
-
-    def unfused(self) -> dict[str, Unfused]:  # noqa: C901 - one check after another
-        """The factors of each linear; ``name#part`` in native files. Compared with the header's list."""
-        out: dict[str, Unfused] = {}
-        magnitudes = {n: k["magnitude"] for n, k in self.factors.items() if set(k) == {"magnitude"}}
-        for name, kinds in self.factors.items():
-            if name in magnitudes:
-                continue
-            for side, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-                if side not in kinds:
-                    raise AdapterError(f"{self.file}: {name!r} has {other} but no {side}: incomplete")
-            down, up = kinds["lora_A"], kinds["lora_B"]
-            if down.dim() != 2 or up.dim() != 2:
-                raise AdapterError(f"{self.file}: {name!r} is a LoRA of a convolution, only linears have one")
-            if down.shape[0] != up.shape[1]:
-                raise AdapterError(
-                    f"{self.file}: {name!r}: rank {down.shape[0]} of lora_A, {up.shape[1]} of lora_B"
-                )
-            pair = Pair(down, up, self._alpha(name, kinds, down.shape[0]))
-            out[name] = Unfused(pair, kinds.get("magnitude"))
-        for name, magnitude in magnitudes.items():
-            if f"{name}#0" not in out:
-                raise AdapterError(f"{self.file}: {name!r} has a magnitude but no factors: incomplete")
-            out[f"{name}#0"] = Unfused(out[f"{name}#0"].pair, magnitude)
-        listed: dict[str, Any] = self.header.get("layers", {})
-        if missing := [name for name in listed if name not in out]:
-            raise AdapterError(
-                f"{self.file}: {len(missing)} of its {len(listed)} layers are missing: {listing(missing, 3)}"
-            )
-        for name, entry in listed.items():
-            if (rank := out[name].pair.rank) != entry["rank"]:
-                raise AdapterError(
-                    f"{self.file}: {name!r} has rank {rank}, its header says {entry['rank']}: wrong rank"
-                )
-        return out
-
-    def _alpha(self, name: str, kinds: Mapping[str, Tensor], rank: int) -> float:
-        """alpha of a linear: of the file, of its header, of PEFT's or diffusers' config; else its rank."""
-        if "alpha" in kinds:
-            return float(kinds["alpha"])
-        if name in self.header.get("layers", {}):
-            return float(self.header["layers"][name]["alpha"])
-        if not self.config:
-            return float(rank)
-        wanted = _pattern(self.config.get("rank_pattern"), name, self.config.get("r", rank))
-        if wanted != rank:
-            raise AdapterError(f"{self.file}: {name!r} has rank {rank}, its config says {wanted}: wrong rank")
-        alpha = float(_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", rank)))
-        return alpha * rank**0.5 if self.config.get("use_rslora") else alpha
-
-    def info(self, unfused: Mapping[str, Unfused]) -> AdapterInfo:
-        """Description in the header; without one, that of the tensors."""
-        ranks = Counter(one.pair.rank for one in unfused.values())
-        rank = int(self.header.get("rank", ranks.most_common(1)[0][0]))
-        alphas = Counter(one.pair.alpha for one in unfused.values() if one.pair.rank == rank)
-        alpha = self.header.get("alpha", alphas.most_common(1)[0][0] if alphas else rank)
-        base: dict[str, Any] = self.header.get("base", {})
-        return AdapterInfo(
-            rank,
-            float(alpha),
-            tuple(self.header.get("targets", ())),
-            any(one.magnitude is not None for one in unfused.values()),
-            {part: base[part]["component"] for part in base},
-            {part: base[part].get("digest") for part in base},
+def _tell_vain(path: Path, pairs: list[Pair]) -> None:
+    """Say it where factors change nothing."""
+    vain = sum(pair.alpha == 0 or not bool(pair.up.float().any()) for pair in pairs)
+    if vain:
+        log.warning(
+            "%s: %d of %d pairs of factors change nothing: alpha or lora_B is 0", path, vain, len(pairs)
         )
 
 
-def _header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Our own part of the header, or nothing."""
+def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
+    """The adapter in one ``file``."""
+    with open_file(file, verify=verify) as tensors:
+        metadata: Mapping[str, str] = getattr(tensors, "metadata", {})
+        header, configs = _header(file, metadata), _configs(file, metadata)
+        native = header is not None and header.layout == "native"
+        factors = _factors({name: tensors[name] for name in tensors}, file, native)
+        tensors.verified()
+    places = {} if native else place(list(factors), parts, file)
+    content = _Content(file, header, configs, {n: at.prefix + at.known for n, at in places.items()})
+    unfused = {name: content.unfused(name, sides) for name, sides in factors.items()}
+    if header is not None:
+        if missing := [name for name in header.layers if name not in unfused]:
+            share = f"{len(missing)} of its {len(header.layers)} layers"
+            raise AdapterError(f"{file}: {share} are missing: {listing(missing, 3)}")
+    elif (said := metadata.get("ss_network_alpha")) and not any(
+        "alpha" in sides for sides in factors.values()
+    ):
+        log.warning("%s: its header says alpha %s, but no layer has one: each counts whole", file, said[:20])
+    layers: dict[str, LayerFactors] = {}
+    if native:
+        assert header is not None, "or it were not native"
+        for name, fused in header.counts(file).items():
+            found = [unfused.get(f"{name}#{i}") for i in range(fused)]
+            magnitude = next((one.magnitude for one in found if one is not None), None)
+            layers[name] = LayerFactors(tuple(None if one is None else one.pair for one in found), magnitude)
+    for part in parts:
+        mine = {at.known: unfused[name] for name, at in places.items() if at.part == part}
+        if mine:
+            layout = next(at.layout for at in places.values() if at.part == part)
+            layers |= {f"{part}.{name}": layer for name, layer in to_ours(mine, layout).items()}
+    kind = "native" if native else "peft" if (file.parent / PEFT_CONFIG).is_file() else "diffusers"
+    return Adapter(layers, _info(header, unfused), kind, str(file))
+
+
+def _factors(  # noqa: C901 - one check after another
+    tensors: Mapping[str, Tensor], file: Path, native: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Linear -> side -> tensor, each checked by itself; linears of native files have ``#`` and their part."""
+    out: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    taken, strays, several = dict[tuple[str, str], str](), list[str](), dict[str, str]()
+    for name, tensor in tensors.items():
+        found = parse(name)
+        if found is None:
+            strays.append(name)
+            continue
+        linear, side, which = found
+        if native and side in ("down", "up"):
+            linear = f"{linear}#{which}"
+        elif native and side == "magnitude":
+            linear = f"{linear}#0"
+        elif which:
+            several[which] = name
+        if (linear, side) in taken and len(several) < 2:
+            raise AdapterError(f"{file}: {taken[linear, side]!r} and {name!r} are the same factor: name one")
+        taken[linear, side] = name
+        refuse_not_finite(tensor, name, str(file))
+        if side == "alpha" and tensor.numel() != 1:
+            raise AdapterError(f"{file}: {name!r} has {tensor.numel()} values, expected one number")
+        if side != "alpha" and not tensor.is_floating_point():
+            raise AdapterError(
+                f"{file}: {name!r} is {str(tensor.dtype)[6:]}, expected floating-point factors"
+            )
+        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1):  # a linear, as a convolution of one point
+            tensor = tensor[:, :, 0, 0]
+        out[linear][side] = tensor.clone()
+    if strays:
+        raise AdapterError(f"{file}: {refusal(strays)}")
+    if len(several) > 1:
+        raise AdapterError(f"{file}: holds several adapters ({listing(sorted(several))}): save one alone")
+    if not out:
+        raise AdapterError(f"{file}: holds no tensors")
+    return out
+
+
+class _Content(NamedTuple):
+    """Ranks and alphas that the header and the settings of a file say, by the name of a linear in it."""
+
+    file: Path
+    header: Header | None
+    configs: Mapping[str, PeftConfig]  # by what is in front of the names they are for
+    clean: Mapping[str, str]  # names without kohya's flattening and torch's wrappers
+
+    def unfused(self, name: str, sides: Mapping[str, Tensor]) -> Unfused:
+        """The factors of one linear, compared with all that is said of it."""
+        if not {"down", "up"} <= sides.keys():
+            there, no = [{"down": "lora_A", "up": "lora_B"}.get(s, s) for s in sides], "lora_B"
+            no = "lora_A" if "down" not in sides else no
+            raise AdapterError(f"{self.file}: {name!r} has {' and '.join(there)} but no {no}: incomplete")
+        down, up = sides["down"], sides["up"]
+        if down.dim() != 2 or up.dim() != 2:
+            raise AdapterError(f"{self.file}: {name!r} is a LoRA of a convolution, only linears have one")
+        rank = down.shape[0]
+        if not rank or rank != up.shape[1]:
+            raise AdapterError(f"{self.file}: {name!r}: rank {rank} of lora_A, {up.shape[1]} of lora_B")
+        magnitude = sides.get("magnitude")
+        if magnitude is not None:
+            if magnitude.dim() == 2 and magnitude.shape[1] == 1:  # kohya's
+                magnitude = magnitude[:, 0]
+            entry = None if self.header is None else self.header.layers.get(name)
+            outputs = up.shape[0] * (1 if entry is None else entry.parts)
+            if magnitude.shape != (outputs,):
+                raise AdapterError(
+                    f"{self.file}: {name!r}: {list(magnitude.shape)} magnitudes, expected one for each of "
+                    f"{outputs} outputs"
+                )
+        return Unfused(Pair(down, up, self._alpha(name, sides, rank)), magnitude)
+
+    def _alpha(self, name: str, sides: Mapping[str, Tensor], rank: int) -> float:
+        """Alpha of a linear: of the file, its header, PEFT's settings, which must agree; else its rank."""
+        said: dict[str, float] = {}
+        if "alpha" in sides:
+            said["its alpha"] = float(sides["alpha"])
+        ranks: dict[str, int] = {}
+        if self.header is not None and (entry := self.header.layers.get(name)) is not None:
+            said["its header"], ranks["its header"] = entry.alpha, entry.rank
+        elif self.header is not None:
+            raise AdapterError(f"{self.file}: {name!r} is not among the layers in its header")
+        clean = self.clean.get(name, name)
+        config = next((c for front, c in self.configs.items() if front and clean.startswith(front)), None)
+        config = config or self.configs.get("")
+        if config is not None:
+            inner = re.sub(r"^(base_model\.model|transformer|unet|text_encoder)\.", "", clean)
+            said["its config"], ranks["its config"] = config.alpha(inner, rank), config.rank(inner)
+            if config.use_dora != ("magnitude" in sides):
+                what = "has magnitudes" if "magnitude" in sides else "has no magnitudes"
+                raise AdapterError(
+                    f"{self.file}: {name!r} {what}, its config says use_dora {config.use_dora}"
+                )
+        for who, wanted in ranks.items():
+            if wanted != rank:
+                raise AdapterError(f"{self.file}: {name!r} has rank {rank}, {who} says {wanted}: wrong rank")
+        alphas = list(said.values()) or [float(rank)]
+        if any(not math.isclose(alpha, alphas[0], rel_tol=1e-3) for alpha in alphas):
+            told = ", ".join(f"{alpha:g} by {who}" for who, alpha in said.items())
+            raise AdapterError(f"{self.file}: alpha of {name!r} is {told}: they contradict each other")
+        return alphas[0]
+
+
+def _info(header: Header | None, unfused: Mapping[str, Unfused]) -> AdapterInfo:
+    """Description in the header; without one, that of the tensors."""
+    dora = any(one.magnitude is not None for one in unfused.values())
+    if header is None:
+        pairs = Counter((one.pair.rank, one.pair.alpha) for one in unfused.values())
+        (rank, alpha), _ = pairs.most_common(1)[0]
+        return AdapterInfo(rank, alpha, dora=dora)
+    base = header.base
+    return AdapterInfo(
+        header.rank,
+        header.alpha,
+        tuple(header.targets),
+        dora,
+        {part: one.component for part, one in base.items()},
+        {part: one.digest for part, one in base.items()},
+        {part: one.norms for part, one in base.items()},
+    )
+
+
+# -- headers and settings
+
+
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+class LayerEntry(BaseModel):
+    """A pair of factors in a header; ``parts`` of the linear that they are one of."""
+
+    model_config = ConfigDict(strict=True)
+    rank: _Count
+    alpha: _Finite
+    parts: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class BaseEntry(BaseModel):
+    """The model that an adapter was trained on, in a header; see :class:`AdapterInfo`."""
+
+    model_config = ConfigDict(strict=True)
+    component: dict[str, Any]
+    digest: str | None = None
+    norms: dict[str, list[_Finite]] = {}
+
+
+class Header(BaseModel):
+    """Our own part of a file's header, whose values are JSON."""
+
+    model_config = ConfigDict(strict=True)
+    layout: Literal["native", "peft", "diffusers"]
+    rank: Json[_Count]
+    alpha: Json[_Finite]
+    targets: Json[list[str]]
+    dora: Json[bool]
+    layers: Json[dict[str, LayerEntry]]
+    base: Json[dict[str, BaseEntry]]
+
+    def counts(self, file: Path) -> dict[str, int]:
+        """Linear -> number of fused parts, of a native file."""
+        found: dict[str, int] = {}
+        for name, entry in self.layers.items():
+            linear, _, part = name.rpartition("#")
+            good = part.isdecimal() and int(part) < entry.parts and found.setdefault(linear, entry.parts)
+            if good != entry.parts:
+                raise CheckpointError(f"{file}: its header is damaged at {name[:120]!r}; copy the file again")
+        return found
+
+
+def _header(file: Path, metadata: Mapping[str, str]) -> Header | None:
+    """Our own part of the header, or None."""
     if metadata.get("adapter") != KIND:
-        return {}
-    try:
-        if int(metadata["version"]) != 1:
-            raise AdapterError(f"{file}: version {metadata['version']}; this code reads version 1")
-        return {
-            "layout": metadata["layout"],
-            **{
-                key: json.loads(metadata[key])
-                for key in ("rank", "alpha", "targets", "dora", "layers", "base")
-            },
-        }
-    except (KeyError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{file}: its header is damaged: {error}") from error
+        return None
+    if metadata.get("version") != "1":
+        raise AdapterError(f"{file}: version {str(metadata.get('version'))[:20]}; this code reads version 1")
+    return checked(Header, dict(metadata), f"{file}: its header")
 
 
-def _config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's adapter_config.json beside the file, or diffusers' version of it in the header."""
+def _configs(file: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
+    """PEFT's adapter_config.json beside the file, or diffusers' version of it in the header, by prefix."""
     side = file.parent / PEFT_CONFIG
-    try:
-        if side.is_file():
-            config: dict[str, Any] = json.loads(side.read_text())
-        elif DIFFUSERS_HEADER in metadata:
-            given = json.loads(metadata[DIFFUSERS_HEADER])
-            prefixes = ("transformer.", "unet.", "text_encoder.")
-            config = {}
-            for key, value in given.items():
-                prefix = next((p for p in prefixes if key.startswith(p)), "")
-                config.setdefault(key.removeprefix(prefix), value)
-        else:
-            return {}
-    except ValueError as error:
-        raise AdapterError(f"{file}: its config is damaged: {error}") from error
-    kind = config.get("peft_type", "LORA")
-    extra = [key for key in ("modules_to_save", "layer_replication", "lora_bias") if config.get(key)]
-    if kind != "LORA" or config.get("bias", "none") != "none" or extra:
-        what = extra[0] if extra else f"bias {config.get('bias')!r}" if kind == "LORA" else str(kind)
-        raise AdapterError(f"{file}: PEFT's {what} is not supported, only plain LoRA and DoRA")
-    return config
-
-
-def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that ends the name, else ``default``."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _placed(unfused: Mapping[str, Unfused], parts: Parts, file: Path) -> dict[str, LayerFactors]:
-    """Layers of a file in another program's names: each part's layout is the one that knows most of them."""
-    best: dict[str, tuple[Layout, dict[str, str]]] = {}  # part -> layout, file's name -> layout's name
-    for part, module in parts.items():
-        for layout in layouts(module):
-            hits: dict[str, str] = {}
-            for name in unfused:
-                known = next((one for one in _without_prefixes(name, part) if one in layout.places), None)
-                if known is not None:
-                    hits[name] = known
-            if hits and (part not in best or len(hits) > len(best[part][1])):
-                best[part] = layout, hits
-    placed = {name for _, hits in best.values() for name in hits}
-    if left := [name for name in unfused if name not in placed]:
-        kinds = " or ".join(type(module).__name__ for module in parts.values())
-        raise AdapterError(
-            f"{file}: {len(left)} of its {len(unfused)} layers are none of {kinds}: {listing(left, 3)}; "
-            f"it is a LoRA of another model"
-        )
-    return {
-        f"{part}.{name}": layer
-        for part, (layout, hits) in best.items()
-        for name, layer in to_ours({known: unfused[name] for name, known in hits.items()}, layout).items()
-    }
-
-
-def _without_prefixes(name: str, part: str) -> Iterator[str]:
-    """``name``, and its rest as programs' prefixes are taken off; one part's prefix hides it from others."""
-    other = "text_encoder." if part == "model" else "transformer."
-    while not name.startswith(other):
-        yield name
-        prefix = next((p for p in _WRAPPERS if name.startswith(p)), None)
-        if prefix is None:
-            return
-        name = name.removeprefix(prefix)
+    if side.exists():
+        found = [("", read_json(side))]
+    elif DIFFUSERS_HEADER in metadata:
+        try:
+            found = list(split_header(json.loads(metadata[DIFFUSERS_HEADER])))
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{file}: its {DIFFUSERS_HEADER} is damaged ({error})") from error
+    else:
+        return {}
+    where = str(side) if side.exists() else f"{file}: its {DIFFUSERS_HEADER}"
+    configs = {front: checked(PeftConfig, content, where) for front, content in found}
+    for config in configs.values():
+        config.refuse(where)
+    return configs

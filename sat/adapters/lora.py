@@ -20,6 +20,7 @@ from sat.adapters.factors import (
     Layers,
     LinearLike,
     Pair,
+    finite_cast,
     row_norms,
     weight_change,
     widened,
@@ -215,7 +216,8 @@ def _linear(value: Tensor, like: Tensor) -> nn.Linear:
     """A bias-free linear that holds ``value``, on the device and in the type of ``like``."""
     with torch.device("meta"):
         made = nn.Linear(value.shape[1], value.shape[0], bias=False)
-    made.weight = nn.Parameter(value.detach().to(device=like.device, dtype=like.dtype, copy=True))
+    factor = finite_cast(value.detach(), like.dtype, "a layer")
+    made.weight = nn.Parameter(factor.to(device=like.device, copy=True))
     return made
 
 
@@ -303,8 +305,9 @@ class Adapted(nn.Module):
         )
         if isinstance(self.base, SplitLinear):
             total = self.base.shards()["weight"].take(total)
+        own = cast(LinearLike, base).weight
         with torch.no_grad():
-            cast(LinearLike, base).weight.copy_(total)
+            own.copy_(finite_cast(total, own.dtype, "a weight"))
         return base
 
     def layer(self, name: str, value: Value | None = None) -> LayerFactors:

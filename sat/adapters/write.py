@@ -26,7 +26,7 @@ from sat.adapters.files import (
 )
 from sat.adapters.names import Parts, Unfused, layouts, to_theirs
 from sat.checkpoint.files import atomic_folder
-from sat.checkpoint.format import TensorInfo, write_safetensors
+from sat.checkpoint.format import SEAL, TensorInfo, seal, write_safetensors
 from sat.checkpoint.formats.diffusers import PLUS
 from sat.checkpoint.save import write_json
 
@@ -134,7 +134,11 @@ def _save_unfused(
 
 def _header(layout: str, info: AdapterInfo, layers: Mapping[str, Any]) -> dict[str, str]:
     base = {
-        part: {"component": component, "digest": info.digests.get(part)}
+        part: {
+            "component": component,
+            "digest": info.digests.get(part),
+            "norms": info.norms.get(part, {}),
+        }
         for part, component in info.base.items()
     }
     return {
@@ -157,7 +161,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _save(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    write_safetensors(file, infos, lambda name: tensors[name].contiguous(), header)
+    whole = {**header, SEAL: seal(infos, tensors.__getitem__, header)}
+    write_safetensors(file, infos, tensors.__getitem__, whole)
 
 
 # -- an adapter from one layout to another

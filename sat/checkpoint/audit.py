@@ -19,6 +19,7 @@ from sat.checkpoint.verify import (
     CheckpointPathError,
     Verify,
     digest_file,
+    read_json,
     record_of,
     records,
     verify_file,
@@ -98,7 +99,7 @@ def _write(home: Path, files: list[Path]) -> None:
     """Write records of ``files`` into ``home``, a manifest.json or digests.json; others in it stay."""
     new = {p.relative_to(home.parent).as_posix(): digest_file(p) for p in files}
     made = {name: written.record(name) for name, written in new.items()}
-    content: dict[str, Any] = json.loads(home.read_bytes()) if home.is_file() else {"files": []}
+    content: dict[str, Any] = read_json(home) if home.is_file() else {"files": []}
 
     def renewed(listed: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         return [made.pop(str(record["name"]), record) for record in listed]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sat.checkpoint.format import CheckpointError, Joined, LazyStateDict, SafetensorsFile, listing
 from sat.checkpoint.torch_file import TorchFile
-from sat.checkpoint.verify import CheckpointPathError, Verify, check_file
+from sat.checkpoint.verify import CheckpointPathError, Verify, check_file, read_json
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -58,7 +56,7 @@ def open_file(  # noqa: C901 - one kind of file after the other
     if head[:2] == b"PK" or head[:1] == b"\x80" and head[8:9] != b"{":
         return TorchFile(path, allow_pickle=allow_pickle, check=check, verify=verify)
     if head[8:9] == b"{" or path.suffix in SAFETENSORS:
-        return SafetensorsFile(path, check)
+        return SafetensorsFile(path, check, verify.mode)
     if check is not None:
         check.finish()
     if path.suffix in TORCH:
@@ -68,19 +66,6 @@ def open_file(  # noqa: C901 - one kind of file after the other
     raise CheckpointError(
         f"{path}: no known weight format (safetensors or PyTorch), it begins with {head[:8]!r}"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got a {type(content).__name__}")
-    return content
 
 
 VOCABULARY = ("spiece.model", "tokenizer.json")  # sentencepiece's own file, and the one of `tokenizers`

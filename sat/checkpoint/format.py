@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+import xxhash
 from torch import Tensor
 
 from sat.checkpoint.verify import CheckpointError as CheckpointError
@@ -255,8 +256,10 @@ _DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MOST_HEADER = 100_000_000  # bytes; the library's own limit
+_MOST_HEADER = 1 << 24  # bytes; a tensor takes about 150
 _SMALL = 16 << 20  # bytes; the digests take milliseconds
+SEAL = "xxh3"
+"""Entry of the metadata with digests of the header and of each tensor, where the writer put them."""
 
 
 @dataclass(frozen=True)
@@ -269,11 +272,12 @@ class _Place:
 class SafetensorsFile(LazyStateDict):
     """The tensors of one file. The header is checked whole when opened; values are mapped when asked for.
 
-    ``check`` compares the file with its digests while it is read, a small one when it is opened.
+    ``check`` compares the file with its digests while it is read, a small one when it is opened. Digests in
+    its own header are compared as ``mode`` says: ``full``, the header alone (``manifest``), or not (``off``).
     """
 
-    def __init__(self, path: Path, check: FileCheck | None = None) -> None:
-        self.source, self._check, self.digested = str(path), check, check is not None
+    def __init__(self, path: Path, check: FileCheck | None = None, mode: str = "full") -> None:
+        self.source, self._check = str(path), check
         try:
             self._file = path.open("rb")
         except OSError as error:
@@ -287,15 +291,27 @@ class SafetensorsFile(LazyStateDict):
                 check.first(8 + int.from_bytes(self._file.read(8), "little"))
                 self._file.seek(0)
             self._places, self.metadata = _header(path, self._file.read)
+            self._seal = _seal(self.metadata, self.infos(), self.source) if mode != "off" else {}
         except BaseException:
             self._file.close()
             raise
+        self.digested = check is not None or bool(self._seal)
+        self._seal = self._seal if mode == "full" else {}
 
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype of ``key``."""
         return self._places[key].info
 
     def __getitem__(self, key: str) -> Tensor:
+        tensor = self._mapped(key)
+        if self._seal and self._seal[key] != digest_of(tensor, self.info(key), key):
+            raise CheckpointError(
+                f"{self.source}: {key!r} is not what was written: damaged, or changed by a program that kept "
+                f"the header; copy the file again"
+            )
+        return tensor
+
+    def _mapped(self, key: str) -> Tensor:
         place = self._places[key]
         if not place.nbytes:
             return torch.empty(place.info.shape, dtype=place.info.dtype)
@@ -345,7 +361,9 @@ def _header(path: Path, read: Callable[[int], bytes]) -> tuple[dict[str, _Place]
         )
     try:
         header = json.loads(read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are not texts")
         places = {name: _place(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
@@ -368,10 +386,51 @@ def _place(entry: Mapping[str, Any], base: int) -> _Place:
     begin, end = entry["data_offsets"]
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"unknown dtype {entry['dtype']!r}")
-    shape = tuple(int(n) for n in entry["shape"])
+    shape = tuple(entry["shape"])
+    if not all(type(n) is int for n in (begin, end, *shape)):
+        raise ValueError(f"no whole numbers: {begin!r}..{end!r}, shape {list(shape)!r}"[:200])
     if begin < 0 or end < begin or any(n < 0 for n in shape):
         raise ValueError(f"impossible range {begin}..{end} or shape {list(shape)}")
     return _Place(TensorInfo(shape, _DTYPES[entry["dtype"]]), base + begin, end - begin)
+
+
+def seal(infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], metadata: Mapping[str, str]) -> str:
+    """Digests to write as :data:`SEAL` beside ``metadata``: of each tensor, and of the header itself."""
+    tensors = {name: digest_of(read(name), info, name) for name, info in infos.items()}
+    return json.dumps({"tensors": tensors, "header": _header_digest(metadata, infos)})
+
+
+def digest_of(tensor: Tensor, info: TensorInfo, name: str) -> str:
+    """xxh3 of the bytes of ``tensor``, which is what ``info`` says."""
+    hasher = xxhash.xxh3_64()
+    for piece in tensor_bytes(tensor, info, name):
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _header_digest(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo]) -> str:
+    shapes = {name: [str(info.dtype), *info.shape] for name, info in infos.items()}
+    told = {key: text for key, text in metadata.items() if key != SEAL}
+    return xxhash.xxh3_64_hexdigest(json.dumps([told, shapes], sort_keys=True).encode())
+
+
+def _seal(metadata: Mapping[str, str], infos: Mapping[str, TensorInfo], source: str) -> dict[str, str]:
+    """Digests of the tensors in a header that has them, which must be the one that was written."""
+    if SEAL not in metadata:
+        return {}
+    try:
+        content = json.loads(metadata[SEAL])
+        found: dict[str, str] = content["tensors"]
+        good, odd = content["header"] == _header_digest(metadata, infos), sorted(found.keys() ^ infos.keys())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good, odd = False, []
+    if not good or odd:
+        where = f" at {listing(odd, 3)}" if odd else ""
+        raise CheckpointError(
+            f"{source}: its header is not the one that was written{where}: damaged, or changed by another "
+            f"program; copy the file again"
+        )
+    return found
 
 
 def write_safetensors(

@@ -28,12 +28,14 @@ from typing import Any, Literal, NamedTuple
 import xxhash
 
 from sat.errors import UserError
+from sat.util.host import read_bounded
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # of a native folder
 DIGESTS = "digests.json"  # beside the files of any other folder that we wrote
 CHUNK = 4 << 20  # bytes
+_MOST_JSON = 1 << 24  # bytes
 _PIECE = 1 << 18  # bytes; read, and hashed while they are in the processor's cache
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -136,6 +138,19 @@ def digest_file(path: Path) -> Written:
     return digester.written()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, which is a regular one of 16 MiB at most."""
+    try:
+        content = json.loads(read_bounded(path, _MOST_JSON))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got a {type(content).__name__}")
+    return content
+
+
 def record_of(path: Path) -> dict[str, Any] | None:
     """Record of ``path`` in a digests.json or manifest.json beside it or one folder up, None without one."""
     for file in (path.parent / DIGESTS, path.parent / MANIFEST, path.parent.parent / MANIFEST):
@@ -150,15 +165,11 @@ def record_of(path: Path) -> dict[str, Any] | None:
 
 def records(file: Path) -> list[dict[str, Any]]:
     """Checked records in a manifest.json or digests.json; empty for a manifest that is not ours."""
+    content = read_json(file)
     try:
-        content = json.loads(file.read_bytes())
         groups = [content] if file.name == DIGESTS else [*content.get("parts", {}).values()]
         listed = [r for group in groups for r in group["files"]]
         listed += content.get("tokenizer", []) if file.name == MANIFEST else []
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: the list of files is damaged ({error})") from error
     for record in listed:

@@ -343,11 +343,13 @@ def build_engine(
             module.to(device)
     if experiment.adapters.load:
         from sat.adapters.merge import AdapterRef, load_adapters
+        from sat.checkpoint.verify import Verify
 
         wanted = [AdapterRef(item.path, item.strength) for item in experiment.adapters.load]
         load_adapters(
-            {"model": parts["model"], "text": parts["text"]}, wanted, fold=experiment.adapters.merge
-        )
+            {"model": parts["model"], "text": parts["text"]}, wanted,
+            fold=experiment.adapters.merge, verify=Verify(weights.verify),
+        )  # fmt: skip
     return engine
 
 

@@ -12,9 +12,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sat.adapters.factors import AdapterError, LayerFactors, LinearLike, initial_factors
+from sat.adapters.factors import (
+    AdapterError,
+    LayerFactors,
+    LinearLike,
+    initial_factors,
+    row_norms,
+    some_norms,
+    telling,
+)
 from sat.adapters.files import NATIVE_FILE, AdapterInfo, read
-from sat.adapters.lora import Adapted, attach, base_norms, extract
+from sat.adapters.lora import Adapted, adapted, attach, base_norms, extract
 from sat.adapters.names import choose
 from sat.adapters.write import write_native
 from sat.config.schema import LoraConfig, TrainConfig
@@ -117,6 +125,12 @@ def _base(layer: nn.Module) -> nn.Module:
     return layer.base if isinstance(layer, Adapted) else layer
 
 
+def _telling(part: nn.Module) -> list[tuple[str, LinearLike]]:
+    """Layers under training whose weights' norms are written with the adapter, to tell the base by."""
+    layers = {name: module for name, module in adapted(part) if NAME in module.strengths}
+    return [(name, cast(LinearLike, layers[name].base)) for name in telling(layers)]
+
+
 @dataclass(frozen=True)
 class AdapterExport:
     """Writes the adapter under training; see :class:`sat.train.checkpoints.Export`.
@@ -132,7 +146,7 @@ class AdapterExport:
     dtype: torch.dtype
 
     def frozen(self) -> dict[str, Tensor]:
-        """Weights of the model that DoRA's magnitudes are relative to."""
+        """Weights of the model that DoRA's magnitudes are relative to, and those that tell it from others."""
         names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
         bases = [
             module.weight
@@ -140,6 +154,7 @@ class AdapterExport:
             if isinstance(module, Adapted) and NAME in module.strengths
             if module.named(NAME).gain is not None
         ]
+        bases += [base.weight for part in self.objective.parts().values() for _, base in _telling(part)]
         return {names[id(weight)]: weight for weight in bases if id(weight) in names}
 
     def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -159,6 +174,14 @@ class AdapterExport:
             *self._shape(layers),
             {part: component for part, component in self.base.items() if part in used},
             {part: digest for part, digest in self.digests.items() if part in used},
+            {
+                part: {
+                    name: some_norms(row_norms(value(cast(nn.Parameter, base.weight))))
+                    for name, base in bases
+                }
+                for part, module in self.objective.parts().items()
+                if (bases := _telling(module))
+            },
         )
         folder.mkdir(parents=True)
         write_native(folder / NATIVE_FILE, layers, about, self.dtype)

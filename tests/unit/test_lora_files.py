@@ -21,7 +21,7 @@ from sat.adapters.merge import AdapterRef, load_adapters
 from sat.adapters.names import choose, layouts, to_ours, to_theirs
 from sat.adapters.write import LAYOUTS, write
 from sat.checkpoint import load, open_part, save_native
-from sat.checkpoint.format import ENGINE_PREFIXES
+from sat.checkpoint.format import ENGINE_PREFIXES, CheckpointError
 from sat.cli.convert import main as convert
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
@@ -211,6 +211,7 @@ def edited(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **he
     (file,) = folder.glob("*.safetensors")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
+    metadata.pop("xxh3", None)  # as a program writes it that knows nothing of our digests
     content = load_file(file)
     change(content)
     save_file({n: t.contiguous() for n, t in content.items()}, file, {**metadata, **header})
@@ -302,11 +303,10 @@ def test_what_holds_no_adapter_says_so(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="holds no adapter: expected adapter.safetensors"):
         locate(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(AdapterError, match="truncated or corrupt"):
-        read(tmp_path / "a.safetensors", {"model": plus()})
     (tmp_path / "a.bin").write_bytes(b"nonsense")
-    with pytest.raises(AdapterError, match="a .safetensors file or a folder"):
-        locate(tmp_path / "a.bin")
+    for name in ("a.safetensors", "a.bin"):
+        with pytest.raises(CheckpointError, match="truncated or corrupt"):
+            read(tmp_path / name, {"model": plus()})
 
 
 def test_a_run_is_its_newest_whole_checkpoints_adapter(saved, tmp_path: Path) -> None:
