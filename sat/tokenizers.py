@@ -11,10 +11,12 @@ import torch
 
 from sat.conditioning.conditioner import Tokens
 from sat.errors import UserError
+from sat.util.host import read_bounded
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 _SPECIAL = ["<pad>", "</s>", "<unk>"]  # by id
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_MOST_BYTES = 1 << 26  # of a vocabulary
 
 
 NEEDS = "{} needs the tokenizers library (there is no spiece.model): pip install 'cogview3-sat[tokenizers]'"
@@ -59,7 +61,7 @@ class T5Tokenizer:
             return
         self._model = SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(self.path.read_bytes())
+            self._model.LoadFromSerializedProto(read_bounded(self.path, _MOST_BYTES))
         except OSError as error:
             raise FileNotFoundError(
                 f"cannot read the sentencepiece model {self.path}: {error.strerror or error}"
@@ -79,7 +81,7 @@ class T5Tokenizer:
         except ImportError as error:
             raise MissingTokenizersError(NEEDS.format(self.path)) from error
         try:
-            self._json = Tokenizer.from_file(str(self.path))
+            self._json = Tokenizer.from_buffer(read_bounded(self.path, _MOST_BYTES))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{self.path} is not a usable tokenizer.json: {error}") from error
         self._json.no_padding()

@@ -41,6 +41,7 @@ _SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("uint8", "uint32", "int64", "float32", "float64")),
 ]
+_MOST_PICKLE = 1 << 28  # bytes; of names, shapes and settings
 _LOAD_ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError),
     *(AttributeError, IndexError, TypeError, OSError),
@@ -62,7 +63,7 @@ class TorchFile(InMemory):
         verify: Verify | None = None,
     ) -> None:
         verify = verify or Verify()
-        crc = _records(path, verify, check is None)
+        crc = check_zip(path, verify, check is None)
         super().__init__(_tensors(path, _load(path, allow_pickle)), str(path))
         self._check, self.digested = check or crc, check is not None
         # Addresses at which the system has mapped the file (Linux; none elsewhere).
@@ -100,7 +101,9 @@ class TorchFile(InMemory):
         self._tensors = {}
 
 
-def _records(path: Path, verify: Verify, crc: bool) -> FileCheck | None:
+def check_zip(  # noqa: C901 - one fault after the other
+    path: Path, verify: Verify, crc: bool
+) -> FileCheck | None:
     """Check of the CRC-32 of the zip's records; those that are not tensors at once.
 
     Compressed records, and more bytes than the file has, are refused: ``torch.save`` only stores.
@@ -137,6 +140,11 @@ def _records(path: Path, verify: Verify, crc: bool) -> FileCheck | None:
                     )
                 ranges.append(Range(begin, begin + entry.file_size, f"{entry.CRC:08x}"))
                 if "/data/" not in entry.filename:
+                    if entry.file_size > _MOST_PICKLE:
+                        raise CheckpointError(
+                            f"{path}: {entry.filename[:80]!r} in it has {entry.file_size:,} bytes beside the "
+                            f"tensors, at most {_MOST_PICKLE:,} are read"
+                        )
                     file.seek(begin)
                     if zlib.crc32(file.read(entry.file_size)) != entry.CRC:
                         raise CheckpointError(
@@ -200,6 +208,12 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name!r}{where} is a {type(value).__name__}, expected tensors by name "
                 f"(or those under one of {list(_ROOTS)})"
+            )
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{path}: {name!r} is not a plain tensor with all its values in the file (sparse, quantised, "
+                f"expanded or without data): save it by .contiguous() first"
             )
         tensors[name] = value
     return tensors

@@ -8,7 +8,6 @@ Facts about the official keys are from ``sat/configs/*.yaml``, ``sample_dit.py``
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -306,10 +305,12 @@ def _conditioner(o: Official, t5: Mapping[str, Any] | None) -> None:  # noqa: C9
     folder, shape = o.take(f"{text}.params.model_dir"), {}
     found = find(Path(folder) / "config.json", o.folder) if isinstance(folder, str) else None
     if t5 is None and found is not None:
+        from sat.checkpoint.verify import CheckpointError, read_json
+
         try:
-            t5 = json.loads(found.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError.of(str(found), "", f"not valid JSON: {error}") from error
+            t5 = read_json(found)
+        except CheckpointError as error:
+            raise ConfigError.of(str(found), "", str(error).removeprefix(f"{found}: ")) from error
     width = model.get("params", {}).get("text_dim")
     if t5 is not None:
         shape = {ours: t5[theirs] for theirs, ours in keys.T5.items() if theirs in t5}

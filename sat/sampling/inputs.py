@@ -211,18 +211,22 @@ class LatentsError(UserError, ValueError):
     """Initial latents that do not fit the run, or a file of them that cannot be read."""
 
 
-def read_latents(path: Path) -> Tensor:
+def read_latents(path: Path) -> Tensor:  # noqa: C901 - one fault after the other
     """The tensor in a ``.safetensors`` or ``.pt`` file: the only one, or the one named ``latents``.
 
     ``.pt`` files are read with ``weights_only``: nothing in them is executed.
     """
     from safetensors.torch import load_file
 
+    from sat.checkpoint.torch_file import check_zip
+    from sat.checkpoint.verify import CheckpointError, Verify
+
     kind = path.suffix.lower()
     if kind not in (".safetensors", ".pt", ".pth"):
         raise LatentsError(f"initial latents {path}: expected a .safetensors or .pt file")
     try:
         check_regular(path)
+        check_zip(path, Verify("manifest"), crc=False)
         if kind == ".safetensors":
             found: object = load_file(path)
         else:
@@ -230,6 +234,8 @@ def read_latents(path: Path) -> Tensor:
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise LatentsError(f"initial latents {path}: {reason}") from error
+    except CheckpointError as error:
+        raise LatentsError(f"initial latents {error}") from error
     except pickle.UnpicklingError as error:
         whole = zipfile.is_zipfile(path)
         reason = "holds more than tensors; save the bare tensor" if whole else "damaged or not a tensor file"

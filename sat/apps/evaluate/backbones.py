@@ -16,9 +16,10 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.files import open_file, read_json
+from sat.checkpoint.files import open_file
 from sat.checkpoint.format import CheckpointError, LazyStateDict, Prefixed
 from sat.checkpoint.rules import as_ours
+from sat.checkpoint.verify import read_json
 from sat.keys import Drop, Rename, Rules, Split
 
 EXTRA = "pip install 'transformers>=5,<6'"

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from sat import compat
-from sat.checkpoint.files import open_file, open_folder, open_shards, read_json, vocabulary
+from sat.checkpoint.files import open_file, open_folder, open_shards, vocabulary
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, listing
 from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline, HuggingFaceT5
 from sat.checkpoint.formats.sat import Sat
-from sat.checkpoint.verify import DIGESTS, MANIFEST, CheckpointPathError, Verify, records
+from sat.checkpoint.verify import DIGESTS, MANIFEST, CheckpointPathError, Verify, read_json, records
 
 FORMAT = "cogview3-native"
 VERSION = 1
@@ -288,10 +288,10 @@ def _counts(file: Path) -> bool:
 def _without_chunks(file: Path) -> bytes | None:
     """Content of a native manifest as it was before it had chunk digests; None if it is no such manifest."""
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
         for part in content["parts"].values():
             part["files"] = [{k: record[k] for k in ("name", "bytes", "sha256")} for record in part["files"]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return None
     content.pop("tokenizer", None)
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat.checkpoint.files import open_folder, read_json, vocabulary
+from sat.checkpoint.files import open_folder, vocabulary
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part
-from sat.checkpoint.verify import Verify
+from sat.checkpoint.verify import Verify, read_json
 from sat.models.t5.model import from_huggingface
 
 _FULL = Verify()

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat.checkpoint.files import SAFETENSORS, TORCH, open_file, read_json, weight_files
+from sat.checkpoint.files import SAFETENSORS, TORCH, open_file, weight_files
 from sat.checkpoint.format import (
     ENGINE_PREFIXES,
     PARTS,
@@ -31,7 +31,8 @@ from sat.checkpoint.format import (
 )
 from sat.checkpoint.formats.diffusers import HuggingFaceT5
 from sat.checkpoint.ranks import RankFiles
-from sat.checkpoint.verify import Verify
+from sat.checkpoint.verify import Verify, read_json
+from sat.util.host import read_bounded
 
 ENGINE_FILE = "mp_rank_00_model_states.pt"
 #: Config sections the weights belong to; our writer's addition, which the official code does not look at.
@@ -153,8 +154,11 @@ def engine_file(path: Path) -> Path:
         raise CheckpointError(
             f"{folder}: has no `latest` file; it should hold the name of the folder to read, of {there}"
         )
-    word = latest.read_text(errors="replace").strip()
-    if not (word == "release" or word.isdecimal() and int(word) > 0):
+    try:
+        word = read_bounded(latest, 1 << 12).decode(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{latest}: {error.strerror or error}") from error
+    if not re.fullmatch(r"release|0{0,9}[1-9][0-9]{0,17}", word):
         raise CheckpointError(
             f"{latest}: holds {word[:40]!r}, expected an iteration number above 0 or 'release'"
         )
