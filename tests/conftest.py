@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
 
 # Before torch is imported anywhere: the variables are read at its import, and subprocesses inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,6 +21,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from sat.config.schema import Component
 
 torch.set_num_threads(1)
 
@@ -45,6 +50,30 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_parts_once() -> Iterator[None]:
+    """Parts of our own that a check of a config makes without weights are made once for all tests.
+
+    The rules between sections only look at them.
+    """
+    from sat.config import constraints
+
+    made: dict[str, torch.nn.Module] = {}
+    make = constraints.build_empty
+
+    def once(component: Component, imports: Collection[str] = ()) -> torch.nn.Module:
+        key = repr(component)
+        if imports:  # which a test may write anew
+            return make(component, imports)
+        if key not in made:
+            made[key] = make(component)
+        return made[key]
+
+    constraints.build_empty = once
+    yield
+    constraints.build_empty = make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -35,35 +36,36 @@ def test_documented_command_is_accepted(
 
 
 def accepted(command: Command) -> int:
-    """0 when the program takes the arguments: checked with its config where there is one, else parsed."""
-    if command.program in CHECKED:
-        arguments = [word for word in command.arguments if word not in ("--print-config",)]
-        program = importlib.import_module(CHECKED[command.program])
+    """0 when the program takes the arguments; a command on several pages is tried once."""
+    return _accepted(command.program, command.arguments)
+
+
+@functools.cache
+def _accepted(program: str, words: tuple[str, ...]) -> int:
+    """Checked with its config where there is one, else parsed."""
+    if program in CHECKED:
+        arguments = [word for word in words if word not in ("--print-config",)]
+        module = importlib.import_module(CHECKED[program])
         if "--help" in arguments or "my.yaml" in arguments:  # my.yaml: the reader's, run by test_pages.py
-            return _parsed(program, arguments)
-        return int(program.main([*arguments, "--check"]))
-    if command.program == "sat.cli.evaluate" and "--base" in command.arguments:
-        return int(importlib.import_module(command.program).main([*command.arguments, "--check"]))
-    if command.program in PARSED or command.program.startswith("sat.cli."):
-        module = PARSED.get(command.program, command.program)
-        return _parsed(importlib.import_module(module), command.arguments)
-    if command.program == "pip":
-        return len(not_installable(command.arguments))
-    if command.program == "mkdocs":
-        return 0 if command.arguments == ("build", "--strict") else 1
-    if command.program.startswith("tests."):
-        return 0 if importlib.util.find_spec(command.program) else 1
-    if command.program == "pytest":
+            return _parsed(module, arguments)
+        return int(module.main([*arguments, "--check"]))
+    if program == "sat.cli.evaluate" and "--base" in words:
+        return int(importlib.import_module(program).main([*words, "--check"]))
+    if program in PARSED or program.startswith("sat.cli."):
+        return _parsed(importlib.import_module(PARSED.get(program, program)), words)
+    if program == "pip":
+        return len(not_installable(words))
+    if program == "mkdocs":
+        return 0 if words == ("build", "--strict") else 1
+    if program.startswith("tests."):
+        return 0 if importlib.util.find_spec(program) else 1
+    if program == "pytest":
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "--version", *command.arguments],
-            capture_output=True,
-            check=False,
+            [sys.executable, "-m", "pytest", "--version", *words], capture_output=True, check=False
         )
-        missing = [
-            word for word in command.arguments if word.startswith("tests/") and not Path(word).exists()
-        ]
+        missing = [word for word in words if word.startswith("tests/") and not Path(word).exists()]
         return done.returncode or len(missing)
-    return len(unknown_options(command)) if (ROOT / command.program).is_file() else 1
+    return len(unknown_options(program, words)) if (ROOT / program).is_file() else 1
 
 
 def _parsed(program: ModuleType, arguments: Sequence[str]) -> int:
@@ -102,10 +104,10 @@ def not_installable(arguments: Sequence[str]) -> list[str]:
     return found if verb == "install" else [verb]
 
 
-def unknown_options(command: Command) -> list[str]:
+def unknown_options(program: str, words: Sequence[str]) -> list[str]:
     """Options that the source of a script does not spell; what these mean is the script's own affair."""
-    source = (ROOT / command.program).read_text()
-    options = [word for word in command.arguments if word.startswith("--") and word != "--help"]
+    source = (ROOT / program).read_text()
+    options = [word for word in words if word.startswith("--") and word != "--help"]
     return [word for word in options if f'"{word}"' not in source]
 
 
