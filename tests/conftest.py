@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Collection, Iterator
@@ -74,6 +75,12 @@ def _empty_parts_once() -> Iterator[None]:
     constraints.build_empty = once
     yield
     constraints.build_empty = make
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported to itself: a run in the test process collects garbage, which reads it all."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
