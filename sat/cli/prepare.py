@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="images of a batch over all ranks, for the table (1)")
     add("--tokenizer", type=Path, help="spiece.model, to count captions over the limit")
     add("--max-length", type=int, help="token limit (224)")
+    add("--caption", metavar="NAME", help="name of the captions in rows (text, prompt, caption …)")
+    add("--all", action="store_true", help="list all that is skipped, not the first 20 of a source")
     add("--sheet", type=Path, help="PNG to write the first pictures to")
     add("--sheet-limit", type=int, default=256, help="pictures on the sheet (256)")
 

@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from sat.data.records import BadRecord, DataError, Record, RecordSet, check_bad_share
-from sat.data.transforms import check_shape
-from sat.util.images import open_picture
+from sat.util.pictures import check_shape, open_picture
 
 Size = tuple[int, int]
 LEAST_AREA = 0.9  # share of an area that sizes at the ratio's limit must have

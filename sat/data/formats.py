@@ -1,7 +1,12 @@
-"""Records from tables (JSON lines, CSV), parquet files and tar shards."""
+"""Records from tables (JSON lines, CSV, TSV), parquet files and tar shards.
+
+Readers yield records, complaints, and notes (plain strings) on what they leave out. ``keys`` are the names
+that a caption may have.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import itertools
 import json
@@ -9,16 +14,58 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sat.data.records import CAPTION_KEYS, IMAGE_SUFFIXES, BadRecord, DataError, FieldError, Record
+from sat.data.records import (
+    CAPTION_KEYS,
+    IMAGE_SUFFIXES,
+    BadRecord,
+    DataError,
+    DataPathError,
+    FieldError,
+    Record,
+    note,
+)
+from sat.util.host import check_regular, read_bounded
+from sat.util.pictures import LARGEST_FILE
 
 if TYPE_CHECKING:
     import pyarrow.parquet
+
+LONGEST_TEXT = 16 << 20  # bytes of a caption file, and of a line of a table
+TEXTS = ("txt", "text", "prompt", "caption")  # endings of files that are a caption
+PATHS = ("file_name", "path", "image")  # columns that name a picture's file
+Item = Record | BadRecord | str  # a note
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def decoded(data: bytes) -> str:
+    """Text in UTF-8, with or without its mark; ValueError for anything else."""
+    if data.startswith(_UTF16) or b"\0" in data:
+        raise ValueError("UTF-16 or no text; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
+def _lines(table: Path) -> Iterator[bytes]:
+    """Lines of a table; ValueError where it is in UTF-16 or goes on without an end of line."""
+    check_regular(table)
+    with table.open("rb") as file:
+        for number in itertools.count():
+            line = file.readline(LONGEST_TEXT)
+            if not line:
+                return
+            if number == 0 and line.startswith(_UTF16):
+                raise ValueError("in UTF-16; save it as UTF-8")
+            if len(line) == LONGEST_TEXT:
+                raise ValueError(f"line {number + 1} has more than {LONGEST_TEXT} bytes")
+            yield line if number else line.removeprefix(codecs.BOM_UTF8)
 
 
 class Captions(NamedTuple):
@@ -28,15 +75,19 @@ class Captions(NamedTuple):
     weights: tuple[float, ...]
 
 
-def row_captions(row: Mapping[str, object]) -> Captions:
-    """The captions of a row: one text or a list of them under text, prompt or caption, with ``weights``."""
-    key = next((key for key in CAPTION_KEYS if row.get(key) is not None), None)
-    if key is None:
-        raise FieldError(CAPTION_KEYS[0], f"no caption, expected one of {', '.join(CAPTION_KEYS)}", "caption")
+def row_captions(row: Mapping[str, object], keys: Sequence[str] = CAPTION_KEYS) -> Captions:
+    """The captions of a row: one text or a list of them under the first of ``keys``, with ``weights``."""
+    there = [key for key in keys if row.get(key) is not None]
+    if not there:
+        raise FieldError(keys[0], f"no caption, expected one of {', '.join(keys)}", "caption")
+    filled = [key for key in there if row[key] != [] and str(row[key]).strip()]
+    key = (filled or there)[0]
     value = row[key]
     texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else ()
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise FieldError(key, f"{value!r}, expected a caption or a list of captions", "caption")
+    if any(re.search("[\0\ud800-\udfff]", text) for text in texts):
+        raise FieldError(key, f"{value!r}: bytes or characters that are no text; save it as UTF-8", "caption")
     weights = row.get("weights")
     if weights is None:
         return Captions(texts, ())
@@ -46,75 +97,123 @@ def row_captions(row: Mapping[str, object]) -> Captions:
         raise FieldError("weights", f"{weights!r}, expected a list of numbers")
     try:
         Record(Path(), texts, found := tuple(map(float, weights)))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise FieldError("weights", str(error)) from error
     return Captions(texts, found)
 
 
-def row_record(row: object, folder: Path) -> Record:
-    """The record of a row whose ``file_name`` is relative to ``folder``."""
+def file_captions(ending: str, data: bytes, keys: Sequence[str] = CAPTION_KEYS) -> Captions:
+    """The captions in the content of a file ``.txt`` and the like, or of a ``.json``."""
+    try:
+        text = decoded(data)
+        row = json.loads(text) if ending == "json" else {keys[0]: " ".join(text.split())}
+    except (ValueError, RecursionError) as error:
+        raise FieldError(
+            ending, f"not JSON: {error}" if ending == "json" else str(error), "caption"
+        ) from error
+    if not isinstance(row, dict):
+        raise FieldError(ending, f"expected an object, got {type(row).__name__}", "caption")
+    if ending != "json" and not row[keys[0]]:
+        raise FieldError(ending, "empty caption", "caption")
+    return row_captions(row, keys)
+
+
+def row_record(row: object, folder: Path, keys: Sequence[str] = CAPTION_KEYS) -> Record:
+    """The record of a row whose ``file_name`` (or ``path``, ``image``) is relative to ``folder``."""
     if not isinstance(row, dict):
         raise FieldError("row", f"expected an object with file_name and text, got {type(row).__name__}")
-    name = row.get("file_name")
-    if not isinstance(name, str) or not name:
-        raise FieldError("file_name", f"{name!r}, expected the path of an image", "picture")
-    found = row_captions(row)
+    name = next((row[key] for key in PATHS if isinstance(row.get(key), str) and row[key]), None)
+    if name is None:
+        raise FieldError("file_name", f"{row.get('file_name')!r}, expected the path of an image", "picture")
+    found = row_captions(row, keys)
     path = folder / name
-    if not path.is_file():
-        raise FieldError("file_name", f"{name}: no such file", "picture")
+    try:
+        name.encode()
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise FieldError("file_name", f"{name}: no such file", "picture") from error
+    except (OSError, ValueError) as error:  # a FIFO, a folder; a name with a NUL or too long
+        reason = getattr(error, "strerror", None) or error
+        raise FieldError("file_name", f"{name}: {reason}", "picture") from error
     labels = {
         str(other): value
         for other, value in row.items()
-        if isinstance(value, str) and other not in ("file_name", *CAPTION_KEYS)
+        if isinstance(value, str) and other not in ("file_name", *CAPTION_KEYS, *keys)
     }
     return Record(path, found.texts, found.weights, labels)
 
 
-def read_jsonl(table: Path) -> Iterator[Record | BadRecord]:
+def read_jsonl(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
     """One record or complaint for each line of a table of JSON objects."""
-    with table.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+    try:
+        for number, line in enumerate(_lines(table), 1):
             if not line.strip():
                 continue
             try:
-                yield row_record(json.loads(line), table.parent)
+                yield row_record(json.loads(decoded(line)), table.parent, keys)
             except FieldError as error:
                 yield BadRecord(f"{table}:{number}", str(error), error.kind)
-            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+            except (ValueError, RecursionError) as error:
                 yield BadRecord(f"{table}:{number}", f"row: not JSON: {error}")
+    except (OSError, ValueError) as error:
+        yield BadRecord(str(table), str(getattr(error, "strerror", None) or error))
 
 
-def read_csv(table: Path) -> Iterator[Record | BadRecord]:
-    """One record or complaint for each row of a comma-separated table with a header."""
-    with table.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
+def read_csv(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
+    """One record or complaint for each row of a table with a header: ``.tsv`` by tabs, others by commas."""
+    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(table))
+    rows = csv.reader(lines, delimiter="\t" if table.suffix.lower() == ".tsv" else ",", strict=True)
+    columns: list[str] = []
+    while True:
+        start = rows.line_num + 1
         try:
-            columns = rows.fieldnames or []
-            for needed in (("file_name",), CAPTION_KEYS):
-                if not set(needed) & set(columns):
-                    has = ", ".join(map(str, columns)) or "none"
-                    yield BadRecord(
-                        f"{table}:1", f"{needed[0]}: no column {' or '.join(needed)} (there are: {has})"
-                    )
-                    return
-            for row in rows:
-                texts = {key: value for key, value in row.items() if isinstance(value, str) and value.strip()}
-                try:
-                    yield row_record(texts, table.parent)
-                except FieldError as error:
-                    yield BadRecord(f"{table}:{rows.line_num}", str(error), error.kind)
-        except (csv.Error, ValueError) as error:
-            yield BadRecord(
-                f"{table}:{rows.line_num + 1}", f"row: not a comma-separated table in UTF-8: {error}"
-            )
+            cells = next(rows)
+            if columns and cells:
+                yield row_record(_fitted(columns, cells), table.parent, keys)
+            elif cells:
+                columns = _header(cells, keys)
+        except StopIteration:
+            return
+        except csv.Error as error:  # a quote that is not closed takes the rest with it
+            for line in range(start, rows.line_num + 1):
+                yield BadRecord(f"{table}:{line}", f"row: not a table of quoted or plain fields: {error}")
+        except FieldError as error:
+            yield BadRecord(f"{table}:{start}", str(error), error.kind)
+            if not columns:
+                return
+        except (OSError, ValueError) as error:
+            yield BadRecord(str(table), str(getattr(error, "strerror", None) or error))
+            return
+
+
+def _header(cells: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Names of the columns; FieldError unless pictures and captions are among them, each once."""
+    columns = [cell.strip() for cell in cells]
+    has = ", ".join(columns)
+    for needed in (PATHS, keys):
+        if not set(needed) & set(columns):
+            raise FieldError(needed[0], f"no column {' or '.join(needed)} (there are: {has})")
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise FieldError(twice[0], f"two columns of this name (there are: {has})")
+    return columns
+
+
+def _fitted(columns: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """The filled cells by column; FieldError where their number is another and more than blanks differ."""
+    if len(cells) < len(columns) or any(cell.strip() for cell in cells[len(columns) :]):
+        raise FieldError(
+            "row", f"{len(cells)} fields where the header has {len(columns)}; quote texts with separators"
+        )
+    return {name: cell for name, cell in zip(columns, cells, strict=False) if cell.strip()}
 
 
 # -- parquet tables: pictures as bytes (also Hugging Face's ``image`` column) or as paths, and captions
 
 
 IMAGE = "image"
-PATHS = ("file_name", "path")
 KEPT = 4  # row groups of pictures in memory, for each file
+LARGE_GROUP = 1 << 30  # bytes
+LISTED = 1000  # rows at most that a damaged row group is listed with
 
 
 @dataclass(frozen=True)
@@ -130,8 +229,15 @@ class Row:
         return f"row {self.number}"
 
     def open(self, path: Path) -> BytesIO:
-        """Bytes of the picture."""
-        return BytesIO(self.pictures.read(self.group, self.place))
+        """Bytes of the picture, out of the column or of the file beside the table that it names instead."""
+        value = self.pictures.read(self.group, self.place)
+        found = value.get("bytes") if isinstance(value, dict) else value
+        named = value.get("path") if isinstance(value, dict) else None
+        if found is None and isinstance(named, str):
+            found = read_bounded(path.parent / named, LARGEST_FILE)
+        if not isinstance(found, bytes):
+            raise ValueError(f"{IMAGE}: no bytes in this row")
+        return BytesIO(found)
 
 
 class _Pictures:
@@ -142,8 +248,8 @@ class _Pictures:
         self._lock = threading.Lock()
         self._groups: OrderedDict[int, Any] = OrderedDict()
 
-    def read(self, group: int, place: int) -> bytes:
-        """The bytes of one picture."""
+    def read(self, group: int, place: int) -> object:
+        """The value of one row: bytes, or bytes and path."""
         with self._lock:
             if group not in self._groups:
                 try:
@@ -153,14 +259,26 @@ class _Pictures:
                 if len(self._groups) > KEPT:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
-            value = self._groups[group][place].as_py()
-        found = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(found, bytes):
-            raise ValueError(f"{IMAGE}: no bytes in this row")
-        return found
+            value: object = self._groups[group][place].as_py()
+        return value
 
 
-def read_parquet(path: Path) -> Iterator[Record | BadRecord]:
+def lists_addresses(path: Path) -> bool:
+    """True for a parquet file of addresses, as img2dataset leaves beside what it fetched from there."""
+    if path.suffix.lower() != ".parquet":
+        return False
+    try:
+        import pyarrow.parquet as pq
+
+        columns = {*pq.read_schema(path).names}
+    except Exception:  # noqa: BLE001 - no pyarrow or no parquet: the reader says so
+        return False
+    return "url" in columns and not columns & {IMAGE, *PATHS}
+
+
+def read_parquet(  # noqa: C901 - the file, its columns, its rows
+    path: Path, keys: Sequence[str] = CAPTION_KEYS
+) -> Iterator[Item]:
     """One record or complaint for each row; the pictures' bytes are not read yet."""
     try:
         import pyarrow
@@ -168,33 +286,48 @@ def read_parquet(path: Path) -> Iterator[Record | BadRecord]:
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow ({error})") from error
     try:
+        check_regular(path)
         file = pq.ParquetFile(path)
+        kinds = {column.name: column.type for column in file.schema_arrow}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield BadRecord(str(path), f"not a parquet file: {error}")
         return
-    columns = file.schema_arrow.names
-    wanted = [name for name in (*PATHS, *CAPTION_KEYS, "weights") if name in columns]
-    by_bytes = IMAGE in columns
-    if not by_bytes and not set(PATHS) & set(columns):
-        yield BadRecord(
-            str(path), f"{IMAGE}: no column {IMAGE}, {' or '.join(PATHS)} (there are: {', '.join(columns)})"
-        )
+    text = (pyarrow.string(), pyarrow.large_string())
+    by_bytes = IMAGE in kinds and kinds[IMAGE] not in text
+    has = ", ".join(kinds)
+    if not by_bytes and not set(PATHS) & kinds.keys():
+        yield BadRecord(str(path), f"{IMAGE}: no column {' or '.join(PATHS)} (there are: {has})")
         return
+    if not set(keys) & kinds.keys():
+        yield BadRecord(str(path), f"{keys[0]}: no column {' or '.join(keys)} (there are: {has})", "caption")
+        return
+    sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
+    if by_bytes and max(sizes, default=0) > LARGE_GROUP:
+        yield (
+            f"{path}: a row group has {max(sizes) / 1e9:.1f} GB and {KEPT} are kept in memory; write it "
+            "with fewer rows a group (row_group_size=100)"
+        )
+    wanted = [name for name in kinds if name in {*PATHS, *keys, "weights"} - {IMAGE if by_bytes else ""}]
     pictures = _Pictures(file)
     number = 0
     for group in range(file.num_row_groups):
-        for place, row in enumerate(file.read_row_group(group, columns=wanted).to_pylist()):
-            number += 1
+        try:
+            rows = file.read_row_group(group, columns=wanted).to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            for lost in range(number + 1, number + 1 + file.metadata.row_group(group).num_rows)[:LISTED]:
+                yield BadRecord(f"{path}:row {lost}", f"row: damaged: {error}")
+            rows = []
+        for place, row in enumerate(rows):
             try:
                 if by_bytes:
-                    found = row_captions(row)
-                    inside = Row(number, group, place, pictures)
+                    found = row_captions(row, keys)
+                    inside = Row(number + place + 1, group, place, pictures)
                     yield Record(path, found.texts, found.weights, inside=inside)
                 else:
-                    named = next((row[name] for name in PATHS if row.get(name)), None)
-                    yield row_record({**row, "file_name": named}, path.parent)
+                    yield row_record(row, path.parent, keys)
             except FieldError as error:
-                yield BadRecord(f"{path}:row {number}", str(error), error.kind)
+                yield BadRecord(f"{path}:row {number + place + 1}", str(error), error.kind)
+        number += file.metadata.row_group(group).num_rows
 
 
 # -- WebDataset shards: tar files whose members with one key (``0001.jpg``, ``0001.txt``) are one sample
@@ -206,7 +339,7 @@ def read_parquet(path: Path) -> Iterator[Record | BadRecord]:
 
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key, extension: webdataset's rule
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_TEXTS = ("txt", *CAPTION_KEYS)
+MOST_SHARDS = 1_000_000  # files of a range
 
 
 @dataclass(frozen=True)
@@ -233,76 +366,97 @@ def expand(path: Path) -> list[Path]:
     if match is None:
         return [path]
     first, last = match[1], match[2]
+    if not 0 <= int(last) - int(first) < MOST_SHARDS:
+        raise DataPathError(f"{path}: a range goes from a number to a larger one, over {MOST_SHARDS} at most")
     numbers = range(int(first), int(last) + 1)
     names = (f"{path.name[: match.start()]}{n:0{len(first)}d}{path.name[match.end() :]}" for n in numbers)
     return list(itertools.chain.from_iterable(expand(path.with_name(name)) for name in names))
 
 
-def read_shard(path: Path) -> Iterator[Record | BadRecord]:
-    """One record or complaint for each sample of a shard, in order."""
+def read_shard(path: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
+    """One record or complaint for each sample of a shard, in order, and for each damaged part."""
+    known, others, several, damage = set[str](), list[str](), list[str](), list[str]()
     try:
+        check_regular(path)
         with tarfile.open(path, "r:") as shard:
-            for key, members in itertools.groupby(_members(shard), lambda member: member[0]):
+            shard.ignore_zeros = True  # goes on behind damage, which is told
+            members = _members(path, shard, others, damage)
+            for key, found in itertools.groupby(members, lambda member: member[0]):
                 files: dict[str, tarfile.TarInfo] = {}  # of one sample, by extension
                 try:
-                    for _, extension, info in list(members):
+                    for _, extension, info in list(found):
                         if extension in files:
                             raise FieldError(extension, "two members of this name in one sample")
                         files[extension] = info
-                    yield _sample(path, shard, files)
+                    if key in known:
+                        raise FieldError("key", "came before; the members of a sample lie together, once")
+                    known.add(key)
+                    yield _sample(path, shard, files, keys)
+                    if sum(f".{ending}" in IMAGE_SUFFIXES for ending in files) > 1:
+                        several.append(key)
                 except FieldError as error:
                     yield BadRecord(f"{path}:{key}", str(error), error.kind)
-            with path.open("rb") as file:  # tarfile takes a cut-off header for the end mark too
-                file.seek(shard.offset)
-                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("it ends without an end mark, so samples may be missing")
-    except (tarfile.TarError, EOFError) as error:
+    except Exception as error:  # noqa: BLE001 - tarfile raises anything on damaged headers
+        damage.append(str(getattr(error, "strerror", None) or error or type(error).__name__))
+    for reason in damage:
         yield BadRecord(
-            str(path), f"not a whole, uncompressed tar file (pictures are read in place): {error}"
+            str(path), f"not a whole, uncompressed tar file (pictures are read in place): {reason}"
         )
+    yield from note(f"members of {path} that belong to no sample", others)
+    yield from note(f"samples of {path} with several pictures, of which the first is used", several)
+    if not known and not damage:
+        yield f"{path}: holds no sample"
 
 
-def _members(shard: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(key, extension, header) of every file that belongs to a sample."""
-    for info in shard:
-        match = _NAME.fullmatch(info.name)
-        if match is not None and info.isreg():
-            yield match[1], match[2].lower(), info
-        shard.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+def _members(
+    path: Path, shard: tarfile.TarFile, others: list[str], damage: list[str]
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, extension, header) of every file that belongs to a sample; the names of others, and damage.
+
+    Each member begins where the one before it ends, and nothing but zeros follows the last.
+    """
+    end, zeros = 0, tarfile.NUL * tarfile.BLOCKSIZE
+    with path.open("rb") as file:
+        for info in shard:
+            if info.offset != end:
+                file.seek(end)
+                try:  # a header for all that follow is no member
+                    tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+                except tarfile.TarError:
+                    damage.append(
+                        f"{info.offset - end} bytes before {info.name} are no member, samples may be missing"
+                    )
+            end = shard.offset  # of what follows the member
+            match = _NAME.fullmatch(info.name)
+            if match is not None and info.isreg():
+                yield match[1], match[2].lower(), info
+            elif not info.isdir():
+                others.append(info.name)
+            shard.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+        file.seek(end)
+        if file.read(len(zeros)) != zeros:
+            damage.append("it ends without an end mark, so samples may be missing")
+        elif any(part.strip(tarfile.NUL) for part in iter(lambda: file.read(1 << 20), b"")):
+            damage.append("it goes on behind its end mark, so samples may be missing")
 
 
-def _sample(path: Path, shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Record:
+def _sample(
+    path: Path, shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo], keys: Sequence[str]
+) -> Record:
     pictures = [name for name in members if PurePosixPath(f"x.{name}").suffix in IMAGE_SUFFIXES]
     if not pictures:
         raise FieldError(
             "picture", f"no member .jpg, .png or the like beside .{', .'.join(members)}", "picture"
         )
     info = members[min(pictures, key=lambda name: name.count("."))]
-    found = _captions(shard, members)
-    return Record(path, found.texts, found.weights, inside=Member(info.name, info.offset_data, info.size))
-
-
-def _captions(shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Captions:
-    """Captions of the member .txt (or .text, .prompt, .caption), else of .json."""
-    for extension in _TEXTS:
-        if extension in members:
-            try:
-                text = " ".join(_bytes(shard, members[extension]).decode("utf-8").split())
-            except ValueError as error:
-                raise FieldError(extension, f"not UTF-8: {error}", "caption") from error
-            return row_captions({"text": text} if text else {})
-    if "json" not in members:
-        raise FieldError("txt", f"no caption, expected a member .{', .'.join(_TEXTS)} or .json", "caption")
-    try:
-        row = json.loads(_bytes(shard, members["json"]))
-    except (ValueError, RecursionError) as error:
-        raise FieldError("json", f"not JSON: {error}", "caption") from error
-    if not isinstance(row, dict):
-        raise FieldError("json", f"expected an object, got {type(row).__name__}", "caption")
-    return row_captions(row)
-
-
-def _bytes(shard: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = shard.extractfile(info)
+    if info.issparse():
+        raise FieldError("picture", f"{info.name} is stored as a sparse file", "picture")
+    ending = next((one for one in (*TEXTS, "json") if one in members), None)
+    if ending is None:
+        raise FieldError("txt", f"no caption, expected a member .{', .'.join(TEXTS)} or .json", "caption")
+    if members[ending].size > LONGEST_TEXT:
+        raise FieldError(ending, f"{members[ending].size} bytes, expected {LONGEST_TEXT} at most", "caption")
+    file = shard.extractfile(members[ending])
     assert file is not None, "a regular file has bytes"
-    return file.read()
+    found = file_captions(ending, file.read(), keys)
+    return Record(path, found.texts, found.weights, inside=Member(info.name, info.offset_data, info.size))

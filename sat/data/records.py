@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -11,9 +12,14 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from sat.errors import UserError
+from sat.util.log import one_line
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-CAPTION_KEYS = ("text", "prompt", "caption")
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+    | {".avif", ".jp2", ".j2k", ".jpx"}
+)
+CAPTION_KEYS = ("text", "prompt", "caption", "captions", "description")
+LISTED = 20  # lines of a list of skipped records
 TABLE = "metadata.jsonl"
 HELD_OUT = "heldout.jsonl"  # beside a table: what is never trained on
 
@@ -92,7 +98,7 @@ class BadRecord:
     kind: Kind = "row"
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return one_line(f"{self.where}: {self.reason}")
 
 
 class FieldError(ValueError):
@@ -105,7 +111,7 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True)
 class RecordSet:
-    """Usable records in a fixed order, and the skipped ones.
+    """Usable records in a fixed order, the skipped ones, and notes on what else was found and left out.
 
     ``shares``: number of records of each source, in order, and its weight in the stream; empty: all records
     weigh the same.
@@ -114,9 +120,26 @@ class RecordSet:
     records: tuple[Record, ...]
     bad: tuple[BadRecord, ...] = ()
     shares: tuple[tuple[int, float], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def note(what: str, names: Sequence[object]) -> list[str]:
+    """A line on ``names``, the first of them in full; none where there are none."""
+    shown = ", ".join(map(str, names[:3])) + (", …" if len(names) > 3 else "")
+    return [one_line(f"{len(names)} {what}: {shown}")] if names else []
+
+
+def skipped(bad: Sequence[BadRecord], most: int | None = LISTED) -> list[str]:
+    """The number of skipped records by kind, and a line for each of the first ``most`` (None: all)."""
+    names = {"caption": "without caption", "picture": "without readable picture", "row": "broken rows"}
+    kinds = Counter[str](one.kind for one in bad)
+    found = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
+    rows = [f"{len(bad)} that cannot be used" + (f" ({found})" if found else "")]
+    rows += [f"skipped: {one}" for one in bad[:most]]
+    return rows + ([f"skipped: and {len(bad) - most} more"] if most is not None and len(bad) > most else [])
 
 
 def check_bad_share(bad: Sequence[BadRecord], total: int, most: float, where: str) -> None:

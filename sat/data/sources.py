@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sat.data.formats import expand, read_csv, read_jsonl, read_parquet, read_shard
+from sat.data.formats import (
+    LONGEST_TEXT,
+    TEXTS,
+    Item,
+    expand,
+    file_captions,
+    lists_addresses,
+    read_csv,
+    read_jsonl,
+    read_parquet,
+    read_shard,
+)
 from sat.data.records import (
+    CAPTION_KEYS,
     HELD_OUT,
     IMAGE_SUFFIXES,
     TABLE,
     BadRecord,
     DataError,
     DataPathError,
+    FieldError,
     Record,
     RecordSet,
     check_bad_share,
+    note,
 )
+from sat.util.host import check_regular, read_bounded
 
-TABLES = (TABLE, "metadata.csv")
-_READERS = {".jsonl": read_jsonl, ".csv": read_csv, ".tar": read_shard, ".parquet": read_parquet}
+TABLES = (TABLE, "metadata.csv", "metadata.tsv")
+_SHARDS = (".tar", ".parquet")
+_READERS: Mapping[str, Callable[[Path, Sequence[str]], Iterator[Item]]] = {
+    ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv, ".tar": read_shard, ".parquet": read_parquet,
+}  # fmt: skip
+_UNREAD = frozenset(  # pictures of formats that are not read
+    {".heic", ".heif", ".jxl", ".psd", ".svg", ".eps", ".ai", ".pdf", ".ico", ".tga", ".exr", ".hdr", ".qoi"}
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".raw", ".ppm", ".pgm", ".pnm"}
+)
+_ARCHIVES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
+_PACKED = dict.fromkeys(_ARCHIVES, "is packed; unpack it") | {
+    ".arrow": "is of save_to_disk; write parquet instead (Dataset.to_parquet)"
+}
+_CLUTTER = frozenset({"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"})
+_SPLIT = re.compile(r"(?:^|/)(train|test|valid|val|validation|dev|eval)(?=[-_./]|$)")
 log = logging.getLogger(__name__)
-_KNOWN = "a folder, a .jsonl, .csv, .tar or .parquet file"
+_KNOWN = "a folder, a .jsonl, .csv, .tsv, .tar or .parquet file"
 
 
 class Source(NamedTuple):
-    """One data source. ``repeats``: copies of it in an epoch; ``weight``: its share of the stream instead."""
+    """One data source. ``repeats``: copies of it in an epoch; ``weight``: its share of the stream instead.
+
+    ``caption``: the name of the captions in its rows, if it is none of the usual ones.
+    """
 
     path: Path
     repeats: int = 1
     weight: float | None = None
+    caption: str | None = None
 
 
 def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: float = 0.05) -> RecordSet:
@@ -41,80 +77,209 @@ def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: fl
         raise DataError("no data sources (data.sources)")
     records: list[Record] = []
     bad: list[BadRecord] = []
+    notes: list[str] = []
     shares: list[tuple[int, float]] = []
     for source in (Source(*one) for one in sources):
-        found = read_source(source.path)
+        found = read_source(source.path, source.caption)
         check_bad_share(found.bad, len(found) + len(found.bad), max_bad_share, str(source.path))
         if not found.records:
-            raise DataError(
+            raise DataPathError(
                 f"{source.path}: no pairs of image and caption; expected {' or '.join(TABLES)} with "
                 "file_name and text, .tar or .parquet shards, or images with .txt files of the same name"
+                + "".join(f"; {one}" for one in (*found.bad[:2], *found.notes[:2]))
             )
         records += found.records * source.repeats
         bad += found.bad
+        notes += found.notes
         if source.weight is not None:
             shares.append((len(found.records) * source.repeats, source.weight))
     if shares and len(shares) < len(sources):
         raise DataError("data.sources: either every source has a weight or none has")
-    return RecordSet(tuple(records), tuple(bad), tuple(shares))
+    return RecordSet(tuple(records), tuple(bad), tuple(shares), tuple(notes))
 
 
-def read_source(path: Path) -> RecordSet:
+def read_source(path: Path, caption: str | None = None) -> RecordSet:
     """The records of one folder, table, shard, or range of shards ``name-{000..012}.tar``.
 
-    A folder with ``metadata.jsonl`` or ``metadata.csv`` is read through it alone; else one with ``.tar`` or
-    ``.parquet`` files through these, in order of their names; else every image below it with a ``.txt`` file
-    of the same name counts, in order of their paths.
+    A folder with ``metadata.jsonl``, ``.csv`` or ``.tsv`` is read through it alone; else one with ``.tar`` or
+    ``.parquet`` files through these, in order of their names; else every image in it with a ``.txt`` file
+    of the same name counts, and the folders in it are read likewise, in order of their paths. ``caption``
+    names the captions in rows.
     """
+    keys = CAPTION_KEYS if caption is None else (caption,)
     if path.is_dir():
-        return _read(_folder(path), path)
+        return _read(_folder(path, keys), path)
     files = expand(path)
     for file in files:
-        if not file.is_file():
-            raise DataPathError(f"{file}: no such folder or file; expected {_KNOWN} (data.sources)")
+        try:
+            check_regular(file)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            reason = "no such folder or file" if isinstance(error, FileNotFoundError) else reason
+            raise DataPathError(f"{file}: {reason}; expected {_KNOWN} (data.sources)") from error
         if file.suffix.lower() not in _READERS:
-            raise DataError(f"{file}: expected {_KNOWN} (data.sources)")
-    return _read((item for file in files for item in _READERS[file.suffix.lower()](file)), path.parent)
+            reason = _PACKED.get(file.suffix.lower(), f"expected {_KNOWN}")
+            raise DataPathError(f"{file}: {reason} (data.sources)")
+    return _read((item for file in files for item in _READERS[file.suffix.lower()](file, keys)), path.parent)
 
 
-def _read(items: Iterator[Record | BadRecord], source: Path) -> RecordSet:
+def _read(items: Iterator[Item], source: Path) -> RecordSet:
     records: list[Record] = []
     bad: list[BadRecord] = []
+    notes: list[str] = []
     for item in items:
         if isinstance(item, BadRecord):
             bad.append(item)
+        elif isinstance(item, str):
+            notes.append(item)
         else:
             records.append(replace(item, source=source))
-    return RecordSet(tuple(records), tuple(bad))
+    often = [name for name, count in Counter(record.name for record in records).items() if count > 1]
+    notes += note("pictures that several rows name", often)
+    return RecordSet(tuple(records), tuple(bad), notes=tuple(notes))
 
 
-def _folder(folder: Path) -> Iterator[Record | BadRecord]:
-    """One record or complaint for each row, member or image of ``folder``."""
-    tables = [folder / name for name in TABLES if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise DataError(f"{folder}: holds {' and '.join(TABLES)}; name the one to read as the source")
-    for table in tables:
-        yield from _READERS[table.suffix](table)
-    if tables:
-        return
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".tar", ".parquet"))
-    for file in files:
-        yield from _READERS[file.suffix.lower()](file)
-    if files:
-        return
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            continue
-        text = path.with_suffix(".txt")
+@dataclass
+class _Tree:
+    """The files of the folders from one on, and what is not looked at."""
+
+    files: dict[Path, list[Path]] = field(default_factory=dict)
+    bad: list[BadRecord] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
+    again: list[Path] = field(default_factory=list)  # other ways to a folder that is there
+    beside: list[Path] = field(default_factory=list)  # folders where shards stand for theirs
+    addresses: list[Path] = field(default_factory=list)
+
+
+def files_below(top: Path) -> list[Path]:
+    """Regular files below ``top`` in order of their paths, hidden ones left out, each folder once."""
+    return sorted(itertools.chain.from_iterable(_walk(top, everything=True).files.values()))
+
+
+def _walk(top: Path, *, everything: bool = False) -> _Tree:  # noqa: C901 - what can lie in a folder
+    """The files below ``top``; but a table or shards stand for a folder, unless ``everything``.
+
+    Links to folders are followed after all others, each folder once.
+    """
+    tree, seen = _Tree(), set[tuple[int, int]]()
+    waiting, linked = [top], list[Path]()
+    while waiting or linked:
+        folder = waiting.pop() if waiting else linked.pop(0)
         try:
-            caption = " ".join(text.read_text("utf-8").split())
-        except FileNotFoundError:
-            yield BadRecord(str(path), f"no caption file {text.name}", "caption")
+            stat = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            tree.bad.append(BadRecord(str(folder), error.strerror or str(error)))
             continue
-        except (OSError, ValueError) as error:
-            yield BadRecord(str(text), str(error), "caption")
+        if (stat.st_dev, stat.st_ino) in seen:
+            tree.again.append(folder)
             continue
-        yield Record(path, (caption,)) if caption else BadRecord(str(text), "empty caption", "caption")
+        seen.add((stat.st_dev, stat.st_ino))
+        files, below, hidden, odd = list[Path](), list[Path](), list[Path](), list[BadRecord]()
+        for entry in entries:
+            path = folder / entry.name
+            found = path if entry.is_symlink() else entry  # which is faster, and fails on loops
+            if entry.name.startswith(".") or entry.name.lower() in _CLUTTER:
+                hidden.append(path)
+            elif re.search("[\ud800-\udfff]", entry.name):
+                odd.append(BadRecord(str(path), "its name is not in UTF-8"))
+            elif found.is_dir():
+                below.append(path)
+            elif found.is_file():
+                files.append(path)
+            else:
+                what = "no regular file" if path.exists() else "a link to nothing"
+                odd.append(BadRecord(str(path), what, "picture"))
+        names = {entry.name for entry in entries}
+        lists = {one for one in files if {one.stem, f"{one.stem}.tar"} & names and lists_addresses(one)}
+        tree.addresses += sorted(lists)
+        tree.files[folder] = files = [one for one in files if one not in lists]
+        if not everything and any(one.name in TABLES for one in files):
+            continue
+        tree.hidden += hidden
+        tree.bad += odd
+        if not everything and any(one.suffix.lower() in _SHARDS for one in files):
+            tree.beside += below
+            continue
+        for path in below:
+            (linked if path.is_symlink() else waiting).append(path)
+    return tree
+
+
+def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
+    """One record or complaint for each row, member or image below ``top``, and notes on the rest."""
+    tree = _walk(top)
+    read, plain = list[Path](), list[Path]()
+    yield from tree.bad
+    for folder, files in sorted(tree.files.items()):
+        tables = [folder / name for name in TABLES if folder / name in files]
+        if len(tables) > 1:
+            names = " and ".join(table.name for table in tables)
+            raise DataPathError(f"{folder}: holds {names}; name the one to read as the source")
+        shards = tables or [file for file in files if file.suffix.lower() in _SHARDS]
+        for file in shards:
+            yield from _READERS[file.suffix.lower()](file, keys)
+        read += shards
+        if tables:
+            continue
+        packed = [file for file in files if file.suffix.lower() in _PACKED]
+        for file in packed:
+            yield BadRecord(str(file), _PACKED[file.suffix.lower()])
+        left = sorted({*files} - {*shards, *packed})
+        if shards:
+            tree.beside += left
+        else:
+            plain += left
+    yield from _pairs(sorted(plain), keys)
+    places = [path.relative_to(top).as_posix() for path in (*read, *{file.parent for file in plain})]
+    splits = sorted({match[1] for place in places for match in _SPLIT.finditer(place)})
+    if len(splits) > 1:
+        yield f"{top}: the splits {', '.join(splits)} are all read; name a file or folder to read it alone"
+    yield from note("hidden files and folders left out", tree.hidden)
+    yield from note("links to folders that are read anyway", tree.again)
+    yield from note("files and folders beside shards, which are read alone", tree.beside)
+    yield from note("lists of addresses beside their pictures left out", tree.addresses)
+
+
+def _pairs(files: Sequence[Path], keys: Sequence[str]) -> Iterator[Item]:
+    """One record or complaint for each picture of ``files``, and notes on the rest."""
+    pictures, others = list[Path](), list[Path]()
+    texts: dict[Path, dict[str, Path]] = {}  # by path without ending, then by ending
+    for file in files:
+        ending = file.suffix.lower().removeprefix(".")
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            pictures.append(file)
+        elif ending in (*TEXTS, "json"):
+            texts.setdefault(file.with_suffix(""), {}).setdefault(ending, file)
+        else:
+            others.append(file)
+    shared = Counter(file.with_suffix("") for file in pictures)
+    for picture in pictures:
+        found = texts.get(picture.with_suffix(""), {})
+        ending = next((one for one in (*TEXTS, "json") if one in found), "")
+        if not ending:
+            yield BadRecord(str(picture), f"no caption file {picture.stem}.txt", "caption")
+            continue
+        try:
+            captions = file_captions(ending, read_bounded(found[ending], LONGEST_TEXT), keys)
+        except (OSError, FieldError) as error:
+            yield BadRecord(str(found[ending]), str(getattr(error, "strerror", None) or error), "caption")
+        else:
+            yield Record(picture, captions.texts, captions.weights)
+    alone = {key: found for key, found in texts.items() if key not in shared and found.keys() - {"json"}}
+    foreign = [one for one in others if one.suffix.lower() in _UNREAD or one.with_suffix("") in alone]
+    for file in foreign:
+        alone.pop(file.with_suffix(""), None)
+        yield BadRecord(str(file), f"pictures of the format {file.suffix} are not read", "picture")
+    tables = [one for one in others if one.suffix.lower() in _READERS and one.name != HELD_OUT]
+    orphans = [file for found in alone.values() for file in found.values()]
+    twins = [picture for picture in pictures if shared[picture.with_suffix("")] > 1]
+    several = [key for key in shared if len(texts.get(key, {}).keys() - {"json"}) > 1]
+    yield from note("caption files without a picture", orphans)
+    yield from note("pictures that share a caption file", twins)
+    yield from note(f"pictures with several caption files, read in the order .{', .'.join(TEXTS)}", several)
+    yield from note("tables that are not read; name one as the source", tables)
+    yield from note("other files left out", sorted({*others} - {*foreign, *tables}))
 
 
 # -- training of a small sentencepiece vocabulary that T5 tokenizers read
@@ -143,7 +308,7 @@ def train_vocabulary(captions: Iterable[str], out: Path, size: int, extra_words:
 
     lines = [caption for caption in captions if caption]
     if not lines:
-        raise ValueError("no captions to train a vocabulary on")
+        raise DataPathError("no captions to train a vocabulary on")
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = out.with_suffix("")
     sentencepiece.SentencePieceTrainer.train(

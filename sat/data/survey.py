@@ -13,10 +13,10 @@ from typing import NamedTuple
 import PIL.Image
 
 from sat.data.buckets import ORIENTATION, Buckets, Size
-from sat.data.records import BadRecord, Record
+from sat.data.records import LISTED, BadRecord, Record, skipped
 from sat.data.sources import read_source
 from sat.data.transforms import Transform, shown
-from sat.util.images import open_picture
+from sat.util.pictures import open_picture
 
 SHOWN = 5  # lines of a list that is printed
 
@@ -45,16 +45,16 @@ class Survey:
     too_long: tuple[str, ...] = ()  # captions over the token limit
     captions: int = 0
     words: tuple[int, ...] = field(default=())  # in each caption
+    notes: tuple[str, ...] = ()
 
-    def lines(self, height: int | None = None, width: int | None = None) -> list[str]:
-        """The survey in words; with a training size, also the number of smaller pictures."""
-        names = {"caption": "without caption", "picture": "without readable picture", "row": "broken rows"}
-        kinds = Counter[str](bad.kind for bad in self.bad)
-        found = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
-        lacking = f" ({found})" if found else ""
+    def lines(
+        self, height: int | None = None, width: int | None = None, most: int | None = LISTED
+    ) -> list[str]:
+        """The survey in words, ``most`` skipped ones; with a training size, the smaller pictures too."""
+        found = skipped(self.bad, most)
         sizes = Counter(f"{picture.size[0]}x{picture.size[1]}" for picture in self.pictures)
         rows = [
-            f"{self.source}: {len(self.readable)} pairs, {len(self.bad)} that cannot be used{lacking}",
+            f"{self.source}: {len(self.readable)} pairs, {found[0]}",
             f"formats: {_counts(Counter(picture.kind for picture in self.pictures))}",
             f"sizes (height x width): {_counts(sizes)}",
         ]
@@ -79,15 +79,20 @@ class Survey:
         if self.too_long:
             rows.append(f"captions over the token limit: {len(self.too_long)}")
             rows += [f"over the token limit: {caption!r}" for caption in self.too_long[:SHOWN]]
-        rows += [f"skipped: {bad}" for bad in self.bad[: SHOWN * 4]]
-        if len(self.bad) > SHOWN * 4:
-            rows.append(f"skipped: and {len(self.bad) - SHOWN * 4} more")
-        return rows
+        return [*rows, *self.notes, *found[1:]]
 
 
-def survey(source: Path, too_long: Callable[[str], bool] | None = None, workers: int = 4) -> Survey:
-    """Opens every picture of ``source`` once; ``too_long`` tells if a caption is over the token limit."""
-    found = read_source(source)
+def survey(
+    source: Path,
+    too_long: Callable[[str], bool] | None = None,
+    workers: int = 4,
+    caption: str | None = None,
+) -> Survey:
+    """Opens every picture of ``source`` once; ``too_long`` tells if a caption is over the token limit.
+
+    ``caption``: as of :func:`sat.data.sources.read_source`.
+    """
+    found = read_source(source, caption)
     with ThreadPoolExecutor(workers, thread_name_prefix="survey") as pool:
         seen = list(pool.map(inspect_picture, found.records))
     bad = [one for one in seen if isinstance(one, BadRecord)]
@@ -107,6 +112,7 @@ def survey(source: Path, too_long: Callable[[str], bool] | None = None, workers:
         long,
         len(captions),
         tuple(len(caption.split()) for caption in captions),
+        found.notes,
     )
 
 
@@ -157,8 +163,11 @@ def _same(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def bucket_table(buckets: Buckets, batch: int) -> list[str]:
-    """The buckets with their images, and their batches of ``batch`` images (over all ranks) in an epoch."""
+def bucket_table(buckets: Buckets, batch: int, pictures: Sequence[Size]) -> list[str]:
+    """The buckets with their images, and their batches of ``batch`` images (over all ranks) in an epoch.
+
+    ``pictures``: their sizes, for those that are enlarged.
+    """
     total = sum(map(len, buckets.items))
     rows = [
         f"{len(buckets.sizes)} bucket{'s' * (len(buckets.sizes) != 1)}, {total} images, batches of {batch}",
@@ -166,6 +175,9 @@ def bucket_table(buckets: Buckets, batch: int) -> list[str]:
     ]
     for (height, width), items in zip(buckets.sizes, buckets.items, strict=True):
         note = "  fewer than a batch" if len(items) < batch else ""
+        factors = [max(height / pictures[item][0], width / pictures[item][1]) for item in items]
+        if enlarged := [factor for factor in factors if factor > 1]:
+            note += f"  {len(enlarged)} enlarged, up to {max(enlarged):.1f} times"
         rows.append(
             f"{f'{height} x {width}':>14}  {width / height:5.2f}  {len(items):7d}  "
             f"{len(items) / total:6.1%}  {len(items) / batch:16.2f}{note}"

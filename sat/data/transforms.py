@@ -15,10 +15,9 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sat.util.images import PictureError, open_picture
+from sat.util.pictures import PictureError, check_shape, open_picture
 
 WHITE = (255, 255, 255)
-LONGEST = 100  # times its shorter side: longer strips are no pictures
 KEPT = 16  # lengths of the training size: of a longer strip the middle alone is resized
 _AT_ONCE = 1 << 20  # pixels that are put on white at a time
 
@@ -108,14 +107,6 @@ class Transform:
         if self.augment is not None:
             pixels = augmented(pixels, self.augment, placement)
         return to_tensor(pixels), (top + resized.start[0], left + resized.start[1])
-
-
-def check_shape(size: tuple[int, int]) -> None:
-    """Raise PictureError for an empty picture and for one that is a mere line. ``size``: (height, width)."""
-    if max(size) > LONGEST * min(size):
-        raise PictureError(
-            f"{size[0]} x {size[1]} (height x width): one side is over {LONGEST} times the other"
-        )
 
 
 def shown(file: PIL.Image.Image) -> PIL.Image.Image:

@@ -19,7 +19,8 @@ from sat.errors import UserError
 from sat.sampling.output import IMAGE, STAGES, folder_name, numbered, opened
 from sat.sampling.prompts import Prompt
 from sat.util.host import check_regular
-from sat.util.images import PictureError, from_pil, open_picture, read_png_text
+from sat.util.images import from_pil, read_png_text
+from sat.util.pictures import PictureError, open_picture
 
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig

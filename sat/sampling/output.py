@@ -18,6 +18,7 @@ from PIL import Image
 from sat.config.record import Label
 from sat.sampling.prompts import Prompt
 from sat.util import host, images
+from sat.util.pictures import PictureError, open_picture
 
 STAGES = "stages"
 """Folder of the records, and perhaps the pictures, of a cascade's stages."""
@@ -164,7 +165,7 @@ def numbered(root: Path) -> dict[int, list[str]]:
 def opened(path: Path) -> Image.Image:
     """The RGB pixels of a picture's file, which is closed again."""
     try:
-        with images.open_picture(path) as image:
+        with open_picture(path) as image:
             return image.convert("RGB")
-    except images.PictureError as error:
-        raise images.PictureError(f"{path}: {error}") from error
+    except PictureError as error:
+        raise PictureError(f"{path}: {error}") from error

@@ -69,7 +69,7 @@ def test_a_row_without_bytes_is_an_unreadable_picture(tmp_path):
 
 def test_a_table_without_pictures_names_its_columns(tmp_path):
     path = write(tmp_path / "a.parquet", [{"picture": b"", "text": "x"}])
-    assert "image: no column image, file_name or path (there are: picture, text)" in str(
+    assert "image: no column file_name or path or image (there are: picture, text)" in str(
         read_source(path).bad[0]
     )
     path.write_bytes(b"PAR1 no")

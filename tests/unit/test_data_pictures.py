@@ -13,8 +13,8 @@ import pytest
 
 from sat.data.records import Record
 from sat.data.survey import inspect_picture
-from sat.data.transforms import KEPT, LONGEST, Placement, Transform, on_white
-from sat.util.images import FORMATS, PictureError, open_picture
+from sat.data.transforms import KEPT, Placement, Transform, on_white
+from sat.util.pictures import FORMATS, LONGEST, PictureError, open_picture
 from tests.configs import ROOT
 
 
@@ -169,7 +169,7 @@ def test_no_picture_takes_much_more_memory_than_its_pixels(tmp_path):
 import resource, sys
 from pathlib import Path
 from sat.data.transforms import Transform
-from sat.util.images import PictureError
+from sat.util.pictures import PictureError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in map(Path, sys.argv[1:]):
     try:
@@ -185,5 +185,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def test_pictures_are_opened_in_one_place_alone():
     for path in (ROOT / "sat").rglob("*.py"):
-        if path != ROOT / "sat/util/images.py":
+        if path != ROOT / "sat/util/pictures.py":
             assert "Image.open(" not in path.read_text("utf-8"), path

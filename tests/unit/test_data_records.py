@@ -6,7 +6,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from sat.data.records import DataError, Record
+from sat.data.records import CAPTION_KEYS, DataError, Record
 from sat.data.sources import Source, read_source, read_sources
 
 
@@ -73,7 +73,7 @@ def test_every_bad_row_is_listed_with_its_line_and_cause(tmp_path):
     assert len(found) == 1
     reasons = [str(bad) for bad in found.bad]
     expected = (
-        "gone.png: no such file", "no caption, expected one of text, prompt, caption",
+        "gone.png: no such file", "no caption, expected one of text, prompt, caption, captions, description",
         "Expecting property name", "expected a caption", "1 weights for 2 captions", "none negative",
         "expected an object", "file_name: None",
     )  # fmt: skip
@@ -91,7 +91,10 @@ def test_pictures_without_caption_are_bad(tmp_path):
     picture(tmp_path / "a.png").with_suffix(".txt").write_text("fine")
     picture(tmp_path / "b.png")
     picture(tmp_path / "c.png").with_suffix(".txt").write_text(" \n")
-    assert [bad.reason for bad in read_source(tmp_path).bad] == ["no caption file b.txt", "empty caption"]
+    assert [bad.reason for bad in read_source(tmp_path).bad] == [
+        "no caption file b.txt",
+        "txt: empty caption",
+    ]
 
 
 def test_too_large_a_bad_share_stops_and_shows_examples(tmp_path):
@@ -115,7 +118,7 @@ def test_repeats_multiply_a_source(tmp_path):
         (lambda path: path / "none", "no such folder"),
         (
             lambda path: picture(path / "a.png"),
-            r"expected a folder, a \.jsonl, \.csv, \.tar or \.parquet file",
+            r"expected a folder, a \.jsonl, \.csv, \.tsv, \.tar or \.parquet file",
         ),
         (lambda path: path, "no pairs of image and caption"),
     ],
@@ -159,7 +162,7 @@ def test_bad_csv_rows_are_listed_with_line_and_field(tmp_path):
     assert len(found) == 1
     assert [str(bad) for bad in found.bad] == [
         f"{tmp_path}/metadata.csv:3: file_name: gone.png: no such file",
-        f"{tmp_path}/metadata.csv:4: text: no caption, expected one of text, prompt, caption",
+        f"{tmp_path}/metadata.csv:4: text: no caption, expected one of {', '.join(CAPTION_KEYS)}",
         f"{tmp_path}/metadata.csv:5: file_name: None, expected the path of an image",
     ]
     assert [bad.kind for bad in found.bad] == ["picture", "caption", "picture"]
@@ -168,9 +171,15 @@ def test_bad_csv_rows_are_listed_with_line_and_field(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name,text\na.png,x\n", "metadata.csv:1: file_name: no column file_name (there are: name, text)"),
+        (
+            "name,text\na.png,x\n",
+            "metadata.csv:1: file_name: no column file_name or path or image (there are: name, text)",
+        ),
         ("file_name,words\na.png,x\n", "metadata.csv:1: text: no column text or prompt or caption"),
-        ("file_name,text\na.png,\xff\n", "row: not a comma-separated table in UTF-8"),
+        (
+            "file_name,text\na.png,\xff\n",
+            "metadata.csv:2: text: '\\udcff': bytes or characters that are no text; save it as UTF-8",
+        ),
     ],
 )
 def test_a_csv_table_without_its_columns_is_told_by_name(tmp_path, text, words):

@@ -99,7 +99,7 @@ def test_every_bad_sample_is_listed_with_member_and_field(tmp_path):
     expected = (
         "txt: no caption, expected a member .txt, .text, .prompt, .caption or .json",
         "picture: no member .jpg, .png or the like beside .txt",
-        "text: no caption", "json: not JSON", "json: expected an object, got list",
+        "txt: empty caption", "json: not JSON", "json: expected an object, got list",
         "text: 5, expected a caption", "txt: not UTF-8", "png: two members of this name",
     )  # fmt: skip
     for number, (bad, words) in enumerate(zip(found.bad, expected, strict=True)):

@@ -91,7 +91,7 @@ def test_the_table_of_buckets_names_the_small_ones(folder, capsys):
     out = capsys.readouterr().out
     assert "2 buckets, 3 images, batches of 2" in out
     assert "8 x 8   1.00        1   33.3%              0.50  fewer than a batch" in out
-    assert "8 x 16   2.00        2   66.7%              1.00\n" in out
+    assert "8 x 16   2.00        2   66.7%              1.00  2 enlarged, up to 2.0 times\n" in out
 
 
 def test_captions_over_the_limit_are_shown(folder, tmp_path_factory, capsys):

@@ -55,5 +55,5 @@ def test_held_out_captions_are_read_too(repository):
 
 
 def test_a_folder_without_captions_is_an_error(tmp_path, capsys):
-    assert prepare.main(["tokenizer", "--captions", str(tmp_path), "--out", str(tmp_path / "m")]) == 1
+    assert prepare.main(["tokenizer", "--captions", str(tmp_path), "--out", str(tmp_path / "m")]) == 2
     assert "no captions to train a vocabulary on" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from sat.apps.emoji.concepts import (
 )
 from sat.data.records import HELD_OUT, TABLE
 from sat.errors import UserError
-from sat.util.images import open_picture
+from sat.util.pictures import open_picture
 
 logger = logging.getLogger(__name__)
 

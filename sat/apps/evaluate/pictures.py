@@ -13,17 +13,19 @@ from typing import overload
 
 import PIL.Image
 
-from sat.data.records import CAPTION_KEYS, DataError, DataPathError
+from sat.data.formats import decoded
+from sat.data.records import CAPTION_KEYS, IMAGE_SUFFIXES, DataError, DataPathError
+from sat.data.sources import files_below
 from sat.data.transforms import shown
 from sat.sampling.output import IMAGE, folder_name, numbered
 from sat.sampling.prompts import MOST_BYTES, Prompt, PromptError, checked_prompts, read_prompt_file
 from sat.util.host import read_bounded
-from sat.util.images import PictureError, open_picture, read_png_text
+from sat.util.images import read_png_text
+from sat.util.pictures import PictureError, open_picture
 
 TEXTS = ("prompts", "prompt", "text", "caption")
 """Columns that hold the prompt, whatever their case: DrawBench says Prompts, PartiPrompts Prompt."""
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 GRID = "grid.png"
 PICTURES = "pictures"
 """Folder for pictures in an evaluation's own folder."""
@@ -176,7 +178,7 @@ def found(folder: Path, prompts: Sequence[Prompt]) -> list[Picture]:
     """The pictures of ``prompts`` in ``folder``, prompt by prompt, as many of each as of the first.
 
     Folders are ``<number>_…`` as sampling writes them; pictures of other programs are found by the same
-    names, of any kind in :data:`SUFFIXES`. A prompt without pictures, or with fewer than others, is an error.
+    names, of any kind that is read. A prompt without pictures, or with fewer than others, is an error.
     The folder may be that of an evaluation, which has them in it.
     """
     folder = inner_folder(folder)
@@ -195,7 +197,7 @@ def found(folder: Path, prompts: Sequence[Prompt]) -> list[Picture]:
                 f"{folder}: several folders for prompt {prompt.index}: {', '.join(names[:3])}; keep one"
             )
         own = folder / (name if name in names else names[0])
-        every = sorted(path for path in own.iterdir() if path.suffix.lower() in SUFFIXES)
+        every = sorted(path for path in own.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         paths = [path for path in every if IMAGE.fullmatch(path.name)]  # ours, else another program's
         paths = paths or [path for path in every if path.name != GRID and not path.name.startswith(".")]
         counts.setdefault(len(paths), own)
@@ -210,9 +212,9 @@ def pictures_below(folder: Path) -> list[Path]:
     """All pictures below ``folder``; an error if there is none."""
     if not folder.is_dir():
         raise DataPathError(f"{folder}: no such folder of images")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.name != GRID)
+    paths = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p.name != GRID]
     if not paths:
-        raise DataError(f"{folder}: holds no pictures")
+        raise DataPathError(f"{folder}: holds no pictures")
     return paths
 
 
@@ -229,7 +231,7 @@ def collect(  # noqa: C901 - three places that captions come from
         raise DataPathError(f"{images}: no such folder of images")
     found: list[tuple[Path, str]] = []
     if captions is None:
-        for path in sorted(path for path in images.rglob("*.png") if path.name != GRID):
+        for path in (path for path in files_below(images) if path.suffix == ".png" and path.name != GRID):
             try:
                 with open_picture(path) as file:
                     prompt = file.info.get("prompt")
@@ -240,7 +242,11 @@ def collect(  # noqa: C901 - three places that captions come from
             else:
                 log.warning("left out %s: it names no prompt in its PNG text", path)
     elif captions.suffix == ".jsonl":
-        for number, line in enumerate(read_bounded(captions, MOST_BYTES).decode("utf-8").splitlines(), 1):
+        try:
+            lines = decoded(read_bounded(captions, MOST_BYTES)).splitlines()
+        except (OSError, ValueError) as error:
+            raise DataPathError(f"{captions}: {getattr(error, 'strerror', None) or error}") from error
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from sat.errors import UserError
 from sat.sampling.output import IMAGE, numbered
-from sat.util.images import open_picture, read_png_text
+from sat.util.images import read_png_text
+from sat.util.pictures import open_picture
 
 _NAME = re.compile(r"\d+_[\w-]{0,20}/\d{9}\.png", re.ASCII)
 _THUMBNAIL = 256  # pixels, the longer side

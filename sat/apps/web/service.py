@@ -30,7 +30,8 @@ from sat.sampling.generator import SamplingParams, strength
 from sat.sampling.inputs import InputList
 from sat.sampling.output import OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt, PromptError, check_text
-from sat.util.images import open_picture, to_pil
+from sat.util.images import to_pil
+from sat.util.pictures import open_picture
 
 log = logging.getLogger(__name__)
 

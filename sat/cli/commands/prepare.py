@@ -41,12 +41,18 @@ def tokenizer(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the config where they are silent
-    """Count the pictures of data sources, list what is wrong; the exit code is 1 where something is."""
+    """Count the pictures of data sources, list what is wrong; the exit code is 1 where something is.
+
+    A source without any pair is an error.
+    """
     from sat.config.yaml_source import ConfigError
     from sat.data.buckets import BucketRule, Buckets
+    from sat.data.records import LISTED, DataError, DataPathError
+    from sat.data.sources import Source
     from sat.data.survey import bucket_table, contact_sheet, duplicates, survey
 
-    sources, vocabulary, limit = args.sources, args.tokenizer, args.max_length
+    sources = [Source(path, caption=args.caption) for path in args.sources]
+    vocabulary, limit = args.tokenizer, args.max_length
     height = args.height if args.height is not None else args.width
     width = args.width if args.width is not None else args.height
     batch = args.batch
@@ -63,7 +69,9 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
         data, train, conditioning = experiment.data, experiment.train, experiment.conditioning
         if data is None:
             raise UsageError("the config of --base has no `data` section")
-        sources = sources or [source.path for source in (*data.sources, *data.validation)]
+        sources = sources or [
+            Source(one.path, caption=args.caption or one.caption) for one in (*data.sources, *data.validation)
+        ]
         height, width, rule = height or data.height, width or data.width, rule or bucket_rule(data)
         batch = batch or (None if train is None else train.batch_size)
         with contextlib.suppress(ConfigError):  # the training's own, unless its weights are not at hand
@@ -88,17 +96,22 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
         print("captions over the token limit are not counted: no spiece.model is at hand (--tokenizer)")
     surveys = []
     for source in sources:
-        surveys.append(survey(source, too_long))
-        print("\n".join(surveys[-1].lines(height, width)))
+        surveys.append(survey(source.path, too_long, caption=source.caption))
+        print("\n".join(surveys[-1].lines(height, width, None if args.all else LISTED)))
     print("\n".join(duplicates(surveys) or ["no duplicates"]))
     if rule is not None:
         sizes = [picture.size for one in surveys for picture in one.pictures]
-        print("\n".join(bucket_table(Buckets.of(sizes, rule), batch or 1)) if sizes else "no buckets")
+        table = bucket_table(Buckets.of(sizes, rule), batch or 1, sizes) if sizes else ["no buckets"]
+        print("\n".join(table))
     shown = [record for one in surveys for record in one.readable][: args.sheet_limit]
     if args.sheet is not None and shown:
         args.sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
         print(f"{args.sheet}: {len(shown)} pictures")
+    for one in surveys:
+        if not one.readable:
+            kind = DataError if one.bad else DataPathError
+            raise kind(f"{one.source}: no pair of picture and caption that can be used")
     return 1 if any(one.bad for one in surveys) else 0
 
 

@@ -30,7 +30,8 @@ class SourceConfig(Section):
     """One data set: a folder, table or shards of images with captions (``name-{000..012}.tar`` is a range).
 
     ``repeats``: copies of it in an epoch. ``weight``: its share of the stream instead, relative to the
-    weights of the other sources.
+    weights of the other sources. ``caption``: the name of the captions in its rows; null: the first there is
+    of text, prompt, caption, captions and description.
     """
 
     section = "data.sources"
@@ -41,6 +42,7 @@ class SourceConfig(Section):
     ]
     repeats: int = 1
     weight: float | None = None
+    caption: str | None = None
 
     def _rules(self) -> Broken:
         if self.weight is not None and not 0 < self.weight < math.inf:
