@@ -222,7 +222,10 @@ def modulated(x: Tensor, m: Modulation | None, segments: Sequence[int], dtype: t
         x = torch.cat([torch.addcmul(m.shift[:, i : i + 1], p, scale[:, i : i + 1]) for i, p in parts], 1)
         return x.to(dtype)
     for i, part in _split(x, segments):
-        part.mul_(scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
+        if x.is_cpu:  # rounded twice, as pictures on the CPU have always been
+            part.mul_(scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
+        else:  # one launch
+            torch.addcmul(m.shift[:, i : i + 1], part, scale[:, i : i + 1], out=part)
     return x.to(dtype)
 
 
@@ -235,9 +238,13 @@ def residual(x: Tensor, branch: Tensor, m: Modulation | None, segments: Sequence
         return torch.cat(
             [torch.addcmul(a, m.gate[:, i : i + 1].to(b.dtype), b) for (i, a), (_, b) in pairs], 1
         )
-    for i, part in _split(branch, segments):
-        part.mul_(m.gate[:, i : i + 1])
-    return branch.add_(x)
+    if x.is_cpu:
+        for i, part in _split(branch, segments):
+            part.mul_(m.gate[:, i : i + 1])
+        return branch.add_(x)
+    for (i, a), (_, b) in zip(_split(x, segments), _split(branch, segments), strict=True):
+        torch.addcmul(a, m.gate[:, i : i + 1], b, out=b)
+    return branch
 
 
 def _split(x: Tensor, segments: Sequence[int]) -> list[tuple[int, Tensor]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import cast
 
 import torch
@@ -34,8 +35,9 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 class ResBlock(nn.Module):
     """(B, C_in, h, w) and the activated embedding (B or 1, E) -> (B, C_out, h, w).
 
-    The embedding is added between two normalised 3x3 convolutions; the input passes a 1x1 convolution where
-    the widths differ. The second convolution starts at zero.
+    The embedding, or in its place what :meth:`shift` makes of it, is added between two normalised 3x3
+    convolutions; the input passes a 1x1 convolution where the widths differ. The second convolution starts at
+    zero.
     """
 
     def __init__(self, channels: int, out_channels: int, emb_dim: int, groups: int) -> None:
@@ -47,8 +49,14 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
+    def shift(self, emb: Tensor) -> Tensor:
+        """(B or 1, E) -> (B or 1, C_out, 1, 1)."""
+        out: Tensor = self.emb(emb)[:, :, None, None]
+        return out
+
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x))) + self.emb(emb)[:, :, None, None]  # (B, C_out, h, w)
+        shift = emb if emb.ndim == 4 else self.shift(emb)
+        h = self.conv1(F.silu(self.norm1(x))) + shift  # (B, C_out, h, w)
         out: Tensor = self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
         return out
 
@@ -100,6 +108,7 @@ class Prepared:
     size_emb: Tensor  # (B, E), or (1, E) where all rows are alike
     guidance: Tensor | None  # (B or 1, D) features of the guidance strength
     steps: Mapping[float, Tensor]  # timestep -> (B or 1, E) its activated embedding
+    shifts: Mapping[float, Sequence[Tensor]]  # timestep -> the shift of each residual block, in order
 
 
 class CogView3UNet(nn.Module):
@@ -233,15 +242,18 @@ class CogView3UNet(nn.Module):
         if timesteps:
             vector, strength = one_row(vector), None if strength is None else one_row(strength)
         guidance = embedded(self.guidance, strength)
-        prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {})
+        prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {}, {})
         times = torch.tensor(timesteps, dtype=torch.float32, device=prepared.size_emb.device)
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         pairs = zip(timesteps, times, strict=True)  # sent to the device at once
-        return replace(prepared, steps={float(step): self._embedding(t, prepared) for step, t in pairs})
+        steps = {float(timestep): self._embedding(t, prepared) for timestep, t in pairs}
+        shifts = {timestep: [block.shift(emb) for block in blocks] for timestep, emb in steps.items()}
+        return replace(prepared, steps=steps, shifts=shifts)
 
     def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:
-        emb = prepared.steps.get(timestep) if isinstance(timestep, float) else None
-        if emb is None:
-            emb = self._embedding(timestep, prepared)  # (B or 1, E)
+        shifts = prepared.shifts.get(timestep) if isinstance(timestep, float) else None
+        # Of each residual block, or for all the embedding (B or 1, E).
+        emb = repeat(self._embedding(timestep, prepared)) if shifts is None else iter(shifts)
         h = self.stem(x.to(self.dtype))  # (B, width, h, w)
         skips = [h]
         for place, layers in enumerate(self.down):
@@ -254,11 +266,13 @@ class CogView3UNet(nn.Module):
         out: Tensor = self.head(h)
         return out  # (B, C, h, w)
 
-    def _run(self, h: Tensor, emb: Tensor, prepared: Prepared, layers: nn.Module, name: str) -> Tensor:
+    def _run(
+        self, h: Tensor, emb: Iterator[Tensor], prepared: Prepared, layers: nn.Module, name: str
+    ) -> Tensor:
         """The layers of one place in order: residual block, transformer, change of resolution."""
         for j, layer in enumerate(layers.children()):
             if isinstance(layer, ResBlock):
-                h = layer(h, emb)
+                h = layer(h, next(emb))
             elif isinstance(layer, Transformer):
                 h = layer(replace(prepared.contexts[f"{name}.{j}"], image=h))
             else:
