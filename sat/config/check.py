@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Union, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from sat.config.schema import Component, Experiment, Makes, MustExist, RuleError, Section, plain
@@ -278,7 +278,9 @@ def _written(annotation: Any) -> Any:
         return Annotated[Any, Makes(Any)]
     if origin is Annotated and not any(isinstance(note, Makes) for note in arguments):
         return _written(arguments[0])
-    if origin in (Literal, Annotated) or annotation in _SCALARS:
+    if origin is Literal:
+        return Annotated[annotation, BeforeValidator(functools.partial(_same_type, arguments))]
+    if origin is Annotated or annotation in _SCALARS:
         return annotation
     if origin in (Union, types.UnionType):
         values = [a for a in arguments if not _is_object(a)]
@@ -290,6 +292,13 @@ def _written(annotation: Any) -> Any:
     if not is_dataclass(annotation) or annotation is Component:
         return Annotated[Any, Makes(annotation)]
     return annotation if issubclass(annotation, Section) else Annotated[annotation, Makes(annotation)]  # type: ignore[arg-type]
+
+
+def _same_type(choices: Sequence[Any], value: Any) -> Any:
+    """``value`` if it has the type of one of ``choices``: true and 1.0 are equal to 1, and another thing."""
+    if type(value) not in map(type, choices):
+        raise PydanticCustomError("choice", "of another type")
+    return value
 
 
 def _is_object(annotation: Any) -> bool:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
@@ -17,7 +19,10 @@ from sat.config.check import (
     allowed,
     check_import,
     convert,
+    field_hints,
+    fits,
     produces,
+    record_of,
     resolve,
     show,
     signature,
@@ -25,8 +30,10 @@ from sat.config.check import (
 from sat.config.schema import (
     Component,
     DataConfig,
+    Experiment,
     Makes,
     ParallelConfig,
+    Section,
     SourceConfig,
     TrainConfig,
 )
@@ -373,3 +380,31 @@ def test_names_of_types_in_messages():
 def test_imports_of_a_config_open_its_modules():
     e = debug("imports=[tests.configs]")
     assert e.imports == ["tests.configs"]
+
+
+def _leaves(section: type) -> Iterator[tuple[str, Any]]:
+    """Every key of a section and of those within it, with its annotation."""
+    for name, annotation in field_hints(section).items():
+        inner = next(
+            (r for a in (annotation, *get_args(annotation)) if (r := record_of(a)) is not None), None
+        )
+        yield f"{section.__name__}.{name}", annotation
+        yield from _leaves(inner) if inner is not None and issubclass(inner, Section) else ()
+
+
+def test_true_and_1_0_are_no_numbers_of_anything() -> None:
+    """A switch where a count is meant, a part of one, and a quoted number."""
+    checked = 0
+    for name, annotation in _leaves(Experiment):
+        union = get_origin(annotation) in (Union, UnionType)
+        kinds = set(get_args(annotation)) if union else {annotation}
+        assert not any(get_origin(a) is Literal and not isinstance(get_args(a)[0], str) for a in kinds), name
+        if not kinds & {int, float} or str in kinds:
+            continue
+        checked += 1
+        assert not fits(annotation, True) and not fits(annotation, "1"), name
+        assert fits(annotation, 1.0) == (float in kinds), name
+    assert checked > 50
+    for value in (True, False, 1.0, "1", 4):
+        assert not fits(Literal[0, 1, 2, 3], value)
+    assert fits(Literal[0, 1, 2, 3], 1) and fits(Literal["a", True], True) and not fits(Literal["a", True], 1)

@@ -173,7 +173,7 @@ class TrainConfig(Section):
     accumulate: int = 1
     dtype: Precision = "fp32"
     autocast: Literal["bf16"] | None = None
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: int = 0
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     optimizer: Annotated[Component, Makes("torch.optim.Optimizer")] = Component("torch.optim.AdamW")
     lr: float = 1e-4
@@ -211,6 +211,7 @@ class TrainConfig(Section):
 
     def _rules(self) -> Broken:
         ranges = {
+            "zero": (0 <= self.zero <= 3, "a stage from 0 to 3"),
             "warmup": (0 <= self.warmup <= self.steps, f"0 to `steps` ({self.steps})"),
             "lr": (self.lr > 0, "more than 0"),
             "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "0 to 1"),
