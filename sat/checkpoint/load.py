@@ -176,6 +176,11 @@ def match(  # noqa: C901 - one problem after the other
     elif missing == [GUIDANCE] and not unexpected:
         advice = "not distilled: use the undistilled model's config (no guidance_dim)"
         problems.append(f"these weights are {advice}")
+    elif unexpected and len(problems) == 1:
+        first = unexpected[0].partition(".")[0] + "."
+        if [name for name in theirs if name.startswith(first)] == unexpected:  # nothing else is called so
+            what = "these are averages of a training: " if first == "model_ema." else ""
+            problems.append(f"{what}checkpoint.allow_unexpected=['{first}*'] in the config leaves them out")
     if problems:
         names = f"({found.layout} names)"
         raise CheckpointError(f"{theirs.source}: does not fit {what} {names}: {'; '.join(problems)}")

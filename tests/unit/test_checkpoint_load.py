@@ -84,6 +84,14 @@ def test_unexpected_names_are_listed():
     )
 
 
+def test_averages_beside_the_weights_are_left_out_by_the_switch_that_is_named():
+    ema = {"model_ema.decay": torch.ones(1), "model_ema.diffusion_modeltime0weight": torch.ones(3)}
+    says = "averages of a training: checkpoint.allow_unexpected=['model_ema.*'] in the config"
+    assert says in message(engine(**ema))
+    load(build("model"), engine(**ema), "model", allow_unexpected=["model_ema.*"])
+    assert "allow_unexpected" not in message(engine(**{"model.diffusion_model.ghost": torch.ones(1)}))
+
+
 def test_a_layer_too_many_is_unexpected():
     extra = PREFIX + "transformer.layers.2.mlp.dense_h_to_4h.bias"
     assert f"1 unexpected: '{extra}'" in message(engine(**{extra: torch.ones(128)}))
