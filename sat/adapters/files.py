@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, Json
 from torch import Tensor
 
+from sat import compat
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
 from sat.adapters.lora import check
 from sat.adapters.names import Parts, Unfused, to_ours
@@ -134,7 +135,7 @@ def base_of(path: Path) -> dict[str, Any]:
         with open_file(file, verify=_NAMES_ONLY) as opened:
             header = _header(file, getattr(opened, "metadata", {}))
         found |= {part: base.component for part, base in (header.base if header else {}).items()}
-    return found
+    return compat.today(found)
 
 
 def read(path: Path, parts: Parts, verify: Verify | None = None) -> Adapter:

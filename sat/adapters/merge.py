@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ ADAPTABLE: tuple[Part, ...] = ("model", "text")
 _PLAIN = re.compile(r"adapter|adapter_model|pytorch_lora_weights|native|step_\d+|checkpoints")
 """Names of files and folders that tell nothing of their content."""
 
-_SAME, _SAME_QUANTISED = 0.002, 0.02
-"""Relative differences of norms up to which weights are the same: bf16 makes 0.02 % of a row, int4 0.6 %."""
+_SAME = 0.002
+"""Relative difference of norms up to which weights are the same: bf16 makes a tenth of it."""
+_ROUNDED: dict[str, float] = {"int8": 0.06, "int4": 0.5}
+"""More of it for weights of few bits, over the square root of a row's length."""
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,9 @@ def compare_base(adapter: Adapter, parts: Parts) -> None:
                 continue
             if cast(LinearLike, base).weight.is_meta:
                 continue
-            most = _SAME_QUANTISED if isinstance(base, QuantizedLinear) else _SAME
+            most = _SAME
+            if isinstance(base, QuantizedLinear):
+                most += _ROUNDED[base.scheme.kind] / math.sqrt(base.in_features)
             if _tell_other(adapter, name, norms, base_norms(base), most):
                 break
 

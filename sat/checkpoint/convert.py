@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -64,6 +64,7 @@ class Sources:
     """Paths of the parts. ``path`` holds all, or those that the other fields do not name.
 
     ``change`` maps the parts on the way, for instance folding adapters into their weights.
+    ``allow_unexpected`` are shell patterns over names in the files that are left out.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Sources:
     only: tuple[Part, ...] = PARTS
     model: Path | None = None
     change: Callable[[dict[Part, LazyStateDict]], dict[Part, LazyStateDict]] | None = None
+    allow_unexpected: Sequence[str] = ()
 
     def of(self, part: Part) -> Path:
         """Path of ``part``."""
@@ -95,11 +97,13 @@ class Converted:
 
 
 class Completed(View):
-    """``inner`` and the values that its network ``module`` computes itself, made when asked for."""
+    """``inner`` and the values that its network ``module``, of ``component``, computes itself when asked."""
 
-    def __init__(self, inner: LazyStateDict, module: nn.Module, computed: list[str]) -> None:
+    def __init__(
+        self, inner: LazyStateDict, module: nn.Module, computed: list[str], component: Mapping[str, Any]
+    ) -> None:
         super().__init__(inner)
-        self.module = module
+        self.module, self.component = module, component
         self.exact = frozenset(name for name, _ in module.named_buffers())
         self._owners: dict[str, Computes] = {}
         self._infos: dict[str, TensorInfo] = {}
@@ -165,12 +169,14 @@ def convert(
             theirs = stack.enter_context(open_part(path, part, allow_pickle=allow_pickle))
             theirs.verified()  # before anything is written
             section = sections.get("conditioning") or {} if part == "text" else sections
-            component, module, found = match_component(path, theirs, part, section.get(part), build)
+            component, module, found = match_component(
+                path, theirs, part, section.get(part), build, sources.allow_unexpected
+            )
             if part == "text":
                 sections["conditioning"] = {**section, "text": component}
             else:
                 sections[part] = component
-            parts[part] = Completed(found.view, module, found.computed)
+            parts[part] = Completed(found.view, module, found.computed, component)
         if not parts:
             raise CheckpointError(
                 f"{sources.path}: no part to convert: it holds none of {list(sources.only)}"
@@ -212,7 +218,12 @@ def _sections(sources: Sources, config: Mapping[str, Any] | None) -> dict[str, A
 
 
 def match_component(
-    path: Path, theirs: LazyStateDict, part: Part, given: Mapping[str, Any] | None, build: Build
+    path: Path,
+    theirs: LazyStateDict,
+    part: Part,
+    given: Mapping[str, Any] | None,
+    build: Build,
+    allow_unexpected: Sequence[str] = (),
 ) -> tuple[Mapping[str, Any], nn.Module, Matched]:
     """The network of ``theirs``: the ``given`` one, else the first published one that matches."""
     problems: list[CheckpointError] = []
@@ -220,7 +231,7 @@ def match_component(
         with torch.device("meta"):
             module = build(component)
         try:
-            found = match(module, theirs, part)
+            found = match(module, theirs, part, allow_unexpected=allow_unexpected)
         except CheckpointError as error:
             problems.append(error)
         else:

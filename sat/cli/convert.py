@@ -167,7 +167,8 @@ def _convert(args: argparse.Namespace) -> int:
             args.text,
             args.tokenizer,
             tuple(args.only),
-            change=_changing(args.merge_lora, ranks),
+            change=_changing(args.merge_lora, ranks, imports),
+            allow_unexpected=() if experiment is None else experiment.checkpoint.allow_unexpected,
         )  # fmt: skip
     )
     with ExitStack() as stack:
@@ -220,7 +221,7 @@ def _of_run(sources: Sources) -> Sources:
     )  # fmt: skip
 
 
-def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
+def _changing(wanted: list[str], ranks: int, imports: Sequence[str]) -> Callable[[Any], Any] | None:
     """The change of a checkpoint's parts on the way: adapters folded in; None for nothing.
 
     A network that does not divide over ``ranks`` is refused here, before anything is written.
@@ -228,6 +229,7 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
     if not wanted and ranks == 1:
         return None
     from sat.adapters.merge import AdapterRef, folded
+    from sat.config.record import adapter_differences
     from sat.parallel.tensor import check_sharding
     from sat.sharding import family_sharding
 
@@ -240,7 +242,14 @@ def _changing(wanted: list[str], ranks: int) -> Callable[[Any], Any] | None:
                 check_sharding(network.module, family_sharding(type(network.module)), ranks)
             except ValueError as error:
                 raise UsageError(f"--tensor-parallel {ranks}: {error}") from error
-        return folded(parts, [AdapterRef(*lora(text)) for text in wanted]) if wanted else parts
+        refs, components = (
+            [AdapterRef(*lora(text)) for text in wanted],
+            {p: parts[p].component for p in parts},
+        )
+        for found in [f for ref in refs for f in adapter_differences(ref.path, components, imports)]:
+            if found.fatal:
+                raise UsageError(f"--merge-lora {found.what}")
+        return folded(parts, refs) if refs else parts
 
     return change
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,11 +21,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sat.adapters.files import locate
+from sat.adapters.factors import AdapterError
+from sat.adapters.files import base_of, locate
 from sat.adapters.merge import adapter_name
 from sat.checkpoint import PARTS, digest
 from sat.checkpoint.format import CheckpointError, Part
-from sat.checkpoint.formats import detect
+from sat.checkpoint.formats import Weights, detect
+from sat.checkpoint.formats.diffusers import FOLDERS, DiffusersPipeline
+from sat.checkpoint.verify import read_json
 from sat.config.build import components
 from sat.config.check import TargetError, resolve, signature
 from sat.config.load import dump
@@ -32,6 +36,8 @@ from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.config.yaml_source import HOME, Key, dotted
 from sat.tokenizers import NEEDS
 from sat.util.host import write_text
+
+log = logging.getLogger(__name__)
 
 _UNSEEN = frozenset(
     {
@@ -194,13 +200,14 @@ def record(
         "config": "resolved.yaml",
     }
     try:
-        before = json.loads((folder / "run.json").read_text("utf-8"))
+        before = read_json(folder / "run.json")
         starts: list[dict[str, Any]] = [*before.pop("starts", [])]
         different = [key for key in {**before, **facts} if before.get(key) != facts.get(key)]
         kept: dict[str, Any] = {key: before.get(key) for key in ["written", *different]}
         facts["starts"] = [*starts, kept]
-    except (OSError, ValueError, TypeError, AttributeError):  # the first start, or a damaged record
-        pass
+    except (CheckpointError, TypeError) as error:
+        if (folder / "run.json").exists():  # not the first start
+            log.warning("the record of earlier starts is damaged and is written anew: %s", error)
     write_text(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -220,7 +227,7 @@ def slurm_job() -> dict[str, Any]:
 def amend(folder: Path, facts: Mapping[str, Any]) -> None:
     """Add what is known only at a run's end to its ``run.json``; call it on one rank."""
     path = folder / "run.json"
-    written = json.loads(path.read_text("utf-8"))
+    written = read_json(path)
     write_text(path, json.dumps({**written, **facts}, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -277,7 +284,6 @@ SECTIONS: dict[Part, tuple[Key, ...]] = {
 SAMPLING = {"spacing", "rescale", "quantise"}
 """Parameters that change how is sampled and not what the weights mean: a difference is a notice."""
 
-_THEIRS = ("model_index.json", "config.json")
 _OWN = {"guidance_dim"}  # the loader tells it from the tensors, with advice
 
 
@@ -316,6 +322,10 @@ def differences(  # noqa: C901 - one comparison a folder, from its format to its
         except CheckpointError as error:
             yield Difference(("checkpoint", part if path != weights.path else "path"), str(error), True)
             continue
+        if isinstance(found, DiffusersPipeline | Weights):
+            for file in _absent(path, part):
+                what = f"the weights in {path} cannot be compared with this config: {file} is not there"
+                yield Difference(("checkpoint", part if path != weights.path else "path"), what, False)
         # A diffusers folder says it with the tokenizer, if at all.
         unsaid = (
             {"text_len"}
@@ -333,6 +343,43 @@ def differences(  # noqa: C901 - one comparison a folder, from its format to its
                 advice = "; if that is meant, name the key in checkpoint.allow_config" if fatal else ""
                 what = f"{_shown(here)}, but the weights in {path} are of {_shown(there)}{advice}"
                 yield Difference(at, what, fatal)
+    lora, load = experiment.adapters.lora, experiment.adapters.load
+    adapters: list[tuple[Key, Path]] = [
+        (("adapters", "load", str(i), "path"), item.path) for i, item in enumerate(load)
+    ]
+    adapters += [(("adapters", "lora", "start"), lora.start)] if lora is not None and lora.start else []
+    parts = {"model": ours["model"], "text": ours["conditioning"]["text"]}
+    for key, path in adapters:
+        with suppress(CheckpointError, AdapterError):  # told when it is read
+            for other in adapter_differences(path, parts, experiment.imports):
+                if not any(fnmatchcase(dotted(other.key), pattern) for pattern in weights.allow_config):
+                    yield other._replace(key=key)
+
+
+def _absent(path: Path, part: Part) -> list[Path]:
+    """Settings of ``part`` that diffusers and transformers write into such a folder, and are not there."""
+    if (path / "model_index.json").is_file():
+        files = [path / FOLDERS[part] / "config.json"]
+        files += [path / "scheduler" / "scheduler_config.json"] if part == "model" else []
+    else:
+        named = any(path.glob("diffusion_pytorch_model*")) or (
+            part == "text" and any(path.glob("*.safetensors"))
+        )
+        files = [path / "config.json"] if named else []
+    return [file for file in files if not file.is_file()]
+
+
+def adapter_differences(path: Path, ours: Mapping[str, Any], imports: Any) -> Iterator[Difference]:
+    """Differences between ``ours`` (part -> component) and the model that the adapter at ``path`` is of."""
+    keys: dict[str, Key] = {"model": ("model",), "text": ("conditioning", "text")}
+    for part, component in base_of(path).items():
+        for at, here, there in _compare(keys.get(part, (part,)), ours.get(part), component, imports):
+            theirs, mine = _shown(there), _shown(here)
+            what = f"{path}: is a LoRA of a model with {dotted(at)} {theirs}, here it is {mine}"
+            if at[-1] == "target":
+                theirs, mine = (name.rpartition(".")[2] for name in (theirs, mine))
+                what = f"{path}: is a LoRA of {theirs}, this model is {mine}: another model"
+            yield Difference(at, what, not (there is None and _only_wraps(here, imports)))
 
 
 def _get(tree: Any, key: Key) -> Any:

@@ -90,6 +90,8 @@ def test_the_adapter_says_what_it_is(ran) -> None:
     base = json.loads(about["base"])
     assert base["model"]["component"]["params"]["dim"] == 32
     assert set(base) == {"model", "text"}
+    assert all(len(one["norms"]) == 4 for one in base.values())
+    assert json.loads(header(ran.folder / "bf16")["base"])["model"]["norms"]
     assert set(json.loads(header(ran.folder / "unet")["base"])) == {"model"}
 
 

@@ -7,10 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from sat.adapters.factors import LayerFactors, Pair
+from sat.adapters.files import Adapter, AdapterInfo
+from sat.adapters.write import write
 from sat.checkpoint.convert import Sources, convert
+from sat.checkpoint.format import CheckpointError
 from sat.config.check import build as build_component
 from sat.config.load import load_full
+from sat.config.record import amend, record
+from sat.config.schema import plain
 from sat.config.yaml_source import ConfigError
 
 TINY = Path("checkpoints/tiny")
@@ -54,6 +61,52 @@ def test_a_sampling_setting_that_differs_is_a_notice():
     assert load_full(BASE).notices == []
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "says"),
+    [
+        ("model", "heads", 4, "is a LoRA of a model with model.params.heads 4, here it is"),
+        ("model", "depth", 3, "is a LoRA of a model with model.params.depth 3, here it is"),
+        ("text", "depth", 9, "is a LoRA of a model with conditioning.text.params.depth 9, here it is"),
+        (
+            "model",
+            None,
+            "sat.models.cogview3_unet.CogView3UNet",
+            "is a LoRA of CogView3UNet, this model is Cog",
+        ),
+    ],
+)
+def test_an_adapter_of_another_architecture_is_refused(tmp_path, part, key, value, says):
+    experiment = load_full(BASE).experiment
+    base = {"model": plain(experiment.model), "text": plain(experiment.conditioning.text)}
+    pair = Pair(torch.ones(1, 8), torch.ones(8, 1), 1.0)
+    for name in ("good", "bad"):
+        info = AdapterInfo(1, 1.0, base=base)
+        write(
+            tmp_path / name, Adapter({f"{part}.x": LayerFactors((pair,))}, info, "native", ""), "native", {}
+        )
+        one = {**base[part], "params": {**base[part]["params"], key: value}} if key else {"target": value}
+        base = base | {part: one}
+    load_full(BASE, [("adapters.load", [{"path": str(tmp_path / "good")}])])
+    bad = ("adapters.load", [{"path": str(tmp_path / "bad")}])
+    assert says in (line := refused(bad)) and "adapters.load.0.path" in line
+    if key:
+        allowed = "model.*" if part == "model" else "conditioning.text.*"
+        load_full(BASE, [bad, ("checkpoint.allow_config", [allowed])])
+
+
+def test_a_damaged_run_json_is_told_by_its_name(tmp_path, caplog):
+    experiment = load_full(BASE).experiment
+    for text in ("{", "[1]", '{"starts": 3}', "[" * 10**5):
+        (tmp_path / "run.json").write_text(text)
+        if text[-1] != "}":
+            with pytest.raises(CheckpointError, match=r"run\.json: "):
+                amend(tmp_path, {})
+        caplog.clear()
+        record(tmp_path, experiment)
+        assert "the record of earlier starts is damaged and is written anew" in caplog.text
+        assert "starts" not in json.loads((tmp_path / "run.json").read_text())
+
+
 @pytest.mark.parametrize("change", [{"params": {"heads": 7}}, {"params": {"dim": 7}}, {"target": 7}, 7])
 def test_a_manifest_with_another_config_is_refused(tmp_path, change):
     folder = tmp_path / "tiny"
@@ -86,3 +139,6 @@ def test_configs_of_a_diffusers_folder_are_compared(diffusers, tmp_path, file, k
     content = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(value if key is None else {**content, key: value}))
     assert says in refused(f"checkpoint.path={folder}")
+    (folder / file).unlink()
+    notices = load_full(BASE, [f"checkpoint.path={folder}"]).notices
+    assert any(f"cannot be compared with this config: {folder / file} is not there" in n for n in notices)

@@ -14,15 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sat.adapters.factors import AdapterError, LayerFactors, weight_change
+from sat.adapters.factors import AdapterError, LayerFactors, some_norms, telling, weight_change
 from sat.adapters.files import NATIVE_FILE, is_adapter, locate, read
-from sat.adapters.lora import attach, detach, merge
-from sat.adapters.merge import AdapterRef, load_adapters
+from sat.adapters.lora import attach, base_norms, detach, merge
+from sat.adapters.merge import AdapterRef, folded, load_adapters
 from sat.adapters.names import choose, layouts, to_ours, to_theirs
 from sat.adapters.write import LAYOUTS, write
 from sat.checkpoint import load, open_part, save_native
-from sat.checkpoint.format import ENGINE_PREFIXES, CheckpointError
+from sat.checkpoint.convert import Completed
+from sat.checkpoint.format import ENGINE_PREFIXES, CheckpointError, InMemory
 from sat.cli.convert import main as convert
+from sat.kernels.quantize import QuantizedLinear, Scheme
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.models.t5 import T5Encoder
@@ -345,6 +347,57 @@ def test_an_adapter_is_called_after_its_run(saved, tmp_path: Path) -> None:
     paths = [tmp_path / "my run", step, step / "native" / NATIVE_FILE]
     found = load_adapters({"model": plus()}, [AdapterRef(path) for path in paths])
     assert list(found) == ["my_run", "my_run_2", "my_run_3"]
+
+
+def told(adapter_path: Path, model: nn.Module, caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether loading says that the adapter was trained on other weights than those of ``model``."""
+    caplog.clear()
+    load_adapters({"model": model}, [AdapterRef(adapter_path)])
+    return "was trained on other weights of the same shapes" in caplog.text
+
+
+def test_other_weights_of_the_same_shapes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In whatever type or integers they are kept, and whichever adapter is there already."""
+    model = plus()
+    layers = noisy(start(model))
+    norms = {n: some_norms(base_norms(model.get_submodule(n))) for n in telling(layers)}
+    assert len(norms) == 4
+    one = adapter(layers)
+    base = {"model": {"target": "sat.models.cogview3_plus.CogView3Plus"}}
+    info = type(one.info)(4, 6.0, base=base, norms={"model": norms})
+    write(tmp_path / "out", type(one)(one.layers, info, "native", "test"), "peft", {"model": model})
+    assert not told(tmp_path / "out", plus(), caplog)
+    assert not told(tmp_path / "out", plus().bfloat16(), caplog)
+    attached = plus()
+    assert not told(tmp_path / "out", attached, caplog) and not told(tmp_path / "out", attached, caplog)
+    for kind in ("int8", "int4"):
+        small = plus()
+        for name in layers:
+            parent, _, leaf = name.rpartition(".")
+            layer = QuantizedLinear(small.get_submodule(name), Scheme(kind))
+            setattr(small.get_submodule(parent), leaf, layer)
+        assert not told(tmp_path / "out", small, caplog)
+    tuned = plus()
+    with torch.no_grad():
+        for name in layers:
+            tuned.get_submodule(name).weight.mul_(1.01)
+    caplog.clear()
+    for other in (plus(), tuned):
+        merged = folded(
+            {"model": Completed(InMemory(other.state_dict()), other, [], {})}, [AdapterRef(tmp_path / "out")]
+        )
+        assert len(dict(merged["model"])) == len(other.state_dict())
+        assert caplog.text.count("was trained on other weights") == (other is tuned)
+    assert told(tmp_path / "out", tuned, caplog)
+
+
+def test_values_beyond_half_precision_are_refused(saved) -> None:
+    def large(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{QKV}.lora_B.1.weight"].fill_(1e6)
+
+    folder = edited(saved("native"), large)
+    with pytest.raises(AdapterError, match="beyond the range of float16"):
+        load_adapters({"model": plus().half()}, [AdapterRef(folder)])
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,17 @@ from sat.adapters.files import is_adapter
 from sat.adapters.merge import AdapterRef, adapter_name, load_adapters
 from sat.apps.web.job_queue import Job
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
+from sat.checkpoint.files import SAFETENSORS, TORCH
 from sat.config.build import adaptable, components
 from sat.config.cascade import Cascade
-from sat.config.record import adapter_digest, label, model_name, weight_digests
-from sat.config.schema import Component, Experiment, LoadConfig
+from sat.config.record import (
+    adapter_differences,
+    adapter_digest,
+    label,
+    model_name,
+    weight_digests,
+)
+from sat.config.schema import Component, Experiment, LoadConfig, plain
 from sat.config.schema.base import SizeError, SizeRule
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import launch
@@ -144,8 +151,10 @@ class GenerationService:
             if not adapters.is_dir():
                 raise RequestError(f"{adapters}: no such folder of LoRA files")
             for path in sorted(adapters.iterdir()):
-                if (path.is_dir() or path.suffix == ".safetensors") and is_adapter(path):
+                if is_adapter(path):
                     self.adapters[adapter_name(path, self.adapters)] = AdapterEntry(path, 0.0)
+                elif path.is_dir() or path.suffix in (*SAFETENSORS, *TORCH):
+                    log.warning("%s: holds no readable adapter and is not offered", path)
         self._digests: dict[int, Mapping[str, object]] = {}
         self._stages = StageLoader(self._load, keep_loaded=keep)
         self._preview: LatentPreview | None = None
@@ -264,6 +273,10 @@ class GenerationService:
         for name, value in request.adapters.items():
             if value and name not in now.attached:  # for the first time
                 reference = AdapterRef(self.adapters[name].path, 0.0)
+                parts = {"model": plain(stage.model), "text": plain(stage.conditioning.text)}
+                for found in adapter_differences(reference.path, parts, stage.imports):
+                    if found.fatal:
+                        raise RequestError(found.what)
                 (now.attached[name],) = load_adapters(adaptable(generator.engine), [reference])
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, request.adapters.get(name, 0.0))
