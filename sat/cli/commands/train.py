@@ -57,9 +57,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     logs.setup(debug=args.debug)
     loaded = load_full(args.base, [*args.overrides, *settings])
     experiment = loaded.experiment
-    if experiment.output.dir is None:  # named after the last file
-        output = replace(experiment.output, dir=Path("runs") / Path(args.base[-1]).stem)
-        experiment = replace(experiment, output=output)
+    folder = experiment.output.dir or Path("runs") / Path(args.base[-1]).stem  # named after the last file
+    experiment = replace(experiment, output=replace(experiment.output, dir=folder))
     if args.print_config:
         print(dump(experiment), end="")
         return 0
@@ -78,7 +77,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
             f"at {sizes}, {precision}, ZeRO {train.zero}"
         )
         if args.check_inputs:
-            print(f"its end: {experiment.output.dir / ENDED}\nrun folder: {experiment.output.dir}")
+            print(f"its end: {folder / ENDED}\nrun folder: {folder}")
         return 0
     if args.plan:
         from sat.cli.commands.estimate import estimate
