@@ -22,11 +22,18 @@ from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine
 from sat.errors import UserError
 from sat.estimate.trace import Ledger
-from sat.offload.block_swap import parts, resident_bytes, swap_groups, tensors
+from sat.offload.block_swap import (
+    host_bytes,
+    offloaded_parts,
+    parts,
+    resident_bytes,
+    swap_groups,
+    tensors,
+)
 from sat.parallel.launch import Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
-from sat.util.host import parse_size
+from sat.util.host import available_memory, parse_size
 
 SPARE = 0.1
 """Share of a budget that is left to what kernels need beside their results, and to gaps."""
@@ -76,9 +83,14 @@ class Budgeted:
     options: tuple[MemoryOption, ...]
     peaks: Peaks
     budget: int
+    host: int = 0  # bytes of page-locked host memory
 
     def __str__(self) -> str:
         found = f"{_gb(self.peaks.total)} estimated, most while {_WHILE[self.peaks.stage]}"
+        if self.host:
+            found += f"; {_gb(self.host)} of page-locked host memory"
+            if self.host > (free := available_memory()) > 0:
+                found += f", but only {_gb(free)} are free here: other memory settings need less of it"
         options = " ".join(option.setting for option in self.options) or "nothing needs to change"
         return f"memory.budget {_gb(self.budget)}: {options} ({found})"
 
@@ -124,7 +136,8 @@ def apply_budget(
         fewer = [one for one in taken if one is not option]
         if (without := estimator.peaks(changed(fewer))).total <= limit:
             taken, best = fewer, without
-    return Budgeted(changed(taken), tuple(taken), best, budget)
+    made = changed(taken)
+    return Budgeted(made, tuple(taken), best, budget, estimator.locked(made))
 
 
 class SamplingEstimator:
@@ -146,6 +159,17 @@ class SamplingEstimator:
             weights = sum(self._weights(experiment, part, stage) for part in PARTS)
             found[stage] = weights + self._activation(experiment, stage)
         return Peaks(**found)
+
+    def locked(self, experiment: Experiment) -> int:
+        """Page-locked host memory in which offloaded parts wait, of each process."""
+        if self.host:
+            return 0
+        memory, found = experiment.memory, 0
+        for part in offloaded_parts(memory):
+            module = self._module(experiment, part)
+            stays = part == "model" and memory.network == "keep"
+            found += host_bytes(module, swap_groups(module, memory, part), stays=stays)
+        return found
 
     def options(self, experiment: Experiment) -> Iterator[MemoryOption]:  # noqa: C901 - one list, in order
         """Options not taken yet: first those that cost nothing, last those that cost time at every step."""
@@ -188,21 +212,24 @@ class SamplingEstimator:
             self._engines[key] = ledger, engine.eval()
         return self._engines[key]
 
+    def _module(self, experiment: Experiment, part: Part) -> nn.Module:
+        """``part`` without data; of tensor ranks, one rank's share."""
+        ranks = experiment.parallel.tensor
+        if ranks == 1:
+            return parts(self._engine(experiment)[1])[part]
+        if ranks not in self._shares:
+            # Apart from those that are run, whole: there is nobody here to send to.
+            ledger = Ledger()
+            engine = build_shapes(experiment, DTYPES[experiment.sampling.dtype], ledger.without_data())
+            with ledger.without_data():
+                for split in (engine.network, engine.conditioner.text):
+                    apply_sharding(split, family_sharding(type(split)), Axis(ranks))
+            self._shares[ranks] = parts(engine.requires_grad_(False))
+        return self._shares[ranks][part]
+
     def _weights(self, experiment: Experiment, part: Part, stage: str) -> int:
         """Bytes of ``part`` on the device in a stage; of tensor ranks, those of one rank's share."""
-        memory, ranks = experiment.memory, experiment.parallel.tensor
-        if ranks == 1:
-            module = parts(self._engine(experiment)[1])[part]
-        else:
-            if ranks not in self._shares:
-                # Apart from those that are run, whole: there is nobody here to send to.
-                ledger = Ledger()
-                engine = build_shapes(experiment, DTYPES[experiment.sampling.dtype], ledger.without_data())
-                with ledger.without_data():
-                    for split in (engine.network, engine.conditioner.text):
-                        apply_sharding(split, family_sharding(type(split)), Axis(ranks))
-                self._shares[ranks] = parts(engine.requires_grad_(False))
-            module = self._shares[ranks][part]
+        memory, module = experiment.memory, self._module(experiment, part)
         if self.host:
             freed = part == "text" and memory.text_encoder == "free" and stage != "text"
             return 0 if freed else sum(t.nbytes for t in tensors([module]))

@@ -6,8 +6,9 @@ the host's copy again. Results are the same to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -56,12 +57,8 @@ class DeviceBuffer:
 class TransferStream(Protocol):
     """Copies from host memory to a device, ordered against what is computed there."""
 
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` in host memory from which the device reads fast."""
-        ...
-
     def host_buffer(self, nbytes: int) -> Tensor:
-        """Such host memory, uint8."""
+        """Host memory from which the device reads fast, uint8."""
         ...
 
     def device_buffer(self, nbytes: int) -> DeviceBuffer:
@@ -72,8 +69,8 @@ class TransferStream(Protocol):
         """A copy of ``tensor`` on the device, ready for what is computed next."""
         ...
 
-    def prefetch(self, buffer: DeviceBuffer, source: Tensor) -> None:
-        """Start to copy ``source`` to the beginning of ``buffer``, once the buffer is free."""
+    def prefetch(self, buffer: DeviceBuffer, source: Tensor, at: int = 0) -> None:
+        """Start to copy ``source`` into ``buffer`` from byte ``at`` on, once the buffer is free."""
         ...
 
     def wait_copied(self, buffer: DeviceBuffer) -> None:
@@ -93,10 +90,6 @@ class DeviceStream:
         self._module = torch.get_device_module(device)
         self._copies = self._module.Stream(device)
 
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """A pinned copy."""
-        return tensor.cpu().pin_memory()
-
     def host_buffer(self, nbytes: int) -> Tensor:
         """Pinned memory."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -111,12 +104,12 @@ class DeviceStream:
         """Copied on the computing stream."""
         return tensor.to(self.device, non_blocking=True)
 
-    def prefetch(self, buffer: DeviceBuffer, source: Tensor) -> None:
+    def prefetch(self, buffer: DeviceBuffer, source: Tensor, at: int = 0) -> None:
         """Copied on the transfer stream, after the event of the buffer's last use."""
         with self._module.stream(self._copies):
             if buffer.free is not None:
                 self._copies.wait_event(buffer.free)
-            buffer.memory[: len(source)].copy_(source, non_blocking=True)
+            buffer.memory[at : at + len(source)].copy_(source, non_blocking=True)
             buffer.copied = self._copies.record_event()
 
     def wait_copied(self, buffer: DeviceBuffer) -> None:
@@ -128,31 +121,90 @@ class DeviceStream:
         buffer.free = self._module.current_stream(self.device).record_event()
 
 
+LARGEST, SMALLEST = 1 << 30, 1 << 20
+"""Bytes of the blocks of a host arena."""
+
+
+class HostArena:
+    """Host memory of a part, in few blocks of powers of two: torch's pinned memory is rounded up to these.
+
+    ``total``: bytes that will be taken, alignment included. ``nbytes``: bytes of the blocks so far, which are
+    made when they are needed.
+    """
+
+    def __init__(self, total: int, allocate: Callable[[int], Tensor]) -> None:
+        self._left, self._allocate = total, allocate
+        self._blocks: list[Tensor] = []
+        self._used: list[int] = []
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return sum(map(len, self._blocks))
+
+    def take(self, tensor: Tensor) -> tuple[int, int]:
+        """The block and the byte in it from which ``tensor`` may lie: the first that it fits into."""
+        size = _aligned(tensor)
+        fits = (i for i, used in enumerate(self._used) if used + size <= len(self._blocks[i]))
+        if (index := next(fits, None)) is None:
+            below = 1 << max(self._left.bit_length() - 1, 0)  # most of what is left, and nothing over
+            wanted = max(min(below, LARGEST), SMALLEST, 1 << (size - 1).bit_length() if size else 1)
+            index = len(self._blocks)
+            self._blocks.append(self._allocate(wanted))
+            self._used.append(0)
+        begin = self._used[index]
+        self._used[index] += size
+        self._left -= size
+        return index, begin
+
+    def block(self, index: int) -> Tensor:
+        """A block, uint8."""
+        return self._blocks[index]
+
+    def keep(self, tensor: Tensor) -> tuple[int, int]:
+        """Move ``tensor`` into the arena, as it lies in memory; returns its place."""
+        index, begin = self.take(tensor)
+        view = _typed(self._blocks[index][begin:], tensor)
+        view.copy_(tensor.data)
+        tensor.data = view
+        return index, begin
+
+
+def _typed(memory: Tensor, like: Tensor) -> Tensor:
+    """The beginning of ``memory``, uint8, as a tensor of the type, shape and layout of ``like``."""
+    flat = memory[: like.nbytes].view(like.dtype)
+    reach = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True))
+    return flat.as_strided(like.shape, like.stride()) if reach == like.numel() else flat.view(like.shape)
+
+
 # -- blocks that are on the device only while they run
 
 
 class _PackedGroup:
-    """Tensors of a group, packed into one host buffer that they point at while they do not run."""
+    """Tensors of a group, packed into a host arena that they point at while they do not run.
 
-    def __init__(self, group: BlockGroup, stream: TransferStream) -> None:
+    ``pieces``: (host memory, byte of the device's buffer) of each copy that brings the group there.
+    """
+
+    def __init__(self, group: BlockGroup, arena: HostArena) -> None:
         self._tensors = list(tensors(group))
         self._offsets: list[int] = []
         self.nbytes = 0
+        runs: list[list[int]] = []  # block, its byte, the device's byte, length
         for tensor in self._tensors:
+            block, begin = arena.keep(tensor)
+            size = _aligned(tensor)
+            if runs and runs[-1][0] == block and runs[-1][1] + runs[-1][3] == begin:
+                runs[-1][3] += size
+            else:
+                runs.append([block, begin, self.nbytes, size])
             self._offsets.append(self.nbytes)
-            self.nbytes += _aligned(tensor)
-        self.host = stream.host_buffer(self.nbytes)
-        self._host_views = self.views(self.host)
-        for tensor, view in zip(self._tensors, self._host_views, strict=True):
-            view.copy_(tensor.data)
-            tensor.data = view
+            self.nbytes += size
+        self._host_views = [tensor.data for tensor in self._tensors]
+        self.pieces = [(arena.block(i)[begin : begin + size], at) for i, begin, at, size in runs]
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors as they lie in ``buffer``."""
-        return [
-            buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            for offset, tensor in zip(self._offsets, self._tensors, strict=True)
-        ]
+        return [_typed(buffer[at:], t) for at, t in zip(self._offsets, self._tensors, strict=True)]
 
     def point_at(self, views: Sequence[Tensor] | None = None) -> None:
         """Point the modules' tensors at ``views``, by default at those of the host."""
@@ -164,12 +216,17 @@ class BlockSwap:
     """Keeps groups of blocks in host memory and prefetches the next group while the current one runs.
 
     Two device buffers, each as large as the largest group, hold the weights. Groups should run in order, over
-    and over; one out of order is copied when it is due.
+    and over; one out of order is copied when it is due. ``arena``: of the whole part; None makes one.
     """
 
-    def __init__(self, groups: Sequence[BlockGroup], stream: TransferStream) -> None:
+    def __init__(
+        self, groups: Sequence[BlockGroup], stream: TransferStream, arena: HostArena | None = None
+    ) -> None:
         self._stream = stream
-        self._packed = [_PackedGroup(group, stream) for group in groups]
+        arena = arena or HostArena(
+            sum(map(_aligned, tensors(m for group in groups for m in group))), stream.host_buffer
+        )
+        self._packed = [_PackedGroup(group, arena) for group in groups]
         self._count = min(BUFFERS, len(groups))
         self._buffers: list[DeviceBuffer] = []
         self._views: dict[tuple[int, int], list[Tensor]] = {}  # (group, buffer) -> its tensors there
@@ -213,7 +270,8 @@ class BlockSwap:
         if not self._buffers:
             largest = max(packed.nbytes for packed in self._packed)
             self._buffers = [self._stream.device_buffer(largest) for _ in range(self._count)]
-        self._stream.prefetch(self._buffers[index], self._packed[group].host)
+        for source, at in self._packed[group].pieces:
+            self._stream.prefetch(self._buffers[index], source, at)
         self._holds[index] = group
         return index
 
@@ -236,14 +294,14 @@ class OffloadedPart:
         stays: bool = False,
     ) -> None:
         self._stream, self._stays = stream, stays
+        waiting = _waiting(module, swapped, stays)
+        arena = HostArena(sum(map(_aligned, waiting)), stream.host_buffer)
+        self._swaps = [BlockSwap(groups, stream, arena) for groups in swapped]
         apart = _swapped_tensors(swapped)
-        self._swaps = [BlockSwap(groups, stream) for groups in swapped]
         self._tensors = [tensor for tensor in tensors([module]) if id(tensor) not in apart]
-        self._host: list[Tensor] = []
-        for tensor in self._tensors:
-            if not stays:
-                tensor.data = stream.to_host(tensor.data)
-            self._host.append(tensor.data)
+        for tensor in self._tensors if not stays else ():
+            arena.keep(tensor)
+        self._host = [tensor.data for tensor in self._tensors]
         self.on_device = False
 
     @torch.inference_mode(False)
@@ -362,6 +420,23 @@ def resident_bytes(module: nn.Module, swapped: Sequence[Sequence[BlockGroup]]) -
     rest = sum(t.nbytes for t in tensors([module]) if id(t) not in apart)
     largest = [max(sum(map(_aligned, tensors(group))) for group in groups) for groups in swapped]
     return rest + sum(min(BUFFERS, len(groups)) * most for groups, most in zip(swapped, largest, strict=True))
+
+
+def host_bytes(module: nn.Module, swapped: Sequence[Sequence[BlockGroup]], *, stays: bool) -> int:
+    """Page-locked host memory of an :class:`OffloadedPart`."""
+    waiting = _waiting(module, swapped, stays)
+    empty = partial(torch.empty, dtype=torch.uint8, device="meta")
+    arena = HostArena(sum(map(_aligned, waiting)), empty)
+    for tensor in waiting:
+        arena.take(tensor)
+    return arena.nbytes
+
+
+def _waiting(module: nn.Module, swapped: Sequence[Sequence[BlockGroup]], stays: bool) -> list[Tensor]:
+    """Tensors that the host keeps: those of swapped groups, and unless the part stays all others."""
+    groups = [*tensors(module for groups in swapped for group in groups for module in group)]
+    known = {id(tensor) for tensor in groups}
+    return groups + [t for t in tensors([module]) if not stays and id(t) not in known]
 
 
 def _swapped_tensors(swapped: Sequence[Sequence[BlockGroup]]) -> set[int]:

@@ -30,6 +30,8 @@ BUCKET = 500_000_000
 """Elements of the buffer that DeepSpeed gathers gradients in (``reduce_bucket_size``)."""
 LIVE = 1_000_000_000
 """Elements that ZeRO 3 may have gathered at a time (``stage3_max_live_parameters``)."""
+SUBGROUP = 1_000_000_000
+"""Elements that ZeRO 3 steps together at most (``sub_group_size``)."""
 FULL = 4
 """Bytes of a float32."""
 MOST_RANKS = 64
@@ -142,6 +144,25 @@ class Estimate:
         """Everything that offloading keeps in the CPU's memory, while the device is a GPU."""
         optimizer = self.masters + self.optimizer + self.average + FULL * self.share  # and its gradients
         return (optimizer if self.optimizer_offloaded else 0) + self.offloaded_weights
+
+    @property
+    def locked(self) -> int:
+        """Page-locked host memory beyond ``offloaded``: DeepSpeed's second buffers, and torch's rounding.
+
+        Torch rounds every buffer up to a power of two. Source: DeepSpeed 0.19, ``stage_1_and_2.py`` and
+        ``stage3.py``.
+        """
+        if not self.offloaded:
+            return 0
+        values, buffers = 0, list[int]()
+        if self.optimizer_offloaded and self.zero < 3:  # masters, gradients, updated weights
+            values = 2 * FULL * self.share
+            buffers = [FULL * self.share, FULL * self.share, self.gradient * self.share]
+        elif self.optimizer_offloaded:  # gradients in one piece, and by the groups that are stepped together
+            values, full = FULL * self.share, self.share // SUBGROUP
+            buffers = [FULL * n for n in (self.share, *[SUBGROUP] * full, self.share - full * SUBGROUP)]
+        buffers.append(self.offloaded_weights)
+        return sum(1 << (n - 1).bit_length() for n in buffers if n) - values - self.offloaded_weights
 
     @property
     def lasting(self) -> int:

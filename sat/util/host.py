@@ -125,6 +125,16 @@ def file_clock(folder: Path) -> float:
             draft.unlink()
 
 
+def available_memory() -> int:
+    """Bytes of host memory that programs can still get without swapping; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else 0
+
+
 def parse_size(text: str) -> int:
     """Bytes of ``24GB`` (1e9 each) or ``24GiB``."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB|MB|MiB)", text)

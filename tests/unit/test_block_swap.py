@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat.config.build import build_engine, components
 from sat.config.schema import MemoryConfig
 from sat.kernels.quantize import Quantizer, Scheme
+from sat.models.cogview3_plus import CogView3Plus
+from sat.models.t5 import T5Encoder
 from sat.offload.block_swap import (
     BlockSwap,
     DeviceBuffer,
+    DeviceStream,
     OffloadedPart,
+    host_bytes,
     offload_schedule,
     offloaded_parts,
     resident_bytes,
     swap_groups,
+    tensors,
 )
 from sat.sampling.generator import Generator, ImageRng, SamplingParams
 from tests.adapters import output, t5, unet
@@ -40,14 +51,11 @@ class Recorder:
     """
 
     said: list[str] = field(default_factory=list)
-    waiting: dict[int, Tensor] = field(default_factory=dict)
+    waiting: dict[int, list[tuple[Tensor, int]]] = field(default_factory=dict)
     buffers: list[DeviceBuffer] = field(default_factory=list)
     busy: set[int] = field(default_factory=set)
     on_device: int = 0
     onloaded: list[Tensor] = field(default_factory=list)
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        return tensor.clone()
 
     def host_buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -63,18 +71,21 @@ class Recorder:
         self.onloaded.append(tensor.clone())
         return self.onloaded[-1]
 
-    def prefetch(self, buffer: DeviceBuffer, source: Tensor) -> None:
+    def prefetch(self, buffer: DeviceBuffer, source: Tensor, at: int = 0) -> None:
         number = self.buffers.index(buffer)
         assert number not in self.busy, "the group in this buffer still runs"
-        buffer.memory.fill_(255)
-        self.waiting[number] = source
+        if at == 0:
+            buffer.memory.fill_(255)
+            self.waiting[number] = []
+        self.waiting[number].append((source, at))
+        if at:
+            return
         self.said.append(f"prefetch {number}")
 
     def wait_copied(self, buffer: DeviceBuffer) -> None:
         number = self.buffers.index(buffer)
-        if number in self.waiting:
-            source = self.waiting.pop(number)
-            buffer.memory[: len(source)] = source
+        for source, at in self.waiting.pop(number, []):
+            buffer.memory[at : at + len(source)] = source
         self.busy.add(number)
         self.said.append(f"copied {number}")
 
@@ -136,6 +147,145 @@ def test_a_group_that_fails_is_back_on_the_host() -> None:
         layers[1](torch.ones(1, 5))
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, home, strict=True))
     assert not stream.busy
+
+
+def test_host_memory_comes_in_few_blocks_of_powers_of_two_and_little_over() -> None:
+    with torch.device("meta"):
+        published = {"model": CogView3Plus(), "text": T5Encoder()}
+    for part, model in published.items():
+        asked = sum(t.nbytes for t in tensors([model.bfloat16()]))
+        for how in ("cpu", "blocks"):
+            memory = MemoryConfig(network=how, text_encoder=how)
+            taken = host_bytes(model, swap_groups(model, memory, part), stays=False)
+            assert asked < taken < 1.03 * asked, (part, how)
+    made: list[int] = []
+    layers = nn.Sequential(*(nn.Linear(300, 700) for _ in range(9)))
+    layers[4].weight.data = layers[4].weight.data.t().contiguous().t()  # of another layout
+    before = copy.deepcopy(layers)
+    stream = Recorder()
+    stream.host_buffer = lambda nbytes: made.append(nbytes) or torch.empty(nbytes, dtype=torch.uint8)
+    part = OffloadedPart(layers, stream, [[[layer] for layer in layers[:4]]])
+    assert len(made) <= 4 and all(size.bit_count() == 1 for size in made)
+    assert layers[4].weight.stride() == (1, 700)
+    part.onload()
+    assert all(torch.equal(a, b) for a, b in zip(layers.parameters(), before.parameters(), strict=True))
+
+
+class Streams(TorchDispatchMode):
+    """Streams of a device, on the CPU: computing is done at once, copies ``late``, when waited for."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.late, self.clock, self.waited, self.transfers = late, 0, 0, False
+        self.queue: list[Callable[[], object]] = []
+        self.freed: dict[int, int] = {}  # a buffer's memory -> when its last use was over
+        streams = self
+
+        class Stream:
+            def __init__(self, device: object = None, *, copies: bool = True) -> None:
+                self.copies = copies
+
+            def record_event(self) -> tuple[bool, int]:
+                streams.clock += 1
+                return self.copies, len(streams.queue) if self.copies else streams.clock
+
+            def wait_event(self, event: tuple[bool, int]) -> None:
+                of_copies, place = event
+                if self.copies:
+                    assert not of_copies
+                    streams.waited = max(streams.waited, place)
+                elif of_copies:
+                    streams.run(place)
+
+            def wait_stream(self, other: Stream) -> None:
+                streams.waited = streams.clock
+
+        @contextmanager
+        def entered(stream: Stream) -> Iterator[None]:
+            streams.transfers = stream.copies
+            yield
+            streams.transfers = False
+
+        computing = Stream(copies=False)
+        self.module = SimpleNamespace(Stream=Stream, stream=entered, current_stream=lambda device: computing)
+
+    def run(self, count: int) -> None:
+        """Do the first ``count`` copies."""
+        for place in range(count):
+            self.queue[place]()
+            self.queue[place] = lambda: None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
+        if not (self.transfers and func is torch.ops.aten.copy_.default):
+            out = func(*args, **kwargs)
+            return out.fill_(255) if func is torch.ops.aten.empty.memory_format else out
+        memory = args[0].untyped_storage().data_ptr()
+        assert self.waited >= self.freed.get(memory, 0), "a copy into memory that is in use"
+        self.queue.append(partial(func, *args))
+        if not self.late:
+            self.run(len(self.queue))
+        return args[0]
+
+
+class Careless(DeviceStream):
+    """A stream whose blocks do not wait for their weights, or whose copies do not wait for the blocks."""
+
+    def __init__(self, waits_copied: bool, waits_free: bool) -> None:
+        super().__init__(torch.device("cpu"))
+        self.waits_copied, self.waits_free = waits_copied, waits_free
+
+    def wait_copied(self, buffer: DeviceBuffer) -> None:
+        if self.waits_copied:
+            super().wait_copied(buffer)
+
+    def prefetch(self, buffer: DeviceBuffer, source: Tensor, at: int = 0) -> None:
+        if not self.waits_free:
+            buffer.free = None
+        super().prefetch(buffer, source, at)
+
+    def mark_free(self, buffer: DeviceBuffer) -> None:
+        super().mark_free(buffer)
+        _streams[-1].freed[buffer.memory.untyped_storage().data_ptr()] = buffer.free[1]
+
+
+_streams: list[Streams] = []
+
+
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("name", ["plus", "unet"])
+def test_no_block_runs_on_weights_that_have_not_arrived(
+    name: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = MODELS[name](), MODELS[name]()
+    want, streams = output(plain), Streams(late)
+    _streams.append(streams)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams.module)
+    with streams:
+        part = OffloadedPart(model, Careless(True, True), swap_groups(model, BLOCKS, "model"))
+        for _ in range(2):
+            part.onload()
+            assert (output(model) - want).abs().max() == EXACT
+            assert (output(model) - want).abs().max() == EXACT
+            part.offload()
+    assert len(streams.queue) >= 8
+
+
+@pytest.mark.parametrize("waits", [(False, True), (True, False)])
+def test_a_stream_that_does_not_wait_is_caught(waits: tuple[bool, bool], monkeypatch) -> None:
+    model = unet()  # of more blocks than buffers
+    want, streams = output(model), Streams(late=True)
+    _streams.append(streams)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams.module)
+    with streams:
+        part = OffloadedPart(model, Careless(*waits), swap_groups(model, BLOCKS, "model"))
+        part.onload()
+        if waits[0]:
+            with pytest.raises(AssertionError, match="memory that is in use"):
+                output(model)
+        else:
+            assert (output(model) - want).abs().max() != EXACT
 
 
 def test_every_block_has_a_group_and_nothing_else_does() -> None:

@@ -7,7 +7,8 @@ import torch
 
 from sat.config.build import build_engine
 from sat.config.schema import Experiment
-from sat.estimate.budget import SPARE, BudgetError, SamplingEstimator, apply_budget
+from sat.estimate import budget
+from sat.estimate.budget import SPARE, BudgetError, SamplingEstimator, _option, apply_budget
 from sat.parallel.launch import fake_group
 from sat.util.host import parse_size
 from tests.configs import DEBUG, debug, refused
@@ -57,23 +58,35 @@ def test_what_fits_needs_no_change(estimator: SamplingEstimator) -> None:
     assert "nothing needs to change" in str(picked)
 
 
+def test_page_locked_host_memory_is_counted_and_said(estimator: SamplingEstimator, monkeypatch) -> None:
+    plain, blocks = (estimator.locked(asked(None, *more)) for more in ([], ["memory.network=blocks"]))
+    assert plain == 0 and blocks == 1 << 20  # the smallest block
+    peak = estimator.peaks(asked(None)).total
+    monkeypatch.setattr(estimator, "options", lambda e: [_option(network="blocks")])
+    least = estimator.peaks(asked(None, "memory.network=blocks")).total
+    picked = apply_budget(asked(f"{(peak + least) / 2e6 / (1 - SPARE):.4f}MB"), DEVICE, estimator)
+    assert picked is not None and "; 1.0 MB of page-locked host memory" in str(picked)
+    monkeypatch.setattr(budget, "available_memory", lambda: 1000)
+    assert "but only 0.0 MB are free here" in str(picked)
+
+
 def test_the_cheapest_options_that_are_enough_are_picked(estimator: SamplingEstimator) -> None:
     plain = estimator.peaks(asked(None)).total
     budgets = [int(plain * share / (1 - SPARE)) for share in (0.9, 0.6, 0.4)]
     counts = []
-    for budget in budgets:
+    for limit in budgets:
         try:
-            picked = apply_budget(asked(f"{budget / 1e6:.4f}MB"), DEVICE, estimator)
+            picked = apply_budget(asked(f"{limit / 1e6:.4f}MB"), DEVICE, estimator)
         except BudgetError:
             counts.append(99)
             continue
         assert picked is not None and picked.options
-        assert estimator.peaks(picked.experiment).total == picked.peaks.total <= budget * (1 - SPARE)
+        assert estimator.peaks(picked.experiment).total == picked.peaks.total <= limit * (1 - SPARE)
         for option in picked.options:  # each is needed
             fewer = asked(None)
             for other in picked.options:
                 fewer = fewer if other is option else other.apply(fewer)
-            assert estimator.peaks(fewer).total > budget * (1 - SPARE)
+            assert estimator.peaks(fewer).total > limit * (1 - SPARE)
             assert option.setting in str(picked)
         counts.append(len(picked.options))
     assert counts == sorted(counts) and counts[0] <= 2

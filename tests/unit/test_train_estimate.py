@@ -210,7 +210,18 @@ def test_offloading_takes_optimizer_and_weights_out_of_a_gpus_memory() -> None:
     weights = plain.measured.weights.trained // 8
     assert plain.lasting - away.lasting == plain.masters + plain.optimizer + plain.average + weights
     assert away.offloaded == plain.lasting - away.lasting + 4 * plain.share
-    assert replace(away, host=True).offloaded == 0
+    assert replace(away, host=True).offloaded == replace(away, host=True).locked == 0
+
+
+def test_pinned_buffers_of_an_offloaded_optimizer_are_rounded_up_to_powers_of_two() -> None:
+    plain = replace(estimated(ranks=8), zero=3, host=False)
+    away = replace(plain, offload=OffloadConfig(optimizer=True, parameters=True))
+    weights, full = plain.measured.weights.trained // 8, 4 * plain.share
+    up = [1 << (size - 1).bit_length() for size in (full, weights)]
+    assert away.locked == 2 * up[0] + up[1] - full - weights  # gradients twice
+    second = replace(away, zero=2)
+    narrow = 1 << (plain.gradient * plain.share - 1).bit_length()
+    assert second.locked == 2 * up[0] + narrow - 2 * full and second.offloaded_weights == 0
 
 
 TEAMS = pytest.mark.skipif(torch.__version__ < "2.6", reason="collectives want data")

@@ -89,7 +89,10 @@ def _table(now: Estimate) -> Iterator[str]:
     if now.host:
         yield row("batches being read", now.loading)
     if now.offloaded:
-        yield row("in the CPU's memory", now.offloaded, "masters, optimizer, EMA, weights: what is offloaded")
+        what = (
+            f"masters, optimizer, EMA, weights; {_gb(now.locked)} of it rounding and copies of pinned buffers"
+        )
+        yield row("in the CPU's memory", now.offloaded + now.locked, what)
     phases = ", ".join(f"{phase.name} {_gb(now.lasting + phase.extra)}" for phase in now.phases)
     yield row("most at a time", now.total, phases)
 
