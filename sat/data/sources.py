@@ -42,6 +42,7 @@ from sat.util.host import check_regular, read_bounded
 
 TABLES = (TABLE, "metadata.csv", "metadata.tsv")
 _SHARDS = (".tar", ".parquet")
+_CAPTIONS = (*TEXTS, "json")  # endings beside pictures; the first there is counts
 _READERS: Mapping[str, Callable[[Path, Sequence[str]], Iterator[Item]]] = {
     ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv, ".tar": read_shard, ".parquet": read_parquet,
 }  # fmt: skip
@@ -241,22 +242,23 @@ def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
     yield from note("lists of addresses beside their pictures left out", tree.addresses)
 
 
-def _pairs(files: Sequence[Path], keys: Sequence[str]) -> Iterator[Item]:
+def _pairs(  # noqa: C901 - pictures, and what is none
+    files: Sequence[Path], keys: Sequence[str]
+) -> Iterator[Item]:
     """One record or complaint for each picture of ``files``, and notes on the rest."""
-    pictures, others = list[Path](), list[Path]()
-    texts: dict[Path, dict[str, Path]] = {}  # by path without ending, then by ending
+    pictures, others = list[tuple[str, Path]](), list[tuple[str, Path]]()  # by path without ending
+    texts: dict[str, dict[str, Path]] = {}  # by path without ending, then by ending
     for file in files:
-        ending = file.suffix.lower().removeprefix(".")
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            pictures.append(file)
-        elif ending in (*TEXTS, "json"):
-            texts.setdefault(file.with_suffix(""), {}).setdefault(ending, file)
+        root, suffix = os.path.splitext(file)
+        ending = suffix.lower().removeprefix(".")
+        if ending in _CAPTIONS:
+            texts.setdefault(root, {}).setdefault(ending, file)
         else:
-            others.append(file)
-    shared = Counter(file.with_suffix("") for file in pictures)
-    for picture in pictures:
-        found = texts.get(picture.with_suffix(""), {})
-        ending = next((one for one in (*TEXTS, "json") if one in found), "")
+            (pictures if suffix.lower() in IMAGE_SUFFIXES else others).append((root, file))
+    shared = Counter(root for root, _ in pictures)
+    for root, picture in pictures:
+        found = texts.get(root, {})
+        ending = next((one for one in _CAPTIONS if one in found), "")
         if not ending:
             yield BadRecord(str(picture), f"no caption file {picture.stem}.txt", "caption")
             continue
@@ -266,20 +268,26 @@ def _pairs(files: Sequence[Path], keys: Sequence[str]) -> Iterator[Item]:
             yield BadRecord(str(found[ending]), str(getattr(error, "strerror", None) or error), "caption")
         else:
             yield Record(picture, captions.texts, captions.weights)
-    alone = {key: found for key, found in texts.items() if key not in shared and found.keys() - {"json"}}
-    foreign = [one for one in others if one.suffix.lower() in _UNREAD or one.with_suffix("") in alone]
-    for file in foreign:
-        alone.pop(file.with_suffix(""), None)
-        yield BadRecord(str(file), f"pictures of the format {file.suffix} are not read", "picture")
-    tables = [one for one in others if one.suffix.lower() in _READERS and one.name != HELD_OUT]
+    alone = {root: found for root, found in texts.items() if root not in shared}
+    captioned = {root for root, found in alone.items() if found.keys() - {"json"}}
+    left, tables = list[Path](), list[Path]()
+    for root, file in others:
+        suffix = file.suffix.lower()
+        if suffix in _UNREAD or root in captioned:
+            alone.pop(root, None)
+            yield BadRecord(str(file), f"pictures of the format {file.suffix} are not read", "picture")
+        else:
+            (tables if suffix in _READERS and file.name != HELD_OUT else left).append(file)
     orphans = [file for found in alone.values() for file in found.values()]
-    twins = [picture for picture in pictures if shared[picture.with_suffix("")] > 1]
-    several = [key for key in shared if len(texts.get(key, {}).keys() - {"json"}) > 1]
-    yield from note("caption files without a picture", orphans)
+    twins = [picture for root, picture in pictures if shared[root] > 1]
+    several = [root for root in shared if len(texts.get(root, {})) > 1]
+    yield from note("caption or .json files without a picture", orphans)
     yield from note("pictures that share a caption file", twins)
-    yield from note(f"pictures with several caption files, read in the order .{', .'.join(TEXTS)}", several)
+    yield from note(
+        f"pictures with several caption files, read in the order .{', .'.join(_CAPTIONS)}", several
+    )
     yield from note("tables that are not read; name one as the source", tables)
-    yield from note("other files left out", sorted({*others} - {*foreign, *tables}))
+    yield from note("other files left out", left)
 
 
 # -- training of a small sentencepiece vocabulary that T5 tokenizers read

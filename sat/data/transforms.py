@@ -18,7 +18,7 @@ from torch import Tensor
 from sat.util.pictures import PictureError, check_shape, open_picture
 
 WHITE = (255, 255, 255)
-KEPT = 16  # lengths of the training size: of a longer strip the middle alone is resized
+KEPT = 32  # lengths of the training size: of a longer strip the middle alone is resized
 _AT_ONCE = 1 << 20  # pixels that are put on white at a time
 
 

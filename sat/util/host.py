@@ -66,7 +66,7 @@ def read_bounded(path: Path, most: int) -> bytes:
     """The content of a regular file of ``most`` bytes at most; else :func:`check_regular`'s error."""
     check_regular(path, most)
     with path.open("rb") as file:
-        return file.read(most)
+        return file.read(min(most, path.stat().st_size or most))  # which is allocated at once
 
 
 def abandoned(draft: Path) -> bool:

@@ -104,9 +104,9 @@ def test_pictures_and_captions_without_the_other_are_listed(tmp_path):
         "d.jxl: pictures of the format .jxl are not read",
     ]
     assert [note.replace(f"{tmp_path}/", "") for note in found.notes] == [
-        "1 caption files without a picture: b.txt",
+        "1 caption or .json files without a picture: b.txt",
         "2 pictures that share a caption file: fox.jpg, fox.png",
-        "1 pictures with several caption files, read in the order .txt, .text, .prompt, .caption: fox",
+        "1 pictures with several caption files, read in the order .txt, .text, .prompt, .caption, .json: fox",
         "1 tables that are not read; name one as the source: captions.csv",
         "1 other files left out: e.py",
     ]
