@@ -340,6 +340,7 @@ def read_parquet(  # noqa: C901 - the file, its columns, its rows
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")  # key, extension: webdataset's rule
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_SHARDS = 1_000_000  # files of a range
+LONGEST_PADDING = 2 << 20  # bytes of zeros at the end of a shard; tar writes 11 kB, with -b up to 1 MiB
 
 
 @dataclass(frozen=True)
@@ -404,8 +405,6 @@ def read_shard(path: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]
         )
     yield from note(f"members of {path} that belong to no sample", others)
     yield from note(f"samples of {path} with several pictures, of which the first is used", several)
-    if not known and not damage:
-        yield f"{path}: holds no sample"
 
 
 def _members(
@@ -438,6 +437,8 @@ def _members(
             damage.append("it ends without an end mark, so samples may be missing")
         elif any(part.strip(tarfile.NUL) for part in iter(lambda: file.read(1 << 20), b"")):
             damage.append("it goes on behind its end mark, so samples may be missing")
+        elif (left := file.tell() - end) > LONGEST_PADDING:
+            damage.append(f"its last {left} bytes are zeros, so samples may be missing")
 
 
 def _sample(

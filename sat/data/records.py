@@ -125,6 +125,10 @@ class RecordSet:
     def __len__(self) -> int:
         return len(self.records)
 
+    def told(self) -> list[str]:
+        """Lines on what is left out and skipped; none where there is nothing."""
+        return [*self.notes, *(skipped(self.bad) if self.bad else ())]
+
 
 def note(what: str, names: Sequence[object]) -> list[str]:
     """A line on ``names``, the first of them in full; none where there are none."""

@@ -121,7 +121,17 @@ def read_source(path: Path, caption: str | None = None) -> RecordSet:
         if file.suffix.lower() not in _READERS:
             reason = _PACKED.get(file.suffix.lower(), f"expected {_KNOWN}")
             raise DataPathError(f"{file}: {reason} (data.sources)")
-    return _read((item for file in files for item in _READERS[file.suffix.lower()](file, keys)), path.parent)
+    return _read((item for file in files for item in _rows(file, keys)), path.parent)
+
+
+def _rows(file: Path, keys: Sequence[str]) -> Iterator[Item]:
+    """The items of a table or shard, or a note that there are none."""
+    empty = True
+    for item in _READERS[file.suffix.lower()](file, keys):
+        empty = False
+        yield item
+    if empty:
+        yield f"{file}: is empty"
 
 
 def _read(items: Iterator[Item], source: Path) -> RecordSet:
@@ -219,7 +229,7 @@ def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
             raise DataPathError(f"{folder}: holds {names}; name the one to read as the source")
         shards = tables or [file for file in files if file.suffix.lower() in _SHARDS]
         for file in shards:
-            yield from _READERS[file.suffix.lower()](file, keys)
+            yield from _rows(file, keys)
         read += shards
         if tables:
             continue
@@ -298,8 +308,8 @@ def captions_of(folders: Sequence[Path]) -> Iterator[str]:
     for folder in folders:
         sources = [folder, *(path for path in (folder / HELD_OUT,) if path.is_file())]
         for found in map(read_source, sources):
-            for bad in found.bad:
-                log.warning("skipped %s", bad)
+            for line in found.told():
+                log.warning("%s", line)
             for record in found.records:
                 yield from record.captions
 

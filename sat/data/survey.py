@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,8 @@ from typing import NamedTuple
 import PIL.Image
 
 from sat.data.buckets import ORIENTATION, Buckets, Size
-from sat.data.records import LISTED, BadRecord, Record, skipped
-from sat.data.sources import read_source
+from sat.data.records import HELD_OUT, IMAGE_SUFFIXES, LISTED, BadRecord, Record, note, skipped
+from sat.data.sources import TABLES, files_below, read_source
 from sat.data.transforms import Transform, shown
 from sat.util.pictures import open_picture
 
@@ -93,6 +94,13 @@ def survey(
     ``caption``: as of :func:`sat.data.sources.read_source`.
     """
     found = read_source(source, caption)
+    unnamed = list[Path]()
+    if any((source / name).is_file() for name in TABLES):  # which stand for the folder
+        kept = source / HELD_OUT
+        rows = [*found.records, *(read_source(kept).records if kept.is_file() else ())]
+        named = {os.path.normpath(record.path) for record in rows}
+        pictures = (file for file in files_below(source) if file.suffix.lower() in IMAGE_SUFFIXES)
+        unnamed = [file for file in pictures if os.path.normpath(file) not in named]
     with ThreadPoolExecutor(workers, thread_name_prefix="survey") as pool:
         seen = list(pool.map(inspect_picture, found.records))
     bad = [one for one in seen if isinstance(one, BadRecord)]
@@ -112,7 +120,7 @@ def survey(
         long,
         len(captions),
         tuple(len(caption.split()) for caption in captions),
-        found.notes,
+        (*found.notes, *note("pictures that no usable row names", unnamed)),
     )
 
 

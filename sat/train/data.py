@@ -30,7 +30,7 @@ from sat.data.cache import (
     prune,
 )
 from sat.data.dataset import Dataset, Items, LatentCache
-from sat.data.records import BadRecord, skipped
+from sat.data.records import BadRecord
 from sat.data.sources import Source, read_sources
 from sat.data.transforms import Augment, Transform
 from sat.engine import DiffusionEngine
@@ -95,9 +95,8 @@ def _open(
         records, kept = measured(records, sizes, data.max_bad_share)
         buckets = Buckets.of(kept, rule)
         log.info("%d images in %d buckets", len(records), len(buckets.sizes))
-    if runtime.is_main:
-        for line in (*records.notes, *(skipped(records.bad) if records.bad else ())):
-            log.warning("data: %s", line)
+    for line in records.told() if runtime.is_main else []:
+        log.warning("data: %s", line)
     height, width = buckets.sizes[0] if buckets is not None else (data.height, data.width)
     assert height is not None and width is not None, "the section's rules ask for them"
     transform = Transform(height, width, "center" if still else data.crop, augment)

@@ -424,6 +424,8 @@ def test_what_follows_the_end_mark_is_told(tmp_path):
     path = shard(tmp_path / "a.tar", *MEMBERS[:2])
     path.write_bytes(path.read_bytes() + b"x" * 600)
     assert "it goes on behind its end mark" in reasons(read_source(path))
+    path.write_bytes(path.read_bytes()[:-600] + bytes(3 << 20))
+    assert "bytes are zeros, so samples may be missing" in reasons(read_source(path))
     path = shard(tmp_path / "b.tar", *MEMBERS)
     path.write_bytes(path.read_bytes()[: 512 * 9 + 100])
     assert "not a whole, uncompressed tar file" in reasons(read_source(path))
@@ -484,7 +486,11 @@ def test_any_flipped_bit_of_a_header_is_told(tmp_path):
             assert read_source(path).bad, (number, at)
 
 
-def test_an_empty_shard_is_noted(tmp_path):
-    shard(tmp_path / "a.tar", *MEMBERS)
-    shard(tmp_path / "b.tar")
-    assert f"{tmp_path}/b.tar: holds no sample" in reasons(read_source(tmp_path))
+@pytest.mark.parametrize("name", ["b.tar", "b.parquet", "b/metadata.jsonl", "b/metadata.csv"])
+def test_an_empty_file_is_told(tmp_path, name):
+    write(tmp_path, a__a_png=png(), a__a_txt="x")
+    (tmp_path / "b").mkdir()
+    (tmp_path / name).write_bytes(b"")
+    if name == "b.tar":
+        shard(tmp_path / name)
+    assert f"{tmp_path}/{name}: " in reasons(read_source(tmp_path))

@@ -41,6 +41,14 @@ def test_what_is_wrong_is_listed_and_gives_code_one(folder, capsys):
     assert "a.png: not a picture in one of the formats PNG, JPEG" in out
 
 
+def test_pictures_that_a_table_forgets_are_counted(folder, capsys):
+    (folder / "metadata.jsonl").write_text('{"file_name": "./a.png", "text": "x"}\n')
+    (folder / "heldout.jsonl").write_text('{"file_name": "b.png", "text": "x"}\n')
+    assert prepare.main(["inspect", str(folder)]) == 0
+    assert f"1 pictures that no usable row names: {folder}/c.png" in capsys.readouterr().out
+    assert "no usable row" not in capsys.readouterr().out
+
+
 def test_a_missing_source_is_one_line(tmp_path, capsys):
     assert prepare.main(["inspect", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err

@@ -67,6 +67,7 @@ def test_plain_lines_and_coco_captions_have_no_categories(tmp_path) -> None:
     [
         ("a.csv", "words,kind\na,b\n", "expected one called prompts or .*it has words, kind"),
         ("a.csv", "prompt\n", "holds no prompt"),
+        ("a.csv", "prompt\nA red, round apple\n", "line 2: more fields than the header has"),
         ("a.tsv", "prompt\tcategory\na dog\tx\n\ty\n", "line 3: no prompt"),
         ("a.jsonl", '{"text": "a"}\n{oops\n', "line 2: not JSON"),
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "line 2: no prompt; expected text in"),

@@ -91,7 +91,15 @@ def _table_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]
             f"prompt list {path}: no column of prompts; expected one called {' or '.join(TEXTS)}, "
             f"it has {', '.join(names) or 'none'}"
         )
-    return [(reader.line_num, {str(k).strip().lower(): v for k, v in row.items() if k}) for row in reader]
+    rows: list[tuple[int, Mapping[str, object]]] = []
+    for row in reader:
+        if any(map(str.strip, row.get(None) or ())):
+            raise PromptError(
+                f"prompt list {path}, line {reader.line_num}: more fields than the header has; quote texts "
+                "with separators"
+            )
+        rows.append((reader.line_num, {str(k).strip().lower(): v for k, v in row.items() if k}))
+    return rows
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from sat.models.vision.classifier import Card, Logits, embed, top_shares
 
 CHECK_SEED = 1 << 40  # of the augmentations that accuracy is measured on: never one that was trained on
 CHECK_VIEWS = 4  # of every picture
+log = logging.getLogger(__name__)
 BELIEVED = 0.9  # top-1 share from which a classifier's scores mean something
 
 
@@ -125,7 +127,10 @@ def train(
     ``heldout_*`` on the drawings in ``heldout.jsonl``, which were not trained on at all. ``report`` is called
     with the step and running means now and then.
     """
-    records = read_sources([(data, 1)]).records
+    found = read_sources([(data, 1)])
+    records = found.records
+    for line in found.told():
+        log.warning("%s", line)
     unlabelled = next((r for r in records if not {"concept", "style"} <= r.labels.keys()), None)
     if unlabelled is not None:
         raise DataError(f"{data}: {unlabelled.path.name} has no concept and style; a classifier needs both")
