@@ -40,12 +40,16 @@ _PIECE = 1 << 18  # bytes; read, and hashed while they are in the processor's ca
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be read, used or written. The message is one line a user can act on."""
 
+    exit_code = 1
 
-class CheckpointPathError(UserError, CheckpointError):
+
+class CheckpointPathError(CheckpointError):
     """A path that cannot be read or written as a checkpoint: the user named the wrong one."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

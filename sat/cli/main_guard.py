@@ -75,7 +75,8 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
         code, own = getattr(error, "exit_code", FAILED), not isinstance(error, ReportedError)
         mistake = isinstance(error, UserError) and code != FAILED
         if rank() == 0 or (own and not mistake):
-            shows = "" if debug or mistake or isinstance(error, LostRankError) else " (--debug shows where)"
+            known = isinstance(error, (UserError, LostRankError))
+            shows = "" if debug or known else " (--debug shows where)"
             tell(f"error: {reason}{shows}")
     finally:
         ending.seal()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from sat.checkpoint import CheckpointError
 from sat.cli.main_guard import UsageError, guard, refuse_tasks
 from sat.config.yaml_source import ConfigError, Problem
 from sat.errors import ReportedError, UserError
@@ -28,6 +29,7 @@ def _fail(error: BaseException):
     [
         (UsageError("give a prompt"), 2, "error: give a prompt\n"),
         (ConfigError([Problem("a.yaml:3", "steps", "wrong")]), 2, "error: a.yaml:3: steps: wrong\n"),
+        (CheckpointError("a.pt: damaged; copy it again"), 1, "error: a.pt: damaged; copy it again\n"),
         (ValueError("height is 3"), 1, "error: height is 3 (--debug shows where)\n"),
         (KeyError("x"), 1, "error: KeyError: 'x' (--debug shows where)\n"),
         (AssertionError(), 1, "error: AssertionError (--debug shows where)\n"),
