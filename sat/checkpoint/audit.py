@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from sat.checkpoint.verify import (
     records,
     verify_file,
 )
+from sat.util.host import write_text
 
 
 class Verdict(NamedTuple):
@@ -110,9 +110,7 @@ def _write(home: Path, files: list[Path]) -> None:
     content[rest] = [*renewed(content.get(rest, [])), *made.values()]
     if not content[rest]:
         del content[rest]
-    partial = home.with_name(f".{home.name}.{os.getpid()}")
     try:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        partial.replace(home)
+        write_text(home, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise CheckpointError(f"{home}: cannot write: {error.strerror or error}") from error

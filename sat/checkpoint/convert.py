@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.files import refuse_occupied
+from sat.checkpoint.files import VOCABULARY, refuse_occupied
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo, View
 from sat.checkpoint.formats import detect, open_part
 from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, T5, V, size_component
 from sat.checkpoint.load import Computes, match
 from sat.checkpoint.rules import Matched
 from sat.checkpoint.save import WRITERS, Options
-from sat.checkpoint.verify import verify_file
+from sat.checkpoint.verify import DIGESTS, records, verify_file
 
 #: Builds the network that a component (``target`` and ``params``) describes; on the meta device where it can.
 Build = Callable[[Mapping[str, Any]], nn.Module]
@@ -177,6 +177,8 @@ def convert(
             else:
                 sections[part] = component
             parts[part] = Completed(found.view, module, found.computed, component)
+        if set(sources.only) == set(PARTS):
+            _refuse_absent(sources)
         if not parts:
             raise CheckpointError(
                 f"{sources.path}: no part to convert: it holds none of {list(sources.only)}"
@@ -189,6 +191,16 @@ def convert(
         options = replace(options, advance=advance, finite=True)
         WRITERS[to](destination, parts, _finished(sections), tokenizer=tokenizer, options=options)
         return Converted(destination, {part: len(tensors) for part, tensors in parts.items()}, total, notes)
+
+
+def _refuse_absent(sources: Sources) -> None:
+    """Refusal of a digests.json on the main path that names a file which is not there."""
+    given = VOCABULARY if sources.tokenizer is not None else ()
+    for file in sorted(sources.path.rglob(DIGESTS)) if sources.path.is_dir() else []:
+        names = [record["name"] for record in records(file) if record["name"] not in given]
+        if absent := [name for name in names if not (file.parent / name).is_file()]:
+            what = "copy the folder again, or name the parts to convert with --only"
+            raise CheckpointError(f"{file}: names {absent[0]!r}, which is not there: {what}")
 
 
 def _parts(sources: Sources, allow_pickle: bool) -> list[Part]:

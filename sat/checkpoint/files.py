@@ -7,11 +7,14 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+from uuid import uuid4
 
 from sat.checkpoint.format import CheckpointError, Joined, LazyStateDict, SafetensorsFile, listing
 from sat.checkpoint.torch_file import TorchFile
 from sat.checkpoint.verify import CheckpointPathError, Verify, check_file, read_json
+from sat.util import host
 
 SAFETENSORS = (".safetensors",)
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -145,17 +148,21 @@ def open_shards(
 def atomic_folder(folder: Path, nbytes: int = 0) -> Iterator[Path]:
     """A folder beside ``folder`` to write in, which takes its name at the end; a failure leaves nothing.
 
-    ``folder`` must not exist, or be empty; ``nbytes`` must be free on its disk.
+    ``folder`` must not exist, or be empty; ``nbytes`` must be free on its disk. What a killed process has
+    left of it is removed.
     """
     refuse_occupied(folder)
     folder = folder.absolute()
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    owner = f"{host.machine()}-{os.getpid()}-{uuid4().hex[:12]}"
+    partial = folder.parent / f".{folder.name}.{owner}{host.TEMPORARY}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for draft in folder.parent.glob(f".{escape(folder.name)}.*{host.TEMPORARY}"):
+            if host.abandoned(draft):  # of a process that was killed
+                shutil.rmtree(draft, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         if nbytes > free:
             raise CheckpointError(f"{folder}: needs {nbytes / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free")
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
         if folder.exists():

@@ -1,5 +1,6 @@
 """Conversion: every pair of formats bit for bit, what is not stored is computed, the command's messages."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from sat.checkpoint.format import PARTS, InMemory
 from sat.cli.convert import main, size
 from sat.cli.main_guard import UsageError
 from sat.config.check import build as build_component
+from sat.util.host import machine
 from tests.checkpoints import CONFIG, build, same, spec, tensors, tokenizer
+from tests.unit.test_lock import dead_pid
 
 ROOT = Path(__file__).parents[2]
 FORMATS = sorted(WRITERS)
@@ -215,13 +218,31 @@ def test_an_interrupted_conversion_leaves_nothing(written, tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "half\n"
-    assert any(path.name.startswith(".out.partial") for path in tmp_path.iterdir())
+    assert any(path.match(".out.*.partial") for path in tmp_path.iterdir())
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "nothing was left at the destination" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_and_a_live_ones_draft_is_not(written, tmp_path, capsys):
+    pids = (dead_pid(), os.getppid())
+    dead, alive = (tmp_path / f".out.{machine()}-{pid}-0123456789ab.partial" for pid in pids)
+    for draft in (dead, alive):
+        draft.mkdir()
+    assert main([str(written / "native"), str(tmp_path / "out"), "--to", "native"]) == 0
+    assert (dead.exists(), alive.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("gone", ["vae/imagekl_ch4.pt", "t5-v1_1-xxl/spiece.model"])
+def test_a_part_whose_file_is_gone_is_not_left_out_in_silence(written, tmp_path, capsys, gone):
+    folder = shutil.copytree(written / "sat", tmp_path / "sat")
+    (folder / gone).unlink()
+    assert main([str(folder), str(tmp_path / "out"), "--to", "native"]) == 1
+    assert f"names {Path(gone).name!r}, which is not there: copy the folder again" in capsys.readouterr().err
+    assert main([str(folder), str(tmp_path / "out"), "--to", "native", "--only", "model"]) == 0
 
 
 @pytest.mark.parametrize(
