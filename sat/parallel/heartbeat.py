@@ -148,6 +148,17 @@ class Heartbeat:
         self.fail(lost)
         raise lost
 
+    def explain(self) -> None:
+        """Raise the error of a rank that has ended without a word, if there is one.
+
+        torchrun stops those that are left at once, before the watch has found why.
+        """
+        until = time.monotonic() + 3 * self._interval + 1
+        while self.error is None and time.monotonic() < until and any(map(_gone, self._others.values())):
+            time.sleep(0.05)
+        if self.error is not None and self.error.exit_code != INTERRUPTED:
+            raise self.error
+
     def finish(self) -> None:
         """Report that this rank is done, and wait for all others as long as they live; then stop watching."""
         if self._store is None:
@@ -254,8 +265,7 @@ class Heartbeat:
         for rank, other in self._others.items():
             if other.done:
                 continue
-            here = other.machine == machine()
-            gone = here and not alive(other.pid)
+            here, gone = other.machine == machine(), _gone(other)
             other.gone = (other.gone or now) if gone else 0.0
             silent = self._talked - other.heard > self.silence
             if silent and here and not gone and process_fact(other.pid, 0) in ("R", "S", "D"):
@@ -319,6 +329,11 @@ class Heartbeat:
                 f"the process that serves the ranks' common store is gone, so rank 0 or torchrun has ended: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+
+
+def _gone(other: _Other) -> bool:
+    """True if the process of a rank that was not done is no longer on this machine."""
+    return not other.done and other.machine == machine() and not alive(other.pid)
 
 
 def _put(key: str, text: str, store: Store) -> None:

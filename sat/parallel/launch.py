@@ -235,9 +235,17 @@ def ranks_together(runtime: Runtime) -> Iterator[None]:
         watch = current()
         if watch.error is not None:
             raise watch.error from error
-        if (lost := lost_rank_message(error)) is not None:
-            watch.abort(lost)
-        watch.fail(error)
+        end = error
+        try:
+            if (lost := lost_rank_message(error)) is not None:
+                watch.abort(lost)
+        except KeyboardInterrupt as stop:
+            end = stop
+        if isinstance(end, KeyboardInterrupt):
+            watch.explain()
+        watch.fail(end)
+        if end is not error:
+            raise end from error
         raise
     finally:
         if runtime.world > 1:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from sat.cli.main_guard import Stopped
 from sat.errors import LostRankError, ReportedError, UserError
 from sat.parallel.heartbeat import Heartbeat
+from sat.parallel.launch import Runtime, ranks_together
+from sat.util.host import machine
+from tests.unit.test_lock import dead_pid
 
 
 class Ranks:
@@ -153,6 +159,26 @@ def test_a_broken_exchange_without_a_reason_is_told_to_the_others(ranks) -> None
     with pytest.raises(LostRankError, match="connection closed"):
         first.abort("connection closed", patience=0.1)
     assert "rank 0 failed: connection closed" in _error(second)
+
+
+def test_who_is_stopped_because_another_rank_was_killed_says_so(ranks, monkeypatch) -> None:
+    """torchrun sends SIGTERM to the others at once."""
+    state = [1, 3, False, False, "step 3: forward pass", dead_pid(), machine()]
+    ranks.store.set("watch/rank1", json.dumps(state))
+    monkeypatch.setattr("sat.parallel.launch.current", lambda: watch)
+    watch = ranks.start(0, 2)
+    time.sleep(0.2)
+    lost = pytest.raises(LostRankError, match=r"rank 1 of 2 has ended \(last: step 3: forward pass\)")
+    with lost, ranks_together(Runtime(0, 1, 0, torch.device("cpu"))):
+        raise Stopped("SIGTERM")
+
+
+def test_who_is_stopped_with_all_others_was_stopped(ranks, monkeypatch) -> None:
+    watches = [ranks.start(rank, 2) for rank in range(2)]
+    monkeypatch.setattr("sat.parallel.launch.current", lambda: watches[0])
+    with pytest.raises(Stopped), ranks_together(Runtime(0, 1, 0, torch.device("cpu"))):
+        watches[1].fail(Stopped("SIGTERM"))
+        raise Stopped("SIGTERM")
 
 
 def test_a_rank_alone_has_nothing_to_watch() -> None:
