@@ -1,6 +1,8 @@
-"""Seeded damage of weights and of a run's state: none may pass in silence, none may be a traceback.
+"""Seeded damage of weights, adapters and a run's state, read by sample.py, train.py and convert.py.
 
-python -m tests.attack.corruptions --count 200 --seed 0
+``python -m tests.attack.corruptions --count 200 --seed 0`` calls the commands in this process and prints a
+line for each failure, and totals. Right is a refusal in lines without a traceback, or exactly the numbers of
+the healthy files.
 """
 
 from __future__ import annotations
@@ -8,95 +10,146 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import sys
 import tempfile
-from dataclasses import replace
+import time
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
-from sat.checkpoint import CheckpointError, load, save_diffusers, save_native, save_sat
-from sat.checkpoint.verify import digest_file
-from sat.train.resume import ResumeError, RunFolder
-from tests.checkpoints import CONFIG, build, tensors
-from tests.unit.test_train_resume import PROGRESS
+from tests.attack.runs import CONVERT, SAMPLE, TRAIN, World, result, run
 
-KINDS = ("native", "sat", "sat without digests", "diffusers", "state")
-
-
-def write(root: Path) -> None:
-    """One healthy folder of every kind."""
-    for name, save in (("native", save_native), ("sat", save_sat), ("diffusers", save_diffusers)):
-        save(root / name, tensors(), CONFIG)
-    shutil.copytree(root / "sat", root / "sat without digests")
-    for file in (root / "sat without digests").glob("[1v]*/digests.json"):
-        file.unlink()
-    run = RunFolder(root / "state")
-    path = run.begin(3)
-    (path / "state").mkdir()
-    shard = path / "state" / "shard_000_00000.safetensors"
-    shutil.copyfile(root / "native" / "model.safetensors", shard)
-    run.commit(path, replace(PROGRESS, step=3), {"state/" + shard.name: digest_file(shard)})
+KINDS = (
+    "sample native", "sample sat", "sample bare", "sample diffusers", "convert native", "convert sat",
+    "convert diffusers", "resume train", "resume lora", "sample lora",
+)  # fmt: skip
+"""The command and what it reads: ``bare`` is an official folder without digests, ``lora`` a run of one."""
+CHANGES = ("bit", "bit", "zeros", "noise", "cut", "more", "gone")
 
 
-def damage(file: Path, rng: random.Random) -> str:
-    """Change bytes of ``file`` somewhere; what was done."""
-    raw = bytearray(file.read_bytes())
-    at, kind = rng.randrange(len(raw)), rng.choice(["bit", "zeros", "noise", "cut"])
-    before = bytes(raw)
-    if kind == "bit":
+class Setting(NamedTuple):
+    """Healthy folders, and what each kind of run makes of them."""
+
+    world: World
+    right: dict[str, dict[str, str]]
+
+
+def prepare(root: Path, kinds: tuple[str, ...] = KINDS) -> Setting:
+    """Healthy folders in ``root``, and the right results."""
+    world, right = World(root / "good"), dict[str, dict[str, str]]()
+    world.write()
+    for name in {kind.split()[1] for kind in kinds} & {"train", "lora"}:
+        code, said = run(TRAIN, world.train(world.root / name, kind=name))
+        assert code == 0, said
+        right[f"resume {name}"] = result(world.root / name)
+        shutil.rmtree(world.root / name / "checkpoints" / "step_00000006")
+    for kind in kinds:
+        if kind not in right:
+            code, said = run(*command(world, kind, world.root, root / "out"))
+            assert code == 0, said
+            right[kind] = result(root / "out")
+            assert right[kind]
+            shutil.rmtree(root / "out")
+    return Setting(world, right)
+
+
+def command(world: World, kind: str, folder: Path, out: Path):
+    """The command of ``kind`` over ``folder``, which holds what it reads under its name; into ``out``."""
+    what, name = kind.split()
+    if what == "convert":
+        return CONVERT, [str(folder / name), str(out), "--to", "sat" if name == "native" else "native"]
+    if what == "resume":
+        return TRAIN, world.train(folder / name, "--resume", kind=name)
+    if name == "lora":
+        return SAMPLE, world.sample(out, "--lora", folder / name)
+    beside = folder / name / "t5-v1_1-xxl" / "spiece.model"
+    more = [] if name == "bare" else [f"conditioning.tokenizer={beside if name == 'sat' else 'null'}"]
+    return SAMPLE, world.sample(out, *more, weights=folder / name)
+
+
+def damage(kind: str, folder: Path, rng: random.Random) -> str:
+    """Change a file of ``folder`` somewhere, mostly one of weights; what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if kind.endswith("bare"):  # nothing can tell of a text encoder's safetensors and a vocabulary
+        files = [path for path in files if path.suffix == ".pt"]
+    if kind.startswith(("resume", "sample lora")):  # the newest checkpoint
+        files = [path for path in files if "step_00000004" in path.parts]
+    heavy = [path for path in files if path.suffix in (".safetensors", ".pt", ".model")]
+    file = rng.choice(heavy if rng.random() < 0.75 and heavy else files)
+    before = file.read_bytes()
+    raw, change = bytearray(before), rng.choice(CHANGES)
+    at = rng.randrange(len(raw))
+    end = min(at + 4096, len(raw))
+    if change == "bit":
         raw[at] ^= 1 << rng.randrange(8)
-    elif kind == "cut":
+    elif change == "cut":
         del raw[at:]
-    else:
-        end = min(at + 4096, len(raw))
-        raw[at:end] = bytes(end - at) if kind == "zeros" else rng.randbytes(end - at)
+    elif change == "more":
+        raw += rng.randbytes(rng.randrange(1, 5000))
+    elif change != "gone":
+        raw[at:end] = bytes(end - at) if change == "zeros" else rng.randbytes(end - at)
     if bytes(raw) == before:
         raw[at] ^= 1
-    file.write_bytes(raw)
-    return f"{kind} at {at} of {file.name}"
+    file.unlink() if change == "gone" else file.write_bytes(raw)
+    return f"{change} at {at} of {file.relative_to(folder)} ({len(before)} bytes)"
 
 
-def attack(kind: str, folder: Path, rng: random.Random) -> str | None:
-    """Damage ``folder`` and read it; the failure in a line, None if it was told."""
-    patterns = {"state": "**/shard_*", "native": "*.safetensors"}
-    found = sorted(p for p in folder.glob(patterns.get(kind, "**/*")) if p.suffix in (".safetensors", ".pt"))
-    files = [p for p in found if "t5" not in str(p)] if "without" in kind else found
-    done = damage(rng.choice(files), rng)
+def attack(setting: Setting, kind: str, root: Path, rng: random.Random) -> tuple[str, str | None]:
+    """Damage a copy and run the command: how it ended, and the failure in a line, None if it was right."""
+    name = kind.split()[1]
+    shutil.copytree(setting.world.root / name, root / "bad" / name)
+    done = damage(kind, root / "bad" / name, rng)
+    out = root / "out"
     try:
-        if kind == "state":
-            saved = RunFolder(folder).saved()
-            if not saved:
-                return None  # told as torn
-            saved[-1].verify(0, 1, lambda own: [own])
-        else:
-            for part in ("model", "first_stage", "text"):
-                load(build(part, meta=True), folder, part)
-    except (CheckpointError, ResumeError):
-        return None
-    except Exception as error:  # noqa: BLE001 - what is looked for
-        return f"{kind}: {done}: {type(error).__name__}: {error}"
-    return f"{kind}: {done}: silent"
+        code, said = run(*command(setting.world, kind, root / "bad", out))
+        made = result(root / "bad" / name if kind.startswith("resume") else out) if code == 0 else {}
+    except BaseException as error:  # noqa: BLE001 - what is looked for
+        return "escaped", f"{kind}: {done}: {type(error).__name__} escaped: {error}"
+    finally:
+        shutil.rmtree(root / "bad")
+        shutil.rmtree(out, ignore_errors=True)
+    why, right = None, setting.right[kind]
+    if "Traceback" in said:
+        why = f"a traceback: {said[-300:]!r}"
+    elif code == 0:
+        changed = {name for name in {*made, *right} if made.get(name) != right.get(name)}
+        older = "is torn (" in said and kind == "sample lora"  # it said so, and took the checkpoint before
+        if changed and not older:
+            why = f"silent: {len(changed)} results differ, such as {min(changed)}"
+    elif code not in (1, 2) or not said.strip().splitlines()[-1].startswith(("error: ", " ")):
+        why = f"code {code}: {said[-300:]!r}"
+    elif "--debug shows where" in said:
+        why = f"an inner error: {said[-300:]!r}"
+    return "harmless" if code == 0 else "refused", None if why is None else f"{kind}: {done}: {why}"
 
 
-def run(count: int, seed: int) -> list[str]:
-    """Failures of ``count`` corruptions."""
-    failures = []
+def attacks(count: int, seed: int, kinds: tuple[str, ...] = KINDS) -> tuple[list[str], Counter[str]]:
+    """Failures of ``count`` corruptions, and how they ended."""
+    failures, ends = list[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        write(root / "good")
+        setting = prepare(root, kinds)
         for number in range(count):
-            rng, kind = random.Random(f"{seed} {number}"), KINDS[number % len(KINDS)]
-            shutil.copytree(root / "good" / kind, root / "bad")
-            if (failure := attack(kind, root / "bad", rng)) is not None:
-                failures.append(f"{number}: {failure}")
-            shutil.rmtree(root / "bad")
-    return failures
+            kind = kinds[number % len(kinds)]
+            end, failure = attack(setting, kind, root, random.Random(f"{seed} {number}"))
+            ends[f"{end}"] += 1
+            failures += [] if failure is None else [f"FAIL {number}: {failure}"]
+    return failures, ends
+
+
+def main() -> int:
+    """Attack; 1 if anything failed."""
+    reader = argparse.ArgumentParser(prog="python -m tests.attack.corruptions", description=__doc__)
+    reader.add_argument("--count", type=int, default=200)
+    reader.add_argument("--seed", type=int, default=0)
+    reader.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    args = reader.parse_args()
+    started = time.monotonic()
+    failures, ends = attacks(args.count, args.seed, tuple(args.kinds))
+    print("\n".join(failures), end="\n" * bool(failures))
+    kinds = ", ".join(f"{name}: {number}" for name, number in sorted(ends.items()))
+    print(f"{args.count} corruptions in {time.monotonic() - started:.0f} s ({kinds}); {len(failures)} failed")
+    return int(bool(failures))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    failures = run(args.count, args.seed)
-    print("\n".join([*failures, f"{args.count} corruptions, {len(failures)} silent or with a traceback"]))
-    sys.exit(bool(failures))
+    raise SystemExit(main())

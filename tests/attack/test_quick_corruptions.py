@@ -1,7 +1,14 @@
 """A few seeded corruptions of every kind: all are told."""
 
-from tests.attack.corruptions import run
+import pytest
+
+from tests.attack.corruptions import KINDS, attacks
+from tests.attack.runs import unchanged
 
 
-def test_no_corruption_is_silent_or_a_traceback():
-    assert run(20, seed=1) == []
+@pytest.mark.parametrize("kinds", [KINDS[:7], KINDS[7:]], ids=["weights", "runs"])
+def test_no_corruption_is_silent_or_a_traceback(kinds):
+    with unchanged():
+        failures, ends = attacks(14, 1, kinds)
+    assert not failures, "\n".join(failures)
+    assert ends["refused"] >= 7
