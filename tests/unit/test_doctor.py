@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from sat.checkpoint.verify import digest_file
 from sat.cli import doctor
 from sat.cli.sample import main as sample
 from sat.train.resume import MARKER, RunFolder
 from sat.util.lock import Lock
-from tests.attack.corruptions import write
+from tests.attack.runs import World
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.unit.test_lock import dead_pid
+from tests.unit.test_train_resume import PROGRESS
 
 
 class Seen(NamedTuple):
@@ -60,7 +62,13 @@ def look(capsys, monkeypatch):
 def healthy(tmp_path_factory) -> Path:
     """Weights in every format, and a training with one checkpoint."""
     root = tmp_path_factory.mktemp("healthy")
-    write(root)
+    World(root).write()
+    run = RunFolder(root / "state")
+    path = run.begin(3)
+    (path / "state").mkdir()
+    shard = path / "state" / "shard_000_00000.safetensors"
+    shutil.copyfile(root / "native" / "model.safetensors", shard)
+    run.commit(path, replace(PROGRESS, step=3), {f"state/{shard.name}": digest_file(shard)})
     return root
 
 
