@@ -28,6 +28,7 @@ class RankFiles(View):
         super().__init__(files[0])
         self.files, self.source = files, source
         self.digested = all(file.digested for file in files)
+        self._compare([getattr(file, "facts", {}) for file in files])
         first = files[0]
         for file in files[1:]:
             if odd := sorted(set(first) ^ set(file)):
@@ -38,6 +39,30 @@ class RankFiles(View):
                         f"{source}: {name!r} is {list(first.info(name).shape)} in {first.source} and "
                         f"{list(file.info(name).shape)} in {file.source}: they are not of one model"
                     )
+
+    def _compare(self, told: Sequence[Mapping[str, int]]) -> None:
+        """Raise if ``told``, facts beside each file's tensors, are not those of one moment, or in order.
+
+        Each rank's own seed is one more than that of the rank before it. Swapped files make the same network
+        with its heads in another order: adapters of the right one would not fit.
+        """
+        for key in ("iteration", "global_steps"):
+            if len(values := {facts[key] for facts in told if key in facts}) > 1:
+                raise CheckpointError(
+                    f"{self.source}: its files are of different moments: {key} {sorted(values)}"
+                )
+        if (ranks := told[0].get("mp_world_size", 0)) > len(told):
+            raise CheckpointError(
+                f"{self.source}: {len(told)} files are there of {ranks} model-parallel ranks"
+            )
+        seeds = [facts.get("seed", -1) for facts in told]
+        order = [seed - min(seeds) for seed in seeds]
+        if order != sorted(order) == list(range(len(told))):
+            odd = next(rank for rank, place in enumerate(order) if rank != place)
+            raise CheckpointError(
+                f"{self.files[odd].source}: is the file of rank {order[odd]} by its random state: swapped; "
+                f"put the files back in order"
+            )
 
     def release(self, key: str) -> None:
         """Pass the hint on."""

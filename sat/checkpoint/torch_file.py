@@ -64,7 +64,9 @@ class TorchFile(InMemory):
     ) -> None:
         verify = verify or Verify()
         crc = check_zip(path, verify, check is None)
-        super().__init__(_tensors(path, _load(path, allow_pickle)), str(path))
+        content = _load(path, allow_pickle)
+        super().__init__(_tensors(path, content), str(path))
+        self.facts = _facts(content)
         self._check, self.digested = check or crc, check is not None
         # Addresses at which the system has mapped the file (Linux; none elsewhere).
         self._ranges: list[tuple[int, int]] = []
@@ -217,6 +219,19 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
             )
         tensors[name] = value
     return tensors
+
+
+def _facts(content: object) -> dict[str, int]:
+    """Numbers beside a training's tensors: steps done, model-parallel ranks, the rank's own seed."""
+    told = content if isinstance(content, Mapping) else {}
+    found = {
+        key: told[key] for key in ("iteration", "global_steps", "mp_world_size") if type(told.get(key)) is int
+    }
+    states = told.get("rng_tracker_states")
+    state = states.get("model-parallel-rng") if isinstance(states, Mapping) else None
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.numel() >= 16:
+        found["seed"] = int.from_bytes(bytes(state.flatten()[-16:-8].tolist()), "little")  # then the offset
+    return found
 
 
 # -- writing

@@ -143,6 +143,34 @@ def change(torn, rank: int, name: str, value) -> None:
     (path.parent / "digests.json").unlink(missing_ok=True)
 
 
+def test_what_lies_beside_the_tensors_tells_files_that_are_swapped_or_of_other_steps(torn) -> None:
+    """As DeepSpeed writes it: steps, ranks, and the state of each rank's own generator."""
+    (torn / "1" / "digests.json").unlink()
+    files = sorted((torn / "1").glob("*.pt"))
+
+    def beside(**facts) -> None:
+        for rank, file in enumerate(files):
+            seed = (3952 + facts.get("order", range(4))[rank]).to_bytes(8, "little") + bytes(8)
+            states = {"model-parallel-rng": torch.tensor(list(seed), dtype=torch.uint8)}
+            step = facts.get("steps", (7,) * 4)[rank]
+            state = {"module": torch.load(file)["module"], "global_steps": step, "rng_tracker_states": states}
+            torch.save({**state, "mp_world_size": facts.get("ranks", 4)}, file)
+
+    beside()
+    load(build("model", meta=True), torn, "model")
+    for facts, says in (
+        (
+            {"order": (0, 2, 1, 3)},
+            r"mp_rank_01_model_states.pt: is the file of rank 2 by its random state: swapped",
+        ),
+        ({"steps": (7, 7, 9, 7)}, r"different moments: global_steps \[7, 9\]"),
+        ({"ranks": 8}, "4 files are there of 8 model-parallel ranks"),
+    ):
+        beside(**facts)
+        with pytest.raises(CheckpointError, match=says):
+            load(build("model", meta=True), torn, "model")
+
+
 def test_ranks_that_differ_in_what_each_holds_whole_are_refused(torn) -> None:
     change(torn, 1, f"{PREFIX}time_embed.0.bias", torch.zeros(20))
     with pytest.raises(CheckpointError, match=r"time_embed.0.bias', which every rank holds whole, is not"):
