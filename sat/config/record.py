@@ -78,9 +78,17 @@ class Label:
     adapters: Mapping[str, float] = field(default_factory=dict)  # name -> strength
 
     def fields(self, prompt: str, seeds: str) -> dict[str, str]:
-        """The text fields of one file, which shows the images of ``seeds``; ``lora`` if there is any."""
+        """The text fields of one file, which shows the images of ``seeds``; ``lora`` if there is any.
+
+        ``parameters`` says it again in the form that AUTOMATIC1111's web page writes and image viewers show.
+        """
         lora = ", ".join(f"{name}:{strength:g}" for name, strength in self.adapters.items())
+        scale = "" if self.guidance is None else f"CFG scale: {self.guidance:g}, "
+        seed, size = seeds.partition("-")[0], f"{self.width}x{self.height}"
+        told = f"Steps: {self.steps}, {scale}Seed: {seed}, Size: {size}, Model: {self.model}"
+        negative = [f"Negative prompt: {self.negative_prompt}"] if self.negative_prompt else []
         return {
+            "parameters": "\n".join([prompt, *negative, told]),
             "prompt": prompt,
             "negative_prompt": self.negative_prompt,
             "seed": seeds,

@@ -130,7 +130,9 @@ class OutputFolder:
         return self.label.fields(prompt.text, f"{seed}-{last}" if index is None else str(seed + index))
 
     def _whole(self, path: Path, prompt: Prompt, index: int | None) -> bool:
-        return path.is_file() and images.read_png_text(path) == self._fields(prompt, index)
+        found, wanted = images.read_png_text(path) if path.is_file() else None, self._fields(prompt, index)
+        again = {"parameters": wanted["parameters"]}  # which files of before do not have
+        return found is not None and found | again == wanted
 
     def _write(self, path: Path, image: Image.Image, fields: Mapping[str, str]) -> None:
         try:

@@ -13,7 +13,7 @@ from sat.config.record import Label, settings_digest
 from sat.sampling.output import OutputError, OutputFolder, prove_writable
 from sat.sampling.prompts import Prompt
 from sat.util import host
-from sat.util.images import read_png_text
+from sat.util.images import read_png_text, write_png
 
 LABEL = Label(
     height=48,
@@ -65,9 +65,12 @@ def test_a_png_says_how_it_was_made(tmp_path) -> None:
         "guidance": "2.5",
         "model": "CogView3Plus tiny",
         "config_digest": "0123456789abcdef",
+        "parameters": "a red apple, on a table\nNegative prompt: blurry\n"
+        "Steps: 4, CFG scale: 2.5, Seed: 7, Size: 64x48, Model: CogView3Plus tiny",
     }
     assert read_png_text(first) == text
-    assert read_png_text(second) == text | {"seed": "8"}
+    again = text["parameters"].replace("Seed: 7", "Seed: 8")
+    assert read_png_text(second) == text | {"seed": "8", "parameters": again}
     assert read_png_text(sheet) == text | {"seed": "7-8"}
     worn = replace(LABEL, adapters={"fur": 0.5, "silk": -1.0})
     (only,) = _draw(_folder(tmp_path / "worn", 1, worn))
@@ -79,6 +82,10 @@ def test_a_drawn_prompt_is_finished_until_a_file_is_missing_or_damaged(tmp_path)
     assert folder.missing(APPLE) == [0, 1, 2]
     paths = _draw(folder)
     assert folder.finished(APPLE)
+    with Image.open(paths[2]) as picture:
+        picture.load()
+        write_png(paths[2], picture, {k: v for k, v in picture.text.items() if k != "parameters"})
+    assert folder.finished(APPLE)  # as it was written before there was this field
     paths[1].write_bytes(paths[1].read_bytes()[:-1])
     assert folder.missing(APPLE) == [1]
     assert not folder.finished(APPLE)
