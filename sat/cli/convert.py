@@ -273,6 +273,10 @@ def _convert_adapter(
         config=config,
         dtype=DTYPES[args.dtype] if args.dtype else None,
     )
+    if args.to == "diffusers":
+        print(
+            "note: diffusers' CogView3PlusPipeline loads no LoRA files; PEFT does: --to peft", file=sys.stderr
+        )
     names = ", ".join(file.relative_to(args.dst).as_posix() for file in files)
     print(f"{args.dst}: LoRA of {len(adapter.layers)} layers as {args.to}: {names}")
     return 0
