@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,20 +93,18 @@ def test_wrong_arguments_are_refused_with_code_2(capsys, line: str, message: str
 
 def test_help_imports_nothing_heavy_and_is_quick() -> None:
     code = """
-import atexit, runpy, sys
-atexit.register(lambda: print([name in sys.modules for name in ("torch", "pydantic", "omegaconf", "yaml")]))
+import atexit, runpy, sys, time
+heavy = ("torch", "pydantic", "omegaconf", "yaml")
+atexit.register(lambda: print([name in sys.modules for name in heavy], time.process_time()))
 sys.argv = ["sample.py", "--help"]
 runpy.run_path("sample.py", run_name="__main__")
 """
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        times.append(time.perf_counter() - start)
-    assert done.stdout.rstrip().endswith("[False, False, False, False]")
-    assert min(times) < 1.0  # 0.05 s on a quiet machine, 0.2 s is the promise; the rest is a neighbour's load
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported, _, seconds = done.stdout.rstrip().rpartition(" ")
+    assert imported.endswith("[False, False, False, False]")
+    assert (
+        float(seconds) < 0.5
+    )  # of the processor, so that a neighbour does not count; 0.05 on a quiet machine
 
 
 def test_importing_the_package_imports_no_torch() -> None:
