@@ -26,6 +26,9 @@ import torch
 if TYPE_CHECKING:
     from sat.config.schema import Component
 
+from tests.background import Runs, begin
+from tests.checkpoints import tokenizer
+
 torch.set_num_threads(1)
 
 # Shared machines stall: a deadline would fail a test for the neighbour's load. Examples are derived from the
@@ -77,6 +80,31 @@ def _empty_parts_once() -> Iterator[None]:
     constraints.build_empty = make
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _runs_beside_the_tests(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Begin the programs whose runs the tests read; workers of pytest-xdist begin theirs when it comes."""
+    wanted = list(dict.fromkeys(filter(None, map(_runs_of, request.session.items))))
+    base = tmp_path_factory.mktemp("background")
+    for one in wanted:
+        one.base = base / one.program
+        one.base.mkdir()
+    if any(one.spiece for one in wanted):
+        tokenizer(base / "spiece.model")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        begin(wanted)
+    yield
+    for one in wanted:
+        one.end()
+
+
+def _runs_of(item: pytest.Item) -> Runs | None:
+    """The program that the module of a test needs."""
+    found = getattr(getattr(item, "module", None), "RUNS", None)
+    return found if isinstance(found, Runs) else None
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported to itself: a run in the test process collects garbage, which reads it all."""
     gc.collect()
@@ -84,17 +112,20 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the folder they are in, and skip those marked gpu on a machine without an accelerator.
+    """Put tests that wait for runs last, mark all by their folder, skip gpu ones without an accelerator.
 
     A name with an address of memory in it is another in every process: no such test can be asked for again,
     and pytest-xdist refuses the whole suite.
     """
     if unstable := [item.nodeid for item in items if " object at 0x" in item.nodeid]:
         raise pytest.UsageError(f"give the parameters of this test ids of their own: {unstable[0]}")
+    items.sort(key=lambda item: _runs_of(item) is not None)  # they run meanwhile
     no_gpu = pytest.mark.skip(reason="needs an accelerator")
     for item in items:
         for tier in ("parity", "distributed", "golden"):
             if tier in item.path.parts:
                 item.add_marker(tier)
+        if _runs_of(item):
+            item.add_marker(pytest.mark.timeout(1200))  # the first of a module waits for its runs
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.background import Runs
 from tests.distributed.layout_ranks import LAYOUTS, MODELS, NETWORKS, TRAININGS
 from tests.sampling import pixels
 from tests.tolerances import F32, F64
@@ -17,16 +16,16 @@ from tests.tolerances import F32, F64
 ROOT = Path(__file__).parents[2]
 
 
+RUNS = Runs("tests.distributed.layout_ranks")
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("layouts")
+def folder() -> Path:
+    return RUNS()
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "tests.distributed.layout_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(folder / "results.pt", weights_only=False)
 
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.configs import ROOT
+from tests.background import Runs
 from tests.distributed.tensor_ranks import GOLDEN
 from tests.tolerances import BF16, F32
 
 MODELS = ("plus", "unet", "t5")
 
 
+RUNS = Runs("tests.distributed.tensor_ranks")
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.distributed.tensor_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
+def results() -> dict[str, Any]:
+    folder = RUNS()
     found: dict[str, Any] = torch.load(folder / "results.pt", weights_only=False)
     return {**found, "folder": folder}
 

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.background import Runs
 from tests.distributed.training_ranks import ANEW, STAGES
 from tests.tolerances import BF16, EXACT, F32
 from tests.training import CONFIG
 
 CLIP = CONFIG.clip or 0.0
-pytestmark = pytest.mark.timeout(600)  # the fixture below is all of its cases
 ROOT = Path(__file__).parents[2]
 FLOAT32 = ("zero0", "zero1", "zero2", "zero3", "offload2", "offload3")
 HALF = ("bf16", "bf16_zero2", "bf16_zero3")
 
 
+RUNS = Runs("tests.distributed.training_ranks")
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.distributed.training_ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def results() -> dict[str, list[dict[str, Any]]]:
+    folder = RUNS()
     return torch.load(folder / "results.pt", weights_only=False)
 
 

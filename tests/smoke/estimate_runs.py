@@ -1,19 +1,26 @@
-"""A short training beside its estimate: ``python -m tests.smoke.estimate_runs FOLDER ARGUMENTS`` prints both.
+"""Short trainings beside their estimates, each in a fork of one process.
+
+``python -m tests.smoke.estimate_runs FOLDER CONFIGS SETTINGS`` prints the two peaks of one training, of the
+first rank with ``parallel.AXIS=N``; without configs those of :data:`RUNS` and :data:`TEAMS` go to
+FOLDER/peaks.json.
 
 The same training runs first for a step, so that libraries are loaded, their kernels built and their scratch
 space taken: what the process holds then is not the training's. Large buffers come from the system and go back
-to it (the environment's ``MALLOC_MMAP_THRESHOLD_``, ``train.allocator=false``): what is in use counts. With
-``--team AXIS …`` two ranks along each axis do the same: the first one's peaks are printed, a line an axis.
+to it (the environment's ``MALLOC_MMAP_THRESHOLD_``, ``train.allocator=false``): what is in use counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import gc
 import json
+import math
+import re
+import sys
 from pathlib import Path
+
+import torch
 
 from sat.cli.train import main
 from sat.config.load import load
@@ -22,6 +29,24 @@ from sat.train.estimate import Estimator
 from tests.configs import ROOT
 from tests.training import ranks
 
+RUNS = {
+    "plus": ["configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=96"],
+    "offload": [
+        "configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=96", "train.zero=3",
+        "train.offload={optimizer: true, parameters: true}",
+    ],
+    # In float32: buffers of bf16 convolutions depend on the processor, and some run them by slow loops.
+    "unet": [
+        "configs/tiny_base.yaml", "configs/tiny_base_train.yaml", "train.batch_size=160", "train.dtype=fp32",
+        "train.zero=0",
+    ],
+    "toy": [
+        "configs/debug.yaml", "configs/tiny_train.yaml", "train.batch_size=512", "train.dtype=fp32",
+        "train.zero=0", "data.height=48", "data.width=64", "checkpoint.first_stage=null",
+    ],
+}  # fmt: skip
+_TEAM = ["configs/tiny.yaml", "configs/tiny_train.yaml", "train.batch_size=64"]
+TEAMS = {axis: [*_TEAM, f"parallel.{axis}=2"] for axis in ("tensor", "sequence")}
 SAME = [
     "parallel.device=cpu", "train.allocator=false", "train.wandb=disabled", "train.warmup=0", "train.steps=2",
     f"data.sources=[{{path: {ROOT}/data/emoji_sample}}]", "data.validation=[]", "train.validate_every=null",
@@ -53,40 +78,41 @@ def on_rank(runtime: Runtime, folder: Path, base: list[str], settings: list[str]
     return measured(folder, base, settings)
 
 
-def of_team(folder: Path, base: list[str], settings: list[str]) -> int:
-    """The same of the first of two ranks; every team is forked from this process, which only imports."""
+def peak(folder: Path, count: int, words: list[str]) -> int:
+    """The same of the first of ``count`` ranks, forked from this process, which only imports."""
     import deepspeed  # noqa: F401
 
-    work = functools.partial(on_rank, base=base, settings=settings)
-    first, _ = ranks(2, folder, work, timeout=300.0)
+    base, settings = split(words)
+    first, *_ = ranks(count, folder, functools.partial(on_rank, base=base, settings=settings), timeout=300.0)
     assert first["code"] == 0, first
-    peak: int = first["value"]
-    return peak
+    found: int = first["value"]
+    return found
 
 
-def report(peak: int, base: list[str], settings: list[str], count: int) -> None:
-    """Print a measured peak and that of the estimate for ``count`` ranks, in bytes."""
-    estimate = Estimator().estimate(load(base, [*SAME, *settings]), count)
-    print(json.dumps({"measured": peak, "estimated": estimate.total}))
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Config files and settings."""
+    files = [word for word in words if word.endswith(".yaml")]
+    return files, [word for word in words if word not in files]
 
 
-def run() -> None:
+def run(folder: Path, words: list[str]) -> None:
     """What the command line asks for."""
-    reader = argparse.ArgumentParser(description=__doc__)
-    reader.add_argument("folder", type=Path)
-    reader.add_argument("words", nargs="+", metavar="YAML or section.key=value")
-    reader.add_argument("--team", nargs="+", default=[], metavar="AXIS")
-    args = reader.parse_args()
-    base = [word for word in args.words if word.endswith(".yaml")]
-    settings = [word for word in args.words if not word.endswith(".yaml")]
-    if not args.team:
-        report(measured(args.folder, base, settings), base, settings, 1)
-        return
-    teams = [[*settings, f"parallel.{axis}=2"] for axis in args.team]
-    peaks = [of_team(args.folder / str(number), base, team) for number, team in enumerate(teams)]
-    for peak, team in zip(peaks, teams, strict=True):  # planning computes, and so comes after the forks
-        report(peak, base, team, 2)
+    axes = re.findall(r"^parallel\.(?:tensor|sequence|guidance)=(\d+)$", "\n".join(words), re.MULTILINE)
+    count = math.prod(map(int, axes))
+    cases = {"": (count, words)} if words else {name: (1, its) for name, its in RUNS.items()}
+    if not words and torch.__version__ >= "2.6":  # before, collectives want data, which an estimate has not
+        cases |= {name: (2, its) for name, its in TEAMS.items()}
+    peaks = {name: peak(folder / f"of {name}", *case) for name, case in cases.items()}
+    found = {}
+    for name, (count, its) in cases.items():  # planning computes, and so comes after the forks
+        base, settings = split(its)
+        estimate = Estimator().estimate(load(base, [*SAME, *settings]), count)
+        found[name] = {"measured": peaks[name], "estimated": estimate.total}
+    if words:
+        print(json.dumps(found[""]))
+    else:
+        (folder / "peaks.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    run()
+    run(Path(sys.argv[1]), sys.argv[2:])

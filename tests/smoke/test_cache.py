@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.checkpoints import tokenizer
-from tests.configs import ROOT
+from tests.background import Runs
 from tests.tolerances import EXACT, F32
 from tests.training import rows
-
-pytestmark = pytest.mark.timeout(600)  # the fixture below is two dozen runs
 
 
 class Ran(NamedTuple):
@@ -49,13 +44,12 @@ class Ran(NamedTuple):
         )
 
 
+RUNS = Runs("tests.smoke.cache_runs", spiece=True)
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    folder = tmp_path_factory.mktemp("runs")
-    spiece = tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
-    command = [sys.executable, "-m", "tests.smoke.cache_runs", str(folder), str(spiece)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr
+def ran() -> Ran:
+    folder = RUNS()
     return Ran(folder, json.loads((folder / "ends.json").read_text()))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +17,18 @@ from sat.adapters.files import NATIVE_FILE, locate
 from sat.cli.convert import main as convert
 from sat.cli.sample import main as sample
 from sat.pipeline import Pipeline
-from tests.checkpoints import tokenizer
-from tests.configs import DEBUG, ROOT
+from tests.background import Runs
+from tests.configs import DEBUG
 from tests.smoke.test_training import Ran, good, rows
 from tests.training import same
 from tests.training import state as whole_state
 
-pytestmark = pytest.mark.timeout(600)  # the fixture below is ten runs
+RUNS = Runs("tests.smoke.lora_runs", spiece=True)
 
 
 @pytest.fixture(scope="module")
-def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Ran:
-    folder = tmp_path_factory.mktemp("lora")
-    command = [sys.executable, "-m", "tests.smoke.lora_runs", str(folder), str(spiece)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr
+def ran() -> Ran:
+    folder = RUNS()
     return Ran(folder, json.loads((folder / "ends.json").read_text()))
 
 

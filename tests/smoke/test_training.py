@@ -23,13 +23,12 @@ from sat.cli.train import main
 from sat.config.load import load
 from sat.pipeline import Pipeline
 from sat.train.resume import RunFolder, torn
+from tests.background import Runs
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.smoke.training_runs import write
 from tests.training import averages, rows, same
 from tests.training import state as whole_state
-
-pytestmark = pytest.mark.timeout(600)  # the fixture below is a dozen runs
 
 
 class Ran(NamedTuple):
@@ -39,17 +38,17 @@ class Ran(NamedTuple):
     ends: dict[str, dict[str, object]]
 
 
+RUNS = Runs("tests.smoke.training_runs", spiece=True)
+
+
 @pytest.fixture(scope="module")
 def spiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory, spiece: Path) -> Ran:
-    folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "tests.smoke.training_runs", str(folder), str(spiece)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr
+def ran() -> Ran:
+    folder = RUNS()
     return Ran(folder, json.loads((folder / "ends.json").read_text()))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.checkpoints import tokenizer
-from tests.configs import DEBUG, ROOT
+from sat.cli.sample import main
+from tests.background import Runs
+from tests.configs import DEBUG
 from tests.smoke.unet_runs import TOY
 from tests.training import rows
-
-pytestmark = pytest.mark.timeout(600)  # the fixture below is a dozen runs
 
 
 class Ran(NamedTuple):
@@ -40,14 +37,13 @@ class Ran(NamedTuple):
         )
 
 
+RUNS = Runs("tests.smoke.unet_runs", spiece=True)
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    folder = tmp_path_factory.mktemp("runs")
-    spiece = tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
-    command = [sys.executable, "-m", "tests.smoke.unet_runs", str(folder), str(spiece)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr
-    return Ran(folder, json.loads((folder / "ends.json").read_text()), spiece)
+def ran() -> Ran:
+    folder = RUNS()
+    return Ran(folder, json.loads((folder / "ends.json").read_text()), RUNS.tokenizer)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -117,27 +113,26 @@ def test_a_network_that_cannot_take_the_strength_is_refused(ran: Ran) -> None:
     assert end["code"] != 0 and "set model.params.guidance_dim" in str(end["err"])
 
 
-def sample(ran: Ran, native: Path, out: Path, *words: str) -> tuple[int, str]:
-    """sample.py with trained weights."""
-    command = [
-        sys.executable, "sample.py", "--base", str(DEBUG), str(TOY / "base.yaml"), *words,
-        f"conditioning.tokenizer={ran.spiece}", f"checkpoint.model={native}", "checkpoint.random=0",
-        "parallel.device=cpu", "--prompt", "x", "--output-dir", str(out),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    return done.returncode, done.stderr
+def test_distilled_weights_sample_with_a_distilled_config_and_no_other(
+    ran: Ran, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sample(native: Path, out: str, *words: str) -> tuple[int, str]:
+        code = main([
+            "--base", str(DEBUG), str(TOY / "base.yaml"), *words, f"conditioning.tokenizer={ran.spiece}",
+            f"checkpoint.model={native}", "checkpoint.random=0", "parallel.device=cpu", "--prompt", "x",
+            "--output-dir", str(tmp_path / out),
+        ])  # fmt: skip
+        return code, capsys.readouterr().err
 
-
-def test_distilled_weights_sample_with_a_distilled_config_and_no_other(ran: Ran, tmp_path: Path) -> None:
     distilled = ran.folder / "distilled" / "steps_2" / "checkpoints" / "step_00000004" / "native"
     plain = ran.folder / "base" / "checkpoints" / "step_00000004" / "native"
     takes = (
         "model.params.guidance_dim=64",  # not the checkpoint's 16, which wins
         "sampling.guider={target: sat.diffusion.guidance.Embedded, params: {scale: 2.0}}", "sampling.steps=2",
     )  # fmt: skip
-    code, said = sample(ran, distilled, tmp_path / "a", *takes)
+    code, said = sample(distilled, "a", *takes)
     assert code == 0, said
-    code, said = sample(ran, distilled, tmp_path / "b")
+    code, said = sample(distilled, "b")
     assert code == 1 and "these are distilled weights: use a distilled model's config" in said
-    code, said = sample(ran, plain, tmp_path / "c", *takes)
+    code, said = sample(plain, "c", *takes)
     assert code == 1 and "these weights are not distilled: use the undistilled model's config" in said

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +10,17 @@ import pytest
 from safetensors.torch import load_file
 
 from sat.train.resume import RunFolder
-from tests.checkpoints import tokenizer
-from tests.configs import ROOT
+from tests.background import Runs
 from tests.smoke.zero3_runs import CASES
 from tests.tolerances import F32
 from tests.training import rows
 
-pytestmark = pytest.mark.timeout(600)  # the fixture below is a dozen runs
+RUNS = Runs("tests.smoke.zero3_runs", spiece=True)
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zero3")
-    spiece = tokenizer(folder / "spiece.model")
-    command = [sys.executable, "-m", "tests.smoke.zero3_runs", str(folder), str(spiece)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr
+def ran() -> Path:
+    folder = RUNS()
     ends: dict[str, Any] = json.loads((folder / "ends.json").read_text())
     for name, end in ends.items():
         assert end["code"] == 0, f"{name}: {end['err']}"

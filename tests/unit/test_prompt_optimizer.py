@@ -69,7 +69,7 @@ def test_a_busy_server_is_asked_again(status: int) -> None:
 
 def test_a_silent_server_is_asked_again_and_then_named() -> None:
     with chat(Says(wait=0.6), Says()) as server:
-        assert asking(server, timeout=0.3, retries=1)("an apple").text == LONG
+        assert asking(server, timeout=0.3, retries=4)("an apple").text == LONG
     with (
         chat(Says(wait=0.4)) as server,
         pytest.raises(OptimizerError, match=r"/v1 does not answer within 0\.2 s"),
