@@ -357,4 +357,4 @@ def prune(root: Path, used: Mapping[Path, frozenset[str]]) -> int:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()  # of any file name

@@ -134,7 +134,7 @@ class Dataset:
                 return
             self._unreadable[record.name] = reason
             self.bad.append(BadRecord(record.name, reason, "picture"))
-            log.warning("skipped %s: %s", record.name, reason)
+            log.warning("skipped %s", self.bad[-1])
             total = self._files + len(self.bad) - len(self._unreadable)
             check_bad_share(self.bad, total, self.max_bad_share, "data")
 

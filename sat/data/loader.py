@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from sat.data.batch import Batch, BatchOrder, Group, ItemStream, Sample, collate
 from sat.data.dataset import Items
 from sat.data.records import DataError
 
+log = logging.getLogger(__name__)
 AHEAD = 2  # batches that are read before they are asked for
 
 
@@ -169,6 +171,9 @@ def validation_batches(
     rounds = [len(group) // stride for group in members]
     if not any(rounds):
         rounds[max(range(len(members)), key=lambda place: len(members[place]))] = 1
+    shown = sum(rounds) * stride
+    if rank == 0 and shown != len(items):
+        log.warning("validation shows %d pictures in whole batches; there are %d", shown, len(items))
     batches = []
     for group, count in zip(members, rounds, strict=True):
         for round_ in range(count):

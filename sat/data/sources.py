@@ -307,7 +307,10 @@ def captions_of(folders: Sequence[Path]) -> Iterator[str]:
     """All captions of data folders (see :mod:`sat.data.records`), those of their ``heldout.jsonl`` too."""
     for folder in folders:
         sources = [folder, *(path for path in (folder / HELD_OUT,) if path.is_file())]
-        for found in map(read_source, sources):
+        sets = [read_source(path) for path in sources]
+        if not any(found.records for found in sets):
+            raise DataPathError(f"{folder}: no captions to train a vocabulary on")
+        for found in sets:
             for line in found.told():
                 log.warning("%s", line)
             for record in found.records:

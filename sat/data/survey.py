@@ -17,6 +17,7 @@ from sat.data.buckets import ORIENTATION, Buckets, Size
 from sat.data.records import HELD_OUT, IMAGE_SUFFIXES, LISTED, BadRecord, Record, note, skipped
 from sat.data.sources import TABLES, files_below, read_source
 from sat.data.transforms import Transform, shown
+from sat.util.log import one_line
 from sat.util.pictures import open_picture
 
 SHOWN = 5  # lines of a list that is printed
@@ -157,8 +158,11 @@ def duplicates(surveys: Sequence[Survey]) -> list[str]:
             rows.append(f"{what}: {sum(map(len, found)) - len(found)} more than needed")
             for names in found[:SHOWN]:
                 others = [f"and {len(names) - 3} others"] if len(names) > 3 else []
-                rows.append(f"{what}: {', '.join([*names[:3], *others])}")
-    return rows
+                rows.append(one_line(f"{what}: {', '.join([*names[:3], *others])}"))
+    places = Counter(place for one in surveys for place in {os.path.realpath(r.name) for r in one.readable})
+    return rows + note(
+        "pictures that are in several sources", [p for p, count in places.items() if count > 1]
+    )
 
 
 def _same(pairs: Iterable[tuple[str, str]]) -> list[list[str]]:

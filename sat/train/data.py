@@ -30,7 +30,7 @@ from sat.data.cache import (
     prune,
 )
 from sat.data.dataset import Dataset, Items, LatentCache
-from sat.data.records import BadRecord
+from sat.data.records import BadRecord, note
 from sat.data.sources import Source, read_sources
 from sat.data.transforms import Augment, Transform
 from sat.engine import DiffusionEngine
@@ -71,10 +71,15 @@ def open_data(data: DataConfig, runtime: Runtime, *, held_out: bool) -> DataSets
     """Open the data sets of the ``data`` section; every rank calls it, the first one logs skipped files."""
     moving = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
     still = data.validation if held_out else []
-    return DataSets(
+    sets = DataSets(
         _open(data, data.sources, moving, runtime, still=False),
         _open(data, still, None, runtime, still=True) if still else None,
     )
+    if sets.held_out is not None and runtime.is_main:
+        trained, kept = ({record.name for record in one.records} for one in sets.both())
+        for line in note("pictures of data.validation that are trained on too", sorted(trained & kept)):
+            log.warning("data: %s", line)
+    return sets
 
 
 def _open(

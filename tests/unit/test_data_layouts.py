@@ -10,12 +10,16 @@ import PIL.Image
 import pytest
 
 from sat.cli import prepare
+from sat.config.schema import DataConfig, SourceConfig
+from sat.data.cache import CachedDataset, Job, Stores
 from sat.data.dataset import Dataset
 from sat.data.formats import LONGEST_TEXT, expand
 from sat.data.records import BadRecord, DataError, DataPathError, RecordSet
 from sat.data.sources import Source, read_source, read_sources
 from sat.data.transforms import Transform
 from sat.errors import UserError
+from sat.parallel.launch import launch
+from sat.train.data import open_data
 
 
 def png(grey: int = 0, kind: str = "PNG") -> bytes:
@@ -255,6 +259,29 @@ def test_a_source_that_is_no_regular_file_is_never_waited_for(tmp_path):
     for path, said in ((tmp_path / "a.jsonl", "is a FIFO"), (Path("/dev/zero"), "is a device")):
         with pytest.raises(DataPathError, match=said):
             read_source(path)
+
+
+def test_a_training_tells_what_it_skips_and_what_it_validates_on(tmp_path, caplog):
+    write(tmp_path, a_png=png(), a_txt="x", b_png=png(), c_md="x")
+    source = SourceConfig(tmp_path)
+    data = DataConfig([source], height=4, width=4, max_bad_share=0.5, validation=[source])
+    open_data(data, launch("cpu"), held_out=True)
+    for line in (
+        f"1 other files left out: {tmp_path}/c.md",
+        "1 that cannot be used (1 without caption)",
+        f"skipped: {tmp_path}/b.png: no caption file b.txt",
+        f"1 pictures of data.validation that are trained on too: {tmp_path}/a.png",
+    ):
+        assert f"data: {line}" in caplog.text
+
+
+def test_names_of_any_bytes_have_a_place_in_caches(tmp_path):
+    name = os.fsdecode(b"\xe9.png")
+    record = read_source(shard(tmp_path / "a.tar", (name, png()), (name.replace("png", "txt"), "x"))).records[
+        0
+    ]
+    cached = CachedDataset(Dataset(RecordSet((record,)), Transform(4, 4)), Stores(), 1)
+    assert cached.key(Job(0, 0)) == cached.key(Job(0, 0))
 
 
 # ---------------------------------------------------------------------- tables

@@ -172,9 +172,10 @@ def test_a_latent_cache_captions_what_stands_in_for_a_bad_picture(folder):
     assert cache.get(3, 0, 0).caption == "4"
 
 
-def test_validation_batches_are_in_order_and_shared_over_ranks(folder):
+def test_validation_batches_are_in_order_and_shared_over_ranks(folder, caplog):
     data = dataset(folder)
     assert [batch.caption for batch in validation_batches(data, 3)] == [["0", "1", "2"], ["3", "4", "5"]]
+    assert "validation shows 6 pictures in whole batches; there are 7" in caplog.text
     assert [batch.caption for batch in validation_batches(data, 2, rank=1, world=2)] == [["2", "3"]]
     assert [batch.caption for batch in validation_batches(data, 9)] == [list("012345601")]
     assert all(

@@ -92,6 +92,8 @@ def test_duplicates_are_found_over_sources_and_many_are_shortened(folder, tmp_pa
     assert "and 3 others" in out
     prepare.main(["inspect", str(folder)])
     assert "no duplicates" in capsys.readouterr().out
+    prepare.main(["inspect", str(folder), str(folder)])
+    assert f"1 pictures that are in several sources: {folder}/c.png" in capsys.readouterr().out
 
 
 def test_the_table_of_buckets_names_the_small_ones(folder, capsys):

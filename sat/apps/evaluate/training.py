@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sat.apps.evaluate.classifier import Classifier
 from sat.apps.evaluate.distances import statistics
-from sat.data.records import HELD_OUT, DataError, Record
+from sat.data.buckets import measure_all
+from sat.data.records import HELD_OUT, BadRecord, DataError, Record, RecordSet
 from sat.data.sources import read_source, read_sources
 from sat.data.transforms import Transform, to_tensor
 from sat.models.vision.classifier import Card, Logits, embed, top_shares
@@ -106,7 +107,12 @@ def read_labelled(
         r for r in records if r.labels.get("concept") in number and r.labels.get("style") in style_number
     ]
     transform = Transform(size, size)
-    images = [to_tensor(transform.load(record.file()).pixels[:size, :size]) for record in known]
+    images = list[Tensor]()
+    for record in known:
+        try:
+            images.append(to_tensor(transform.load(record.file()).pixels[:size, :size]))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{record.name}: {error}") from error
     return Labelled(
         torch.stack(images) if images else torch.empty(0, 3, size, size),
         torch.tensor([number[record.labels["concept"]] for record in known], dtype=torch.long),
@@ -127,19 +133,22 @@ def train(
     ``heldout_*`` on the drawings in ``heldout.jsonl``, which were not trained on at all. ``report`` is called
     with the step and running means now and then.
     """
-    found = read_sources([(data, 1)])
+    found, unseen = read_sources([(data, 1)]), data / HELD_OUT
+    kept = read_source(unseen) if unseen.is_file() else RecordSet(())
     records = found.records
-    for line in found.told():
+    for line in (*found.told(), *kept.told()):
         log.warning("%s", line)
     unlabelled = next((r for r in records if not {"concept", "style"} <= r.labels.keys()), None)
     if unlabelled is not None:
         raise DataError(f"{data}: {unlabelled.path.name} has no concept and style; a classifier needs both")
     concepts = tuple(dict.fromkeys(record.labels["concept"] for record in records))
     styles = tuple(dict.fromkeys(record.labels["style"] for record in records))
-    size = Transform(1, 1).load(records[0].file()).original_size[0]
+    seen = measure_all(records[:1])[0]
+    if isinstance(seen, BadRecord):
+        raise DataError(str(seen))
+    size = seen[0]
     known = read_labelled(records, size, concepts, styles)
-    unseen = data / HELD_OUT
-    others = read_labelled(read_source(unseen).records if unseen.is_file() else (), size, concepts, styles)
+    others = read_labelled(kept.records, size, concepts, styles)
     torch.manual_seed(recipe.seed)
     card = Card(concepts, styles, size, recipe.width)
     model = Classifier(card).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
