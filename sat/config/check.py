@@ -28,10 +28,20 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, NoReturn, Union, 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
-from sat.config.schema import Component, Experiment, Makes, MustExist, RuleError, Section, plain
+from sat.config.schema import (
+    CheckpointConfig,
+    Component,
+    Experiment,
+    Makes,
+    MustExist,
+    RuleError,
+    Section,
+    plain,
+)
 from sat.config.yaml_source import Key, Marks, Problem, dotted, find, problem, shown, where
 from sat.data.formats import expand
 
+_PARTS = ("model", "first_stage", "text")
 PACKAGES = ("bitsandbytes", "torchao")
 """Packages with optimizers of few bits, on PyPI under the names of the modules."""
 
@@ -611,6 +621,8 @@ class Checker:
             note = next((note for note in split(wanted)[1] if isinstance(note, MustExist)), None)
             if note is None:
                 self._find_inputs(wanted, given, at)
+            elif name == "path" and record is CheckpointConfig and all(map(value.get, _PARTS)):
+                pass  # nothing is read from it: every part has a path of its own
             elif isinstance(given, str):
                 value[name] = str(self._find(given, note, at))
 

@@ -236,6 +236,13 @@ def test_missing_inputs_are_listed_with_what_to_do_and_no_error(write):
     assert second.startswith(f"{more}:3: sampling.prompt_file: there is no 'nothing.txt'; name a text file")
 
 
+def test_a_folder_of_all_parts_may_be_absent_where_each_part_has_a_path_of_its_own(write, tmp_path):
+    own = [f"checkpoint.{part}={tmp_path}" for part in ("model", "first_stage", "text")]
+    config = write("checkpoint: {path: weights/nowhere}")
+    assert load_full([DEBUG, config], own).missing == []
+    assert [problem.key for problem in load_full([DEBUG, config], own[:2]).missing] == ["checkpoint.path"]
+
+
 def test_a_name_too_long_for_the_file_system_is_just_missing():
     loaded = load_full([DEBUG], [("sampling.prompt_file", "x" * 5000), "conditioning.tokenizer=null"])
     assert len(loaded.missing) == 1
