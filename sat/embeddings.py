@@ -1,4 +1,4 @@
-"""Sinusoidal features of scalars and the small MLP behind them."""
+"""Scalars on their way into a network: sent to its device, sinusoidal features, the small MLP behind them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``; on the way to an accelerator it is pinned, so that the host does not wait."""
+    if x.device.type != "cpu" or device.type in ("cpu", "meta") or not torch.cuda.is_available():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:

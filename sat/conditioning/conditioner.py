@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from sat.embeddings import sinusoid
+from sat.embeddings import sent, sinusoid
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Conditioner(nn.Module):
     ) -> Condition:
         """The condition of B captions and their ``sizes``, for training (see ``encode_batch``)."""
         text, mask = self.encode_batch(captions, device)
-        return Condition(text, self.size(*sizes).to(text.device), mask)
+        return Condition(text, sent(self.size(*sizes), text.device), mask)
 
     def unconditional(self, cond: Condition, negative: Sequence[str] | None = None) -> Condition:
         """Condition that guidance steers away from: ``cond`` with the text of B ``negative`` prompts.
@@ -300,7 +300,7 @@ class Conditioner(nn.Module):
             if self.moves_encoder:
                 self.text_encoder_to(device)
             here = device
-        hidden: Tensor = self.text(ids.to(here))
+        hidden: Tensor = self.text(sent(ids, here))
         return hidden
 
     def _tokenizer(self) -> Tokenizer:

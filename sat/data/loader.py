@@ -157,6 +157,7 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
     groups: Sequence[Group] | None = None,
+    pin: bool = False,
 ) -> list[Batch]:
     """Every item once and in order, as whole batches shared over the ranks in turn; the same each time.
 
@@ -179,5 +180,6 @@ def validation_batches(
         for round_ in range(count):
             start = round_ * stride + rank * batch_size
             places = range(start, start + batch_size)
-            batches.append(collate([items.get(group[place % len(group)], 0, seed) for place in places]))
+            batch = collate([items.get(group[place % len(group)], 0, seed) for place in places])
+            batches.append(batch.pinned() if pin else batch)
     return batches

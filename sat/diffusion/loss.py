@@ -10,6 +10,7 @@ from torch import Tensor
 from sat.diffusion.prediction import Denoiser
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Level, Scalar, Schedule
+from sat.embeddings import sent
 
 
 class Weighting(Protocol):
@@ -90,7 +91,7 @@ class DenoisingLoss:
         if self.offset_noise:
             offset = torch.randn(x0.shape[:1], generator=generator, device=device)
             eps = eps + self.offset_noise * offset[:, None, None, None]
-        return Draw(timestep.to(x0.device), eps.to(x0.device))
+        return Draw(sent(timestep, x0.device), sent(eps, x0.device))
 
     def __call__(
         self,

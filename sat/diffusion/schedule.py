@@ -155,6 +155,7 @@ class ZeroSNR:
         self.quantise = quantise
         self.root: Table = np.sqrt(snr_shift(scaled_linear_alphas(total), shift))
         self.trained: Table = zero_terminal(self.root)
+        self._table = _DeviceTable(self.trained)
 
     def levels(self, steps: int) -> list[Level]:
         if self.spacing == "karras":  # the terminal level has infinite noise: it comes first, by itself
@@ -182,7 +183,7 @@ class ZeroSNR:
         return Level(alpha, (1 - alpha**2) ** 0.5, float(timestep), net, (1 - net**2) ** 0.5)
 
     def at(self, timestep: Tensor) -> Level:
-        alpha = torch.from_numpy(self.trained).to(timestep.device)[timestep]
+        alpha = self._table.on(timestep.device)[timestep]
         sigma = (1 - alpha**2).sqrt()
         return _training_level(alpha, sigma, timestep)
 
@@ -198,6 +199,7 @@ class Discrete:
         self.spacing: Spacing = spacing
         cumulative = scaled_linear_alphas(total)
         self.trained: Table = np.sqrt((1 - cumulative) / cumulative)
+        self._table = _DeviceTable(self.trained)
 
     def levels(self, steps: int) -> list[Level]:
         if self.spacing == "karras":
@@ -214,8 +216,25 @@ class Discrete:
         return float(np.interp(timestep, np.arange(self.total), self.trained))
 
     def at(self, timestep: Tensor) -> Level:
-        sigma = torch.from_numpy(self.trained).to(timestep.device)[timestep]
+        sigma = self._table.on(timestep.device)[timestep]
         return _training_level(torch.ones_like(sigma), sigma, timestep)
+
+
+class _DeviceTable:
+    """A table that is sent to an accelerator once, not at every loss."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._sent: tuple[torch.device, Tensor] | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """(total,) float64 on ``device``."""
+        if self._sent is not None and self._sent[0] == device:
+            return self._sent[1]
+        table = torch.from_numpy(self._table).to(device)
+        if device.type not in ("cpu", "meta"):
+            self._sent = device, table
+        return table
 
 
 def _training_level(alpha: Tensor, sigma: Tensor, timestep: Tensor) -> Level:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sat.embeddings import sent
+
 NORM_EPS = 1e-6
 
 
@@ -223,7 +225,7 @@ class Posterior:
 def normal_like(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal noise of the shape, type and device of ``like``, drawn on the generator's device."""
     device = generator.device if generator is not None else like.device
-    return torch.randn(like.shape, generator=generator, device=device).to(like)
+    return sent(torch.randn(like.shape, generator=generator, device=device), like.device).to(like.dtype)
 
 
 class ResLevel(nn.Module):

@@ -142,8 +142,8 @@ class Watch(TorchDispatchMode):
         wanted = _device(kwargs.get("device"))
         if wanted == torch.device("meta") or any(_real_device.__get__(t).type == "meta" for t in tensors):
             return func(*args, **kwargs)
-        if name == "_to_copy" and tensors and wanted is not None and torch._C._current_graph_task_id() >= 0:
-            wanted = self.tags.of(tensors[0])  # a cast's gradient names the device that data is really on
+        if tensors and wanted is not None and torch._C._current_graph_task_id() >= 0:
+            wanted = self.tags.of(tensors[0])  # autograd names the device that data is really on
         if "device" in kwargs:
             kwargs["device"] = CPU
         pins = kwargs.get("pin_memory", False)
@@ -189,7 +189,7 @@ class Watch(TorchDispatchMode):
         wide = {place for tensor, place in zip(tensors, places, strict=True) if tensor.dim()}
         scalars = wide == {"cpu"} and "cuda" in places
         if len(wide) > 1 or scalars or (name in ("cat", "stack") and len(set(places)) > 1):
-            shapes = [f"{p} {list(t.shape)}" for t, p in zip(tensors, places, strict=True)]
+            shapes = [f"{p} {list(t.shape)}" for t, p in zip(tensors, places, strict=True)][:4]
             self.note("mixing", f"{name} of {', '.join(shapes)}")
 
     def transfer(self, source: Tensor, to: Tensor, later: bool) -> None:

@@ -239,7 +239,8 @@ def _train(
         inputs = InputFolder.of(experiment.sampling, engine.process.input)
         if inputs is not None:
             samples.enlarge(inputs)
-    held_out = validation_batches(items[1], *place, sets.held_out.groups) if sets.held_out else []
+    held = sets.held_out
+    held_out = validation_batches(items[1], *place, held.groups, pin=runtime.pins) if held else []
     extras = Extras(export, samples, token_counter(engine, objective), held_out)
     trainer = Trainer(trained, loader, folder, extras)
     if saved:

@@ -243,6 +243,8 @@ class CogView3UNet(nn.Module):
             vector, strength = one_row(vector), None if strength is None else one_row(strength)
         guidance = embedded(self.guidance, strength)
         prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {}, {})
+        if not timesteps:
+            return prepared
         times = torch.tensor(timesteps, dtype=torch.float32, device=prepared.size_emb.device)
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
         pairs = zip(timesteps, times, strict=True)  # sent to the device at once

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition, Sizes
 from sat.data.batch import Batch
+from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.first_stage.model import Posterior
 from sat.train.objectives.base import Degradation, Objective
@@ -69,7 +70,7 @@ class DiffusionObjective(Objective):
         cond = self.condition(batch, latents.device)
         if self.caption_dropout:
             drop = torch.rand(len(batch), generator=generator) < self.caption_dropout
-            cond = cond.dropped(drop.to(latents.device))
+            cond = cond.dropped(sent(drop, latents.device))
         low_res = self.low_res(batch, generator)
         return {"loss": self.engine.loss(latents, cond, generator=generator, low_res=low_res).mean()}
 
@@ -147,6 +148,6 @@ class DiffusionObjective(Objective):
         if batch.text is not None:
             if self.text is not None:
                 raise ValueError("the text encoder learns (train_text): its embeddings cannot be cached")
-            return Condition(batch.text.to(device), self.engine.conditioner.size(*sizes).to(device))
+            return Condition(batch.text.to(device), sent(self.engine.conditioner.size(*sizes), device))
         with nullcontext() if self.text is not None else torch.no_grad():
             return self.engine.conditioner.condition(batch.caption, sizes, device)

@@ -16,6 +16,7 @@ from sat.diffusion.loss import DenoisingLoss, TruncatedSNR, Weighting
 from sat.diffusion.prediction import Denoiser, Network
 from sat.diffusion.process import ProcessContext
 from sat.diffusion.schedule import Level
+from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.train.objectives.base import Round
 from sat.train.objectives.diffusion import DiffusionObjective
@@ -88,11 +89,11 @@ class Distillation(DiffusionObjective):
         process, denoiser = engine.process, engine.denoiser
         x0, low_res = self.latents(batch, generator), self.low_res(batch, generator)
         cond, ctx = self.condition(batch, x0.device), ProcessContext(low_res)
-        place = torch.randint(0, self.steps, (len(batch),), generator=generator).to(x0.device)
-        eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+        place = sent(torch.randint(0, self.steps, (len(batch),), generator=generator), x0.device)
+        eps = sent(torch.randn(x0.shape, generator=generator), x0.device)
         smallest, largest = self.guidance
         share = torch.rand(len(batch), generator=generator)
-        strength = (smallest + (largest - smallest) * share).to(x0.device)  # (B,)
+        strength = sent(smallest + (largest - smallest) * share, x0.device)  # (B,)
 
         level, next_level = self._levels.at(place), self._levels.at(place + 1)  # fields (B, 1, 1, 1)
         x = process.noise(x0, eps, level, ctx)  # (B, C, h, w)
