@@ -161,7 +161,8 @@ def read_jsonl(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item
 
 def read_csv(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
     """One record or complaint for each row of a table with a header: ``.tsv`` by tabs, others by commas."""
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(table))
+    parts = (part for line in _lines(table) for part in re.split(rb"(?<=\r)(?!\n)", line))  # of old Macs
+    lines = (part.decode("utf-8", "surrogateescape") for part in parts if part)
     rows = csv.reader(lines, delimiter="\t" if table.suffix.lower() == ".tsv" else ",", strict=True)
     columns: list[str] = []
     while True:
@@ -356,6 +357,8 @@ class Member:
 
     def open(self, path: Path) -> BytesIO:
         """Bytes of the picture."""
+        if self.size > LARGEST_FILE:
+            raise ValueError(f"has {self.size} bytes, more than {LARGEST_FILE}")
         with path.open("rb") as shard:
             shard.seek(self.offset)
             return BytesIO(shard.read(self.size))

@@ -170,19 +170,20 @@ def files_below(top: Path) -> list[Path]:
 def _walk(top: Path, *, everything: bool = False) -> _Tree:  # noqa: C901 - what can lie in a folder
     """The files below ``top``; but a table or shards stand for a folder, unless ``everything``.
 
-    Links to folders are followed after all others, each folder once.
+    Links to folders are followed after all others, each folder once, and none to a folder that holds ``top``.
     """
     tree, seen = _Tree(), set[tuple[int, int]]()
-    waiting, linked = [top], list[Path]()
+    waiting, linked, real = [top], list[Path](), os.path.realpath(top)
     while waiting or linked:
-        folder = waiting.pop() if waiting else linked.pop(0)
+        folder, link = (waiting.pop(), False) if waiting else (linked.pop(0), True)
         try:
             stat = folder.stat()
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             tree.bad.append(BadRecord(str(folder), error.strerror or str(error)))
             continue
-        if (stat.st_dev, stat.st_ino) in seen:
+        above = link and os.path.commonpath([real, target := os.path.realpath(folder)]) == target
+        if above or (stat.st_dev, stat.st_ino) in seen:
             tree.again.append(folder)
             continue
         seen.add((stat.st_dev, stat.st_ino))
@@ -247,7 +248,7 @@ def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
     if len(splits) > 1:
         yield f"{top}: the splits {', '.join(splits)} are all read; name a file or folder to read it alone"
     yield from note("hidden files and folders left out", tree.hidden)
-    yield from note("links to folders that are read anyway", tree.again)
+    yield from note("links to folders that are read anyway or hold this one", tree.again)
     yield from note("files and folders beside shards, which are read alone", tree.beside)
     yield from note("lists of addresses beside their pictures left out", tree.addresses)
 

@@ -37,6 +37,10 @@ def open_picture(source: Path | BytesIO) -> Iterator[Image.Image]:
         elif source.getbuffer().nbytes > LARGEST_FILE:
             raise PictureError(f"has more than {LARGEST_FILE} bytes")
         with Image.open(source, formats=_formats()) as image:
+            if image.format == "JPEG2000":  # the only decoder that takes a file cut off for a whole one
+                data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
+                if b"\xff\xd9" not in data:
+                    raise PictureError("cannot be read: it ends without an end mark")
             yield image
     except PictureError:
         raise
@@ -58,7 +62,7 @@ def _formats() -> tuple[str, ...]:
 
 def check_shape(size: tuple[int, int]) -> None:
     """Raise PictureError for an empty picture and for one that is a mere line. ``size``: (height, width)."""
-    if max(size) > LONGEST * min(size):
+    if not 0 < max(size) <= LONGEST * min(size):
         raise PictureError(
             f"{size[0]} x {size[1]} (height x width): one side is over {LONGEST} times the other"
         )

@@ -42,6 +42,19 @@ def test_documented_formats_are_read_whatever_the_file_is_called(tmp_path, kind)
         assert (picture.format, picture.size) == (kind, (32, 32))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_picture_cut_off_anywhere_is_refused_or_whole(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    out = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(out, kind)
+    data = out.getvalue()
+    whole = Transform(8, 8).load(io.BytesIO(data)).pixels
+    for cut in range(1, len(data)):
+        with contextlib.suppress(PictureError):
+            np.testing.assert_array_equal(Transform(8, 8).load(io.BytesIO(data[:cut])).pixels, whole)
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_formats_are_refused_and_start_no_program(tmp_path, monkeypatch, kind):
     program = tmp_path / "gs"
