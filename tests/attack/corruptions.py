@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,17 +67,21 @@ def command(world: World, kind: str, folder: Path, out: Path):
     return SAMPLE, world.sample(out, *more, weights=folder / name)
 
 
-def damage(kind: str, folder: Path, rng: random.Random) -> str:
-    """Change a file of ``folder`` somewhere, mostly one of weights; what was done."""
+def target(kind: str, folder: Path, rng: random.Random) -> Path:
+    """A file of ``folder`` to damage, mostly one of weights."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if kind.endswith("bare"):  # nothing can tell of a text encoder's safetensors and a vocabulary
         files = [path for path in files if path.suffix == ".pt"]
     if kind.startswith(("resume", "sample lora")):  # the newest checkpoint
         files = [path for path in files if "step_00000004" in path.parts]
     heavy = [path for path in files if path.suffix in (".safetensors", ".pt", ".model")]
-    file = rng.choice(heavy if rng.random() < 0.75 and heavy else files)
+    return rng.choice(heavy if rng.random() < 0.75 and heavy else files)
+
+
+def damage(file: Path, rng: random.Random, changes: Sequence[str] = ("bit", "zeros", "noise", "cut")) -> str:
+    """Change ``file`` somewhere, by one of ``changes``; what was done."""
     before = file.read_bytes()
-    raw, change = bytearray(before), rng.choice(CHANGES)
+    raw, change = bytearray(before), rng.choice(changes)
     at = rng.randrange(len(raw))
     end = min(at + 4096, len(raw))
     if change == "bit":
@@ -90,14 +95,15 @@ def damage(kind: str, folder: Path, rng: random.Random) -> str:
     if bytes(raw) == before:
         raw[at] ^= 1
     file.unlink() if change == "gone" else file.write_bytes(raw)
-    return f"{change} at {at} of {file.relative_to(folder)} ({len(before)} bytes)"
+    return f"{change} at {at} of {file.name} ({len(before)} bytes)"
 
 
 def attack(setting: Setting, kind: str, root: Path, rng: random.Random) -> tuple[str, str | None]:
     """Damage a copy and run the command: how it ended, and the failure in a line, None if it was right."""
     name = kind.split()[1]
     shutil.copytree(setting.world.root / name, root / "bad" / name)
-    done = damage(kind, root / "bad" / name, rng)
+    file = target(kind, root / "bad" / name, rng)
+    done = f"{file.parent.relative_to(root / 'bad')}: {damage(file, rng, CHANGES)}"
     out = root / "out"
     try:
         code, said = run(*command(setting.world, kind, root / "bad", out))
