@@ -284,8 +284,10 @@ class _Target:
             tensor = view[name] if shard is None else shard.take(view[name])
             if finite and isinstance(old, nn.Parameter):
                 refuse_not_finite(tensor, name, view.source)
-            tensor = overflow.cast(name, tensor, self._wanted(old))
-            self._place(owner, local, old, tensor)
+            cast = overflow.cast(name, tensor, self._wanted(old))
+            fresh, tensor = cast.dtype != tensor.dtype, cast
+            self._place(owner, local, old, tensor, fresh=fresh)
+            del tensor, cast  # with the window on the file, before more is made of the values
             view.release(name)
             if placed is not None:
                 placed(self._module, name)
@@ -334,8 +336,13 @@ class _Target:
     def _moves(self, old: Tensor) -> bool:
         return (self._device is not None and old.device != self._device) or old.dtype != self._wanted(old)
 
-    def _place(self, owner: nn.Module, local: str, old: Tensor, tensor: Tensor) -> None:
-        """Copy into ``old`` where it can stay, else put a new tensor there; never keep a window on a file."""
+    def _place(
+        self, owner: nn.Module, local: str, old: Tensor, tensor: Tensor, *, fresh: bool = False
+    ) -> None:
+        """Copy into ``old`` where it can stay, else put a new tensor there; never keep a window on a file.
+
+        A ``fresh`` tensor is nobody else's, and need not be copied.
+        """
         if not old.is_meta and not self._moves(old):
             with torch.no_grad():
                 old.copy_(tensor)
@@ -344,7 +351,7 @@ class _Target:
             setattr(owner, local, tied)
             return
         device = self._device or (torch.device("cpu") if old.is_meta else old.device)
-        new = tensor.to(device=device, dtype=self._wanted(old), copy=True).contiguous()
+        new = tensor.to(device=device, dtype=self._wanted(old), copy=not fresh).contiguous()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
             new.__dict__.update(old.__dict__)  # marks such as tensor_model_parallel

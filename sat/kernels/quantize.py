@@ -24,6 +24,9 @@ Kind = Literal["int8", "int4"]
 GROUP = 32
 """Inputs that share a scale in int4: with scales in bf16 a weight takes 4.5 bits."""
 
+AT_ONCE = 1 << 20
+"""Weights of a linear that are quantised together."""
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -114,7 +117,18 @@ class _Product(torch.autograd.Function):
 
 
 def quantized(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Codes and scales (O, G) of ``weight`` (O, I), each weight the nearest code times its scale."""
+    """Codes and scales (O, G) of ``weight`` (O, I), each weight the nearest code times its scale.
+
+    Some rows at a time: in float32 a large weight would be three times as much as the model gains by it.
+    """
+    step = max(1, AT_ONCE // weight.shape[1])
+    parts = [_rows(rows, scheme) for rows in torch.split(weight, step)]
+    codes, scales = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _rows(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Codes and scales of some rows of a weight."""
     outputs, inputs = weight.shape
     size = scheme.size(inputs)
     rows = weight.float().view(outputs, inputs // size, size)

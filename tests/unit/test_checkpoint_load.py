@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sat.checkpoint import CheckpointError, InMemory, load, match
+from sat.checkpoint.load import Overflow
 from sat.checkpoint.rules import as_theirs, family_rules
 from sat.mixin import Mixin
 from sat.mixins.rope import RoPE
@@ -200,6 +201,24 @@ def test_parameters_are_cast_and_buffers_keep_their_type(meta, dtype):
     assert {p.dtype for p in module.parameters()} == {dtype}
     assert module.get_buffer("transformer.mixins.position.table").dtype == torch.float32
     assert torch.equal(module.time[0].weight, own["time.0.weight"].to(dtype))
+
+
+def test_a_cast_tensor_is_not_copied_again(monkeypatch):
+    """In float32 the largest tensors would be held twice; one that is not cast may be a window on a file."""
+    made = {}
+    cast = Overflow.cast
+
+    def noting(self, key, tensor, dtype):
+        made[key] = out = cast(self, key, tensor, dtype)
+        return out
+
+    monkeypatch.setattr(Overflow, "cast", noting)
+    with torch.device("meta"):
+        module = nn.Linear(3, 5)
+    given = {"weight": torch.ones(5, 3, dtype=torch.bfloat16), "bias": torch.ones(5)}
+    load(module, given, "model", dtype=torch.float32)
+    assert module.weight.data_ptr() == made["weight"].data_ptr()
+    assert module.bias.data_ptr() != given["bias"].data_ptr()
 
 
 def test_values_beyond_the_range_of_fp16_are_reported_by_name():

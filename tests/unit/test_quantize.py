@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat.adapters import lora
 from sat.checkpoint.load import load
@@ -195,3 +197,28 @@ def test_training_whole_weights_needs_them_plain(capsys: pytest.CaptureFixture[s
     words = ["--base", *(str(ROOT / f) for f in files), "memory.quantize.network=int8", "--check"]
     assert train_main(words) == 2
     assert "memory.quantize: network: its weights are trained" in capsys.readouterr().err
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of a float32 tensor that an operator makes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_large_weight_is_quantised_some_rows_at_a_time_to_the_same_codes(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    at_once = quantized(weight, Scheme(kind))
+    monkeypatch.setattr("sat.kernels.quantize.AT_ONCE", 64 * 7)
+    with Largest() as seen:
+        by_rows = quantized(weight, Scheme(kind))
+    assert seen.most == 64 * 7
+    assert all(torch.equal(a, b) for a, b in zip(at_once, by_rows, strict=True))
