@@ -47,8 +47,8 @@ _READERS: Mapping[str, Callable[[Path, Sequence[str]], Iterator[Item]]] = {
     ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv, ".tar": read_shard, ".parquet": read_parquet,
 }  # fmt: skip
 _UNREAD = frozenset(  # pictures of formats that are not read
-    {".heic", ".heif", ".jxl", ".psd", ".svg", ".eps", ".ai", ".pdf", ".ico", ".tga", ".exr", ".hdr", ".qoi"}
-    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".raw", ".ppm", ".pgm", ".pnm"}
+    {".heic", ".heif", ".jxl", ".psd", ".tga", ".exr", ".hdr", ".qoi", ".ppm", ".pgm", ".pnm"}
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".raw"}
 )
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
 _PACKED = dict.fromkeys(_ARCHIVES, "is packed; unpack it") | {
@@ -234,7 +234,12 @@ def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
         read += shards
         if tables:
             continue
-        packed = [file for file in files if file.suffix.lower() in _PACKED]
+        packed = [
+            file
+            for file in files
+            if file.suffix.lower() in _PACKED
+            and {".tar", ".tgz", ".arrow"} & {*map(str.lower, file.suffixes)}
+        ]
         for file in packed:
             yield BadRecord(str(file), _PACKED[file.suffix.lower()])
         left = sorted({*files} - {*shards, *packed})
@@ -281,14 +286,15 @@ def _pairs(  # noqa: C901 - pictures, and what is none
             yield Record(picture, captions.texts, captions.weights)
     alone = {root: found for root, found in texts.items() if root not in shared}
     captioned = {root for root, found in alone.items() if found.keys() - {"json"}}
-    left, tables = list[Path](), list[Path]()
+    left, tables, packed = list[Path](), list[Path](), list[Path]()
     for root, file in others:
         suffix = file.suffix.lower()
         if suffix in _UNREAD or root in captioned:
             alone.pop(root, None)
             yield BadRecord(str(file), f"pictures of the format {file.suffix} are not read", "picture")
         else:
-            (tables if suffix in _READERS and file.name != HELD_OUT else left).append(file)
+            named = suffix in _READERS and file.name != HELD_OUT
+            (packed if suffix in _PACKED else tables if named else left).append(file)
     orphans = [file for found in alone.values() for file in found.values()]
     twins = [picture for root, picture in pictures if shared[root] > 1]
     several = [root for root in shared if len(texts.get(root, {})) > 1]
@@ -298,6 +304,7 @@ def _pairs(  # noqa: C901 - pictures, and what is none
         f"pictures with several caption files, read in the order .{', .'.join(_CAPTIONS)}", several
     )
     yield from note("tables that are not read; name one as the source", tables)
+    yield from note("packed files that are not read; unpack them", packed)
     yield from note("other files left out", left)
 
 

@@ -96,13 +96,12 @@ def test_a_caption_file_is_bounded_and_regular(tmp_path):
 
 
 def test_pictures_and_captions_without_the_other_are_listed(tmp_path):
-    write(tmp_path, a_png=png(), b_txt="x", c_heic=b"x", c_txt="x", d_jxl=b"x", e_py="", g_zip=b"")
+    write(tmp_path, a_png=png(), b_txt="x", c_heic=b"x", c_txt="x", d_jxl=b"x", e_py="", g_zip=b"", h_pdf=b"")
     write(tmp_path, fox_png=png(), fox_jpg=png(kind="JPEG"), fox_txt="fox", fox_caption="a fox")
     write(tmp_path, captions_csv="")
     found = read_source(tmp_path)
     assert captions(found) == [("fox",), ("fox",)]
     assert [str(bad).removeprefix(f"{tmp_path}/") for bad in found.bad] == [
-        "g.zip: is packed; unpack it",
         "a.png: no caption file a.txt",
         "c.heic: pictures of the format .heic are not read",
         "d.jxl: pictures of the format .jxl are not read",
@@ -112,7 +111,8 @@ def test_pictures_and_captions_without_the_other_are_listed(tmp_path):
         "2 pictures that share a caption file: fox.jpg, fox.png",
         "1 pictures with several caption files, read in the order .txt, .text, .prompt, .caption, .json: fox",
         "1 tables that are not read; name one as the source: captions.csv",
-        "1 other files left out: e.py",
+        "1 packed files that are not read; unpack them: g.zip",
+        "2 other files left out: e.py, h.pdf",
     ]
 
 
