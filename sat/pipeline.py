@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from sat.config.build import adaptable, build_engine, components
 from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import load
 from sat.config.schema import Experiment, Precision
+from sat.config.settle import settle_dtype, settle_sampling, tell_slow
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import StepCallback
 from sat.estimate.budget import apply_budget
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's types by their names in ``sampling.dtype``."""
 
 
@@ -93,6 +94,9 @@ class Pipeline:
         for. ``once``: all prompts come at the start, so that a memory budget may let the text encoder go.
         """
         place = torch.device(device) if device is not None else pick_device(experiment.parallel.device)
+        main = mesh is None or mesh.rank == 0
+        experiment = settle_dtype(experiment, place, main=main)
+        tell_slow(experiment.sampling.dtype, "sampling.dtype", place)
         if experiment.memory.budget is not None:
             picked = apply_budget(experiment if once else keep_text_encoder(experiment), place)
             if picked is not None:
@@ -106,6 +110,9 @@ class Pipeline:
         engine.conditioner.moves_encoder = "text" not in waiting
         if mesh is not None and mesh.sequence.size > 1:
             apply_sequence(engine.network, mesh.sequence)
+        height, width = engine.latent_shape(sampling.height, sampling.width)[1:]
+        experiment = settle_sampling(experiment, engine.network, (height, width), place, main=main)
+        sampling = experiment.sampling
         wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
         generator = Generator(
             engine,
@@ -306,5 +313,5 @@ def precision(dtype: Precision | torch.dtype) -> Precision:
     """The name of ``dtype`` in a config."""
     for name, value in DTYPES.items():
         if dtype in (name, value):
-            return name
+            return cast(Precision, name)
     raise ValueError(f"dtype is {dtype!r}: expected {', '.join(DTYPES)}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 # Before torch is imported anywhere: the variables are read at its import, and subprocesses inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no warning from every process that imports deepspeed
+os.environ.setdefault("SAT_MEASURE", "0")  # the usual ways on any CPU, not what it is fastest in
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # halves deepspeed.initialize on the CPU; no test compiles
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")

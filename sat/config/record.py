@@ -33,6 +33,7 @@ from sat.config.build import components
 from sat.config.check import TargetError, resolve, signature
 from sat.config.load import dump
 from sat.config.schema import CheckpointConfig, Experiment, plain
+from sat.config.settle import CHOICES
 from sat.config.yaml_source import HOME, Key, dotted
 from sat.tokenizers import NEEDS
 from sat.util.host import write_text
@@ -199,6 +200,7 @@ def record(
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
+        "chosen": chosen(experiment),
         "world": world,
         "parallel": experiment.parallel.sizes,
         **({"slurm": job} if (job := slurm_job()) else {}),
@@ -217,6 +219,17 @@ def record(
         if (folder / "run.json").exists():  # not the first start
             log.warning("the record of earlier starts is damaged and is written anew: %s", error)
     write_text(folder / "run.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def chosen(experiment: Experiment) -> dict[str, object]:
+    """The ways of computing, by their keys, which may have been ``auto`` (:mod:`sat.config.settle`)."""
+    sections = {"sampling": experiment.sampling, "train": experiment.train}
+    return {
+        f"{name}.{key}": getattr(section, key)
+        for name, section in sections.items()
+        for key in CHOICES
+        if hasattr(section, key)
+    }
 
 
 def slurm_job() -> dict[str, Any]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from sat.kernels import attention as kernels
+from sat.kernels import measured
 from sat.kernels.attention import AttentionKernel
 from sat.kernels.compile import CompiledBlocks, Recorded, compile_blocks, replayed
-from sat.kernels.packed import pack
+from sat.kernels.exp_attention import LARGEST_LOGIT
+from sat.kernels.measured import FOLD_FROM
+from sat.kernels.packed import pack, packs_any
 from sat.mixin import Mixin, wraps
 from sat.mixins.adaln import AdaLN
 from sat.mixins.cross_attention import CrossAttention
@@ -31,15 +34,66 @@ if TYPE_CHECKING:
     from sat.engine import DiffusionEngine
 
 
+Auto = bool | Literal["auto"]
+"""True, false, or whatever is faster."""
+
+
 @dataclass(frozen=True)
 class Speed:
-    """Choices of docs/performance.md; the fields are those of the config's ``sampling``."""
+    """Choices of docs/performance.md; the fields are those of the config's ``sampling``.
+
+    ``auto`` is for :func:`measured_speed` to settle; as it stands it is what is usually faster.
+    """
 
     attention: kernels.Backend = "auto"
-    pack: bool = True
-    fold: bool = True
+    pack: Auto = "auto"
+    fold: Auto = "auto"
     compile: bool = False
     graphs: bool = False
+
+
+def measured_speed(
+    network: nn.Module, speed: Speed, cells: tuple[int, int], rows: int, *, trains: bool = False
+) -> Speed:
+    """``speed`` with what is ``auto`` settled for a network on the CPU (:mod:`sat.kernels.measured`).
+
+    ``cells`` is the latent's (h, w), ``rows`` of it go through the network together. ``trains``: frozen
+    weights are multiplied by both ways, and attention has a gradient.
+    """
+    every = transformers(network)
+    if not every:
+        return replace(speed, pack=bool(speed.pack), fold=bool(speed.fold))
+    widest = max(every, key=_width)
+    layer, bound = _layer(network, widest, cells, rows), largest_logit(widest)
+    kernel, packed, folded = speed.attention, speed.pack, speed.fold
+    if kernel == "auto":
+        small = bound is not None and bound <= LARGEST_LOGIT
+        kernel = "exp" if small and measured.attention(layer, trains=trains) == "exp" else "torch"
+    if packed == "auto":
+        packed = not speed.compile and packs_any(network) and measured.packs(layer, trains=trains)
+    if folded == "auto":
+        folded = not trains and measured.folds(layer, packed=packed, kernel=kernel)
+    return replace(speed, attention=kernel, pack=packed, fold=folded)
+
+
+def _layer(network: nn.Module, widest: Transformer, cells: tuple[int, int], rows: int) -> measured.Layer:
+    """Sizes of a layer of ``widest``. In a UNet, whose maps shrink as they get wider, tokens are a guess."""
+    mixins, block = widest.mixins.values(), cast(Block, widest.blocks[0])
+    width, levels = _width(widest), len({_width(one) for one in transformers(network)})
+    joint = any(isinstance(mixin, JointAttention) for mixin in mixins)
+    patch = getattr(network, "patch", 1) * (1 if joint else 2**levels)
+    return measured.Layer(
+        width, widest.spec.mlp_dim or 4 * width, block.attn.head_dim, rows,
+        getattr(network, "text_len", 0) if joint else 0, max(1, cells[0] * cells[1] // patch**2),
+        block.attn.dtype,
+    )  # fmt: skip
+
+
+def _width(transformer: Transformer) -> int:
+    norm = cast(Block, transformer.blocks[0]).norm1
+    return int(
+        norm.normalized_shape[0] if isinstance(norm, nn.LayerNorm) else cast(Tensor, norm.weight).numel()
+    )
 
 
 def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None = None) -> str:
@@ -94,17 +148,22 @@ def compiled(network: nn.Module) -> int:
     return count
 
 
-def use_kernel(network: nn.Module, name: kernels.Backend, device: torch.device | None = None) -> str:
+def use_kernel(
+    network: nn.Module, name: kernels.Backend, device: torch.device | None = None, section: str = "sampling"
+) -> str:
     """Let every transformer in ``network`` attend with the kernel ``name``; returns the choice for the log.
 
-    ``device``: as in :func:`quicken`.
+    ``exp`` is for those with small logits alone, and a demand on one of them. ``device``: as in
+    :func:`quicken`; ``section``: of the config, that errors name.
     """
-    chosen = []
-    for transformer in transformers(network):
+    chosen, every = [], transformers(network)
+    bounds = [largest_logit(transformer) for transformer in every]
+    for transformer, bound in zip(every, bounds, strict=True):
         weight = next(transformer.parameters())
         attention = cast(Block, transformer.blocks[0]).attn
+        own = "torch" if name == "exp" and bound is None and any(bounds) else name
         kernel, title = kernels.choose(
-            name, device or weight.device, attention.dtype, largest_logit(transformer), attention.head_dim
+            own, device or weight.device, attention.dtype, bound, attention.head_dim, section
         )
         kernels.put_kernel(transformer, kernel)
         chosen.append(title)
@@ -153,9 +212,6 @@ def plain_heads(transformer: Transformer) -> bool:
 
 # -- equal text tokens computed once: those of the unconditional half of guidance, which are all alike
 
-
-FOLD_FROM = 512
-"""Tokens from which two passes without the repeated ones are faster than one with them (on two cores)."""
 
 NAME = "folding"
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sat.kernels.exp_attention import LARGEST_LOGIT, by_head, pays, works
+from sat.kernels.exp_attention import LARGEST_LOGIT, by_head, works
+from sat.kernels.measured import SHORTEST, usual_attention
 from sat.mixin import Mixin, replaces
 from sat.mixins.cross_attention import CrossLayer
 from sat.parallel.launch import capability
@@ -143,10 +144,6 @@ def put_kernel(transformer: Transformer, kernel: Kernel) -> None:
 # -- the choice
 
 
-SHORTEST = 384
-"""Keys below which starting two matrix products a head costs more than they save."""
-
-
 def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention :mod:`head by head <sat.kernels.exp_attention>`; torch's where that is not for it."""
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -157,17 +154,23 @@ def exp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def choose(  # noqa: C901 - one case after the other
-    name: Backend, device: torch.device, dtype: torch.dtype, bound: float | None, head_dim: int = 64
+    name: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    bound: float | None,
+    head_dim: int = 64,
+    section: str = "sampling",
 ) -> tuple[Kernel, str]:
     """The kernel called ``name`` for heads of ``head_dim`` in ``dtype`` on ``device``, and its title.
 
-    ``bound``: no logit is larger (None: not known). ``auto`` is a preference: on a CPU as measured, on a GPU
+    ``bound``: no logit is larger (None: not known). ``auto`` is a preference: on a CPU the usual one (what is
+    faster has been measured by then: :func:`sat.kernels.apply.measured_speed`), on a GPU
     the kernels of :func:`preferred`, each call going to the first that takes it; the title names those that
     were refused, and why. Any other name is a demand. Raises ``ValueError`` where that kernel cannot work.
     """
     small = bound is not None and bound <= LARGEST_LOGIT
     if name == "auto" and device.type == "cpu":
-        name = "exp" if small and pays(dtype) else "torch"
+        name = "exp" if small and usual_attention(dtype) == "exp" else "torch"
     elif name == "auto":
         reasons = {kind: refusal(kind, device, dtype, head_dim) for kind in preferred(device, dtype)}
         usable = [kind for kind, reason in reasons.items() if reason is None]
@@ -180,11 +183,11 @@ def choose(  # noqa: C901 - one case after the other
     if name == "exp":
         if not small:
             raise ValueError(
-                f"sampling.attention=exp needs logits of at most {LARGEST_LOGIT:g}, which only "
+                f"{section}.attention=exp needs logits of at most {LARGEST_LOGIT:g}, which only "
                 f"layer-normalised queries and keys promise; this network has none: use auto"
             )
         if device.type != "cpu" or not works(dtype):
-            raise ValueError("sampling.attention=exp needs a CPU with oneDNN, in bf16 or fp32: use auto")
+            raise ValueError(f"{section}.attention=exp needs a CPU with oneDNN, in bf16 or fp32: use auto")
         return Plain(exp_attention, trains=True), f"exp per head (logits at most {bound:.3g})"
     if name in ("flash3", "sage"):
         return Plain(_optional(name, device, dtype)), name

@@ -11,10 +11,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 from typing import Any, NamedTuple
 
@@ -34,15 +32,6 @@ Head = tuple[int, int]
 """Row of the batch, head."""
 
 
-def pays(dtype: torch.dtype) -> bool:
-    """True if this was faster than torch's kernel on processors like this one, in ``dtype``.
-
-    In float32 torch multiplies by MKL, which uses half the width of the vectors of AMD's processors from
-    Zen 5 (family 26) on. Elsewhere, on Zen 4 for one, its float32 kernel is the faster one.
-    """
-    return works(dtype) and (dtype == torch.bfloat16 or _wide_amd())
-
-
 @functools.cache
 def works(dtype: torch.dtype) -> bool:
     """True if ``dtype`` is supported here: float32 takes oneDNN's linear, which is private to torch."""
@@ -56,31 +45,16 @@ def works(dtype: torch.dtype) -> bool:
         return False
 
 
-@functools.cache
-def _wide_amd(info: Path = Path("/proc/cpuinfo")) -> bool:
-    """True on AMD processors with vectors of 512 bits throughout (family 26 and later)."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not info.is_file():
-        return False
-    text = info.read_text()
-    family = re.search(r"^cpu family\s*:\s*(\d+)$", text, re.MULTILINE)
-    return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
-
-
 # -- operators of their own, so that a compiler and whoever counts operations see each as one
 
 
-@torch.library.custom_op(
-    "cogview3::exp_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-)
-def by_head(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def heads_apart(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v, (B, H, L, d) each, for logits of at most :data:`LARGEST_LOGIT`.
 
     Returns the output, and log2 of the sums of the rows, (B, H, L), which is empty but in float32. On two
-    cores it takes two thirds of the time of torch's kernel in bfloat16, and half of it in float32, forwards
-    and backwards, where :func:`pays` says so. In bfloat16 logits and weights are rounded to it, and there is
-    no gradient.
+    cores of some processors it takes two thirds of the time of torch's kernel in bfloat16, and half of it in
+    float32, forwards and backwards; on others it is slower (:mod:`sat.kernels.measured`). In bfloat16
+    logits and weights are rounded to it, and there is no gradient.
     """
     out, sums = _outputs(q)
     if q.dtype == torch.float32:
@@ -90,18 +64,20 @@ def by_head(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     return out, sums
 
 
+by_head = torch.library.custom_op(
+    "cogview3::exp_attention",
+    heads_apart,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+)
+
+
 @by_head.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _outputs(q)
 
 
-@torch.library.custom_op(
-    "cogview3::exp_attention_backward",
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _backward(
+def heads_back(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, float32."""
@@ -114,6 +90,15 @@ def _backward(
 
     _share_out(q, some)
     return found
+
+
+_backward = torch.library.custom_op(
+    "cogview3::exp_attention_backward",
+    heads_back,
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake

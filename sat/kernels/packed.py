@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -90,17 +90,29 @@ def pack(model: nn.Module) -> int:
     Only plain and split layers on the CPU, in a type that oneDNN multiplies fast here; adapted and quantised
     ones stay as they are, and so do packed ones.
     """
-    made: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-        nn.Linear: PackedLinear, ColumnLinear: PackedLinear, RowLinear: PackedRowLinear
-    }  # fmt: skip
-    count = 0
-    for module in [m for m in model.modules() if isinstance(m, (Attention, FeedForward))]:
-        for name, child in list(module.named_children()):
-            if type(child) in made and child.weight.device.type == "cpu" and packable(child.weight.dtype):
-                setattr(module, name, made[type(child)](child))
-                count += 1
+    found = list(_packable(model))
+    for module, name, child in found:
+        setattr(module, name, _MADE[type(child)](child))
     join_gelu(model)
-    return count
+    return len(found)
+
+
+def packs_any(model: nn.Module) -> bool:
+    """True if :func:`pack` would replace a layer."""
+    return next(_packable(model), None) is not None
+
+
+def _packable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(owner, name, layer) of the linears that are packed."""
+    for module in [m for m in model.modules() if isinstance(m, (Attention, FeedForward))]:
+        for name, child in module.named_children():
+            if type(child) in _MADE and child.weight.device.type == "cpu" and packable(child.weight.dtype):
+                yield module, name, child
+
+
+_MADE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.Linear: PackedLinear, ColumnLinear: PackedLinear, RowLinear: PackedRowLinear
+}  # fmt: skip
 
 
 def join_gelu(model: nn.Module) -> None:

@@ -274,6 +274,15 @@ def capability(device: torch.device) -> int | None:
     return 0 if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
+def fast_half(device: torch.device | None) -> Literal["bf16", "fp16"]:
+    """The 16-bit type that a GPU computes in by itself: bf16, and fp16 before NVIDIA's Ampere.
+
+    ``device`` None: a GPU that is not here.
+    """
+    own = device is None or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if own else "fp16"
+
+
 # -- the mesh of all ranks: data x guidance x sequence x tensor. Also DeepSpeed's ``mpu``
 
 

@@ -74,7 +74,7 @@ LINES = """\
 3: sampling.steps: expected int, got '50' (str); remove the quotes
 4: sampling.heigth: no such key; did you mean 'height'?
 5: sampling.height: height x width 30 x 64 is not possible: height 30 is not a multiple of 16. The nearest size is
-6: sampling.dtype: expected one of 'fp32', 'bf16', 'fp16', got 'fp33' (str); did you mean 'fp32'?
+6: sampling.dtype: expected one of 'fp32', 'bf16', 'fp16', 'auto', got 'fp33' (str); did you mean 'fp32'?
 7: sampling.seed: expected int, got True (bool)
 8: sampling.guider.target: module 'sat.diffusion.guidance' has no 'ClassiferFree'; did you mean 'ClassifierFree'?
 9: sampling.sampler.target: expected Sampler, got sat.diffusion.schedule.ZeroSNR

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -169,31 +168,11 @@ def test_heads_shared_out_over_threads_are_the_same_to_the_last_bit(
     assert list(counts) == [1] * 8
 
 
-def test_float32_takes_it_where_it_was_faster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def info(vendor: str, family: int) -> Path:
-        file = tmp_path / f"{vendor}{family}"
-        file.write_text(f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n")
-        return file
-
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    wide = exp_attention._wide_amd.__wrapped__
-    assert wide(info("AuthenticAMD", 26)) and not wide(info("AuthenticAMD", 25))
-    assert not wide(info("GenuineIntel", 26)) and not wide(tmp_path / "none")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not wide(info("AuthenticAMD", 26))
-    for here, expected in ((True, kernels.exp_attention), (False, None)):
-        monkeypatch.setattr(exp_attention, "_wide_amd", lambda here=here: here)
-        kernel, _ = kernels.choose("auto", CPU, torch.float32, 6.3)
-        assert getattr(kernel, "function", None) is expected
-        assert kernels.choose("auto", CPU, torch.float32, None)[0] is kernels.attend
-
-
 def test_without_onednn_float32_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*arguments: object) -> Tensor:
         raise RuntimeError("no such operator")
 
     monkeypatch.setattr(exp_attention, "product", gone)
-    monkeypatch.setattr(exp_attention, "_wide_amd", lambda: True)
     exp_attention.works.cache_clear()
     try:
         assert kernels.choose("auto", CPU, torch.float32, 6.3)[0] is kernels.attend

@@ -30,6 +30,7 @@ from sat.config.record import (
 )
 from sat.config.schema import Component, Experiment, LoadConfig, plain
 from sat.config.schema.base import SizeError, SizeRule
+from sat.config.settle import CHOICES
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import launch
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
@@ -324,6 +325,9 @@ class GenerationService:
 
     def _load(self, index: int) -> _Open:
         pipeline = Pipeline.open(self.stages[index], launch(self.stages[index].parallel.device).device)
+        stage, made = self.stages[index], pipeline.experiment.sampling  # what was auto is named in labels
+        chosen = {name: getattr(made, name) for name in CHOICES}
+        self.stages[index] = replace(stage, sampling=replace(stage.sampling, **chosen))
         log.info("%s is loaded on %s", model_name(self.stages[index]), pipeline.device)
         return _Open(pipeline, LatentPreview.fit(pipeline.generator.engine), {})
 

@@ -19,6 +19,7 @@ from sat.config.load import dump
 from sat.config.record import amend, label, record, settings_digest, weight_digests
 from sat.config.schema import Experiment
 from sat.config.schema.base import parse_share
+from sat.config.settle import as_recorded, settle_dtype
 from sat.config.yaml_source import ConfigError
 from sat.estimate.budget import apply_budget
 from sat.parallel.collectives import by_first, from_main
@@ -169,13 +170,14 @@ def _check(cascade: Cascade, prompts: Sequence[Prompt] | None) -> None:
         if first.sampling.share is not None:
             count = f"{len(_wanted(first, prompts))} of {count}"
     for stage in cascade.stages:
-        sampling = stage.experiment.sampling
-        name = f"{stage.name}: " if stage.name else ""
+        device = pick_device(stage.experiment.parallel.device)
+        experiment = settle_dtype(stage.experiment, device)
+        sampling, name = experiment.sampling, f"{stage.name}: " if stage.name else ""
         print(
             f"config ok: {name}{count}, {sampling.batch_size} x {sampling.height} x {sampling.width} "
             f"(images x height x width), {sampling.steps} step{'s' * (sampling.steps != 1)}, {sampling.dtype}"
         )
-        picked = apply_budget(stage.experiment, pick_device(stage.experiment.parallel.device))
+        picked = apply_budget(experiment, device)
         if picked is not None:
             print(f"{name}{picked}")
 
@@ -274,6 +276,8 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
         if places:
             sampling = replace(experiment.sampling, input_dir=places[-1].pictures)
             experiment = replace(experiment, sampling=sampling)
+        if last.output.resume:  # what was chosen for this run stands
+            experiment = as_recorded(experiment, records / "resolved.yaml")
         pictures = root if stage is cascade.stages[-1] else records
         places.append(_Place(experiment, pictures, records))
 
@@ -283,7 +287,7 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
     if inputs is not None and mesh.leads:  # before anything is loaded
         inputs.check(mine)
     if several and last.output.resume:
-        done = OutputFolder(root, label(last), last.sampling.batch_size)
+        done = OutputFolder(root, label(places[-1].experiment), last.sampling.batch_size)
         mine = by_first(mesh.team, lambda: [prompt for prompt, _ in done.requests(mine, resume=True)])
     stages = StageLoader(lambda index: _open(places[index], ranks, len(prompts), once=True))
     for index, place in enumerate(places):

@@ -21,6 +21,7 @@ from sat.config.check import build, resolve
 from sat.config.load import dump, load_full
 from sat.config.record import record
 from sat.config.schema import CheckpointConfig, DataConfig, Experiment, TrainConfig, plain
+from sat.config.settle import as_recorded, settle_dtype, settle_training, tell_slow
 from sat.config.yaml_source import ConfigError, Problem
 from sat.data.dataset import Items
 from sat.data.loader import Loader, validation_batches
@@ -38,6 +39,7 @@ from sat.train.deepspeed import TrainEngine, check_dtype
 from sat.train.log import Record, token_counter
 from sat.train.loop import Extras, Trainer
 from sat.train.lora import add_lora, pack_frozen, unpacked
+from sat.train.measure import largest_size
 from sat.train.objectives import Objective
 from sat.train.optim import build_optimizer, groups
 from sat.train.pictures import Pictures
@@ -92,10 +94,15 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     logs.setup(runtime.rank, debug=args.debug)
     for notice in loaded.notices:
         log.warning("%s", notice)
-    assert experiment.output.dir is not None, "set above"
     with ranks_together(runtime):
+        if experiment.output.resume:  # what was chosen for this run stands, of its first round if it has some
+            for file in [folder / "resolved.yaml", *sorted(folder.glob("*/resolved.yaml"))]:
+                experiment = as_recorded(experiment, file)
+        experiment = settle_dtype(experiment, runtime.device, main=runtime.is_main)
+        train, data = _sections(experiment)
+        tell_slow(train.autocast or train.dtype, "train.dtype (and autocast)", runtime.device)
         check_dtype(train, runtime)
-        with _writer(experiment.output.dir, runtime):
+        with _writer(folder, runtime):
             whole = _train_rounds(experiment, train, data, runtime)
             runtime.finish()
     return 0 if whole else STOPPED_EARLY
@@ -222,6 +229,12 @@ def _train(
         experiment, device=runtime.device, dtype=DTYPES[train.dtype], checkpoint=weights,
         without=frozenset() if caches is None else caches.spare, mesh=mesh,
     )  # fmt: skip
+    packs = experiment.adapters.lora is not None and not unpacked(train, train.zero)
+    cells = engine.latent_shape(*largest_size(data))[1:]
+    train = settle_training(
+        train, engine.network, (cells[0], cells[1]), runtime.device, packs=packs, main=runtime.is_main
+    )
+    experiment = replace(experiment, train=train)
     objective = _objective(experiment, train, weights, engine, mesh)
     items = items or in_memory(sets, data, train, engine, objective, runtime)
     place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
@@ -292,8 +305,8 @@ def _objective(
             reasons = unpacked(train, train.zero)
             done = f"frozen weights are not packed: {', '.join(reasons)}" if reasons else pack_frozen(trained)
             log.info("%s", done)
-    if train.attention == "auto" and on_cpu:  # elsewhere torch chooses
-        log.info("attention: %s", use_kernel(objective, "auto"))
+    if train.attention != "torch" and (on_cpu or train.attention != "auto"):  # elsewhere torch chooses
+        log.info("attention: %s", use_kernel(objective, train.attention, section="train"))
     for module in trained.values() if train.compile else []:
         compiled(module)
     if train.activation_checkpointing and not recompute(objective):

@@ -11,6 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from sat.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+AutoPrecision = Literal["fp32", "bf16", "fp16", "auto"]
+Auto = bool | Literal["auto"]
+"""``auto``: whatever is faster on this machine, measured once (docs/performance.md)."""
 Broken = Iterator[tuple[str, str]]
 
 
@@ -321,7 +324,8 @@ class SamplingConfig(Section):
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
     products, ``fold`` (on the CPU) works on one text token for all where there is no prompt, ``compile``
-    compiles one block for all layers, ``graphs`` replays a step as one CUDA graph.
+    compiles one block for all layers, ``graphs`` replays a step as one CUDA graph. ``auto`` is
+    measured on the shapes in use, once a machine, and resolved.yaml has what was chosen; so for ``dtype``.
     """
 
     section = "sampling"
@@ -338,7 +342,7 @@ class SamplingConfig(Section):
     seed: int = 0
     batch_size: int = 1
     at_once: int = 1
-    dtype: Precision = "fp32"
+    dtype: AutoPrecision = "fp32"
     guider: Annotated[Component, Makes("sat.diffusion.guidance.Guider")] = Component(
         "sat.diffusion.guidance.ClassifierFree", {"scale": 5.0}
     )
@@ -358,8 +362,8 @@ class SamplingConfig(Section):
     attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"] = (
         "auto"
     )
-    pack: bool = True
-    fold: bool = True
+    pack: Auto = "auto"
+    fold: Auto = "auto"
     compile: bool = False
     graphs: bool = False
 

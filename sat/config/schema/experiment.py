@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from sat.adapters import groups
 from sat.config.schema.base import (
+    Auto,
+    AutoPrecision,
     Broken,
     CheckpointConfig,
     Component,
@@ -18,7 +20,6 @@ from sat.config.schema.base import (
     MustExist,
     OutputConfig,
     ParallelConfig,
-    Precision,
     SamplingConfig,
     Section,
 )
@@ -160,6 +161,7 @@ class TrainConfig(Section):
     for a second one (docs/training.md). wandb's name is the run folder's unless ``wandb_name`` says another.
     ``compile``: one compiled block for all layers of what is trained. ``pack``: beside LoRA on a CPU, keep
     frozen weights in the order of its matrix products, once for each pass: faster, and one more copy.
+    ``auto`` is measured as in sampling; ``dtype: auto`` is bf16 where that is fast and ``zero`` is not 0.
     """
 
     section = "train"
@@ -171,7 +173,7 @@ class TrainConfig(Section):
     steps: int
     batch_size: int = 1
     accumulate: int = 1
-    dtype: Precision = "fp32"
+    dtype: AutoPrecision = "fp32"
     autocast: Literal["bf16"] | None = None
     zero: int = 0
     offload: OffloadConfig = field(default_factory=OffloadConfig)
@@ -204,8 +206,8 @@ class TrainConfig(Section):
     wandb_tags: list[str] = field(default_factory=list)
     wandb_notes: str | None = None
     allocator: bool = True
-    pack: bool = True
-    attention: Literal["auto", "torch"] = "auto"
+    pack: Auto = "auto"
+    attention: Literal["auto", "torch", "exp"] = "auto"
     compile: bool = False
     init_from: CheckpointConfig | None = None
 
@@ -224,9 +226,9 @@ class TrainConfig(Section):
         for name, (holds, expected) in ranges.items():
             if not holds:
                 yield name, f"expected {expected}, got {getattr(self, name)}"
-        if self.autocast is not None and self.dtype != "fp32":
+        if self.autocast is not None and self.dtype not in ("fp32", "auto"):
             yield "autocast", f"computes in bf16 with `dtype` fp32 weights, but `dtype` is {self.dtype}"
-        if self.dtype != "fp32" and self.zero == 0:
+        if self.dtype not in ("fp32", "auto") and self.zero == 0:
             yield (
                 "zero",
                 f"`dtype` {self.dtype} needs 1, 2 or 3, which keep float32 masters of the weights; got 0",
