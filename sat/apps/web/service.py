@@ -19,6 +19,7 @@ from sat.adapters.merge import AdapterRef, adapter_name, load_adapters
 from sat.apps.web.job_queue import Job
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
 from sat.checkpoint.files import SAFETENSORS, TORCH
+from sat.checkpoint.verify import Verify
 from sat.config.build import adaptable, components
 from sat.config.cascade import Cascade
 from sat.config.record import (
@@ -278,7 +279,8 @@ class GenerationService:
                 for found in adapter_differences(reference.path, parts, stage.imports):
                     if found.fatal:
                         raise RequestError(found.what)
-                (now.attached[name],) = load_adapters(adaptable(generator.engine), [reference])
+                how = Verify(stage.checkpoint.verify)
+                (now.attached[name],) = load_adapters(adaptable(generator.engine), [reference], verify=how)
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, request.adapters.get(name, 0.0))
 
@@ -324,7 +326,10 @@ class GenerationService:
         return now
 
     def _load(self, index: int) -> _Open:
-        pipeline = Pipeline.open(self.stages[index], launch(self.stages[index].parallel.device).device)
+        stage = self.stages[index]
+        if index == 0 and self.adapters:  # which are attached later, and to plain layers
+            stage = replace(stage, sampling=replace(stage.sampling, pack=False))
+        pipeline = Pipeline.open(stage, launch(stage.parallel.device).device)
         stage, made = self.stages[index], pipeline.experiment.sampling  # what was auto is named in labels
         chosen = {name: getattr(made, name) for name in CHOICES}
         self.stages[index] = replace(stage, sampling=replace(stage.sampling, **chosen))
