@@ -8,6 +8,7 @@ Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
 
@@ -391,6 +392,8 @@ def names(model: nn.Module) -> list[str]:
 
 def set_strength(model: nn.Module, name: str, strength: float) -> None:
     """Set the strength of the adapter ``name``: 0 none, 1 as trained."""
+    if not math.isfinite(strength):
+        raise AdapterError(f"the strength of {name!r} is {strength}, expected a number")
     if name not in (known := names(model)):
         raise AdapterError(f"there is no adapter {name!r}; there are {', '.join(known) or 'none'}")
     for _, module in adapted(model):

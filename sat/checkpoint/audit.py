@@ -65,16 +65,19 @@ def _verdict(file: Path, allow_pickle: bool) -> Verdict:
     """Verdict on one file: its digests, the CRC-32 of a zip, and whether its values are finite."""
     try:
         record = record_of(file)
-        digested = verify_file(file)
+        digested, inside = verify_file(file), False
         if file.name not in VOCABULARY:
             with open_file(file, allow_pickle=allow_pickle, verify=Verify()) as tensors:
                 tensors.verified()
+                inside = tensors.digested and not digested
                 for name in tensors:
                     refuse_not_finite(tensors[name], name, str(file))
                     tensors.release(name)
     except CheckpointError as error:
         return Verdict(file, False, str(error).removeprefix(f"{file}: "))
     if not digested:
+        if inside:
+            return Verdict(file, True, "the digests in its header right")
         return Verdict(file, True, "readable and finite; it has no digests yet")
     kind = "chunk digests" if record is not None and "chunks" in record else "SHA-256"
     return Verdict(file, True, f"{kind} right")

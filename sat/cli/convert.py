@@ -149,7 +149,7 @@ def _convert(args: argparse.Namespace) -> int:
         return build_empty(Component(**component), imports)
 
     if is_adapter(args.src):
-        return _convert_adapter(args, build, config)
+        return _convert_adapter(args, build, config, imports)
     if args.to == "peft":
         raise UsageError(f"--to peft is for adapters, and {args.src} is none")
     ranks = args.tensor_parallel
@@ -229,7 +229,6 @@ def _changing(wanted: list[str], ranks: int, imports: Sequence[str]) -> Callable
     if not wanted and ranks == 1:
         return None
     from sat.adapters.merge import AdapterRef, folded
-    from sat.config.record import adapter_differences
     from sat.parallel.tensor import check_sharding
     from sat.sharding import family_sharding
 
@@ -242,20 +241,28 @@ def _changing(wanted: list[str], ranks: int, imports: Sequence[str]) -> Callable
                 check_sharding(network.module, family_sharding(type(network.module)), ranks)
             except ValueError as error:
                 raise UsageError(f"--tensor-parallel {ranks}: {error}") from error
-        refs, components = (
-            [AdapterRef(*lora(text)) for text in wanted],
-            {p: parts[p].component for p in parts},
-        )
-        for found in [f for ref in refs for f in adapter_differences(ref.path, components, imports)]:
-            if found.fatal:
-                raise UsageError(f"--merge-lora {found.what}")
+        refs = [AdapterRef(*lora(text)) for text in wanted]
+        for ref in refs:
+            _refuse_other_base(ref.path, {part: parts[part].component for part in parts}, imports)
         return folded(parts, refs) if refs else parts
 
     return change
 
 
+def _refuse_other_base(adapter: Path, components: Mapping[str, Any], imports: Sequence[str]) -> None:
+    """Raise if ``adapter`` was trained on a model of another architecture than ``components`` (by part)."""
+    from sat.config.record import adapter_differences
+
+    for found in adapter_differences(adapter, components, imports):
+        if found.fatal:
+            raise UsageError(found.what)
+
+
 def _convert_adapter(
-    args: argparse.Namespace, build: Callable[[Mapping[str, Any]], Any], config: Mapping[str, Any] | None
+    args: argparse.Namespace,
+    build: Callable[[Mapping[str, Any]], Any],
+    config: Mapping[str, Any] | None,
+    imports: Sequence[str],
 ) -> int:
     """An adapter from one layout to another."""
     from sat.adapters.write import convert_adapter
@@ -265,6 +272,10 @@ def _convert_adapter(
         raise UsageError(f"--merge-lora is for checkpoints, and {args.src} is an adapter itself")
     if args.tensor_parallel != 1:
         raise UsageError(f"--tensor-parallel is for checkpoints, and {args.src} is an adapter")
+    if config is not None:
+        _refuse_other_base(
+            args.src, {"model": config["model"], "text": config["conditioning"]["text"]}, imports
+        )
     adapter, files = convert_adapter(
         args.src,
         args.dst,

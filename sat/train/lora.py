@@ -23,8 +23,10 @@ from sat.adapters.factors import (
 )
 from sat.adapters.files import NATIVE_FILE, AdapterInfo, read
 from sat.adapters.lora import Adapted, adapted, attach, base_norms, extract
+from sat.adapters.merge import compare_base
 from sat.adapters.names import choose
 from sat.adapters.write import write_native
+from sat.checkpoint.verify import Verify
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.kernels.packed import FrozenLinear, freezable, join_gelu
 from sat.train.objectives import Objective
@@ -36,10 +38,11 @@ NAME = "trained"
 """Name of the adapter in the model while it is trained."""
 
 
-def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
+def add_lora(objective: Objective, lora: LoraConfig, seed: int, verify: Verify | None = None) -> None:
     """Attach fresh factors to the parts that ``objective`` trains, and freeze all else.
 
-    The factors are drawn from ``seed`` and a layer's name, not from the device or the order.
+    The factors are drawn from ``seed`` and a layer's name, not from the device or the order; those of an
+    adapter to go on from are checked as ``verify`` says.
     """
     parts = {part: module for part, module in objective.parts().items() if part in ("model", "text")}
     if not parts:
@@ -49,7 +52,8 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int) -> None:
     objective.requires_grad_(False)
     layers: dict[str, dict[str, LayerFactors]] = {part: {} for part in parts}
     if lora.start is not None:
-        found = read(lora.start, parts)
+        found = read(lora.start, parts, verify)
+        compare_base(found, parts)
         layers = {part: found.of(part) for part in parts}
         log.info("training goes on from the adapter %s (rank %d)", lora.start, found.info.rank)
     else:

@@ -471,6 +471,14 @@ def test_a_foreign_adapter_needs_the_model_it_belongs_to(saved, tmp_path: Path, 
         (["{0}/lora", "{1}", "--to", "sat"], "an adapter is written as native, peft, diffusers, not as sat"),
         (["{0}/native", "{1}", "--to", "peft"], "--to peft is for adapters, and .* is none"),
         (["{0}/lora", "{1}", "--to", "peft", "--merge-lora", "{0}/lora"], "--merge-lora is for checkpoints"),
+        (
+            ["{0}/lora", "{1}", "--to", "peft", "--base", "configs/tiny.yaml"],
+            "is a LoRA of a model with model.params.channels 4, here it is",
+        ),
+        (
+            ["checkpoints/tiny", "{1}", "--to", "native", "--merge-lora", "{0}/lora"],
+            "is a LoRA of a model with model.params.",
+        ),
         (["{0}/native", "{1}", "--to", "native", "--merge-lora", "nope:2"], "nope: no such file or folder"),
         (
             ["{0}/native", "{1}", "--to", "native", "--only", "model", "--merge-lora", "{0}/lora"],

@@ -15,6 +15,7 @@ import torch
 
 from sat.checkpoint.format import DTYPES, PARTS
 from sat.checkpoint.formats import digest
+from sat.checkpoint.verify import Verify
 from sat.cli.main_guard import UsageError
 from sat.config.build import build_engine
 from sat.config.check import build, resolve
@@ -300,7 +301,7 @@ def _objective(
     if "model" in trained and frozen:
         log.warning("%s is frozen at random weights: name it in the checkpoint section", " and ".join(frozen))
     if experiment.adapters.lora is not None:
-        add_lora(objective, experiment.adapters.lora, train.seed)
+        add_lora(objective, experiment.adapters.lora, train.seed, Verify(weights.verify))
         if on_cpu:
             reasons = unpacked(train, train.zero)
             done = f"frozen weights are not packed: {', '.join(reasons)}" if reasons else pack_frozen(trained)
