@@ -75,7 +75,10 @@ def prepare(case: Case) -> Work:
 
 
 def _ours(case: Case, pair: Side) -> Work:
+    from sat.config.schema import QuantizeConfig
     from sat.kernels import apply as speed
+    from sat.kernels import attention as kernels
+    from sat.kernels.quantize import Quantizer, Scheme
     from sat.parallel.launch import keep_freed_memory
 
     if case.device == "cpu":
@@ -87,10 +90,39 @@ def _ours(case: Case, pair: Side) -> Work:
             for key in ("attention", "fold", "compile", "graphs")
             if key in case.options
         }
+        if scheme := case.options.get("quantize"):
+            Quantizer("model", Scheme(scheme), QuantizeConfig().patterns())(pair.network)
         speed.quicken_network(pair.network, speed.Speed(**options))
+        if size := case.options.get("padded"):
+            kernels.put_kernel(pair.network.transformer, kernels.Plain(_padded(size)))
+        if case.options.get("offload"):
+            _offloaded(pair.network, torch.device(case.device))
     with torch.inference_mode():
         work = pair.our_step()
     return torch.inference_mode()(work)
+
+
+def _padded(size: int) -> Callable[..., Tensor]:
+    """Attention with heads padded to ``size`` channels, which some kernels are faster with."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        wide = [F.pad(x, (0, size - x.shape[-1])) for x in (q, k, v)]
+        return F.scaled_dot_product_attention(*wide, scale=scale)[..., : q.shape[-1]]
+
+    return attend
+
+
+def _offloaded(network: nn.Module, device: torch.device) -> None:
+    """The network's blocks in host memory, as ``memory.network=blocks`` has them."""
+    if device.type == "cpu":
+        raise ValueError("offloading needs a GPU")
+    from sat.config.schema import MemoryConfig
+    from sat.offload.block_swap import DeviceStream, OffloadedPart, swap_groups
+
+    groups = swap_groups(network, MemoryConfig(network="blocks"), "model")
+    network.cpu()
+    torch.cuda.empty_cache()
+    OffloadedPart(network, DeviceStream(device), groups).onload()
 
 
 def _compiled(network: nn.Module) -> nn.Module:
@@ -151,7 +183,7 @@ def decode(case: Case) -> Work:
     )
     if theirs:
         return torch.no_grad()(work)
-    if case.dtype != "fp32":
+    if case.dtype != "fp32" and case.options.get("channels_last", case.device == "cpu"):
         from sat.kernels.apply import channels_last
 
         channels_last(network)

@@ -57,24 +57,26 @@ def measure(table: Table, limits: Limits) -> dict[str, Any]:
     times = compare(takes, rounds=limits.rounds, seconds=limits.seconds, warm=limits.seconds / 6)
     for worker in workers.values():
         worker.close()
-    once = cpu_once = 0.0
-    if table.once:
-        prepared = times.pop(table.once)
-        once, cpu_once = prepared.median / STEPS, prepared.cpu / STEPS
-    base = times[table.base]
-    for label, taken in times.items():
-        extra, extra_cpu = (once, cpu_once) if label in table.ours else (0.0, 0.0)
-        rows.append(
-            {
-                "label": label,
-                **taken.plain(),
-                "once_per_picture": extra * STEPS,
-                "ratio": (taken.median + extra) / base.median,
-                "cpu_ratio": (taken.cpu + extra_cpu) / base.cpu,
-                "peak_mb": workers[label].peak,
-            }
-        )
-    return {"title": table.title, "base": table.base, "threads": limits.threads, "rows": rows}
+    peaks = {label: worker.peak for label, worker in workers.items()}
+    rows += [{"label": label, **taken.plain(), "peak_mb": peaks[label]} for label, taken in times.items()]
+    return rated(table, rows, limits.threads)
+
+
+def rated(table: Table, rows: Sequence[dict[str, Any]], threads: int) -> dict[str, Any]:
+    """A table's result: ``rows`` with their ratios to the base, or to the first where that is left out."""
+    timed = {row["label"]: row for row in rows if "median" in row}
+    prepared = timed.pop(table.once, None)
+    base = timed.get(table.base) or next(iter(timed.values()), None)
+    for label, row in timed.items():
+        assert base is not None, "there is a row"
+        extra, extra_cpu = 0.0, 0.0
+        if prepared is not None and label in table.ours:
+            extra, extra_cpu = prepared["median"] / STEPS, prepared["cpu"] / STEPS
+        row["once_per_picture"] = extra * STEPS
+        row["ratio"] = (row["median"] + extra) / base["median"]
+        row["cpu_ratio"] = (row["cpu"] + extra_cpu) / base["cpu"]
+    shown = [row for row in rows if "median" not in row or row["label"] in timed]
+    return {"title": table.title, "base": table.base, "threads": threads, "rows": shown}
 
 
 def text(result: dict[str, Any]) -> str:

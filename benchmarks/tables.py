@@ -68,6 +68,8 @@ def gpu(quick: bool, device: str = "cuda", sizes: Mapping[str, Any] | None = Non
         for name in get_args(Backend)
         if name != "exp"
     }
+    wide = max(64, whole.shape.params.get("dim", 2560) // whole.shape.params.get("heads", 64))
+    kernels[f"torch, heads padded to {wide}"] = replace(whole, options={**whole.options, "padded": wide})
     tables.append(Table("gpu_attention", "a step by attention kernel, 1024², batch 4", kernels, "torch"))
     tables.append(_decode("gpu_decode", sizes.get("cells", 128), device, sizes.get("vae", {})))
     text = Case("text", "", "plus", "bf16", device, {"text": sizes.get("text", {})})
@@ -132,11 +134,13 @@ def _gpu_step(name: str, case: Case, side: int, batch: int) -> Table:
         "ours": replace(case, side="ours"),
         "ours compiled": replace(case, side="ours", options={**case.options, "compile": True}),
         "ours with CUDA graphs": replace(case, side="ours", options={**case.options, "graphs": True}),
+        "ours, int8": replace(case, side="ours", options={**case.options, "quantize": "int8"}),
+        "ours, blocks offloaded": replace(case, side="ours", options={**case.options, "offload": True}),
         "our preparation": replace(case, kind="prepare", side="ours"),
         "matrix products alone": replace(case, kind="floor", side="products"),
         "attention alone": replace(case, kind="floor", side="attention"),
     }
-    ours = ("ours", "ours compiled", "ours with CUDA graphs")
+    ours = [row for row in rows if row.startswith("ours")]
     title = f"a step of Plus 3 B, {side}², batch {batch}"
     return Table(name, title, rows, "diffusers", "our preparation", ours)
 
@@ -145,6 +149,9 @@ def _decode(name: str, cells: int, device: str, vae: Mapping[str, Any] | None = 
     case = Case("decode", "", dtype="fp32", device=device, options={"cells": cells, "vae": dict(vae or {})})
     sides = [(f"{side} {dtype}", side, dtype) for dtype in ("fp32", "bf16") for side in ("diffusers", "ours")]
     rows = {label: replace(case, side=side, dtype=dtype) for label, side, dtype in sides}
+    if device != "cpu":
+        last = {**case.options, "channels_last": True}
+        rows["ours bf16, channels last"] = replace(case, side="ours", dtype="bf16", options=last)
     return Table(name, f"decoding {8 * cells}²", rows, "diffusers fp32")
 
 

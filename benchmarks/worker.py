@@ -9,6 +9,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,9 @@ from benchmarks.measure import Sample
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("diffusers", "cache-dit", "peft", "transformers")
 """How sides that run as their own users run them begin."""
+
+NO_TIME = "no time left"
+"""Reason of a worker that was not ready by its deadline."""
 
 
 class Worker:
@@ -31,10 +38,30 @@ class Worker:
         self.peak = 0.0
         self.device = ""
 
-    def ready(self) -> None:
-        """Wait until the work is made. Raises ``RuntimeError`` with the child's reason."""
-        answer = self._answer()
-        self.device = answer["device"]
+    def ready(self, deadline: float | None = None) -> None:
+        """Wait until the work is made and has been done once, which is when a compiler runs.
+
+        Raises ``RuntimeError`` with the child's reason, or after the ``deadline``, of ``time.monotonic``.
+        """
+        with self._until(deadline):
+            self.device = self._answer()["device"]
+            self.sample()
+
+    @contextmanager
+    def _until(self, deadline: float | None) -> Iterator[None]:
+        if deadline is None:
+            yield
+            return
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()), self.process.kill)
+        timer.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if time.monotonic() >= deadline:
+                raise RuntimeError(NO_TIME) from error
+            raise
+        finally:
+            timer.cancel()
 
     def sample(self) -> Sample:
         """One sample of the work."""
@@ -88,7 +115,11 @@ def main() -> int:
     for _ in sys.stdin:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        taken = measure.sample(work, torch.cuda.synchronize if on_gpu else lambda: None)
+        try:
+            taken = measure.sample(work, torch.cuda.synchronize if on_gpu else lambda: None)
+        except Exception as error:  # too little memory, a compiler that fails
+            print(json.dumps({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}), flush=True)
+            return 1
         peak = measure.peak_rss(children=case.kind == "command")
         if on_gpu:
             peak = torch.cuda.max_memory_allocated() / 1e6

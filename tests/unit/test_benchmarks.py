@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu as gpu_run
 from benchmarks import measure, run
-from benchmarks.cases import KINDS, make
+from benchmarks.cases import KINDS, Case, make
 from benchmarks.tables import cpu, gpu
 
 TINY = {
@@ -42,13 +43,69 @@ def test_every_case_of_the_gpu_suite_runs_in_small_on_a_cpu() -> None:
             options = case.options
             if case.side in ("cache-dit", "diffusers compiled") or options.get("compile"):
                 continue  # need a package, or a compiler
-            if options.get("graphs") or options.get("attention") in GPU_ONLY:
+            if options.get("graphs") or options.get("offload") or options.get("attention") in GPU_ONLY:
                 with pytest.raises(ValueError, match="GPU|CUDA"):
                     make(case)
                 continue
             make(case)()
             seen.add((table.name, label))
     assert {name for name, _ in seen} == {table.name for table in gpu(True, "cpu", TINY)}
+
+
+class Here:
+    """A worker in this process."""
+
+    made: list[str] = []
+    stop_after = 99
+
+    def __init__(self, case: Case, threads: int) -> None:
+        self.case, self.peak = case, 1.0
+
+    def ready(self, deadline: float | None) -> None:
+        if len(self.made) >= self.stop_after:
+            raise RuntimeError(gpu_run.NO_TIME)
+        self.made.append(self.case.side)
+        self.work = make(self.case)
+
+    def sample(self) -> measure.Sample:
+        return measure.sample(self.work)
+
+    def close(self) -> None: ...
+
+
+def test_a_call_writes_each_row_and_the_next_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu_run, "Worker", Here)
+    monkeypatch.setattr(gpu_run, "find_spec", lambda module: None if module == "peft" else object())
+    outcome = {"failed": ["FAILED tests/x.py"], "said": ["1 failed"]}
+    monkeypatch.setattr(gpu_run, "tests", lambda seconds, words: outcome)
+    call = ["--small", "--output", str(tmp_path), "--only"]
+    monkeypatch.setattr(Here, "made", [])
+    monkeypatch.setattr(Here, "stop_after", 1)
+    assert gpu_run.main([*call, "gpu_text"]) == 75
+    said = capsys.readouterr().out
+    assert "missing: peft: rows" in said and "left: gpu_text; the same command goes on" in said
+    monkeypatch.setattr(Here, "stop_after", 99)
+    assert gpu_run.main([*call, "gpu_text"]) == 0
+    assert Here.made == ["transformers", "ours"]  # each once
+    written = json.loads((tmp_path / "gpu.json").read_text())["gpu_text"]
+    assert [row["label"] for row in written["rows"]] == ["transformers", "ours"]
+    assert written["rows"][0]["ratio"] == 1 and written["code"]
+    assert gpu_run.main([*call, "tests,gpu_text"]) == 1  # a test failed
+    assert gpu_run.main([*call, "gpu_text", "--again"]) == 0 and len(Here.made) == 4
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--only", "gpu_tex", "--small"])
+
+
+def test_the_tests_of_a_call_end_with_its_time() -> None:
+    found = gpu_run.tests(1.0, ["tests/unit/test_benchmarks.py", "-k", "nothing_of_the_kind"])
+    assert found["failed"] == [] and ("cut" in found or found["said"])
+
+
+def test_a_missing_base_leaves_the_first_row_as_one() -> None:
+    table = gpu(True, "cpu", TINY)[0]
+    rows = [{"label": "diffusers", "left_out": "no such module"}]
+    rows += [{"label": name, "median": m, "cpu": m} for name, m in (("ours", 2.0), ("ours compiled", 1.0))]
+    assert [row.get("ratio") for row in run.rated(table, rows, 1)["rows"]] == [None, 1.0, 0.5]
 
 
 def test_tables_name_known_kinds() -> None:
