@@ -26,7 +26,7 @@ from sat.adapters.factors import (
     weight_change,
     widened,
 )
-from sat.kernels.packed import FrozenLinear, LowRank
+from sat.kernels.packed import FrozenLinear, LowRank, PackedLinear
 from sat.kernels.packed import adapted as adapted_product
 from sat.kernels.quantize import QuantizedLinear
 from sat.parallel.launch import Axis
@@ -296,7 +296,7 @@ class Adapted(nn.Module):
 
     def merged(self) -> nn.Module:
         """The base, made plain if it is not, with every adapter in its weight, at its strength."""
-        packed = isinstance(self.base, (QuantizedLinear, FrozenLinear))
+        packed = isinstance(self.base, (QuantizedLinear, PackedLinear))
         base = cast(QuantizedLinear, self.base).plain() if packed else self.base
         whole = whole_weight(base)
         total = widened(whole)
@@ -324,9 +324,12 @@ def _slot(name: str) -> str:
 # -- attaching and removing
 
 
+_KINDS = (Adapted, SplitLinear, QuantizedLinear, PackedLinear)
+
+
 def is_linear(module: nn.Module) -> bool:
     """True if an adapter can be attached: a linear of any kind, or one that has some already."""
-    return type(module) is nn.Linear or isinstance(module, (Adapted, SplitLinear, QuantizedLinear))
+    return type(module) is nn.Linear or isinstance(module, _KINDS)
 
 
 def attach(

@@ -41,6 +41,15 @@ class PackedLinear(nn.Module):
         """The weight as it was, made anew each time."""
         return self.packed.to_dense()
 
+    def plain(self) -> nn.Linear:
+        """An ordinary linear with the same weight, frozen."""
+        with torch.device("meta"):
+            made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        made.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            made.bias = nn.Parameter(self.bias, requires_grad=False)
+        return made.train(self.training)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
         """Nothing here is ever written to, and packed tensors cannot be copied: both share them."""
         other = copy.copy(self)
@@ -185,15 +194,6 @@ class FrozenLinear(PackedLinear):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return super().gelu(x, approximate)
         return F.gelu(self(x), approximate=approximate)
-
-    def plain(self) -> nn.Linear:
-        """An ordinary linear with the same weight, frozen."""
-        with torch.device("meta"):
-            made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        made.weight = nn.Parameter(self.weight, requires_grad=False)
-        if self.bias is not None:
-            made.bias = nn.Parameter(self.bias, requires_grad=False)
-        return made.train(self.training)
 
 
 class _Frozen(torch.autograd.Function):

@@ -24,6 +24,7 @@ from sat.checkpoint import load, open_part, save_native
 from sat.checkpoint.convert import Completed
 from sat.checkpoint.format import ENGINE_PREFIXES, CheckpointError, InMemory
 from sat.cli.convert import main as convert
+from sat.kernels.packed import pack, packable
 from sat.kernels.quantize import QuantizedLinear, Scheme
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
@@ -389,6 +390,23 @@ def test_other_weights_of_the_same_shapes_are_told(tmp_path: Path, caplog: pytes
         assert len(dict(merged["model"])) == len(other.state_dict())
         assert caplog.text.count("was trained on other weights") == (other is tuned)
     assert told(tmp_path / "out", tuned, caplog)
+
+
+def test_packed_layers_take_adapters_too(saved) -> None:
+    """As the web page attaches them, to a model that draws already."""
+    model, plain = plus(), plus()
+    if not packable(torch.float32):
+        pytest.skip("weights are not packed on this machine")
+    assert pack(model) > 0
+    before = output(model)
+    (name,) = load_adapters({"model": model}, [AdapterRef(saved("peft"))])
+    load_adapters({"model": plain}, [AdapterRef(saved("diffusers"))])
+    wanted = output(plain)
+    assert (output(model) - wanted).abs().max() < F32 * wanted.std() < (wanted - before).abs().max()
+    detach(model, name)
+    assert torch.equal(output(model), before)
+    load_adapters({"model": model}, [AdapterRef(saved("native"))], fold=True)
+    assert (output(model) - wanted).abs().max() < F32 * wanted.std()
 
 
 def test_values_beyond_half_precision_are_refused(saved) -> None:

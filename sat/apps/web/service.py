@@ -326,10 +326,7 @@ class GenerationService:
         return now
 
     def _load(self, index: int) -> _Open:
-        stage = self.stages[index]
-        if index == 0 and self.adapters:  # which are attached later, and to plain layers
-            stage = replace(stage, sampling=replace(stage.sampling, pack=False))
-        pipeline = Pipeline.open(stage, launch(stage.parallel.device).device)
+        pipeline = Pipeline.open(self.stages[index], launch(self.stages[index].parallel.device).device)
         stage, made = self.stages[index], pipeline.experiment.sampling  # what was auto is named in labels
         chosen = {name: getattr(made, name) for name in CHOICES}
         self.stages[index] = replace(stage, sampling=replace(stage.sampling, **chosen))
