@@ -22,10 +22,10 @@ from sat.config.settle import settle_dtype, settle_sampling, tell_slow
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import StepCallback
 from sat.estimate.budget import apply_budget
-from sat.kernels.apply import Speed, quicken
+from sat.kernels.apply import Speed, quicken, slow_type
 from sat.offload.block_swap import offload_schedule, offloaded_parts
 from sat.parallel.cfg_parallel import CfgParallel
-from sat.parallel.launch import ALONE, Mesh, data_ranks, free_memory, pick_device
+from sat.parallel.launch import ALONE, Mesh, data_ranks, exact, free_memory, pick_device
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.generator import Generator, SamplingParams, Strong
 from sat.sampling.inputs import InputList, checked_latents
@@ -93,7 +93,7 @@ class Pipeline:
         ``mesh``: the ranks that share the work; None is this process, which must be all that the config asks
         for. ``once``: all prompts come at the start, so that a memory budget may let the text encoder go.
         """
-        place = torch.device(device) if device is not None else pick_device(experiment.parallel.device)
+        place = exact(device) if device is not None else pick_device(experiment.parallel.device)
         main = mesh is None or mesh.rank == 0
         experiment = settle_dtype(experiment, place, main=main)
         tell_slow(experiment.sampling.dtype, "sampling.dtype", place)
@@ -107,6 +107,8 @@ class Pipeline:
             data_ranks(1, **experiment.parallel.sizes)
         waiting, dtype = offloaded_parts(memory, place), DTYPES[sampling.dtype]
         engine = build_engine(experiment, device=place, dtype=dtype, mesh=mesh, offloaded=waiting)
+        if advice := slow_type(dtype, place, "sampling.dtype"):
+            log.warning("%s", advice)
         engine.conditioner.moves_encoder = "text" not in waiting
         if mesh is not None and mesh.sequence.size > 1:
             apply_sequence(engine.network, mesh.sequence)

@@ -102,7 +102,9 @@ def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None =
     The last thing to be put on an engine: after adapters and parallelism. ``device``: where the network runs,
     if it waits elsewhere (:mod:`sat.offload.block_swap`). Raises ``ValueError`` for the impossible.
     """
-    if engine.first_stage.dtype != torch.float32:
+    place = device or next(engine.network.parameters()).device
+    # On a GPU group norm turns a map back, and every convolution turns it again.
+    if engine.first_stage.dtype != torch.float32 and place.type == "cpu":
         channels_last(engine.first_stage)
     return quicken_network(engine.network, speed, device)
 
@@ -130,6 +132,23 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
     if speed.fold and device.type == "cpu":  # elsewhere two smaller passes were not measured
         fold(network, FOLD_FROM)
     return ", ".join(message)
+
+
+def slow_type(dtype: torch.dtype, device: torch.device, key: str) -> str | None:
+    """Advice where a processor has no arithmetic of ``dtype``, asked for by the config's ``key``, or None."""
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if device.type != "cpu" or kind is None:
+        return None
+    try:
+        fast = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()
+    except (AttributeError, RuntimeError):  # a build without oneDNN, or a torch before it told
+        return None
+    if fast:
+        return None
+    return (
+        f"this processor has no {kind} arithmetic, and products are 5 to 100 times slower than in float32: "
+        f"set {key}=fp32"
+    )
 
 
 def channels_last(module: nn.Module) -> None:

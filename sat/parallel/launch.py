@@ -35,6 +35,9 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 PATIENCE = timedelta(days=30)
 """Wait of a collective: the watch over the ranks ends a run sooner where one is lost."""
 
+_ONE_EACH = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+"""Variables by which launchers such as ``srun --gpus-per-task=1`` show a process one GPU alone."""
+
 # glibc <malloc.h>
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
@@ -82,13 +85,17 @@ class Runtime:
         free_memory()
 
     def peak_memory(self) -> float:
-        """Peak memory in GB: of the device's allocator, or of the process's resident set on the CPU."""
+        """Peak memory in GB: of tensors on the device, or of the process's resident set on the CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+    def reserved_memory(self) -> float | None:
+        """Peak in GB that the device's allocator held, near what nvidia-smi shows; None on the CPU."""
+        return torch.cuda.max_memory_reserved(self.device) / 1e9 if self.device.type == "cuda" else None
 
     def finish(self) -> None:
         """Wait until every rank has come here, as long as they live; raises where one does not."""
@@ -213,6 +220,8 @@ def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
     if device == "cpu" or not available:
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count == 1 and any(os.environ.get(name) for name in _ONE_EACH):
+        local_rank = 0  # the launcher shows each process a GPU of its own
     if local_rank >= count:
         raise RuntimeError(
             f"local rank {local_rank} has no GPU: torch sees {count}; start at most {count} processes here"
@@ -265,6 +274,15 @@ def lost_rank_message(error: BaseException) -> str | None:
             f"{text.strip().splitlines()[0][:200]}"
         )
     return None
+
+
+def exact(device: torch.device | str) -> torch.device:
+    """``device`` with its number, so that it equals those of its tensors."""
+    found = torch.device(device)
+    number: int | None = getattr(found, "index", None)  # None in "cuda", whatever its type says
+    if found.type != "cuda" or number is not None or not torch.cuda.is_available():
+        return found
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def capability(device: torch.device) -> int | None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,10 +151,11 @@ def clock(seconds: float) -> str:
 
 
 PEAKS = {
-    "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0,
-    "L40": 181.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0,
+    "B200": 2250.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
+    "L40S": 362.0, "L40": 181.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "RTX 4090": 165.2,
+    "MI300X": 1307.4,
 }  # fmt: skip
-"""Dense bf16 TFLOP/s by a part of the device's name, the longer ones first. Source: NVIDIA's data sheets."""
+"""Dense bf16 TFLOP/s by words of the device's name, longer ones first. Source: the makers' data sheets."""
 
 
 def peak_flops(config: TrainConfig, runtime: Runtime) -> float | None:
@@ -163,7 +165,7 @@ def peak_flops(config: TrainConfig, runtime: Runtime) -> float | None:
     if config.dtype == "fp32" and config.autocast is None:
         return None
     name = runtime.device_name
-    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+    return next((peak * 1e12 for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def token_counter(engine: DiffusionEngine, objective: Objective) -> Callable[[Batch], int]:

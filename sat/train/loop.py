@@ -305,6 +305,7 @@ class Trainer:
             **({} if self.meter is None else {"mfu": self.meter.take(passed)}),
             "data_wait": mean(share).item(),
             "memory_gb": self.runtime.peak_memory(),
+            **({} if (held := self.runtime.reserved_memory()) is None else {"memory_reserved_gb": held}),
             "skipped": self.skipped,
             "images": self.images,
             "epoch": self.source.epoch,

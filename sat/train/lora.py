@@ -99,8 +99,11 @@ def pack_frozen(parts: Mapping[str, nn.Module]) -> str:
         done += 1
     for part in parts.values():
         join_gelu(part)
-    message = f"{done} frozen weights packed for oneDNN, both ways (train.pack)"
     others = ", ".join(f"{count} {kind}" for kind, count in left.items())
+    if not done:
+        why = f": {others}" if others else ""
+        return f"frozen weights are not packed (train.pack), as no layer can be here{why}"
+    message = f"{done} frozen weights packed for oneDNN, both ways (train.pack)"
     return message + (f"; as they are: {others}" if others else "")
 
 

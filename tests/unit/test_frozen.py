@@ -81,6 +81,8 @@ def test_packed_weights_give_the_same_gradients_and_steps(settings) -> None:
     said = lora.pack_frozen({"model": packed})
     assert said.startswith(f"{4 if settings.get('dora') else 8} frozen weights packed")
     assert ("as they are: 4 DoRA" in said) == bool(settings.get("dora"))
+    again = lora.pack_frozen({"model": packed})
+    assert again.startswith("frozen weights are not packed (train.pack), as no layer can be here")
     assert close(gradients(packed), gradients(plain))
     trained = []
     for network in (plain, packed):

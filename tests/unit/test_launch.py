@@ -16,6 +16,7 @@ from sat.parallel.launch import (
     Mesh,
     Runtime,
     data_ranks,
+    exact,
     keep_freed_memory,
     launch,
     lost_rank_message,
@@ -93,6 +94,20 @@ def test_timeout_must_be_positive() -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(ValueError, match="'tpu': expected auto, cpu or cuda"):
         pick_device("tpu")  # type: ignore[arg-type]
+
+
+def test_a_process_that_sees_one_gpu_of_its_own_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with pytest.raises(RuntimeError, match="local rank 3 has no GPU: torch sees 1"):
+        pick_device("auto", 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as srun --gpus-per-task=1 sets it
+    assert pick_device("auto", 3).index == 0
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert exact("cpu").type == "cpu" and exact(pick_device("auto").type).index == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")

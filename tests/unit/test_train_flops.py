@@ -68,3 +68,16 @@ def test_counting_changes_nothing() -> None:
     with Meter(1.0).micro(collate([_sample(0)])):
         watched = torch.autograd.grad(layer(x).sum(), layer.weight)[0]
     assert torch.equal(plain, watched)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA L40S", 362.0),
+        ("NVIDIA L4", 121.0), ("NVIDIA GeForce RTX 4090", 165.2), ("AMD Instinct MI300X", 1307.4),
+        ("NVIDIA RTX A1000", None), ("", None),
+    ],
+)  # fmt: skip
+def test_a_devices_peak_is_found_by_whole_words(name: str, peak: float | None) -> None:
+    found = peak_flops(replace(CONFIG, dtype="bf16", zero=1), SimpleNamespace(device_name=name))
+    assert found == (None if peak is None else peak * 1e12)

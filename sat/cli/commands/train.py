@@ -27,7 +27,7 @@ from sat.config.yaml_source import ConfigError, Problem
 from sat.data.dataset import Items
 from sat.data.loader import Loader, validation_batches
 from sat.engine import DiffusionEngine
-from sat.kernels.apply import compiled, use_kernel
+from sat.kernels.apply import compiled, slow_type, use_kernel
 from sat.kernels.compile import recompute
 from sat.parallel.collectives import barrier, from_main
 from sat.parallel.heartbeat import current
@@ -299,7 +299,11 @@ def _objective(
         )
     frozen = [part for part in PARTS if part not in trained and weights.source(part) is None]
     if "model" in trained and frozen:
-        log.warning("%s is frozen at random weights: name it in the checkpoint section", " and ".join(frozen))
+        are, them = ("is", "it") if len(frozen) == 1 else ("are", "them")
+        what = " and ".join(frozen)
+        log.warning("%s %s frozen at random weights: name %s in the checkpoint section", what, are, them)
+    if advice := slow_type(DTYPES[train.dtype], next(objective.parameters()).device, "train.dtype"):
+        log.warning("%s", advice)
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed, Verify(weights.verify))
         if on_cpu:
