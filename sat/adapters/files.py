@@ -175,7 +175,11 @@ def _tell_vain(path: Path, pairs: list[Pair]) -> None:
 
 def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
     """The adapter in one ``file``."""
-    with open_file(file, verify=verify) as tensors:
+    try:
+        opened = open_file(file, verify=verify)
+    except CheckpointError as error:  # no switch lets an adapter run code
+        raise CheckpointError(str(error).partition("; if you trust")[0]) from error
+    with opened as tensors:
         metadata: Mapping[str, str] = getattr(tensors, "metadata", {})
         header, configs = _header(file, metadata), _configs(file, metadata)
         native = header is not None and header.layout == "native"

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -192,6 +193,8 @@ class PeftConfig(BaseModel):
                 f"convert it by PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
             )
         for patterns in (self.rank_pattern or {}, self.alpha_pattern or {}):
+            if len(patterns) > 1 << 12:
+                raise AdapterError(f"{source}: {len(patterns):,} patterns, at most 4,096 are read")
             for pattern in patterns:
                 _compiled(pattern, source)
         if unknown := sorted(key for key in set(extra) - _WITHOUT_EFFECT if extra[key]):
@@ -207,10 +210,13 @@ class PeftConfig(BaseModel):
         return alpha * math.sqrt(rank) if self.use_rslora else alpha
 
 
+@lru_cache(maxsize=1 << 13)
 def _compiled(pattern: str, source: str) -> re.Pattern[str]:
     """PEFT's expression for ``pattern``: an end of a name, or all of it after ``^``."""
-    if len(pattern) > 1000 or re.search(r"[+*}][^()]*\)[+*{]", pattern):
-        raise AdapterError(f"{source}: the pattern {pattern[:80]!r} is too long or repeats a repetition")
+    if len(pattern) > 1000 or re.search(r"[+*}|][^()]*\)[+*{]", pattern):
+        raise AdapterError(
+            f"{source}: the pattern {pattern[:80]!r} is too long, or repeats a repetition or a choice"
+        )
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:

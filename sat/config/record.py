@@ -373,8 +373,10 @@ def differences(  # noqa: C901 - one comparison a folder, from its format to its
     for key, path in adapters:
         with suppress(CheckpointError, AdapterError):  # told when it is read
             for other in adapter_differences(path, parts, experiment.imports):
-                if not any(fnmatchcase(dotted(other.key), pattern) for pattern in weights.allow_config):
-                    yield other._replace(key=key)
+                place = dotted(other.key)
+                if not any(fnmatchcase(place, pattern) for pattern in weights.allow_config):
+                    advice = f"; if that is meant, name {place} in checkpoint.allow_config" * other.fatal
+                    yield other._replace(key=key, what=other.what + advice)
 
 
 def _absent(path: Path, part: Part) -> list[Path]:

@@ -189,6 +189,9 @@ def test_a_file_of_any_name_and_a_bin_are_read(plain: Plain, tmp_path: Path) -> 
     torch.save(load_file(folder / PEFT), old / "adapter_model.bin")
     (old / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
     same(wanted(wrapped), found(old, ours))
+    torch.save({"lora_A": Path("x")}, old / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="loading it could run any code$"):
+        read(old, {"model": ours})
     (mine.parent / "other.safetensors").write_bytes(b"")
     with pytest.raises(AdapterError, match=r"it holds 'my_style-000010.safetensors', 'other.safetensors'"):
         locate(mine.parent)
@@ -296,6 +299,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "too few norms": (added(lora_magnitude_vector=torch.ones(3)), r"\[3\] magnitudes, expected one"),
     "an invalid pattern": (said(alpha_pattern={"(": 3}), "no regular expression"),
     "an endless pattern": (said(alpha_pattern={"(a+)+$": 3}), "repeats a repetition"),
+    "an endless choice": (said(rank_pattern={"(a|aa)+$": 3}), "repeats a repetition or a choice"),
+    "many patterns": (said(rank_pattern={f"x{i}": 4 for i in range(5000)}), "5,000 patterns"),
     "an anchored rank": (said(rank_pattern={"^transformer_blocks.0.attn1.to_q": 2}), "its config says 2"),
     "alpha as text": (said(lora_alpha="4"), "damaged at 'lora_alpha'"),
     "alpha of NaN": (said(lora_alpha=NAN), "damaged at 'lora_alpha'"),
