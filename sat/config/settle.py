@@ -82,6 +82,16 @@ def _warn(dtype: str, key: str) -> None:
     )
 
 
+def slow_convolutions(dtype: str) -> str:
+    """Sentence about memory that no estimate for this CPU counts in ``dtype``; empty where there is none."""
+    if dtype == "fp32" or measured.convolves(DTYPES[dtype]):
+        return ""
+    return (
+        f"not counted: buffers of {dtype} convolutions, which this processor has no instructions for: "
+        f"the autoencoder and a UNet may take more than twice as much; fp32 is counted whole"
+    )
+
+
 def settle_sampling(
     experiment: Experiment,
     network: nn.Module,

@@ -18,6 +18,7 @@ from sat.checkpoint.format import DTYPES, PARTS, Part
 from sat.conditioning.conditioner import Condition
 from sat.config.build import build_shapes, components
 from sat.config.schema import Experiment, MemoryConfig, QuantizeConfig
+from sat.config.settle import slow_convolutions
 from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine
 from sat.errors import UserError
@@ -84,6 +85,7 @@ class Budgeted:
     peaks: Peaks
     budget: int
     host: int = 0  # bytes of page-locked host memory
+    note: str = ""  # about memory that is not in the peaks
 
     def __str__(self) -> str:
         found = f"{_gb(self.peaks.total)} estimated, most while {_WHILE[self.peaks.stage]}"
@@ -91,6 +93,8 @@ class Budgeted:
             found += f"; {_gb(self.host)} of page-locked host memory"
             if self.host > (free := available_memory()) > 0:
                 found += f", but only {_gb(free)} are free here: other memory settings need less of it"
+        if self.note:
+            found += f"; {self.note}"
         options = " ".join(option.setting for option in self.options) or "nothing needs to change"
         return f"memory.budget {_gb(self.budget)}: {options} ({found})"
 
@@ -137,7 +141,8 @@ def apply_budget(
         if (without := estimator.peaks(changed(fewer))).total <= limit:
             taken, best = fewer, without
     made = changed(taken)
-    return Budgeted(made, tuple(taken), best, budget, estimator.locked(made))
+    note = slow_convolutions(experiment.sampling.dtype) if estimator.host else ""
+    return Budgeted(made, tuple(taken), best, budget, estimator.locked(made), note)
 
 
 class SamplingEstimator:

@@ -212,7 +212,7 @@ def packs(layer: Layer, *, trains: bool = False) -> bool:
 
     def make() -> Mapping[str, Work]:
         rows, gelu = min(ROWS, layer.rows * layer.tokens), None if trains else 2  # the product GELU follows
-        weights = [_some(o, i, dtype=layer.dtype) for i, o in layer.linears()]
+        weights = [_some(o, i, dtype=layer.dtype, fan=i) for i, o in layer.linears()]
         weights += [w.t() for w in weights if trains]
         inputs = [_some(rows, w.shape[1], dtype=layer.dtype) for w in weights]
         packed = [reordered(w) for w in weights]
@@ -242,7 +242,8 @@ def attention(layer: Layer, *, trains: bool = False) -> str:
         keys = min(KEYS, layer.tokens)
         heads = min(HEADS * torch.get_num_threads(), layer.rows * max(1, layer.dim // layer.head_dim))
         sizes = [(1, heads, length, layer.head_dim) for length in (min(ROWS, keys), keys, keys)]
-        q, k, v = (_some(*size, dtype=layer.dtype).requires_grad_(trains) for size in sizes)
+        normal = [F.layer_norm(_some(*size, dtype=layer.dtype), sizes[0][3:]) for size in sizes]
+        q, k, v = (x.requires_grad_(trains) for x in normal)
         scale = layer.head_dim**-0.5
 
         def by_torch() -> None:
@@ -279,7 +280,7 @@ def folds(layer: Layer, *, packed: bool, kernel: str) -> bool:
         return True
 
     def make() -> Mapping[str, Work]:
-        weights = [_some(o, i, dtype=layer.dtype) for i, o in layer.linears()]
+        weights = [_some(o, i, dtype=layer.dtype, fan=i) for i, o in layer.linears()]
         linears = [
             functools.partial(product, packed=reordered(w), bias=None)
             if packed
@@ -293,6 +294,7 @@ def folds(layer: Layer, *, packed: bool, kernel: str) -> bool:
             size = x.shape[-1]
             h = F.layer_norm(x, (size,)).mul_(0.5).add_(0.1)
             q, k, v = qkv(h).view(*x.shape[:2], 3, -1, layer.head_dim).permute(2, 0, 3, 1, 4)
+            q, k = (F.layer_norm(t, (layer.head_dim,)) for t in (q, k))
             if repeats:
                 k, v = (torch.cat([t[:, :, :1].expand(-1, -1, repeats, -1), t], 2) for t in (k, v))
             exp, scale = kernel == "exp", layer.head_dim**-0.5
@@ -315,23 +317,26 @@ def folds(layer: Layer, *, packed: bool, kernel: str) -> bool:
     return fastest(question, "folded", "whole", make) == "folded"
 
 
+def convolves(dtype: torch.dtype) -> bool:
+    """True if oneDNN convolves in the 16-bit ``dtype`` here; torch's own loops take buffers besides."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    try:
+        return bool(getattr(torch.ops.mkldnn, names[dtype])())
+    except AttributeError:  # a torch that does not say
+        return True
+
+
 def slow(dtype: torch.dtype) -> bool:
     """True if this CPU is faster in float32 than in ``dtype``, in a matrix product and a convolution.
 
     Where oneDNN has no fast way in ``dtype`` nothing is measured: torch's loops take 5 to 170 times as long.
     """
-    try:
-        fact = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[
-            dtype
-        ]
-        if not getattr(torch.ops.mkldnn, fact)():
-            return True
-    except AttributeError:  # a torch that does not say
-        pass
+    if not convolves(dtype):
+        return True
 
     def works_in(dtype: torch.dtype) -> Work:
-        x, weight = _some(256, 512, dtype=dtype), _some(1024, 512, dtype=dtype)
-        image, kernel = _some(1, 64, 24, 24, dtype=dtype), _some(64, 64, 3, 3, dtype=dtype)
+        x, weight = _some(256, 512, dtype=dtype), _some(1024, 512, dtype=dtype, fan=512)
+        image, kernel = _some(1, 64, 24, 24, dtype=dtype), _some(64, 64, 3, 3, dtype=dtype, fan=576)
         return _inference(lambda: (F.linear(x, weight), F.conv2d(image, kernel)))
 
     name = str(dtype).removeprefix("torch.")
@@ -339,9 +344,12 @@ def slow(dtype: torch.dtype) -> bool:
     return fastest("types of numbers", name, "float32", ways) == "float32"
 
 
-def _some(*size: int, dtype: torch.dtype) -> Tensor:
-    """Values between -1 and 1; drawn from no generator, whose state is the run's."""
-    return torch.linspace(-1, 1, math.prod(size)).view(size).to(dtype)
+def _some(*size: int, dtype: torch.dtype, fan: int = 1) -> Tensor:
+    """Normal values over the root of ``fan``, as layers have them: GELU and exp take longer for large ones.
+
+    Of a generator of their own: the state of torch's is the run's.
+    """
+    return torch.randn(size, generator=torch.Generator().manual_seed(0)).div_(math.sqrt(fan)).to(dtype)
 
 
 def _inference(work: Callable[[], object]) -> Work:

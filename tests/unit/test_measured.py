@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sat.cli.commands.estimate import estimate
 from sat.cli.sample import main as sample
 from sat.config import settle
 from sat.config.load import dump, load_full
-from sat.config.schema import TrainConfig
+from sat.config.schema import Component, DataConfig, SourceConfig, TrainConfig
+from sat.estimate.budget import apply_budget
 from sat.kernels import measured
 from sat.kernels.apply import Speed, measured_speed
 from tests.configs import debug
@@ -231,6 +233,28 @@ def test_a_type_that_the_processor_is_slow_in_is_told_once(
     settle.tell_slow("fp32", "sampling.dtype", CPU)
     (told,) = caplog.messages
     assert "slower in bf16 than in fp32: set sampling.dtype to fp32" in told
+
+
+def test_estimates_for_a_processor_without_bf16_name_what_they_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "not counted: buffers of bf16 convolutions"
+    kind = Component("sat.train.objectives.diffusion.DiffusionObjective")
+    data = DataConfig(sources=[SourceConfig(Path("data/emoji_sample"))], height=48, width=64)
+    plan = replace(debug("parallel.device=cpu"), train=replace(CONFIG, objective=kind, zero=1), data=data)
+
+    def planned(dtype: str) -> str:
+        estimate(replace(plan, train=replace(plan.train, dtype=dtype)), 1, None)
+        return capsys.readouterr().out
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+        assert settle.slow_convolutions("bf16") == ""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert told in str(apply_budget(debug("sampling.dtype=bf16", "memory.budget=8GB"), CPU))
+    assert told in planned("bf16")
+    automatic = planned("auto")
+    assert "fp32, ZeRO 1" in automatic and told not in automatic
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Literal
 
 from sat.config.schema import Experiment, OffloadConfig
-from sat.parallel.launch import data_ranks
+from sat.config.settle import settle_dtype, slow_convolutions
+from sat.parallel.launch import data_ranks, pick_device
 from sat.train.estimate import LIVE, Estimate, Estimator, find_settings, zero3_offload
 from sat.train.measure import on_host, sections
 
@@ -21,6 +22,7 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
     """Print the estimate for ``ranks`` ranks (None: those started, or one team) and how to fit ``budget``."""
     if os.environ.get("RANK", "0") != "0":
         return
+    experiment = settle_dtype(experiment, pick_device("cpu") if on_host(experiment) else None)
     train, _ = sections(experiment)
     sizes = experiment.parallel.sizes
     count = ranks or int(os.environ.get("WORLD_SIZE", math.prod(sizes.values())))
@@ -52,6 +54,8 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
     )
     process = "the process with its libraries" if now.host else "the device's context, libraries' workspaces"
     print(f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters")
+    if now.host and (narrow := slow_convolutions(train.autocast or train.dtype)):
+        print(narrow)
     if count > readers:
         layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         print(f"weights, activations and TFLOP are those of the first rank of a team of {layout}")
