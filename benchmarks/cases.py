@@ -85,14 +85,14 @@ def _ours(case: Case, pair: Side) -> Work:
         torch.set_flush_denormal(True)
         keep_freed_memory()
     if case.side != "plain":
-        options = {
-            key: case.options[key]
-            for key in ("attention", "fold", "compile", "graphs")
-            if key in case.options
-        }
+        known = ("attention", "pack", "fold", "compile", "graphs")
+        wanted = speed.Speed(**{key: case.options[key] for key in known if key in case.options})
         if scheme := case.options.get("quantize"):
             Quantizer("model", Scheme(scheme), QuantizeConfig().patterns())(pair.network)
-        speed.quicken_network(pair.network, speed.Speed(**options))
+        if case.device == "cpu":
+            cells = tuple(pair.latent.shape[2:])
+            wanted = speed.measured_speed(pair.network, wanted, cells, len(pair.latent))
+        speed.quicken_network(pair.network, wanted)
         if size := case.options.get("padded"):
             kernels.put_kernel(pair.network.transformer, kernels.Plain(_padded(size)))
         if case.options.get("offload"):
@@ -151,7 +151,7 @@ _THEIRS: Mapping[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def floor(case: Case) -> Work:
-    """The layers' matrix products, or their attention, by torch's plain calls: ``side`` says which."""
+    """The layers' matrix products, their attention, or both, by torch's plain calls: ``side`` says which."""
     shape, dtype = case.shape, DTYPES[case.dtype]
     dim, heads, depth = (shape.params.get(k, d) for k, d in (("dim", 2560), ("heads", 64), ("depth", 30)))
     tokens = shape.params.get("text_len", 224) + (shape.cells // 2) ** 2
@@ -159,17 +159,20 @@ def floor(case: Case) -> Work:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, device=case.device, dtype=dtype)
 
+    length = 0 if case.side == "products" else tokens
+    q, k, v = (normal(shape.rows, heads, length, dim // heads) for _ in range(3))
+    attention = torch.inference_mode()(
+        lambda: [F.scaled_dot_product_attention(q, k, v) for _ in range(depth)] and None
+    )
     if case.side == "attention":
-        q, k, v = (normal(shape.rows, heads, tokens, dim // heads) for _ in range(3))
-        return torch.inference_mode()(
-            lambda: [F.scaled_dot_product_attention(q, k, v) for _ in range(depth)] and None
-        )
+        return attention
     rows, wide = normal(shape.rows * tokens, dim), normal(shape.rows * tokens, 4 * dim)
     weights = [(rows, normal(3 * dim, dim)), (rows, normal(dim, dim)), (rows, normal(4 * dim, dim))]
     weights.append((wide, normal(dim, 4 * dim)))
-    return torch.inference_mode()(
+    products = torch.inference_mode()(
         lambda: [F.linear(x, w) for _ in range(depth) for x, w in weights][:0] or None
     )
+    return products if case.side == "products" else lambda: (products(), attention())
 
 
 # -- first stage and text encoder
@@ -294,12 +297,15 @@ def _our_lora(case: Case, pair: Side) -> tuple[nn.Module, Callable[[], Tensor]]:
         def parts(self) -> dict[str, nn.Module]:
             return {"model": network}
 
+    chosen = speed.Speed()
     if case.device == "cpu":
-        speed.use_kernel(network, "auto")
+        cells, rows = tuple(pair.latent.shape[2:]), len(pair.latent)
+        chosen = speed.measured_speed(network, chosen, cells, rows, trains=True)
+        speed.use_kernel(network, chosen.attention, section="train")
     lora.add_lora(Network(), LoraConfig(rank=16, alpha=16, targets=["attention"]), 0)
     if case.options.get("compile"):
         speed.compiled(network)
-    else:
+    elif chosen.pack:
         lora.pack_frozen({"model": network})
     cells = pair.latent.shape[2]
     times = torch.full((len(pair.latent),), 500.0, device=pair.latent.device)

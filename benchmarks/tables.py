@@ -111,11 +111,15 @@ def _step(name: str, case: Case, quick: bool, compiled: bool) -> Table:
         "diffusers": replace(case, side="diffusers"),
         "cache-dit": replace(case, side="cache-dit"),
         "ours": replace(case, side="ours"),
+        "ours, packed and folded": replace(
+            case, side="ours", options={**case.options, "pack": True, "fold": True}
+        ),
         "ours, nothing folded": replace(case, side="ours", options={**case.options, "fold": False}),
         "ours, nothing packed": replace(case, side="plain"),
         "our preparation": replace(case, kind="prepare", side="ours"),
         "matrix products alone": replace(case, kind="floor", side="products"),
         "attention alone": replace(case, kind="floor", side="attention"),
+        "products and attention alone": replace(case, kind="floor", side="both"),
     }
     if case.size == "small" or quick:
         rows.pop("cache-dit")
