@@ -22,7 +22,7 @@ from sat.config.settle import settle_dtype, settle_sampling, tell_slow
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import StepCallback
 from sat.estimate.budget import apply_budget
-from sat.kernels.apply import Speed, quicken, slow_type
+from sat.kernels.apply import Speed, quicken
 from sat.offload.block_swap import offload_schedule, offloaded_parts
 from sat.parallel.cfg_parallel import CfgParallel
 from sat.parallel.launch import ALONE, Mesh, data_ranks, exact, free_memory, pick_device
@@ -96,7 +96,7 @@ class Pipeline:
         place = exact(device) if device is not None else pick_device(experiment.parallel.device)
         main = mesh is None or mesh.rank == 0
         experiment = settle_dtype(experiment, place, main=main)
-        tell_slow(experiment.sampling.dtype, "sampling.dtype", place)
+        tell_slow(experiment.sampling.dtype, "sampling.dtype=fp32", place)
         if experiment.memory.budget is not None:
             picked = apply_budget(experiment if once else keep_text_encoder(experiment), place)
             if picked is not None:
@@ -107,8 +107,6 @@ class Pipeline:
             data_ranks(1, **experiment.parallel.sizes)
         waiting, dtype = offloaded_parts(memory, place), DTYPES[sampling.dtype]
         engine = build_engine(experiment, device=place, dtype=dtype, mesh=mesh, offloaded=waiting)
-        if advice := slow_type(dtype, place, "sampling.dtype"):
-            log.warning("%s", advice)
         engine.conditioner.moves_encoder = "text" not in waiting
         if mesh is not None and mesh.sequence.size > 1:
             apply_sequence(engine.network, mesh.sequence)

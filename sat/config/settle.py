@@ -69,17 +69,18 @@ def settle_dtype(experiment: Experiment, device: torch.device | None, *, main: b
     return replace(experiment, sampling=sampling, train=train)
 
 
-def tell_slow(dtype: str, key: str, device: torch.device) -> None:
-    """Warn once where this CPU is slower in ``dtype`` than in fp32; ``key`` of the config names it."""
+def tell_slow(dtype: str, advice: str, device: torch.device) -> None:
+    """Warn once where this CPU is slower in ``dtype`` than in fp32, with the setting of ``advice``."""
     if _is_cpu(device) and dtype != "fp32" and measured.slow(DTYPES[dtype]):
-        _warn(dtype, key)
+        _warn(dtype, advice, measured.convolves(DTYPES[dtype]))
 
 
 @functools.cache
-def _warn(dtype: str, key: str) -> None:
-    log.warning(
-        "this processor is slower in %s than in fp32: set %s to fp32, or to auto for the fastest", dtype, key
+def _warn(dtype: str, advice: str, has: bool) -> None:
+    why = (
+        "is slower in {} than in fp32" if has else "has no {} arithmetic: products are 5 to 100 times slower"
     )
+    log.warning("this processor %s; set %s", why.format(dtype), advice)
 
 
 def slow_convolutions(dtype: str) -> str:

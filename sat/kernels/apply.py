@@ -134,23 +134,6 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
     return ", ".join(message)
 
 
-def slow_type(dtype: torch.dtype, device: torch.device, key: str) -> str | None:
-    """Advice where a processor has no arithmetic of ``dtype``, asked for by the config's ``key``, or None."""
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    if device.type != "cpu" or kind is None:
-        return None
-    try:
-        fast = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()
-    except (AttributeError, RuntimeError):  # a build without oneDNN, or a torch before it told
-        return None
-    if fast:
-        return None
-    return (
-        f"this processor has no {kind} arithmetic, and products are 5 to 100 times slower than in float32: "
-        f"set {key}=fp32"
-    )
-
-
 def channels_last(module: nn.Module) -> None:
     """Lay convolution weights out channels last; the maps between them follow."""
     for parameter in module.parameters():

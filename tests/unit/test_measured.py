@@ -229,10 +229,10 @@ def test_a_type_that_the_processor_is_slow_in_is_told_once(
     settle._warn.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     for _ in range(2):
-        settle.tell_slow("bf16", "sampling.dtype", CPU)
-    settle.tell_slow("fp32", "sampling.dtype", CPU)
+        settle.tell_slow("bf16", "sampling.dtype=fp32", CPU)
+    settle.tell_slow("fp32", "", CPU)
     (told,) = caplog.messages
-    assert "slower in bf16 than in fp32: set sampling.dtype to fp32" in told
+    assert "has no bf16 arithmetic" in told and told.endswith("; set sampling.dtype=fp32")
 
 
 def test_estimates_for_a_processor_without_bf16_name_what_they_do_not_count(

@@ -301,18 +301,6 @@ def test_optional_kernels_are_called_as_they_want(name, module, monkeypatch: pyt
         assert (kernel(q, k, v, scale=0.1) - kernels.attend(q, k, v, scale=0.1)).abs().max() < F32
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_type_the_processor_cannot_compute_in_is_told(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False, _is_mkldnn_fp16_supported=lambda: False)
-    monkeypatch.setattr(torch.ops, "mkldnn", fake)
-    assert "set sampling.dtype=fp32" in str(speed.slow_type(dtype, CPU, "sampling.dtype"))
-    assert (
-        speed.slow_type(torch.float32, CPU, "x") is speed.slow_type(dtype, torch.device("meta"), "x") is None
-    )
-    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())  # a build that does not say
-    assert speed.slow_type(dtype, CPU, "x") is None
-
-
 # -- one text token for all
 
 

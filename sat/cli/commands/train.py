@@ -27,7 +27,7 @@ from sat.config.yaml_source import ConfigError, Problem
 from sat.data.dataset import Items
 from sat.data.loader import Loader, validation_batches
 from sat.engine import DiffusionEngine
-from sat.kernels.apply import compiled, slow_type, use_kernel
+from sat.kernels.apply import compiled, use_kernel
 from sat.kernels.compile import recompute
 from sat.parallel.collectives import barrier, from_main
 from sat.parallel.heartbeat import current
@@ -101,7 +101,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
                 experiment = as_recorded(experiment, file)
         experiment = settle_dtype(experiment, runtime.device, main=runtime.is_main)
         train, data = _sections(experiment)
-        tell_slow(train.autocast or train.dtype, "train.dtype (and autocast)", runtime.device)
+        advice = "train.dtype=fp32" if train.autocast is None else "train.autocast=null"
+        tell_slow(train.autocast or train.dtype, advice, runtime.device)
         check_dtype(train, runtime)
         with _writer(folder, runtime):
             whole = _train_rounds(experiment, train, data, runtime)
@@ -302,8 +303,6 @@ def _objective(
         are, them = ("is", "it") if len(frozen) == 1 else ("are", "them")
         what = " and ".join(frozen)
         log.warning("%s %s frozen at random weights: name %s in the checkpoint section", what, are, them)
-    if advice := slow_type(DTYPES[train.dtype], next(objective.parameters()).device, "train.dtype"):
-        log.warning("%s", advice)
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed, Verify(weights.verify))
         if on_cpu:
