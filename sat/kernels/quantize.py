@@ -121,10 +121,17 @@ def quantized(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
     Some rows at a time: in float32 a large weight would be three times as much as the model gains by it.
     """
-    step = max(1, AT_ONCE // weight.shape[1])
-    parts = [_rows(rows, scheme) for rows in torch.split(weight, step)]
-    codes, scales = zip(*parts, strict=True)
-    return torch.cat(codes), torch.cat(scales)
+    outputs, inputs = weight.shape
+    int8 = scheme.kind == "int8"
+    codes = weight.new_empty(
+        outputs, inputs if int8 else inputs // 2, dtype=torch.int8 if int8 else torch.uint8
+    )
+    scales = weight.new_empty(outputs, inputs // scheme.size(inputs))
+    step = max(1, AT_ONCE // inputs)
+    for begin in range(0, outputs, step):
+        rows = slice(begin, begin + step)
+        codes[rows], scales[rows] = _rows(weight[rows], scheme)
+    return codes, scales
 
 
 def _rows(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

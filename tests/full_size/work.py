@@ -113,7 +113,7 @@ def write(member: str, *only: str) -> dict[str, Any]:
     """The official files of a member, names and shapes as published; without what our writer adds."""
     config, place = experiment(member), Path("weights")
     parts = {part: found for part, found in weights(member, config).items() if not only or part in only}
-    if config.model.params.get("dim") == 2560 or config.model.params.get("width") == 320:
+    if config.model.params.get("depth") == 30 or config.model.params.get("width") == 320:
         for part, name in {
             "model": SPECS[member],
             "first_stage": "vae16_sat" if member == "plus" else "vae4_sat",
