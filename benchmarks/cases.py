@@ -226,6 +226,8 @@ def unet(case: Case) -> Work:
     torch.manual_seed(0)
     with torch.device(case.device):
         network = CogView3UNet(**params).to(DTYPES[case.dtype]).eval()
+    if case.options.get("channels_last"):
+        speed.channels_last(network)
     speed.quicken_network(network, speed.Speed(compile=bool(case.options.get("compile"))))
     takes, cells = inspect.signature(CogView3UNet).parameters, case.options.get("cells", 64)
 

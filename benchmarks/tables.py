@@ -88,6 +88,7 @@ def gpu(quick: bool, device: str = "cuda", sizes: Mapping[str, Any] | None = Non
             "a step of CogView3-Base (no peer)",
             {
                 "ours": base,
+                "channels last": replace(base, options={**base.options, "channels_last": True}),
                 "compiled": replace(base, options={**base.options, "compile": True}),
             },
             "ours",

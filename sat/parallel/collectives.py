@@ -25,11 +25,11 @@ def barrier(device: torch.device) -> None:
         dist.barrier(device_ids=[device.index] if device.index is not None else None)
 
 
-def agree(flags: list[bool], device: torch.device) -> list[bool]:
-    """``flags``, each true on all ranks if it is true on one."""
+def agree(flags: list[bool]) -> list[bool]:
+    """``flags``, each true on all ranks if it is true on one; devices go on with their work meanwhile."""
     if world_size() == 1:
         return flags
-    votes = torch.tensor(flags, dtype=torch.int32, device=device)
+    votes = torch.tensor(flags, dtype=torch.int32)  # among the hosts: a group has gloo beside nccl
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return [bool(vote) for vote in votes.tolist()]
 

@@ -141,7 +141,7 @@ class Checkpoints:
 
     def _settle(self, writing: _Writing) -> None:
         error, runtime = writing.future.exception(), self.engine.runtime
-        if any(agree([error is not None], runtime.device)):
+        if any(agree([error is not None])):
             if error is not None:
                 raise error
             raise RuntimeError(f"another rank could not write its part of {writing.path}")

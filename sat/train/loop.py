@@ -205,7 +205,7 @@ class Trainer:
                 limit = config.max_minutes
                 late = limit is not None and passed >= 60 * limit
                 flags = [stop.is_set(), late, self.checkpoints.busy]
-                stopped, late, writing = agree(flags, self.runtime.device)
+                stopped, late, writing = agree(flags)
                 if not writing:
                     self.checkpoints.settle()
                 if stopped or late:
@@ -270,7 +270,7 @@ class Trainer:
         self.skipped += 1
         loss = torch.stack(losses)
         bad_loss = not bool(torch.isfinite(loss).all())
-        if not any(agree([config.dtype != "fp16" or bad_loss], device)):
+        if not any(agree([config.dtype != "fp16" or bad_loss])):
             log.info("step %d: fp16 overflow, loss scale now %g", self.step, engine.loss_scale)
             return
         self._bad_steps += 1
@@ -366,7 +366,7 @@ class Trainer:
             self.runtime.world, mesh.data_ranks, mesh.tensor.size, config.zero,
             config.batch_size, config.accumulate,
         )  # fmt: skip
-        cut = not any(agree([not cuttable(self.engine)], self.runtime.device))
+        cut = not any(agree([not cuttable(self.engine)]))
         return Progress(
             self.step, self.skipped, self.images, self.seconds, self.source.state_dict(), layout,
             config.dtype, cut, self.engine.whole_shapes, config.steps, self.cycles,

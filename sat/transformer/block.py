@@ -217,7 +217,7 @@ def modulated(x: Tensor, m: Modulation | None, segments: Sequence[int], dtype: t
     if m is None:
         return x.to(dtype)
     scale = m.scale if m.plus_one else 1 + m.scale
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _fuses(x):
         parts = _split(x, segments)
         x = torch.cat([torch.addcmul(m.shift[:, i : i + 1], p, scale[:, i : i + 1]) for i, p in parts], 1)
         return x.to(dtype)
@@ -233,7 +233,7 @@ def residual(x: Tensor, branch: Tensor, m: Modulation | None, segments: Sequence
     """x + gate * branch, per segment. ``branch`` is consumed; ``x`` is not."""
     if m is None:
         return x + branch
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _fuses(x):
         pairs = zip(_split(x, segments), _split(branch, segments), strict=True)
         return torch.cat(
             [torch.addcmul(a, m.gate[:, i : i + 1].to(b.dtype), b) for (i, a), (_, b) in pairs], 1
@@ -245,6 +245,11 @@ def residual(x: Tensor, branch: Tensor, m: Modulation | None, segments: Sequence
     for (i, a), (_, b) in zip(_split(x, segments), _split(branch, segments), strict=True):
         torch.addcmul(a, m.gate[:, i : i + 1], b, out=b)
     return branch
+
+
+def _fuses(x: Tensor) -> bool:
+    """True for the compiler of an accelerator: it makes one launch of all, but breaks off at an ``out=``."""
+    return torch.compiler.is_compiling() and not x.is_cpu
 
 
 def _split(x: Tensor, segments: Sequence[int]) -> list[tuple[int, Tensor]]:

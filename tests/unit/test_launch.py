@@ -134,8 +134,7 @@ def test_glibc_keeps_freed_memory() -> None:
 
 
 def test_one_process_agrees_with_itself() -> None:
-    here = torch.device("cpu")
-    assert agree([True, False], here) == [True, False]
+    assert agree([True, False]) == [True, False]
     assert gather("a") == ["a"]
     assert from_main("b") == "b"
     assert mean(torch.tensor([2.0])).tolist() == [2.0]

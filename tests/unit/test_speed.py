@@ -381,6 +381,21 @@ def test_one_graph_serves_all_layers_steps_and_prompts(monkeypatch: pytest.Monke
     assert graphs == 2  # the second size is compiled with a free number of tokens, for all others
 
 
+def test_blocks_of_an_accelerator_compile_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which is no CPU: what only a GPU's path does is traced whole."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+    model = plus().to("meta")
+    backend = lambda module, inputs: graphs.append(module) or module.forward  # noqa: E731
+    fast.compile_blocks(model.transformer, alike=True, backend=backend, fullgraph=True)
+    cond = condition(one_size=True)
+    with torch.inference_mode(), torch.device("meta"):
+        prepared = model.prepare(Condition(cond.text.to("meta"), cond.vector[:1].to("meta")), (6, 10), TIMES)
+        assert model(torch.empty(2, 4, 6, 10), TIMES[0], prepared).shape == (2, 4, 6, 10)
+    assert len(graphs) == 1
+
+
 def test_two_graphs_serve_a_unet_of_two_widths_and_two_more_its_other_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
