@@ -143,7 +143,10 @@ def read(path: Path, parts: Parts, verify: Verify | None = None) -> Adapter:
 
     Names and shapes that do not fit them are refused; its files are checked as ``verify`` says.
     """
-    found = [_read(file, parts, verify or Verify()) for file in locate(path)]
+    files, steps = locate(path), sorted(path.glob("checkpoints/step_*"))
+    if (used := files[0].parent.parent) in steps[:-1]:
+        log.warning("%s is torn (no COMPLETE file): the adapter of %s is used", steps[-1], used.name)
+    found = [_read(file, parts, verify or Verify()) for file in files]
     layers = {name: layer for one in found for name, layer in one.layers.items()}
     if len(layers) < sum(len(one.layers) for one in found):
         raise AdapterError(f"{path}: two of its files adapt the same layers: name one of them")

@@ -312,7 +312,7 @@ def test_what_holds_no_adapter_says_so(tmp_path: Path) -> None:
             read(tmp_path / name, {"model": plus()})
 
 
-def test_a_run_is_its_newest_whole_checkpoints_adapter(saved, tmp_path: Path) -> None:
+def test_a_run_is_its_newest_whole_checkpoints_adapter(saved, tmp_path: Path, caplog) -> None:
     native = saved("native") / NATIVE_FILE
     for step, whole in ((1, True), (2, True), (3, False)):
         place = tmp_path / "run" / "checkpoints" / f"step_{step:08d}"
@@ -321,6 +321,8 @@ def test_a_run_is_its_newest_whole_checkpoints_adapter(saved, tmp_path: Path) ->
         if whole:
             (place / "COMPLETE").write_text("{}")
     assert locate(tmp_path / "run")[0].parent.parent.name == "step_00000002"
+    read(tmp_path / "run", {"model": plus()})
+    assert "step_00000003 is torn (no COMPLETE file): the adapter of step_00000002 is used" in caplog.text
 
 
 # ---------------------------------------------------------------------- using and merging
