@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sat.config import settle
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import LoraConfig, TrainConfig
@@ -26,6 +27,7 @@ from sat.data.batch import Batch, Sample, collate
 from sat.diffusion.guidance import IntervalLimited
 from sat.first_stage import AutoencoderKL
 from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
+from sat.kernels import measured
 from sat.kernels.apply import Folded, fold
 from sat.kernels.compile import recompute
 from sat.mixins.rope import RoPE
@@ -266,6 +268,18 @@ def dying(runtime: Runtime, folder: Path) -> dict[str, Any]:
     return {"said": "did not notice"}
 
 
+def choices(runtime: Runtime, folder: Path) -> tuple[object, ...]:
+    """What is measured on ranks that measure otherwise."""
+    measured.fastest = lambda question, usual, other, make: other if runtime.is_main else usual
+    measured.slow = lambda dtype: not runtime.is_main
+    main, train = runtime.is_main, replace(CONFIG, dtype="auto", zero=1)
+    experiment = replace(load([DEBUG], ["sampling.dtype=auto"]), train=train)
+    made = settle.settle_dtype(experiment, runtime.device, main=main)
+    made = settle.settle_sampling(made, plus(), (6, 10), runtime.device, main=main)
+    trained = settle.settle_training(train, plus(), (6, 10), runtime.device, packs=True, main=main)
+    return made.sampling.dtype, made.train and made.train.dtype, made.sampling.pack, trained.pack
+
+
 def main(folder: Path) -> None:
     """All cases."""
     import deepspeed  # noqa: F401 - once, before the forks
@@ -286,6 +300,7 @@ def main(folder: Path) -> None:
     tokenizer(folder / "spiece.model")
     case("command", 1, command, layout={})
     case("command_teams", 4, command, layout={"sequence": 2}, done=folder / "command" / "out")
+    case("choices", 2, choices)
     case("gradients", 3, gradients)
     case("tiles", 3, tiles)
     case("dying", 2, dying)
