@@ -323,22 +323,25 @@ def _folder(root: Path) -> Iterator[Check]:
     if not ends and not busy:
         text = "not there: killed, or of an older version"
         yield Check(f"{root}: {ENDED}", "note", text, f"{AGAIN} goes on")
-    yield from _record(root)
-    for place in (root, *sorted(root.iterdir())):  # a distillation has rounds
+    places = [root, *sorted(root.glob("stages/*")), *sorted(root.iterdir())]  # of cascades; of distillations
+    for place in places:
+        if (place / "run.json").is_file():
+            yield from _record(place)
         if (place / "checkpoints").is_dir():
             yield from _checkpoints(place, busy=busy)
-    name, config = f"{root}: resolved.yaml", root / "resolved.yaml"
-    if not config.is_file():
-        yield Check(name, "note", "not there: the run ended before it began", "start it again")
-        return
-    cascade = load_cascade([config])
-    absent = [str(problem) for stage in cascade.stages for problem in stage.missing]
-    text = f"{len(absent)} inputs are not there any more: {absent[0]}" if absent else "readable"
-    yield Check(name, "note" if absent else "ok", text, facts={"missing": absent})
-    experiment = cascade.stages[-1].experiment
-    if experiment.train is None:
-        codes = {end.facts["file"]: end.facts["code"] for end in ends}
-        yield from _pictures(root, experiment, codes, busy=busy)
+    configs = [place / "resolved.yaml" for place in places if (place / "resolved.yaml").is_file()]
+    if not configs:
+        text = "no resolved.yaml: the run ended before it began"
+        yield Check(str(root), "note", text, "start it again")
+    for config in configs:
+        cascade = load_cascade([config])
+        absent = [str(problem) for stage in cascade.stages for problem in stage.missing]
+        text = f"{len(absent)} inputs are not there any more: {absent[0]}" if absent else "readable"
+        yield Check(str(config), "note" if absent else "ok", text, facts={"missing": absent})
+        experiment = cascade.stages[-1].experiment
+        if experiment.train is None and config.parent == root:
+            codes = {end.facts["file"]: end.facts["code"] for end in ends}
+            yield from _pictures(root, experiment, codes, busy=busy)
 
 
 def _locks(root: Path) -> Iterator[Check]:
@@ -371,13 +374,11 @@ def _record(root: Path) -> Iterator[Check]:
     """Versions of ``run.json`` beside those of here."""
     from sat.config.record import versions
 
-    name, path, now = f"{root}: run.json", root / "run.json", versions()
+    name, path, now = str(root / "run.json"), root / "run.json", versions()
     try:
         facts = json.loads(path.read_text("utf-8"))
         was = {name: [of, now.get(name)] for name, of in facts["versions"].items() if of != now.get(name)}
         text = f"{1 + len(facts.get('starts', []))} start(s), {facts['world']} rank(s)"
-    except FileNotFoundError:
-        yield Check(name, "note", "not there: the run ended before it began", "start it again")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield Check(
             name, "problem", f"not readable: {describe(error)}", f"rm {path}; the next start writes it"

@@ -104,6 +104,8 @@ def test_a_killed_rank_ends_the_other_with_a_message(words, tmp_path) -> None:
     assert dead == -9
     assert code == 1
     assert "error: rank 1 of 2 has ended (last: " in err
+    ended = json.loads((tmp_path / "ended.json").read_text())
+    assert (ended["code"], "rank 1 of 2 has ended" in ended["reason"]) == (1, True)
     assert time.monotonic() - start < 90
     assert not list(tmp_path.rglob("*.partial")) or all(
         p.name.startswith(".") for p in tmp_path.rglob("*.partial")

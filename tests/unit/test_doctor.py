@@ -204,6 +204,23 @@ def test_locks_and_reasons_of_a_run_are_told(look, healthy, tmp_path) -> None:
     assert seen.checks[f"{root}: ended.json"]["text"] == "code 1: disk full (step 7)"
 
 
+def test_rounds_and_stages_of_a_run_are_looked_at_too(look, healthy, drawn, tmp_path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(healthy / "state", root / "steps8")
+    (root / "ended.json").write_text('{"code": 0, "reason": "done", "step": 3}')
+    (root / "stages" / "base").mkdir(parents=True)
+    shutil.copy(drawn / "run.json", root / "stages" / "base" / "run.json")
+    seen = look(root)
+    assert (seen.code, seen.checks[f"{root}/steps8: checkpoints"]["state"]) == (0, "ok")
+    assert seen.checks[f"{root}/stages/base/run.json"]["text"] == "2 start(s), 1 rank(s); versions as here"
+    record = json.loads((drawn / "run.json").read_text())
+    record["versions"]["torch"] = "2.0"
+    (root / "stages" / "base" / "run.json").write_text(json.dumps(record))
+    assert "other versions, so numbers may differ: torch 2.0, here" in look_all(root)
+    (root / "stages" / "base" / "run.json").write_text("{")
+    assert look(root).problems() == [f"{root}/stages/base/run.json"]
+
+
 def test_pictures_are_counted_by_share(look, drawn, tmp_path) -> None:
     seen = look(drawn)
     assert seen.code == 0, seen
