@@ -80,8 +80,8 @@ def compile_blocks(transformer: Transformer, *, alike: bool, **options: Any) -> 
         function = torch.compile(_call, **options)
         config = torch._dynamo.config  # under its names before torch 2.6
         needed = GRAPHS * (1 if alike else len(transformer.blocks))
-        config.cache_size_limit = max(config.cache_size_limit, needed)
-        config.accumulated_cache_size_limit = max(config.accumulated_cache_size_limit, needed)
+        config.cache_size_limit += needed  # transformers share it, as their blocks share the function
+        config.accumulated_cache_size_limit += needed
         config.fail_on_cache_limit_hit = True
         transformer.extend("compiled_blocks", CompiledBlocks(transformer, function, alike))
 

@@ -28,6 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch._dynamo.trace_rules  # while torch is itself: it keeps torch's functions
 import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -395,3 +396,4 @@ def pretended(capability: tuple[int, int] = (9, 0)) -> Iterator[Watch]:  # noqa:
             yield watch
         finally:
             ours._refusal.cache_clear()
+            torch._dynamo.trace_rules.clear_lru_cache()
