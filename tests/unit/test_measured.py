@@ -76,6 +76,16 @@ def test_the_other_way_is_taken_if_it_is_faster_by_every_clock(
     assert given.ask() == expected
 
 
+def test_the_least_of_at_least_three_samples_counts() -> None:
+    taken, now = {"packed": iter([0.0, 9.0, 9.0, 1.0]), "plain": iter([0.0, 5.0, 6.0, 5.0])}, [0.0]
+
+    def run(name: str) -> None:
+        now[0] += next(taken[name])
+
+    ways = {name: lambda name=name: run(name) for name in taken}
+    assert measured.least_times(ways, (lambda: now[0],)) == {"packed": [1.0], "plain": [5.0]}
+
+
 def test_an_answer_is_measured_once(cache: Path) -> None:
     first, second = timer(1.0, 0.5), timer(0.5, 1.0)
     assert (first.ask(), second.ask(), second.samples) == ("plain", "plain", 0)
@@ -137,7 +147,8 @@ def test_the_suite_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_question_can_be_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each runs both its ways, at sizes in which it is open."""
-    monkeypatch.setattr(measured, "MOST_ROUNDS", 2)
+    monkeypatch.setattr(measured, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(measured, "LEAST_ROUNDS", 1)
     long = replace(SMALL, text=200, image=400)
     measured.packs(SMALL)
     measured.packs(SMALL, trains=True)
