@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from sat.adapters.files import NATIVE_FILE, locate
 from sat.cli.convert import main as convert
 from sat.cli.sample import main as sample
+from sat.config.load import load
 from sat.pipeline import Pipeline
 from tests.background import Runs
 from tests.configs import DEBUG
@@ -61,7 +62,9 @@ def test_only_factors_are_trained_and_written(ran) -> None:
 
 def test_the_log_says_how_attention_is_computed(ran) -> None:
     assert re.search("attention: (torch's choice|exp per head)", ran.ends["whole"]["err"])
-    assert "attention:" not in ran.ends["plain"]["err"]
+    assert "attention: torch's choice" in ran.ends["plain"]["err"]
+    written = load([ran.folder / "whole" / "resolved.yaml"]).train
+    assert written.pack is True and written.attention in ("torch", "exp")
 
 
 def test_the_averages_are_what_is_written(ran) -> None:

@@ -309,7 +309,7 @@ def _objective(
             reasons = unpacked(train, train.zero)
             done = f"frozen weights are not packed: {', '.join(reasons)}" if reasons else pack_frozen(trained)
             log.info("%s", done)
-    if train.attention != "torch" and (on_cpu or train.attention != "auto"):  # elsewhere torch chooses
+    if on_cpu or train.attention != "auto":  # elsewhere torch chooses
         log.info("attention: %s", use_kernel(objective, train.attention, section="train"))
     for module in trained.values() if train.compile else []:
         compiled(module)
