@@ -128,8 +128,8 @@ MEMBERS = {"plus": plus, "base": unet, "relay": unet, "t5": t5}
 
 
 def _kinds(choice: Choice) -> list[str]:
-    """Types to load the largest part in; T5-XXL in float32 is 19 GB."""
-    return ["bf16", *(["fp32"] if choice.member != "t5" or choice.small else []), "int8", "int4"]
+    """Types to load the largest part in, the smallest first; T5-XXL in float32 is 19 GB."""
+    return ["int4", "int8", "bf16", *(["fp32"] if choice.member != "t5" or choice.small else [])]
 
 
 def _draw(choice: Choice, name: str, words: list[str]) -> Stage:

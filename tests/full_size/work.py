@@ -272,7 +272,8 @@ def blocks(member: str, native: str, official: str) -> dict[str, Any]:
                 put(module, name, tensors[name].float())
             x = network.hooks.layer(x, ctx, index)
             network.blocks[index].to("meta")
-            block = T5Block(settings, has_relative_attention_bias=index == 0, layer_idx=index).eval()
+            with torch.device("meta"):
+                block = T5Block(settings, has_relative_attention_bias=index == 0, layer_idx=index).eval()
             prefix = f"encoder.block.{index}."
             state = {
                 name.removeprefix(prefix): theirs[name].float() for name in theirs if name.startswith(prefix)
