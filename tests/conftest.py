@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import sys
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
@@ -55,6 +56,14 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone_again() -> Iterator[None]:
+    """The process group that a training in the test process left behind ends with the module."""
+    yield
+    if torch.distributed.is_initialized() and "deepspeed" in sys.modules:
+        sys.modules["deepspeed"].comm.destroy_process_group()
 
 
 @pytest.fixture(scope="session", autouse=True)
