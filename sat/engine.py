@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition, Conditioner
 from sat.diffusion.guidance import Denoise, Guider
-from sat.diffusion.loss import DenoisingLoss
+from sat.diffusion.loss import DenoisingLoss, Draw
 from sat.diffusion.prediction import Denoiser, Network, Prediction
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Sampler, StepCallback, Trajectory
@@ -176,6 +176,13 @@ class DiffusionEngine(nn.Module):
         """A scaled sample (B, C, h, w) float32 of the first stage's posterior."""
         return posterior.sample(generator=generator).float() * self.first_stage.scale_factor
 
+    def draw(
+        self, latents: Tensor, generator: torch.Generator | None = None, shares: Tensor | None = None
+    ) -> Draw:
+        """Timesteps and noise for clean latents (B, C, h, w); ``shares`` as of :meth:`DenoisingLoss.draw`."""
+        span = self.process.hooks.span(self.schedule)
+        return self.denoising_loss.draw(latents, span, generator, schedule=self.schedule, shares=shares)
+
     def loss(
         self,
         latents: Tensor,
@@ -184,12 +191,13 @@ class DiffusionEngine(nn.Module):
         generator: torch.Generator | None = None,
         timestep: Tensor | None = None,
         low_res: Tensor | None = None,
+        draw: Draw | None = None,
     ) -> Tensor:
-        """(B,) float32 denoising loss of clean latents (B, C, h, w).
+        """(B,) float32 denoising loss of clean latents (B, C, h, w), for ``draw`` or one made here.
 
         ``timestep`` (B,) fixes the timesteps, for validation at given noise levels; otherwise they are drawn.
         """
-        draw = self.denoising_loss.draw(latents, self.process.hooks.span(self.schedule), generator)
+        draw = draw or self.draw(latents, generator)
         if timestep is not None:
             draw = draw._replace(timestep=timestep)
         denoiser, ctx = self.denoiser, ProcessContext(low_res)

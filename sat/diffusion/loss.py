@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sat.diffusion.prediction import Denoiser
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Level, Scalar, Schedule
+from sat.diffusion.timesteps import Timesteps
 from sat.embeddings import sent
 
 
@@ -71,27 +73,80 @@ class Draw(NamedTuple):
 
 
 class DenoisingLoss:
-    """Squared error between the network's output and its target at random noise levels, per image.
+    """Error between the network's output and its target at random noise levels, per image.
 
     For v prediction on a zero-SNR schedule this is the official ``ZeroSNRDDPMLoss`` (arXiv:2202.00512 eq. 10
     read as an error in v); for eps prediction the official ``StandardDiffusionLoss``. With relay the target
     is what gives the clean image: the official ``LinearRelayDiffusionLoss``. ``offset_noise`` adds that much
     of one normal draw per image to the noise (drawn after it).
+
+    ``kind``: ``l2``, squares; ``l1``, absolute values of the error of x0 times the weights on it (official
+    ``type: l1``); ``huber``, torch's ``huber_loss`` of the output with ``delta`` (None: 1), half the square
+    below it. ``timesteps`` are drawn by their chances (None: all alike); ``stratified``: one picture of an
+    optimizer step in each of as many equally likely parts as the step has pictures.
     """
 
-    def __init__(self, weighting: Weighting | None = None, offset_noise: float = 0.0) -> None:
+    def __init__(
+        self,
+        weighting: Weighting | None = None,
+        offset_noise: float = 0.0,
+        kind: Literal["l2", "l1", "huber"] = "l2",
+        delta: float | None = None,
+        timesteps: Timesteps | None = None,
+        stratified: bool = False,
+    ) -> None:
+        if delta is not None and kind != "huber":
+            raise ValueError(f"DenoisingLoss: delta {delta:g} is of kind huber, got kind {kind}")
+        if delta is not None and not 0 < delta < float("inf"):
+            raise ValueError(f"DenoisingLoss: delta is {delta:g}, expected a finite number above 0")
         self.weighting: Weighting = weighting or Uniform()
         self.offset_noise = offset_noise
+        self.kind, self.delta = kind, 1.0 if delta is None else delta
+        self.timesteps, self.stratified = timesteps, stratified
+        self._cumulative: tuple[Schedule | None, int, Tensor] | None = None  # of the last schedule and span
 
-    def draw(self, x0: Tensor, span: int, generator: torch.Generator | None = None) -> Draw:
-        """Uniform timesteps below ``span`` and unit noise, from ``generator`` (on its device) or torch's."""
-        device = x0.device if generator is None else generator.device
-        timestep = torch.randint(0, span, (x0.shape[0],), generator=generator, device=device)
+    def draw(
+        self,
+        x0: Tensor,
+        span: int,
+        generator: torch.Generator | None = None,
+        *,
+        schedule: Schedule | None = None,
+        shares: Tensor | None = None,
+    ) -> Draw:
+        """Timesteps below ``span`` and unit noise, from ``generator`` (on its device) or torch's.
+
+        ``schedule`` is for chances by noise level. ``shares`` (B,) float64 in [0, 1) take the place of drawn
+        ones: a timestep's share of them is its chance. Without them ``stratified`` is within the batch.
+        """
+        device, count = x0.device if generator is None else generator.device, x0.shape[0]
+        if self.timesteps is None and not self.stratified:
+            timestep = torch.randint(0, span, (count,), generator=generator, device=device)
+        else:
+            if shares is None:
+                shares = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+                if self.stratified:
+                    shares = (torch.randperm(count, generator=generator, device=device) + shares) / count
+            cumulative = self.cumulative(schedule, span).to(shares.device)
+            timestep = torch.searchsorted(cumulative, shares, right=True).clamp(max=span - 1)
         eps = torch.randn(x0.shape, generator=generator, device=device)
         if self.offset_noise:
             offset = torch.randn(x0.shape[:1], generator=generator, device=device)
             eps = eps + self.offset_noise * offset[:, None, None, None]
         return Draw(sent(timestep, x0.device), sent(eps, x0.device))
+
+    def cumulative(self, schedule: Schedule | None, span: int) -> Tensor:
+        """(span,) float64: the chance of each timestep or one below it; kept for the next call."""
+        kept = self._cumulative
+        if kept is None or kept[0] is not schedule or kept[1] != span:
+            if self.timesteps is None:
+                summed = torch.arange(1, span + 1, dtype=torch.float64) / span
+            elif schedule is None:
+                raise ValueError("DenoisingLoss.draw: timesteps by their chances need a schedule")
+            else:
+                summed = self.timesteps.chances(schedule, span).cumsum(0)
+            self._cumulative = kept = schedule, span, summed
+        return kept[2]
 
     def __call__(
         self,
@@ -111,6 +166,12 @@ class DenoisingLoss:
         return self.error(out, denoiser.prediction.target(x0, seen, level), level, denoiser)
 
     def error(self, out: Tensor, target: Tensor, level: Level, denoiser: Denoiser) -> Tensor:
-        """(B,) weighted squared error of the network's output: the mean of w (out - target)^2."""
-        weight = self.weighting(level, denoiser.prediction.gain(level))
+        """(B,) weighted error of the network's output, by its ``kind``: the mean of w (out - target)^2."""
+        gain = denoiser.prediction.gain(level)
+        weight = self.weighting(level, gain)
+        if self.kind == "huber":
+            each = F.huber_loss(out, target, reduction="none", delta=self.delta)
+            return (weight * each).mean((1, 2, 3))
+        if self.kind == "l1":  # weight = w gain, |error of x0| = gain^(1/2) |out - target|
+            return (weight / gain**0.5 * (out - target).abs()).mean((1, 2, 3))
         return (weight * (out - target) ** 2).mean((1, 2, 3))
