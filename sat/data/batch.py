@@ -41,6 +41,7 @@ class Batch:
     latent_moments: Tensor | None = None  # (B, 2C, h, w) float32: mean and log variance, unscaled
     low_moments: Tensor | None = None  # the same of the low-resolution images, enlarged, for relay
     text: Tensor | None = None  # (B, T, C_text) hidden states of the captions in the encoder's dtype
+    shares: Tensor | None = None  # (B,) float64 in [0, 1): the pictures' strata of their step
 
     def __post_init__(self) -> None:
         for field in fields(self):

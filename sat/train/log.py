@@ -34,17 +34,18 @@ _UNSHOWN = ("step", "images", "seconds")
 
 
 class Averages:
-    """Means of named scalars since the last ``take``, kept on their device."""
+    """Means of named scalars, and elements of vectors, since the last ``take``, kept on their device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # (sum, count)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Count one more value of each name; values that are not finite stay out of the mean."""
+        """Count the values of each name; those that are not finite stay out of the mean."""
         for name, value in values.items():
             value = value.detach().float()
             finite = torch.isfinite(value)
             pair = torch.stack([torch.where(finite, value, torch.zeros_like(value)), finite.float()])
+            pair = pair.sum(1) if value.dim() else pair
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def take(self) -> dict[str, float]:

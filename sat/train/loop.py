@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from sat.config.schema import TrainConfig
 from sat.data.batch import Batch
@@ -85,10 +86,25 @@ def step_generator(seed: int, step: int, place: int) -> torch.Generator:
     to step, so a resumed run needs no generator state, and a step does not depend on how its micro-batches
     are split over ranks and accumulation.
     """
-    digest = hashlib.blake2b(f"{seed} {step} {place}".encode(), digest_size=4).digest()
-    mixed = int.from_bytes(digest, "little")  # 32 bits: torch's CPU generator looks at no more
+    mixed = _mixed(seed, step, place)
     torch.manual_seed(mixed)
     return torch.Generator().manual_seed(mixed)
+
+
+def strata(seed: int, step: int, first: int, count: int, total: int) -> Tensor:
+    """(count,) float64 shares of the pictures from place ``first`` on, among the ``total`` of a step.
+
+    All of a step hold one number of each of ``total`` equal parts of [0, 1), in a random order. They depend
+    on seed, step and place alone, so on no split of the step over batches, accumulation and ranks.
+    """
+    generator = torch.Generator().manual_seed(_mixed(seed, step, "strata"))
+    inside = torch.rand(total, generator=generator, dtype=torch.float64)
+    return ((torch.randperm(total, generator=generator) + inside) / total)[first : first + count]
+
+
+def _mixed(*key: int | str) -> int:
+    """A seed of 32 bits, as torch's CPU generator looks at no more."""
+    return int.from_bytes(hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=4).digest(), "little")
 
 
 @contextmanager
@@ -244,6 +260,10 @@ class Trainer:
                 moved = batch.to(device)
                 place = micro * mesh.data_ranks + mesh.data_rank
                 generator = step_generator(config.seed, self.step, place)
+                if engine.objective.stratified:
+                    size = len(batch)
+                    total = size * mesh.data_ranks * config.accumulate
+                    moved = replace(moved, shares=strata(config.seed, self.step, place * size, size, total))
                 watch.mark(f"step {self.step + 1}: forward pass")
                 with autocast(config, device.type):
                     values = engine.engine(moved, generator)

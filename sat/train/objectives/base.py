@@ -40,8 +40,11 @@ class Objective(nn.Module):
     it does not train (``requires_grad_(False)``).
     """
 
+    stratified = False
+    """Batches get ``shares``: one of each stratum of an optimizer step, however the step is split."""
+
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Mapping[str, Tensor]:
-        """Scalars by name: ``loss`` is minimised, the others are logged.
+        """Scalars by name: ``loss`` is minimised, the others are logged, vectors by their finite elements.
 
         All randomness comes from ``generator``, a CPU generator that the loop seeds for each step.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -29,6 +30,9 @@ class DiffusionObjective(Objective):
     and enlarged. ``low_from`` ``first_stage`` lets the shrunk image pass the autoencoder, so that it looks
     like what a base model draws.
 
+    ``timestep_buckets``: the training loss is logged for that many equal parts of the timesteps too, by the
+    first and last of each (``loss_t0_249`` …), a mean over its pictures.
+
     Validation gives the loss at each level with the right captions (``loss``, ``loss_500`` …) and with the
     captions of other images of the batch (``shuffled``, …): the gap says how much the text is used.
     """
@@ -39,6 +43,7 @@ class DiffusionObjective(Objective):
         train_text: bool = False,
         levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
         low_from: Literal["image", "first_stage"] = "image",
+        timestep_buckets: int = 0,
         *,
         engine: DiffusionEngine,
     ) -> None:
@@ -47,6 +52,13 @@ class DiffusionObjective(Objective):
             raise ValueError(f"caption_dropout is {caption_dropout}: expected a share of 0 to 1")
         if bad := [level for level in levels if not 0 <= level < 1]:
             raise ValueError(f"levels {bad} of validation: expected shares of 0 to below 1")
+        span = engine.process.hooks.span(engine.schedule)
+        if not 0 <= timestep_buckets <= span:
+            raise ValueError(f"timestep_buckets is {timestep_buckets}: expected 0 to {span} (the timesteps)")
+        self.edges = [span * i // timestep_buckets for i in range(timestep_buckets + 1) if timestep_buckets]
+        self.stratified = engine.denoising_loss.stratified
+        if engine.denoising_loss.timesteps is not None:
+            engine.denoising_loss.cumulative(engine.schedule, span)  # impossible chances are told now
         # The engine is kept out of the module tree: what is frozen must be neither cast nor saved nor sent.
         self._engine = (engine.requires_grad_(False),)
         self.network = engine.network.requires_grad_(True)
@@ -65,14 +77,20 @@ class DiffusionObjective(Objective):
         return {"model": self.network} | ({} if self.text is None else {"text": self.text})
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``loss``: mean over the batch."""
+        """``loss``: mean over the batch; (B,) losses of every bucket, NaN for the images of others."""
         latents = self.latents(batch, generator)
         cond = self.condition(batch, latents.device)
         if self.caption_dropout:
             drop = torch.rand(len(batch), generator=generator) < self.caption_dropout
             cond = cond.dropped(sent(drop, latents.device))
         low_res = self.low_res(batch, generator)
-        return {"loss": self.engine.loss(latents, cond, generator=generator, low_res=low_res).mean()}
+        draw = self.engine.draw(latents, generator, batch.shares)
+        each = self.engine.loss(latents, cond, draw=draw, low_res=low_res)  # (B,)
+        losses, other = {"loss": each.mean()}, torch.full_like(each, torch.nan)
+        for first, end in pairwise(self.edges):
+            inside = (draw.timestep >= first) & (draw.timestep < end)
+            losses[f"loss_t{first}_{end - 1}"] = torch.where(inside, each.detach(), other)
+        return losses
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Losses at fixed levels, with right and with shuffled captions and the same noise."""

@@ -55,6 +55,12 @@ class Distillation(DiffusionObjective):
                 "distillation embeds the guidance strength: set model.params.guidance_dim, as "
                 "configs/distill.yaml does"
             )
+        whole = engine.denoising_loss
+        if whole.kind != "l2" or whole.timesteps is not None or whole.stratified:
+            raise ValueError(
+                "distillation has squared errors at the student's own levels: leave kind, timesteps and "
+                "stratified out of diffusion.loss.params"
+            )
         self.steps = rounds[round]
         self.guided = round == 0
         self.guidance = guidance
