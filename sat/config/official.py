@@ -245,7 +245,7 @@ def _loss(o: Official) -> None:
     if name == "Identity":
         return
     o.choose(_LOSS, keys.LOSSES, "loss")
-    o.only(f"{at}.type", "l2", "l2")
+    kind = o.one_of(f"{at}.type", ("l2", "l1"), "l2")
     o.only(f"{at}.batch2model_keys", [], [])
     draws, weighting = f"{at}.sigma_sampler_config", f"{_DENOISER}.params.weighting_config"
     if o.get(draws):
@@ -255,6 +255,7 @@ def _loss(o: Official) -> None:
     if o.get(weighting):
         o.choose(weighting, ["EpsWeighting"], "weighting")
     params = {"offset_noise": o.take(f"{at}.offset_noise_level", 0.0)}
+    params |= {"kind": kind} if kind == "l1" else {}
     o.put("diffusion.loss", {"target": "sat.diffusion.loss.DenoisingLoss", "params": params}, _LOSS)
     if name != "LinearRelayDiffusionLoss":
         return

@@ -162,6 +162,9 @@ NOTHING: dict[str, Any] = {
     "model.network_config.params.modules.pos_embed_config.params.max_length": 4096,  # officially unused
 }
 
+# Values with a reason why they are refused.
+REFUSED = {"lpips": ": its VGG takes pictures of three channels, and this loss is of latents"}
+
 # Keys that are not honoured, with what happens instead.
 INSTEAD = {
     "args.force_inference": "missing weights are an error here; list exceptions in checkpoint.allow_missing",
@@ -258,7 +261,8 @@ class Official:
         given = self.take(key, default)
         if given in choices:
             return str(given)
-        self.refuse(key, f"expected one of {', '.join(choices)}, got {shown(given)}")
+        why = REFUSED.get(str(given), "")
+        self.refuse(key, f"expected one of {', '.join(choices)}, got {shown(given)}{why}")
         return None
 
     def only(self, key: str, value: Any, default: Any) -> None:

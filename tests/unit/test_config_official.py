@@ -294,6 +294,11 @@ def test_the_training_loss_of_relay_is_taken():
     assert "weighting" not in "\n".join(load_full([RELAY]).notices)
 
 
+def test_the_absolute_errors_of_an_official_loss_are_taken(official):
+    loss = load([official("model.loss_fn_config.params.type", "l1", of=RELAY)]).diffusion.loss
+    assert dict(loss.params) == {"offset_noise": 0.05, "kind": "l1"}
+
+
 LOSS, SAMPLER = "model.loss_fn_config.params", "model.sampler_config.params"
 UNET = "model.network_config.params"
 
@@ -388,7 +393,8 @@ def test_one_depth_stands_for_all_levels(official):
         (RELAY, "args.sampling_image_size", 1056, "height 1056 is not a multiple of 64"),
         (RELAY, f"{SAMPLER}.partial_num_steps", 25, "expected 1 to num_steps of the num_steps, got 25 (int) of 24 (int)"),
         (RELAY, f"{SAMPLER}.partial_num_steps", "half", "got 'half' (str) of 24 (int)"),
-        (RELAY, f"{LOSS}.type", "lpips", "only 'l2' is supported, got 'lpips' (str)"),
+        (RELAY, f"{LOSS}.type", "lpips", "got 'lpips' (str): its VGG takes pictures of three channels"),
+        (RELAY, f"{LOSS}.type", "huber", "expected one of l2, l1, got 'huber' (str)"),
         (RELAY, f"{LOSS}.blurring_schedule", "cosine", "expected one of linear, sigma, exp, got 'cosine' (str)"),
         (RELAY, f"{LOSS}.sigma_sampler_config.target", "x.EDMSampling", "sigma sampler x.EDMSampling is not supported"),
         (RELAY, f"{DENOISER}.weighting_config.target", "x.VWeighting", "weighting x.VWeighting is not supported yet"),
