@@ -10,6 +10,8 @@ Bounds: float32 network outputs, latents and losses 1e-4 rel; schedules and embe
 in [0, 1] 1e-3 abs; integers exact. NaN agrees with NaN only. Exit code: 0 if every line is ok, 1 if one is
 not, 2 if a file cannot be checked (not a golden file, a kind that is not supported, something missing).
 
+What the metadata of a loss or sampler says of its run and is not known here is refused by name.
+
 Models are built from the official-style config in the file's metadata and its weights go through the
 checkpoint loader under their official names.
 """

@@ -11,13 +11,20 @@ from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
 from tests.golden.file import Golden, GoldenError
-from tests.golden.options import number, option
+from tests.golden.options import number, option, understood
 from tests.golden.report import Comparison, Report
 from tests.golden.toy import condition, toy_network
 
 
 def check(golden: Golden, report: Report) -> None:
     """Noised input, prediction and loss from the stored random draws."""
+    understood(
+        golden, ("type", "shift_scale", "partial_num_steps", "blurring_schedule", "offset_noise_level")
+    )
+    kind = option(golden, "type") or "l2"
+    if kind not in ("l2", "l1"):
+        why = ": VGG takes three channels, latents have more" * (kind == "lpips")
+        raise GoldenError(f"{golden.path}: type {kind!r} of a loss is not supported{why}")
     zero = "zerosnr" in golden.name or option(golden, "shift_scale") is not None
     schedule: Schedule = ZeroSNR(shift=number(golden, "shift_scale", 1.0)) if zero else Discrete()
     process, ctx = process_of(golden)
@@ -26,7 +33,7 @@ def check(golden: Golden, report: Report) -> None:
     prepared = network.prepare(condition(golden, "cond"), (x0.shape[2], x0.shape[3]))
     denoiser = Denoiser(network, V() if zero else Eps())
     draw = draw_of(golden)
-    loss = DenoisingLoss()(denoiser, x0, prepared, draw, schedule, process, ctx)
+    loss = DenoisingLoss(kind=kind)(denoiser, x0, prepared, draw, schedule, process, ctx)
     level = process.hooks.at(schedule, draw.timestep)
     noised = process.noise(x0, draw.eps, level, ctx)
     times = network.times[0]

@@ -27,7 +27,7 @@ from sat.diffusion.samplers import (
 from sat.diffusion.schedule import Discrete, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
 from tests.golden.file import Golden, GoldenError
-from tests.golden.options import class_name, number, option
+from tests.golden.options import class_name, number, option, understood
 from tests.golden.report import Comparison, Report
 from tests.golden.toy import condition, toy_network
 
@@ -64,8 +64,16 @@ class Recorder:
         self.seen.append(sys._getframe(1).f_locals["x"])
 
 
+#: Entries of the metadata that say what was run.
+OPTIONS = (
+    "sampler", "num_steps", "partial_num_steps", "shift_scale", "cfg_scale", "cfg_cond_scale",
+    "cfg_cond_embed_dim", "s_churn", "s_tmin", "s_tmax", "s_noise", "eta", "order",
+)  # fmt: skip
+
+
 def check(golden: Golden, report: Report) -> None:
     """The run that the metadata describes, with every intermediate the file holds."""
+    understood(golden, OPTIONS)
     name = class_name(golden, "sampler")
     sampler, schedule, process, steps = run_of(golden, name)
     recorder = Recorder()
