@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import threading
@@ -36,7 +37,6 @@ MANIFEST = "manifest.json"  # of a native folder
 DIGESTS = "digests.json"  # beside the files of any other folder that we wrote
 CHUNK = 4 << 20  # bytes
 _MOST_JSON = 1 << 24  # bytes
-_PIECE = 1 << 18  # bytes; read, and hashed while they are in the processor's cache
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -209,16 +209,12 @@ class Range(NamedTuple):
     digest: str
 
 
-def xxh3(piece: bytearray | memoryview, before: Any) -> Any:
-    """xxh3 hasher ``before`` (None to begin) after ``piece``."""
-    hasher = before or xxhash.xxh3_64()
-    hasher.update(piece)
-    return hasher
+xxh3 = xxhash.xxh3_64_hexdigest
 
 
-def crc32(piece: bytearray | memoryview, before: Any) -> Any:
-    """CRC-32 so far, ``before`` ``piece`` (None to begin)."""
-    return zlib.crc32(piece, before or 0)
+def crc32(content: memoryview | bytes) -> str:
+    """CRC-32 of ``content``, 8 hexadecimal digits."""
+    return f"{zlib.crc32(content):08x}"
 
 
 class FileCheck:
@@ -229,7 +225,11 @@ class FileCheck:
     """
 
     def __init__(
-        self, path: Path, ranges: Sequence[Range], how: Verify, kind: Callable[..., Any] = xxh3
+        self,
+        path: Path,
+        ranges: Sequence[Range],
+        how: Verify,
+        kind: Callable[[Any], str] = xxhash.xxh3_64_hexdigest,
     ) -> None:
         self.path, self._ranges, self._kind = path, ranges, kind
         self._begins = [r.begin for r in ranges]
@@ -296,22 +296,22 @@ class FileCheck:
                 return
             self._state[number] = 1
         begin, end, wanted = self._ranges[number]
-        problem, value = None, None
+        problem, found, skip = None, self._kind(b""), begin % mmap.ALLOCATIONGRANULARITY
         try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(begin)
-                buffer = memoryview(bytearray(min(_PIECE, max(end - begin, 1))))
-                left = end - begin
-                while left and (count := file.readinto(buffer[: min(left, len(buffer))])):
-                    value = self._kind(buffer[:count], value)
-                    left -= count
+            if end > begin:  # mapped: hashed where it lies, without a copy
+                with (
+                    self.path.open("rb", buffering=0) as file,
+                    mmap.mmap(
+                        file.fileno(), skip + end - begin, access=mmap.ACCESS_READ, offset=begin - skip
+                    ) as window,
+                    memoryview(window)[skip:] as content,
+                ):
+                    found = self._kind(content)
         except OSError as error:
             problem = f"{self.path}: {error.strerror or error}"
+        except ValueError:  # it cannot be mapped: shorter than it was a moment ago
+            problem = f"{self.path}: truncated: it ends before byte {end:,}; copy or download it again"
         else:
-            if self._kind is crc32:
-                found = f"{value or 0:08x}"
-            else:
-                found = value.hexdigest() if value is not None else ""
             if found != wanted:
                 problem = (
                     f"{self.path}: damaged: bytes {begin:,} to {end:,} are not those that were written; "
