@@ -84,8 +84,8 @@ def _anchor(key: str) -> str:
 
 def _kind(wanted: Any, notes: list[Any]) -> str:
     if any(isinstance(note, Makes) for note in notes):
-        optional = " or null" if type(None) in get_args(wanted) else ""
-        return f"component{optional}"
+        others = [arm for arm in get_args(wanted) if arm is not Component and not isinstance(arm, Makes)]
+        return _cell(" or ".join(["component", *map(show, others)]))
     read = ", must exist" if any(isinstance(note, MustExist) for note in notes) else ""
     return _cell(show(wanted)) + read
 
@@ -143,7 +143,10 @@ def _component(key: str, wanted: Any, found: list[type]) -> Iterator[str]:
     if key == "model":
         made = [load_name(target) for target in sorted(_models())]
     elif wanted.__module__.startswith("torch."):
-        yield f"### `{key}`\n\nAny optimizer of `torch.optim`; `params` are its arguments."
+        kind = (
+            "scheduler of `torch.optim.lr_scheduler`" if "lr_scheduler" in wanted.__module__ else "optimizer"
+        )
+        yield f"### `{key}`\n\nAny {kind} by its import path; `params` are its arguments."
         return
     else:
         made = [

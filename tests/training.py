@@ -125,7 +125,7 @@ def trainer(
     """A trainer of the toy (or of ``objective``) in ``folder``; ``plain``: by SGD."""
     mesh = mesh or Mesh(runtime)
     objective = objective or Toy(rank=mesh.data_rank)
-    groups = optim.groups(objective, config.weight_decay)
+    groups = optim.groups(objective, config.weight_decay, config.groups, config.lr)
     optimizer = (
         torch.optim.SGD(groups, lr=config.lr)
         if plain

@@ -143,7 +143,8 @@ def _import(target: str, imports: tuple[str, ...]) -> Any:
 def signature(made: Any) -> Signature:
     """Parameters of the class or function ``made``; ``TargetError`` when they cannot be checked.
 
-    The caller alone gives keyword-only ones and, to an optimizer of any package, ``params``.
+    The caller alone gives keyword-only ones and, to an optimizer of any package, ``params``; to a scheduler
+    of rates its ``optimizer``.
     """
     parameters = inspect.signature(made).parameters
     for p in parameters.values():
@@ -156,6 +157,8 @@ def signature(made: Any) -> Signature:
     runtime = tuple(n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY)
     if optimizer or made.__module__.startswith("torch."):
         runtime = ("params",)
+    if torch is not None and inspect.isclass(made) and issubclass(made, torch.lr_scheduler.LRScheduler):
+        runtime = ("optimizer", "last_epoch")
     hints = _hints(made)
     taken = {n: p for n, p in parameters.items() if n not in runtime}
     return Signature(
@@ -416,7 +419,8 @@ def faults(error: ValidationError, annotation: Any, value: Any) -> list[Fault]:
             at = (*at, str(part))
         kind, name, context = e["type"], str(e["loc"][-1]), e.get("ctx", {})
         cause = context.get("error")
-        if kind == "fault":
+        scalar = not isinstance(node, (Mapping, list)) and len(_arms(split(wanted)[0])) > 1
+        if kind == "fault" and not scalar:  # else all alternatives together say what is expected
             fault: Fault = context["fault"]
             out.append(fault._replace(key=(*at, *fault.key)))
         elif kind == "missing" and isinstance(node, Mapping):
@@ -489,6 +493,8 @@ def show(annotation: Any) -> str:
         return " or ".join(map(show, arguments))
     if annotation is type(None):
         return "null"
+    if annotation is Component:
+        return "a component (`target` and `params`)"
     if inspect.isclass(annotation) and is_dataclass(annotation):
         return f"a mapping of {', '.join(f.name for f in fields(annotation))}"
     if origin is None:

@@ -165,6 +165,9 @@ class Checkpoints:
         if self.ema is not None and not averaged:
             log.warning("%s holds no averaged weights: the average starts from its weights", saved.path)
             self.ema.restart()
+        if (scheduler := self.engine.scheduler) is not None:
+            kept = saved.path / STATE / "scheduler_000_00000.pt"
+            scheduler.load(torch.load(kept, weights_only=True) if kept.exists() else None, progress.step)
         self.last = saved.path
         return progress
 

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sat.checkpoint.load import shards
-from sat.config.schema import TrainConfig
+from sat.config.schema import Component, TrainConfig
 from sat.parallel.launch import Mesh, Runtime
 from sat.parallel.tensor import joined, summed
-from sat.train.optim import trainable
+from sat.train.optim import Scheduler, trainable
 
 if TYPE_CHECKING:
     from sat.train.objectives import Objective
@@ -106,11 +106,13 @@ class TrainEngine:
 
     At ZeRO 0 in float32 DeepSpeed neither reports the gradient norm nor skips steps with gradients that are
     not finite; both are done here. A tensor-parallel rank sees its own shares of split parameters.
+    ``scheduler``: ``train.schedule`` where that is a component, which may lie in ``imports``.
     """
 
     def __init__(
-        self, objective: Objective, optimizer: Optimizer, config: TrainConfig, runtime: Runtime, mesh: Mesh
-    ) -> None:
+        self, objective: Objective, optimizer: Optimizer, config: TrainConfig, runtime: Runtime, mesh: Mesh,
+        imports: Collection[str] = (),
+    ) -> None:  # fmt: skip
         deepspeed = _import(runtime)
         self.config, self.runtime, self.mesh = config, runtime, mesh
         self.objective = objective
@@ -134,6 +136,8 @@ class TrainEngine:
             for name, table in tables[id(owner)].items():
                 owner._buffers[name] = None if table is None else table.to(runtime.device)
         self.fragments = dict(self._fragments())
+        named = isinstance(config.schedule, Component)
+        self.scheduler = Scheduler(config, imports, self.inner) if named else None
 
     @property
     def optimizer(self) -> Optimizer:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sat.config.schema import TrainConfig
+from sat.config.schema import TrainConfig, plain
 from sat.data.batch import Batch
 from sat.parallel.collectives import agree, barrier, mean
 from sat.parallel.heartbeat import current
@@ -168,9 +168,10 @@ class Trainer:
         peak = peak_flops(self.config, self.runtime)
         self.meter = None if peak is None else Meter(peak)
         self.step = self.skipped = self.images = 0
-        self.cycles = [self.config.steps]  # where the rate's cosines end
+        self.cycles = [self.config.steps]  # where the rate's schedules end
         self.seconds = 0.0
         self._bad_steps = 0  # in a row
+        self._rate = 0.0  # of the last step
         self._saved_step = -1
         self._window = _Window()
 
@@ -183,8 +184,9 @@ class Trainer:
         self._window = _Window()
         began_at, remaining = self.step, config.steps - self.step
         if remaining < 1:
-            cosine = " (train.prolong says what the cosine then does)" * (config.schedule == "cosine")
-            log.info("step %d of %d is done: raise train.steps to go on%s", self.step, config.steps, cosine)
+            fixed = config.schedule == "constant" or self.engine.scheduler is not None
+            then = "" if fixed else f" (train.prolong says what the {config.schedule} then does)"
+            log.info("step %d of %d is done: raise train.steps to go on%s", self.step, config.steps, then)
         ending.sealed, watch = 0.0, current()
 
         def due(every: int | None, *, at_end: bool = True) -> bool:
@@ -249,7 +251,10 @@ class Trainer:
         """
         engine, config, mesh, device = self.engine, self.config, self.engine.mesh, self.runtime.device
         window, losses, watch = self._window, [], current()
-        set_rate(engine.optimizer, rate(self.step, config, self.cycles))
+        scheduler = engine.scheduler
+        self._rate = rate(self.step, config, self.cycles) if scheduler is None else scheduler.rate
+        if scheduler is None:
+            set_rate(engine.optimizer, self._rate)
         watch.mark(f"step {self.step + 1}: begin", place=self.step * 10**6)
         for micro in range(config.accumulate):
             began = time.perf_counter()
@@ -277,6 +282,8 @@ class Trainer:
             self.images += len(batch) * mesh.data_ranks
         watch.mark(f"step {self.step + 1}: optimizer")
         result = engine.step()
+        if scheduler is not None:
+            scheduler.step()
         watch.mark(f"step {self.step + 1}: end")
         self.step += 1
         window.steps += 1
@@ -315,7 +322,7 @@ class Trainer:
         means = window.averages.take()
         share = torch.tensor([window.waited / passed], device=self.runtime.device)
         row: dict[str, float] = {"step": self.step, "loss": means.pop("loss", float("nan")), **means}
-        row["lr"] = rate(self.step - 1, self.config, self.cycles)
+        row["lr"] = self._rate
         if self.config.dtype == "fp16":
             row["loss_scale"] = self.engine.loss_scale
         row |= {
@@ -389,7 +396,7 @@ class Trainer:
         cut = not any(agree([not cuttable(self.engine)]))
         return Progress(
             self.step, self.skipped, self.images, self.seconds, self.source.state_dict(), layout,
-            config.dtype, cut, self.engine.whole_shapes, config.steps, self.cycles,
+            config.dtype, cut, self.engine.whole_shapes, config.steps, self.cycles, plain(config.groups),
         )  # fmt: skip
 
     def save(self, *, background: bool = False) -> None:

@@ -1,29 +1,43 @@
-"""Optimisation: weight-decay groups, learning rate, precision, and the moving average of the weights."""
+"""Optimisation: groups of parameters, learning rate, precision, and the moving average of the weights."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sat.config.check import build, resolve
-from sat.config.schema import TrainConfig
+from sat.config.check import build, hint, resolve
+from sat.config.schema import Component, GroupConfig, TrainConfig, plain
+from sat.errors import UserError
+from sat.train.objectives import Objective
 
 if TYPE_CHECKING:
     from sat.train.deepspeed import TrainEngine
 
+log = logging.getLogger(__name__)
 
-class ParameterGroup(TypedDict):
-    """A parameter group as torch optimizers take it."""
+
+class RateError(UserError, ValueError):
+    """Groups or a scheduler that do not fit what is trained."""
+
+
+class ParameterGroup(TypedDict, total=False):
+    """A parameter group as torch optimizers take it; ``lr_scale``: its rate over ``train.lr``."""
 
     params: list[nn.Parameter]
     weight_decay: float
+    lr: float
+    lr_scale: float
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,11 +45,16 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def groups(module: nn.Module, weight_decay: float) -> list[ParameterGroup]:
+def groups(  # noqa: C901 - parameters, their owners, the groups
+    module: nn.Module, weight_decay: float, own: Sequence[GroupConfig] = (), lr: float = 0.0
+) -> list[ParameterGroup]:
     """Trainable parameters in a decayed and an undecayed group; an empty group is left out.
 
     Matrices and convolution kernels decay. Biases, norms, embeddings and position tables do not: shrinking
-    them towards zero does not make the function simpler.
+    them towards zero does not make the function simpler. What ``own`` names (``train.groups``; ``lr`` is the
+    others' rate) follows in groups apart, told in the log; names are those of the objective's parts
+    (``text.blocks.0.…``), or of ``module`` itself. Raises :class:`RateError` for a pattern that matches
+    nothing, or nothing that an earlier one has left.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -50,7 +69,46 @@ def groups(module: nn.Module, weight_decay: float) -> list[ParameterGroup]:
     if not seen:
         raise ValueError("nothing to train: the objective has no parameter that requires a gradient")
     pairs = ((decayed, weight_decay), (kept, 0.0))
-    return [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
+    if not own:
+        return [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
+
+    names = {id(p): name for name, p in module.named_parameters() if id(p) in seen}
+    for part, inner in module.parts().items() if isinstance(module, Objective) else ():
+        names |= {id(p): f"{part}.{name}" for name, p in inner.named_parameters() if id(p) in seen}
+    known, place_of = list(names.values()), dict[str, int]()
+    for place, entry in enumerate(own):
+        for target in entry.targets:
+            at, hits = f"train.groups.{place}: {target!r}", [n for n in known if fnmatchcase(n, target)]
+            if not hits:
+                near = hint(target, known) or f" (they are {known[0]} to {known[-1]})"
+                raise RateError(f"{at} matches no trained parameter{near}")
+            if all(place_of.get(name, place) != place for name in hits):
+                first = place_of[hits[0]]
+                raise RateError(
+                    f"{at} matches only what train.groups.{first} has: put the narrower one first"
+                )
+            for name in hits:
+                place_of.setdefault(name, place)
+
+    found: list[ParameterGroup] = []
+    everything: list[tuple[int | None, GroupConfig]] = [(None, GroupConfig(["*"], lr)), *enumerate(own)]
+    for number, entry in everything:
+        rate_of = entry.lr or lr
+        decay_of = weight_decay if entry.weight_decay is None else entry.weight_decay
+        told = []
+        for params, decay, what in ((decayed, decay_of, f"decay {decay_of:g}"), (kept, 0.0, "no decay")):
+            if inside := [p for p in params if place_of.get(names[id(p)]) == number]:
+                found.append(
+                    {"params": inside, "weight_decay": decay, "lr": rate_of, "lr_scale": rate_of / lr}
+                )
+                told.append(f"{len(inside)} parameters ({sum(p.numel() for p in inside):,}) with {what}")
+        if entry.weight_decay and not any("with decay" in text for text in told):
+            raise RateError(
+                f"train.groups.{number}: `weight_decay` is for matrices and kernels, it names none"
+            )
+        which = "the others" if number is None else f"train.groups.{number} ({', '.join(entry.targets)})"
+        log.info("%s: lr %g, %s", which, rate_of, " and ".join(told) or "none left")
+    return found
 
 
 def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence[Any]) -> Optimizer:
@@ -68,11 +126,14 @@ def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence
 
 
 def rate(step: int, config: TrainConfig, cycles: Sequence[int] = ()) -> float:
-    """Learning rate of ``step`` (0-based): linear warm-up, then constant, or a cosine to ``min_lr_ratio``.
+    """Learning rate of ``step`` (0-based): linear warm-up, then ``config.schedule``, to ``min_lr_ratio``.
 
-    ``cycles`` are the steps at which cosines end, one of ``config.steps`` without them. A later one warms up
-    from the last rate of the one before; behind the last one that rate stays. A pure function of the step,
-    so there is no scheduler state to save.
+    Cosine and ``linear`` fall over all steps, ``wsd`` linearly over the last ``decay_steps``;
+    ``inverse_sqrt`` is sqrt(w / (w + n)) after n steps behind a warm-up of w (at least 1).
+
+    ``cycles`` are the steps at which schedules end, one of ``config.steps`` without them. A later one warms
+    up from the last rate of the one before; behind the last one that rate stays. A pure function of the
+    step, so there is no scheduler state to save.
     """
     start, end, before = 0, config.steps, 0.0
     for end in cycles:
@@ -85,32 +146,46 @@ def rate(step: int, config: TrainConfig, cycles: Sequence[int] = ()) -> float:
         return before + (config.lr - before) * (place + 1) / warmup
     if config.schedule == "constant":
         return config.lr
-    progress = min(1.0, (place - warmup) / max(1, end - start - warmup))
-    floor = config.min_lr_ratio
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    past, whole, floor = place - warmup, end - start - warmup, config.min_lr_ratio
+    if config.schedule == "inverse_sqrt":
+        return config.lr * max(floor, math.sqrt(max(1, warmup) / (max(1, warmup) + past)))
+    if config.schedule == "wsd":
+        falls = min(config.decay_steps or whole, whole)
+        past, whole = max(0, past - (whole - falls)), falls
+    progress = min(1.0, past / max(1, whole))
+    if config.schedule == "cosine":
+        return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.lr * (1 - (1 - floor) * progress)
 
 
 def prolonged(
     config: TrainConfig, step: int, steps: int | None, cycles: Sequence[int]
 ) -> tuple[list[int], str]:
-    """Cosine cycles of a run that goes on at ``step``, and a line for the user where they change.
+    """Cycles of the schedule of a run that goes on at ``step``, and a line for the user where they change.
 
     The run was made for ``steps`` (None: not known) with ``cycles``, and is for ``config.steps`` now.
     """
     if steps is None or steps == config.steps or step >= config.steps or config.schedule == "constant":
         return list(cycles) or [config.steps], ""
-    cycles = list(cycles) or [steps]
+    cycles, name = list(cycles) or [steps], config.schedule
+    if isinstance(name, Component):
+        return cycles, (
+            f"train.steps {steps} -> {config.steps}: {name.target} goes on by its own `params`, which no "
+            f"train.prolong changes"
+        )
     stretched = [end for end in cycles[:-1] if end < config.steps] + [config.steps]
     ways = {
-        "stretch": (stretched, f"the cosine now ends at step {config.steps}"),
-        "constant": (cycles, "the last rate of the cosine is kept behind it"),
+        "stretch": (stretched, f"the {name} now ends at step {config.steps}"),
+        "constant": (cycles, f"the last rate of the {name} is kept behind it"),
         "rewarm": (
             sorted({*cycles, steps, config.steps}),
-            "a second cosine follows, after train.warmup steps",
+            f"a second {name} follows, after train.warmup steps",
         ),
     }
     way = config.prolong if config.steps > steps else "stretch"
     now, words = ways[way]
+    if name == "inverse_sqrt" and way == "stretch" and len(cycles) == 1:
+        return now, ""  # which has no end: the same rates
     was, follows = rate(step - 1, config, cycles), rate(step, config, now)
     last = rate(config.steps - 1, config, now)
     return now, (
@@ -121,12 +196,79 @@ def prolonged(
 
 
 def set_rate(optimizer: Optimizer, value: float) -> None:
-    """Write the learning rate into every group (a tensor rate is filled in place)."""
+    """Write the learning rate into every group, by its scale (a tensor rate is filled in place)."""
     for group in optimizer.param_groups:
+        own = value * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(value)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = value
+            group["lr"] = own
+
+
+class Scheduler:
+    """``config.schedule`` by its path over the groups of ``optimizer``, stepped once a step.
+
+    It may change any option of the groups. Raises :class:`RateError` where it overrides ``train.groups``, or
+    ends before ``train.steps``.
+    """
+
+    def __init__(self, config: TrainConfig, imports: Collection[str], optimizer: Optimizer) -> None:
+        component, self._optimizer = config.schedule, optimizer
+        assert isinstance(component, Component), "others are :func:`rate`"
+        self._target = component.target
+        self._given = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        rates = [float(given["lr"]) for given in self._given]
+        self._identity = {"schedule": plain(component), "rates": rates}
+        self._made = build(component, imports=imports, optimizer=optimizer)
+        name, end = type(self._made).__name__, getattr(self._made, "total_steps", None)
+        if end is not None and end < config.steps:
+            raise RateError(
+                f"{name} ends after {end} steps, train.steps is {config.steps}: let both be the same"
+            )
+        warnings.filterwarnings(  # a first step that was skipped, or is made up for, is meant
+            "ignore", r"Detected call of `lr_scheduler.step\(\)` before"
+        )
+        bases = [float(group["initial_lr"]) for group in optimizer.param_groups]
+        if bases != rates:
+            if len(set(rates)) > 1:
+                raise RateError(f"{name} sets its own rates, which override `lr` in train.groups: drop one")
+            log.warning("%s begins at its own rate %g: train.lr %g is not used", name, bases[0], rates[0])
+        self._touched = self._changed()
+
+    def _changed(self) -> set[str]:
+        """Options of the groups that differ from those that the optimizer was built with."""
+        pairs = list(zip(self._optimizer.param_groups, self._given, strict=True))
+        return {"lr"} | {k for now, was in pairs for k in now if k != "params" and now[k] != was.get(k, was)}
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the first group for the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """Set the rates of the step after this one."""
+        self._made.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copy of all that :meth:`load` needs."""
+        self._touched |= self._changed()
+        options = [{k: g[k] for k in self._touched if k in g} for g in self._optimizer.param_groups]
+        return copy.deepcopy({**self._identity, "state": self._made.state_dict(), "groups": options})
+
+    def load(self, state: Mapping[str, Any] | None, steps: int) -> None:
+        """Go on from ``state``; one of another schedule, or none, is made up for by ``steps`` steps."""
+        if state is not None and {k: state[k] for k in self._identity} == self._identity:
+            self._made.load_state_dict(state["state"])
+            for group, options in zip(self._optimizer.param_groups, state["groups"], strict=True):
+                group.update(options)
+            self._touched |= set().union(*state["groups"])
+            return
+        log.warning(
+            "the checkpoint was written by another train.schedule (or its `params`, or train.lr): %s goes on "
+            "as if it had made the %d steps", self._target, steps,
+        )  # fmt: skip
+        for _ in range(steps):
+            self.step()
 
 
 def autocast(config: TrainConfig, device: str) -> AbstractContextManager[Any]:

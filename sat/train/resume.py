@@ -59,7 +59,7 @@ class Progress:
     ``step``: optimizer steps tried; ``skipped``: those not applied; ``images`` seen by all ranks; ``seconds``
     of training; ``loader``: position in the data, equal on every rank; ``cut``: the optimizer's state is cut
     by parameters, so that any layout reads it; ``parameters``: shapes by name; ``steps``: of the whole run;
-    ``cycles``: last steps of the rate's cosines (:func:`sat.train.optim.rate`).
+    ``cycles``: last steps of the rate's schedules (:func:`sat.train.optim.rate`); ``groups``: as configured.
     """
 
     step: int
@@ -73,6 +73,7 @@ class Progress:
     parameters: Mapping[str, list[int]]
     steps: int | None = None  # None in older checkpoints
     cycles: Sequence[int] = ()
+    groups: Sequence[Mapping[str, Any]] = ()
 
     def check(self, now: Progress, where: Path) -> list[str]:
         """Changes of layout between the checkpoint ``where`` and this run, in words.
@@ -93,6 +94,12 @@ class Progress:
             (was.tensor, is_.tensor, "parallel.tensor"),
             (was.zero, is_.zero, "train.zero"),
         ]
+        targets, ours = ([group["targets"] for group in p.groups] for p in (self, now))
+        if targets != ours and not self.cut:
+            raise ResumeError(
+                f"{where}: train.groups had the targets {targets}, now {ours}, but the optimizer's state "
+                f"cannot be shared out anew: keep them, or start a new run from its {NATIVE} folder"
+            )
         anew = [f"{what} {before} -> {after}" for before, after, what in shares if before != after]
         if anew and not self.cut:
             raise ResumeError(
@@ -117,6 +124,8 @@ class Progress:
             anew.append(f"images a step {was.images} -> {is_.images}")
         if self.dtype != now.dtype:
             anew.append(f"train.dtype {self.dtype} -> {now.dtype}")
+        if list(self.groups) != list(now.groups):
+            anew.append("train.groups")
         return anew
 
 
@@ -137,8 +146,8 @@ class Saved:
             )
         try:
             progress = marker["progress"]
-            cycles = tuple(progress.get("cycles", ()))
-            read = Progress(**{**progress, "layout": Layout(**progress["layout"]), "cycles": cycles})
+            lists = {name: tuple(progress.get(name, ())) for name in ("cycles", "groups")}
+            read = Progress(**{**progress, "layout": Layout(**progress["layout"]), **lists})
         except (KeyError, TypeError, AttributeError) as error:
             raise ResumeError(
                 f"{self.path / MARKER}: its counters are damaged ({error}): delete this folder to resume "

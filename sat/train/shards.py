@@ -34,7 +34,7 @@ class Share:
     ``tensors``: flat pieces as ``kind/parameter``; ``starts``: index in the flat parameter at which they
     begin; ``cuts``: dimension and fused parts of parameters that are split over tensor ranks; ``numbers``:
     plain numbers of the optimizer for a parameter; ``uncut``: optimizer state that is not element by element,
-    else None.
+    else None; ``scheduler``: state of a scheduler that a component makes.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -43,6 +43,7 @@ class Share:
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
     uncut: list[dict[str, Any]] | None = None
+    scheduler: dict[str, Any] | None = None
 
     def detached(self) -> Share:
         """Copy on the CPU that training does not change."""
@@ -53,7 +54,7 @@ class Share:
     def write(self, folder: Path, name: str) -> dict[str, Written]:
         """Write ``folder/shard_NAME.safetensors``, and ``optimizer_NAME.pt`` for state that is not cut.
 
-        Returns the files by name.
+        Beside them ``scheduler_NAME.pt``, if there is one. Returns the files by name.
         """
         notes = {
             "starts": self.starts, "cuts": self.cuts, "numbers": self.numbers, "scaler": self.scaler
@@ -69,6 +70,10 @@ class Share:
         if self.uncut is not None:
             torch.save([_copied_state(state) for state in self.uncut], folder / whole)
             out[whole] = digest_file(folder / whole)
+        if self.scheduler is not None:
+            rates = f"scheduler_{name}.pt"
+            torch.save(self.scheduler, folder / rates)
+            out[rates] = digest_file(folder / rates)
         return out
 
 
@@ -103,6 +108,7 @@ def collect(engine: TrainEngine, ema: Ema | None, *, cut: bool) -> Share:
     if not cut:
         share.uncut = [dict(engine.inner.state.get(key, {})) for key in _keys(engine)]
     if first:
+        share.scheduler = None if engine.scheduler is None else engine.scheduler.state_dict()
         share.tensors |= {f"{BUFFER}/{name}": value for name, value in _buffers(engine)}
     return share
 

@@ -117,6 +117,20 @@ def test_a_run_goes_on_in_another_layout_as_if_nothing_had_happened(results, cas
     assert difference(end["weights"], whole) <= (BF16 if source == "bf16" else 1e-6)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_steps_the_same_groups_by_a_scheduler_of_torch(results, stage) -> None:
+    first, run = (value(results, f"own{n}/run")["weights"] for n in (0, stage))
+    assert difference(first, run) <= F32
+    assert difference(run, value(results, "zero0/run")["weights"]) > 100 * F32
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_scheduler_of_torch_resumes_to_the_bit(results, stage) -> None:
+    end = value(results, f"own{stage}/resumed")
+    assert end["start"] == 5
+    assert difference(end["weights"], value(results, f"own{stage}/run")["weights"]) <= EXACT
+
+
 def test_an_optimizer_of_few_bits_resumes_to_the_bit_in_its_layout_and_in_no_other(results) -> None:
     ended, again = value(results, "blocks/run")["weights"], value(results, "blocks/resumed")["weights"]
     assert difference(ended, again) <= EXACT

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sat.config.schema import Component, OffloadConfig, TrainConfig
+from sat.config.schema import Component, GroupConfig, OffloadConfig, TrainConfig
 from sat.parallel.collectives import gather
 from sat.parallel.launch import Runtime, lost_rank_message
 from tests.training import CONFIG, Toy, changed, ranks, rows, trainer, weights
@@ -44,6 +44,12 @@ ANEW: dict[str, tuple[str, int, dict[str, Any]]] = {
     "bf16 to one rank of zero3": ("bf16", 1, {"zero": 3, "dtype": "bf16", **TWICE}),
 }
 """Runs that go on in another layout: from which, on how many ranks, with which settings."""
+OWN = {
+    "warmup": 0,
+    "schedule": Component("torch.optim.lr_scheduler.CosineAnnealingLR", {"T_max": 7, "eta_min": 1e-3}),
+    "groups": [GroupConfig(["model.0.*"], lr=3e-3), GroupConfig(["*.weight"], weight_decay=0.4)],
+}
+"""A scheduler of torch, whose rates follow from those before, over groups."""
 
 
 def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
@@ -153,6 +159,10 @@ def main(folder: Path) -> None:
     case("blocks/run", 2, whole, zero=1, optimizer=blocks)
     case("blocks/resumed", 2, _copied(folder / "blocks/run", resumed), zero=1, optimizer=blocks)
     case("blocks/anew", 2, _copied(folder / "blocks/run", resumed), zero=2, optimizer=blocks)
+    for stage in (0, 1, 2, 3):
+        case(f"own{stage}/run", 2, whole, **{**OWN, "zero": stage})
+    for stage in (0, 3):
+        case(f"own{stage}/resumed", 2, _copied(folder / f"own{stage}/run", resumed), **{**OWN, "zero": stage})
     case("batch", 1, _copied(folder / "zero0/run", resumed))
     case("background", 2, whole, background_save=True, save_every=1)
     case("hopeless", 2, hopeless, max_bad_steps=3, save_every=2, background_save=True)

@@ -41,7 +41,10 @@ SMALLER = [
 class Engine(ds.TrainEngine):
     """An engine of one rank: torch's optimizer, no ZeRO, the interface of DeepSpeed's."""
 
-    def __init__(self, objective: Any, optimizer: Any, config: Any, runtime: Runtime, mesh: Any) -> None:
+    def __init__(
+        self, objective: Any, optimizer: Any, config: Any, runtime: Runtime, mesh: Any, imports: Any
+    ) -> None:
+        self.scheduler = None
         self.config, self.runtime, self.mesh, self.objective = config, runtime, mesh, objective
         self.parameters = trainable(objective)
         self.shapes = {name: list(p.shape) for name, p in self.parameters.items()}

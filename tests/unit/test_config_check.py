@@ -197,6 +197,7 @@ def test_one_look_has_no_halves_to_share(guider, who):
     assert debug("parallel.guidance=2").parallel.guidance == 2
 
 
+STEP = {"target": "torch.optim.lr_scheduler.StepLR", "params": {"step_size": 3}}
 TRAIN = {"objective": {"target": "sat.train.objectives.first_stage.FirstStageObjective"}, "steps": 10}
 
 
@@ -207,6 +208,20 @@ TRAIN = {"objective": {"target": "sat.train.objectives.first_stage.FirstStageObj
         ({"lr": 0}, "lr"),
         ({"min_lr_ratio": 1.5}, "min_lr_ratio"),
         ({"weight_decay": -1}, "weight_decay"),
+        ({"schedule": "step"}, "schedule"),
+        ({"schedule": "wsd"}, "decay_steps"),
+        ({"schedule": "wsd", "warmup": 4, "decay_steps": 7}, "decay_steps"),
+        ({"schedule": "linear", "decay_steps": 3}, "decay_steps"),
+        ({"schedule": STEP, "warmup": 1}, "warmup"),
+        ({"schedule": STEP, "prolong": "rewarm"}, "prolong"),
+        ({"schedule": {**STEP, "params": {"stepsize": 3}}}, "schedule.params.stepsize"),
+        ({"schedule": {**STEP, "params": {"step_size": 3, "last_epoch": 2}}}, "schedule.params.last_epoch"),
+        ({"schedule": {"target": "torch.optim.lr_scheduler.ReduceLROnPlateau"}}, "schedule"),
+        ({"schedule": {"target": "torch.optim.AdamW"}}, "schedule.target"),
+        ({"groups": [{"targets": ["text.*"]}]}, "groups.0"),
+        ({"groups": [{"targets": [], "lr": 1e-5}]}, "groups.0.targets"),
+        ({"groups": [{"targets": ["*"], "lr": -1.0}]}, "groups.0.lr"),
+        ({"groups": [{"targets": ["*"], "weight_decay": -1.0}]}, "groups.0.weight_decay"),
         ({"clip": 0}, "clip"),
         ({"ema": 1.0}, "ema"),
         ({"sample_every": 5}, "sample_prompts"),

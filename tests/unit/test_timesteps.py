@@ -204,7 +204,7 @@ class Direct:
     def __init__(self, objective: Plain, config: TrainConfig) -> None:
         self.runtime = Runtime(0, 1, 0, torch.device("cpu"))
         self.engine = self.objective = objective
-        self.config, self.mesh = config, Mesh(self.runtime)
+        self.config, self.mesh, self.scheduler = config, Mesh(self.runtime), None
         self.optimizer = torch.optim.SGD(objective.parameters(), lr=config.lr)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

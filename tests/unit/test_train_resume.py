@@ -119,6 +119,15 @@ def test_a_run_that_cannot_go_on_is_refused(change, words) -> None:
         PROGRESS.check(replace(PROGRESS, **change), Path("step_00000003"))
 
 
+def test_other_groups_are_told_and_refused_where_the_state_cannot_be_cut() -> None:
+    groups = [{"targets": ["text.*"], "lr": 1e-5, "weight_decay": None}]
+    assert PROGRESS.check(replace(PROGRESS, groups=groups), Path("x")) == ["train.groups"]
+    whole, raised = replace(PROGRESS, cut=False, groups=groups), [{**groups[0], "lr": 1.0}]
+    assert whole.check(replace(whole, groups=raised), Path("x")) == ["train.groups"]
+    with pytest.raises(ResumeError, match=r"had the targets \[\['text.*'\]\], now \[\], .* keep them"):
+        whole.check(replace(whole, groups=[]), Path("x"))
+
+
 def test_an_optimizer_that_cannot_be_cut_keeps_its_layout() -> None:
     whole = replace(PROGRESS, cut=False)
     other = replace(PROGRESS.layout, zero=2)

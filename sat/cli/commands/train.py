@@ -241,8 +241,9 @@ def _train(
     items = items or in_memory(sets, data, train, engine, objective, runtime)
     place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
     loader = Loader(items[0], *place, data.workers, sets.train.groups, pin=runtime.pins)
-    optimizer = build_optimizer(train, experiment.imports, groups(objective, train.weight_decay))
-    trained = TrainEngine(objective, optimizer, train, runtime, mesh)
+    own = groups(objective, train.weight_decay, train.groups, train.lr)
+    optimizer = build_optimizer(train, experiment.imports, own)
+    trained = TrainEngine(objective, optimizer, train, runtime, mesh, experiment.imports)
 
     # Work beside training: exports, samples of the fixed prompts, validation, the record.
     export, samples = exporter(experiment, weights, engine, objective), None

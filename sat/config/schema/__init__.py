@@ -28,6 +28,7 @@ from sat.config.schema.experiment import (
     BucketsConfig,
     DataConfig,
     Experiment,
+    GroupConfig,
     LoadConfig,
     LoraConfig,
     MemoryConfig,
@@ -39,8 +40,8 @@ from sat.config.schema.experiment import (
 
 __all__ = [
     "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
-    "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "LoadConfig", "LoraConfig",
-    "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutputConfig", "ParallelConfig", "Precision",
-    "QuantizeConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig", "TrainConfig", "WEIGHTS",
-    "plain",
+    "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig", "LoadConfig",
+    "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutputConfig", "ParallelConfig",
+    "Precision", "QuantizeConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig", "TrainConfig",
+    "WEIGHTS", "plain",
 ]  # fmt: skip

@@ -151,17 +151,54 @@ class OffloadConfig(Section):
 
 
 @dataclass(frozen=True)
+class GroupConfig(Section):
+    """Trained parameters with a learning rate and weight decay of their own; null: ``train``'s.
+
+    ``targets`` are shell patterns over the parameters' names, such as ``text.*`` or ``model.*.attn.*``. The
+    decay is that of matrices and kernels, as everywhere.
+    """
+
+    section = "train.groups"
+    targets: list[str]
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def _rules(self) -> Broken:
+        if not self.targets:
+            yield "targets", "expected at least one pattern over names of parameters"
+        if self.lr is None and self.weight_decay is None:
+            yield "", "needs `lr` or `weight_decay`"
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            yield "lr", f"expected more than 0 or null, got {self.lr}"
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            yield "weight_decay", f"expected at least 0 or null, got {self.weight_decay}"
+
+
+_UNFIT = {
+    "ReduceLROnPlateau": "waits for a score at every step; there is none",
+    "SequentialLR": "takes other schedulers, which no config can make",
+    "ChainedScheduler": "takes other schedulers, which no config can make",
+    "LambdaLR": "takes a function, which no config can write",
+    "MultiplicativeLR": "takes a function, which no config can write",
+}
+"""Schedulers of torch that a run cannot step, and the reason."""
+
+
+@dataclass(frozen=True)
 class TrainConfig(Section):
     """One training run; ``batch_size`` is per rank and accumulation step, ``warmup`` in optimizer steps.
 
     ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` above 0);
     ``autocast`` computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early;
-    ``max_bad_steps`` steps in a row with a loss that is not finite end the run. ``prolong``: what the cosine
-    does when a resumed run has another ``steps``: it is stretched over them, keeps its last rate, or warms up
-    for a second one (docs/training.md). wandb's name is the run folder's unless ``wandb_name`` says another.
-    ``compile``: one compiled block for all layers of what is trained. ``pack``: beside LoRA on a CPU, keep
-    frozen weights in the order of its matrix products, once for each pass: faster, and one more copy.
-    ``auto`` is measured as in sampling; ``dtype: auto`` is bf16 where that is fast and ``zero`` is not 0.
+    ``max_bad_steps`` steps in a row with a loss that is not finite end the run. ``schedule``: a name, or a
+    scheduler of ``torch.optim.lr_scheduler`` by its path; ``decay_steps``: the length of ``wsd``'s fall.
+    ``prolong``: what the schedule does when a resumed run has another ``steps``: it is stretched over them,
+    keeps its last rate, or warms up for a second one. ``groups``: rates and decays by part and pattern; the
+    first that names a parameter has it (docs/training.md). wandb's name is the run folder's unless
+    ``wandb_name`` says another. ``compile``: one compiled block for all layers of what is trained. ``pack``:
+    beside LoRA on a CPU, keep frozen weights in the order of its matrix products, once for each pass: faster,
+    and one more copy. ``auto`` is measured as in sampling; ``dtype: auto`` is bf16 where that is fast and
+    ``zero`` is not 0.
     """
 
     section = "train"
@@ -179,11 +216,16 @@ class TrainConfig(Section):
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     optimizer: Annotated[Component, Makes("torch.optim.Optimizer")] = Component("torch.optim.AdamW")
     lr: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: (
+        Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"]
+        | Annotated[Component, Makes("torch.optim.lr_scheduler.LRScheduler")]
+    ) = "constant"
     warmup: int = 0
+    decay_steps: int | None = None
     min_lr_ratio: float = 0.0
     prolong: Literal["stretch", "constant", "rewarm"] = "stretch"
     weight_decay: float = 0.0
+    groups: list[GroupConfig] = field(default_factory=list)
     clip: float | None = 1.0
     ema: float | None = None
     activation_checkpointing: bool = False
@@ -211,7 +253,7 @@ class TrainConfig(Section):
     compile: bool = False
     init_from: CheckpointConfig | None = None
 
-    def _rules(self) -> Broken:
+    def _rules(self) -> Broken:  # noqa: C901
         ranges = {
             "zero": (0 <= self.zero <= 3, "a stage from 0 to 3"),
             "warmup": (0 <= self.warmup <= self.steps, f"0 to `steps` ({self.steps})"),
@@ -226,6 +268,23 @@ class TrainConfig(Section):
         for name, (holds, expected) in ranges.items():
             if not holds:
                 yield name, f"expected {expected}, got {getattr(self, name)}"
+        if self.schedule == "wsd" and not 0 < (self.decay_steps or 0) <= self.steps - self.warmup:
+            left = self.steps - self.warmup
+            yield (
+                "decay_steps",
+                f"wsd falls over 1 to {left} steps (`steps` - `warmup`), got {self.decay_steps}",
+            )
+        elif self.schedule != "wsd" and self.decay_steps is not None:
+            other = self.schedule.target if isinstance(self.schedule, Component) else self.schedule
+            yield "decay_steps", f"is for `schedule` wsd, but that is {other}: set it to null"
+        if isinstance(self.schedule, Component):
+            module, _, name = self.schedule.target.rpartition(".")
+            if name in _UNFIT and module.startswith("torch."):
+                yield "schedule", f"{name} {_UNFIT[name]}"
+            unused = {"warmup": 0, "min_lr_ratio": 0.0, "prolong": "stretch"}
+            for key, nothing in unused.items():
+                if getattr(self, key) != nothing:
+                    yield key, f"has no meaning with {name}, which has its own `params`: set it to {nothing}"
         if self.autocast is not None and self.dtype not in ("fp32", "auto"):
             yield "autocast", f"computes in bf16 with `dtype` fp32 weights, but `dtype` is {self.dtype}"
         if self.dtype not in ("fp32", "auto") and self.zero == 0:
