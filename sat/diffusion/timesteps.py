@@ -12,7 +12,7 @@ from sat.diffusion.schedule import Schedule
 
 
 class Timesteps(Protocol):
-    """How often a training draws each timestep. The loss is not divided by it: what comes often counts."""
+    """Chances of the timesteps in training. The loss is not divided by them: what comes often counts."""
 
     def chances(self, schedule: Schedule, span: int) -> Tensor:
         """(span,) float64 chances of the timesteps 0 … span - 1, which add up to 1."""

@@ -252,8 +252,7 @@ def _train(
         samples = Pictures(
             experiment, engine, runtime, mesh, learns="text" in objective.parts(), known=known
         )  # fmt: skip
-        inputs = InputFolder.of(experiment.sampling, engine.process.input)
-        if inputs is not None:
+        if (inputs := InputFolder.of(experiment.sampling, engine.process.input)) is not None:
             samples.enlarge(inputs)
     held = sets.held_out
     held_out = validation_batches(items[1], *place, held.groups, pin=runtime.pins) if held else []
@@ -265,16 +264,14 @@ def _train(
         log.warning("%s holds no whole checkpoint: training starts at step 0", folder.root)
     if runtime.is_main:
         extras.record = _record(experiment, train, weights, engine, runtime, trainer)
-
-    count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     be_patient()  # DeepSpeed has made groups
+    count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     log.info(
         "%s: %.2f M trained parameters, %d images an epoch, %d rank%s on %s (%s)",
         type(objective).__name__, count / 1e6, len(sets.train), runtime.world, "s" * (runtime.world > 1),
         runtime.device.type, mesh,
     )  # fmt: skip
-    # Now that loading has given its memory back.
-    if train.allocator and runtime.device.type == "cpu" and keep_freed_memory():
+    if train.allocator and runtime.device.type == "cpu" and keep_freed_memory():  # after loading's own
         log.debug("glibc keeps freed memory (train.allocator)")
     barrier(runtime.device)
     try:
