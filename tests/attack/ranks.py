@@ -42,7 +42,7 @@ def ranks(torchrun: int) -> dict[int, int]:
 
 
 def attack(world: World, work: str, act: str, rank: int, out: Path) -> tuple[str, str]:
-    """What happened in a line, and what was wrong with it (empty: nothing)."""
+    """A line about one attack, and the fault in it (empty: none)."""
     if work == "train":
         words = ["train.py", *world.train(out, "train.steps=1000000", "train.save_every=100000")]
     else:

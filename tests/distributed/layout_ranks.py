@@ -269,7 +269,7 @@ def dying(runtime: Runtime, folder: Path) -> dict[str, Any]:
 
 
 def choices(runtime: Runtime, folder: Path) -> tuple[object, ...]:
-    """What is measured on ranks that measure otherwise."""
+    """Choices of ranks that measure otherwise."""
     measured.fastest = lambda question, usual, other, make: other if runtime.is_main else usual
     measured.slow = lambda dtype: not runtime.is_main
     main, train = runtime.is_main, replace(CONFIG, dtype="auto", zero=1)

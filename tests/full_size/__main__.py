@@ -129,13 +129,13 @@ def here(stage: Stage, folder: Path) -> dict[str, Any]:
 
 
 def figures(text: str) -> dict[str, Any]:
-    """What a stage of our own printed last, as JSON."""
+    """The last line that a stage of our own printed, as JSON."""
     last = text.strip().rpartition("\n")[2]
     return dict(json.loads(last)) if last.startswith("{") and last.endswith("}") else {}
 
 
 def look(path: Path) -> dict[str, Any]:
-    """What a stage left: bytes, and that every picture shows more than one colour."""
+    """Bytes that a stage left; every picture must show more than one colour."""
     for picture in path.rglob("*.png"):
         extrema = Image.open(picture).convert("L").getextrema()
         if extrema[0] == extrema[1]:

@@ -60,7 +60,7 @@ class Stage(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What the command line asked for. ``dtype``: of sampling and training; ``depth``: blocks of T5 kept."""
+    """Choices of the command line. ``dtype``: of sampling and training; ``depth``: blocks of T5 kept."""
 
     member: str
     small: bool
@@ -149,7 +149,7 @@ def _convert(choice: Choice, base: list[str], sat: str, native: str, images: str
 
 
 def _common(choice: Choice, name: str, sat: str, native: str, inputs: list[str] | None = None) -> list[Stage]:
-    """What the native folder is for."""
+    """Stages that read the native folder."""
     base = ["--base", f"configs/{name}.yaml"]
     drawn = [*FOX, *(inputs or [])]
     lora = [

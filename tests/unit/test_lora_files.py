@@ -353,7 +353,7 @@ def test_an_adapter_is_called_after_its_run(saved, tmp_path: Path) -> None:
 
 
 def told(adapter_path: Path, model: nn.Module, caplog: pytest.LogCaptureFixture) -> bool:
-    """Whether loading says that the adapter was trained on other weights than those of ``model``."""
+    """True if loading says that the adapter was trained on other weights than those of ``model``."""
     caplog.clear()
     load_adapters({"model": model}, [AdapterRef(adapter_path)])
     return "was trained on other weights of the same shapes" in caplog.text
