@@ -7,17 +7,15 @@ the healthy files.
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.attack.runs import CONVERT, SAMPLE, TRAIN, World, result, run
+from tests.attack.runs import CONVERT, SAMPLE, TRAIN, World, by_hand, result, run
 
 KINDS = (
     "sample native", "sample sat", "sample bare", "sample diffusers", "convert native", "convert sat",
@@ -34,7 +32,7 @@ class Setting(NamedTuple):
     right: dict[str, dict[str, str]]
 
 
-def prepare(root: Path, kinds: tuple[str, ...] = KINDS) -> Setting:
+def prepare(root: Path, kinds: Sequence[str] = KINDS) -> Setting:
     """Healthy folders in ``root``, and the right results."""
     world, right = World(root / "good"), dict[str, dict[str, str]]()
     world.write()
@@ -128,7 +126,7 @@ def attack(setting: Setting, kind: str, root: Path, rng: random.Random) -> tuple
     return "harmless" if code == 0 else "refused", None if why is None else f"{kind}: {done}: {why}"
 
 
-def attacks(count: int, seed: int, kinds: tuple[str, ...] = KINDS) -> tuple[list[str], Counter[str]]:
+def attacks(count: int, seed: int, kinds: Sequence[str] = KINDS) -> tuple[list[str], Counter[str]]:
     """Failures of ``count`` corruptions, and how they ended."""
     failures, ends = list[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as name:
@@ -142,20 +140,5 @@ def attacks(count: int, seed: int, kinds: tuple[str, ...] = KINDS) -> tuple[list
     return failures, ends
 
 
-def main() -> int:
-    """Attack; 1 if anything failed."""
-    reader = argparse.ArgumentParser(prog="python -m tests.attack.corruptions", description=__doc__)
-    reader.add_argument("--count", type=int, default=200)
-    reader.add_argument("--seed", type=int, default=0)
-    reader.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    args = reader.parse_args()
-    started = time.monotonic()
-    failures, ends = attacks(args.count, args.seed, tuple(args.kinds))
-    print("\n".join(failures), end="\n" * bool(failures))
-    kinds = ", ".join(f"{name}: {number}" for name, number in sorted(ends.items()))
-    print(f"{args.count} corruptions in {time.monotonic() - started:.0f} s ({kinds}); {len(failures)} failed")
-    return int(bool(failures))
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(by_hand("corruptions", __doc__, attacks, KINDS, 200))

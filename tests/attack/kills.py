@@ -7,7 +7,6 @@ without drafts left.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -24,7 +23,7 @@ import torch._dynamo  # noqa: F401
 
 import sat.cli.commands.sample
 import sat.cli.commands.train  # noqa: F401
-from tests.attack.runs import CONVERT, SAMPLE, TRAIN, World, result
+from tests.attack.runs import CONVERT, SAMPLE, TRAIN, World, by_hand, result
 
 KINDS = ("train", "background", "sample", "lora", "convert")
 LONGEST = 120.0
@@ -124,22 +123,5 @@ def attacks(count: int, seed: int, kinds: Sequence[str] = KINDS) -> tuple[list[s
     return failures, ends
 
 
-def main() -> int:
-    """Attack; 1 if anything failed."""
-    reader = argparse.ArgumentParser(prog="python -m tests.attack.kills", description=__doc__)
-    reader.add_argument("--count", type=int, default=100)
-    reader.add_argument("--seed", type=int, default=0)
-    reader.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    args = reader.parse_args()
-    started = time.monotonic()
-    failures, ends = attacks(args.count, args.seed, args.kinds)
-    print("\n".join(failures), end="\n" * bool(failures))
-    kinds = ", ".join(f"{name}: {number}" for name, number in sorted(ends.items()))
-    print(
-        f"{sum(ends.values())} kills in {time.monotonic() - started:.0f} s ({kinds}); {len(failures)} failed"
-    )
-    return int(bool(failures))
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(by_hand("kills", __doc__, attacks, KINDS, 100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -10,6 +11,8 @@ import logging
 import shutil
 import signal
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -121,3 +124,24 @@ def result(out: Path) -> dict[str, str]:
         elif file.suffix in (".pt", ".model"):
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
+
+
+def by_hand(
+    name: str,
+    about: str | None,
+    attacks: Callable[[int, int, Sequence[str]], tuple[list[str], Counter[str]]],
+    kinds: Sequence[str],
+    count: int,
+) -> int:
+    """``python -m tests.attack.NAME``: attack as the command line says; 1 if anything failed."""
+    reader = argparse.ArgumentParser(prog=f"python -m tests.attack.{name}", description=about)
+    reader.add_argument("--count", type=int, default=count)
+    reader.add_argument("--seed", type=int, default=0)
+    reader.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    args = reader.parse_args()
+    started = time.monotonic()
+    failures, ends = attacks(args.count, args.seed, args.kinds)
+    print("\n".join(failures), end="\n" * bool(failures))
+    told, seconds = ", ".join(f"{end}: {number}" for end, number in sorted(ends.items())), time.monotonic()
+    print(f"{sum(ends.values())} {name} in {seconds - started:.0f} s ({told}); {len(failures)} failed")
+    return int(bool(failures))
