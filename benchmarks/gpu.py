@@ -82,7 +82,7 @@ class Results:
         draft.replace(self.path)
 
     def of(self, name: str) -> dict[str, Any]:
-        """Rows of ``name`` that this code has found; empty without."""
+        """Findings of this code under ``name``; empty without."""
         found: dict[str, Any] = self.known.get(name, {})
         usable = name in self._now or (not self._again and found.get("code") == self.about["code"])
         return found if usable else {}

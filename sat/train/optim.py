@@ -116,6 +116,11 @@ def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence
 
     Torch's own optimizers run fused where they can, unless the YAML chooses an implementation.
     """
+    if train.schedule == "constant" and train.min_lr_ratio:
+        log.warning(
+            "train.min_lr_ratio %g has no effect: train.schedule is constant; set it to 0, or choose a "
+            "schedule that falls", train.min_lr_ratio,
+        )  # fmt: skip
     given = train.optimizer.params
     fused = resolve(train.optimizer.target, imports) in (
         torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad

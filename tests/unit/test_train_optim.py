@@ -246,6 +246,16 @@ def test_a_scheduler_that_has_its_own_rates_says_so_and_takes_no_groups(caplog) 
         _scheduled("OneCycleLR", {"max_lr": 2.0, "total_steps": 11}, own=1.0)
 
 
+def test_a_floor_that_nothing_falls_to_is_told(caplog) -> None:
+    build_optimizer(changed(CONFIG, schedule="cosine", min_lr_ratio=0.1), [], groups(Toy(), 0.1))
+    assert not caplog.messages
+    build_optimizer(changed(CONFIG, schedule="constant", min_lr_ratio=0.1), [], groups(Toy(), 0.1))
+    assert caplog.messages == [
+        "train.min_lr_ratio 0.1 has no effect: train.schedule is constant; set it to 0, or choose a schedule "
+        "that falls"
+    ]
+
+
 @pytest.mark.parametrize(("kind", "given", "fused"), [
     (torch.optim.AdamW, {}, True), (torch.optim.AdamW, {"foreach": True}, False),
     (torch.optim.AdamW, {"fused": False}, False), (torch.optim.Adamax, {}, False),
