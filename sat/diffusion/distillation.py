@@ -26,7 +26,8 @@ class LevelTable:
 
     def at(self, places: Tensor, dtype: torch.dtype = torch.float32) -> Level:
         """The levels at ``places`` (B,), each field (B, 1, 1, 1) but the timestep, which is (B,)."""
-        rows = self._table.to(places.device)[places].to(dtype)
+        self._table = self._table.to(places.device)  # once
+        rows = self._table[places].to(dtype)
         fields: Any = {name: rows[:, i, None, None, None] for i, name in enumerate(Level._fields)}
         return Level(**{**fields, "timestep": rows[:, Level._fields.index("timestep")]})
 

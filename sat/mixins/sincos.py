@@ -60,4 +60,4 @@ class SinCos2D(Mixin):
                 f"{h} x {w} patches do not fit the {self.size[0]} x {self.size[1]} position table"
             )
         like = self.table if ctx.tokens is None else ctx.tokens
-        return self.table[:h, :w].reshape(1, h * w, -1).to(like.dtype)  # (1, N, D)
+        return self.table[:h, :w].to(like.dtype).reshape(1, h * w, -1)  # (1, N, D); cast first, one copy

@@ -206,7 +206,7 @@ def accelerators() -> tuple[str, list[dict[str, Any]]]:
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         about = {"name": torch.cuda.get_device_name(index), "total": total, "free": free}
-        found.append({**about, "bf16": torch.cuda.is_bf16_supported()})
+        found.append({**about, "bf16": fast_half(torch.device("cuda", index)) == "bf16"})
     return f"{torch.__version__}, {kind}", found
 
 
@@ -297,8 +297,10 @@ def fast_half(device: torch.device | None) -> Literal["bf16", "fp16"]:
 
     ``device`` None: a GPU that is not here.
     """
-    own = device is None or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if own else "fp16"
+    if device is None or device.type != "cuda":
+        return "bf16"
+    with torch.cuda.device(device):  # torch asks the current one, and counts emulation unless told otherwise
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 # -- the mesh of all ranks: data x guidance x sequence x tensor. Also DeepSpeed's ``mpu``

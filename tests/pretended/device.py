@@ -21,7 +21,7 @@ import functools
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,9 @@ class Watch(TorchDispatchMode):
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         wanted = _device(kwargs.get("device"))
         if wanted == torch.device("meta") or any(_real_device.__get__(t).type == "meta" for t in tensors):
-            return func(*args, **kwargs)
+            if wanted != GPU:
+                return func(*args, **kwargs)
+            return self.tags.put(func(*args, **{**kwargs, "device": CPU}), GPU)  # memory like a meta tensor
         if tensors and wanted is not None and torch._C._current_graph_task_id() >= 0:
             wanted = self.tags.of(tensors[0])  # autograd names the device that data is really on
         if "device" in kwargs:
@@ -183,7 +185,14 @@ class Watch(TorchDispatchMode):
         if name == "_to_copy" and wanted is not None and tensors:
             self.transfer(tensors[0], outs[0], kwargs.get("non_blocking", False))
         if on:
-            self._judge(func, name, tensors, [t for t in outs if _key(t) not in before])
+            written = [
+                tensor
+                for place, info in enumerate(func._schema.arguments)
+                if info.alias_info is not None and info.alias_info.is_write
+                for tensor in tree_flatten(args[place] if place < len(args) else kwargs.get(info.name))[0]
+                if isinstance(tensor, Tensor)
+            ]
+            self._judge(name, tensors, written, [t for t in outs if _key(t) not in before])
         return out
 
     def _mixing(self, name: str, tensors: list[Tensor], places: list[str]) -> None:
@@ -205,15 +214,16 @@ class Watch(TorchDispatchMode):
             self.note("sync", f"{what}, {'pinned' if self.tags.pinned(source) else 'not pinned'}")
             self.note("transfer", what)
 
-    def _judge(self, func: Any, name: str, tensors: list[Tensor], new: list[Tensor]) -> None:
-        changes = func._schema.is_mutable
-        if self.step >= 0 and (new or changes) and name not in EMPTY:
+    def _judge(self, name: str, tensors: list[Tensor], written: list[Tensor], new: list[Tensor]) -> None:
+        """Count a launch, and note results that are the same in every step."""
+        if self.step >= 0 and (new or written) and name not in EMPTY:
             self.launches[self.step] += 1
         if not self.loop:
             return
-        if changes:
-            self._fixed.pop(_key(tensors[0]), None)
-            self._varies.add(_key(tensors[0]))
+        if written:
+            for tensor in written:
+                self._fixed.pop(_key(tensor), None)
+                self._varies.add(_key(tensor))
             return
         fixed = not name.startswith(RANDOM) and all(map(self._is_fixed, tensors))
         size = sum(t.numel() * t.element_size() for t in new)
@@ -259,6 +269,25 @@ def _where() -> str:
             return f"{backward}{Path(name).relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "backward pass"
+
+
+def faults(watch: Watch, launches: int, allowed: Mapping[str, int] | None = None) -> list[str]:
+    """Everything that a GPU would mind in the loop; empty if nothing.
+
+    ``launches``: most a step. ``allowed``: hoistable operators a step, by the file that asks for them.
+    """
+    out = [f"{kind}: {line}" for kind in ("mixing", "race", "sync", "transfer") for line in watch.found(kind)]
+    out += [f"mixing, outside of steps: {line}" for line in watch.found("mixing", in_step=False)]
+    made: Counter[str] = Counter()
+    for (kind, where, _, stepping), times in watch.notes.items():
+        made[where.rpartition(" ")[2].partition(":")[0]] += times * (kind == "hoistable" and stepping)
+    steps = len(watch.launches)
+    over = {file for file, times in made.items() if times > (allowed or {}).get(file, 0) * steps}
+    lines = watch.found("hoistable")
+    out += [f"hoistable: {line}" for line in lines if any(f"{file}:" in line for file in over)]
+    if (most := max(watch.launches.values())) > launches:
+        out.append(f"launches: {most} a step, more than {launches}")
+    return out
 
 
 # -- torch as it looks with one GPU

@@ -8,11 +8,15 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from sat.checkpoint.verify import digest_file
 from sat.cli import doctor
@@ -243,3 +247,25 @@ def test_a_path_that_is_not_there_is_a_mistake(look, capsys, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     seen = look(tmp_path / "empty")
     assert seen.code == 1 and "holds no weight files" in seen.checks[str(tmp_path / "empty")]["text"]
+
+
+def test_bf16_that_a_gpu_only_emulates_is_said_of_that_gpu(monkeypatch) -> None:
+    generations, current = [7, 9], [0]
+    abouts = [SimpleNamespace(major=major) for major in generations]
+
+    @contextmanager
+    def device(place: torch.device) -> Iterator[None]:
+        current[0] = place.index
+        yield
+
+    gpus = {
+        "is_available": lambda: True, "device_count": lambda: 2, "device": device,
+        "current_device": lambda: current[0], "get_device_properties": lambda index: abouts[index],
+        "mem_get_info": lambda index: (10**10, 10**10),
+        "get_device_name": lambda index: ("T4", "H100")[index],
+    }  # fmt: skip
+    for name, value in gpus.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (check,) = doctor._accelerator()
+    assert "T4, 10 of 10 GB, bf16 is emulated; H100, 10 of 10 GB, bf16 in hardware" in check.text

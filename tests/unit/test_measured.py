@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,5 +285,6 @@ def test_a_gpu_without_bf16_draws_in_fp16(monkeypatch: pytest.MonkeyPatch) -> No
     experiment = debug("sampling.dtype=auto")
     for has, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         device = SimpleNamespace(type="cuda")
         assert settle.settle_dtype(experiment, device).sampling.dtype == expected  # type: ignore[arg-type]
