@@ -16,9 +16,9 @@ import PIL.Image
 from sat.data.buckets import ORIENTATION, Buckets, Size
 from sat.data.records import HELD_OUT, IMAGE_SUFFIXES, LISTED, BadRecord, Record, note, skipped
 from sat.data.sources import TABLES, files_below, read_source
-from sat.data.transforms import Transform, shown
+from sat.data.transforms import Transform
 from sat.util.log import one_line
-from sat.util.pictures import open_picture
+from sat.util.pictures import open_picture, shown
 
 SHOWN = 5  # lines of a list that is printed
 

@@ -9,17 +9,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sat.util.pictures import PictureError, check_shape, open_picture
+from sat.util.pictures import WHITE, open_picture, shown
 
-WHITE = (255, 255, 255)
 KEPT = 32  # lengths of the training size: of a longer strip the middle alone is resized
-_AT_ONCE = 1 << 20  # pixels that are put on white at a time
 
 
 class Resized(NamedTuple):
@@ -107,40 +104,6 @@ class Transform:
         if self.augment is not None:
             pixels = augmented(pixels, self.augment, placement)
         return to_tensor(pixels), (top + resized.start[0], left + resized.start[1])
-
-
-def shown(file: PIL.Image.Image) -> PIL.Image.Image:
-    """An opened picture as RGB on white, turned as its EXIF says."""
-    check_shape((file.height, file.width))
-    PIL.ImageOps.exif_transpose(file, in_place=True)
-    return on_white(file)
-
-
-def on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """``picture`` as RGB, its transparent parts white; itself if that changes nothing.
-
-    Rows are converted some at a time, so that large pictures are not held several times over.
-    """
-    picture.load()
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        return picture
-    out = PIL.Image.new("RGB", picture.size)
-    step = max(1, _AT_ONCE // picture.width)
-    for top in range(0, picture.height, step):
-        part = picture.crop((0, top, picture.width, min(picture.height, top + step)))
-        if part.mode.startswith(("I", "F")):  # convert() would clip them
-            most = 1.0 if part.mode == "F" else 65535.0
-            values = np.asarray(part, dtype=np.float64)
-            low, high = values.min(), values.max()
-            if not (low >= 0 and high <= most):
-                raise PictureError(f"values from {low:g} to {high:g}, expected 0 to {most:g}")
-            values = np.where(values == part.info.get("transparency"), most, values)
-            part = PIL.Image.fromarray(np.rint(values * (255.0 / most)).astype(np.uint8))
-        elif part.has_transparency_data:
-            white = PIL.Image.new("RGBA", part.size, (*WHITE, 255))
-            part = PIL.Image.alpha_composite(white, part.convert("RGBA"))
-        out.paste(part.convert("RGB"), (0, top))
-    return out
 
 
 def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement) -> NDArray[np.uint8]:

@@ -8,7 +8,8 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sat.util.host import check_regular
 
@@ -18,6 +19,8 @@ LARGEST_FILE = 2 << 30
 """Bytes of a picture's file: Pillow's limit of about 179 million pixels, 16 bits a channel, fits."""
 LONGEST = 100
 """Longer side of a picture to train on, in shorter ones."""
+WHITE = (255, 255, 255)
+_AT_ONCE = 1 << 20  # pixels that are put on white at a time
 
 
 class PictureError(ValueError):
@@ -66,3 +69,37 @@ def check_shape(size: tuple[int, int]) -> None:
         raise PictureError(
             f"{size[0]} x {size[1]} (height x width): one side is over {LONGEST} times the other"
         )
+
+
+def shown(file: Image.Image) -> Image.Image:
+    """An opened picture as RGB on white, turned as its EXIF says."""
+    check_shape((file.height, file.width))
+    ImageOps.exif_transpose(file, in_place=True)
+    return on_white(file)
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """``picture`` as RGB, its transparent parts white; itself if that changes nothing.
+
+    Rows are converted some at a time, so that large pictures are not held several times over.
+    """
+    picture.load()
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    out = Image.new("RGB", picture.size)
+    step = max(1, _AT_ONCE // picture.width)
+    for top in range(0, picture.height, step):
+        part = picture.crop((0, top, picture.width, min(picture.height, top + step)))
+        if part.mode.startswith(("I", "F")):  # convert() would clip them
+            most = 1.0 if part.mode == "F" else 65535.0
+            values = np.asarray(part, dtype=np.float64)
+            low, high = values.min(), values.max()
+            if not (low >= 0 and high <= most):
+                raise PictureError(f"values from {low:g} to {high:g}, expected 0 to {most:g}")
+            values = np.where(values == part.info.get("transparency"), most, values)
+            part = Image.fromarray(np.rint(values * (255.0 / most)).astype(np.uint8))
+        elif part.has_transparency_data:
+            white = Image.new("RGBA", part.size, (*WHITE, 255))
+            part = Image.alpha_composite(white, part.convert("RGBA"))
+        out.paste(part.convert("RGB"), (0, top))
+    return out

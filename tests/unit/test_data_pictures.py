@@ -11,8 +11,8 @@ import pytest
 
 from sat.data.records import Record
 from sat.data.survey import inspect_picture
-from sat.data.transforms import KEPT, Placement, Transform, on_white
-from sat.util.pictures import FORMATS, LONGEST, PictureError, open_picture
+from sat.data.transforms import KEPT, Placement, Transform
+from sat.util.pictures import FORMATS, LONGEST, PictureError, on_white, open_picture
 from tests.configs import ROOT
 
 
@@ -147,7 +147,7 @@ def test_large_pictures_are_put_on_white_in_parts(monkeypatch):
         PIL.Image.fromarray(rng.integers(0, 255, (7, 5, 3), np.uint8)).quantize(8),
     ]
     whole = [np.asarray(on_white(picture)) for picture in pictures]
-    monkeypatch.setattr("sat.data.transforms._AT_ONCE", 10)
+    monkeypatch.setattr("sat.util.pictures._AT_ONCE", 10)
     for picture, expected in zip(pictures, whole, strict=True):
         np.testing.assert_array_equal(np.asarray(on_white(picture)), expected)
 

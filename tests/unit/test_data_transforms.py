@@ -5,7 +5,8 @@ import PIL.Image
 import pytest
 import torch
 
-from sat.data.transforms import Augment, Placement, Transform, augmented, on_white, to_tensor
+from sat.data.transforms import Augment, Placement, Transform, augmented, to_tensor
+from sat.util.pictures import on_white
 
 
 def ramp(height: int, width: int) -> PIL.Image.Image:

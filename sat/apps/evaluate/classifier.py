@@ -17,10 +17,11 @@ from torch import Tensor
 from sat.apps.evaluate.distances import frechet, frechet_of_many, kernel_distance, statistics
 from sat.apps.evaluate.pictures import Opened, collect, pictures_below
 from sat.data.records import HELD_OUT, TABLE, DataError
-from sat.data.transforms import on_white, to_tensor
+from sat.data.transforms import to_tensor
 from sat.models.vision import classifier as network
 from sat.models.vision.classifier import Card, embed, top_shares
 from sat.util.images import from_pil
+from sat.util.pictures import on_white
 
 WEIGHTS, CARD = "classifier.safetensors", "classifier.json"
 ENOUGH = 500  # pictures for a feature distance that says something
