@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from sat.config.yaml_source import ConfigError, Problem
+from sat.data.records import IMAGE_SUFFIXES
 from sat.errors import UserError
 from sat.sampling.output import IMAGE, STAGES, folder_name, numbered, opened
 from sat.sampling.prompts import Prompt
 from sat.util.host import check_regular
 from sat.util.images import from_pil, read_png_text
-from sat.util.pictures import PictureError, open_picture
+from sat.util.pictures import PictureError, Pixels, open_picture, open_whole
 
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class InputError(ValueError):
-    """Input pictures that do not fit the run."""
+class InputError(UserError, ValueError):
+    """Input pictures that do not fit the run, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,76 @@ def _ranges(numbers: Sequence[int]) -> str:
             out.append(str(number) if start == i else f"{numbers[start]}-{number}")
             start = i + 1
     return ", ".join(out[:10]) + (" …" if len(out) > 10 else "")
+
+
+# -- pictures that the user names for prompts: to begin with, as masks, as controls
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """Pictures under ``path``, which the config calls ``key``: one file for all images, or a folder.
+
+    A folder as a run writes it (``INDEX_NAME/000000000.png``) has a picture for each image of a prompt, or
+    one for all of them. Of any other folder the pictures are those of prompt 0, 1 and so on, sorted by name.
+    """
+
+    path: Path
+    key: str
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The pictures of a plain folder; the file itself; nothing for a run's folder."""
+        if not self.path.is_dir():
+            return [self.path]
+        if self._folders:
+            return []
+        found = sorted(path for path in self.path.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not found:
+            raise InputError(f"{self.key}: {self.path} holds no pictures")
+        return found
+
+    @property
+    def each(self) -> int | None:
+        """Number of pictures that a plain folder has, one for each prompt; None for others."""
+        return len(self.files) if self.path.is_dir() and self.files else None
+
+    def find(self, prompt: Prompt, image: int) -> Path:
+        """The file for image number ``image`` of ``prompt``; :class:`InputError` if there is none."""
+        if not self.path.is_dir():
+            return self.path
+        if not self._folders:
+            if prompt.index < len(self.files):
+                return self.files[prompt.index]
+            raise InputError(
+                f"{self.key}: {self.path} holds {len(self.files)} pictures, none for prompt {prompt.index}: "
+                f"give as many as there are prompts, or one file for all"
+            )
+        names = self._folders.get(prompt.index, [])
+        folder = self.path / (
+            folder_name(prompt) if folder_name(prompt) in names else names[0] if names else ""
+        )
+        if len(names) > 1 and folder.name != folder_name(prompt):
+            raise InputError(
+                f"{self.key}: {self.path} holds several folders for prompt {prompt.index}: keep one"
+            )
+        there = sorted(path for path in folder.iterdir() if IMAGE.fullmatch(path.name)) if names else []
+        if len(there) == 1:
+            return there[0]
+        own = folder / f"{image:09d}.png"
+        if own in there:
+            return own
+        raise InputError(f"{self.key}: {self.path} holds no picture {image} for prompt {prompt.index}")
+
+    def open(self, prompt: Prompt, image: int) -> Pixels:
+        """The picture for image number ``image`` of ``prompt``, decoded whole."""
+        try:
+            return open_whole(self.find(prompt, image))
+        except PictureError as error:
+            raise InputError(f"{self.key}: {error}") from error
+
+    @cached_property
+    def _folders(self) -> dict[int, list[str]]:
+        return numbered(self.path)
 
 
 # -- initial latents given by the user instead of seeded noise

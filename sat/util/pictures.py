@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -103,3 +104,97 @@ def on_white(picture: Image.Image) -> Image.Image:
             part = Image.alpha_composite(white, part.convert("RGBA"))
         out.paste(part.convert("RGB"), (0, top))
     return out
+
+
+# -- pictures that a user names: opened whole, and brought to the size of a run
+
+
+Fit = Literal["crop", "pad", "stretch"]
+"""``crop`` covers the size and cuts the rest off evenly; ``pad`` shows the whole picture in the middle and
+repeats its edges around it; ``stretch`` gives it another shape."""
+
+
+class Pixels(NamedTuple):
+    """A picture as RGB, transparent parts on white, and its alpha channel (L) where it has one."""
+
+    rgb: Image.Image
+    alpha: Image.Image | None
+
+
+def open_whole(path: Path) -> Pixels:
+    """The picture of a file, decoded whole and turned as its EXIF says; any mode becomes RGB.
+
+    A :class:`PictureError` names the file.
+    """
+    try:
+        with open_picture(path) as file:
+            check_shape((file.height, file.width))
+            ImageOps.exif_transpose(file, in_place=True)
+            return with_alpha(file)
+    except PictureError as error:
+        raise PictureError(f"{path}: {error}") from error
+
+
+def with_alpha(picture: Image.Image) -> Pixels:
+    """``picture`` of any mode as RGB on white, and its alpha channel if anything in it is transparent."""
+    alpha = None
+    if picture.has_transparency_data and not picture.mode.startswith(("I", "F")):
+        alpha = picture.convert("RGBA").getchannel("A")
+        alpha = None if alpha.getextrema() == (255, 255) else alpha
+    return Pixels(on_white(picture), alpha)
+
+
+def fitted(picture: Image.Image, height: int, width: int, fit: Fit, fill: int | None = None) -> Image.Image:
+    """``picture`` at ``height`` x ``width`` pixels; of that size already, its very pixels.
+
+    ``fill`` is the value around a padded picture; None repeats its edges.
+    """
+    if picture.size == (width, height):
+        return picture
+    kept, inner = fit_boxes(picture.size, height, width, fit)
+    left, top, right, bottom = inner
+    resampling = Image.Resampling.BILINEAR if picture.mode == "L" else Image.Resampling.LANCZOS
+    out = picture.resize((right - left, bottom - top), resampling, box=kept)
+    if out.size == (width, height):
+        return out
+    around = [(top, height - bottom), (left, width - right), (0, 0)][: 2 + (picture.mode != "L")]
+    if fill is None:
+        return Image.fromarray(np.pad(np.asarray(out), around, mode="edge"))
+    return Image.fromarray(np.pad(np.asarray(out), around, constant_values=fill))
+
+
+def fit_boxes(
+    size: tuple[int, int], height: int, width: int, fit: Fit
+) -> tuple[tuple[float, float, float, float], tuple[int, int, int, int]]:
+    """The part of a picture of ``size`` (width, height) that stays, and where it goes in the frame.
+
+    Both are (left, top, right, bottom), in pixels of the picture and of the frame.
+    """
+    wide, tall = size
+    whole, frame = (0.0, 0.0, float(wide), float(tall)), (0, 0, width, height)
+    if fit == "crop":
+        scale = min(wide / width, tall / height)  # pixels of the picture in one of the frame
+        x, y = (wide - scale * width) / 2, (tall - scale * height) / 2
+        return (x, y, wide - x, tall - y), frame
+    if fit == "pad":
+        scale = max(wide / width, tall / height)
+        across, down = max(1, round(wide / scale)), max(1, round(tall / scale))
+        left, top = (width - across) // 2, (height - down) // 2
+        return whole, (left, top, left + across, top + down)
+    return whole, frame
+
+
+def fit_message(size: tuple[int, int], height: int, width: int, fit: Fit) -> str | None:
+    """Sentence about what :func:`fitted` does to a picture of ``size`` (width, height); None for nothing."""
+    wide, tall = size
+    if (wide, tall) == (width, height):
+        return None
+    (left, top, right, bottom), inner = fit_boxes(size, height, width, fit)
+    cut = 1 - (right - left) * (bottom - top) / (wide * tall)
+    added = 1 - (inner[2] - inner[0]) * (inner[3] - inner[1]) / (width * height)
+    what = f", {cut:.0%} of it cut off" if cut > 0.005 else ""
+    what += f", {added:.0%} of the frame padded" if added > 0.005 else ""
+    stretched = (width / wide) / (height / tall)
+    if fit == "stretch" and abs(stretched - 1) > 0.005:
+        what += f", {max(stretched, 1 / stretched):.2f} times {'wider' if stretched > 1 else 'taller'}"
+    return f"{tall} x {wide} brought to {height} x {width} (height x width) by fit {fit}{what}"
