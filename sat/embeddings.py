@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +56,8 @@ class GuidanceEmbedding(nn.Linear):
         """Zeros: a model that learns to take the strength starts as the one that does not."""
         nn.init.zeros_(self.weight)
 
-    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take the number of features that a checkpoint's ``weight`` has."""
-        shape = shapes.get("weight", ())
+    def adopt(self, shape: tuple[int, ...]) -> None:
+        """Take the number of features that a checkpoint's weight of ``shape`` has: no config need say it."""
         if len(shape) == 2 and shape[1] != self.in_features:
             self.in_features = shape[1]
             self.weight = nn.Parameter(self.weight.new_zeros(self.out_features, shape[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -54,7 +54,12 @@ class DiffusionEngine(nn.Module):
         self.process = process or Process()
         self.schedule = schedule
         self.prediction = prediction
-        self.denoising_loss = loss or DenoisingLoss()
+        self._loss = loss
+
+    @cached_property
+    def denoising_loss(self) -> DenoisingLoss:
+        """The loss of training, made when it is first asked for."""
+        return self._loss or DenoisingLoss()
 
     @property
     def denoiser(self) -> Denoiser:
@@ -158,7 +163,10 @@ class DiffusionEngine(nn.Module):
         ``work`` does the tiles.
         """
         z = latents / self.first_stage.scale_factor
-        images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch), work)
+        if tile is None and len(z) <= batch:
+            images = self.first_stage.decode(z)
+        else:
+            images = decode_tiled(self.first_stage, z, Tiling(tile, batch=batch), work)
         return images.float().add(1).div_(2).clamp_(0, 1)
 
     @torch.inference_mode()

@@ -112,11 +112,11 @@ class Pipeline:
             apply_sequence(engine.network, mesh.sequence)
         height, width = engine.latent_shape(sampling.height, sampling.width)[1:]
         experiment = settle_sampling(experiment, engine.network, (height, width), place, main=main)
-        sampling = experiment.sampling
+        sampling, light = experiment.sampling, components(experiment)
         wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
         generator = Generator(
             engine,
-            components(experiment).sampler,
+            light.sampler,
             place,
             text_memory=memory.text_encoder,
             at_once=sampling.at_once,
@@ -125,10 +125,10 @@ class Pipeline:
             team=ALONE if mesh is None else mesh.team,
             rank=0 if mesh is None else mesh.rank,
             speed=quicken(engine, Speed(*wanted), place),
-            offload=offload_schedule(engine, memory, place),
-            cache=components(experiment).cache,
+            offload=offload_schedule(engine, memory, place) if waiting else None,
+            cache=light.cache,
         )
-        guider = components(experiment).guider
+        guider = light.guider
         if mesh is not None and mesh.guidance.size > 1:
             guider = CfgParallel(guider, mesh.guidance)
         return cls(generator, guider, experiment)

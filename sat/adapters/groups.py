@@ -45,11 +45,6 @@ def is_pattern(target: str) -> bool:
     return "." in target or "*" in target
 
 
-def unknown(targets: Iterable[str]) -> list[str]:
-    """Those of ``targets`` that are neither groups nor patterns."""
-    return [target for target in targets if target not in GROUPS and not is_pattern(target)]
-
-
 def of_text(target: str) -> bool:
     """True if ``target`` means layers of the text encoder."""
     return any(pattern.startswith("text.") for pattern in patterns(target))

@@ -43,10 +43,10 @@ class Computes(Protocol):
 
 @runtime_checkable
 class Adopts(Protocol):
-    """A module that takes some sizes from the checkpoint it is filled with."""
+    """A layer that takes its size from the checkpoint it is filled with."""
 
-    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Change to the ``shapes`` of the tensors found, by our names, before they are compared."""
+    def adopt(self, shape: tuple[int, ...]) -> None:
+        """Change to the ``shape`` of the weight that is found, before it is compared."""
         ...
 
 
@@ -135,9 +135,10 @@ def match(  # noqa: C901 - one problem after the other
         sharding = family_sharding(type(module))
         theirs = theirs.merged(expected, sharding, layouts["SAT"], ENGINE_PREFIXES[part])
     found = best_layout(theirs, expected, layouts, part)
-    if isinstance(module, Adopts):
-        module.adopt({name: found.view.info(name).shape for name in found.view})
-        expected = wanted(module)
+    for name, layer in module.named_modules():
+        if isinstance(layer, Adopts) and f"{name}.weight" not in found.missing:
+            layer.adopt(found.view.info(f"{name}.weight").shape)
+            expected = wanted(module)
     missing = [name for name in found.missing if not _any(name, allow_missing)]
     unexpected = [name for name in found.unexpected if not _any(name, allow_unexpected)]
     misshapen = [

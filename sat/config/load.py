@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sat import compat
 from sat.config.check import Checker, field_hints, hint, record_of
-from sat.config.official import is_official, override_official, translate
+from sat.config.official import override_official, translate
 from sat.config.schema import Experiment, plain
 from sat.config.yaml_source import (
     DEFAULT,
@@ -136,10 +137,10 @@ def _read(
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    official = [source for source in read_sources if is_official(source.tree)]
+    official = [source for source in read_sources if source.official]
     ours = [given for given in overrides if not (official and override_official(given, official[-1]))]
     sources, notices = list[Source](), list[str]()
-    for theirs, group in itertools.groupby(read_sources, lambda source: is_official(source.tree)):
+    for theirs, group in itertools.groupby(read_sources, attrgetter("official")):
         if theirs:
             translated = translate(list(group))
             notices += translated.notices

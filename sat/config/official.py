@@ -35,13 +35,6 @@ class Translated(NamedTuple):
     notices: list[str]
 
 
-def is_official(tree: Mapping[str, Any]) -> bool:
-    """True if ``tree`` looks like an official config rather than one of ours."""
-    model = tree.get("model")
-    configs = isinstance(model, Mapping) and any(str(k).endswith("_config") for k in model)
-    return configs or ("args" in tree and set(tree) <= {"args", "model", "data", "deepspeed"})
-
-
 def override_official(given: Override, source: Source) -> bool:
     """Set an official key of ``source``, in place; False, and nothing is done, when the key is one of ours.
 

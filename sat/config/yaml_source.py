@@ -127,6 +127,13 @@ class Source(NamedTuple):
     tree: dict[str, Any]
     marks: Marks
 
+    @property
+    def official(self) -> bool:
+        """True if the file looks like a config of the official code rather than one of ours."""
+        model = self.tree.get("model")
+        configs = isinstance(model, Mapping) and any(str(key).endswith("_config") for key in model)
+        return configs or ("args" in self.tree and set(self.tree) <= {"args", "model", "data", "deepspeed"})
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the scalars of YAML 1.2, nested no deeper than :data:`MOST_LEVELS`."""

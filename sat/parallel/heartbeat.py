@@ -354,8 +354,8 @@ def _end(error: LostRankError) -> None:
     ending.hard(str(error), error.exit_code, own=not isinstance(error, ReportedError))
 
 
-ALONE = Heartbeat(0, 1)
-_current, _count = ALONE, 0
+_current: Heartbeat | None = None
+_count = 0
 
 
 def watch(rank: int, world: int, store: Store, silence: float, stall: float) -> Heartbeat:
@@ -376,10 +376,13 @@ def watch(rank: int, world: int, store: Store, silence: float, stall: float) -> 
 def unwatch() -> None:
     """Stop the watch over this process's ranks."""
     global _current
-    _current.stop()
-    _current = ALONE
+    current().stop()
+    _current = None
 
 
 def current() -> Heartbeat:
     """Watch over this process's ranks; one that does nothing for a process alone."""
+    global _current
+    if _current is None:
+        _current = Heartbeat(0, 1)
     return _current

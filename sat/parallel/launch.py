@@ -99,7 +99,8 @@ class Runtime:
 
     def finish(self) -> None:
         """Wait until every rank has come here, as long as they live; raises where one does not."""
-        current().finish()
+        if self.world > 1:
+            current().finish()
 
     def close(self) -> None:
         """Stop the watch over the ranks, and leave the process group if there is one.

@@ -175,7 +175,7 @@ def test_a_distilled_network_may_run_without_a_strength() -> None:
 
 def test_the_guidance_embedding_takes_a_checkpoints_width() -> None:
     model = unet(guidance_dim=12)
-    model.adopt({"guidance.weight": (16, 20)})
+    model.guidance.adopt((16, 20))
     assert model.guidance.weight.shape == (16, 20) and model.guidance.in_features == 20
     assert run(model, cond=condition().guided(7.5)).isfinite().all()
 

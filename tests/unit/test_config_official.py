@@ -13,7 +13,7 @@ import yaml
 
 from sat.cli import sample
 from sat.config.load import load, load_full
-from sat.config.official import is_official
+from sat.config.yaml_source import Source
 from tests.configs import DEBUG, ROOT, refused
 
 OFFICIAL = Path(__file__).parents[1] / "assets" / "official"
@@ -220,10 +220,10 @@ def test_the_four_channel_autoencoder(official):
 
 
 def test_ours_are_not_taken_for_official_ones():
-    assert is_official(yaml.safe_load(PLUS.read_text()))
-    assert is_official({"args": {"load": "x"}})
-    assert not is_official(yaml.safe_load(DEBUG.read_text()))
-    assert not is_official({"sampling": {"steps": 1}})
+    assert Source(yaml.safe_load(PLUS.read_text()), {}).official
+    assert Source({"args": {"load": "x"}}, {}).official
+    assert not Source(yaml.safe_load(DEBUG.read_text()), {}).official
+    assert not Source({"sampling": {"steps": 1}}, {}).official
 
 
 UNETS = {

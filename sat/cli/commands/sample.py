@@ -108,6 +108,7 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
     """Be the one writer of this share of the output folder; rank 0 is for all, and its refusal is theirs."""
     last = cascade.stages[-1].experiment
     root, part = last.output.dir or OUTPUT, parse_share(last.sampling.share or "0/1")
+    name = ended_name(*part)
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
         try:
@@ -118,7 +119,7 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
                 texts = None if prompts is None else [[prompt.index, prompt.text] for prompt in prompts]
                 purpose = settings_digest({"config": tree, "prompts": texts})
                 lock = stack.enter_context(share_lock(root, *part, purpose, str(root)))
-                ending.own(root, ended_name(*part))
+                ending.own(root, name)
                 ending.lock = lock
         except BusyError as error:
             refused = error
@@ -126,7 +127,7 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
             raise refusal
         if prompts is not None:
             ending.again = lambda: "run the same command with --resume to draw the rest"
-        ending.folder, ending.name = root, ended_name(*part)
+        ending.folder, ending.name = root, name
         yield
 
 
@@ -211,10 +212,12 @@ class _Session:
 
     def draw(self, prompts: Sequence[Prompt], *, resume: bool = False) -> list[Path]:
         """Draw ``prompts`` into the folder; the files written."""
-        inputs, watch = _inputs(self.pipeline.experiment), current()
+        inputs = _inputs(self.pipeline.experiment)
+        watch = current() if self.ranks.runtime.world > 1 else None
 
         def beat(doing: str) -> None:
-            watch.ready(doing)  # a first step is over: what is compiled has been
+            if watch is not None:
+                watch.ready(doing)  # a first step is over: what is compiled has been
             if ending.lock is not None and ending.lock.lost:
                 ending.lock.check()
 

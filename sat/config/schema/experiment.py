@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -303,6 +304,14 @@ class TrainConfig(Section):
 # -- sections of an experiment but for sampling, data and training
 
 
+def _unknown_groups(key: str, names: Iterable[str]) -> Broken:
+    """Problems of ``key`` with ``names`` that are neither groups of layers nor patterns."""
+    for name in names:
+        if name not in groups.GROUPS and not groups.is_pattern(name):
+            near = groups.hint(name, groups.GROUPS)
+            yield key, f"no group {name!r}{near} (there are {', '.join(groups.GROUPS)}, and patterns)"
+
+
 @dataclass(frozen=True)
 class LoraConfig(Section):
     """Low-rank factors to train instead of the weights (docs/lora.md).
@@ -335,10 +344,8 @@ class LoraConfig(Section):
             yield "dropout", f"expected a share of 0 to below 1, got {self.dropout}"
         if not self.targets:
             yield "targets", f"expected at least one of {', '.join(groups.GROUPS)}, or a pattern"
-        for name in ("targets", "ranks"):
-            for target in groups.unknown(getattr(self, name)):
-                near = groups.hint(target, groups.GROUPS)
-                yield name, f"no group {target!r}{near} (there are {', '.join(groups.GROUPS)}, and patterns)"
+        yield from _unknown_groups("targets", self.targets)
+        yield from _unknown_groups("ranks", self.ranks)
         for target, rank in self.ranks.items():
             if rank < 1:
                 yield "ranks", f"expected at least 1, got {rank} for {target!r}"
@@ -396,9 +403,7 @@ class QuantizeConfig(Section):
     def _rules(self) -> Broken:
         if not self.layers:
             yield "layers", f"expected at least one of {', '.join(groups.GROUPS)}, or a pattern"
-        for layer in groups.unknown(self.layers):
-            near = groups.hint(layer, groups.GROUPS)
-            yield "layers", f"no group {layer!r}{near} (there are {', '.join(groups.GROUPS)}, and patterns)"
+        yield from _unknown_groups("layers", self.layers)
 
 
 @dataclass(frozen=True)

@@ -143,11 +143,6 @@ class CogView3Plus(nn.Module):
         context = Context(text=cond.text, text_mask=cond.text_mask, grid=grid)
         return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
 
-    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take from a checkpoint's shapes what a config need not know: the guidance embedding's width."""
-        if self.guidance is not None:
-            self.guidance.adopt({"weight": shapes.get("guidance.weight", ())})
-
     def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:
         step = prepared.steps.get(timestep) if isinstance(timestep, float) else None
         if step is None:

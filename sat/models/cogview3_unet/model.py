@@ -219,11 +219,6 @@ class CogView3UNet(nn.Module):
             if ".mixins.map.leave." in name or name.startswith("head.2."):
                 nn.init.zeros_(parameter)
 
-    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Take from a checkpoint's shapes what a config need not know: the guidance embedding's width."""
-        if self.guidance is not None:
-            self.guidance.adopt({"weight": shapes.get("guidance.weight", ())})
-
     def prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float] = ()) -> Prepared:
         """``size`` is the latent's (h, w) in cells; ``timesteps`` the timesteps of a sampling run, if any."""
         h, w = size
