@@ -17,7 +17,7 @@ from sat.diffusion.loss import DenoisingLoss, Draw
 from sat.diffusion.prediction import Denoiser, Network, Prediction
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Sampler, StepCallback, Trajectory
-from sat.diffusion.schedule import Level, Schedule
+from sat.diffusion.schedule import Level, Schedule, sized
 from sat.diffusion.tiles import Tiled, tile_size
 from sat.errors import UserError
 from sat.first_stage.model import AutoencoderKL, Posterior
@@ -102,10 +102,11 @@ class DiffusionEngine(nn.Module):
         Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
         step on an accelerator, where looking earlier would stall the device.
         """
-        levels = self.process.hooks.levels(self.schedule, steps)
+        size = (noise.shape[2], noise.shape[3])
+        schedule = sized(self.schedule, size if tile is None else tile_size(size, tile))
+        levels = self.process.hooks.levels(schedule, steps)
         rows = guider.rows(cond, uncond)  # (B or 2 B): those with the condition last
         timesteps = [float(level.timestep) for level in levels[:-1]]
-        size = (noise.shape[2], noise.shape[3])
         denoiser = self.denoiser
         prepared: dict[int, Any] = {}  # by number of rows: all, or those with the condition
 
@@ -129,7 +130,7 @@ class DiffusionEngine(nn.Module):
                 raise self._not_finite(finite)
             return x0
 
-        level_at_sigma = partial(self.process.hooks.level_at_sigma, self.schedule)
+        level_at_sigma = partial(self.process.hooks.level_at_sigma, schedule)
         path = Trajectory(levels, self.process, ProcessContext(low_res), level_at_sigma)
         if noise_sampler is not None:
             path = replace(path, noise_sampler=noise_sampler)
@@ -188,8 +189,9 @@ class DiffusionEngine(nn.Module):
         self, latents: Tensor, generator: torch.Generator | None = None, shares: Tensor | None = None
     ) -> Draw:
         """Timesteps and noise for clean latents (B, C, h, w); ``shares`` as of :meth:`DenoisingLoss.draw`."""
-        span = self.process.hooks.span(self.schedule)
-        return self.denoising_loss.draw(latents, span, generator, schedule=self.schedule, shares=shares)
+        schedule = sized(self.schedule, (latents.shape[2], latents.shape[3]))
+        span = self.process.hooks.span(schedule)
+        return self.denoising_loss.draw(latents, span, generator, schedule=schedule, shares=shares)
 
     def loss(
         self,
@@ -209,5 +211,6 @@ class DiffusionEngine(nn.Module):
         if timestep is not None:
             draw = draw._replace(timestep=timestep)
         denoiser, ctx = self.denoiser, ProcessContext(low_res)
-        prepared = denoiser.network.prepare(cond, (latents.shape[2], latents.shape[3]))
-        return self.denoising_loss(denoiser, latents, prepared, draw, self.schedule, self.process, ctx)
+        size = (latents.shape[2], latents.shape[3])
+        prepared, schedule = denoiser.network.prepare(cond, size), sized(self.schedule, size)
+        return self.denoising_loss(denoiser, latents, prepared, draw, schedule, self.process, ctx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -58,6 +59,28 @@ class SNRPlusOne:
 
     def __call__(self, level: Level, gain: Scalar) -> Scalar:
         return (_snr(level) + 1) * gain
+
+
+class FlowWeighting:
+    """Weights on the error of eps - x0, whatever the network predicts.
+
+    ``none``: 1. ``sigma_sqrt``: 1 / sigma^2. ``cosmap``: 2 / (pi (1 - 2 sigma + 2 sigma^2)).
+    Source: arXiv:2403.03206, section 3.1; the names are those of diffusers' SD3 trainers.
+    """
+
+    def __init__(self, kind: Literal["none", "sigma_sqrt", "cosmap"] = "none") -> None:
+        self.kind = kind
+
+    def __call__(self, level: Level, gain: Scalar) -> Scalar:
+        sigma = level.sigma
+        flow = (
+            gain * ((level.alpha + sigma) / sigma) ** 2
+        )  # error of x0 = sigma / (alpha + sigma) that of flow
+        if self.kind == "sigma_sqrt":
+            return flow / sigma**2
+        if self.kind == "cosmap":
+            return flow * 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        return flow
 
 
 def _snr(level: Level) -> Tensor:

@@ -1,4 +1,4 @@
-"""Predictions of a network (eps, v, x0), and the network behind ``denoise(x, level) -> x0``."""
+"""Predictions of a network (eps, v, x0, flow), and the network behind ``denoise(x, level) -> x0``."""
 
 from __future__ import annotations
 
@@ -85,6 +85,53 @@ class Eps:
         return (level.net_sigma / level.net_alpha) ** 2
 
 
+class Flow:
+    """eps - x0, the velocity of a straight path; exact on every schedule.
+
+    Source: arXiv:2210.02747; CogView4 (``FlowMatchEulerDiscreteScheduler`` of diffusers).
+    """
+
+    def scale_in(self, x: Tensor, level: Level) -> Tensor:
+        return x
+
+    def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
+        # x = alpha x0 + sigma eps and eps = out + x0: x0 = (x - sigma out) / (alpha + sigma)
+        return (x - level.net_sigma * out) / (level.net_alpha + level.net_sigma)
+
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        return eps - x0
+
+    def gain(self, level: Level) -> Scalar:
+        return (level.net_sigma / (level.net_alpha + level.net_sigma)) ** 2
+
+
+class FlowFromV:
+    """A network trained for v, on a flow schedule: x_t at unit norm goes in, its v is that of the same noise.
+
+    With n = sqrt(alpha^2 + sigma^2), x_t / n = (alpha / n) x0 + (sigma / n) eps is variance preserving, and
+    eps - x0 = ((sigma - alpha) x_t / n + (alpha + sigma) v) / n. Its schedule tells the network the timestep
+    it knows: ``FlowMatching(timestep_of=…)``. Source: arXiv:2506.02221 (diffusion models as flow models).
+    """
+
+    def scale_in(self, x: Tensor, level: Level) -> Tensor:
+        return x / _norm(level)
+
+    def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
+        n = _norm(level)
+        return (level.net_alpha * (x / n) - level.net_sigma * out) / n
+
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        return (level.net_alpha * eps - level.net_sigma * x0) / _norm(level)
+
+    def gain(self, level: Level) -> Scalar:
+        return (level.net_sigma / _norm(level)) ** 2
+
+
+def _norm(level: Level) -> Scalar:
+    n: Scalar = (level.net_alpha**2 + level.net_sigma**2) ** 0.5
+    return n
+
+
 class Network(Protocol):
     """The contract of every image network. Only its own ``prepare`` knows what ``prepared`` holds."""
 
@@ -101,7 +148,7 @@ class Network(Protocol):
 
 
 class Denoiser:
-    """Predicted x0 of a network that predicts eps, v or x0; float32 in and out, whatever its dtype."""
+    """Predicted x0 of a network that predicts eps, v, x0 or flow; float32 in and out, whatever its dtype."""
 
     def __init__(self, network: Network, prediction: Prediction) -> None:
         self.network = network

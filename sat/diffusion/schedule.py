@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class Level(NamedTuple):
 
     alpha: Scalar
     sigma: Scalar
-    timestep: Scalar  # the network's input, 0 … 999; (B,) while training
+    timestep: Scalar  # the network's input, 0 … 999 (flow: 1 … 1000); (B,) while training
     net_alpha: Scalar
     net_sigma: Scalar
     relay_blend: Scalar = 0.0  # relay's r: 0 without relay, 1 at the low-resolution image
@@ -218,6 +219,99 @@ class Discrete:
     def at(self, timestep: Tensor) -> Level:
         sigma = self._table.on(timestep.device)[timestep]
         return _training_level(torch.ones_like(sigma), sigma, timestep)
+
+
+class FlowMatching:
+    """Straight paths from image to noise, alpha = 1 - sigma, with a shift that grows with the picture.
+
+    At time s of (0, 1], sigma = mu s / (1 + (mu - 1) s) with mu = ``base_shift`` + ``max_shift``
+    sqrt(N / ``base_tokens``), N the picture's patches of ``patch`` x ``patch`` latent cells; a constant mu is
+    ``max_shift`` 0. The network is told the *unshifted* time, ``total`` s: 1 … ``total``. ``timestep_of``: a
+    network trained on that schedule is told its timestep at the same sigma / alpha instead.
+
+    ``spacing`` of a run: ``linspace`` from ``total`` to 1, cut to whole numbers, as CogView4; ``trailing``
+    without the last sliver. By itself it is the schedule of N = ``base_tokens``; :meth:`sized` gives others.
+    The defaults are CogView4's. Source: arXiv:2403.03206, section 5.3.2 (shift); diffusers'
+    ``FlowMatchEulerDiscreteScheduler`` with linear dynamic shifting, the peer of tests/parity/test_flow.py.
+    """
+
+    def __init__(
+        self,
+        base_shift: float = 0.25,
+        max_shift: float = 0.75,
+        base_tokens: int = 256,
+        patch: int = 2,  # latent cells, each way, of an image token
+        total: int = 1000,  # training timesteps
+        spacing: Literal["linspace", "trailing"] = "linspace",
+        timestep_of: Schedule | None = None,
+    ) -> None:
+        if min(base_shift, max_shift) < 0 or not base_shift + max_shift > 0:
+            raise ValueError(
+                f"FlowMatching: base_shift {base_shift:g} and max_shift {max_shift:g}: expected at least 0, "
+                "and a sum above 0"
+            )
+        if min(base_tokens, patch, total) < 1:
+            raise ValueError(
+                f"FlowMatching: base_tokens {base_tokens}, patch {patch}, total {total}: at least 1"
+            )
+        self.base_shift, self.max_shift, self.base_tokens = base_shift, max_shift, base_tokens
+        self.patch, self.total, self.spacing, self.timestep_of = patch, total, spacing, timestep_of
+        self._of_size: dict[int, FlowMatching] = {}
+        if timestep_of is not None:  # as angles, which are finite where there is no signal
+            self._angles = np.arctan([timestep_of.sigma_at(i) for i in range(timestep_of.total)])
+        self._shift_for(base_tokens)
+
+    def sized(self, size: tuple[int, int]) -> FlowMatching:
+        """The schedule of a latent of ``size`` (h, w) cells; the same object for the same size."""
+        tokens = size[0] * size[1] // self.patch**2
+        if tokens not in self._of_size:
+            self._of_size[tokens] = other = copy.copy(self)
+            other._shift_for(tokens)
+        return self._of_size[tokens]
+
+    def _shift_for(self, tokens: int) -> None:
+        self.mu = self.base_shift + self.max_shift * (tokens / self.base_tokens) ** 0.5
+        self.trained: Table = self._sigma(np.arange(1, self.total + 1) / self.total)
+        told = [self._told(t + 1, float(self.trained[t])) for t in range(self.total)]
+        self._sigmas, self._times = _DeviceTable(self.trained), _DeviceTable(np.array(told))
+
+    def levels(self, steps: int) -> list[Level]:
+        if not 1 <= steps <= self.total:
+            raise ValueError(f"steps must be between 1 and {self.total} (the training levels), got {steps}")
+        last, inclusive = (1, True) if self.spacing == "linspace" else (0, False)
+        times = np.linspace(self.total, last, steps, endpoint=inclusive).astype(int)
+        return [*(self._level(float(t), float(self._sigma(t / self.total))) for t in times), CLEAN]
+
+    def level_at_sigma(self, sigma: float) -> Level:
+        sigma = sigma / (1 + sigma)  # sigma' / (1 - sigma') = sigma
+        return self._level(self.total * sigma / (self.mu - (self.mu - 1) * sigma), sigma)
+
+    def sigma_at(self, timestep: float) -> float:
+        sigma = float(np.interp(timestep, np.arange(self.total), self.trained))
+        return math.inf if sigma == 1 else sigma / (1 - sigma)
+
+    def at(self, timestep: Tensor) -> Level:
+        sigma, told = (table.on(timestep.device)[timestep] for table in (self._sigmas, self._times))
+        return _training_level(1 - sigma, sigma, told)
+
+    def _sigma(self, s: Any) -> Any:
+        return self.mu * s / (1 + (self.mu - 1) * s)
+
+    def _level(self, time: float, sigma: float) -> Level:
+        return Level(1 - sigma, sigma, self._told(time, sigma), 1 - sigma, sigma)
+
+    def _told(self, time: float, sigma: float) -> float:
+        """The network's timestep."""
+        if self.timestep_of is None:
+            return float(time)
+        angle = math.atan2(sigma, 1 - sigma)
+        return float(np.interp(angle, self._angles, np.arange(len(self._angles))))
+
+
+def sized(schedule: Schedule, size: tuple[int, int]) -> Schedule:
+    """``schedule`` for a latent of ``size`` (h, w) cells: itself where the size does not matter."""
+    make = getattr(schedule, "sized", None)
+    return schedule if make is None else make(size)
 
 
 class _DeviceTable:

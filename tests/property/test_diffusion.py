@@ -26,7 +26,7 @@ from sat.diffusion.samplers import (
     LinearMultistep,
     Sampler,
 )
-from sat.diffusion.schedule import Discrete, Level, Schedule, ZeroSNR, karras, timesteps
+from sat.diffusion.schedule import Discrete, FlowMatching, Level, Schedule, ZeroSNR, karras, timesteps
 from sat.mixins.relay import RelayNoise, steps_of_whole
 from tests.diffusion import SHAPE, Gaussian, path, preserving
 from tests.tolerances import F64
@@ -40,7 +40,13 @@ zero_snr = st.builds(
     rescale=st.sampled_from(["after_spacing", "before_spacing"]),
     quantise=st.booleans(),
 )
-schedules = st.one_of(exploding, zero_snr)
+flow = st.builds(
+    FlowMatching,
+    base_shift=st.floats(0.2, 9.0),
+    spacing=st.sampled_from(["linspace", "trailing"]),
+    timestep_of=st.sampled_from([None, ZeroSNR()]),
+)
+schedules = st.one_of(exploding, zero_snr, flow)
 samplers = st.one_of(
     st.builds(DDIM, eta=st.floats(0, 1)),
     st.builds(DDIM, share=st.floats(0, 1)),
@@ -75,7 +81,7 @@ def test_a_perfect_denoiser_is_sampled_exactly(
 def test_a_perfect_denoiser_is_sampled_exactly_with_relay(
     schedule: Schedule, sampler: Sampler, steps: int, seed: int, blend: Any, share: float
 ) -> None:
-    if share == 1000 and isinstance(schedule, ZeroSNR):
+    if share == 1000 and isinstance(schedule, ZeroSNR | FlowMatching):
         blend = "linear"
     process = Process({"relay": RelayNoise(share, blend)})
     x0, low = drawn(seed), drawn(seed + 2)
@@ -92,7 +98,7 @@ def test_levels_go_from_noise_to_data(schedule: Schedule, steps: int) -> None:
     assert len(levels) == steps + 1 and levels[-1].alpha == 1 and levels[-1].sigma == 0
     assert all(a > b for a, b in zip(noise, noise[1:], strict=False))
     timesteps = [level.timestep for level in levels[:-1]]
-    assert timesteps == sorted(timesteps, reverse=True) and all(0 <= i <= 999 for i in timesteps)
+    assert timesteps == sorted(timesteps, reverse=True) and all(0 <= i <= 1000 for i in timesteps)
 
 
 @given(st.integers(1, 1000), st.sampled_from(["trailing", "leading"]))

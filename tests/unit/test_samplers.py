@@ -23,7 +23,7 @@ from sat.diffusion.samplers import (
     SamplerError,
     Trajectory,
 )
-from sat.diffusion.schedule import CLEAN, Discrete, Level, Schedule, ZeroSNR
+from sat.diffusion.schedule import CLEAN, Discrete, FlowMatching, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
 from tests.diffusion import SHAPE, Gaussian, drawn, exploding, level, path, preserving
 from tests.tolerances import EXACT, F64
@@ -43,6 +43,8 @@ SCHEDULES: dict[str, Schedule] = {
     }.items()
     for spacing in ("trailing", "leading", "karras")
 }  # fmt: skip
+SCHEDULES["flow"] = FlowMatching().sized((64, 96))
+SCHEDULES["flow as v"] = FlowMatching(spacing="trailing", timestep_of=ZeroSNR())
 SPACED = {name: schedule for name, schedule in SCHEDULES.items() if "karras" not in name}
 X0 = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 LOW = torch.randn(SHAPE, generator=torch.Generator().manual_seed(6), dtype=torch.float64)

@@ -15,7 +15,7 @@ from sat.diffusion.distillation import SMALLEST_GAIN, LevelTable, step_gain, stu
 from sat.diffusion.loss import DenoisingLoss, TruncatedSNR, Weighting
 from sat.diffusion.prediction import Denoiser, Network
 from sat.diffusion.process import ProcessContext
-from sat.diffusion.schedule import Level
+from sat.diffusion.schedule import Level, sized
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.train.objectives.base import Round
@@ -67,16 +67,22 @@ class Distillation(DiffusionObjective):
         self.loss = DenoisingLoss(weighting or TruncatedSNR())
         # Out of the module tree, like the engine: neither trained nor saved.
         self._teacher = (copy.deepcopy(engine.network).requires_grad_(False),)
-        hooks = engine.process.hooks
-        levels = hooks.levels(engine.schedule, self.steps)
-        middles = hooks.levels(engine.schedule, 2 * self.steps)[1::2]
+        levels = engine.process.hooks.levels(engine.schedule, self.steps)
         for level, next_level in zip(levels, levels[1:], strict=False):
             if abs(step_gain(engine.process, level, next_level)) < SMALLEST_GAIN:
                 raise ValueError(
                     f"distillation: the step from timestep {level.timestep:g} to {next_level.timestep:g} "
                     f"is too short"
                 )
-        self._levels, self._middles = LevelTable(levels), LevelTable(middles)
+        self._tables: dict[tuple[int, int], tuple[LevelTable, LevelTable]] = {}
+
+    def _levels_of(self, size: tuple[int, int]) -> tuple[LevelTable, LevelTable]:
+        """The student's levels for a latent of ``size`` (h, w), and the teacher's between them."""
+        if size not in self._tables:
+            hooks, schedule = self.engine.process.hooks, sized(self.engine.schedule, size)
+            levels, middles = hooks.levels(schedule, self.steps), hooks.levels(schedule, 2 * self.steps)[1::2]
+            self._tables[size] = LevelTable(levels), LevelTable(middles)
+        return self._tables[size]
 
     @classmethod
     def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
@@ -101,7 +107,8 @@ class Distillation(DiffusionObjective):
         share = torch.rand(len(batch), generator=generator)
         strength = sent(smallest + (largest - smallest) * share, x0.device)  # (B,)
 
-        level, next_level = self._levels.at(place), self._levels.at(place + 1)  # fields (B, 1, 1, 1)
+        levels = self._levels_of(_size(x0))[0]
+        level, next_level = levels.at(place), levels.at(place + 1)  # fields (B, 1, 1, 1)
         x = process.noise(x0, eps, level, ctx)  # (B, C, h, w)
         arrived = self._two_steps(x, place, cond, strength, ctx)
         target_x0 = student_target(process, x, arrived, level, next_level, ctx).float()
@@ -133,8 +140,8 @@ class Distillation(DiffusionObjective):
             uncond, with_text = teacher(torch.cat([x, x]), twice, prepared).chunk(2)
             return uncond + strength[:, None, None, None] * (with_text - uncond)
 
-        level, middle = self._levels.at(place), self._middles.at(place)
-        next_level = self._levels.at(place + 1)
+        levels, middles = self._levels_of(_size(x))
+        level, middle, next_level = levels.at(place), middles.at(place), levels.at(place + 1)
         x = process.step(x, predict(x, level), level, middle, ctx)
         return process.step(x, predict(x, middle), middle, next_level, ctx)
 
