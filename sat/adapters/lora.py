@@ -42,7 +42,7 @@ from sat.parallel.tensor import (
     whole_weight,
 )
 from sat.sharding import Column, Cut, Row, Shard, of_factors
-from sat.transformer.block import dtype_of
+from sat.transformer.transformer import dtype_of
 
 
 class Factors(nn.Module):

@@ -148,7 +148,7 @@ class PartBuilder:
     def dtype_of(self, part: Part) -> torch.dtype:
         """The dtype of a part: float32 for an autoencoder that would run, and overflow, in float16.
 
-        The transformers of the other parts guard themselves (:mod:`sat.transformer.block`).
+        The transformers of the other parts guard themselves (:mod:`sat.transformer.transformer`).
         """
         narrow = part == "first_stage" and self.dtype == torch.float16
         return torch.float32 if narrow else self.dtype

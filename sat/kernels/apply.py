@@ -27,8 +27,8 @@ from sat.mixins.rope import RoPE
 from sat.mixins.sincos import SinCos2D
 from sat.parallel.sequence import SequenceParallel
 from sat.transformer import Context, Transformer, TransformerHooks
-from sat.transformer.block import AffineLayerNorm, Block
 from sat.transformer.hooks import Prepare, Run
+from sat.transformer.transformer import AffineLayerNorm, Block
 
 if TYPE_CHECKING:
     from sat.engine import DiffusionEngine

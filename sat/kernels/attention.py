@@ -20,7 +20,7 @@ from sat.mixin import Mixin, replaces
 from sat.mixins.cross_attention import CrossLayer
 from sat.parallel.launch import capability
 from sat.transformer import Context, Transformer, TransformerHooks
-from sat.transformer.block import DotProduct, attend
+from sat.transformer.transformer import DotProduct, attend
 
 Backend = Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"]
 """Names of kernels: ``auto`` picks by device, ``torch`` leaves it to torch; see docs/performance.md."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sat.parallel.tensor import ColumnLinear, RowLinear, summed
-from sat.transformer.block import Attention, Block, FeedForward
+from sat.transformer.transformer import Attention, Block, FeedForward
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces, wraps
-from sat.transformer.block import AffineLayerNorm, DotProduct, dtype_of, expand, shrink
 from sat.transformer.hooks import Context, Prepare, TransformerHooks
+from sat.transformer.transformer import AffineLayerNorm, DotProduct, dtype_of, expand, shrink
 
 
 class CrossLayer(nn.Module):

@@ -7,8 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces
-from sat.transformer.block import LayerNorm, RMSNorm
 from sat.transformer.hooks import Context, TransformerHooks
+from sat.transformer.transformer import LayerNorm, RMSNorm
 
 
 class FinalLayer(Mixin):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sat.mixin import Mixin, replaces
-from sat.transformer.block import LayerNorm
 from sat.transformer.hooks import Context, TransformerHooks
+from sat.transformer.transformer import LayerNorm
 
 
 class QKNorm(Mixin):

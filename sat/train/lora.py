@@ -30,7 +30,7 @@ from sat.checkpoint.verify import Verify
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.kernels.packed import FrozenLinear, freezable, join_gelu
 from sat.train.objectives import Objective
-from sat.transformer.block import Attention, FeedForward
+from sat.transformer.transformer import Attention, FeedForward
 
 log = logging.getLogger(__name__)
 

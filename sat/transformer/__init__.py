@@ -1,7 +1,6 @@
 """The transformer base: blocks, hooks and the values they exchange."""
 
-from sat.transformer.block import BlockSpec
 from sat.transformer.hooks import Context, Grid, LayerModulation, Modulation, TransformerHooks
-from sat.transformer.transformer import Transformer
+from sat.transformer.transformer import BlockSpec, Transformer
 
 __all__ = ["BlockSpec", "Context", "Grid", "LayerModulation", "Modulation", "Transformer", "TransformerHooks"]

@@ -1,17 +1,266 @@
-"""A transformer whose every variable part is a named hook: no parallelism, no task code."""
+"""A transformer whose every variable part is a named hook, and its block: no parallelism, no task code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, Resolved, resolve
-from sat.transformer.block import Block, BlockSpec, attend
 from sat.transformer.hooks import Context, LayerModulation, Modulation, TransformerHooks
+
+FP16_HEADROOM = 64.0
+"""Projections back into the residual stream run at 1/64 scale in float16 and are scaled up in float32:
+weights trained in bfloat16 (T5-XXL above all) produce values beyond float16's 65504."""
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v, (B, H, L, d), by whichever kernel torch picks.
+
+    ``mask`` (B, 1 or H, 1 or L, L) is true where a key may be seen. ``scale`` None is 1/sqrt(d). With neither
+    bias nor mask no mask tensor is made, so the fast kernels apply.
+    """
+    if mask is not None:
+        hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+        bias = hidden if bias is None else bias + hidden
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+class DotProduct(nn.Module):
+    """:func:`attend` as a module without parameters, whose place another implementation can take."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return attend(q, k, v, mask=mask)
+
+
+class Attention(nn.Module):
+    """(B, L, D) -> (B, L, D). The weight rows of ``qkv`` are q, then k, then v, each head by head.
+
+    The number of heads is read from the projection's output, not stored: under tensor parallelism a rank sees
+    only its share and nothing here changes.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, *, bias: bool, qkv_bias: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return dtype_of(self.qkv)
+
+    def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
+        # (B, L, D) -> three of (B, H, L, d)
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, d=self.head_dim)
+        q, k = hooks.norm_qk(q, k, ctx, layer)
+        q, k = hooks.rotate_qk(q, k, ctx, layer)
+        out = rearrange(hooks.attend(q, k, v, ctx), "b h l d -> b l (h d)")
+        return expand(self.proj, shrink(out))  # (B, L, D)
+
+
+class FeedForward(nn.Module):
+    """Two-layer MLP with GELU, ``gelu`` its approximation; ``gated`` multiplies by a second projection.
+
+    Plain: down(gelu(up(x))). Gated (GEGLU): down(gelu(gate(x)) * up(x)).
+    """
+
+    def __init__(self, dim: int, hidden: int, *, gated: bool, bias: bool, gelu: str = "tanh") -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.gate = nn.Linear(dim, hidden, bias=bias) if gated else None
+        self.up = nn.Linear(dim, hidden, bias=bias)
+        self.down = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return expand(self.down, shrink(self.activated(self.up, x)))
+        return expand(self.down, shrink(self.activated(self.gate, x)) * self.up(x))
+
+    def activated(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """gelu(linear(x)), (…, hidden)."""
+        return F.gelu(linear(x), approximate=self.gelu)
+
+
+# -- the types of matrix products: a weight's own, and float16 without overflow
+
+
+def dtype_of(linear: nn.Module) -> torch.dtype:
+    """Type that ``linear`` computes in: its weight's, or what a layer without a plain weight names."""
+    own = getattr(linear, "dtype", None)
+    found = own if own is not None else linear.weight.dtype
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def shrink(h: Tensor) -> Tensor:
+    """``h`` itself; in float16 at 1/64 scale, so that the projection behind it cannot overflow."""
+    return h / FP16_HEADROOM if h.dtype == torch.float16 else h
+
+
+def expand(linear: nn.Module, h: Tensor) -> Tensor:
+    """``linear`` of what :func:`shrink` returned, in full scale; float32 where ``h`` is float16."""
+    out: Tensor = linear(h)
+    if h.dtype != torch.float16:
+        return out
+    out = out.float() * FP16_HEADROOM
+    bias = getattr(linear, "bias", None)
+    return out if bias is None else torch.sub(out, bias, alpha=FP16_HEADROOM - 1)
+
+
+# -- one pre-norm block: an attention branch and an MLP branch, each optionally modulated
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Choices by which the blocks of a diffusion transformer (the defaults), of T5 and of a UNet differ."""
+
+    norm: Literal["layer", "rms"] = "layer"
+    eps: float = 1e-5
+    affine: bool = False
+    bias: bool = True
+    qkv_bias: bool | None = None  # None: as ``bias``
+    head_dim: int | None = None  # None: dim / heads
+    mlp_dim: int | None = None  # None: 4 * dim
+    mlp: Literal["gelu", "geglu"] = "gelu"
+    gelu: Literal["tanh", "none"] = "tanh"  # how GELU is approximated
+    scale: float | None = None  # of the attention logits; None: 1 / sqrt(head_dim)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in float32 (T5's norm: no mean, no bias)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(self.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm without parameters; the mean and variance are taken in float32 by the kernel itself."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps=eps, elementwise_affine=False)
+
+
+class AffineLayerNorm(nn.LayerNorm):
+    """Layer norm with weight and bias; takes the float32 residual stream of a float16 model as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Block(nn.Module):
+    """(B, L, D) -> (B, L, D): x + gate1 * attention(norm(x)), then x + gate2 * mlp(norm(x)).
+
+    In float16 the residual stream is float32: weights trained in bfloat16 can push it beyond 65504.
+    """
+
+    def __init__(self, dim: int, heads: int, spec: BlockSpec) -> None:
+        super().__init__()
+
+        def norm() -> nn.Module:
+            if spec.norm == "rms":
+                return RMSNorm(dim, spec.eps)
+            return AffineLayerNorm(dim, eps=spec.eps) if spec.affine else LayerNorm(dim, spec.eps)
+
+        head_dim = spec.head_dim or dim // heads
+        qkv_bias = spec.bias if spec.qkv_bias is None else spec.qkv_bias
+        hidden, gated = spec.mlp_dim or 4 * dim, spec.mlp == "geglu"
+        self.norm1 = norm()
+        self.attn = Attention(dim, heads, head_dim, bias=spec.bias, qkv_bias=qkv_bias)
+        self.norm2 = norm()
+        self.mlp = FeedForward(dim, hidden, gated=gated, bias=spec.bias, gelu=spec.gelu)
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: Context,
+        layer: int,
+        hooks: TransformerHooks,
+        modulation: LayerModulation | None = None,
+    ) -> Tensor:
+        first, second = modulation if modulation is not None else (None, None)
+        dtype = self.attn.dtype
+
+        h = self.attn(modulated(self.norm1(x), first, ctx.segments, dtype), ctx, layer, hooks)  # (B, L, D)
+        x = residual(x, h, first, ctx.segments)
+
+        if (crossed := hooks.cross(x, ctx, layer)) is not None:
+            x = x + crossed
+
+        h = self.mlp(modulated(self.norm2(x), second, ctx.segments, dtype))  # (B, L, D)
+        return residual(x, h, second, ctx.segments)
+
+
+def modulated(x: Tensor, m: Modulation | None, segments: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """x * (1 + scale) + shift, per segment, cast to ``dtype`` for the matrix products. ``x`` is consumed."""
+    if m is None:
+        return x.to(dtype)
+    scale = m.scale if m.plus_one else 1 + m.scale
+    if torch.is_grad_enabled() or _fuses(x):
+        parts = _split(x, segments)
+        x = torch.cat([torch.addcmul(m.shift[:, i : i + 1], p, scale[:, i : i + 1]) for i, p in parts], 1)
+        return x.to(dtype)
+    for i, part in _split(x, segments):
+        if x.is_cpu:  # rounded twice, as pictures on the CPU have always been
+            part.mul_(scale[:, i : i + 1]).add_(m.shift[:, i : i + 1])
+        else:  # one launch
+            torch.addcmul(m.shift[:, i : i + 1], part, scale[:, i : i + 1], out=part)
+    return x.to(dtype)
+
+
+def residual(x: Tensor, branch: Tensor, m: Modulation | None, segments: Sequence[int]) -> Tensor:
+    """x + gate * branch, per segment. ``branch`` is consumed; ``x`` is not."""
+    if m is None:
+        return x + branch
+    if torch.is_grad_enabled() or _fuses(x):
+        pairs = zip(_split(x, segments), _split(branch, segments), strict=True)
+        return torch.cat(
+            [torch.addcmul(a, m.gate[:, i : i + 1].to(b.dtype), b) for (i, a), (_, b) in pairs], 1
+        )
+    if x.is_cpu:
+        for i, part in _split(branch, segments):
+            part.mul_(m.gate[:, i : i + 1])
+        return branch.add_(x)
+    for (i, a), (_, b) in zip(_split(x, segments), _split(branch, segments), strict=True):
+        torch.addcmul(a, m.gate[:, i : i + 1], b, out=b)
+    return branch
+
+
+def _fuses(x: Tensor) -> bool:
+    """True for the compiler of an accelerator: it makes one launch of all, but breaks off at an ``out=``."""
+    return torch.compiler.is_compiling() and not x.is_cpu
+
+
+def _split(x: Tensor, segments: Sequence[int]) -> list[tuple[int, Tensor]]:
+    """The non-empty segments of (B, L, D), with their row in a :class:`Modulation`."""
+    # Not slices: the gradient of a slice is a whole tensor, mostly zeros.
+    parts = torch.split_with_sizes(x, list(segments) or [x.shape[1]], 1)
+    return [(i, part) for i, part in enumerate(parts) if part.shape[1]]
+
+
+# -- the blocks in a row, between an ``embed`` and a ``final`` hook
 
 
 class Transformer(nn.Module):

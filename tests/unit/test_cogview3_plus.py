@@ -13,7 +13,7 @@ from sat.mixins.joint_attention import JointAttention
 from sat.mixins.sincos import SinCos2D, sincos_table
 from sat.models.cogview3_plus import CogView3Plus
 from sat.transformer import Context, Grid
-from sat.transformer.block import attend, modulated, residual
+from sat.transformer.transformer import attend, modulated, residual
 from tests.small import condition, fill, plus
 from tests.tolerances import BF16, F32, F64
 

@@ -13,7 +13,7 @@ from sat.adapters.factors import AdapterError, LayerFactors, Pair, weight_change
 from sat.adapters.lora import Adapted, attach, detach, extract, merge, set_strength
 from sat.adapters.names import choose, linears
 from sat.kernels.compile import recompute
-from sat.transformer.block import expand, shrink
+from sat.transformer.transformer import expand, shrink
 from tests.adapters import EVERYTHING, noisy, output, start, t5, trained, unet
 from tests.small import condition, plus
 from tests.tolerances import EXACT, F32, F64

@@ -11,7 +11,7 @@ from sat.mixins.heads import FinalNorm
 from sat.mixins.patch_embed import TokenEmbed
 from sat.mixins.relative_bias import RelativeBias
 from sat.transformer import BlockSpec, Context, Transformer
-from sat.transformer.block import Block
+from sat.transformer.transformer import Block
 
 EPS = 1e-6
 
