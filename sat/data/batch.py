@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,17 @@ class Sample:
     latent_moments: Tensor | None = None  # (2C, h, w) float32: mean and log variance, unscaled
     low_moments: Tensor | None = None  # the same of the low-resolution image, enlarged, for relay
     text: Tensor | None = None  # (T, C_text) hidden states of the caption, from a cache
+    extras: Mapping[str, Tensor] = field(default_factory=dict)  # cut as the picture: Batch.extras of one
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures with captions and size conditions; ``image`` or, from a latent cache, ``latent_moments``."""
+    """B pictures with captions and size conditions; ``image`` or, from a latent cache, ``latent_moments``.
+
+    ``extras`` are further pictures by name, cut and placed as the pictures are: beside ``image``
+    (B, 3, H, W) in [-1, 1], of masks (B, 1, H, W) in [0, 1]; beside ``latent_moments`` their own moments
+    (B, 2C, h, w), of masks means over latent cells (B, 1, h, w).
+    """
 
     caption: list[str]
     original_size: Tensor  # (B, 2) int64 height, width
@@ -42,12 +48,13 @@ class Batch:
     low_moments: Tensor | None = None  # the same of the low-resolution images, enlarged, for relay
     text: Tensor | None = None  # (B, T, C_text) hidden states of the captions in the encoder's dtype
     shares: Tensor | None = None  # (B,) float64 in [0, 1): the pictures' strata of their step
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "extras"}
+        for name, value in {**values, **self.extras}.items():
             if value is not None and len(value) != len(self.caption):
-                raise ValueError(f"batch: {len(value)} of {field.name} for {len(self.caption)} captions")
+                raise ValueError(f"batch: {len(value)} of {name} for {len(self.caption)} captions")
 
     def __len__(self) -> int:
         return len(self.caption)
@@ -61,8 +68,9 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
         values |= {name: act(value) for name, value in values.items() if isinstance(value, Tensor)}
+        values["extras"] = {name: act(value) for name, value in self.extras.items()}
         return Batch(**values)
 
 
@@ -71,8 +79,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if not samples:
         raise ValueError("a batch needs at least one sample")
 
-    def stacked(name: str) -> Tensor | None:
-        values = [value for sample in samples if (value := getattr(sample, name)) is not None]
+    def stacked(name: str, *, extra: bool = False) -> Tensor | None:
+        given = (sample.extras.get(name) if extra else getattr(sample, name) for sample in samples)
+        values = [value for value in given if value is not None]
         shapes = {tuple(value.shape) for value in values}
         if len(shapes) > 1 or len(values) not in (0, len(samples)):
             found = sorted(map(str, shapes))
@@ -91,6 +100,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         latent_moments=stacked("latent_moments"),
         low_moments=stacked("low_moments"),
         text=stacked("text"),
+        extras={name: made for name in samples[0].extras if (made := stacked(name, extra=True)) is not None},
     )
 
 

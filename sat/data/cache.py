@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from sat.data.batch import Sample, collate
-from sat.data.dataset import Dataset, item_random
-from sat.data.records import DataError, Record
+from sat.data.dataset import Dataset, encoded, item_random
+from sat.data.records import DataError, PictureFile
 
 _OLD = 24 * 3600  # seconds, after which a partial file's writer is taken to be dead
-Kind = Literal["latents", "low", "text"]
+Kind = Literal["latents", "low", "text", "extra"]
 
 
 class CacheError(DataError):
@@ -127,12 +127,12 @@ class Stamps:
     def __init__(self) -> None:
         self._files: dict[Path, str] = {}
 
-    def of(self, record: Record) -> str:
-        """A line for the picture of ``record``."""
-        if record.path not in self._files:
-            stat = record.path.stat()
-            self._files[record.path] = f"{stat.st_size}|{stat.st_mtime_ns}"
-        return f"{record.place}|{self._files[record.path]}"
+    def of(self, picture: PictureFile) -> str:
+        """A line for ``picture``."""
+        if picture.path not in self._files:
+            stat = picture.path.stat()
+            self._files[picture.path] = f"{stat.st_size}|{stat.st_mtime_ns}"
+        return f"{picture.place}|{self._files[picture.path]}"
 
 
 class Job(NamedTuple):
@@ -144,11 +144,19 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Stores:
-    """The caches of one training. ``low`` is kept beside ``latents``; None: not cached."""
+    """The caches of one training. ``low`` and ``extras`` are kept beside ``latents``; None: not cached.
+
+    ``extras`` are those of the records' extra pictures by name, under a key of their own files too.
+    """
 
     latents: Store | None = None
     low: Store | None = None
     text: Store | None = None
+    extras: Mapping[str, Store] = field(default_factory=dict)
+
+    def all(self) -> list[Store]:
+        """Those that there are."""
+        return [s for s in (self.latents, self.low, self.text, *self.extras.values()) if s is not None]
 
 
 class CachedDataset:
@@ -187,15 +195,26 @@ class CachedDataset:
         made = self.stores.latents.read(key)
         original, crop, target = ((int(a), int(b)) for a, b in made["sizes"].tolist())
         low = None if self.stores.low is None else self.stores.low.read(key)["moments"].float()
-        return Sample(
-            caption, original, crop, target, latent_moments=made["moments"].float(), low_moments=low
-        )
+        moments, keys = made["moments"].float(), self.extra_keys(job)
+        extras = {
+            name: store.read(keys[name])["extra"].float()
+            if name in keys
+            else torch.ones(1, *moments.shape[1:])
+            for name, store in self.stores.extras.items()
+        }
+        return Sample(caption, original, crop, target, latent_moments=moments, low_moments=low, extras=extras)
 
     def key(self, job: Job) -> str:
         """Key of the latents of a picture."""
         transform = self.dataset.transform(job.item)
         stamp = self._stamps.of(self.dataset.records[job.item])
         return _digest(f"{stamp}|{transform.height}x{transform.width}|{job.view}")[:32]
+
+    def extra_keys(self, job: Job) -> dict[str, str]:
+        """Keys of the extra pictures of ``job`` by their names."""
+        extras = self.dataset.records[job.item].extras
+        key = self.key(job) if extras else ""
+        return {name: _digest(f"{key}|{self._stamps.of(one)}")[:32] for name, one in extras.items()}
 
     def jobs(self) -> dict[str, Job]:
         """Every picture to encode by its key; the same on all ranks."""
@@ -204,7 +223,10 @@ class CachedDataset:
             for index in range(len(self.dataset)):
                 record = self.dataset.records[index]
                 try:
-                    job = made.setdefault(self.key(Job(index, view)), Job(index, view))
+                    key, extra = self.key(Job(index, view)), self.extra_keys(Job(index, view))
+                    job = made.setdefault(key, Job(index, view))
+                    if extra != self.extra_keys(job):  # the same picture with other extra ones
+                        made[f"{key} {index}"] = Job(index, view)
                     one, other = self.dataset.records[job.item].path, record.path
                     if one != other and not filecmp.cmp(one, other, shallow=False):
                         raise CacheError(
@@ -220,11 +242,17 @@ class CachedDataset:
         """The ``jobs`` to do: not there, and not pictures that still cannot be read."""
         latents = self.stores.latents
         assert latents is not None, "only called with one"
-        absent = missing([latents, self.stores.low], jobs)
+        own = {key: self.key(job) for key, job in jobs.items()}
+        lacking = {*missing([latents, self.stores.low], own.values())}
+        for name, store in self.stores.extras.items():
+            keys = {key: found[name] for key, job in jobs.items() if name in (found := self.extra_keys(job))}
+            gone = {*missing([store], keys.values())}
+            lacking |= {own[key] for key, extra in keys.items() if extra in gone}
+        absent = [key for key in jobs if own[key] in lacking]
         return {
             key: jobs[key]
             for key in absent
-            if latents.rejected(key) is None or self.dataset.view(*jobs[key]) is not None
+            if latents.rejected(own[key]) is None or self.dataset.view(*jobs[key]) is not None
         }
 
     def captions(self) -> dict[str, str]:
@@ -238,6 +266,7 @@ class CachedDataset:
         if self.stores.latents is None:
             return
         for key, job in jobs.items():
+            key = self.key(job)
             reason = None if job.view else self.stores.latents.rejected(key)
             if reason is not None and not self.stores.latents.path(key).exists():
                 self.dataset.reject(self.dataset.records[job.item], reason)
@@ -296,25 +325,30 @@ def fill_latents(
                 waiting.append(pool.submit(opened, chunks[number + workers + 1]))
             for key, sample in pairs:
                 if sample is None:
-                    stores.latents.reject(key, dataset.reason(jobs[key].item))
-            good = [(key, sample) for key, sample in pairs if sample is not None]
+                    stores.latents.reject(cached.key(jobs[key]), dataset.reason(jobs[key].item))
+            good = [(jobs[key], sample) for key, sample in pairs if sample is not None]
             if good:
-                _encode(stores, good, encode, degrade)
+                _encode(cached, good, encode, degrade)
             yield len(chunk)
 
 
 def _encode(
-    stores: Stores,
-    pairs: Sequence[tuple[str, Sample]],
+    cached: CachedDataset,
+    pairs: Sequence[tuple[Job, Sample]],
     encode: Callable[[Tensor], Tensor],
     degrade: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    batch = collate([sample for _, sample in pairs])
+    stores, batch = cached.stores, collate([sample for _, sample in pairs])
     assert batch.image is not None and stores.latents is not None, "a data set gives images"
     moments = encode(batch.image)
     low = None if degrade is None else encode(degrade(batch.image))
     sizes = torch.stack([batch.original_size, batch.crop, batch.target_size], dim=1)  # (B, 3, 2)
-    for row, (key, _) in enumerate(pairs):
+    cells = (moments.shape[2], moments.shape[3])
+    extras = {name: encoded(extra, encode, cells) for name, extra in batch.extras.items()}
+    for row, (job, _) in enumerate(pairs):
+        key = cached.key(job)
+        for name, extra_key in cached.extra_keys(job).items():
+            stores.extras[name].write(extra_key, {"extra": extras[name][row]})
         if low is not None and stores.low is not None:
             stores.low.write(key, {"moments": low[row]})
         stores.latents.write(key, {"moments": moments[row], "sizes": sizes[row]})

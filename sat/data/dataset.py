@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sat.data.batch import Sample, collate, groups
 from sat.data.buckets import Buckets
-from sat.data.records import BadRecord, DataError, Record, RecordSet, check_bad_share
+from sat.data.records import MASK, BadRecord, DataError, Record, RecordSet, check_bad_share
 from sat.data.transforms import Placement, Resized, Transform
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,11 @@ def item_random(seed: int, epoch: int, index: int, what: str) -> random.Random:
 class Dataset:
     """Pictures and captions of ``records``, transformed. Safe to read from several threads.
 
-    With ``buckets`` each item is brought to the size of its bucket instead of the transform's. Decoded
-    pictures stay in memory up to ``keep_bytes``. An unreadable picture is logged, listed in ``bad`` and
-    replaced by the next readable one (of its bucket); more than ``max_bad_share`` of the set raises
-    :class:`DataError`.
+    Pictures that belong to a record come with it, cut and placed alike; a record without a mask has one of
+    ones where another has one. With ``buckets`` each item is brought to the size of its bucket instead of the
+    transform's. Decoded pictures stay in memory up to ``keep_bytes``. An unreadable picture is logged, listed
+    in ``bad`` and replaced by the next readable one (of its bucket); more than ``max_bad_share`` of the set
+    raises :class:`DataError`.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Dataset:
         self.bad: list[BadRecord] = list(records.bad)
         self.groups = groups(records, buckets)
         self._room = keep_bytes
-        self._kept: dict[str, Resized] = {}
+        self._kept: dict[object, Resized] = {}
+        self.masked = any(MASK in record.extras for record in self.records)
         self._unreadable: dict[str, str] = {}  # by name, why
         self._lock = threading.Lock()
         self._files = len({record.name for record in self.records})
@@ -105,8 +108,11 @@ class Dataset:
     def _sample(self, index: int, resized: Resized, caption: str, numbers: random.Random) -> Sample:
         transform = self.transform(index)
         placement = Placement(*(numbers.random() for _ in Placement._fields))
-        image, crop = transform.place(resized, placement)
-        return Sample(caption, resized.original_size, crop, (transform.height, transform.width), image=image)
+        image, crop, extras = transform.place(resized, placement)
+        size = (transform.height, transform.width)
+        if self.masked and MASK not in extras:
+            extras[MASK] = torch.ones(1, *size)
+        return Sample(caption, resized.original_size, crop, size, image=image, extras=extras)
 
     def transform(self, index: int) -> Transform:
         """The transform of item ``index``, to the size of its bucket."""
@@ -145,21 +151,29 @@ class Dataset:
         return (items[(place + step) % len(items)] for step in range(len(items)))
 
     def _load(self, record: Record, transform: Transform) -> Resized | None:
-        kept = self._kept.get(record.name)
+        key = (record.name, *((name, one.name) for name, one in record.extras.items()))
+        kept = self._kept.get(key)
         if kept is not None:
             return kept
         if record.name in self._unreadable:
             return None
         try:
-            resized = transform.load(record.file())
+            resized = transform.load_all(record)
         except (OSError, ValueError) as error:
             self.reject(record, str(error))
             return None
         with self._lock:
-            if record.name not in self._kept and resized.pixels.nbytes <= self._room:
-                self._kept[record.name] = resized
-                self._room -= resized.pixels.nbytes
+            if key not in self._kept and resized.nbytes <= self._room:
+                self._kept[key] = resized
+                self._room -= resized.nbytes
         return resized
+
+
+def encoded(extra: Tensor, encode: Callable[[Tensor], Tensor], cells: tuple[int, int]) -> Tensor:
+    """An extra picture (B, 3, H, W) as moments (B, 2C, h, w); a mask (B, 1, H, W) as means over ``cells``."""
+    if extra.shape[1] == 1:
+        return F.interpolate(extra, cells, mode="area").cpu()
+    return encode(extra).detach().float().cpu()
 
 
 class LatentCache:
@@ -199,12 +213,15 @@ class LatentCache:
                 assert batch.image is not None, "a dataset gives images"
                 made = encode(batch.image).detach().float().cpu()
                 low = None if degrade is None else encode(degrade(batch.image)).detach().float().cpu()
+                cells = (made.shape[2], made.shape[3])
+                extras = {name: encoded(extra, encode, cells) for name, extra in batch.extras.items()}
                 sizes = (batch.original_size.tolist(), batch.crop.tolist(), batch.target_size.tolist())
                 for row, (job, *geometry) in enumerate(zip(jobs, *sizes, strict=True)):
                     original, crop, target = ((int(y), int(x)) for y, x in geometry)
                     self._made[job] = Sample(
                         "", original, crop, target, latent_moments=made[row],
                         low_moments=None if low is None else low[row],
+                        extras={name: extra[row] for name, extra in extras.items()},
                     )  # fmt: skip
 
     def __len__(self) -> int:

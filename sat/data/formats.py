@@ -1,7 +1,7 @@
 """Records from tables (JSON lines, CSV, TSV), parquet files and tar shards.
 
 Readers yield records, complaints, and notes (plain strings) on what they leave out. ``keys`` are the names
-that a caption may have.
+that a caption may have, ``columns`` the columns of further pictures by the extra's name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sat.data.records import (
@@ -27,6 +28,7 @@ from sat.data.records import (
     DataError,
     DataPathError,
     FieldError,
+    PictureFile,
     Record,
     note,
 )
@@ -40,6 +42,8 @@ LONGEST_TEXT = 16 << 20  # bytes of a caption file, and of a line of a table
 TEXTS = ("txt", "text", "prompt", "caption")  # endings of files that are a caption
 PATHS = ("file_name", "path", "image")  # columns that name a picture's file
 Item = Record | BadRecord | str  # a note
+Columns = Mapping[str, str]
+NO_COLUMNS: Columns = MappingProxyType({})
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -118,7 +122,9 @@ def file_captions(ending: str, data: bytes, keys: Sequence[str] = CAPTION_KEYS) 
     return row_captions(row, keys)
 
 
-def row_record(row: object, folder: Path, keys: Sequence[str] = CAPTION_KEYS) -> Record:
+def row_record(
+    row: object, folder: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
+) -> Record:
     """The record of a row whose ``file_name`` (or ``path``, ``image``) is relative to ``folder``."""
     if not isinstance(row, dict):
         raise FieldError("row", f"expected an object with file_name and text, got {type(row).__name__}")
@@ -126,31 +132,51 @@ def row_record(row: object, folder: Path, keys: Sequence[str] = CAPTION_KEYS) ->
     if name is None:
         raise FieldError("file_name", f"{row.get('file_name')!r}, expected the path of an image", "picture")
     found = row_captions(row, keys)
+    path = _named(folder, name, "file_name")
+    labels = {
+        str(other): value
+        for other, value in row.items()
+        if isinstance(value, str) and other not in ("file_name", *CAPTION_KEYS, *keys, *columns.values())
+    }
+    return Record(path, found.texts, found.weights, labels, extras=_row_extras(row, folder, columns))
+
+
+def _row_extras(row: Mapping[str, object], folder: Path, columns: Columns) -> dict[str, PictureFile]:
+    """The further pictures that a row names."""
+    extras = {}
+    for extra, column in columns.items():
+        value = row.get(column)
+        if value is not None and not isinstance(value, str):
+            raise FieldError(column, f"{value!r}, expected the path of an image", "picture")
+        if value:
+            extras[extra] = PictureFile(_named(folder, value, column))
+    return extras
+
+
+def _named(folder: Path, name: str, column: str) -> Path:
+    """The file ``name`` in ``folder``; FieldError where it is none."""
     path = folder / name
     try:
         name.encode()
         check_regular(path)
     except FileNotFoundError as error:
-        raise FieldError("file_name", f"{name}: no such file", "picture") from error
+        raise FieldError(column, f"{name}: no such file", "picture") from error
     except (OSError, ValueError) as error:  # a FIFO, a folder; a name with a NUL or too long
         reason = getattr(error, "strerror", None) or error
-        raise FieldError("file_name", f"{name}: {reason}", "picture") from error
-    labels = {
-        str(other): value
-        for other, value in row.items()
-        if isinstance(value, str) and other not in ("file_name", *CAPTION_KEYS, *keys)
-    }
-    return Record(path, found.texts, found.weights, labels)
+        raise FieldError(column, f"{name}: {reason}", "picture") from error
+    return path
 
 
-def read_jsonl(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
+def read_jsonl(
+    table: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
+) -> Iterator[Item]:
     """One record or complaint for each line of a table of JSON objects."""
     try:
         for number, line in enumerate(_lines(table), 1):
             if not line.strip():
                 continue
             try:
-                yield row_record(json.loads(decoded(line)), table.parent, keys)
+                yield row_record(json.loads(decoded(line)), table.parent, keys, columns)
             except FieldError as error:
                 yield BadRecord(f"{table}:{number}", str(error), error.kind)
             except (ValueError, RecursionError) as error:
@@ -159,20 +185,22 @@ def read_jsonl(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item
         yield BadRecord(str(table), str(getattr(error, "strerror", None) or error))
 
 
-def read_csv(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
+def read_csv(
+    table: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
+) -> Iterator[Item]:
     """One record or complaint for each row of a table with a header: ``.tsv`` by tabs, others by commas."""
     parts = (part for line in _lines(table) for part in re.split(rb"(?<=\r)(?!\n)", line))  # of old Macs
     lines = (part.decode("utf-8", "surrogateescape") for part in parts if part)
     rows = csv.reader(lines, delimiter="\t" if table.suffix.lower() == ".tsv" else ",", strict=True)
-    columns: list[str] = []
+    header: list[str] = []
     while True:
         start = rows.line_num + 1
         try:
             cells = next(rows)
-            if columns and cells:
-                yield row_record(_fitted(columns, cells), table.parent, keys)
+            if header and cells:
+                yield row_record(_fitted(header, cells), table.parent, keys, columns)
             elif cells:
-                columns = _header(cells, keys)
+                header = _header(cells, keys)
         except StopIteration:
             return
         except csv.Error as error:  # a quote that is not closed takes the rest with it
@@ -180,7 +208,7 @@ def read_csv(table: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
                 yield BadRecord(f"{table}:{line}", f"row: not a table of quoted or plain fields: {error}")
         except FieldError as error:
             yield BadRecord(f"{table}:{start}", str(error), error.kind)
-            if not columns:
+            if not header:
                 return
         except (OSError, ValueError) as error:
             yield BadRecord(str(table), str(getattr(error, "strerror", None) or error))
@@ -219,7 +247,7 @@ LISTED = 1000  # rows at most that a damaged row group is listed with
 
 @dataclass(frozen=True)
 class Row:
-    """A picture in the ``image`` column."""
+    """A picture in a column."""
 
     number: int  # of the row in the file, from 1
     group: int
@@ -227,7 +255,8 @@ class Row:
     pictures: _Pictures = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        return f"row {self.number}"
+        column = self.pictures.column
+        return f"row {self.number}" + ("" if column == IMAGE else f" {column}")
 
     def open(self, path: Path) -> BytesIO:
         """Bytes of the picture, out of the column or of the file beside the table that it names instead."""
@@ -237,15 +266,15 @@ class Row:
         if found is None and isinstance(named, str):
             found = read_bounded(path.parent / named, LARGEST_FILE)
         if not isinstance(found, bytes):
-            raise ValueError(f"{IMAGE}: no bytes in this row")
+            raise ValueError(f"{self.pictures.column}: no bytes in this row")
         return BytesIO(found)
 
 
 class _Pictures:
-    """The ``image`` column of a file: the row groups read last are kept. Safe for several threads."""
+    """A column of pictures in a file: the row groups read last are kept. Safe for several threads."""
 
-    def __init__(self, file: pyarrow.parquet.ParquetFile) -> None:
-        self._file = file
+    def __init__(self, file: pyarrow.parquet.ParquetFile, column: str) -> None:
+        self._file, self.column = file, column
         self._lock = threading.Lock()
         self._groups: OrderedDict[int, Any] = OrderedDict()
 
@@ -254,9 +283,10 @@ class _Pictures:
         with self._lock:
             if group not in self._groups:
                 try:
-                    self._groups[group] = self._file.read_row_group(group, columns=[IMAGE]).column(IMAGE)
+                    read = self._file.read_row_group(group, columns=[self.column])
+                    self._groups[group] = read.column(self.column)
                 except Exception as error:  # Arrow's have kinds of their own
-                    raise ValueError(f"{IMAGE}: {error}") from error
+                    raise ValueError(f"{self.column}: {error}") from error
                 if len(self._groups) > KEPT:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
@@ -278,7 +308,7 @@ def lists_addresses(path: Path) -> bool:
 
 
 def read_parquet(  # noqa: C901 - the file, its columns, its rows
-    path: Path, keys: Sequence[str] = CAPTION_KEYS
+    path: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
 ) -> Iterator[Item]:
     """One record or complaint for each row; the pictures' bytes are not read yet."""
     try:
@@ -308,8 +338,12 @@ def read_parquet(  # noqa: C901 - the file, its columns, its rows
             f"{path}: a row group has {max(sizes) / 1e9:.1f} GB and {KEPT} are kept in memory; write it "
             "with fewer rows a group (row_group_size=100)"
         )
-    wanted = [name for name in kinds if name in {*PATHS, *keys, "weights"} - {IMAGE if by_bytes else ""}]
-    pictures = _Pictures(file)
+    columns = {extra: column for extra, column in columns.items() if column in kinds}
+    whole = {extra: _Pictures(file, column) for extra, column in columns.items() if kinds[column] not in text}
+    named = {extra: column for extra, column in columns.items() if extra not in whole}
+    asked = {*PATHS, *keys, "weights", *named.values()} - {IMAGE if by_bytes else ""}
+    wanted = [name for name in kinds if name in asked]
+    pictures = _Pictures(file, IMAGE)
     number = 0
     for group in range(file.num_row_groups):
         try:
@@ -319,13 +353,19 @@ def read_parquet(  # noqa: C901 - the file, its columns, its rows
                 yield BadRecord(f"{path}:row {lost}", f"row: damaged: {error}")
             rows = []
         for place, row in enumerate(rows):
+
+            def at(column: _Pictures, place: int = place, group: int = group, start: int = number) -> Row:
+                return Row(start + place + 1, group, place, column)
+
+            extras = {extra: PictureFile(path, inside=at(column)) for extra, column in whole.items()}
             try:
                 if by_bytes:
                     found = row_captions(row, keys)
-                    inside = Row(number + place + 1, group, place, pictures)
-                    yield Record(path, found.texts, found.weights, inside=inside)
+                    extras |= _row_extras(row, path.parent, named)
+                    yield Record(path, found.texts, found.weights, inside=at(pictures), extras=extras)
                 else:
-                    yield row_record(row, path.parent, keys)
+                    record = row_record(row, path.parent, keys, named)
+                    yield replace(record, extras={**record.extras, **extras}) if extras else record
             except FieldError as error:
                 yield BadRecord(f"{path}:row {number + place + 1}", str(error), error.kind)
         number += file.metadata.row_group(group).num_rows
@@ -377,7 +417,9 @@ def expand(path: Path) -> list[Path]:
     return list(itertools.chain.from_iterable(expand(path.with_name(name)) for name in names))
 
 
-def read_shard(path: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]:
+def read_shard(  # noqa: C901 - members, samples, damage
+    path: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
+) -> Iterator[Item]:
     """One record or complaint for each sample of a shard, in order, and for each damaged part."""
     known, others, several, damage = set[str](), list[str](), list[str](), list[str]()
     try:
@@ -395,7 +437,7 @@ def read_shard(path: Path, keys: Sequence[str] = CAPTION_KEYS) -> Iterator[Item]
                     if key in known:
                         raise FieldError("key", "came before; the members of a sample lie together, once")
                     known.add(key)
-                    yield _sample(path, shard, files, keys)
+                    yield _sample(path, shard, files, keys, columns)
                     if sum(f".{ending}" in IMAGE_SUFFIXES for ending in files) > 1:
                         several.append(key)
                 except FieldError as error:
@@ -445,16 +487,25 @@ def _members(
 
 
 def _sample(
-    path: Path, shard: tarfile.TarFile, members: dict[str, tarfile.TarInfo], keys: Sequence[str]
+    path: Path,
+    shard: tarfile.TarFile,
+    members: dict[str, tarfile.TarInfo],
+    keys: Sequence[str],
+    columns: Columns,
 ) -> Record:
     pictures = [name for name in members if PurePosixPath(f"x.{name}").suffix in IMAGE_SUFFIXES]
+    extras = {
+        extra: PictureFile(path, inside=_member(members[name]))
+        for extra, column in columns.items()
+        for name in pictures
+        if name.rpartition(".")[0] == column.lower()
+    }
+    pictures = [name for name in pictures if name.rpartition(".")[0] not in map(str.lower, columns.values())]
     if not pictures:
         raise FieldError(
             "picture", f"no member .jpg, .png or the like beside .{', .'.join(members)}", "picture"
         )
-    info = members[min(pictures, key=lambda name: name.count("."))]
-    if info.issparse():
-        raise FieldError("picture", f"{info.name} is stored as a sparse file", "picture")
+    picture = _member(members[min(pictures, key=lambda name: name.count("."))])
     ending = next((one for one in (*TEXTS, "json") if one in members), None)
     if ending is None:
         raise FieldError("txt", f"no caption, expected a member .{', .'.join(TEXTS)} or .json", "caption")
@@ -463,4 +514,10 @@ def _sample(
     file = shard.extractfile(members[ending])
     assert file is not None, "a regular file has bytes"
     found = file_captions(ending, file.read(), keys)
-    return Record(path, found.texts, found.weights, inside=Member(info.name, info.offset_data, info.size))
+    return Record(path, found.texts, found.weights, inside=picture, extras=extras)
+
+
+def _member(info: tarfile.TarInfo) -> Member:
+    if info.issparse():
+        raise FieldError("picture", f"{info.name} is stored as a sparse file", "picture")
+    return Member(info.name, info.offset_data, info.size)

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, Protocol
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
 
 from sat.errors import UserError
 from sat.util.log import one_line
@@ -24,6 +25,9 @@ TABLE = "metadata.jsonl"
 HELD_OUT = "heldout.jsonl"  # beside a table: what is never trained on
 
 Kind = Literal["row", "caption", "picture"]
+
+
+MASK = "mask"  # the extra picture that weighs a picture's places; one channel
 
 
 class DataError(RuntimeError):
@@ -43,23 +47,12 @@ class Inside(Protocol):
 
 
 @dataclass(frozen=True)
-class Record:
-    """A picture's place, its captions, and their sampling weights."""
+class PictureFile:
+    """A picture's place: a file, or somewhere in one that holds many."""
 
     path: Path  # of the picture, or of the file that holds it
-    captions: tuple[str, ...]
-    weights: tuple[float, ...] = ()  # as many as captions and positive in sum; empty: all alike
-    labels: Mapping[str, str] = field(default_factory=dict)  # other text fields, e.g. concept, style
-    inside: Inside | None = None  # where in the file; None: the file is the picture
-    source: Path | None = None  # the folder of the source that has it
-
-    def __post_init__(self) -> None:
-        if not self.captions:
-            raise ValueError("a record needs a caption")
-        if self.weights and len(self.weights) != len(self.captions):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.captions)} captions")
-        if self.weights and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):
-            raise ValueError(f"weights {list(self.weights)}: expected none negative and a positive sum")
+    inside: Inside | None = field(default=None, kw_only=True)  # where in the file; None: the file itself
+    source: Path | None = field(default=None, kw_only=True)  # the folder of the source that has it
 
     @property
     def name(self) -> str:
@@ -77,6 +70,28 @@ class Record:
         """The picture as a file to open."""
         return self.path if self.inside is None else self.inside.open(self.path)
 
+
+@dataclass(frozen=True)
+class Record(PictureFile):
+    """A picture's place, its captions and their sampling weights, and pictures that belong to it by name.
+
+    ``extras``, such as ``mask``, are cut and placed as the picture is; the picture's own place stands for its
+    transparency.
+    """
+
+    captions: tuple[str, ...]
+    weights: tuple[float, ...] = ()  # as many as captions and positive in sum; empty: all alike
+    labels: Mapping[str, str] = field(default_factory=dict)  # other text fields, e.g. concept, style
+    extras: Mapping[str, PictureFile] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise ValueError("a record needs a caption")
+        if self.weights and len(self.weights) != len(self.captions):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.captions)} captions")
+        if self.weights and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):
+            raise ValueError(f"weights {list(self.weights)}: expected none negative and a positive sum")
+
     def caption(self, draw: float) -> str:
         """The caption that ``draw``, uniform in [0, 1), selects."""
         if not self.weights:
@@ -87,6 +102,24 @@ class Record:
             if left < 0:
                 return caption
         return next(one for one, weight in zip(self.captions, self.weights, strict=True) if weight > 0)
+
+
+class ExtraRule(NamedTuple):
+    """The place of a further picture of every record of a source, by one of the first three.
+
+    ``column``: of a table or parquet file; the ending of a shard's member (``0001.mask.png``) or of a name
+    beside the picture (``fox.mask.png``, ``fox-mask.png``). ``folder``: of pictures of the same paths and
+    names.
+    ``alpha``: the transparency of the picture itself.
+    """
+
+    column: str | None = None
+    folder: Path | None = None
+    alpha: bool = False
+    required: bool = True  # a record without it is skipped
+
+
+NO_EXTRAS: Mapping[str, ExtraRule] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 from sat.data.formats import (
     LONGEST_TEXT,
+    NO_COLUMNS,
     TEXTS,
+    Columns,
     Item,
+    Row,
     expand,
     file_captions,
     lists_addresses,
@@ -28,11 +31,14 @@ from sat.data.records import (
     CAPTION_KEYS,
     HELD_OUT,
     IMAGE_SUFFIXES,
+    NO_EXTRAS,
     TABLE,
     BadRecord,
     DataError,
     DataPathError,
+    ExtraRule,
     FieldError,
+    PictureFile,
     Record,
     RecordSet,
     check_bad_share,
@@ -43,7 +49,7 @@ from sat.util.host import check_regular, read_bounded
 TABLES = (TABLE, "metadata.csv", "metadata.tsv")
 _SHARDS = (".tar", ".parquet")
 _CAPTIONS = (*TEXTS, "json")  # endings beside pictures; the first there is counts
-_READERS: Mapping[str, Callable[[Path, Sequence[str]], Iterator[Item]]] = {
+_READERS: Mapping[str, Callable[[Path, Sequence[str], Columns], Iterator[Item]]] = {
     ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv, ".tar": read_shard, ".parquet": read_parquet,
 }  # fmt: skip
 _UNREAD = frozenset(  # pictures of formats that are not read
@@ -63,13 +69,15 @@ _KNOWN = "a folder, a .jsonl, .csv, .tsv, .tar or .parquet file"
 class Source(NamedTuple):
     """One data source. ``repeats``: copies of it in an epoch; ``weight``: its share of the stream instead.
 
-    ``caption``: the name of the captions in its rows, if it is none of the usual ones.
+    ``caption``: the name of the captions in its rows, if it is none of the usual ones. ``extras``: places of
+    further pictures by name.
     """
 
     path: Path
     repeats: int = 1
     weight: float | None = None
     caption: str | None = None
+    extras: Mapping[str, ExtraRule] = NO_EXTRAS
 
 
 def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: float = 0.05) -> RecordSet:
@@ -81,7 +89,7 @@ def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: fl
     notes: list[str] = []
     shares: list[tuple[int, float]] = []
     for source in (Source(*one) for one in sources):
-        found = read_source(source.path, source.caption)
+        found = read_source(source.path, source.caption, source.extras)
         check_bad_share(found.bad, len(found) + len(found.bad), max_bad_share, str(source.path))
         if not found.records:
             raise DataPathError(
@@ -99,17 +107,21 @@ def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: fl
     return RecordSet(tuple(records), tuple(bad), tuple(shares), tuple(notes))
 
 
-def read_source(path: Path, caption: str | None = None) -> RecordSet:
+def read_source(
+    path: Path, caption: str | None = None, extras: Mapping[str, ExtraRule] = NO_EXTRAS
+) -> RecordSet:
     """The records of one folder, table, shard, or range of shards ``name-{000..012}.tar``.
 
     A folder with ``metadata.jsonl``, ``.csv`` or ``.tsv`` is read through it alone; else one with ``.tar`` or
     ``.parquet`` files through these, in order of their names; else every image in it with a ``.txt`` file
     of the same name counts, and the folders in it are read likewise, in order of their paths. ``caption``
-    names the captions in rows.
+    names the captions in rows; ``extras`` are places of further pictures by their names, such as ``mask``.
     """
     keys = CAPTION_KEYS if caption is None else (caption,)
+    columns = {name: rule.column for name, rule in extras.items() if rule.column is not None}
     if path.is_dir():
-        return _read(_folder(path, keys), path)
+        beside = [rule.folder for rule in extras.values() if rule.folder is not None]
+        return _read(_folder(path, keys, columns, beside), path, extras)
     files = expand(path)
     for file in files:
         try:
@@ -121,20 +133,20 @@ def read_source(path: Path, caption: str | None = None) -> RecordSet:
         if file.suffix.lower() not in _READERS:
             reason = _PACKED.get(file.suffix.lower(), f"expected {_KNOWN}")
             raise DataPathError(f"{file}: {reason} (data.sources)")
-    return _read((item for file in files for item in _rows(file, keys)), path.parent)
+    return _read((item for file in files for item in _rows(file, keys, columns)), path.parent, extras)
 
 
-def _rows(file: Path, keys: Sequence[str]) -> Iterator[Item]:
+def _rows(file: Path, keys: Sequence[str], columns: Columns) -> Iterator[Item]:
     """The items of a table or shard, or a note that there are none."""
     empty = True
-    for item in _READERS[file.suffix.lower()](file, keys):
+    for item in _READERS[file.suffix.lower()](file, keys, columns):
         empty = False
         yield item
     if empty:
         yield f"{file}: is empty"
 
 
-def _read(items: Iterator[Item], source: Path) -> RecordSet:
+def _read(items: Iterator[Item], source: Path, extras: Mapping[str, ExtraRule]) -> RecordSet:
     records: list[Record] = []
     bad: list[BadRecord] = []
     notes: list[str] = []
@@ -145,9 +157,58 @@ def _read(items: Iterator[Item], source: Path) -> RecordSet:
             notes.append(item)
         else:
             records.append(replace(item, source=source))
+    for name, rule in extras.items():
+        records = _with_extra(records, name, rule, source, bad, notes)
     often = [name for name, count in Counter(record.name for record in records).items() if count > 1]
     notes += note("pictures that several rows name", often)
     return RecordSet(tuple(records), tuple(bad), notes=tuple(notes))
+
+
+def _with_extra(  # noqa: C901, PLR0913 - three places, and what is said of them
+    records: Sequence[Record],
+    name: str,
+    rule: ExtraRule,
+    source: Path,
+    bad: list[BadRecord],
+    notes: list[str],
+) -> list[Record]:
+    """``records`` with their picture ``name``; those without it are skipped if it is required, else noted."""
+    beside: dict[str, Path] = {}
+    if rule.folder is not None:
+        if not rule.folder.is_dir():
+            raise DataPathError(f"{rule.folder}: no such folder of pictures (data.sources, {name})")
+        for file in reversed(files_below(rule.folder)):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                beside[os.path.splitext(file.relative_to(rule.folder))[0]] = file
+    out, without = list[Record](), list[str]()
+    for record in records:
+        found = record.extras.get(name)
+        if rule.alpha:
+            found = PictureFile(record.path, inside=record.inside)
+        elif rule.folder is not None and not isinstance(record.inside, Row):
+            place = os.path.relpath(record.path, source) if record.inside is None else str(record.inside)
+            if (root := os.path.splitext(place)[0]) in beside:
+                found = PictureFile(beside[root], source=rule.folder)
+        if found is not None:
+            found = found if found.source is not None else replace(found, source=source)
+            out.append(replace(record, extras={**record.extras, name: found}))
+            continue
+        without.append(record.name)
+        if rule.required:
+            bad.append(BadRecord(record.name, f"no picture {name}", "picture"))
+        else:
+            out.append(record)
+    if without and len(without) == len(records):
+        ending = f"{rule.column or name}.png"
+        where = f"in {rule.folder}" if rule.folder is not None else f"under {rule.column!r}"
+        raise DataPathError(
+            f"{source}: no picture has a {name} {where}; expected a column of tables, a member 0001.{ending} "
+            f"of shards, fox.{ending} beside fox.jpg, or a folder of pictures of the same paths and names "
+            f"(data.sources, {name})"
+        )
+    if not rule.required:
+        notes += note(f"pictures without a {name}, which count as a whole", without)
+    return out
 
 
 @dataclass
@@ -218,9 +279,21 @@ def _walk(top: Path, *, everything: bool = False) -> _Tree:  # noqa: C901 - what
     return tree
 
 
-def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
-    """One record or complaint for each row, member or image below ``top``, and notes on the rest."""
-    tree = _walk(top)
+def _folder(
+    top: Path, keys: Sequence[str], columns: Columns = NO_COLUMNS, beside: Sequence[Path] = ()
+) -> Iterator[Item]:
+    """One record or complaint for each row, member or image below ``top``, and notes on the rest.
+
+    The folders ``beside`` hold further pictures.
+    """
+    tree, others = _walk(top), [os.path.realpath(folder) for folder in beside]
+    if others:
+        own = {
+            folder: files
+            for folder, files in tree.files.items()
+            if not any(Path(os.path.realpath(folder)).is_relative_to(other) for other in others)
+        }
+        tree.files = own
     read, plain = list[Path](), list[Path]()
     yield from tree.bad
     for folder, files in sorted(tree.files.items()):
@@ -230,7 +303,7 @@ def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
             raise DataPathError(f"{folder}: holds {names}; name the one to read as the source")
         shards = tables or [file for file in files if file.suffix.lower() in _SHARDS]
         for file in shards:
-            yield from _rows(file, keys)
+            yield from _rows(file, keys, columns)
         read += shards
         if tables:
             continue
@@ -247,7 +320,7 @@ def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
             tree.beside += left
         else:
             plain += left
-    yield from _pairs(sorted(plain), keys)
+    yield from _pairs(sorted(plain), keys, columns)
     places = [path.relative_to(top).as_posix() for path in (*read, *{file.parent for file in plain})]
     splits = sorted({match[1] for place in places for match in _SPLIT.finditer(place)})
     if len(splits) > 1:
@@ -259,7 +332,7 @@ def _folder(top: Path, keys: Sequence[str]) -> Iterator[Item]:
 
 
 def _pairs(  # noqa: C901 - pictures, and what is none
-    files: Sequence[Path], keys: Sequence[str]
+    files: Sequence[Path], keys: Sequence[str], columns: Columns
 ) -> Iterator[Item]:
     """One record or complaint for each picture of ``files``, and notes on the rest."""
     pictures, others = list[tuple[str, Path]](), list[tuple[str, Path]]()  # by path without ending
@@ -271,6 +344,7 @@ def _pairs(  # noqa: C901 - pictures, and what is none
             texts.setdefault(root, {}).setdefault(ending, file)
         else:
             (pictures if suffix.lower() in IMAGE_SUFFIXES else others).append((root, file))
+    extras, pictures = _beside(pictures, columns)
     shared = Counter(root for root, _ in pictures)
     for root, picture in pictures:
         found = texts.get(root, {})
@@ -283,7 +357,7 @@ def _pairs(  # noqa: C901 - pictures, and what is none
         except (OSError, FieldError) as error:
             yield BadRecord(str(found[ending]), str(getattr(error, "strerror", None) or error), "caption")
         else:
-            yield Record(picture, captions.texts, captions.weights)
+            yield Record(picture, captions.texts, captions.weights, extras=extras.get(root, {}))
     alone = {root: found for root, found in texts.items() if root not in shared}
     captioned = {root for root, found in alone.items() if found.keys() - {"json"}}
     left, tables, packed = list[Path](), list[Path](), list[Path]()
@@ -306,6 +380,22 @@ def _pairs(  # noqa: C901 - pictures, and what is none
     yield from note("tables that are not read; name one as the source", tables)
     yield from note("packed files that are not read; unpack them", packed)
     yield from note("other files left out", left)
+
+
+def _beside(
+    pictures: Sequence[tuple[str, Path]], columns: Columns
+) -> tuple[dict[str, dict[str, PictureFile]], list[tuple[str, Path]]]:
+    """Further pictures (``fox.mask.png``) by the path of theirs without ending, and all that are none."""
+    roots, extras, left = {root for root, _ in pictures}, dict[str, dict[str, PictureFile]](), []
+    for root, picture in pictures:
+        for name, column in columns.items():
+            base = root[: -len(column) - 1]
+            if base in roots and root[len(base) :] in (f".{column}", f"-{column}", f"_{column}"):
+                extras.setdefault(base, {})[name] = PictureFile(picture)
+                break
+        else:
+            left.append((root, picture))
+    return extras, left
 
 
 # -- training of a small sentencepiece vocabulary that T5 tokenizers read

@@ -30,7 +30,7 @@ from sat.data.cache import (
     prune,
 )
 from sat.data.dataset import Dataset, Items, LatentCache
-from sat.data.records import BadRecord, note
+from sat.data.records import MASK, BadRecord, ExtraRule, note
 from sat.data.sources import Source, read_sources
 from sat.data.transforms import Augment, Transform
 from sat.engine import DiffusionEngine
@@ -67,6 +67,15 @@ def bucket_rule(data: DataConfig) -> BucketRule | None:
     return None if rule is None else BucketRule(rule.areas, rule.step, rule.max_ratio, rule.min_images)
 
 
+def source_of(source: SourceConfig) -> Source:
+    """A source of ``data.sources`` as it is read."""
+    extras = {
+        name: ExtraRule(rule.column, rule.folder, rule.alpha, required=name != MASK)
+        for name, rule in source.extras.items()
+    }
+    return Source(source.path, source.repeats, source.weight, source.caption, extras)
+
+
 def open_data(data: DataConfig, runtime: Runtime, *, held_out: bool) -> DataSets:
     """Open the data sets of the ``data`` section; every rank calls it, the first one logs skipped files."""
     moving = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
@@ -90,7 +99,7 @@ def _open(
     *,
     still: bool,
 ) -> Dataset:
-    named = [Source(s.path, s.repeats, s.weight, s.caption) for s in sources]
+    named = [source_of(one) for one in sources]
     records = read_sources(named, data.max_bad_share)
     buckets, rule = None, bucket_rule(data)
     if rule is not None:
@@ -256,6 +265,11 @@ class Caches:
             latents=Store(self.root, "latents", facts) if self.latents else None,
             low=Store(self.root, "low", facts | {"low": low.name}) if self.latents and low else None,
             text=Store(self.root, "text", self._facts["text"]) if self.text else None,
+            extras={
+                name: Store(self.root, "extra", facts | {"extra": name})
+                for name in sorted({name for record in dataset.records for name in record.extras})
+                if self.latents
+            },
         )
         return CachedDataset(dataset, stores, views)
 
@@ -296,9 +310,13 @@ class Caches:
         for cached in sets if self.runtime.is_main else []:
             jobs = cached.jobs() if self.latents else {}
             stores, captions = cached.stores, cached.captions() | self._prompts
-            for store, keys in ((stores.latents, jobs), (stores.low, jobs), (stores.text, captions)):
+            keys = {cached.key(job) for job in jobs.values()}
+            for store, own in ((stores.latents, keys), (stores.low, keys), (stores.text, captions)):
                 if store is not None:
-                    used.setdefault(store.folder, set()).update(keys)
+                    used.setdefault(store.folder, set()).update(own)
+            for job in jobs.values() if stores.extras else ():
+                for name, key in cached.extra_keys(job).items():
+                    used.setdefault(stores.extras[name].folder, set()).add(key)
         return prune(self.root, {folder: frozenset(keys) for folder, keys in used.items()}) if used else 0
 
     # -- missing encodings
@@ -340,7 +358,7 @@ class Caches:
     ) -> None:
         """Build the parts that encode, and fill the caches."""
         if self.runtime.is_main:
-            for store in {s for c in sets for s in (c.stores.latents, c.stores.low, c.stores.text) if s}:
+            for store in {store for cached in sets for store in cached.stores.all()}:
                 store.write_facts()
         without: set[Part] = {"model"}
         if not count.latents_missing:

@@ -26,7 +26,7 @@ def test_a_picture_covers_the_target_and_one_side_fits():
 
 def test_center_crop_reports_where_it_cut():
     transform = Transform(10, 6)
-    image, crop = transform.place(transform.resize(ramp(10, 20)), Placement())
+    image, crop, _ = transform.place(transform.resize(ramp(10, 20)), Placement())
     assert crop == (0, 7)
     expected = torch.arange(7, 13).float() / 127.5 - 1
     torch.testing.assert_close(image[1, 0], expected)
@@ -37,7 +37,7 @@ def test_random_crop_reaches_both_ends_and_reports_where_it_cut():
     transform = Transform(10, 6, crop="random")
     resized = transform.resize(ramp(10, 20))
     for draw, left in ((0.0, 0), (0.999, 14)):
-        image, crop = transform.place(resized, Placement(left=draw))
+        image, crop, _ = transform.place(resized, Placement(left=draw))
         assert crop == (0, left)
         assert round((image[1, 0, 0].item() + 1) * 127.5) == left
 

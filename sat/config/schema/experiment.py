@@ -28,12 +28,34 @@ from sat.util.host import parse_size
 
 
 @dataclass(frozen=True)
+class ExtraConfig(Section):
+    """The place of a further picture of every pair, cut as the first is; one of the three.
+
+    ``column``: of a table; for shards ``0001.NAME.png``, beside pictures ``fox.NAME.png``. ``folder``: of
+    pictures of the same paths and names. ``alpha``: the pictures' own transparency.
+    """
+
+    section = "data.sources"
+    column: str | None = None
+    folder: Annotated[Path | None, MustExist("name a folder of pictures of the same names, or null")] = None
+    alpha: bool = False
+
+    def _rules(self) -> Broken:
+        given = [self.column is not None, self.folder is not None, self.alpha]
+        if sum(given) != 1:
+            yield "", f"expected one of `column`, `folder` and `alpha`, got {sum(given)} of them"
+        if self.column is not None and not self.column.strip():
+            yield "column", "expected the name of a column, got nothing"
+
+
+@dataclass(frozen=True)
 class SourceConfig(Section):
     """One data set: a folder, table or shards of images with captions (``name-{000..012}.tar`` is a range).
 
     ``repeats``: copies of it in an epoch. ``weight``: its share of the stream instead, relative to the
     weights of the other sources. ``caption``: the name of the captions in its rows; null: the first there is
-    of text, prompt, caption, captions and description.
+    of text, prompt, caption, captions and description. ``mask``: pictures that weigh the loss by place, white
+    where it counts whole.
     """
 
     section = "data.sources"
@@ -45,6 +67,12 @@ class SourceConfig(Section):
     repeats: int = 1
     weight: float | None = None
     caption: str | None = None
+    mask: ExtraConfig | None = None
+
+    @property
+    def extras(self) -> dict[str, ExtraConfig]:
+        """The further pictures by name."""
+        return {} if self.mask is None else {"mask": self.mask}
 
     def _rules(self) -> Broken:
         if self.weight is not None and not 0 < self.weight < math.inf:
