@@ -202,10 +202,12 @@ class DiffusionEngine(nn.Module):
         timestep: Tensor | None = None,
         low_res: Tensor | None = None,
         draw: Draw | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """(B,) float32 denoising loss of clean latents (B, C, h, w), for ``draw`` or one made here.
 
-        ``timestep`` (B,) fixes the timesteps, for validation at given noise levels; otherwise they are drawn.
+        ``weight`` (B, 1, h, w) of their places. ``timestep`` (B,) fixes the timesteps, for validation at
+        given noise levels; otherwise they are drawn.
         """
         draw = draw or self.draw(latents, generator)
         if timestep is not None:
@@ -213,4 +215,5 @@ class DiffusionEngine(nn.Module):
         denoiser, ctx = self.denoiser, ProcessContext(low_res)
         size = (latents.shape[2], latents.shape[3])
         prepared, schedule = denoiser.network.prepare(cond, size), sized(self.schedule, size)
-        return self.denoising_loss(denoiser, latents, prepared, draw, schedule, self.process, ctx)
+        process = self.process
+        return self.denoising_loss(denoiser, latents, prepared, draw, schedule, process, ctx, weight)

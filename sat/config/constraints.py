@@ -34,7 +34,14 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
     """Every broken rule between the sections of ``experiment``, and every refusal of a class."""
     objects: Objects = {}
     broken = list(_refusals(experiment, objects))
-    rules: list[Callable[[Experiment, Objects], Broken]] = [_widths, _sizes, _drawing, _adapters, _memory]
+    rules: list[Callable[[Experiment, Objects], Broken]] = [
+        _widths,
+        _sizes,
+        _data,
+        _drawing,
+        _adapters,
+        _memory,
+    ]
     for rule in rules:
         try:
             broken += rule(experiment, objects)
@@ -132,6 +139,24 @@ def _sizes(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
             f"the longest side of a bucket, {longest} pixels, is {longest // cell} patches, more than the "
             f"position table {list(table)}: lower area or max_ratio",
         )
+
+
+def _data(e: Experiment, objects: Objects) -> Broken:
+    """The objective must use the extra pictures and the weights that sources give."""
+    if e.data is None or e.train is None:
+        return
+    try:
+        objective = resolve(e.train.objective.target, e.imports)
+    except ValueError:
+        return  # said with the objective itself
+    for place, source in enumerate(e.data.sources):
+        key = ("data", "sources", str(place))
+        for name in source.extras:
+            if name not in objective.extras:
+                yield (*key, name), f"{objective.__name__} makes no use of a {name}: set it to null"
+        if source.loss_weight != 1 and not objective.weighs:
+            what = f"{objective.__name__} does not weigh the losses of pictures: set it to 1"
+            yield (*key, "loss_weight"), what
 
 
 def _drawing(e: Experiment, objects: Objects) -> Broken:  # noqa: C901

@@ -27,6 +27,7 @@ class Sample:
     latent_moments: Tensor | None = None  # (2C, h, w) float32: mean and log variance, unscaled
     low_moments: Tensor | None = None  # the same of the low-resolution image, enlarged, for relay
     text: Tensor | None = None  # (T, C_text) hidden states of the caption, from a cache
+    loss_weight: float = 1.0  # factor of its loss
     extras: Mapping[str, Tensor] = field(default_factory=dict)  # cut as the picture: Batch.extras of one
 
 
@@ -48,6 +49,7 @@ class Batch:
     low_moments: Tensor | None = None  # the same of the low-resolution images, enlarged, for relay
     text: Tensor | None = None  # (B, T, C_text) hidden states of the captions in the encoder's dtype
     shares: Tensor | None = None  # (B,) float64 in [0, 1): the pictures' strata of their step
+    loss_weight: Tensor | None = None  # (B,) float32 factors of the pictures' losses; None: all 1
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +93,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             )
         return torch.stack(values) if values else None
 
+    factors = [sample.loss_weight for sample in samples]
     return Batch(
         caption=[sample.caption for sample in samples],
         original_size=torch.tensor([sample.original_size for sample in samples]),
@@ -100,6 +103,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         latent_moments=stacked("latent_moments"),
         low_moments=stacked("low_moments"),
         text=stacked("text"),
+        loss_weight=torch.tensor(factors) if any(one != 1 for one in factors) else None,
         extras={name: made for name in samples[0].extras if (made := stacked(name, extra=True)) is not None},
     )
 

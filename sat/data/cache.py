@@ -202,7 +202,10 @@ class CachedDataset:
             else torch.ones(1, *moments.shape[1:])
             for name, store in self.stores.extras.items()
         }
-        return Sample(caption, original, crop, target, latent_moments=moments, low_moments=low, extras=extras)
+        return Sample(
+            caption, original, crop, target, latent_moments=moments, low_moments=low,
+            loss_weight=self.dataset.records[job.item].loss_weight, extras=extras,
+        )  # fmt: skip
 
     def key(self, job: Job) -> str:
         """Key of the latents of a picture."""

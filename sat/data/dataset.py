@@ -91,7 +91,7 @@ class Dataset:
             resized = self._load(record, self.transform(index))
             if resized is not None:
                 caption = record.caption(item_random(seed, epoch, index, "caption").random())
-                return self._sample(index, resized, caption, item_random(seed, epoch, index, "picture"))
+                return self._sample(other, resized, caption, item_random(seed, epoch, index, "picture"))
         raise DataError("no picture of the data set can be read")
 
     def view(self, index: int, view: int) -> Sample | None:
@@ -112,7 +112,10 @@ class Dataset:
         size = (transform.height, transform.width)
         if self.masked and MASK not in extras:
             extras[MASK] = torch.ones(1, *size)
-        return Sample(caption, resized.original_size, crop, size, image=image, extras=extras)
+        weight = self.records[index].loss_weight
+        return Sample(
+            caption, resized.original_size, crop, size, image=image, loss_weight=weight, extras=extras
+        )
 
     def transform(self, index: int) -> Transform:
         """The transform of item ``index``, to the size of its bucket."""
@@ -231,4 +234,5 @@ class LatentCache:
         """Item ``index`` of ``epoch`` with ``latent_moments`` (and ``low_moments``) instead of an image."""
         view = int(item_random(seed, epoch, index, "view").random() * self.views)
         caption = self.dataset.record(index).caption(item_random(seed, epoch, index, "caption").random())
-        return replace(self._made[index, view], caption=caption)
+        weight = self.dataset.record(index).loss_weight
+        return replace(self._made[index, view], caption=caption, loss_weight=weight)

@@ -82,6 +82,7 @@ class Record(PictureFile):
     captions: tuple[str, ...]
     weights: tuple[float, ...] = ()  # as many as captions and positive in sum; empty: all alike
     labels: Mapping[str, str] = field(default_factory=dict)  # other text fields, e.g. concept, style
+    loss_weight: float = field(default=1.0, kw_only=True)  # factor of its loss
     extras: Mapping[str, PictureFile] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ class Source(NamedTuple):
     """One data source. ``repeats``: copies of it in an epoch; ``weight``: its share of the stream instead.
 
     ``caption``: the name of the captions in its rows, if it is none of the usual ones. ``extras``: places of
-    further pictures by name.
+    further pictures by name. ``loss_weight``: factor of its pictures' losses.
     """
 
     path: Path
@@ -78,6 +78,7 @@ class Source(NamedTuple):
     weight: float | None = None
     caption: str | None = None
     extras: Mapping[str, ExtraRule] = NO_EXTRAS
+    loss_weight: float = 1.0
 
 
 def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: float = 0.05) -> RecordSet:
@@ -97,7 +98,10 @@ def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: fl
                 "file_name and text, .tar or .parquet shards, or images with .txt files of the same name"
                 + "".join(f"; {one}" for one in (*found.bad[:2], *found.notes[:2]))
             )
-        records += found.records * source.repeats
+        own = found.records
+        if source.loss_weight != 1:
+            own = tuple(replace(record, loss_weight=source.loss_weight) for record in own)
+        records += own * source.repeats
         bad += found.bad
         notes += found.notes
         if source.weight is not None:

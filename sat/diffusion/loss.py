@@ -180,18 +180,29 @@ class DenoisingLoss:
         schedule: Schedule,
         process: Process,
         ctx: ProcessContext,
+        weight: Tensor | None = None,
     ) -> Tensor:
-        """(B,) float32 loss of the clean latents ``x0`` (B, C, h, w) float32."""
+        """(B,) float32 loss of the clean latents ``x0`` (B, C, h, w) float32.
+
+        ``weight`` (B, 1, h, w) of their places.
+        """
         level = process.hooks.at(schedule, draw.timestep)  # fields (B, 1, 1, 1)
         x = process.noise(x0, draw.eps, level, ctx)  # x_t (B, C, h, w)
         out = denoiser.output(x, level, prepared)
         seen = process.noise_seen(x0, draw.eps, level, ctx)  # (x_t - alpha x0) / sigma
-        return self.error(out, denoiser.prediction.target(x0, seen, level), level, denoiser)
+        return self.error(out, denoiser.prediction.target(x0, seen, level), level, denoiser, weight)
 
-    def error(self, out: Tensor, target: Tensor, level: Level, denoiser: Denoiser) -> Tensor:
-        """(B,) weighted error of the network's output, by its ``kind``: the mean of w (out - target)^2."""
+    def error(
+        self, out: Tensor, target: Tensor, level: Level, denoiser: Denoiser, places: Tensor | None = None
+    ) -> Tensor:
+        """(B,) weighted error of the network's output, by its ``kind``: the mean of w (out - target)^2.
+
+        ``places`` (B, 1, h, w) weigh it once more.
+        """
         gain = denoiser.prediction.gain(level)
         weight = self.weighting(level, gain)
+        if places is not None:
+            weight = weight * places
         if self.kind == "huber":
             each = F.huber_loss(out, target, reduction="none", delta=self.delta)
             return (weight * each).mean((1, 2, 3))

@@ -73,7 +73,7 @@ def source_of(source: SourceConfig) -> Source:
         name: ExtraRule(rule.column, rule.folder, rule.alpha, required=name != MASK)
         for name, rule in source.extras.items()
     }
-    return Source(source.path, source.repeats, source.weight, source.caption, extras)
+    return Source(source.path, source.repeats, source.weight, source.caption, extras, source.loss_weight)
 
 
 def open_data(data: DataConfig, runtime: Runtime, *, held_out: bool) -> DataSets:

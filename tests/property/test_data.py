@@ -63,7 +63,7 @@ def test_any_picture_becomes_the_target_size_and_the_cut_lies_inside(
 
     transform = Transform(height, width, crop, Augment(shift, (scale, scale)))
     resized = transform.resize(PIL.Image.fromarray(np.full((h, w, 3), 7, np.uint8)))
-    image, (top, left) = transform.place(resized, Placement(*draws))
+    image, (top, left), _ = transform.place(resized, Placement(*draws))
     assert resized.original_size == (h, w)
     assert image.shape == (3, height, width)
     assert -1 <= image.min() <= image.max() <= 1

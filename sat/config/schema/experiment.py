@@ -55,7 +55,7 @@ class SourceConfig(Section):
     ``repeats``: copies of it in an epoch. ``weight``: its share of the stream instead, relative to the
     weights of the other sources. ``caption``: the name of the captions in its rows; null: the first there is
     of text, prompt, caption, captions and description. ``mask``: pictures that weigh the loss by place, white
-    where it counts whole.
+    where it counts whole. ``loss_weight``: factor of the losses of its pictures.
     """
 
     section = "data.sources"
@@ -68,6 +68,7 @@ class SourceConfig(Section):
     weight: float | None = None
     caption: str | None = None
     mask: ExtraConfig | None = None
+    loss_weight: float = 1.0
 
     @property
     def extras(self) -> dict[str, ExtraConfig]:
@@ -77,6 +78,8 @@ class SourceConfig(Section):
     def _rules(self) -> Broken:
         if self.weight is not None and not 0 < self.weight < math.inf:
             yield "weight", f"expected more than 0 or null, got {self.weight}"
+        if not 0 < self.loss_weight < math.inf:
+            yield "loss_weight", f"expected more than 0, got {self.loss_weight}"
         if self.weight is not None and self.repeats != 1:
             yield "weight", f"`repeats` {self.repeats} is given too: one of them says how often it comes"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class Objective(nn.Module):
     The constructor of a subclass takes the engine as the keyword-only ``engine`` and freezes the parts that
     it does not train (``requires_grad_(False)``).
     """
+
+    extras: ClassVar[frozenset[str]] = frozenset()
+    """Names of the extra pictures of the data (``data.sources``) that it uses; others are refused."""
+
+    weighs: ClassVar[bool] = False
+    """Losses are multiplied by ``loss_weight`` of the batch."""
 
     stratified = False
     """Batches get ``shares``: one of each stratum of an optimizer step, however the step is split."""

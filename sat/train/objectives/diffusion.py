@@ -8,10 +8,12 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition, Sizes
 from sat.data.batch import Batch
+from sat.data.records import MASK
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.first_stage.model import Posterior
@@ -30,12 +32,19 @@ class DiffusionObjective(Objective):
     and enlarged. ``low_from`` ``first_stage`` lets the shrunk image pass the autoencoder, so that it looks
     like what a base model draws.
 
+    A mask of the data (``data.sources``) weighs the loss by place: 1 where it is white, ``unmasked`` where it
+    is black. ``mask_mean`` divides by the weights' mean over the picture, so that a small part counts as much
+    as a whole picture. ``loss_weight`` of a source weighs the losses of its pictures.
+
     ``timestep_buckets``: the training loss is logged for that many equal parts of the timesteps too, by the
     first and last of each (``loss_t0_249`` …), a mean over its pictures.
 
     Validation gives the loss at each level with the right captions (``loss``, ``loss_500`` …) and with the
     captions of other images of the batch (``shuffled``, …): the gap says how much the text is used.
     """
+
+    extras = frozenset((MASK,))
+    weighs = True
 
     def __init__(
         self,
@@ -44,10 +53,17 @@ class DiffusionObjective(Objective):
         levels: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
         low_from: Literal["image", "first_stage"] = "image",
         timestep_buckets: int = 0,
+        unmasked: float = 0.0,
+        mask_mean: bool = False,
         *,
         engine: DiffusionEngine,
     ) -> None:
         super().__init__()
+        if not 0 <= unmasked <= 1:
+            raise ValueError(
+                f"unmasked is {unmasked}: expected a weight of 0 to 1 for what a mask leaves out"
+            )
+        self.unmasked, self.mask_mean = unmasked, mask_mean
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout is {caption_dropout}: expected a share of 0 to 1")
         if bad := [level for level in levels if not 0 <= level < 1]:
@@ -85,8 +101,10 @@ class DiffusionObjective(Objective):
             cond = cond.dropped(sent(drop, latents.device))
         low_res = self.low_res(batch, generator)
         draw = self.engine.draw(latents, generator, batch.shares)
-        each = self.engine.loss(latents, cond, draw=draw, low_res=low_res)  # (B,)
-        losses, other = {"loss": each.mean()}, torch.full_like(each, torch.nan)
+        weight = self.weight(batch, latents)
+        each = self.engine.loss(latents, cond, draw=draw, low_res=low_res, weight=weight)  # (B,)
+        weighted = each if batch.loss_weight is None else each * batch.loss_weight
+        losses, other = {"loss": weighted.mean()}, torch.full_like(each, torch.nan)
         for first, end in pairwise(self.edges):
             inside = (draw.timestep >= first) & (draw.timestep < end)
             losses[f"loss_t{first}_{end - 1}"] = torch.where(inside, each.detach(), other)
@@ -95,6 +113,7 @@ class DiffusionObjective(Objective):
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Losses at fixed levels, with right and with shuffled captions and the same noise."""
         latents, low_res = self.latents(batch, generator), self.low_res(batch, generator)
+        weight = self.weight(batch, latents)
         cond = self.condition(batch, latents.device)
         span = self.engine.process.hooks.span(self.engine.schedule)
         mask = None if cond.text_mask is None else cond.text_mask.roll(1, 0)
@@ -107,10 +126,22 @@ class DiffusionObjective(Objective):
                 every = torch.full((len(batch),), timestep, device=latents.device)
                 noise = torch.Generator().manual_seed(seed + timestep)
                 losses[f"{name}_{timestep}"] = self.engine.loss(
-                    latents, text, generator=noise, timestep=every, low_res=low_res
+                    latents, text, generator=noise, timestep=every, low_res=low_res, weight=weight
                 ).mean()
             losses[name] = torch.stack([v for k, v in losses.items() if k.startswith(f"{name}_")]).mean()
         return losses
+
+    def weight(self, batch: Batch, latents: Tensor) -> Tensor | None:
+        """Weights (B, 1, h, w) of the places of ``latents`` by the batch's masks; None without any."""
+        mask = batch.extras.get(MASK)
+        if mask is None:
+            return None
+        mask = mask.to(latents.device)
+        mask = F.interpolate(mask, (latents.shape[2], latents.shape[3]), mode="area")  # mean over a cell
+        weight = self.unmasked + (1 - self.unmasked) * mask
+        if not self.mask_mean:
+            return weight
+        return weight / weight.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)  # an empty mask stays empty
 
     @torch.no_grad()
     def latents(self, batch: Batch, generator: torch.Generator | None) -> Tensor:

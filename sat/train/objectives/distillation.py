@@ -35,6 +35,9 @@ class Distillation(DiffusionObjective):
     Source: arXiv:2202.00512, algorithm 2; arXiv:2210.03142; CogView3, arXiv:2403.05121, section 3.4.
     """
 
+    extras = frozenset[str]()
+    weighs = False
+
     def __init__(
         self,
         teacher_steps: int = 50,
