@@ -2,7 +2,7 @@
 
 import sys
 
-from sat.cli.prompt_optimize import main
+from sat.cli.prompt import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sat.pipeline import CascadeOutput, CascadePipeline, Output, Pipeline
 
 __version__ = "0.1.0"
+__project__ = "cogview3"  # the mark by which `import cogview3` knows this package from another `sat`
 __all__ = ["CascadeOutput", "CascadePipeline", "Output", "Pipeline", "__version__"]
 
 _LAZY = dict.fromkeys(("CascadeOutput", "CascadePipeline", "Output", "Pipeline"), "sat.pipeline")

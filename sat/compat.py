@@ -33,6 +33,7 @@ MODULES: dict[str, str] = {
     "sat.cli.guard": "sat.cli.main_guard",
     "sat.cli.plan": "sat.cli.commands.estimate",
     "sat.cli.preference_work": "sat.cli.commands.evaluate",
+    "sat.cli.prompt_optimize": "sat.cli.prompt",
     "sat.cli.rewriting": "sat.cli.commands.prompt",
     "sat.cli.sample_work": "sat.cli.commands.sample",
     "sat.cli.stages": "sat.cli.commands.sample",

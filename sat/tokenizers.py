@@ -11,7 +11,7 @@ import torch
 
 from sat.conditioning.conditioner import Tokens
 from sat.errors import UserError
-from sat.util.host import read_bounded
+from sat.util.host import install, read_bounded
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 _SPECIAL = ["<pad>", "</s>", "<unk>"]  # by id
@@ -19,7 +19,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_BYTES = 1 << 26  # of a vocabulary
 
 
-NEEDS = "{} needs the tokenizers library (there is no spiece.model): pip install 'cogview3-sat[tokenizers]'"
+NEEDS = "{} needs the tokenizers library (there is no spiece.model): {}"
 
 
 class MissingTokenizersError(UserError, RuntimeError):
@@ -79,7 +79,7 @@ class T5Tokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise MissingTokenizersError(NEEDS.format(self.path)) from error
+            raise MissingTokenizersError(NEEDS.format(self.path, install("tokenizers"))) from error
         try:
             self._json = Tokenizer.from_buffer(read_bounded(self.path, _MOST_BYTES))
         except Exception as error:  # the library raises nothing narrower

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, get_args
@@ -12,17 +13,57 @@ from sat.cli.main_guard import UsageError
 from sat.util.log import one_line
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from sat.parallel.launch import DeviceKind
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
 
 
+_SCRIPT = re.compile(r"\b(?:python )?(sample|train|convert)\.py\b|\b(?:python )?(prompt)_optimize\.py\b")
+
+
+def spoken(text: str) -> str:
+    """``text`` with commands as the user types them: those of ``cogview3`` where that was started."""
+    if not sys.argv[0].startswith("cogview3 "):
+        return text
+    text = re.sub(r"(torchrun .*?)(\w+)\.py\b", r"\1-m cogview3 \2", text)
+    text = re.sub(r"python -m sat\.cli\.", "cogview3 ", text)
+    return _SCRIPT.sub(lambda found: f"cogview3 {found[1] or found[2]}", text)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors cut what they echo."""
+    """Parser of a command: texts that say it as it was started, errors in two lines with near names."""
+
+    @classmethod
+    def of(cls, program: str, description: str, epilog: str = "") -> Self:
+        """A parser that takes no abbreviations and prints its texts as they are laid out."""
+        form = argparse.RawDescriptionHelpFormatter
+        return cls(program, None, description, epilog, formatter_class=form, allow_abbrev=False)
+
+    def format_help(self) -> str:
+        """Usage, options and examples."""
+        return spoken(super().format_help())
+
+    def options(self) -> set[str]:
+        """Every option of this parser and of the commands below it."""
+        found = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= {name for parser in action.choices.values() for name in parser.options()}
+        return found
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and ``message``; exit with code 2."""
-        super().error(one_line(message))
+        """Print a short usage and ``message``, with names near the misspelt ones; exit with code 2."""
+        from difflib import get_close_matches
+
+        _, known, unknown = message.partition("unrecognized arguments: ")
+        if known:
+            flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
+            near = [name for flag in flags for name in get_close_matches(flag, self.options(), 1)]
+            message += f"; did you mean {' and '.join(near)}?" if near else ""
+        text = f"usage: {self.prog} [options]; {self.prog} --help lists them\n{self.prog}: error: "
+        self.exit(2, f"{spoken(text)}{one_line(message)}\n")
 
 
 class Setting(NamedTuple):
@@ -37,13 +78,7 @@ def reader(program: str, description: str, epilog: str) -> argparse.ArgumentPars
 
     Options get no defaults: those are the config's.
     """
-    out = Parser(
-        prog=program,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    out = Parser.of(program, description, epilog)
     files = "config files, laid over one another left to right"
     out.add_argument("--base", nargs="+", action="extend", metavar="YAML", help=files)
     overrides = "config keys to set after the files"
@@ -60,12 +95,18 @@ def add_check_inputs(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("--check-inputs", action="store_true", help=what)
 
 
-def parse(reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: str) -> argparse.Namespace:
+def parse(
+    reader: argparse.ArgumentParser, argv: Sequence[str] | None, example: str, *, small: str | None = None
+) -> argparse.Namespace:
     """``reader``'s arguments, with overrides separated from the files of ``--base`` wherever they stand.
 
-    The reader has ``--base`` (a list) and the positional ``overrides``; ``example`` is a config to suggest.
+    The reader has ``--base`` (a list) and the positional ``overrides``; ``example`` is a config to suggest,
+    ``small`` the one of the small model that ships: it stands in, with a line, where there is no --base.
     """
     args = reader.parse_intermixed_args(argv)
+    if args.base is None and small is not None:
+        args.base = [small]
+        print(f"no --base, so the small model of {small} draws", file=sys.stderr)
     sort_overrides(args)
     for item in args.overrides:
         if not _OVERRIDE.match(item):

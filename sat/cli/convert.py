@@ -51,13 +51,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = Parser(
-        prog="convert.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    top = Parser.of("convert.py", DESCRIPTION, EPILOG)
     top.add_argument("src", metavar="SRC", type=Path, help="folder or weight file to read")
     top.add_argument("dst", metavar="DST", type=Path, help="folder to write: new or empty")
     top.add_argument("--to", required=True, choices=_FORMATS, help="format to write")
@@ -95,12 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def verify_parser() -> argparse.ArgumentParser:
     """The command line of ``convert.py verify``."""
-    top = argparse.ArgumentParser(
-        prog="convert.py verify",
-        description="Check every weight file in PATH: its digests, the CRC-32 of .pt files, finite values.",
-        epilog="Exit codes: 0 all good, 1 damaged, 2 wrong arguments.",
-        allow_abbrev=False,
-    )
+    what = "Check every weight file in PATH: its digests, the CRC-32 of .pt files, finite values."
+    top = Parser.of("convert.py verify", what, "Exit codes: 0 all good, 1 damaged, 2 wrong arguments.")
     top.add_argument("path", metavar="PATH", type=Path, help="folder or weight file, of any format")
     write = "if all is good, add digests of chunks to the manifest (digests.json where there is none)"
     top.add_argument("--write", action="store_true", help=write)

@@ -21,7 +21,7 @@ from sat.cli.arguments import Parser
 from sat.cli.main_guard import UsageError, guard
 from sat.errors import UserError
 from sat.util.ending import ENDED
-from sat.util.host import THREAD_SETTINGS, file_clock, prepare_threads
+from sat.util.host import HOME, THREAD_SETTINGS, file_clock, install, prepare_threads
 from sat.util.lock import STALE, read
 from sat.util.log import describe, one_line
 
@@ -34,8 +34,11 @@ Look at this machine and environment, at the weights that ship, and at folders o
 One line a check: ok, note (works, but know it) or problem, with what to do. Nothing is changed.
 """
 EPILOG = "Exit codes: 0 all well (notes included), 1 something is broken, 2 wrong arguments."
-HOME = Path(__file__).resolve().parents[2]
-INSTALL = f"pip install -r {HOME / 'requirements.txt'}"
+SHIPPED = HOME / "cogview3" / "_data"
+CHECKOUT = (HOME / "requirements.txt").is_file()
+INSTALL = (
+    f"pip install -r {HOME / 'requirements.txt'}" if CHECKOUT else "install cogview3 again (docs/install.md)"
+)
 AGAIN = "the same command with --resume"
 FLAGS = re.compile(r"\b(avx2|avx512(?:f|_vnni|_bf16)|amx_(?:int8|bf16)|asimd|sve|i8mm|bf16)\b")
 """Instruction sets that make a difference, as /proc/cpuinfo has them."""
@@ -64,8 +67,7 @@ class Check(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    form = argparse.RawDescriptionHelpFormatter
-    out = Parser("python -m sat.cli.doctor", None, DESCRIPTION, EPILOG, formatter_class=form)
+    out = Parser.of("python -m sat.cli.doctor", DESCRIPTION, EPILOG)
     out.add_argument("folders", nargs="*", type=Path, metavar="RUN_OR_FOLDER", help="folders to look at, too")
     out.add_argument("--json", action="store_true", help="print the same facts as JSON")
     out.add_argument("--debug", action="store_true", help="stop at an inner error and show where it is")
@@ -125,7 +127,7 @@ def _package() -> Iterator[Check]:
     text = f"{__version__} in {ours}"
     if code is not None:
         text += f", commit {code['commit'][:10]}{' with changes' * bool(code['dirty'])}"
-    owners = [name for name in packages_distributions().get("sat", []) if name.lower() != "cogview3-sat"]
+    owners = [name for name in packages_distributions().get("sat", []) if name.lower() != "cogview3"]
     specs = [PathFinder.find_spec("sat", [entry or os.getcwd()]) for entry in sys.path]
     origins = [Path(spec.origin).resolve() for spec in specs if spec is not None and spec.origin is not None]
     others = list(dict.fromkeys(path.parent for path in origins if ours not in path.parents))
@@ -148,11 +150,8 @@ def _packages() -> Iterator[Check]:
     yield Check("python", "ok", f"{python} ({sys.executable})", facts={"version": python})
     from packaging.requirements import Requirement
 
-    needed = [line for line in (HOME / "requirements.txt").read_text().splitlines() if line[:1].isalpha()]
-    project = (HOME / "pyproject.toml").read_text().partition("optional-dependencies]")[2].partition("\n[")[0]
-    extras = re.findall(r'^(\w+) = \["([^"]+)"\]', project, re.MULTILINE)
     facts: dict[str, Any] = {}
-    for extra, line in [*(("", line) for line in needed), *extras]:
+    for extra, line in _requirements():
         wanted = Requirement(line)
         try:
             have = version(wanted.name)
@@ -170,9 +169,21 @@ def _packages() -> Iterator[Check]:
     yield Check("packages", "problem" if bad else "ok", text, INSTALL if bad else "", facts)
     there = [fact["extra"] for fact in facts.values() if fact["extra"] and fact["good"]]
     absent = [fact["extra"] for fact in facts.values() if fact["extra"] and not fact["good"]]
-    what = f"where you need one: pip install -e '.[{','.join(absent)}]' (docs/install.md)" if absent else ""
+    what = f"where you need one: {install(','.join(absent))} (docs/install.md)" if absent else ""
     text = f"there: {', '.join(there) or 'none'}; not there: {', '.join(absent) or 'none'}"
     yield Check("extras", "ok", text, what, {"there": there, "absent": absent})
+
+
+def _requirements() -> list[tuple[str, str]]:
+    """(extra, requirement) of this package, from the checkout or from what pip installed; "" is no extra."""
+    if CHECKOUT:
+        project = (HOME / "pyproject.toml").read_text()
+        needed = project.partition("\ndependencies = [")[2].partition("]")[0]
+        extras = project.partition("optional-dependencies]")[2].partition("\n[")[0]
+        found = re.findall(r'^(\w+) = \["([^"]+)"\]', extras, re.MULTILINE)
+        return [*(("", line) for line in re.findall(r'"([^"]+)"', needed)), *found[:-1]]  # the last is all
+    split = [line.partition("; extra == ") for line in distribution("cogview3").requires or []]
+    return [(extra.strip("\"'"), line) for line, _, extra in split if not line.startswith("cogview3")]
 
 
 def _environment() -> Iterator[Check]:
@@ -258,11 +269,11 @@ def _accelerator() -> Iterator[Check]:
 
 def _shipped() -> Iterator[Check]:
     """Weights in this repository."""
-    name, place = "shipped weights", HOME / "checkpoints"
+    name, place = "shipped weights", (HOME if CHECKOUT else SHIPPED) / "checkpoints"
     if folders := sorted({path.parent for path in place.glob("*/*.json")}):
-        yield from _weights(name, folders, "git checkout -- checkpoints")
+        yield from _weights(name, folders, "git checkout -- checkpoints" if CHECKOUT else INSTALL)
     else:
-        yield Check(name, "note", f"none in {place}", "work in a checkout to have them")
+        yield Check(name, "note", f"none in {place}", INSTALL)
 
 
 def _slurm() -> Iterator[Check]:

@@ -40,16 +40,9 @@ class _Parser(Parser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line; nothing heavy is imported to parse it."""
-    top = _Parser(
-        prog="python -m sat.cli.evaluate",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    top = _Parser.of("python -m sat.cli.evaluate", DESCRIPTION)
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = top.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
-    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     add = commands.add_parser(RUN, help="draw and score pictures (without a command)").add_argument
     add("--base", nargs="+", action="extend", metavar="YAML", help="config files of the model that draws")
     prompts = "one a line, or .csv, .tsv, .jsonl, .json with categories"
@@ -138,7 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             logging.basicConfig(level=logging.INFO, format="%(message)s")
         from sat.cli.commands.evaluate import COMMANDS
+        from sat.config.yaml_source import find
 
+        for name in ("classifier", "prompts"):  # what ships is found from everywhere
+            if (path := getattr(args, name, None)) is not None:
+                setattr(args, name, find(path) or path)
         return COMMANDS[args.command](args)
 
     draws = args.command == RUN and args.base and not args.check

@@ -112,6 +112,8 @@ def refuse_tasks(program: str, argv: Sequence[str] | None) -> None:
             continue
         tasks, nodes = int(text), os.environ.get("SLURM_STEP_NUM_NODES", "1")
         words = shlex.join(sys.argv[1:] if argv is None else argv)
+        if sys.argv[0].startswith("cogview3 "):
+            program = f"-m {sys.argv[0]}"
         each = -(-tasks // int(nodes)) if nodes.isdigit() and int(nodes) > 1 else tasks
         command = f"torchrun --standalone --nproc_per_node {each} {program} {words}".strip()
         if each < tasks:

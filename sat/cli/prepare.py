@@ -17,9 +17,7 @@ from sat.cli.main_guard import guard, refuse_tasks
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = Parser(
-        prog="python -m sat.cli.prepare", description="Make and look at training data.", allow_abbrev=False
-    )
+    top = Parser.of("python -m sat.cli.prepare", "Make and look at training data.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

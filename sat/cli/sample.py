@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The parsed arguments."""
     options = parser()
-    args = parse(options, argv, "configs/tiny.yaml")
+    args = parse(options, argv, "configs/tiny.yaml", small="configs/tiny.yaml")
     if args.prompt and args.prompt_file:
         options.error("--prompt and --prompt-file exclude each other")
     if (args.optimizer_url or args.optimizer_model) and not args.optimize_prompt:

@@ -12,10 +12,10 @@ from pathlib import Path
 from sat.cli.arguments import parse, reader
 from sat.cli.main_guard import UsageError, guard
 from sat.util import log as logs
-from sat.util.host import prepare_threads
+from sat.util.host import install, prepare_threads
 
 PASSWORD, TOKEN = "COGVIEW3_WEB_PASSWORD", "COGVIEW3_API_TOKEN"
-INSTALL = 'the web page needs Gradio: pip install "gradio>=6,<7"'
+INSTALL = f"the web page needs Gradio: {install('web')}"
 DESCRIPTION = """\
 Draw in a browser, and over HTTP, with the model that --base describes.
 
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, load, serve; the exit code."""
-    args = parse(parser(), argv, "configs/tiny.yaml")
+    args = parse(parser(), argv, "configs/tiny.yaml", small="configs/tiny_cascade.yaml")
 
     def work() -> int:
         logs.setup(debug=args.debug)

@@ -24,8 +24,8 @@ from sat.config.official import override_official, translate
 from sat.config.schema import Experiment, plain
 from sat.config.yaml_source import (
     DEFAULT,
-    HOME,
     MOST_LEVELS,
+    SHIPPED,
     ConfigError,
     Key,
     Mark,
@@ -41,6 +41,7 @@ from sat.config.yaml_source import (
     where,
     write,
 )
+from sat.util.host import HOME
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,11 @@ def read_base(base: str | Path) -> Source:
     """The YAML file ``base``, from the current folder or from the project's."""
     path = find(base)
     if path is None or path.is_dir():
-        near = hint(str(base), (f"configs/{p.name}" for p in (HOME / "configs").glob("*.yaml")))
+        home = SHIPPED if SHIPPED.is_dir() else HOME
+        near = hint(str(base), (f"configs/{p.name}" for p in (home / "configs").glob("*.yaml")))
         raise ConfigError.of("", str(base), f"there is no such config{near}")
+    if path.is_relative_to(SHIPPED):
+        log.info("%s: not here, so the one that ships: %s", base, path)
     return read(path, str(base))
 
 

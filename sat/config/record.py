@@ -34,9 +34,9 @@ from sat.config.check import TargetError, resolve, signature
 from sat.config.load import dump
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.config.settle import CHOICES
-from sat.config.yaml_source import HOME, Key, dotted
+from sat.config.yaml_source import Key, dotted
 from sat.tokenizers import NEEDS
-from sat.util.host import write_text
+from sat.util.host import HOME, write_text
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 
 from sat.errors import UserError
-from sat.util.host import read_bounded
+from sat.util.host import HOME, read_bounded
 from sat.util.log import one_line
 
-HOME = Path(__file__).resolve().parents[2]
-"""The folder that holds the ``sat`` package, and in a checkout ``configs/`` and ``checkpoints/``."""
+SHIPPED = HOME / "cogview3" / "_data"
+"""Configs, small weights and sample data of an installed package; a checkout has them at its top."""
 
 _SIGNS = ("pyproject.toml", ".git")
 
@@ -26,10 +26,10 @@ def find(path: str | Path, folder: Path | None = None) -> Path | None:
     """The existing file or folder that ``path`` names, absolute; None when there is none.
 
     A relative path is looked up from the current folder, then from the project that ``folder`` (the YAML
-    file's) belongs to, then from this one.
+    file's) belongs to, then from this one, then among what an installed package ships.
     """
     path = Path(path).expanduser()
-    roots = [Path.cwd(), *([project(folder)] if folder else []), HOME]
+    roots = [Path.cwd(), *([project(folder)] if folder else []), HOME, SHIPPED]
     # ``os.path`` takes a name too long for the file system for one that is not there
     return next((root / path for root in roots if os.path.exists(root / path)), None)
 

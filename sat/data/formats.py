@@ -32,7 +32,7 @@ from sat.data.records import (
     Record,
     note,
 )
-from sat.util.host import check_regular, read_bounded
+from sat.util.host import check_regular, install, read_bounded
 from sat.util.pictures import LARGEST_FILE
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def read_parquet(  # noqa: C901 - the file, its columns, its rows
         import pyarrow
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow ({error})") from error
+        raise DataError(f"{path}: reading parquet needs pyarrow: {install('parquet')} ({error})") from error
     try:
         check_regular(path)
         file = pq.ParquetFile(path)

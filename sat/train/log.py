@@ -24,7 +24,7 @@ from sat.estimate.trace import flops_of
 from sat.parallel.collectives import mean
 from sat.parallel.launch import Runtime
 from sat.train.objectives import Objective
-from sat.util.host import write_text
+from sat.util.host import install, write_text
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ class Record:
                 id=kept.read_text().strip(), resume="allow", name=train.wandb_name or folder.resolve().name,
                 group=train.wandb_group, tags=train.wandb_tags, notes=train.wandb_notes,
                 settings=wandb.Settings(silent=True, console="off", save_code=False),
+            )  # fmt: skip
+        except ImportError:
+            log.warning(
+                "train.wandb is %s and wandb is not installed: metrics go to metrics.jsonl only "
+                "(%s, or train.wandb=disabled)", train.wandb, install("wandb"),
             )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - whatever a tracker raises must not end a training run
             log.warning(

@@ -23,6 +23,15 @@ UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 THREAD_SETTINGS = {"OMP_WAIT_POLICY": "PASSIVE", "MKL_CBWR": "AUTO,STRICT"}
 """Environment of :func:`prepare_threads`."""
 
+HOME = Path(__file__).resolve().parents[2]
+"""The folder that holds the ``sat`` package, and in a checkout ``configs/`` and ``checkpoints/``."""
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this package: in its checkout, or beside an installed one."""
+    checkout = (HOME / "pyproject.toml").is_file()
+    return f"pip install -e '.[{extra}]'" if checkout else f"pip install 'cogview3[{extra}]'"
+
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 ``text`` to ``path``, which appears whole or not at all."""

@@ -14,7 +14,8 @@ _BLOCK = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | 
 _TEXT = re.compile(r"^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
-_STARTS = re.compile(r"(torchrun|python3?|pip|pytest|mkdocs|bash|sh|sbatch) ")
+_STARTS = re.compile(r"(torchrun|python3?|cogview3|pip|pytest|mkdocs|bash|sh|sbatch) ")
+_CONFIGS = re.compile(r"(torchrun|python|cogview3)\b")
 _COMMENT = re.compile(r"^# ?", re.MULTILINE)
 _SMALL = {"SIDE": "512", "N": "2", "W": "2"}
 """Numbers that a page leaves to the reader."""
@@ -24,7 +25,7 @@ class Command(NamedTuple):
     """A command of this project: where it stands, the script or module it runs, its arguments."""
 
     where: Path
-    program: str  # sample.py, tests/golden/check.py, sat.cli.prepare, pytest
+    program: str  # sample.py, cogview3 sample, tests/golden/check.py, sat.cli.prepare
     arguments: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -50,7 +51,9 @@ def lines(path: Path) -> list[str]:
         assert head is not None, "an empty head matches too"
         text = _COMMENT.sub("", head.group())
         text = text.replace("\\\n", " ")  # prose stands between the commands: keep the lines that start one
-        text = "\n".join(line for line in text.splitlines() if re.match(r"(torchrun|python)\b", line))
+        text = "\n".join(
+            line for line in text.splitlines() if re.match(r"(torchrun|python|cogview3)\b", line)
+        )
     elif path.suffix == ".sbatch":
         text = re.sub(r"^# (?=([A-Z_]+=\S+ )*sbatch )", "", text, flags=re.MULTILINE)  # how to submit it
     return text.replace("\\\n", " ").splitlines()
@@ -103,7 +106,7 @@ def _split(words: list[str]) -> list[list[str]]:
     return parts
 
 
-def _program(words: list[str]) -> tuple[str, list[str]]:
+def _program(words: list[str]) -> tuple[str, list[str]]:  # noqa: C901 - a launcher after the other
     """Program of a command, without its launcher; an empty name for programs that are not ours."""
     if not words:
         return "", []
@@ -119,8 +122,14 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
             rest = rest[2 if takes_value else 1 :]
         if rest and rest[0] == "-m":
             rest = rest[1:]
+            if rest[:1] == ["cogview3"]:
+                return _program(rest)
             return (rest[0], rest[1:]) if rest and rest[0].startswith(("sat.", "tests.")) else ("", [])
         return (rest[0], rest[1:]) if rest and rest[0].endswith(".py") else ("", [])
+    if launcher == "cogview3":
+        return (
+            ("cogview3", rest) if not rest or rest[0].startswith("-") else (f"cogview3 {rest[0]}", rest[1:])
+        )
     if launcher in ("bash", "sh"):
         return (rest[0], rest[1:]) if rest else ("", [])
     if launcher in ("pytest", "mkdocs", "pip"):

@@ -14,12 +14,13 @@ from types import ModuleType
 
 import pytest
 
+from cogview3 import __main__ as cogview3
 from tests.architecture.commands import Command, commands, lines, parsed
 from tests.architecture.tree import ROOT, files
 
 WRITTEN = commands("*.md", "docs/*.md", "data/*.md", "sample_scripts/*", "train_scripts/*")
 CHECKED = {"sample.py": "sat.cli.sample", "train.py": "sat.cli.train"}
-PARSED = {"convert.py": "sat.cli.convert", "prompt_optimize.py": "sat.cli.prompt_optimize"}
+PARSED = {"convert.py": "sat.cli.convert", "prompt_optimize.py": "sat.cli.prompt"}
 FIRST = (
     "pip install -r requirements.txt"
     ' && torchrun --standalone sample.py --base configs/tiny.yaml --prompt "a red apple"'
@@ -41,8 +42,13 @@ def accepted(command: Command) -> int:
 
 
 @functools.cache
-def _accepted(program: str, words: tuple[str, ...]) -> int:
+def _accepted(program: str, words: tuple[str, ...]) -> int:  # noqa: C901 - a program after the other
     """Checked with its config where there is one, else parsed."""
+    if program == "cogview3":
+        return cogview3.main(words)
+    if program.startswith("cogview3 "):
+        module = f"sat.cli.{program.partition(' ')[2]}"
+        program = next((script for script, of in CHECKED.items() if of == module), module)
     if program in CHECKED:
         arguments = [word for word in words if word not in ("--print-config",)]
         module = importlib.import_module(CHECKED[program])

@@ -86,5 +86,5 @@ def test_without_pyarrow_it_is_said_what_to_install(tmp_path, monkeypatch):
         return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", no_pyarrow)
-    with pytest.raises(DataError, match="needs pyarrow: pip install pyarrow"):
+    with pytest.raises(DataError, match="needs pyarrow: pip install -e"):
         read_source(path)

@@ -29,4 +29,4 @@ def test_a_command_runs_as_a_module(
 
 
 def test_every_command_of_a_reader_is_looked_at() -> None:
-    assert {"sample", "train", "convert", "web", "evaluate", "prepare", "prompt_optimize"} <= set(COMMANDS)
+    assert {"sample", "train", "convert", "web", "evaluate", "prepare", "prompt", "doctor"} <= set(COMMANDS)

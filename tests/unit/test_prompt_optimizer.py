@@ -18,7 +18,7 @@ from sat.apps.prompts.optimizer import (
     shortened,
 )
 from sat.apps.prompts.writing import EXAMPLES, AnswerError, Words, is_english, read_answer
-from sat.cli import prompt_optimize
+from sat.cli import prompt as prompt_command
 from sat.tokenizers import T5Tokenizer
 from sat.util.ending import FAILED
 from tests.chat import KEY, LONG, Chat, Says, chat
@@ -192,7 +192,7 @@ def test_english_is_told_from_its_neighbours() -> None:
 
 def command(capsys, *arguments: object) -> tuple[int, str, str]:
     capsys.readouterr()
-    code = prompt_optimize.main([str(a) for a in arguments])
+    code = prompt_command.main([str(a) for a in arguments])
     return code, *capsys.readouterr()
 
 

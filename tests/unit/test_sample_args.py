@@ -76,7 +76,6 @@ def test_resume_leaves_the_folder_to_the_config() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--prompt x", "--base is needed"),
         ("x --base a.yaml --seed 1", "unexpected argument 'x': expected section.key=value, or --base x"),
         ("--base a.yaml --prompt x --prompt-file y", "exclude each other"),
         ("--base a.yaml --seed x", "invalid int value: 'x'"),
@@ -89,6 +88,11 @@ def test_wrong_arguments_are_refused_with_code_2(capsys, line: str, message: str
         arguments(line.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_a_config_the_small_model_draws_and_a_line_says_so(capsys) -> None:
+    assert arguments(["--prompt", "x"]).base == ["configs/tiny.yaml"]
+    assert "the small model of configs/tiny.yaml draws" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy_and_is_quick() -> None:

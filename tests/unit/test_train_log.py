@@ -73,6 +73,13 @@ def test_a_resumed_run_goes_on_as_the_same_run_of_the_tracker(tmp_path, monkeypa
     assert [begun[2][key] for key in ("name", "group", "tags", "notes")] == ["apples", "g", ["t"], "n"]
 
 
+def test_a_tracker_that_is_not_installed_is_told_in_one_line(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Record(tmp_path).start_wandb(tmp_path, replace(CONFIG, wandb="offline"), {}, resume=False)
+    (line,) = caplog.messages
+    assert "wandb is not installed" in line and "train.wandb=disabled" in line and "[wandb]" in line
+
+
 def test_a_tracker_that_is_disabled_is_not_imported(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
     Record(tmp_path).start_wandb(tmp_path, replace(CONFIG, wandb="disabled"), {}, resume=False)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 from sat.apps.prompts.writing import AnswerError, Message, Words, messages, read_answer
-from sat.util.host import write_text
+from sat.util.host import install, write_text
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -31,7 +31,7 @@ MODEL = "gpt-5-mini"
 """Model where none is named."""
 KEY, URL, NAME = "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL"
 """Environment variables; the first two are the openai package's own."""
-INSTALL = 'rewriting prompts needs the openai package: pip install "openai>=3,<4"'
+INSTALL = f"rewriting prompts needs the openai package: {install('prompts')}"
 AT_ONCE = 4
 """Prompts that are rewritten at the same time."""
 

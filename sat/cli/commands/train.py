@@ -47,6 +47,7 @@ from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder
 from sat.util import log as logs
 from sat.util.ending import ENDED, STOPPED_EARLY, ending
+from sat.util.host import install
 from sat.util.lock import BusyError, Lock
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
             f"training step has one: set it to 1, and its ranks read other images"
         )
     if train.tensorboard and find_spec("tensorboard") is None:
-        raise UsageError("train.tensorboard needs a package: pip install tensorboard, or set it to false")
+        raise UsageError(f"train.tensorboard needs a package: {install('tensorboard')}, or set it to false")
     if experiment.adapters.lora is None:
         params, integers = train.objective.params, experiment.memory.quantize
         needs = resolve(train.objective.target, experiment.imports).needs(params)

@@ -27,13 +27,7 @@ answer, 2 wrong arguments.
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    out = Parser(
-        prog="prompt_optimize.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    out = Parser.of("prompt_optimize.py", DESCRIPTION, EPILOG)
     add = out.add_argument
     what = out.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="what to rewrite; repeat for several")
