@@ -122,8 +122,14 @@ def read_base(base: str | Path) -> Source:
         near = hint(str(base), (f"configs/{p.name}" for p in (home / "configs").glob("*.yaml")))
         raise ConfigError.of("", str(base), f"there is no such config{near}")
     if path.is_relative_to(SHIPPED):
-        log.info("%s: not here, so the one that ships: %s", base, path)
+        _tell_shipped(str(base), path)
     return read(path, str(base))
+
+
+@functools.cache
+def _tell_shipped(base: str, path: Path) -> None:
+    """Say once that ``base`` was not found in any folder of the user's."""
+    log.info("%s: not here, so the one that ships: %s", base, path)
 
 
 def _read(
