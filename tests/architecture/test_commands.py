@@ -100,8 +100,8 @@ def not_installable(arguments: Sequence[str]) -> list[str]:
     for before, word in zip(["", *words], words, strict=False):
         if before == "-r":
             good = (ROOT / word).is_file()
-        elif before == "-e":
-            good = set(word.removeprefix(".[").removesuffix("]").split(",")) <= set(extras)
+        elif before == "-e" or word.startswith("."):
+            good = word == "." or set(word.removeprefix(".[").removesuffix("]").split(",")) <= set(extras)
         elif re.search("[<>=]", word):
             good = word in bounds
         else:
