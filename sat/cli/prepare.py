@@ -68,6 +68,14 @@ def parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="only count; code 1 if anything is missing")
     add("--prune", action="store_true", help="delete what this config does not use")
     add("overrides", nargs="*", metavar="section.key=value", help="config keys to set")
+
+    add = commands.add_parser("prior", help="draw class pictures for prior preservation").add_argument
+    files = "config files of the model, or of the training, whose picture size is then used"
+    add("--base", nargs="+", action="extend", metavar="YAML", help=files)
+    add("--prompt", action="append", required=True, help="class prompt, such as 'a fox'; several in turn")
+    add("--count", type=int, default=100, metavar="N", help="pictures in all (100); missing ones are drawn")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures and captions")
+    add("overrides", nargs="*", metavar="section.key=value", help="config keys to set")
     return top
 
 

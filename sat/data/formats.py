@@ -1,7 +1,8 @@
 """Records from tables (JSON lines, CSV, TSV), parquet files and tar shards.
 
 Readers yield records, complaints, and notes (plain strings) on what they leave out. ``keys`` are the names
-that a caption may have, ``columns`` the columns of further pictures by the extra's name.
+that a caption may have, of which the first counts, or names with their weights, of which all count;
+``columns`` are the columns of further pictures by the extra's name.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ LONGEST_TEXT = 16 << 20  # bytes of a caption file, and of a line of a table
 TEXTS = ("txt", "text", "prompt", "caption")  # endings of files that are a caption
 PATHS = ("file_name", "path", "image")  # columns that name a picture's file
 Item = Record | BadRecord | str  # a note
+Keys = Sequence[str] | Mapping[str, float]
 Columns = Mapping[str, str]
 NO_COLUMNS: Columns = MappingProxyType({})
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -79,8 +81,23 @@ class Captions(NamedTuple):
     weights: tuple[float, ...]
 
 
-def row_captions(row: Mapping[str, object], keys: Sequence[str] = CAPTION_KEYS) -> Captions:
-    """The captions of a row: one text or a list of them under the first of ``keys``, with ``weights``."""
+def row_captions(row: Mapping[str, object], keys: Keys = CAPTION_KEYS) -> Captions:
+    """The captions of a row: one text or a list of them under the first of ``keys``, with ``weights``.
+
+    With weighted ``keys``: those of all of them, each with its weight, shared by its texts.
+    """
+    if isinstance(keys, Mapping):
+        several = [
+            (row_captions(row, (key,)), keys[key]) for key in keys if row.get(key) not in (None, "", [])
+        ]
+        if not several:
+            raise FieldError(next(iter(keys)), f"no caption, expected {' or '.join(keys)}", "caption")
+        shares = [
+            weight * own / sum(found.weights or (1,) * len(found.texts))
+            for found, weight in several
+            for own in (found.weights or (1,) * len(found.texts))
+        ]
+        return Captions(tuple(text for found, _ in several for text in found.texts), tuple(shares))
     there = [key for key in keys if row.get(key) is not None]
     if not there:
         raise FieldError(keys[0], f"no caption, expected one of {', '.join(keys)}", "caption")
@@ -106,25 +123,40 @@ def row_captions(row: Mapping[str, object], keys: Sequence[str] = CAPTION_KEYS) 
     return Captions(texts, found)
 
 
-def file_captions(ending: str, data: bytes, keys: Sequence[str] = CAPTION_KEYS) -> Captions:
+def file_captions(ending: str, data: bytes, keys: Keys = CAPTION_KEYS) -> Captions:
     """The captions in the content of a file ``.txt`` and the like, or of a ``.json``."""
+    first = next(iter(keys))
     try:
         text = decoded(data)
-        row = json.loads(text) if ending == "json" else {keys[0]: " ".join(text.split())}
+        row = json.loads(text) if ending == "json" else {first: " ".join(text.split())}
     except (ValueError, RecursionError) as error:
         raise FieldError(
             ending, f"not JSON: {error}" if ending == "json" else str(error), "caption"
         ) from error
     if not isinstance(row, dict):
         raise FieldError(ending, f"expected an object, got {type(row).__name__}", "caption")
-    if ending != "json" and not row[keys[0]]:
+    if ending != "json" and not row[first]:
         raise FieldError(ending, "empty caption", "caption")
     return row_captions(row, keys)
 
 
-def row_record(
-    row: object, folder: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
-) -> Record:
+def beside_captions(files: Mapping[str, bytes], keys: Mapping[str, float]) -> Captions:
+    """The captions in files beside a picture by their ending (``short.txt``, ``caption``, ``json``)."""
+    row: dict[str, object] = {}
+    for key in keys:
+        ending = next((one for one in (key, *(f"{key}.{end}" for end in TEXTS)) if one in files), None)
+        if ending is not None:
+            row[key] = file_captions("txt", files[ending], (key,)).texts[0]
+    if "json" in files:
+        try:
+            more = json.loads(decoded(files["json"]))
+        except (ValueError, RecursionError) as error:
+            raise FieldError("json", f"not JSON: {error}", "caption") from error
+        row = {**(more if isinstance(more, dict) else {}), **row}
+    return row_captions(row, keys)
+
+
+def row_record(row: object, folder: Path, keys: Keys = CAPTION_KEYS, columns: Columns = NO_COLUMNS) -> Record:
     """The record of a row whose ``file_name`` (or ``path``, ``image``) is relative to ``folder``."""
     if not isinstance(row, dict):
         raise FieldError("row", f"expected an object with file_name and text, got {type(row).__name__}")
@@ -167,9 +199,7 @@ def _named(folder: Path, name: str, column: str) -> Path:
     return path
 
 
-def read_jsonl(
-    table: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
-) -> Iterator[Item]:
+def read_jsonl(table: Path, keys: Keys = CAPTION_KEYS, columns: Columns = NO_COLUMNS) -> Iterator[Item]:
     """One record or complaint for each line of a table of JSON objects."""
     try:
         for number, line in enumerate(_lines(table), 1):
@@ -185,9 +215,7 @@ def read_jsonl(
         yield BadRecord(str(table), str(getattr(error, "strerror", None) or error))
 
 
-def read_csv(
-    table: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
-) -> Iterator[Item]:
+def read_csv(table: Path, keys: Keys = CAPTION_KEYS, columns: Columns = NO_COLUMNS) -> Iterator[Item]:
     """One record or complaint for each row of a table with a header: ``.tsv`` by tabs, others by commas."""
     parts = (part for line in _lines(table) for part in re.split(rb"(?<=\r)(?!\n)", line))  # of old Macs
     lines = (part.decode("utf-8", "surrogateescape") for part in parts if part)
@@ -215,13 +243,13 @@ def read_csv(
             return
 
 
-def _header(cells: Sequence[str], keys: Sequence[str]) -> list[str]:
+def _header(cells: Sequence[str], keys: Keys) -> list[str]:
     """Names of the columns; FieldError unless pictures and captions are among them, each once."""
     columns = [cell.strip() for cell in cells]
     has = ", ".join(columns)
     for needed in (PATHS, keys):
         if not set(needed) & set(columns):
-            raise FieldError(needed[0], f"no column {' or '.join(needed)} (there are: {has})")
+            raise FieldError(next(iter(needed)), f"no column {' or '.join(needed)} (there are: {has})")
     if twice := [name for name in columns if name and columns.count(name) > 1]:
         raise FieldError(twice[0], f"two columns of this name (there are: {has})")
     return columns
@@ -308,7 +336,7 @@ def lists_addresses(path: Path) -> bool:
 
 
 def read_parquet(  # noqa: C901 - the file, its columns, its rows
-    path: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
+    path: Path, keys: Keys = CAPTION_KEYS, columns: Columns = NO_COLUMNS
 ) -> Iterator[Item]:
     """One record or complaint for each row; the pictures' bytes are not read yet."""
     try:
@@ -330,7 +358,8 @@ def read_parquet(  # noqa: C901 - the file, its columns, its rows
         yield BadRecord(str(path), f"{IMAGE}: no column {' or '.join(PATHS)} (there are: {has})")
         return
     if not set(keys) & kinds.keys():
-        yield BadRecord(str(path), f"{keys[0]}: no column {' or '.join(keys)} (there are: {has})", "caption")
+        first = next(iter(keys))
+        yield BadRecord(str(path), f"{first}: no column {' or '.join(keys)} (there are: {has})", "caption")
         return
     sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
     if by_bytes and max(sizes, default=0) > LARGE_GROUP:
@@ -418,7 +447,7 @@ def expand(path: Path) -> list[Path]:
 
 
 def read_shard(  # noqa: C901 - members, samples, damage
-    path: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Columns = NO_COLUMNS
+    path: Path, keys: Keys = CAPTION_KEYS, columns: Columns = NO_COLUMNS
 ) -> Iterator[Item]:
     """One record or complaint for each sample of a shard, in order, and for each damaged part."""
     known, others, several, damage = set[str](), list[str](), list[str](), list[str]()
@@ -490,7 +519,7 @@ def _sample(
     path: Path,
     shard: tarfile.TarFile,
     members: dict[str, tarfile.TarInfo],
-    keys: Sequence[str],
+    keys: Keys,
     columns: Columns,
 ) -> Record:
     pictures = [name for name in members if PurePosixPath(f"x.{name}").suffix in IMAGE_SUFFIXES]
@@ -506,14 +535,23 @@ def _sample(
             "picture", f"no member .jpg, .png or the like beside .{', .'.join(members)}", "picture"
         )
     picture = _member(members[min(pictures, key=lambda name: name.count("."))])
+
+    def content(ending: str) -> bytes:
+        info = members[ending]
+        if info.size > LONGEST_TEXT:
+            raise FieldError(ending, f"{info.size} bytes, expected {LONGEST_TEXT} at most", "caption")
+        file = shard.extractfile(info)
+        assert file is not None, "a regular file has bytes"
+        return file.read()
+
+    if isinstance(keys, Mapping):
+        texts = [one for one in members if one.rpartition(".")[2] in (*TEXTS, "json")]
+        found = beside_captions({one: content(one) for one in texts}, keys)
+        return Record(path, found.texts, found.weights, inside=picture, extras=extras)
     ending = next((one for one in (*TEXTS, "json") if one in members), None)
     if ending is None:
         raise FieldError("txt", f"no caption, expected a member .{', .'.join(TEXTS)} or .json", "caption")
-    if members[ending].size > LONGEST_TEXT:
-        raise FieldError(ending, f"{members[ending].size} bytes, expected {LONGEST_TEXT} at most", "caption")
-    file = shard.extractfile(members[ending])
-    assert file is not None, "a regular file has bytes"
-    found = file_captions(ending, file.read(), keys)
+    found = file_captions(ending, content(ending), keys)
     return Record(path, found.texts, found.weights, inside=picture, extras=extras)
 
 

@@ -18,7 +18,9 @@ from sat.data.formats import (
     TEXTS,
     Columns,
     Item,
+    Keys,
     Row,
+    beside_captions,
     expand,
     file_captions,
     lists_addresses,
@@ -49,7 +51,7 @@ from sat.util.host import check_regular, read_bounded
 TABLES = (TABLE, "metadata.csv", "metadata.tsv")
 _SHARDS = (".tar", ".parquet")
 _CAPTIONS = (*TEXTS, "json")  # endings beside pictures; the first there is counts
-_READERS: Mapping[str, Callable[[Path, Sequence[str], Columns], Iterator[Item]]] = {
+_READERS: Mapping[str, Callable[[Path, Keys, Columns], Iterator[Item]]] = {
     ".jsonl": read_jsonl, ".csv": read_csv, ".tsv": read_csv, ".tar": read_shard, ".parquet": read_parquet,
 }  # fmt: skip
 _UNREAD = frozenset(  # pictures of formats that are not read
@@ -69,14 +71,15 @@ _KNOWN = "a folder, a .jsonl, .csv, .tsv, .tar or .parquet file"
 class Source(NamedTuple):
     """One data source. ``repeats``: copies of it in an epoch; ``weight``: its share of the stream instead.
 
-    ``caption``: the name of the captions in its rows, if it is none of the usual ones. ``extras``: places of
+    ``caption``: the name of the captions in its rows, if it is none of the usual ones, or several names with
+    the weights that their captions are drawn by. ``extras``: places of
     further pictures by name. ``loss_weight``: factor of its pictures' losses.
     """
 
     path: Path
     repeats: int = 1
     weight: float | None = None
-    caption: str | None = None
+    caption: str | Mapping[str, float] | None = None
     extras: Mapping[str, ExtraRule] = NO_EXTRAS
     loss_weight: float = 1.0
 
@@ -112,7 +115,7 @@ def read_sources(sources: Sequence[Source | tuple[Path, int]], max_bad_share: fl
 
 
 def read_source(
-    path: Path, caption: str | None = None, extras: Mapping[str, ExtraRule] = NO_EXTRAS
+    path: Path, caption: str | Mapping[str, float] | None = None, extras: Mapping[str, ExtraRule] = NO_EXTRAS
 ) -> RecordSet:
     """The records of one folder, table, shard, or range of shards ``name-{000..012}.tar``.
 
@@ -121,7 +124,7 @@ def read_source(
     of the same name counts, and the folders in it are read likewise, in order of their paths. ``caption``
     names the captions in rows; ``extras`` are places of further pictures by their names, such as ``mask``.
     """
-    keys = CAPTION_KEYS if caption is None else (caption,)
+    keys: Keys = CAPTION_KEYS if caption is None else (caption,) if isinstance(caption, str) else caption
     columns = {name: rule.column for name, rule in extras.items() if rule.column is not None}
     if path.is_dir():
         beside = [rule.folder for rule in extras.values() if rule.folder is not None]
@@ -140,7 +143,7 @@ def read_source(
     return _read((item for file in files for item in _rows(file, keys, columns)), path.parent, extras)
 
 
-def _rows(file: Path, keys: Sequence[str], columns: Columns) -> Iterator[Item]:
+def _rows(file: Path, keys: Keys, columns: Columns) -> Iterator[Item]:
     """The items of a table or shard, or a note that there are none."""
     empty = True
     for item in _READERS[file.suffix.lower()](file, keys, columns):
@@ -284,7 +287,7 @@ def _walk(top: Path, *, everything: bool = False) -> _Tree:  # noqa: C901 - what
 
 
 def _folder(
-    top: Path, keys: Sequence[str], columns: Columns = NO_COLUMNS, beside: Sequence[Path] = ()
+    top: Path, keys: Keys, columns: Columns = NO_COLUMNS, beside: Sequence[Path] = ()
 ) -> Iterator[Item]:
     """One record or complaint for each row, member or image below ``top``, and notes on the rest.
 
@@ -336,7 +339,7 @@ def _folder(
 
 
 def _pairs(  # noqa: C901 - pictures, and what is none
-    files: Sequence[Path], keys: Sequence[str], columns: Columns
+    files: Sequence[Path], keys: Keys, columns: Columns
 ) -> Iterator[Item]:
     """One record or complaint for each picture of ``files``, and notes on the rest."""
     pictures, others = list[tuple[str, Path]](), list[tuple[str, Path]]()  # by path without ending
@@ -352,12 +355,20 @@ def _pairs(  # noqa: C901 - pictures, and what is none
     shared = Counter(root for root, _ in pictures)
     for root, picture in pictures:
         found = texts.get(root, {})
-        ending = next((one for one in _CAPTIONS if one in found), "")
+        if isinstance(keys, Mapping):
+            found = dict(found) | {
+                f"{key}.{end}": file for key in keys for end, file in texts.pop(f"{root}.{key}", {}).items()
+            }
+        ending = next((one for one in (*_CAPTIONS, *found) if one in found), "")
         if not ending:
             yield BadRecord(str(picture), f"no caption file {picture.stem}.txt", "caption")
             continue
         try:
-            captions = file_captions(ending, read_bounded(found[ending], LONGEST_TEXT), keys)
+            if isinstance(keys, Mapping):
+                read = {end: read_bounded(file, LONGEST_TEXT) for end, file in found.items()}
+                captions = beside_captions(read, keys)
+            else:
+                captions = file_captions(ending, read_bounded(found[ending], LONGEST_TEXT), keys)
         except (OSError, FieldError) as error:
             yield BadRecord(str(found[ending]), str(getattr(error, "strerror", None) or error), "caption")
         else:

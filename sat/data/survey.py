@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,20 @@ from typing import NamedTuple
 import PIL.Image
 
 from sat.data.buckets import ORIENTATION, Buckets, Size
-from sat.data.records import HELD_OUT, IMAGE_SUFFIXES, LISTED, BadRecord, Record, note, skipped
+from sat.data.records import (
+    HELD_OUT,
+    IMAGE_SUFFIXES,
+    LISTED,
+    NO_EXTRAS,
+    BadRecord,
+    ExtraRule,
+    Record,
+    note,
+    skipped,
+)
 from sat.data.sources import TABLES, files_below, read_source
 from sat.data.transforms import Transform
+from sat.data.transforms import opened as with_extras
 from sat.util.log import one_line
 from sat.util.pictures import open_picture, shown
 
@@ -75,6 +86,8 @@ class Survey:
         if height is not None and width is not None:
             small = sum(one.size[0] < height or one.size[1] < width for one in self.pictures)
             rows.append(f"smaller than {height}x{width}, so enlarged: {small}")
+        extras = Counter(name for record in self.readable for name in record.extras)
+        rows += [f"with a {name}: {count}" for name, count in extras.items()]
         rows += [
             f"{name}: {len(values)} different, {_counts(values)}" for name, values in self.labels.items()
         ]
@@ -88,13 +101,14 @@ def survey(
     source: Path,
     too_long: Callable[[str], bool] | None = None,
     workers: int = 4,
-    caption: str | None = None,
+    caption: str | Mapping[str, float] | None = None,
+    extras: Mapping[str, ExtraRule] = NO_EXTRAS,
 ) -> Survey:
     """Opens every picture of ``source`` once; ``too_long`` tells if a caption is over the token limit.
 
-    ``caption``: as of :func:`sat.data.sources.read_source`.
+    ``caption`` and ``extras``: as of :func:`sat.data.sources.read_source`.
     """
-    found = read_source(source, caption)
+    found = read_source(source, caption, extras)
     unnamed = list[Path]()
     if any((source / name).is_file() for name in TABLES):  # which stand for the folder
         kept = source / HELD_OUT
@@ -134,6 +148,8 @@ def inspect_picture(record: Record) -> Picture | BadRecord:
             several = bool(getattr(opened, "is_animated", False))
             turned = opened.getexif().get(ORIENTATION, 1) in range(2, 9)
             picture = shown(opened)
+        if record.extras:
+            with_extras(record)
         with source.open("rb") if isinstance(source, Path) else source as file:
             file.seek(0)
             while part := file.read(1 << 20):

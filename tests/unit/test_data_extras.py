@@ -269,3 +269,43 @@ def test_a_source_says_where_its_masks_are_in_one_way():
     with pytest.raises(RuleError, match="expected one of `column`, `folder` and `alpha`, got 2"):
         ExtraConfig(column="mask", alpha=True)
     assert replace(DataConfig([SourceConfig(Path("x"))], 8, 8).sources[0], mask=None).extras == {}
+
+
+# -- captions by weight
+
+
+def texts(found) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
+    return [(record.captions, record.weights) for record in found.records]
+
+
+def test_captions_of_several_names_are_drawn_by_their_weights(tmp_path):
+    weights = {"short": 1.0, "long": 3.0}
+    expected = [(("fox", "a red fox", "a fox in snow"), (1.0, 1.5, 1.5)), (("owl",), (1.0,))]
+    ramp(6, 4).save(tmp_path / "0.png")
+    rows = [
+        {"file_name": "0.png", "short": "fox", "long": ["a red fox", "a fox in snow"]},
+        {"file_name": "0.png", "short": "owl", "long": ""},
+        {"file_name": "0.png", "text": "of another name"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_source(tmp_path / "rows.jsonl", weights)
+    assert texts(found) == expected
+    assert [bad.reason for bad in found.bad] == ["short: no caption, expected short or long"]
+    draws = [found.records[0].caption((n + 0.5) / 100) for n in range(100)]
+    assert [draws.count(text) for text in expected[0][0]] == [25, 38, 37]
+
+
+def test_captions_by_weight_lie_beside_pictures_and_in_shards(tmp_path):
+    weights = {"short": 1.0, "caption": 3.0}
+    beside = {"fox.png": data(ramp(6, 4)), "fox.short.txt": b"fox", "fox.caption": b"a red fox"}
+    (tmp_path / "folder").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for name, content in beside.items():
+            (tmp_path / "folder" / name).write_bytes(content)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    for place in ("folder", "a.tar"):
+        found = read_source(tmp_path / place, weights)
+        assert texts(found) == [(("fox", "a red fox"), (1.0, 3.0))]
+        assert not [*found.bad, *found.notes]

@@ -63,14 +63,15 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
     if args.base:
         from sat.config.build import find_vocabulary
         from sat.config.load import load
-        from sat.train.data import bucket_rule
+        from sat.train.data import bucket_rule, source_of
 
         experiment = load(args.base)
         data, train, conditioning = experiment.data, experiment.train, experiment.conditioning
         if data is None:
             raise UsageError("the config of --base has no `data` section")
         sources = sources or [
-            Source(one.path, caption=args.caption or one.caption) for one in (*data.sources, *data.validation)
+            source_of(one)._replace(caption=args.caption or one.caption)
+            for one in (*data.sources, *data.validation)
         ]
         height, width, rule = height or data.height, width or data.width, rule or bucket_rule(data)
         batch = batch or (None if train is None else train.batch_size)
@@ -96,7 +97,7 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
         print("captions over the token limit are not counted: no spiece.model is at hand (--tokenizer)")
     surveys = []
     for source in sources:
-        surveys.append(survey(source.path, too_long, caption=source.caption))
+        surveys.append(survey(source.path, too_long, caption=source.caption, extras=source.extras))
         print("\n".join(surveys[-1].lines(height, width, None if args.all else LISTED)))
     print("\n".join(duplicates(surveys) or ["no duplicates"]))
     if rule is not None:
@@ -157,9 +158,50 @@ def cache(args: argparse.Namespace) -> int:
     return 1 if args.check and (count.latents_missing or count.text_missing) else 0
 
 
+def prior(args: argparse.Namespace) -> int:
+    """Draw the class pictures that are missing in a folder, with the model itself; the exit code."""
+    from sat.config.load import load_full
+    from sat.config.yaml_source import ConfigError
+    from sat.data.records import DataPathError
+    from sat.pipeline import Pipeline
+
+    sort_overrides(args)
+    if not args.base:
+        raise UsageError("--base is needed: the config files of the model, such as configs/plus.yaml")
+    if args.count < 1:
+        raise UsageError(f"--count {args.count}: expected at least 1")
+    loaded = load_full(args.base, args.overrides)
+    if missing := [one for one in loaded.missing if not one.key.startswith("data.")]:
+        raise ConfigError(missing)
+    experiment, out = loaded.experiment, args.out
+    data = experiment.data
+    size = (data.height, data.width) if data is not None else (None, None)
+    wanted = {out / f"{number:05d}.png": number for number in range(args.count)}
+    there = [file for file in wanted if file.is_file() and file.with_suffix(".txt").is_file()]
+    others = sorted({*out.glob("*.png")} - {*wanted})
+    if others and not there:
+        raise DataPathError(f"{out}: holds other pictures ({others[0].name}, …): name a new folder by --out")
+    todo = [file for file in wanted if file not in there]
+    print(f"{out}: {len(there)} of {args.count} class pictures are there, {len(todo)} to draw")
+    pipeline = Pipeline.open(experiment) if todo else None
+    out.mkdir(parents=True, exist_ok=True)
+    for file in todo:
+        prompt = args.prompt[wanted[file] % len(args.prompt)]
+        seed = experiment.sampling.seed + wanted[file]
+        assert pipeline is not None, "opened if there is anything to draw"
+        (image,) = pipeline([prompt], seed=seed, height=size[0], width=size[1]).images
+        partial = file.with_suffix(".tmp")
+        image.save(partial, "PNG")
+        file.with_suffix(".txt").write_text(f"{prompt}\n", encoding="utf-8")
+        partial.replace(file)
+    print(f"as a source: {{path: {out}, loss_weight: 1.0}}")
+    return 0
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "emoji": emoji,
     "tokenizer": tokenizer,
     "inspect": inspect,
     "cache": cache,
+    "prior": prior,
 }

@@ -54,19 +54,24 @@ class SourceConfig(Section):
 
     ``repeats``: copies of it in an epoch. ``weight``: its share of the stream instead, relative to the
     weights of the other sources. ``caption``: the name of the captions in its rows; null: the first there is
-    of text, prompt, caption, captions and description. ``mask``: pictures that weigh the loss by place, white
-    where it counts whole. ``loss_weight``: factor of the losses of its pictures.
+    of text, prompt, caption, captions and description; several names with weights, such as
+    ``{short: 1, long: 3}``: all of them, drawn by these. ``mask``: pictures that weigh the loss by place,
+    white where it counts whole. ``loss_weight``: factor of the losses of its pictures.
     """
 
     section = "data.sources"
     counts = ("repeats",)
     path: Annotated[
         Path,
-        MustExist("name a folder, table or shards of images with captions (see docs/data.md)", ranges=True),
+        MustExist(
+            "name a folder, table or shards of images with captions (see docs/data.md; class pictures are "
+            "drawn by `python -m sat.cli.prepare prior`)",
+            ranges=True,
+        ),
     ]
     repeats: int = 1
     weight: float | None = None
-    caption: str | None = None
+    caption: str | dict[str, float] | None = None
     mask: ExtraConfig | None = None
     loss_weight: float = 1.0
 
@@ -78,6 +83,10 @@ class SourceConfig(Section):
     def _rules(self) -> Broken:
         if self.weight is not None and not 0 < self.weight < math.inf:
             yield "weight", f"expected more than 0 or null, got {self.weight}"
+        if isinstance(self.caption, dict) and not (
+            all(0 < weight < math.inf for weight in self.caption.values()) and self.caption
+        ):
+            yield "caption", f"expected names with weights above 0, got {self.caption}"
         if not 0 < self.loss_weight < math.inf:
             yield "loss_weight", f"expected more than 0, got {self.loss_weight}"
         if self.weight is not None and self.repeats != 1:
