@@ -100,7 +100,8 @@ def pack(model: nn.Module) -> int:
     ones stay as they are, and so do packed ones.
     """
     found = list(_packable(model))
-    for module, name, child in found:
+    for module, name in found:  # each plain weight goes before the next is packed
+        child = getattr(module, name)
         setattr(module, name, _MADE[type(child)](child))
     join_gelu(model)
     return len(found)
@@ -111,12 +112,12 @@ def packs_any(model: nn.Module) -> bool:
     return next(_packable(model), None) is not None
 
 
-def _packable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """(owner, name, layer) of the linears that are packed."""
+def _packable(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(owner, name) of the linears that are packed."""
     for module in [m for m in model.modules() if isinstance(m, (Attention, FeedForward))]:
         for name, child in module.named_children():
             if type(child) in _MADE and child.weight.device.type == "cpu" and packable(child.weight.dtype):
-                yield module, name, child
+                yield module, name
 
 
 _MADE: dict[type[nn.Module], Callable[[Any], nn.Module]] = {

@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
 from sat.parallel.launch import Axis
 from sat.parallel.sequence import apply_sequence
+from sat.train.lora import pack_frozen
 from sat.transformer import Context, Transformer, TransformerHooks
 from tests.small import condition, fill, plus
 from tests.tolerances import BF16, F32, F64
@@ -77,6 +79,26 @@ def test_a_packed_layer_drops_the_original_and_can_make_it_again() -> None:
         assert (copy.deepcopy(layer)(x) - linear(x)).abs().max() < F32
         for how in ("tanh", "none"):
             assert (layer.gelu(x, how) - F.gelu(linear(x), approximate=how)).abs().max() < F32
+
+
+@pytest.mark.parametrize("way", [pack, lambda model: pack_frozen({"model": model})])
+def test_each_plain_weight_goes_before_the_next_is_packed(
+    way: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = plus().requires_grad_(False)
+    inside = [m for b in model.transformer.blocks for m in b.modules() if isinstance(m, nn.Linear)]
+    weights = [weakref.ref(linear.weight) for linear in inside if linear.weight is not None]
+    del inside
+    reordered, whole = packed.reordered, len(weights)
+    seen: list[int] = []
+
+    def counted(weight: Tensor) -> Tensor:
+        seen.append(sum(ref() is not None for ref in weights))
+        return reordered(weight)
+
+    monkeypatch.setattr(packed, "reordered", counted)
+    assert way(model)
+    assert len(seen) >= 8 and seen[-1] <= whole - 6, seen
 
 
 def test_layers_that_are_no_plain_linears_are_left() -> None:
