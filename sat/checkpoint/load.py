@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -50,6 +50,18 @@ class Adopts(Protocol):
         ...
 
 
+class Replaces(Protocol):
+    """Puts other modules in the place of some as they are filled, such as quantised layers."""
+
+    def replaces(self, module: nn.Module, tensor: str) -> bool:
+        """True if :meth:`placed` needs the values of ``tensor`` for a moment only."""
+        ...
+
+    def placed(self, module: nn.Module, tensor: str) -> None:
+        """Told of each tensor of ``module`` that has just got its values, by name."""
+        ...
+
+
 GUIDANCE = "guidance.weight"
 """Tensor of distilled weights only."""
 
@@ -82,7 +94,7 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     allow_missing: Sequence[str] = (),
     allow_unexpected: Sequence[str] = (),
     allow_pickle: bool = False,
-    placed: Callable[[nn.Module, str], None] | None = None,
+    replacing: Replaces | None = None,
     verify: Verify | None = None,
 ) -> LoadReport:
     """Fill ``module`` with the weights of ``part`` at ``source`` (a path in any format, or tensors by name).
@@ -92,8 +104,8 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
     (:class:`sat.sharding.Splits`) the file holds the whole tensor, and this rank's share is read. ``dtype``
     is for floating-point parameters; buffers keep their own. None keeps the module's (a meta module goes to
     the CPU). ``allow_missing`` and ``allow_unexpected`` are shell patterns over our names and the file's.
-    ``placed(module, name)`` is called as soon as a tensor has its values, and may put another module in its
-    owner's place. ``verify`` says how files are checked (all of them, by this process); a damaged one is
+    ``replacing`` may put another module in a tensor's owner's place as soon as that has its values, which are
+    not copied for it. ``verify`` says how files are checked (all of them, by this process); a damaged one is
     refused before the module is returned, and so are values that are not finite in files without digests.
     """
     verify = verify or Verify()
@@ -109,7 +121,7 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
                 module, theirs, part, allow_missing=allow_missing, allow_unexpected=allow_unexpected
             )
             target = _Target(module, device, dtype)
-            target.fill(found.view, placed, finite=verify.mode == "full" and not theirs.digested)
+            target.fill(found.view, replacing, finite=verify.mode == "full" and not theirs.digested)
             target.finish(found.missing)
         except Exception:
             theirs.verified()  # damage explains whatever came of it
@@ -269,10 +281,10 @@ class _Target:
     def fill(
         self,
         view: LazyStateDict,
-        placed: Callable[[nn.Module, str], None] | None = None,
+        replacing: Replaces | None = None,
         finite: bool = False,
     ) -> None:
-        """Read, cast and place every tensor of ``view``; ``placed`` is called after each.
+        """Read, cast and place every tensor of ``view``; ``replacing`` is told of each.
 
         With ``finite``, parameters whose values are not are refused.
         """
@@ -287,11 +299,12 @@ class _Target:
                 refuse_not_finite(tensor, name, view.source)
             cast = overflow.cast(name, tensor, self._wanted(old))
             fresh, tensor = cast.dtype != tensor.dtype, cast
+            fresh |= replacing is not None and replacing.replaces(self._module, name)
             self._place(owner, local, old, tensor, fresh=fresh)
             del tensor, cast  # with the window on the file, before more is made of the values
+            if replacing is not None:
+                replacing.placed(self._module, name)
             view.release(name)
-            if placed is not None:
-                placed(self._module, name)
         overflow.check(view.source)
 
     def finish(self, missing: Sequence[str]) -> None:
@@ -342,7 +355,7 @@ class _Target:
     ) -> None:
         """Copy into ``old`` where it can stay, else put a new tensor there; never keep a window on a file.
 
-        A ``fresh`` tensor is nobody else's, and need not be copied.
+        A ``fresh`` tensor is nobody else's, or is wanted for a moment, and need not be copied.
         """
         if not old.is_meta and not self._moves(old):
             with torch.no_grad():

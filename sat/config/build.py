@@ -140,7 +140,7 @@ class PartBuilder:
             allow_missing=self.weights.allow_missing,
             allow_unexpected=self.weights.allow_unexpected,
             allow_pickle=self.weights.allow_pickle,
-            placed=None if quantizer is None else quantizer.placed,
+            replacing=quantizer,
             verify=verify,
         )
         return module

@@ -183,9 +183,13 @@ class Quantizer:
 
         So that of a whole part never more than one tensor is there in full.
         """
+        if self.replaces(module, tensor):
+            self._replace(module, tensor.rpartition(".")[0])
+
+    def replaces(self, module: nn.Module, tensor: str) -> bool:
+        """True if ``tensor`` is the weight of a linear to quantise."""
         path, _, local = tensor.rpartition(".")
-        if local == "weight" and self.takes(path) and _plain(module.get_submodule(path)):
-            self._replace(module, path)
+        return local == "weight" and self.takes(path) and _plain(module.get_submodule(path))
 
     def __call__(self, module: nn.Module) -> int:
         """Quantise all of ``module``; returns the number of its quantised linears."""

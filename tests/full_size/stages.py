@@ -166,6 +166,7 @@ def _common(choice: Choice, name: str, sat: str, native: str, inputs: list[str] 
     return [
         Stage("load bf16, SAT file", [WORK, "load", name, "model", sat, "bf16"]),
         *(Stage(f"load {kind}", [WORK, "load", name, "model", native, kind]) for kind in _kinds(choice)),
+        *(Stage(f"open {kind}", [WORK, "open", name, native, kind]) for kind in _kinds(choice)),
         _draw(choice, "sample", [*base, *drawn]),
         *(
             _draw(choice, f"sample {kind}", [*base, *drawn, f"memory.quantize.network={kind}"])

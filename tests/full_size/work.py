@@ -28,6 +28,7 @@ from sat.conditioning.conditioner import Condition, SizeConditioner, Sizes
 from sat.config.build import build_empty, quantizers
 from sat.config.load import load as load_config
 from sat.config.schema import Component, Experiment, QuantizeConfig, plain
+from sat.kernels.packed import PackedLinear
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.t5 import T5Encoder
 from sat.transformer import Context
@@ -158,13 +159,31 @@ def check(member: str, path: str) -> dict[str, Any]:
 def load_part(member: str, part: Part, path: str, kind: str) -> dict[str, Any]:
     """Loads a part in a type, or quantised as it is read: what the model takes, and the process above it."""
     module = empty(experiment(member), part)
-    placed: Callable[[nn.Module, str], None] | None = None
+    quantizer = None
     if kind in ("int8", "int4"):
         role = {"model": "network", "text": "text_encoder"}[part]
-        placed = next(iter(quantizers(QuantizeConfig(**{role: kind})).values())).placed
+        (quantizer,) = quantizers(QuantizeConfig(**{role: kind})).values()
     before = resident("VmHWM")
-    load(module, path, part, dtype=DTYPES.get(kind, torch.bfloat16), placed=placed)
+    load(module, path, part, dtype=DTYPES.get(kind, torch.bfloat16), replacing=quantizer)
+    return held(module, before)
+
+
+def open_pipeline(member: str, path: str, kind: str) -> dict[str, Any]:
+    """Opens a whole folder as a user's program does: what its parts take, and the process above them."""
+    from sat import Pipeline
+
+    before = resident("VmHWM")
+    dtype = DTYPES.get(kind, torch.bfloat16)
+    integers = [f"memory.quantize.network={kind}"] if kind not in DTYPES else []
+    words = [f"checkpoint.path={path}", *integers]
+    pipe = Pipeline.from_config(f"configs/{member}.yaml", words, device="cpu", dtype=dtype)
+    return held(pipe.generator.engine, before)
+
+
+def held(module: nn.Module, before: int) -> dict[str, Any]:
+    """GB of the weights in ``module``, packed ones too, and of the process's peak above them."""
     tensors = [*module.parameters(), *module.buffers()]
+    tensors += [layer.packed for layer in module.modules() if isinstance(layer, PackedLinear)]
     size = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
     above = resident("VmHWM") - size
     return {"model_gb": gb(size), "above_gb": gb(above), "libraries_gb": gb(before)}
@@ -295,7 +314,8 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 WORK: dict[str, Callable[..., dict[str, Any]]] = {
-    "write": write, "check": check, "load": load_part, "parity": parity, "blocks": blocks,
+    "write": write, "check": check, "load": load_part, "open": open_pipeline, "parity": parity,
+    "blocks": blocks,
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def read(file, dtype):
 def read_quantised(file):
     with torch.device("meta"):
         module = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(50)))
-    load(module, folder / file, "model", placed=Quantizer("model", Scheme("int8"), ["*"]).placed)
+    load(module, folder / file, "model", replacing=Quantizer("model", Scheme("int8"), ["*"]))
     assert all(module[i].codes.dtype == torch.int8 for i in range(50))
 
 def read_share(file, rank):

@@ -114,18 +114,17 @@ def test_at_loading_one_weight_at_a_time_is_whole(tmp_path: Path) -> None:
             dim=32, heads=4, depth=2, channels=4, patch=2, text_dim=16, text_len=7, emb_dim=24, size_dim=48,
             table_size=(9, 11),
         )  # fmt: skip
-    quantizer = Quantizer("model", Scheme("int8"), PATTERNS)
     most = 0
 
-    def placed(module: nn.Module, name: str) -> None:
-        nonlocal most
-        there = [
-            n for n, t in module.named_parameters() if not t.is_meta and quantizer.takes(n.rpartition(".")[0])
-        ]
-        most = max(most, sum(n.endswith("weight") for n in there))
-        quantizer.placed(module, name)
+    class Counting(Quantizer):
+        def placed(self, module: nn.Module, name: str) -> None:
+            nonlocal most
+            there = [n for n, t in module.named_parameters() if not t.is_meta]
+            most = max(most, sum(n.endswith("weight") and self.takes(n.rpartition(".")[0]) for n in there))
+            super().placed(module, name)
 
-    load(empty, weights, "model", placed=placed)
+    quantizer = Counting("model", Scheme("int8"), PATTERNS)
+    load(empty, weights, "model", replacing=quantizer)
     assert most == 1
     after = plus()
     quantizer(after)
