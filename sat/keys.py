@@ -20,7 +20,7 @@ A rule may match nothing (a list serves variants of a model): what must be there
 is loaded, key by key. A key that no rule matches, or two rules match, is an error.
 
 The model families keep their lists in ``keys.py`` beside the model, under the names of the formats:
-``SAT``, ``DIFFUSERS``, ``HF`` (see :data:`LAYOUTS`).
+``SAT``, ``DIFFUSERS``, ``MEGATRON``, ``HF`` (see :data:`LAYOUTS`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import TypeAlias
 LAYOUTS = {
     "SAT": "official SwissArmyTransformer files",
     "DIFFUSERS": "diffusers component folders",
+    "MEGATRON": "Megatron training files",
     "HF": "Hugging Face transformers folders (text encoders)",
 }
 
@@ -87,6 +88,23 @@ class LinearToConv:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """Their convolution of patches (O, C, p, p) is our linear weight (O, C p p); written as ours is."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class HeadsFirst:
+    """Rows of theirs are q, k and v of one head after another, ours all of q, then of k, then of v."""
+
+    theirs: str
+    ours: str
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class Tie:
     """Several of their names hold one tensor of ours. Any of them is enough; the first is written."""
 
@@ -110,5 +128,17 @@ class Computed:
     why: str
 
 
-Rule: TypeAlias = Rename | Fuse | Split | SwapHalves | ConvToLinear | LinearToConv | Tie | Drop | Computed
+Rule: TypeAlias = (
+    Rename
+    | Fuse
+    | Split
+    | SwapHalves
+    | ConvToLinear
+    | LinearToConv
+    | Flatten
+    | HeadsFirst
+    | Tie
+    | Drop
+    | Computed
+)
 Rules: TypeAlias = Sequence[Rule]

@@ -7,6 +7,7 @@ SAT is one view, SAT -> diffusers is two, and no tensor is read before the last 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ from sat.keys import (
     Computed,
     ConvToLinear,
     Drop,
+    Flatten,
     Fuse,
+    HeadsFirst,
     LinearToConv,
     Rename,
     Rule,
@@ -145,7 +148,7 @@ class Mapped(View):
 
     def __init__(self, inner: LazyStateDict, key_map: KeyMap, *, write: bool) -> None:
         super().__init__(inner)
-        self._sources = key_map.sources
+        self._sources, self._write = key_map.sources, write
         self._squeezes: type[Rule] = LinearToConv if write else ConvToLinear
         self._unsqueezes: type[Rule] = ConvToLinear if write else LinearToConv
 
@@ -170,6 +173,12 @@ class Mapped(View):
             return (first[0] // count if cuts else first[0] * count, *first[1:])
         if isinstance(rule, SwapHalves) and (not first or first[0] % 2):
             raise CheckpointError(f"{source.names[0]}: shape {list(first)} has no two halves")
+        if isinstance(rule, HeadsFirst) and (not first or first[0] % (3 * rule.head_dim)):
+            raise CheckpointError(
+                f"{source.names[0]}: shape {list(first)} is not q, k and v of heads of {rule.head_dim}"
+            )
+        if isinstance(rule, Flatten) and not self._write and first:
+            return (first[0], math.prod(first[1:]))
         if isinstance(rule, self._squeezes) and len(first) == 4 and first[2:] == (1, 1):
             return first[:2]
         if isinstance(rule, self._unsqueezes) and len(first) == 2:
@@ -187,6 +196,11 @@ class Mapped(View):
             raise CheckpointError(f"{names} should hold the same tensor, but their values differ")
         if isinstance(rule, SwapHalves):
             return torch.cat(first.chunk(2)[::-1])
+        if isinstance(rule, HeadsFirst):
+            parts = (3, -1) if self._write else (-1, 3)
+            return first.view(*parts, rule.head_dim, *first.shape[1:]).transpose(0, 1).flatten(0, 2)
+        if isinstance(rule, Flatten) and not self._write:
+            return first.flatten(1)
         if isinstance(rule, self._squeezes) and first.dim() == 4 and first.shape[2:] == (1, 1):
             return first[:, :, 0, 0]
         if isinstance(rule, self._unsqueezes) and first.dim() == 2:

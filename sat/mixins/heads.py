@@ -15,17 +15,19 @@ class FinalLayer(Mixin):
     """Image tokens (B, N, D) -> (B, C, h, w): modulated norm, projection, and patches back in their places.
 
     ``double_norm`` normalises twice (eps 1e-5, then 1e-6) as the original does through its transformer's own
-    final norm; diffusers normalises once. Both norms have no parameters. The adaLN rows are (shift, scale).
-    Source: official ``dit.py:217``, reference notes on eps in ``docs/parity.md``.
+    final norm; diffusers normalises once, with ``eps``. Both norms have no parameters. The adaLN rows are
+    (shift, scale). Source: official ``dit.py:217``, reference notes on eps in ``docs/parity.md``.
     """
 
     host = TransformerHooks
 
-    def __init__(self, dim: int, emb_dim: int, patch: int, channels: int, double_norm: bool = True) -> None:
+    def __init__(
+        self, dim: int, emb_dim: int, patch: int, channels: int, double_norm: bool = True, eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.patch = patch
         self.first_norm = LayerNorm(dim, 1e-5) if double_norm else nn.Identity()
-        self.norm = LayerNorm(dim, 1e-6)
+        self.norm = LayerNorm(dim, eps)
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, 2 * dim))
         self.linear = nn.Linear(dim, channels * patch**2)
 
