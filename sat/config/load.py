@@ -236,7 +236,10 @@ class _Layers:
     def _prepare(self, old: Any, new: dict[str, Any], section: type | None, key: Key, marks: Marks) -> None:  # noqa: C901
         """Bring ``old`` (a mapping of the config, or None) and ``new`` at ``key`` into shapes that merge."""
         target, before = new.get("target"), _raw(old, "target")
-        if isinstance(target, str) and (today := compat.target(target)) != target:
+        if isinstance(target, str) and (
+            target in compat.NAMES or target.rpartition(".")[0] in compat.MODULES
+        ):
+            today = compat.target(target)
             self.notices.append(f"{where(marks, (*key, 'target'))}: {target} is now called {today}")
             new["target"] = target = today
         if "target" in new and target != before and old is not None:

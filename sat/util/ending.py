@@ -51,12 +51,12 @@ class Ending:
         self.sealed = 0.0
         self._written = False
 
-    def own(self, folder: Path, name: str = ENDED) -> None:
-        """Let ``name`` in ``folder`` be the place of the reason; an earlier run's is removed by rank 0."""
-        self.folder, self.name = folder, name
+    def own(self, folder: Path, part: int = 0, parts: int = 1) -> None:
+        """Let a share's file in ``folder`` be the place of the reason; rank 0 removes an earlier run's."""
+        self.folder, self.name = folder, ended_name(part, parts)
         if rank() == 0:
             with contextlib.suppress(OSError):
-                (folder / name).unlink()
+                (folder / self.name).unlink()
 
     def seal(self) -> None:
         """Let no later signal change how this process ends: its work is saved, or it is leaving."""

@@ -87,7 +87,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
 
         rewriting = Rewriting(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout, first.parallel.stall)
-    logs.setup(runtime.rank, debug=args.debug)
+    if runtime.rank:
+        logs.setup(runtime.rank, debug=args.debug)
     with ranks_together(runtime):
         ranks = _Ranks(runtime, Mesh(runtime, **layout))
         if rewriting is not None and prompts is not None:
@@ -108,7 +109,6 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
     """Be the one writer of this share of the output folder; rank 0 is for all, and its refusal is theirs."""
     last = cascade.stages[-1].experiment
     root, part = last.output.dir or OUTPUT, parse_share(last.sampling.share or "0/1")
-    name = ended_name(*part)
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
         try:
@@ -118,16 +118,14 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
                 tree = dump(replace(last, sampling=sampling, output=output))
                 texts = None if prompts is None else [[prompt.index, prompt.text] for prompt in prompts]
                 purpose = settings_digest({"config": tree, "prompts": texts})
-                lock = stack.enter_context(share_lock(root, *part, purpose, str(root)))
-                ending.own(root, name)
-                ending.lock = lock
+                ending.lock = stack.enter_context(share_lock(root, *part, purpose, str(root)))
         except BusyError as error:
             refused = error
         if (refusal := from_main(refused)) is not None:
             raise refusal
         if prompts is not None:
             ending.again = lambda: "run the same command with --resume to draw the rest"
-        ending.folder, ending.name = root, name
+        ending.own(root, *part)
         yield
 
 
