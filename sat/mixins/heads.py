@@ -1,4 +1,4 @@
-"""Heads: final norms and the way from tokens back to latents."""
+"""The head of a network: the way from tokens back to latents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces
 from sat.transformer.hooks import Context, TransformerHooks
-from sat.transformer.transformer import LayerNorm, RMSNorm
+from sat.transformer.transformer import LayerNorm
 
 
 class FinalLayer(Mixin):
@@ -38,21 +38,3 @@ class FinalLayer(Mixin):
         x = torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype))  # x * (1 + scale) + shift
         x = self.linear(x.to(self.linear.weight.dtype))  # (B, N, C patch^2)
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=ctx.grid.h, p=self.patch, q=self.patch)
-
-
-# -- the head of a text encoder: one last norm
-
-
-class FinalNorm(Mixin):
-    """RMS norm of every token, (B, L, D) -> (B, L, D) in the type of the weights."""
-
-    host = TransformerHooks
-
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.norm = RMSNorm(dim, eps)
-
-    @replaces("final")
-    def final(self, x: Tensor, ctx: Context) -> Tensor:
-        out: Tensor = self.norm(x)
-        return out

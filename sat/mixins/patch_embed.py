@@ -1,4 +1,4 @@
-"""Embeddings: image patches, feature maps or token ids become a sequence of tokens."""
+"""Embeddings: image patches or feature maps become a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -73,24 +73,3 @@ class FeatureMap(Mixin):
         cells = self.leave(x.to(self.leave.weight.dtype)).transpose(1, 2)  # (B, C, h w)
         out: Tensor = cells.reshape(ctx.image.shape) + ctx.image
         return out
-
-
-# -- token ids become tokens: the input of a text encoder
-
-
-class TokenEmbed(Mixin):
-    """Looks ``ctx.ids`` (B, T) up in a (vocab, D) table -> (B, T, D)."""
-
-    host = TransformerHooks
-
-    def __init__(self, vocab: int, dim: int) -> None:
-        super().__init__()
-        self.table = nn.Embedding(vocab, dim)
-
-    @replaces("embed")
-    def embed(self, ctx: Context) -> Tensor:
-        """(B, T, D) tokens of the context's ids."""
-        if ctx.ids is None:
-            raise ValueError("a text encoder needs token ids: the context has no `ids`")
-        tokens: Tensor = self.table(ctx.ids)
-        return tokens

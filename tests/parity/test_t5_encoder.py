@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 from sat.checkpoint.format import ENGINE_PREFIXES, as_lazy
 from sat.checkpoint.load import load, match
 from sat.checkpoint.rules import as_theirs
-from sat.mixins.relative_bias import buckets_of
+from sat.mixins.text_encoder import buckets_of
 from sat.models.t5 import T5Encoder, from_huggingface
 from sat.models.t5.keys import HF
 from tests.checkpoints import ASSETS

@@ -42,7 +42,7 @@ MOST = {
 """Launches of a step of one micro-batch at most: passes, norm, optimizer, average, sums of the log."""
 ALLOWED = {
     "sat/embeddings.py": 8,  # frequencies of timestep and sizes
-    "sat/mixins/relative_bias.py": 19,  # buckets of T5's offsets, and the bias of a frozen encoder
+    "sat/mixins/text_encoder.py": 19,  # buckets of T5's offsets, and the bias of a frozen encoder
     "sat/mixins/sincos.py": 1,  # the corner of the position table, in the tokens' type
     "sat/mixins/joint_attention.py": 1,  # with zeros for the text
 }

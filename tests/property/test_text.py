@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sat.mixins.relative_bias import buckets_of
+from sat.mixins.text_encoder import buckets_of
 from sat.tokenizers import T5Tokenizer
 from tests.vocabulary import write_vocabulary
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sat.kernels.compile import recompute
 from sat.mixin import replaces
-from sat.mixins.relative_bias import RelativeBias, buckets_of
+from sat.mixins.text_encoder import RelativeBias, buckets_of
 from sat.models.t5 import T5Encoder, from_huggingface
 from sat.models.t5.keys import SHARDING
 from sat.models.t5.model import EPS
@@ -215,7 +215,7 @@ def test_ids_are_asked_for(encoder):
 
 def test_a_second_owner_of_the_input_is_an_error(encoder):
     from sat.mixin import HookConflictError, Mixin, resolve
-    from sat.mixins.patch_embed import TokenEmbed
+    from sat.mixins.text_encoder import TokenEmbed
     from sat.transformer import TransformerHooks
 
     class Other(Mixin):

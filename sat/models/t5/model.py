@@ -7,9 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sat.mixins.heads import FinalNorm
-from sat.mixins.patch_embed import TokenEmbed
-from sat.mixins.relative_bias import RelativeBias
+from sat.mixins.text_encoder import FinalNorm, RelativeBias, TokenEmbed
 from sat.transformer import BlockSpec, Context, Transformer
 from sat.transformer.transformer import Block
 

@@ -1,4 +1,4 @@
-"""T5's relative position bias: how far a key is from a query shifts the attention logit, per head."""
+"""The parts of a text encoder: tokens of its ids, T5's relative position bias, the last norm."""
 
 from __future__ import annotations
 
@@ -8,8 +8,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sat.mixin import Mixin, wraps
+from sat.mixin import Mixin, replaces, wraps
 from sat.transformer.hooks import Context, Prepare, TransformerHooks
+from sat.transformer.transformer import RMSNorm
+
+
+class TokenEmbed(Mixin):
+    """Looks ``ctx.ids`` (B, T) up in a (vocab, D) table -> (B, T, D)."""
+
+    host = TransformerHooks
+
+    def __init__(self, vocab: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab, dim)
+
+    @replaces("embed")
+    def embed(self, ctx: Context) -> Tensor:
+        """(B, T, D) tokens of the context's ids."""
+        if ctx.ids is None:
+            raise ValueError("a text encoder needs token ids: the context has no `ids`")
+        tokens: Tensor = self.table(ctx.ids)
+        return tokens
+
+
+# -- T5's relative position bias: how far a key is from a query shifts the attention logit, per head
 
 
 def buckets_of(offsets: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -61,3 +83,18 @@ class RelativeBias(Mixin):
         per_offset = self.table(buckets_of(offsets, self.buckets, self.max_distance))  # (2T - 1, H)
         # Row i of the bias is the window of offsets -i … T-1-i: windows in reverse order, no (T, T) lookup.
         return replace(ctx, bias=per_offset.t().unfold(1, length, 1).flip(1)[None])
+
+
+class FinalNorm(Mixin):
+    """RMS norm of every token, (B, L, D) -> (B, L, D) in the type of the weights."""
+
+    host = TransformerHooks
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, eps)
+
+    @replaces("final")
+    def final(self, x: Tensor, ctx: Context) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out
