@@ -61,9 +61,9 @@ def test_an_alpha_channel_comes_apart_from_the_pixels_which_lie_on_white(tmp_pat
 
 def test_a_damaged_or_strange_file_is_named(tmp_path: Path) -> None:
     out = io.BytesIO()
-    ramp().save(out, "PNG")
+    PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(out, "PNG")
     for name, data, words in (
-        ("cut.png", out.getvalue()[:-20], "cannot be read"),
+        ("cut.png", out.getvalue()[:2000], "cannot be read"),
         ("text.png", b"a red apple", "not a picture"),
         ("empty.png", b"", "an empty file"),
     ):
