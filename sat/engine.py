@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from sat.diffusion.tiles import Tiled, tile_size
 from sat.errors import UserError
 from sat.first_stage.model import AutoencoderKL, Posterior
 from sat.first_stage.tiling import Tiling, Work, decode_tiled, encode_tiled, one_by_one
+
+if TYPE_CHECKING:
+    from sat.mixins.edit import Edit
 
 
 class NonFiniteError(UserError, ArithmeticError):
@@ -91,20 +94,25 @@ class DiffusionEngine(nn.Module):
         tile: int | None = None,
         callback: StepCallback | None = None,
         reuse: AbstractContextManager[None] | None = None,
+        edit: Edit | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) float32 from unit noise of the same shape.
 
         ``low_res``: the low-resolution image's latent, for relay. ``noise_sampler`` draws unit noise like
         ``noise``, for samplers that need more of it. ``tile``: the side, in latent cells, of the overlapping
         squares that a larger latent is denoised by; the conditions are then those of one square. ``reuse`` is
-        a step cache over this engine's network (:mod:`sat.diffusion.step_cache`).
+        a step cache over this engine's network (:mod:`sat.diffusion.step_cache`). ``edit`` is a picture to
+        change instead of drawing one from noise alone (:mod:`sat.mixins.edit`).
 
         Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
         step on an accelerator, where looking earlier would stall the device.
         """
         size = (noise.shape[2], noise.shape[3])
         schedule = sized(self.schedule, size if tile is None else tile_size(size, tile))
-        levels = self.process.hooks.levels(schedule, steps)
+        process, ctx = self.process, ProcessContext(low_res)
+        if edit is not None:
+            process, ctx = edit.over(process, schedule, steps), edit.context(ctx, noise)
+        levels = process.hooks.levels(schedule, steps)
         rows = guider.rows(cond, uncond)  # (B or 2 B): those with the condition last
         timesteps = [float(level.timestep) for level in levels[:-1]]
         denoiser = self.denoiser
@@ -130,13 +138,13 @@ class DiffusionEngine(nn.Module):
                 raise self._not_finite(finite)
             return x0
 
-        level_at_sigma = partial(self.process.hooks.level_at_sigma, schedule)
-        path = Trajectory(levels, self.process, ProcessContext(low_res), level_at_sigma)
+        level_at_sigma = partial(process.hooks.level_at_sigma, schedule)
+        path = Trajectory(levels, process, ctx, level_at_sigma)
         if noise_sampler is not None:
             path = replace(path, noise_sampler=noise_sampler)
         with reuse or nullcontext():
             latents = sampler(guided, noise.float(), path, callback)
-        if not torch.stack([ok for _, ok in finite]).all():
+        if finite and not torch.stack([ok for _, ok in finite]).all():  # none where no step is taken
             raise self._not_finite(finite)
         return latents
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ class ProcessContext:
     """Inputs of a process mixin besides x and the level."""
 
     low_res: Tensor | None = None  # (B, C, h, w) latent of the upsampled low-resolution image, for relay
+    init: Tensor | None = None  # (B, C, h, w) latent of the picture that is changed
+    noise: Tensor | None = None  # (B, C, h, w) unit noise that sampling started from
+    mask: Tensor | None = None  # (B or 1, 1, h, w) 1 where it is drawn anew, 0 where it stays
 
 
 class Mean(Protocol):
@@ -56,6 +59,12 @@ class Start(Protocol):
     """-> x at the first level, from unit noise (B, C, h, w)."""
 
     def __call__(self, noise: Tensor, level: Level, ctx: ProcessContext) -> Tensor: ...
+
+
+class AfterStep(Protocol):
+    """-> x (B, C, h, w) after a sampler has moved it to ``level``; as it is, unless a mixin changes it."""
+
+    def __call__(self, x: Tensor, level: Level, ctx: ProcessContext) -> Tensor: ...
 
 
 class Levels(Protocol):
@@ -91,6 +100,7 @@ class ProcessHooks:
 
     mean: Mean
     start: Start
+    after_step: AfterStep
     levels: Levels
     level_at_sigma: LevelAtSigma
     span: Span
@@ -100,6 +110,7 @@ class ProcessHooks:
 PLAIN = ProcessHooks(
     mean=lambda x0, level, ctx: level.alpha * x0,
     start=lambda noise, level, ctx: noise * (level.alpha**2 + level.sigma**2) ** 0.5,
+    after_step=lambda x, level, ctx: x,
     levels=lambda schedule, steps: schedule.levels(steps),
     level_at_sigma=lambda schedule, sigma: schedule.level_at_sigma(sigma),
     span=lambda schedule: schedule.total,
@@ -125,6 +136,10 @@ class Process(nn.Module):
         if len(set(inputs.values())) > 1:
             raise HookConflictError(f"mixins {list(inputs)} need different input pictures: keep one of them")
         self.input: ProcessInput | None = next(iter(inputs.values()), None)
+
+    def extended(self, mixins: Mapping[str, Mixin]) -> Process:
+        """This process with ``mixins`` around those it has; this one stays as it is."""
+        return Process({**cast("dict[str, Mixin]", dict(self.mixins.items())), **mixins})
 
     def noise(self, x0: Tensor, eps: Tensor, level: Level, ctx: ProcessContext) -> Tensor:
         """x_t (B, C, h, w) of training, from clean latents and unit noise of that shape."""

@@ -62,9 +62,23 @@ class Trajectory:
         """x at the first level."""
         return self.process.start(noise, self.levels[0], self.ctx)
 
-    def step(self, x: Tensor, x0: Tensor, level: Level, next_level: Level) -> Tensor:
-        """x at ``next_level``, the predicted noise kept."""
-        return self.process.step(x, x0, level, next_level, self.ctx)
+    def step(  # noqa: PLR0913 - the symbols of a step
+        self,
+        x: Tensor,
+        x0: Tensor,
+        level: Level,
+        next_level: Level,
+        sigma_up: float = 0.0,
+        noise: float = 1.0,
+    ) -> Tensor:
+        """x at ``next_level``: the predicted noise kept, but for ``sigma_up`` of it, which is drawn anew.
+
+        ``noise`` scales what is drawn.
+        """
+        x = self.process.step(x, x0, level, _lowered(next_level, sigma_up), self.ctx)
+        if sigma_up:
+            x = x + sigma_up * (noise * self.noise_sampler())
+        return self.process.hooks.after_step(x, next_level, self.ctx)
 
     def eps(self, x: Tensor, x0: Tensor, level: Level) -> Tensor:
         """The noise in x that goes with a predicted x0: (x - mean(x0)) / sigma."""
@@ -74,7 +88,8 @@ class Trajectory:
         """x moved from ``level`` to ``next_level`` along given x0 and noise, whatever x holds itself."""
         mean = self.process.hooks.mean
         moved = mean(x0, next_level, self.ctx) - mean(x0, level, self.ctx)
-        return x + moved + (next_level.sigma - level.sigma) * eps
+        x = x + moved + (next_level.sigma - level.sigma) * eps
+        return self.process.hooks.after_step(x, next_level, self.ctx)
 
 
 class Sampler(Protocol):
@@ -128,9 +143,7 @@ class DDIM:
             sigma_up = _sigma_up(level, next_level, self.eta)
             if self.share and level.alpha:
                 sigma_up = self.share * float(next_level.sigma)
-            x = path.step(x, x0, level, _lowered(next_level, sigma_up))
-            if sigma_up:
-                x = x + sigma_up * path.noise_sampler()
+            x = path.step(x, x0, level, next_level, sigma_up)
             if callback is not None:
                 callback(i + 1, path.steps, x0)
         return x
@@ -152,9 +165,7 @@ class EulerAncestral:
         for i, (level, next_level) in enumerate(pairwise(path.levels)):
             x0 = denoise(x, level)
             sigma_up = _sigma_up(level, next_level, self.eta)
-            x = path.step(x, x0, level, _lowered(next_level, sigma_up))
-            if sigma_up:
-                x = x + sigma_up * (self.noise * path.noise_sampler())
+            x = path.step(x, x0, level, next_level, sigma_up, self.noise)
             if callback is not None:
                 callback(i + 1, path.steps, x0)
         return x
@@ -180,9 +191,7 @@ class DPMSolver2SAncestral:
             if level.alpha and lowered.sigma:
                 middle = path.level_at_sigma(math.sqrt(level.scaled_sigma * lowered.scaled_sigma))
                 x0_middle = denoise(path.step(x, x0, level, middle), middle)
-            x = path.step(x, x0_middle, level, lowered)
-            if sigma_up:
-                x = x + sigma_up * (self.noise * path.noise_sampler())
+            x = path.step(x, x0_middle, level, next_level, sigma_up, self.noise)
             if callback is not None:
                 callback(i + 1, path.steps, x0)
         return x
