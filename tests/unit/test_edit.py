@@ -23,7 +23,7 @@ from sat.diffusion.samplers import (
     Sampler,
     Trajectory,
 )
-from sat.diffusion.schedule import Discrete, Level, Schedule, ZeroSNR
+from sat.diffusion.schedule import Discrete, FlowMatching, Level, Schedule, ZeroSNR
 from sat.mixins.edit import Edit, StrengthBy, latent_mask, noise_share
 from sat.mixins.relay import RelayNoise
 from tests.diffusion import SHAPE, drawn
@@ -37,7 +37,7 @@ ALL: dict[str, Sampler] = {
 every_sampler = pytest.mark.parametrize("sampler", ALL.values(), ids=ALL.keys())
 SCHEDULES: dict[str, Schedule] = {
     "exploding": Discrete(), "zero-snr": ZeroSNR(), "leading": ZeroSNR(spacing="leading"),
-    "karras": Discrete(spacing="karras"),
+    "karras": Discrete(spacing="karras"), "flow": FlowMatching(),
 }  # fmt: skip
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 RELAY = Process({"relay": RelayNoise(500.0)})
