@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import sat  # noqa: E402
 from sat.config.check import TargetError, field_hints, load_name, produces, show, signature, split  # noqa: E402  # noqa: E402
 from sat.config.schema import Component, Experiment, Makes, MustExist  # noqa: E402
+from sat.diffusion.process import ProcessHooks  # noqa: E402
 from sat.mixin import Mixin  # noqa: E402
 
 PAGE = ROOT / "docs" / "config_reference.md"
@@ -174,11 +175,11 @@ def _models() -> set[str]:
 
 
 def _configurable(cls: type) -> bool:
+    """Whether YAML can write its parameters; hooks come from a built process alone."""
     try:
-        signature(cls)
+        return ProcessHooks not in signature(cls).params.values()
     except (TargetError, ValueError, TypeError):
         return False
-    return True
 
 
 def _class(cls: type) -> str:

@@ -111,7 +111,7 @@ class DiffusionEngine(nn.Module):
         schedule = sized(self.schedule, size if tile is None else tile_size(size, tile))
         process, ctx = self.process, ProcessContext(low_res)
         if edit is not None:
-            process, ctx = edit.over(process, schedule, steps), edit.context(ctx, noise)
+            process, ctx = edit.around(process, schedule, steps), edit.context(ctx, noise)
         levels = process.hooks.levels(schedule, steps)
         rows = guider.rows(cond, uncond)  # (B or 2 B): those with the condition last
         timesteps = [float(level.timestep) for level in levels[:-1]]

@@ -1,6 +1,6 @@
 """Changing a given picture: image-to-image, inpainting, and a strength for each place.
 
-Process mixins for one run, put around those that the model has (:meth:`Edit.over`): they see levels and
+Process mixins for one run, put around those that the model has (:meth:`Edit.around`): they see levels and
 latents, and neither samplers nor networks know of them. Letters: z0 the given picture's latent, eps the noise
 that the run starts from, m a mask (1 = draw anew), share a level's share of noise.
 """
@@ -131,7 +131,7 @@ class Edit:
     mask: Tensor | None = None  # (B or 1, 1, h, w) float32 in [0, 1]
     is_map: bool = False
 
-    def over(self, process: Process, schedule: Schedule, steps: int) -> Process:
+    def around(self, process: Process, schedule: Schedule, steps: int) -> Process:
         """``process`` with the mixins of this edit around its own."""
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength is {self.strength:g}, expected 0 to 1")

@@ -60,7 +60,7 @@ def drawn_with(
     """What the engine does with an edit, for :func:`bent` as the network, in float64."""
     process, ctx = process or Process(), ProcessContext(LOW)
     if edit is not None:
-        process, ctx = edit.over(process, schedule, steps), edit.context(ctx, NOISE)
+        process, ctx = edit.around(process, schedule, steps), edit.context(ctx, NOISE)
         ctx = ProcessContext(LOW, ctx.init, NOISE, ctx.mask)  # the engine's noise is float32
     levels = process.hooks.levels(schedule, steps)
     at_sigma = partial(process.hooks.level_at_sigma, schedule)
@@ -71,7 +71,7 @@ def drawn_with(
 
 
 def levels_of(schedule: Schedule, strength: float, by: StrengthBy, steps: int = 50) -> list[Level]:
-    return Edit(GIVEN, strength, by).over(Process(), schedule, steps).hooks.levels(schedule, steps)
+    return Edit(GIVEN, strength, by).around(Process(), schedule, steps).hooks.levels(schedule, steps)
 
 
 @each_schedule
@@ -128,12 +128,12 @@ def test_strength_1_is_text_to_image_also_where_the_first_level_has_signal(
 @pytest.mark.parametrize("strength", [-0.1, 1.5])
 def test_a_strength_out_of_range_is_refused(strength: float) -> None:
     with pytest.raises(ValueError, match="expected 0 to 1"):
-        Edit(GIVEN, strength).over(Process(), ZeroSNR(), 4)
+        Edit(GIVEN, strength).around(Process(), ZeroSNR(), 4)
 
 
 def test_relay_starts_from_its_own_mixture_of_both_pictures() -> None:
     edit = Edit(GIVEN, 0.4)
-    process = edit.over(RELAY, Discrete(), 12)
+    process = edit.around(RELAY, Discrete(), 12)
     first = process.hooks.levels(Discrete(), 12)[0]
     assert noise_share(first) == pytest.approx(0.4) and 0 < first.relay_blend < 1
     x = process.start(NOISE, first, edit.context(ProcessContext(LOW), NOISE))
@@ -144,7 +144,7 @@ def test_relay_starts_from_its_own_mixture_of_both_pictures() -> None:
 def test_a_strength_above_relays_start_is_the_whole_of_relay() -> None:
     whole = RELAY.hooks.levels(Discrete(), 12)
     assert noise_share(whole[0]) < 0.95
-    assert Edit(GIVEN, 0.95).over(RELAY, Discrete(), 12).hooks.levels(Discrete(), 12) == whole
+    assert Edit(GIVEN, 0.95).around(RELAY, Discrete(), 12).hooks.levels(Discrete(), 12) == whole
 
 
 # -- masks and maps
@@ -220,7 +220,7 @@ def test_with_every_sampler_what_is_kept_has_the_noise_of_the_level(sampler: Sam
     """Whenever the network looks: the given picture under noise of that level's deviation."""
     seen: list[tuple[Level, Tensor]] = []
     edit = Edit(GIVEN, 1.0, mask=torch.zeros_like(MASK))
-    process, ctx = edit.over(Process(), Discrete(), 12), edit.context(ProcessContext(), NOISE)
+    process, ctx = edit.around(Process(), Discrete(), 12), edit.context(ProcessContext(), NOISE)
     ctx = ProcessContext(None, ctx.init, NOISE, ctx.mask)
 
     def look(x: Tensor, at: Level) -> Tensor:
@@ -259,7 +259,7 @@ def test_a_map_is_scaled_by_the_strength_and_black_is_kept() -> None:
 def test_edit_and_relay_show_as_owners_and_off_means_not_there() -> None:
     plain = Process()
     assert plain.resolved.owners["after_step"] == ("default",)
-    edited = Edit(GIVEN, 0.5, mask=MASK).over(RELAY, Discrete(), 12)
+    edited = Edit(GIVEN, 0.5, mask=MASK).around(RELAY, Discrete(), 12)
     assert edited.resolved.owners["after_step"] == ("keep_outside", "default")
     assert edited.resolved.owners["start"] == ("keep_outside", "from_picture", "relay")
     assert "from_picture" not in RELAY.mixins
