@@ -149,6 +149,9 @@ def _data(e: Experiment, objects: Objects) -> Broken:
         objective = resolve(e.train.objective.target, e.imports)
     except ValueError:
         return  # said with the objective itself
+    for name in ("keep_best", "patience"):
+        if getattr(e.train, name) and e.train.validate_every is not None and not e.data.validation:
+            yield ("train", name), "goes by the held-out loss, and there are no pictures in data.validation"
     for place, source in enumerate(e.data.sources):
         key = ("data", "sources", str(place))
         for name in source.extras:

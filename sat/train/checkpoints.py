@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +23,7 @@ from sat.checkpoint.verify import Written
 from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.engine import DiffusionEngine
-from sat.parallel.collectives import agree, barrier, gather
+from sat.parallel.collectives import agree, barrier, from_main, gather
 from sat.parallel.heartbeat import current
 from sat.train import shards
 from sat.train.deepspeed import TrainEngine
@@ -30,10 +32,46 @@ from sat.train.lora import AdapterExport
 from sat.train.objectives import Objective
 from sat.train.optim import Ema
 from sat.train.resume import NATIVE, Progress, RunFolder, Saved
+from sat.util.host import write_text
 
 log = logging.getLogger(__name__)
 
 STATE = "state"  # the folder of what only resuming needs
+BEST = "best"  # a link in RUN/checkpoints to the checkpoint of the lowest held-out loss
+
+
+class HeldOut:
+    """Losses on held-out pictures by step, kept in ``RUN/validation.json``; the same on every rank."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / "validation.json"
+        self.losses: dict[int, float] = {}
+
+    @property
+    def best(self) -> int | None:
+        """The first step of the lowest loss."""
+        finite = {step: loss for step, loss in self.losses.items() if math.isfinite(loss)}
+        return min(finite, key=finite.__getitem__, default=None)
+
+    @property
+    def since(self) -> int:
+        """Number of validations after the best."""
+        return sum(step > (self.best or 0) for step in self.losses)
+
+    def add(self, step: int, loss: float, *, write: bool) -> bool:
+        """Keep the loss of ``step``; true if none before was as low."""
+        self.losses[step] = loss
+        if write:
+            write_text(self.path, json.dumps({str(at): one for at, one in self.losses.items()}) + "\n")
+        return self.best == step
+
+    def resume(self, step: int, *, main: bool) -> None:
+        """Go on with the losses up to ``step``; every rank calls it."""
+        text = None
+        if main and self.path.is_file():
+            text = self.path.read_text()
+        kept = json.loads(from_main(text) or "{}")
+        self.losses = {int(at): float(loss) for at, loss in kept.items() if int(at) <= step}
 
 
 class Export(Protocol):
@@ -73,6 +111,7 @@ class Checkpoints:
         self, folder: RunFolder, engine: TrainEngine, ema: Ema | None, export: Export | None
     ) -> None:
         self.folder, self.engine, self.ema, self.export = folder, engine, ema, export
+        self.held_out = HeldOut(folder.root)
         self.last: Path | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
@@ -150,10 +189,30 @@ class Checkpoints:
             written |= {f"{STATE}/{name}": file for name, file in files.items()}
         if runtime.is_main:
             self.folder.commit(writing.path, writing.progress, written)
-            self.folder.prune(writing.keep_last)
+            best, every = self.best, self.engine.config.keep_every
+            if best == writing.progress.step:
+                self._link(writing.path)
+            self.folder.prune(
+                writing.keep_last, lambda step: step == best or (every is not None and step % every == 0)
+            )
             log.info("saved %s in %s", writing.path, clock(time.perf_counter() - writing.began))
         barrier(runtime.device)
         self.last = writing.path
+
+    @property
+    def best(self) -> int | None:
+        """The step of the lowest held-out loss, if its checkpoint is kept."""
+        return self.held_out.best if self.engine.config.keep_best else None
+
+    def _link(self, path: Path) -> None:
+        """Let ``RUN/checkpoints/best`` lead to ``path``."""
+        link, partial = self.folder.checkpoints / BEST, self.folder.checkpoints / f".{BEST}.tmp"
+        try:
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(path.name)
+            partial.replace(link)
+        except OSError as error:  # some file systems have no links
+            log.warning("%s: no link can be made (%s): %s is the best checkpoint", link, error, path)
 
     def load(self, saved: Saved, now: Progress) -> Progress:
         """Read ``saved`` and return its counters; ``now`` is the layout of this run."""
@@ -169,6 +228,7 @@ class Checkpoints:
             kept = saved.path / STATE / "scheduler_000_00000.pt"
             scheduler.load(torch.load(kept, weights_only=True) if kept.exists() else None, progress.step)
         self.last = saved.path
+        self.held_out.resume(progress.step, main=self.engine.runtime.is_main)
         return progress
 
 

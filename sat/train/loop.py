@@ -168,6 +168,7 @@ class Trainer:
         peak = peak_flops(self.config, self.runtime)
         self.meter = None if peak is None else Meter(peak)
         self.step = self.skipped = self.images = 0
+        self.done = False  # at the last step, or before it by train.patience
         self.cycles = [self.config.steps]  # where the rate's schedules end
         self.seconds = 0.0
         self._bad_steps = 0  # in a row
@@ -193,7 +194,8 @@ class Trainer:
             return bool(every) and (self.step % (every or 1) == 0 or (at_end and self.step == config.steps))
 
         with stop_signals() as stop, progress(remaining, rank=self.runtime.rank) as bar:
-            while self.step < config.steps:
+            self.done = self._impatient()
+            while self.step < config.steps and not self.done:
                 try:
                     self.train_step(batches)
                 except DivergedError as error:
@@ -212,6 +214,9 @@ class Trainer:
                 paused = time.perf_counter()  # this work does not count as training speed
                 if self.extras.validation and due(config.validate_every):
                     self.validate()
+                    self.done = self._impatient()
+                    if self.checkpoints.best == self.step:
+                        self.save(background=config.background_save)
                 if self.extras.draw is not None and due(config.sample_every):
                     self.sample()
                 if due(config.save_every, at_end=False):
@@ -240,7 +245,11 @@ class Trainer:
                     f"not finite: the weights are those of step {self.step - self._bad_steps}; lower "
                     f"train.lr ({config.lr:g}), set train.clip, or use train.dtype fp32"
                 )
+            if (best := self.checkpoints.best) is not None:
+                loss = self.checkpoints.held_out.losses[best]
+                log.info("lowest held-out loss %.4g: %s", loss, self.folder.path(best))
             ending.step = self.step
+            self.done = self.done or self.step >= config.steps
             ending.seal()  # all is saved: a late signal changes nothing
 
     def train_step(self, batches: Iterator[Batch]) -> None:
@@ -367,7 +376,20 @@ class Trainer:
                 objective.train()
             scores = {f"validation/{name}": value for name, value in averages.take().items()}
         self._write({"step": self.step, **scores})
+        loss = scores.get("validation/loss", float("nan"))
+        self.checkpoints.held_out.add(self.step, loss, write=self.runtime.is_main)
         return scores
+
+    def _impatient(self) -> bool:
+        """True once ``train.patience`` validations in a row had no lower held-out loss, which is told."""
+        held_out, patience = self.checkpoints.held_out, self.config.patience
+        if patience is None or held_out.since < patience:
+            return False
+        log.info(
+            "the held-out loss has not fallen for %d validations (train.patience): training ends at step %d "
+            "of %d", held_out.since, self.step, self.config.steps,
+        )  # fmt: skip
+        return True
 
     def sample(self) -> None:
         """Draw the fixed prompts into ``RUN/samples/step_…``, with the averaged weights if they are kept."""

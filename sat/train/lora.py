@@ -60,8 +60,9 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int, verify: Verify |
         for name, (linear, rank) in choose(parts, lora.targets, lora.rank, lora.ranks).items():
             part, _, path = name.partition(".")
             layer, count = parts[part].get_submodule(path), linear.parts
+            alpha = lora.effective_alpha(rank)
             layers[part][path] = initial_factors(
-                cast(LinearLike, layer), [rank] * count, [lora.scale * rank] * count, f"{seed} {name}",
+                cast(LinearLike, layer), [rank] * count, [alpha] * count, f"{seed} {name}",
                 base_norms(layer) if lora.dora else None,
             )  # fmt: skip
     for part, module in parts.items():
@@ -197,7 +198,7 @@ class AdapterExport:
         """Rank, alpha, targets and use of DoRA: the config's, or those of the adapter it started from."""
         lora = self.lora
         if lora.start is None:
-            return lora.rank, lora.scale * lora.rank, tuple(lora.targets), lora.dora
+            return lora.rank, lora.effective_alpha(lora.rank), tuple(lora.targets), lora.dora
         pairs = [pair for layer in layers.values() for pair in layer.parts if pair is not None]
         (rank, alpha), _ = Counter((pair.rank, pair.alpha) for pair in pairs).most_common(1)[0]
         dora = any(layer.magnitude is not None for layer in layers.values())

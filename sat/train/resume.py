@@ -231,13 +231,16 @@ class RunFolder:
         partial.replace(path / MARKER)
         _flush(path)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` whole checkpoints, and torn ones older than the newest."""
+    def prune(self, keep: int, spared: Callable[[int], bool] = lambda step: False) -> None:
+        """Delete all but the newest ``keep`` whole checkpoints, and torn ones older than the newest.
+
+        Whole ones of ``spared`` steps stay.
+        """
         whole = [(path, step) for path, step in self.folders() if not torn(path)]
         if not whole:
             return
         newest = whole[-1][1]
-        kept = {path for path, _ in whole[-keep:]}
+        kept = {path for path, _ in whole[-keep:]} | {path for path, step in whole if spared(step)}
         for path, step in self.folders():
             if path not in kept and step < newest:
                 (path / MARKER).unlink(missing_ok=True)

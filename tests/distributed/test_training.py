@@ -175,3 +175,15 @@ def test_a_dead_rank_ends_the_others_with_a_reason(results) -> None:
 def test_one_rank_asked_to_stop_stops_all_at_one_step_and_saves(results) -> None:
     for rank in (0, 1):
         assert value(results, "stopping", rank) == {"step": 2, "saved": [2]}
+
+
+@pytest.mark.parametrize("case", ["held_out", "held_out_background"])
+def test_a_run_ends_and_keeps_checkpoints_by_its_held_out_loss(results, case) -> None:
+    """Best at step 3 of 10, and not for three validations after it; every fourth step stays."""
+    for rank in (0, 1):
+        end = value(results, case, rank)
+        assert end["step"] == 6
+        assert end["done"] == (True, True)
+        assert end["saved"] == [3, 4, 6]
+        assert end["best"] == "step_00000003"
+        assert end["again"] == 6

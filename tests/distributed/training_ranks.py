@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from sat.config.schema import Component, GroupConfig, OffloadConfig, TrainConfig
+from sat.data.batch import Batch
 from sat.parallel.collectives import gather
 from sat.parallel.launch import Runtime, lost_rank_message
-from tests.training import CONFIG, Toy, changed, ranks, rows, trainer, weights
+from tests.training import CONFIG, Numbers, Toy, changed, ranks, rows, trainer, weights
 
 STAGES: dict[str, dict[str, Any]] = {
     "zero0": {"zero": 0},
@@ -132,6 +133,35 @@ def stopping(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, A
     return {"step": run.step, "saved": [saved.step for saved in run.folder.saved()]}
 
 
+class Scripted(Toy):
+    """The toy, whose held-out loss is best after three validations."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank=rank)
+        self.losses = iter((5.0, 4.0, 3.0, 3.5, float("nan"), 3.2))
+
+    def evaluate(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {"loss": torch.tensor(next(self.losses))}
+
+
+def held_out(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """A run that ends by its held-out loss, and the same again."""
+    objective, batch = Scripted(runtime.rank), [next(iter(Numbers(3)))]
+    run = trainer(folder / "run", config, runtime, objective, validation=batch)
+    run.fit()
+    again = trainer(folder / "run", config, runtime, Scripted(runtime.rank), validation=batch)
+    again.resume(again.folder.saved()[-1])
+    again.fit()
+    link = folder / "run" / "checkpoints" / "best"
+    return {
+        "step": run.step,
+        "done": (run.done, again.done),
+        "saved": [saved.step for saved in run.folder.saved()],
+        "best": link.resolve().name,
+        "again": again.step,
+    }
+
+
 def main(folder: Path) -> None:
     """All cases."""
     import deepspeed  # noqa: F401 - once, before the forks
@@ -169,6 +199,9 @@ def main(folder: Path) -> None:
     case("bad_end", 1, hopeless, max_bad_steps=50)
     case("dying", 2, dying)
     case("stopping", 2, stopping)
+    kept = {"save_every": 2, "keep_last": 1, "keep_every": 4, "keep_best": True, "patience": 3}
+    case("held_out", 2, held_out, validate_every=1, **kept)
+    case("held_out_background", 2, held_out, validate_every=1, background_save=True, **kept)
     torch.save(results, folder / "results.pt")
 
 

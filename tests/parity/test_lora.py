@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from sat.adapters.files import read
-from sat.adapters.lora import attach, detach
+from sat.adapters.lora import attach, detach, extract
 from sat.adapters.write import write
 from sat.checkpoint.load import load
 from sat.conditioning.conditioner import Condition
+from sat.config.schema import LoraConfig as LoraSection
 from sat.embeddings import sinusoid
 from sat.models.cogview3_plus import CogView3Plus
+from sat.train.lora import add_lora
+from sat.train.objectives import Objective
 from tests.adapters import adapter, noisy, start, t5
 from tests.small import fill
 from tests.tolerances import F32
@@ -120,6 +124,33 @@ def test_rank_stabilised_scales_of_peft_are_understood(tmp_path: Path) -> None:
     wrapped.save_pretrained(tmp_path)
     attach(ours, "style", read(tmp_path, {"model": ours}).of("model"))
     assert compared(wrapped, ours)[1] < F32
+
+
+class Holder(Objective):
+    """An objective of one network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"model": self.network}
+
+
+def test_rank_stabilised_factors_of_a_training_scale_as_pefts(tmp_path: Path) -> None:
+    """alpha / sqrt(rank) in layers of every rank: our factors under PEFT's own ``use_rslora``."""
+    peer, ours = both()
+    section = LoraSection(rank=4, alpha=6.0, rslora=True, ranks={"model.*.attn.proj": 2})
+    add_lora(Holder(ours), section, seed=0)
+    layers = noisy(extract(ours, "trained"))
+    detach(ours, "trained")
+    attach(ours, "style", layers)
+    write(tmp_path, adapter(layers), "peft", {"model": ours})
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings |= {"use_rslora": True, "lora_alpha": 6.0, "alpha_pattern": {}}
+    assert settings["rank_pattern"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert compared(PeftModel.from_pretrained(peer, tmp_path), ours)[1] < F32
 
 
 def test_saved_by_diffusers_it_loads_here(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def test_the_shipped_file_is_over_every_model_file() -> None:
 def test_keys_are_set_on_the_command_line_over_any_config() -> None:
     found = load([DEBUG], ["adapters.lora.rank=8", "adapters.lora.alpha=4"])
     assert found.adapters.lora == LoraConfig(rank=8, alpha=4.0)
-    assert found.adapters.lora.scale == 0.5
-    assert LoraConfig(rank=8).scale == 1.0
+    assert found.adapters.lora.effective_alpha(2) == 1.0
+    assert LoraConfig(rank=8).effective_alpha(8) == 8.0
 
 
 def test_what_is_written_out_reads_back_the_same(tmp_path: Path) -> None:

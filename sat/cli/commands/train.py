@@ -281,7 +281,7 @@ def _train(
         if extras.record is not None:
             with current().long("closing the record"):
                 extras.record.close()
-    return trainer.step >= train.steps
+    return trainer.done
 
 
 def _objective(

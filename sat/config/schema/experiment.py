@@ -235,7 +235,9 @@ class TrainConfig(Section):
     scheduler of ``torch.optim.lr_scheduler`` by its path; ``decay_steps``: the length of ``wsd``'s fall.
     ``prolong``: what the schedule does when a resumed run has another ``steps``: it is stretched over them,
     keeps its last rate, or warms up for a second one. ``groups``: rates and decays by part and pattern; the
-    first that names a parameter has it (docs/training.md). wandb's name is the run folder's unless
+    first that names a parameter has it (docs/training.md). Besides the ``keep_last`` newest checkpoints those
+    of every ``keep_every`` steps stay, and with ``keep_best`` that of the lowest held-out loss; ``patience``:
+    that many validations in a row without a lower one end the run. wandb's name is the run folder's unless
     ``wandb_name`` says another. ``compile``: one compiled block for all layers of what is trained. ``pack``:
     beside LoRA on a CPU, keep frozen weights in the order of its matrix products, once for each pass: faster,
     and one more copy. ``auto`` is measured as in sampling; ``dtype: auto`` is bf16 where that is fast and
@@ -245,7 +247,7 @@ class TrainConfig(Section):
     section = "train"
     counts = (
         "steps", "batch_size", "accumulate", "log_every", "save_every", "keep_last", "sample_every",
-        "validate_every", "max_bad_steps",
+        "validate_every", "max_bad_steps", "keep_every", "patience",
     )  # fmt: skip
     objective: Annotated[Component, Makes("sat.train.objectives.Objective")]
     steps: int
@@ -274,6 +276,9 @@ class TrainConfig(Section):
     log_every: int = 10
     save_every: int = 1000
     keep_last: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
+    patience: int | None = None
     background_save: bool = False
     sample_every: int | None = None
     sample_prompts: list[str] = field(default_factory=list)
@@ -337,6 +342,9 @@ class TrainConfig(Section):
             yield "offload", "`optimizer` needs `zero` 1, 2 or 3, which keep the optimizer apart; got 0"
         if self.offload.parameters and self.zero != 3:
             yield "offload", f"`parameters` needs `zero` 3, which shares out the weights; got {self.zero}"
+        for name in ("keep_best", "patience"):
+            if getattr(self, name) and self.validate_every is None:
+                yield name, "goes by the held-out loss: set `validate_every`, and `data.validation`"
         if self.sample_every is not None and not self.sample_prompts:
             yield "sample_prompts", "`sample_every` is set but there is no prompt to sample"
 
@@ -357,7 +365,8 @@ class LoraConfig(Section):
     """Low-rank factors to train instead of the weights (docs/lora.md).
 
     ``alpha`` is for layers of ``rank`` (null: equal to it, so that the factors count as they are); layers
-    that ``ranks`` gives another rank keep the ratio. ``targets`` are groups of layers
+    that ``ranks`` gives another rank keep the ratio. ``rslora``: factors count alpha / sqrt(rank) instead
+    (arXiv:2312.03732). ``targets`` are groups of layers
     (``sat/adapters/groups.py``) or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter
     to go on from.
     """
@@ -370,16 +379,21 @@ class LoraConfig(Section):
     targets: list[str] = field(default_factory=lambda: ["attention"])
     ranks: dict[str, int] = field(default_factory=dict)
     dora: bool = False
+    rslora: bool = False
     start: Annotated[Path | None, MustExist("name an adapter to go on from, or null for a new one")] = None
 
-    @property
-    def scale(self) -> float:
-        """alpha / rank."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+    def effective_alpha(self, rank: int) -> float:
+        """Alpha of a layer of ``rank``, of which alpha / rank is the factors' scale."""
+        alpha = float(self.rank if self.alpha is None else self.alpha)
+        return alpha * math.sqrt(rank) if self.rslora else alpha * rank / self.rank
 
     def _rules(self) -> Broken:
         if self.alpha is not None and not self.alpha > 0:
             yield "alpha", f"expected more than 0, or null for the rank, got {self.alpha}"
+        if self.rslora and self.alpha is None:
+            yield "alpha", "rslora scales by alpha / sqrt(rank), so say alpha; got null"
+        if self.rslora and self.start is not None:
+            yield "rslora", "`start` has scales of its own: set it to false"
         if not 0 <= self.dropout < 1:
             yield "dropout", f"expected a share of 0 to below 1, got {self.dropout}"
         if not self.targets:
