@@ -42,9 +42,9 @@ from sat.apps.evaluate.classifier import (  # noqa: E402
 )
 from sat.diffusion.process import ProcessInput  # noqa: E402
 from sat.first_stage.model import AutoencoderKL  # noqa: E402
+from sat.sampling.output import from_pil, grid, to_pil, write_png  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 from sat.train.objectives.first_stage import peak_signal_to_noise  # noqa: E402
-from sat.util.images import from_pil, grid, to_pil, write_png  # noqa: E402
 
 PROMPTS = ROOT / "configs" / "tiny_train_prompts.txt"
 REAL = ROOT / "data" / "emoji" / "core128"

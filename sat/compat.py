@@ -154,6 +154,7 @@ MODULES: dict[str, str] = {
     "sat.transformer.points": "sat.transformer.hooks",
     "sat.util.errors": "sat.util.log",
     "sat.util.files": "sat.util.host",
+    "sat.util.images": "sat.sampling.output",
     "sat.util.progress": "sat.util.log",
     "sat.util.rng": "sat.sampling.generator",
     "sat.util.threads": "sat.util.host",

@@ -439,8 +439,7 @@ def _pictures(root: Path, experiment: Any, codes: Mapping[str, int], *, busy: bo
     from sat.cli.commands.sample import given_prompts
     from sat.config.record import label
     from sat.errors import UserError
-    from sat.sampling.output import OutputFolder, numbered
-    from sat.util.images import read_png_text
+    from sat.sampling.output import OutputFolder, numbered, read_png_text
 
     names = [name for names in numbered(root).values() for name in names]
     files = [file for name in names for file in sorted((root / name).glob("*.png"))]

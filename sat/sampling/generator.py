@@ -23,9 +23,8 @@ from sat.offload.block_swap import OffloadSchedule
 from sat.parallel.collectives import by_first, taking_turns
 from sat.parallel.launch import ALONE, Axis
 from sat.sampling.inputs import PictureInput
-from sat.sampling.output import OutputFolder
+from sat.sampling.output import OutputFolder, to_pil
 from sat.sampling.prompts import Prompt
-from sat.util.images import to_pil
 from sat.util.log import progress, title
 
 if TYPE_CHECKING:

@@ -18,10 +18,9 @@ from torch import Tensor
 from sat.config.yaml_source import ConfigError, Problem
 from sat.data.records import IMAGE_SUFFIXES
 from sat.errors import UserError
-from sat.sampling.output import IMAGE, STAGES, folder_name, numbered, opened
+from sat.sampling.output import IMAGE, STAGES, folder_name, from_pil, numbered, opened, read_png_text
 from sat.sampling.prompts import Prompt
 from sat.util.host import check_regular
-from sat.util.images import from_pil, read_png_text
 from sat.util.pictures import PictureError, Pixels, open_picture, open_whole
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime
 from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams
 from sat.sampling.inputs import InputFolder
-from sat.sampling.output import safe_name
+from sat.sampling.output import grid, safe_name, write_png
 from sat.sampling.prompts import Prompt
-from sat.util.images import grid, write_png
 
 
 class Pictures:

@@ -14,7 +14,7 @@ from sat.conditioning.conditioner import Condition, Sizes
 from sat.config.build import components
 from sat.diffusion.schedule import ZeroSNR
 from sat.engine import DiffusionEngine
-from sat.util.images import to_uint8
+from sat.sampling.output import to_uint8
 from tests.golden.build import engine
 from tests.golden.file import Golden, GoldenError
 from tests.golden.options import number

@@ -7,9 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sat.sampling.output import folder_name, safe_name
+from sat.sampling.output import folder_name, read_png_text, safe_name, write_png
 from sat.sampling.prompts import Prompt
-from sat.util.images import read_png_text, write_png
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 

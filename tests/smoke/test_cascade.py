@@ -12,7 +12,7 @@ from PIL import Image
 
 from sat import CascadePipeline, Pipeline
 from sat.cli.sample import main
-from sat.util.images import read_png_text
+from sat.sampling.output import read_png_text
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.sampling import Done, files, pixels

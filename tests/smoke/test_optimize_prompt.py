@@ -9,7 +9,7 @@ import pytest
 
 from sat.cli.commands import sample as sample_work
 from sat.config.load import load
-from sat.util.images import read_png_text
+from sat.sampling.output import read_png_text
 from tests.chat import KEY, Says, chat
 from tests.checkpoints import tokenizer
 from tests.sampling import Command, files

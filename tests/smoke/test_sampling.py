@@ -16,8 +16,7 @@ from sat.cli.sample import main
 from sat.config.load import load
 from sat.pipeline import Pipeline
 from sat.sampling.generator import image_noise
-from sat.sampling.output import OutputFolder
-from sat.util.images import read_png_text
+from sat.sampling.output import OutputFolder, read_png_text
 from tests.checkpoints import tokenizer
 from tests.sampling import ROOT, Command, files, pixels
 

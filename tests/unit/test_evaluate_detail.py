@@ -13,7 +13,7 @@ from sat.apps.evaluate.classifier import Classifier, crops, detail_distance, fin
 from sat.apps.evaluate.distances import kernel_distance
 from sat.cli.evaluate import main
 from sat.data.records import DataError
-from sat.util.images import from_pil
+from sat.sampling.output import from_pil
 from tests.configs import ROOT
 
 CLASSIFIER = ROOT / "checkpoints" / "tiny_classifier"
@@ -51,7 +51,7 @@ def test_the_more_a_picture_is_blurred_the_farther_it_is() -> None:
 
 
 def test_the_command_compares_folders_and_says_when_they_are_few(tmp_path: Path, capsys) -> None:
-    from sat.util.images import write_png
+    from sat.sampling.output import write_png
 
     for name in ("made", "real"):
         (tmp_path / name).mkdir()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sat.apps.evaluate.distances import FEWEST, frechet, frechet_of_many, statistics
 from sat.cli.evaluate import main
-from sat.util.images import write_png
+from sat.sampling.output import write_png
 from tests.configs import ROOT
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.util import host, images
+from sat.sampling import output as images
+from sat.util import host
 
 
 def test_uint8_truncates_as_the_official_code_does() -> None:

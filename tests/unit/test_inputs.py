@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from sat.sampling.inputs import InputError, InputFolder
+from sat.sampling.output import write_png
 from sat.sampling.prompts import Prompt
-from sat.util.images import write_png
 
 APPLE, LION = Prompt(0, "a red apple"), Prompt(7, "a lion")
 

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from sat.config.record import Label, settings_digest
-from sat.sampling.output import OutputError, OutputFolder, prove_writable
+from sat.sampling.output import OutputError, OutputFolder, prove_writable, read_png_text, write_png
 from sat.sampling.prompts import Prompt
 from sat.util import host
-from sat.util.images import read_png_text, write_png
 
 LABEL = Label(
     height=48,

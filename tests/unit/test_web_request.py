@@ -10,7 +10,7 @@ from PIL import Image
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, settings_of
 from sat.apps.web.serve import Access
 from sat.config.schema.base import SizeRule
-from sat.util.images import write_png
+from sat.sampling.output import write_png
 
 FIELDS = {
     "prompt": "<b>ü</b>", "negative_prompt": "", "seed": "7", "height": "32", "width": "48", "steps": "5",

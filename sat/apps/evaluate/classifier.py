@@ -20,7 +20,7 @@ from sat.data.records import HELD_OUT, TABLE, DataError
 from sat.data.transforms import to_tensor
 from sat.models.vision import classifier as network
 from sat.models.vision.classifier import Card, embed, top_shares
-from sat.util.images import from_pil
+from sat.sampling.output import from_pil
 from sat.util.pictures import on_white
 
 WEIGHTS, CARD = "classifier.safetensors", "classifier.json"

@@ -16,10 +16,9 @@ import PIL.Image
 from sat.data.formats import decoded
 from sat.data.records import CAPTION_KEYS, IMAGE_SUFFIXES, DataError, DataPathError
 from sat.data.sources import files_below
-from sat.sampling.output import IMAGE, folder_name, numbered
+from sat.sampling.output import IMAGE, folder_name, numbered, read_png_text
 from sat.sampling.prompts import MOST_BYTES, Prompt, PromptError, checked_prompts, read_prompt_file
 from sat.util.host import read_bounded
-from sat.util.images import read_png_text
 from sat.util.pictures import PictureError, open_picture, shown
 
 TEXTS = ("prompts", "prompt", "text", "caption")

@@ -15,8 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from sat.errors import UserError
-from sat.sampling.output import IMAGE, numbered
-from sat.util.images import read_png_text
+from sat.sampling.output import IMAGE, numbered, read_png_text
 from sat.util.pictures import open_picture
 
 _NAME = re.compile(r"\d+_[\w-]{0,20}/\d{9}\.png", re.ASCII)

@@ -37,9 +37,8 @@ from sat.parallel.launch import launch
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams, strength
 from sat.sampling.inputs import InputList
-from sat.sampling.output import OutputFolder, prove_writable
+from sat.sampling.output import OutputFolder, prove_writable, to_pil
 from sat.sampling.prompts import Prompt, PromptError, check_text
-from sat.util.images import to_pil
 from sat.util.pictures import open_picture
 
 log = logging.getLogger(__name__)

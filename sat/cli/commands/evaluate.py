@@ -252,7 +252,7 @@ def sheet(args: argparse.Namespace) -> int:
     from PIL.Image import Resampling
 
     from sat.apps.evaluate.pictures import Opened, collect
-    from sat.util.images import grid, write_png
+    from sat.sampling.output import grid, write_png
 
     pictures = list(Opened([path for path, _ in collect(args.images, args.captions)]))
     made = grid(pictures, columns=args.columns)
