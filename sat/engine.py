@@ -116,14 +116,16 @@ class DiffusionEngine(nn.Module):
         rows = guider.rows(cond, uncond)  # (B or 2 B): those with the condition last
         timesteps = [float(level.timestep) for level in levels[:-1]]
         denoiser = self.denoiser
-        prepared: dict[int, Any] = {}  # by number of rows: all, or those with the condition
+        prepared: dict[Any, Any] = {}  # by number of rows, all or those with the condition, and by controls
 
         def predict(x: Tensor, level: Level) -> Tensor:
             """The network's x0 for all rows, or for the last ones."""
-            if len(x) not in prepared:
-                part = rows.rows(slice(len(rows) - len(x), None))
-                prepared[len(x)] = denoiser.network.prepare(part, size, timesteps)
-            return denoiser(x, level, prepared[len(x)])
+            share = level.noise_share if rows.controls else 0.0
+            key = len(x), tuple(own.acts(share) for own in rows.controls)
+            if key not in prepared:
+                part = rows.rows(slice(len(rows) - len(x), None)).at(share)
+                prepared[key] = denoiser.network.prepare(part, size, timesteps)
+            return denoiser(x, level, prepared[key])
 
         denoise: Denoise = predict
         if tile is not None and max(size) > tile:

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, get_type_hints
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, cast, get_type_hints
 
 from torch import nn
 
@@ -135,3 +135,33 @@ def resolve(defaults: H, mixins: Mapping[str, Mixin]) -> Resolved[H]:
             impl[hook] = functools.partial(fn, impl[hook])
             owners[hook] = (name, *owners[hook])
     return Resolved(host(**impl), owners)
+
+
+class Host(nn.Module, Generic[H]):
+    """A network with extension points: its own mixins, and those put on the built one from outside.
+
+    A subclass gives the defaults of its hooks, as bound methods: a deep copy rebinds those, where a closure
+    would keep the original's parts. ``print(host.resolved)`` shows who owns each hook.
+    """
+
+    resolved: Resolved[H]
+    mixins: nn.ModuleDict
+
+    def extend(self, name: str, mixin: Mixin) -> None:
+        """Add ``mixin`` around those there are."""
+        if name in self.mixins:
+            raise ValueError(f"the {type(self).__name__.lower()} has a mixin {name!r} already")
+        self.mixins[name] = mixin
+        self._resolve()
+
+    def remove(self, name: str) -> None:
+        """Take a mixin off again."""
+        del self.mixins[name]
+        self._resolve()
+
+    def _resolve(self) -> None:
+        mixins = cast("Mapping[str, Mixin]", dict(self.mixins.items()))
+        self.resolved = resolve(self._defaults(), mixins)
+
+    def _defaults(self) -> H:
+        raise NotImplementedError

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from sat.control_input import Controls, stacked
 from sat.embeddings import sent, sinusoid
 
 
@@ -22,13 +23,16 @@ class Condition:
     vector: Tensor  # (B, V)
     text_mask: Tensor | None = None  # (B, T) true = real token; None = all attended, as officially
     guidance: Tensor | None = None  # (B,) guidance strength as an input, for distilled networks
+    controls: Controls = ()  # pictures of trained controls
 
     def __len__(self) -> int:
         return self.text.shape[0]
 
     def null(self) -> Condition:
         """The unconditional counterpart: text zeros, sizes kept (official ``force_uc_zero_embeddings``)."""
-        return replace(self, text=torch.zeros_like(self.text))
+        return replace(
+            self, text=torch.zeros_like(self.text), controls=tuple(own.null() for own in self.controls)
+        )
 
     def dropped(self, drop: Tensor) -> Condition:
         """Text of the rows where ``drop`` (B,) is true replaced by zeros."""
@@ -38,7 +42,13 @@ class Condition:
         """A part of the batch."""
         mask = None if self.text_mask is None else self.text_mask[index]
         guidance = None if self.guidance is None else self.guidance[index]
-        return Condition(self.text[index], self.vector[index], mask, guidance)
+        controls = tuple(own.rows(index) for own in self.controls)
+        return Condition(self.text[index], self.vector[index], mask, guidance, controls)
+
+    def at(self, noise_share: float) -> Condition:
+        """The same with those controls alone that act at a level of this share of noise."""
+        acting = tuple(own for own in self.controls if own.acts(noise_share))
+        return self if len(acting) == len(self.controls) else replace(self, controls=acting)
 
     def guided(self, strength: float | Tensor) -> Condition:
         """The same with a guidance strength as an input: one for all, or (B,)."""
@@ -59,6 +69,7 @@ class Condition:
             torch.cat([p.vector for p in parts]),
             torch.cat(masks) if masks else None,
             torch.cat(strengths) if strengths else None,
+            stacked([p.controls for p in parts]),
         )
 
 
@@ -282,7 +293,7 @@ class Conditioner(nn.Module):
         rows = [row for row, prompt in enumerate(negative) if prompt.strip()]
         encoded = self.encode([negative[row] for row in rows], cond.text.device).text.to(cond.text.dtype)
         text = null.text.index_copy(0, torch.tensor(rows, device=cond.text.device), encoded)
-        return Condition(text, cond.vector, cond.text_mask)
+        return replace(null, text=text)
 
     def text_encoder_to(self, device: torch.device) -> None:
         """Move the text encoder; the memory it held on its old device is free for others."""

@@ -35,6 +35,11 @@ class Level(NamedTuple):
         """sigma / alpha of a sampling level: the noise beside a signal of scale 1, EDM's sigma."""
         return float(self.sigma) / float(self.alpha) if self.alpha else math.inf
 
+    @property
+    def noise_share(self) -> float:
+        """sigma / sqrt(alpha^2 + sigma^2) of a sampling level: 1 is noise alone, 0 a clean picture."""
+        return float(self.sigma) / math.hypot(float(self.alpha), float(self.sigma))
+
 
 CLEAN = Level(1.0, 0.0, 0.0, 1.0, 0.0)
 """The last level of sampling: no noise."""

@@ -250,8 +250,13 @@ class Folding(Mixin):
         different = [*(text != text[:, :1]).flatten(1).any(1).tolist(), True]
         if not (count := different.index(True)):
             return inner(ctx)
-        one = transformer.prepare(replace(ctx, text=text[:count, :1], text_repeat=length))
-        rest = [transformer.prepare(replace(ctx, text=text[count:]))] if count < len(text) else []
+        early, late = (
+            tuple(c.rows(part) for c in ctx.controls) for part in (slice(count), slice(count, None))
+        )
+        one = transformer.prepare(replace(ctx, text=text[:count, :1], text_repeat=length, controls=early))
+        rest = []
+        if count < len(text):
+            rest.append(transformer.prepare(replace(ctx, text=text[count:], controls=late)))
         values = {field.name: getattr(ctx, field.name) for field in fields(ctx)}
         return Folded(**values | {"prepared": True}, parts=(one, *rest))
 

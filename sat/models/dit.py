@@ -113,7 +113,7 @@ class JointDiT(nn.Module):
             for s, timestep in enumerate(timesteps):
                 steps[float(timestep)] = Step(emb[s : s + 1], None if made is None else made[s])
         grid = Grid(h // self.patch, w // self.patch)
-        context = Context(text=cond.text, text_mask=cond.text_mask, grid=grid)
+        context = Context(text=cond.text, text_mask=cond.text_mask, grid=grid, controls=cond.controls)
         return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
 
     def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:

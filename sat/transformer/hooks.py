@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from sat.control_input import ControlInput, Controls
 
 
 class Grid(NamedTuple):
@@ -49,6 +52,7 @@ class Context:
     image: Tensor | None = None  # (B, C, h, w) noisy latent
     ids: Tensor | None = None  # (B, T) token ids, for text encoders
     grid: Grid = Grid(0, 0)  # patches
+    controls: Controls = ()  # pictures of trained controls, those that act alone
 
     segments: tuple[int, ...] = ()  # lengths that add up to L, one for each row of a modulation; () = one
     table: Tensor | None = None  # (1, L, D) added to the embedded tokens
@@ -60,6 +64,12 @@ class Context:
     tokens: Tensor | None = None  # (B, T, D) projected text
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin, (N, d) each, float32
     text_kv: tuple[tuple[Tensor, Tensor], ...] | None = None  # (B, H, T, d) keys and values of each layer
+
+    def controlled(self, name: str, make: Callable[[ControlInput], object]) -> Context:
+        """The same with what ``make`` gives as ``made`` of the inputs of control ``name``."""
+        return replace(
+            self, controls=tuple(replace(c, made=make(c)) if c.name == name else c for c in self.controls)
+        )
 
 
 # -- the transformer's extension points: the complete list, one Protocol each

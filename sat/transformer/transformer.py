@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sat.mixin import Mixin, Resolved, resolve
+from sat.mixin import Host, Mixin
 from sat.transformer.hooks import Context, LayerModulation, Modulation, TransformerHooks
 
 FP16_HEADROOM = 64.0
@@ -263,7 +263,7 @@ def _split(x: Tensor, segments: Sequence[int]) -> list[tuple[int, Tensor]]:
 # -- the blocks in a row, between an ``embed`` and a ``final`` hook
 
 
-class Transformer(nn.Module):
+class Transformer(Host[TransformerHooks]):
     """``depth`` blocks of width ``dim`` over one sequence, between an ``embed`` and a ``final`` hook.
 
     The sequence may consist of segments (``ctx.segments``), each with a row of its own in a modulation; what
@@ -285,22 +285,10 @@ class Transformer(nn.Module):
         self.mixins = nn.ModuleDict(mixins)
         self._resolve()
 
-    def extend(self, name: str, mixin: Mixin) -> None:
-        """Add ``mixin`` to a built transformer, around those it has."""
-        if name in self.mixins:
-            raise ValueError(f"the transformer has a mixin {name!r} already")
-        self.mixins[name] = mixin
-        self._resolve()
-
-    def remove(self, name: str) -> None:
-        """Take a mixin off again."""
-        del self.mixins[name]
-        self._resolve()
-
-    def _resolve(self) -> None:
-        mixins = cast("Mapping[str, Mixin]", dict(self.mixins.items()))
-        self.resolved: Resolved[TransformerHooks] = resolve(self._defaults(), mixins)
-        self.hooks = self.resolved.hooks
+    @property
+    def hooks(self) -> TransformerHooks:
+        """The hooks in use."""
+        return self.resolved.hooks
 
     def prepare(self, ctx: Context) -> Context:
         """``ctx`` with everything filled in that depends on the text and the size but not on the step.
@@ -335,8 +323,6 @@ class Transformer(nn.Module):
     def forward(self, ctx: Context) -> Tensor:
         return self.hooks.run(ctx if ctx.prepared else self.prepare(ctx))
 
-    # Bound methods, not lambdas: a deep copy rebinds a bound method, a closure would keep the original's
-    # blocks.
     def _defaults(self) -> TransformerHooks:
         return TransformerHooks(
             prepare=self._prepare,

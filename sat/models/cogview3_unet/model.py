@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition
+from sat.control_input import Controls
 from sat.diffusion.schedule import Scalar
 from sat.embeddings import GuidanceEmbedding, embedded, mlp, one_row, sinusoid
+from sat.mixin import Host
 from sat.mixins.cross_attention import CrossAttention
 from sat.mixins.patch_embed import FeatureMap
 from sat.transformer import BlockSpec, Context, Transformer
@@ -109,9 +111,44 @@ class Prepared:
     guidance: Tensor | None  # (B or 1, D) features of the guidance strength
     steps: Mapping[float, Tensor]  # timestep -> (B or 1, E) its activated embedding
     shifts: Mapping[float, Sequence[Tensor]]  # timestep -> the shift of each residual block, in order
+    controls: Controls = ()  # with what their own networks prepared
 
 
-class CogView3UNet(nn.Module):
+class WayDown(NamedTuple):
+    """Maps that the way up takes over, the stem's first, and the middle's output."""
+
+    skips: list[Tensor]
+    middle: Tensor
+
+
+class Prepare(Protocol):
+    """-> what no step changes, for latents of ``size`` (h, w) cells; wrap it."""
+
+    def __call__(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float]) -> Prepared: ...
+
+
+class Enter(Protocol):
+    """Noisy latent (B, C, h, w) -> the first map (B, width, h, w)."""
+
+    def __call__(self, x: Tensor, prepared: Prepared) -> Tensor: ...
+
+
+class Descend(Protocol):
+    """The way down and the middle; ``emb`` gives each residual block's embedding or shift."""
+
+    def __call__(self, x: Tensor, timestep: Scalar, emb: Iterator[Tensor], prepared: Prepared) -> WayDown: ...
+
+
+@dataclass(frozen=True)
+class UNetHooks:
+    """The extension points of the UNet outside its transformers, which have their own."""
+
+    prepare: Prepare
+    enter: Enter
+    descend: Descend
+
+
+class CogView3UNet(Host[UNetHooks]):
     """Noisy latent (B, C, h, w), timestep, text (B, T, C_text), size vector (B, V) -> noise (B, C, h, w).
 
     Level i is ``width * multipliers[i]`` wide and holds ``blocks`` residual blocks on the way down, one more
@@ -195,14 +232,25 @@ class CogView3UNet(nn.Module):
         self.head = nn.Sequential(
             group_norm(width, groups), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1)
         )
+        self.mixins = nn.ModuleDict()
+        self._resolve()
         self._spatial = [name for name, module in self.named_modules() if isinstance(module, Transformer)]
         if zero_init:
             self._zero()
 
     @property
     def hooks(self) -> str:
-        """The table of hook owners, the same for all transformers, for printing."""
-        return str(next(m.resolved for m in self.modules() if isinstance(m, Transformer)))
+        """The tables of hook owners: the UNet's, and its transformers', which are all alike; for printing."""
+        return f"{self.resolved}\n{next(m.resolved for m in self.modules() if isinstance(m, Transformer))}"
+
+    def _defaults(self) -> UNetHooks:
+        return UNetHooks(self._prepare, self._enter, self._descend)
+
+    def without_way_up(self) -> CogView3UNet:
+        """The same without its second half, which a copy of the first half alone does not need."""
+        self.up, self.head = nn.ModuleList(), nn.Sequential()
+        self._spatial = [name for name in self._spatial if not name.startswith("up.")]
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,6 +269,9 @@ class CogView3UNet(nn.Module):
 
     def prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float] = ()) -> Prepared:
         """``size`` is the latent's (h, w) in cells; ``timesteps`` the timesteps of a sampling run, if any."""
+        return self.resolved.hooks.prepare(cond, size, timesteps)
+
+    def _prepare(self, cond: Condition, size: tuple[int, int], timesteps: Sequence[float]) -> Prepared:
         h, w = size
         if h % self.factor or w % self.factor:
             raise ValueError(
@@ -229,7 +280,7 @@ class CogView3UNet(nn.Module):
             )
         if cond.text.shape[1] != self.text_len:
             raise ValueError(f"the network takes {self.text_len} text tokens, got {cond.text.shape[1]}")
-        context = Context(text=cond.text, text_mask=cond.text_mask)
+        context = Context(text=cond.text, text_mask=cond.text_mask, controls=cond.controls)
         contexts: dict[str, Context] = {
             name: cast(Transformer, self.get_submodule(name)).prepare(context) for name in self._spatial
         }
@@ -237,31 +288,42 @@ class CogView3UNet(nn.Module):
         if timesteps:
             vector, strength = one_row(vector), None if strength is None else one_row(strength)
         guidance = embedded(self.guidance, strength)
-        prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {}, {})
+        prepared = Prepared(contexts, self.size(vector.to(self.dtype)), guidance, {}, {}, cond.controls)
         if not timesteps:
             return prepared
         times = torch.tensor(timesteps, dtype=torch.float32, device=prepared.size_emb.device)
-        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]
+        ways = (self.down, self.middle, self.up)
+        blocks = [module for way in ways for module in way.modules() if isinstance(module, ResBlock)]
         pairs = zip(timesteps, times, strict=True)  # sent to the device at once
         steps = {float(timestep): self._embedding(t, prepared) for timestep, t in pairs}
         shifts = {timestep: [block.shift(emb) for block in blocks] for timestep, emb in steps.items()}
         return replace(prepared, steps=steps, shifts=shifts)
 
     def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:
+        emb = self.embeddings(timestep, prepared)
+        skips, h = self.resolved.hooks.descend(x, timestep, emb, prepared)
+        for place, layers in enumerate(self.up):
+            h = self._run(torch.cat([h, skips.pop()], 1), emb, prepared, layers, f"up.{place}")
+        out: Tensor = self.head(h)
+        return out  # (B, C, h, w)
+
+    def embeddings(self, timestep: Scalar, prepared: Prepared) -> Iterator[Tensor]:
+        """For each residual block in order its shift or, for all, the embedding (B or 1, E)."""
         shifts = prepared.shifts.get(timestep) if isinstance(timestep, float) else None
-        # Of each residual block, or for all the embedding (B or 1, E).
-        emb = repeat(self._embedding(timestep, prepared)) if shifts is None else iter(shifts)
-        h = self.stem(x.to(self.dtype))  # (B, width, h, w)
+        return repeat(self._embedding(timestep, prepared)) if shifts is None else iter(shifts)
+
+    def _enter(self, x: Tensor, prepared: Prepared) -> Tensor:
+        out: Tensor = self.stem(x.to(self.dtype))  # (B, width, h, w)
+        return out
+
+    def _descend(self, x: Tensor, timestep: Scalar, emb: Iterator[Tensor], prepared: Prepared) -> WayDown:
+        h = self.resolved.hooks.enter(x, prepared)
         skips = [h]
         for place, layers in enumerate(self.down):
             if place:
                 h = self._run(h, emb, prepared, layers, f"down.{place}")
                 skips.append(h)
-        h = self._run(h, emb, prepared, self.middle, "middle")
-        for place, layers in enumerate(self.up):
-            h = self._run(torch.cat([h, skips.pop()], 1), emb, prepared, layers, f"up.{place}")
-        out: Tensor = self.head(h)
-        return out  # (B, C, h, w)
+        return WayDown(skips, self._run(h, emb, prepared, self.middle, "middle"))
 
     def _run(
         self, h: Tensor, emb: Iterator[Tensor], prepared: Prepared, layers: nn.Module, name: str
