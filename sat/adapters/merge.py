@@ -73,25 +73,28 @@ def compare_base(adapter: Adapter, parts: Parts) -> None:
     Of parts that are split every tensor rank calls it. Nothing is compared on the meta device.
     """
     for part, module in parts.items():
-        for name, norms in adapter.info.norms.get(part, {}).items():
-            if (layer := dict(adapted(module)).get(name)) is not None:
-                base = layer.base
-            elif name in dict(module.named_modules()):
-                base = module.get_submodule(name)
-            else:
-                continue
-            if cast(LinearLike, base).weight.is_meta:
-                continue
-            most = _SAME
-            if isinstance(base, QuantizedLinear):
-                most += _ROUNDED[base.scheme.kind] / math.sqrt(base.in_features)
-            if _tell_other(adapter, name, norms, base_norms(base), most):
-                break
+        compare_norms(adapter.source, adapter.info.norms.get(part, {}), module)
 
 
-def _tell_other(
-    adapter: Adapter, name: str, trained: Sequence[float], norms: Tensor, most: float = _SAME
-) -> bool:
+def compare_norms(source: str, trained: Mapping[str, Sequence[float]], module: nn.Module) -> None:
+    """The same for the norms of weights by layer that the file ``source`` says it was trained beside."""
+    for name, norms in trained.items():
+        if (layer := dict(adapted(module)).get(name)) is not None:
+            base = layer.base
+        elif name in dict(module.named_modules()):
+            base = module.get_submodule(name)
+        else:
+            continue
+        if cast(LinearLike, base).weight.is_meta:
+            continue
+        most = _SAME
+        if isinstance(base, QuantizedLinear):
+            most += _ROUNDED[base.scheme.kind] / math.sqrt(base.in_features)
+        if _tell_other(source, name, norms, base_norms(base), most):
+            break
+
+
+def _tell_other(source: str, name: str, trained: Sequence[float], norms: Tensor, most: float = _SAME) -> bool:
     """Log a notice if the rows' ``norms`` (O,) of a weight are not ``trained``; true if they are not."""
     here = some_norms(norms)
     apart = max((abs(a - b) / max(abs(a), 1e-12) for a, b in zip(trained, here, strict=False)), default=0.0)
@@ -99,7 +102,7 @@ def _tell_other(
     if other:
         log.warning(
             "%s: was trained on other weights of the same shapes: rows of %r are up to %.2g %% longer or "
-            "shorter here; its effect may be another", adapter.source, name, 100 * apart,
+            "shorter here; its effect may be another", source, name, 100 * apart,
         )  # fmt: skip
     return other
 
@@ -140,7 +143,7 @@ class Merged(View):
             return weight
         for at in [at for at in self._told if at[0] == key]:
             adapter, norms = self._told.pop(at)
-            if _tell_other(adapter, key.removesuffix(".weight"), norms, row_norms(weight)):
+            if _tell_other(adapter.source, key.removesuffix(".weight"), norms, row_norms(weight)):
                 self._told = {k: v for k, v in self._told.items() if k[1] != adapter.source}
         return finite_cast(weight.to(changes[0].dtype) + sum(changes), weight.dtype, key)
 

@@ -1,0 +1,112 @@
+"""A control as a thing put on a network: modules of its own, and the hooks of the network that they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sat.config.build import build_empty
+from sat.config.schema import Component
+from sat.errors import UserError
+from sat.first_stage.model import AutoencoderKL
+from sat.mixin import Host, Mixin
+from sat.parallel.launch import ALONE, Axis
+from sat.parallel.tensor import apply_sharding
+from sat.sharding import Sharding, family_sharding
+
+Takes = Literal["latent", "pixels", "inpaint", "features"]
+"""Encodings of a control's picture: its latent, the picture itself, the latent of all outside a mask and the
+mask, or features of a frozen encoder."""
+
+
+class ControlError(UserError, ValueError):
+    """A control that does not fit the model, or a file that holds none. One line a user can act on."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The network that a control is made for, with the component that built it."""
+
+    network: nn.Module
+    component: Component
+    imports: Collection[str] = ()
+    tensor: Axis = ALONE
+
+    def smaller(self, **params: object) -> nn.Module:
+        """A network of the same class with other parameters, split over tensor ranks as the base is.
+
+        Its tensors are copies of the base's of the same names, or without values where the base has none.
+        """
+        component = replace(self.component, params={**self.component.params, **params})
+        made = build_empty(component, self.imports)
+        made = apply_sharding(made, _present(family_sharding(type(made)), made), self.tensor)
+        here = next(iter(self.network.parameters()))
+        if here.is_meta or torch.empty(0).is_meta:  # a file fills it
+            return made
+        made.to_empty(device=here.device)
+        with torch.no_grad():
+            for name, own in (*made.named_parameters(), *made.named_buffers()):
+                path, _, leaf = name.rpartition(".")
+                own.data = own.data.to(here.dtype) if isinstance(own, nn.Parameter) else own.data
+                own.copy_(cast(Tensor, getattr(self.network.get_submodule(path), leaf)))
+        return made
+
+
+def _present(sharding: Sharding, module: nn.Module) -> Sharding:
+    """The patterns that name a layer of ``module``."""
+    names = [name for name, _ in module.named_modules()]
+    return {p: style for p, style in sharding.items() if any(fnmatchcase(name, p) for name in names)}
+
+
+class Control(nn.Module):
+    """A branch beside a network, with weights of its own; see docs/control.md.
+
+    A subclass takes its sizes from the keyword-only ``base``. Its untrained output is nothing: layers that
+    lead into the network start at zero. ``label`` is the name under which it is attached, by which its hooks
+    find their inputs in ``ctx.controls``.
+    """
+
+    takes: ClassVar[Takes] = "latent"
+    blank: ClassVar[bool] = False
+    """The unconditional half of guidance gets zeros instead of the picture."""
+    label = ""
+
+    def encode(self, first_stage: AutoencoderKL, pictures: Tensor) -> Tensor:
+        """Values for ``ControlInput`` of pictures (B, 3, H, W) in [-1, 1]: here their latents' means, scaled.
+
+        They have the base's own scale, as x_t has, and no randomness.
+        """
+        return first_stage.encode(pictures.to(first_stage.dtype)).mode().float() * first_stage.scale_factor
+
+    def places(self) -> Mapping[str, Mixin]:
+        """The mixins by the part of the network that each is put on; the empty path is the network itself."""
+        raise NotImplementedError
+
+    def layers(self) -> int:
+        """Number of places in the base that ``ControlInput.layers`` has weights for."""
+        raise NotImplementedError
+
+
+def attach(network: nn.Module, name: str, control: Control) -> None:
+    """Put ``control`` on ``network`` under ``name``: around the hooks there are, weights untouched."""
+    if not name.isidentifier():
+        raise ControlError(f"a control's name is letters, digits and _, got {name!r}")
+    places = control.places()
+    hosts = {path: cast("Host[object]", network.get_submodule(path)) for path in places}
+    if taken := next((path for path, host in hosts.items() if name in host.mixins), None):
+        raise ControlError(f"the model has a {name!r} at {taken} already")
+    control.label = name
+    for path, mixin in places.items():
+        mixin.train(network.training)
+        hosts[path].extend(name, mixin)
+
+
+def detach(network: nn.Module, control: Control) -> None:
+    """Take ``control`` off again: the network is what it was."""
+    for path in control.places():
+        cast("Host[object]", network.get_submodule(path)).remove(control.label)

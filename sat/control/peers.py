@@ -1,0 +1,71 @@
+"""Controls in other programs: names of a UNet's ControlNet in diffusers, and folders that diffusers opens."""
+
+from __future__ import annotations
+
+from sat.control.controlnet import UNetControlNet
+from sat.keys import Fuse, Rename, Rule, Rules, Split
+from sat.models.cogview3_unet.model import Downsample
+
+# -- names of ``ControlNetModel``
+
+
+def unet_rules(control: UNetControlNet) -> Rules:
+    """Rules from the names of diffusers' ``ControlNetModel`` of the same sizes to those of ``control``.
+
+    diffusers counts residual blocks and transformers apart within each resolution; ours are in one list of
+    places, ``down.0`` of which is the stem.
+    """
+    rules: list[Rule] = [
+        *(Rename(f"time_embedding.linear_{n + 1}.*", f"side.time.{2 * n}.*") for n in range(2)),
+        *(Rename(f"class_embedding.linear_{n + 1}.*", f"side.size.{2 * n}.*") for n in range(2)),
+        Rename("time_embedding.cond_proj.*", "side.guidance.*"),
+        Rename("conv_in.*", "side.stem.*"),
+        Rename("controlnet_cond_embedding.conv_in.*", "side.mixins.picture.widen.*"),
+        Rename("controlnet_cond_embedding.blocks.{}.*", "side.mixins.picture.blocks.{}.*"),
+        Rename("controlnet_cond_embedding.conv_out.*", "side.mixins.picture.leave.*"),
+        Rename("controlnet_down_blocks.{}.*", "zeros.{}.*"),
+        Rename("controlnet_mid_block.*", "middle.*"),
+    ]
+    level = number = 0
+    for place, layers in enumerate(control.side.down):
+        theirs, ours = f"down_blocks.{level}", f"side.down.{place}"
+        first, *rest = layers.children() if place else (None,)
+        if isinstance(first, Downsample):
+            rules.append(Rename(f"{theirs}.downsamplers.0.conv.*", f"{ours}.0.shrink.*"))
+            level, number = level + 1, 0
+        elif first is not None:
+            rules += _resnet(f"{theirs}.resnets.{number}", f"{ours}.0")
+            rules += _transformer(f"{theirs}.attentions.{number}", f"{ours}.1") if rest else []
+            number += 1
+    for n in range(2):
+        rules += _resnet(f"mid_block.resnets.{n}", f"side.middle.{2 * n}")
+    return [*rules, *_transformer("mid_block.attentions.0", "side.middle.1")]
+
+
+def _resnet(theirs: str, ours: str) -> list[Rule]:
+    same = ("norm1", "conv1", "norm2", "conv2")
+    return [
+        *(Rename(f"{theirs}.{name}.*", f"{ours}.{name}.*") for name in same),
+        Rename(f"{theirs}.time_emb_proj.*", f"{ours}.emb.*"),
+        Rename(f"{theirs}.conv_shortcut.*", f"{ours}.shortcut.*"),
+    ]
+
+
+def _transformer(theirs: str, ours: str) -> list[Rule]:
+    block, mine = f"{theirs}.transformer_blocks.{{}}", f"{ours}.blocks.{{}}"
+    cross = f"{ours}.mixins.cross.layers.{{}}"
+    return [
+        Rename(f"{theirs}.norm.*", f"{ours}.mixins.map.norm.*"),
+        Rename(f"{theirs}.proj_in.*", f"{ours}.mixins.map.enter.*"),
+        Rename(f"{theirs}.proj_out.*", f"{ours}.mixins.map.leave.*"),
+        Rename(f"{block}.norm1.*", f"{mine}.norm1.*"),
+        Fuse([f"{block}.attn1.to_{name}.*" for name in "qkv"], f"{mine}.attn.qkv.*"),
+        Rename(f"{block}.attn1.to_out.0.*", f"{mine}.attn.proj.*"),
+        Rename(f"{block}.norm2.*", f"{cross}.norm.*"),
+        Rename(f"{block}.attn2.to_q.*", f"{cross}.q.*"),
+        Fuse([f"{block}.attn2.to_{name}.*" for name in "kv"], f"{cross}.kv.*"),
+        Rename(f"{block}.attn2.to_out.0.*", f"{cross}.proj.*"),
+        Rename(f"{block}.norm3.*", f"{mine}.norm2.*"),
+        Split(f"{block}.ff.net.0.proj.*", [f"{mine}.mlp.up.*", f"{mine}.mlp.gate.*"]),  # value, then gate
+        Rename(f"{block}.ff.net.2.*", f"{mine}.mlp.down.*"),
+    ]

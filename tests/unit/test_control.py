@@ -1,0 +1,312 @@
+"""Controls put on built networks: what they change, what they leave, and in which order they learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sat.conditioning.conditioner import Condition
+from sat.config.schema import Component
+from sat.control.base import BaseModel, Control, ControlError, attach, detach
+from sat.control.controlnet import TransformerControlNet, controlnet
+from sat.control_input import ControlInput
+from sat.diffusion.guidance import ClassifierFree
+from sat.kernels.apply import fold
+from sat.models.cogview3_plus import CogView3Plus
+from sat.models.cogview3_unet import CogView3UNet
+from tests.small import condition, fill
+from tests.tolerances import EXACT
+
+PLUS = Component(
+    "sat.models.cogview3_plus.CogView3Plus",
+    {
+        "dim": 32, "heads": 4, "depth": 2, "channels": 4, "patch": 2, "text_dim": 16, "text_len": 7,
+        "emb_dim": 24, "size_dim": 48, "table_size": (9, 11),
+    },
+)  # fmt: skip
+UNET = Component(
+    "sat.models.cogview3_unet.CogView3UNet",
+    {
+        "channels": 4, "width": 16, "multipliers": (1, 2), "blocks": 1, "attention": (2,), "depths": (1, 1),
+        "head_dim": 8, "text_dim": 16, "text_len": 7, "size_dim": 48, "groups": 8,
+    },
+)  # fmt: skip
+SIZE = (12, 20)
+T = torch.tensor([900.0, 30.0])
+HINT = (4, 6)
+
+
+def draw(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def base(component: Component, **params: object) -> BaseModel:
+    component = replace(component, params={**component.params, **params})
+    kind: Callable[..., nn.Module] = CogView3Plus if "Plus" in component.target else CogView3UNet
+    network = kind(**component.params)
+    fill(network)
+    return BaseModel(network.eval(), component)
+
+
+DESIGNS: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
+    "plus": lambda: (b := base(PLUS), controlnet(1, base=b)),
+    "plus, shared adaLN": lambda: (b := base(PLUS), controlnet(2, share_adaln=True, base=b)),
+    "unet": lambda: (b := base(UNET), controlnet(hint=HINT, base=b)),
+}
+"""Networks with a control that is not attached yet."""
+
+
+def value(control: Control, seed: int = 3) -> Tensor:
+    """An encoded picture for two rows."""
+    shape = (2, 3, 24, 40) if control.takes == "pixels" else (2, 4, *SIZE)
+    return draw(*shape, seed=seed)
+
+
+def given(control: Control, scale: float = 1.0, **fields: object) -> Condition:
+    own = ControlInput("edges", value(control), (scale, scale), **fields)  # type: ignore[arg-type]
+    return replace(condition(2), controls=(own,))
+
+
+def run(network: nn.Module, cond: Condition) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = network(draw(2, 4, *SIZE), T, network.prepare(cond, SIZE))  # type: ignore[operator]
+    return out
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_an_untrained_control_changes_nothing(design: str) -> None:
+    model, control = DESIGNS[design]()
+    plain = run(model.network, condition(2))
+    attach(model.network, "edges", control)
+    assert torch.equal(run(model.network, given(control)), plain)
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_scale_0_and_no_picture_leave_the_branch_out(design: str) -> None:
+    model, control = DESIGNS[design]()
+    plain = run(model.network, condition(2))
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    steered = run(model.network, given(control))
+    assert (steered - plain).abs().max() > 0.01
+    assert torch.equal(run(model.network, condition(2)), plain)
+    assert torch.equal(run(model.network, given(control).at(0.5)), steered)
+    assert torch.equal(run(model.network, given(control, 0.0).at(0.5)), plain)
+    detach(model.network, control)
+    assert torch.equal(run(model.network, condition(2)), plain)
+    assert not any("edges" in name for name, _ in model.network.named_modules())
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_strength_and_rows_count_alone(design: str) -> None:
+    """Half the strength is not the whole; a row of strength 0 is that of the plain model."""
+    model, control = DESIGNS[design]()
+    plain = run(model.network, condition(2))
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    both, half = run(model.network, given(control)), run(model.network, given(control, 0.5))
+    assert (both - half).abs().max() > 0.001
+    own = ControlInput("edges", value(control), (1.0, 0.0))
+    one = run(model.network, replace(condition(2), controls=(own,)))
+    assert torch.equal(one[1], plain[1])
+    assert torch.equal(one[0], both[0])
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_embedding_of_the_picture_learns_one_step_after_what_leads_out(design: str) -> None:
+    """Zero-init order: after one optimizer step it is unchanged, after two it is not."""
+    model, control = DESIGNS[design]()
+    attach(model.network, "edges", control)
+    model.network.requires_grad_(False)
+    for parameter in control.parameters():
+        parameter.requires_grad_(True)
+    trained = {n: p for n, p in control.named_parameters() if p.requires_grad}
+    began = {n: p.detach().clone() for n, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for step in range(2):
+        network, cond = model.network, given(control)
+        out = network(draw(2, 4, *SIZE), T, network.prepare(cond, SIZE))  # type: ignore[operator]
+        (out - draw(2, 4, *SIZE, seed=9)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = {n for n, p in trained.items() if not torch.equal(p, began[n])}
+        entry = {n for n in trained if "picture" in n}
+        assert {n.partition(".")[0] for n in moved} >= {"zeros"}
+        assert entry and bool(entry & moved) == (step == 1)
+        if step == 0:
+            assert all(n.startswith(("zeros.", "middle.")) for n in moved)
+
+
+@pytest.mark.parametrize(("blocks", "layers"), [(b, n) for n in (5, 28, 30) for b in range(1, n + 1)])
+def test_every_block_of_a_control_is_used_whatever_their_number(blocks: int, layers: int) -> None:
+    """Trap: with ceil(L / N) layers a block, 8 blocks for 28 layers use 7."""
+    used = [layer * blocks // layers for layer in range(layers)]
+    assert sorted(set(used)) == list(range(blocks)), "none is wasted"
+    assert used == sorted(used)
+    wasted = {layer // math.ceil(layers / blocks) for layer in range(layers)}
+    assert (blocks, layers) != (8, 28) or len(wasted) == 7
+
+
+def test_layers_behind_a_block_get_its_residual_and_only_on_the_image() -> None:
+    model, control = DESIGNS["plus"]()
+    assert isinstance(control, TransformerControlNet)
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    seen: list[tuple[Tensor, Tensor]] = []
+    transformer = model.network.transformer
+    inner = control.layer
+
+    def spy(original: object, x: Tensor, ctx: object, layer: int) -> Tensor:
+        out = inner(lambda *a: seen.append((original(*a).clone(), x)) or seen[-1][0], x, ctx, layer)  # type: ignore
+        seen[-1] = (seen[-1][0], out)
+        return out
+
+    control.layer = spy  # type: ignore[method-assign]
+    transformer._resolve()
+    run(model.network, given(control))
+    for before, after in seen:
+        assert torch.equal(before[:, :7], after[:, :7]), "text stays"
+        assert (before[:, 7:] - after[:, 7:]).abs().amax((0, 2)).min() > 0, "every image token moves"
+
+
+def test_several_controls_add_up_in_any_order() -> None:
+    model, one = DESIGNS["plus"]()
+    two = controlnet(2, base=model)
+    fill(one, seed=4)
+    fill(two, seed=5)
+    attach(model.network, "edges", one)
+    attach(model.network, "depth", two)
+    a = ControlInput("edges", value(one), (0.7, 0.7))
+    b = ControlInput("depth", value(two, 8), (0.4, 0.4))
+    cond = condition(2)
+    together = run(model.network, replace(cond, controls=(a, b)))
+    assert (together - run(model.network, replace(cond, controls=(b, a)))).abs().max() < 1e-4
+    for alone in ((a,), (b,)):
+        assert (together - run(model.network, replace(cond, controls=alone))).abs().max() > 0.01
+    pair = run(model.network, replace(cond, controls=(a, replace(a, value=value(one, 8)))))
+    assert (pair - run(model.network, replace(cond, controls=(a,)))).abs().max() > 0.01, "two of one control"
+
+
+def test_weights_of_layers_choose_where_a_control_acts() -> None:
+    model, control = DESIGNS["plus"]()
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    whole = run(model.network, given(control))
+    assert torch.equal(run(model.network, given(control, layers=(1.0, 1.0))), whole)
+    assert (run(model.network, given(control, layers=(1.0, 0.0))) - whole).abs().max() > 0.01
+    assert not given(control, layers=(0.0, 0.0)).at(0.5).controls, "left out"
+
+
+def test_start_and_end_are_shares_of_the_noise_range() -> None:
+    """Trap: as shares of the steps, a control that ends at 0.8 is off in a run of one step."""
+    own = given(DESIGNS["plus"]()[1], start=0.0, end=0.8).controls[0]
+    assert own.acts(1.0), "the only step of a one-step model is at pure noise"
+    assert own.acts(0.2) and not own.acts(0.1)
+    late = replace(own, start=0.5, end=1.0)
+    assert late.acts(0.0) and late.acts(0.5) and not late.acts(0.9)
+
+
+def test_guess_mode_leaves_the_unconditional_half_alone() -> None:
+    model, control = DESIGNS["plus"]()
+    fill(control, seed=4)
+    cond = given(control, guess=True)
+    rows = ClassifierFree(5.0).rows(cond, cond.null())
+    assert rows.controls[0].strengths == (0.0, 0.0, 1.0, 1.0)
+
+    def out() -> Tensor:
+        x, t = draw(2, 4, *SIZE).repeat(2, 1, 1, 1), T.repeat(2)
+        with torch.no_grad():
+            made: Tensor = model.network(x, t, model.network.prepare(rows, SIZE))  # type: ignore[operator]
+        return made
+
+    plain = out()
+    attach(model.network, "edges", control)
+    steered = out()
+    assert torch.equal(steered[:2], plain[:2])
+    assert (steered[2:] - plain[2:]).abs().max() > 0.01
+
+
+def test_rows_of_a_batch_keep_their_own_pictures() -> None:
+    model, control = DESIGNS["plus"]()
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    cond = given(control)
+    both = run(model.network, cond)
+    with torch.no_grad():
+        for row in range(2):
+            part = cond.rows(slice(row, row + 1))
+            alone = model.network(
+                draw(2, 4, *SIZE)[row : row + 1], T[row : row + 1], model.network.prepare(part, SIZE)
+            )
+            assert (alone - both[row : row + 1]).abs().max() < 1e-4
+
+
+def test_text_folded_beside_a_control_changes_nothing() -> None:
+    """Rows whose text tokens are all alike go through with one of them, each with its own picture."""
+    model, control = DESIGNS["plus"]()
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    cond = given(control)
+    rows = ClassifierFree(5.0).rows(cond, cond.null())
+    rows = replace(rows, controls=(replace(rows.controls[0], value=draw(4, 4, *SIZE, seed=6)),))
+    x, t = draw(4, 4, *SIZE), T.repeat(2)
+    with torch.no_grad():
+        whole = model.network(x, t, model.network.prepare(rows, SIZE))
+        fold(model.network, 0)
+        prepared = model.network.prepare(rows, SIZE)
+        assert len(prepared.context.parts) == 2
+        assert (model.network(x, t, prepared) - whole).abs().max() < 1e-4
+
+
+def test_the_bases_weights_stay_and_the_copy_shares_none() -> None:
+    model, control = DESIGNS["plus"]()
+    began = {name: p.clone() for name, p in model.network.named_parameters()}
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    kept = dict(model.network.named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in began.items())
+    addresses = [p.data_ptr() for p in kept.values()]
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_a_copy_begins_as_the_bases_first_blocks() -> None:
+    model, control = DESIGNS["plus"]()
+    own = dict(control.named_parameters())
+    base_ = dict(model.network.named_parameters())
+    copied = [name for name in own if name.startswith("transformer.") and "picture" not in name]
+    assert len(copied) > 10
+    assert all(torch.equal(own[name], base_[name]) for name in copied)
+    assert all(p.abs().max() == EXACT for name, p in own.items() if name not in copied)
+
+
+def test_shared_modulations_are_the_bases_own() -> None:
+    _, control = DESIGNS["plus, shared adaLN"]()
+    assert not any("adaln" in name for name, _ in control.named_parameters())
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_a_number_of_blocks_that_the_base_does_not_have_is_refused(blocks: int) -> None:
+    with pytest.raises(ControlError, match=f"{blocks} blocks: the base has 2"):
+        controlnet(blocks, base=base(PLUS))
+
+
+def test_a_picture_of_another_size_is_refused_with_the_cause() -> None:
+    model, _ = DESIGNS["unet"]()
+    control = controlnet(hint=(4, 6, 8), base=model)
+    attach(model.network, "edges", control)
+    with pytest.raises(ControlError, match="halves once for each width but the first"):
+        run(model.network, given(control))
+
+
+def test_a_name_is_taken_once() -> None:
+    model, control = DESIGNS["plus"]()
+    attach(model.network, "edges", control)
+    with pytest.raises(ControlError, match="'edges' at transformer already"):
+        attach(model.network, "edges", controlnet(1, base=model))
+    with pytest.raises(ControlError, match="letters, digits and _"):
+        attach(model.network, "a.b", controlnet(1, base=model))
