@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -30,6 +30,10 @@ from sat.parallel.sequence import apply_sequence
 from sat.sampling.generator import Generator, SamplingParams, Strong
 from sat.sampling.inputs import InputList, checked_latents
 from sat.sampling.prompts import check_text, checked_prompts
+
+if TYPE_CHECKING:
+    from sat.config.schema import SamplingConfig
+    from sat.sampling.controls import ControlImage, ControlPictures, LoadedControls
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +58,17 @@ class Pipeline:
     >>> pipe(["a red apple"], seed=0).images[0].save("apple.png")
     """
 
-    def __init__(self, generator: Generator, guider: Guider, experiment: Experiment) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        guider: Guider,
+        experiment: Experiment,
+        controls: LoadedControls | None = None,
+    ) -> None:
         self.generator = generator
         self.guider = guider
         self.experiment = experiment
+        self._controls = controls
 
     @classmethod
     def from_config(
@@ -105,9 +116,16 @@ class Pipeline:
         sampling, memory = experiment.sampling, experiment.memory
         if mesh is None:
             data_ranks(1, **experiment.parallel.sizes)
+        if sampling.controls:
+            from sat.sampling.controls import LoadedControls, check_controls
+
+            check_controls(experiment)  # before weights are read
         waiting, dtype = offloaded_parts(memory, place), DTYPES[sampling.dtype]
         engine = build_engine(experiment, device=place, dtype=dtype, mesh=mesh, offloaded=waiting)
         engine.conditioner.moves_encoder = "text" not in waiting
+        controls = None
+        if sampling.controls:
+            controls = LoadedControls.of(engine, experiment, ALONE if mesh is None else mesh.tensor)
         if mesh is not None and mesh.sequence.size > 1:
             apply_sequence(engine.network, mesh.sequence)
         height, width = engine.latent_shape(sampling.height, sampling.width)[1:]
@@ -131,7 +149,7 @@ class Pipeline:
         guider = light.guider
         if mesh is not None and mesh.guidance.size > 1:
             guider = CfgParallel(guider, mesh.guidance)
-        return cls(generator, guider, experiment)
+        return cls(generator, guider, experiment, controls)
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +166,40 @@ class Pipeline:
         """The adapters in use (``adapters.load``) by name, with their strengths."""
         parts = adaptable(self.generator.engine).values()
         return {n: s for part in parts for _, layer in lora.adapted(part) for n, s in layer.strengths.items()}
+
+    @property
+    def controls(self) -> LoadedControls:
+        """The trained controls on the network; ``load`` adds one."""
+        if self._controls is None:
+            from sat.sampling.controls import LoadedControls
+
+            if self.generator.offload is not None or self.generator.team.size > 1:
+                raise ValueError(
+                    "the network's weights are offloaded or shared by ranks: name its controls in "
+                    "sampling.controls when it is opened"
+                )
+            self._controls = LoadedControls.of(self.generator.engine, self.experiment)
+        if self._controls.speed is None:  # of what is loaded from now on
+            s = self.experiment.sampling
+            self._controls.speed = Speed(s.attention, s.pack, False, s.compile)
+        return self._controls
+
+    def control_pictures(
+        self,
+        sampling: SamplingConfig,
+        given: Sequence[ControlImage | Mapping[str, Any]] | None = None,
+    ) -> ControlPictures | None:
+        """The ``given`` controls of a call, or the config's; None for none."""
+        if given is None and not sampling.controls:
+            return None
+        from sat.sampling.controls import ControlImage, ControlPictures, control_images
+
+        images = (
+            [ControlImage.of(one) for one in sampling.controls] if given is None else control_images(given)
+        )
+        return ControlPictures.of(
+            self.controls, images, (sampling.height, sampling.width), sampling.batch_size
+        )
 
     def set_strength(self, name: str, strength: float) -> None:
         """Set the weight of the adapter ``name`` in the next pictures: 0 turns it off, 1 is as trained."""
@@ -171,12 +223,15 @@ class Pipeline:
         latents: Tensor | None = None,
         callback: StepCallback | None = None,
         images: Sequence[Image.Image] | None = None,
+        controls: Sequence[ControlImage | Mapping[str, Any]] | None = None,
     ) -> Output:
         """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. ``None`` is the config's value.
 
         ``height`` and ``width`` are pixels. ``latents`` is unit noise to start from instead of the seed's:
         (B, C, h, w) with B = ``batch_size``, used for every prompt, or one for each image.
         A relay model enlarges ``images``: one for each picture to draw, prompt by prompt.
+        ``controls``: pictures for trained controls, each a ``ControlImage`` or a mapping of its fields
+        (``control``, ``image``, ``scale``, ``start``, ``end``, …); a file that is not loaded yet is.
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
@@ -210,7 +265,10 @@ class Pipeline:
             inputs = InputList(*wanted.size(sampling.height, sampling.width), images, batch_size)
         params = SamplingParams.of(sampling, guider, latents)
         requests = [(prompt, range(batch_size)) for prompt in texts]
-        drawn = list(self.generator.generate(requests, params, inputs=inputs, callback=callback))
+        held = self.control_pictures(sampling, controls)
+        drawn = list(
+            self.generator.generate(requests, params, inputs=inputs, controls=held, callback=callback)
+        )
         return Output(
             [p.image for p in drawn if p.image is not None], torch.stack([p.latents for p in drawn])
         )

@@ -145,6 +145,28 @@ def lora(text: str) -> Lora:
         return Lora(Path(text), 1.0)
 
 
+class Control(NamedTuple):
+    """A trained control's file, its picture, its strength and the part of the noise range where it acts."""
+
+    path: Path
+    image: Path
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+def control(text: str) -> Control:
+    """``FILE:IMAGE[:SCALE[:START-END]]``."""
+    found = re.fullmatch(r"(.+?):(.+?)(?::([-+]?[\d.]+)(?::([\d.]+)-([\d.]+))?)?", text)
+    if found is None:
+        raise UsageError(f"--control {text}: expected FILE:IMAGE[:SCALE[:START-END]]")
+    path, image, *numbers = found.groups()
+    try:
+        return Control(Path(path), Path(image), *(float(n) for n in numbers if n is not None))
+    except ValueError as error:
+        raise UsageError(f"--control {text}: expected numbers behind the picture: {error}") from error
+
+
 def checked_device(name: str) -> DeviceKind:
     """``name`` if it is one that ``parallel.device`` may have; for commands without a config."""
     from sat.parallel.launch import DeviceKind

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from sat.cli.arguments import Setting, add_check_inputs, lora, parse, reader, settings
+from sat.cli.arguments import Setting, add_check_inputs, control, lora, parse, reader, settings
 from sat.cli.main_guard import guard, refuse_tasks
 from sat.sampling.prompts import check_text
 from sat.util.host import prepare_threads
@@ -55,6 +56,17 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, metavar="N", help="images per prompt")
     add("--lora", action="append", metavar="PATH[:STRENGTH]", help="use an adapter; repeat for several")
     add(
+        "--control",
+        action="append",
+        metavar="FILE:IMAGE[:SCALE[:START-END]]",
+        help="steer by a picture with a trained control, in a part of the noise range; repeat for several",
+    )
+    add(
+        "--control-preprocess",
+        action="store_true",
+        help="pictures of --control are plain ones: make the controls' of them (edges, …) as for training",
+    )
+    add(
         "--optimize-prompt",
         action="store_true",
         help="have a language model describe each prompt first",
@@ -75,6 +87,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parse(options, argv, "configs/tiny.yaml", small="configs/tiny.yaml")
     if args.prompt and args.prompt_file:
         options.error("--prompt and --prompt-file exclude each other")
+    if args.control_preprocess and not args.control:
+        options.error("--control-preprocess goes with --control")
     if (args.optimizer_url or args.optimizer_model) and not args.optimize_prompt:
         options.error("--optimizer-url and --optimizer-model go with --optimize-prompt")
     return args
@@ -92,6 +106,11 @@ def given(args: argparse.Namespace) -> list[Setting]:
         out += [Setting("sampling.prompt", None), Setting("sampling.prompt_file", args.prompt_file)]
     if args.lora:
         out.append(Setting("adapters.load", [_loaded(text) for text in args.lora]))
+    if args.control:
+        asked = {"preprocess": True} if args.control_preprocess else {}
+        used = (control(text)._asdict() | asked for text in args.control)
+        texts = [{k: str(v) if isinstance(v, Path) else v for k, v in one.items()} for one in used]
+        out.append(Setting("sampling.controls", texts))
     if args.resume:
         out.append(Setting("output.resume", True))
     return out

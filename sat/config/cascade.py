@@ -27,7 +27,17 @@ from sat.config.yaml_source import write as write_yaml
 FIRST_ONLY = (
     *(
         f"sampling.{key}"
-        for key in ("height", "width", "steps", "guider", "sampler", "latents", "input_dir", "tile")
+        for key in (
+            "height",
+            "width",
+            "steps",
+            "guider",
+            "sampler",
+            "latents",
+            "input_dir",
+            "tile",
+            "controls",
+        )
     ),
     "adapters",
 )

@@ -193,6 +193,16 @@ def _drawing(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
             f"of guidance to share: set it to 1, and the ranks draw different pictures",
         )
 
+    for index, item in enumerate(e.sampling.controls):
+        if item.image is None:
+            yield (
+                ("sampling", "controls", str(index), "image"),
+                "needs a picture, or a folder with one a prompt",
+            )
+        if e.sampling.tile is not None:
+            what = "denoising by tiles (sampling.tile) shows parts of a picture: set one of them to null"
+            yield ("sampling", "controls", str(index)), what
+
     if e.sampling.cache is None:
         return
     if e.sampling.tile is not None:

@@ -151,6 +151,8 @@ def weight_digests(experiment: Experiment) -> dict[str, object]:
         found[part] = None if source is None else known[source]
     if loaded := experiment.adapters.load:
         found["adapters"] = [[adapter_digest(item.path), item.strength] for item in loaded]
+    if controls := experiment.sampling.controls:
+        found["controls"] = [digest(item.path) for item in controls]
     return found
 
 

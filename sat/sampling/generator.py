@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from sat.conditioning.conditioner import Condition, Sizes
+from sat.control_input import Controls
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import Sampler, StepCallback
 from sat.diffusion.step_cache import Count, StepCache
@@ -29,6 +30,7 @@ from sat.util.log import progress, title
 
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig
+    from sat.sampling.controls import ControlPictures
 
 
 SEED_LIMIT = 2**32
@@ -185,15 +187,17 @@ class Generator:
         params: SamplingParams,
         *,
         inputs: PictureInput | None = None,
+        controls: ControlPictures | None = None,
         callback: StepCallback | None = None,
         encoded: Sequence[EncodedPrompt] | None = None,
     ) -> Iterator[Picture]:
         """Pictures of ``requests``, prompts with the numbers of their images, each as soon as it is there.
 
         Where the text encoder does not stay on the device, all prompts are encoded first; ``encoded`` are
-        prompts that have been encoded before. ``inputs`` are the pictures that the process starts from; the
-        team's first rank reads them. ``callback(step, total, preview)`` is called after each step, counted
-        over all images, with the predicted latents (b, C, h, w); an error that it raises ends the run.
+        prompts that have been encoded before. ``inputs`` are the pictures that the process starts from,
+        ``controls`` those of trained controls; the team's first rank reads them.
+        ``callback(step, total, preview)`` is called after each step, counted over all images, with the
+        predicted latents (b, C, h, w); an error that it raises ends the run.
         """
         if encoded is None and requests and self.text_memory != "keep":
             encoded = self.encode([prompt.text for prompt, _ in requests], params.negative_prompt)
@@ -219,10 +223,17 @@ class Generator:
                     first, count = prompt.index * params.batch_size, len(params.latents)
                     given = params.latents[[(first + i) % count for i in part]]
                 rng = ImageRng.of(params.seed, part, shape, given)
-                latents = self.latents(text, rng, params, step, low)
+                held = () if controls is None else self._controls(controls, prompt, part)
+                latents = self.latents(text, rng, params, step, low, held)
                 pictures: Sequence[Image.Image | None] = self.images(latents) or [None] * len(part)
                 for index, image, z in zip(part, pictures, latents, strict=True):
                     yield Picture(prompt, index, image, z)
+
+    def _controls(self, controls: ControlPictures, prompt: Prompt, images: Sequence[int]) -> Controls:
+        """Inputs of the controls for some images of ``prompt``; the team's first rank reads them."""
+        if self.offload is not None:
+            self.offload.enter("first_stage")
+        return controls.encode(by_first(self.team, partial(controls.read, prompt, images)), self.device)
 
     def save(
         self,
@@ -231,6 +242,7 @@ class Generator:
         params: SamplingParams,
         *,
         inputs: PictureInput | None = None,
+        controls: ControlPictures | None = None,
         callback: StepCallback | None = None,
         beat: Callable[[str], None] = lambda doing: None,
         resume: bool = False,
@@ -254,7 +266,7 @@ class Generator:
                     callback(done, total, preview)
 
             drawn = [(prompt, images) for prompt, images in requests if images]  # the others lack a grid
-            pictures = self.generate(drawn, params, inputs=inputs, callback=step)
+            pictures = self.generate(drawn, params, inputs=inputs, controls=controls, callback=step)
             for number, (prompt, images) in enumerate(requests, 1):
                 if not bar.disable:
                     bar.set_description_str(f"[{number}/{len(requests)}] {title(prompt.text)}")
@@ -312,6 +324,7 @@ class Generator:
         params: SamplingParams,
         callback: StepCallback | None = None,
         low: Tensor | None = None,
+        controls: Controls = (),
     ) -> Tensor:
         """Latents (B, C, h, w) float32 on the CPU of the B images of ``rng``, drawn together for one prompt.
 
@@ -322,6 +335,9 @@ class Generator:
             side = params.tile * self.engine.first_stage.factor
             height, width = min(height, side), min(width, side)
         cond, uncond = self.condition(encoded, height, width, len(rng))
+        if controls:
+            cond = replace(cond, controls=controls)
+            uncond = replace(uncond, controls=cond.null().controls)
 
         low_latent = None
         if low is None and wanted is not None and wanted.required:

@@ -219,8 +219,9 @@ class _Session:
             if ending.lock is not None and ending.lock.lost:
                 ending.lock.check()
 
+        controls = self.pipeline.control_pictures(self.pipeline.experiment.sampling)
         return self.pipeline.generator.save(
-            self.folder, prompts, self.params, inputs=inputs, beat=beat, resume=resume
+            self.folder, prompts, self.params, inputs=inputs, controls=controls, beat=beat, resume=resume
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -313,6 +314,34 @@ def parse_share(text: str) -> Share:
 
 
 @dataclass(frozen=True)
+class ControlConfig(Section):
+    """A trained control and its picture (docs/control.md); ``scale`` 0 leaves it out.
+
+    ``image``: a picture, or a folder with one for each prompt. ``start`` and ``end`` are shares of the noise
+    range, 0 pure noise and 1 a clean picture. ``layers``: weights of the base's layers. ``guess``: only the
+    half of guidance with the prompt gets it. ``fit``: how a picture of another shape is brought to the
+    size. ``preprocess``: the picture is a plain one, of which the control's is made as for its training.
+    """
+
+    section = "sampling.controls"
+    path: Annotated[Path, MustExist("name a control: a file, a folder, or a run's folder")]
+    image: Annotated[Path | None, MustExist("name a picture, or a folder of them")] = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    layers: list[float] | None = None
+    guess: bool = False
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    preprocess: bool = False
+
+    def _rules(self) -> Broken:
+        if not math.isfinite(self.scale):
+            yield "scale", f"expected a number, got {self.scale}"
+        if not 0 <= self.start <= self.end <= 1:
+            yield "start", f"expected 0 <= `start` <= `end` <= 1, got {self.start} and {self.end}"
+
+
+@dataclass(frozen=True)
 class SamplingConfig(Section):
     """Prompts and settings of pictures. ``batch_size`` is images per prompt; image ``i`` uses ``seed + i``.
 
@@ -320,6 +349,7 @@ class SamplingConfig(Section):
     denoises larger pictures by overlapping squares of that side.
     ``at_once`` images go through the network together: with 1, a picture does not depend on how many are
     asked for, to the last bit; with more, large devices are used better.
+    ``controls``: pictures that steer the drawing beside the prompt.
     ``cache`` reuses what the network did at the step before where it would do nearly the same.
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
@@ -359,6 +389,7 @@ class SamplingConfig(Section):
         Path | None, MustExist("name the output folder of a base model's run, which relay enlarges")
     ] = None
     tile: int | None = None
+    controls: list[ControlConfig] = field(default_factory=list)
     attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"] = (
         "auto"
     )

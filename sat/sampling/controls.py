@@ -1,0 +1,221 @@
+"""Controls in a run: their pictures read and made, and encoded for the images that are drawn together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sat.adapters.merge import adapter_name
+from sat.checkpoint.verify import Verify
+from sat.config.check import build
+from sat.control.base import BaseModel, Control, ControlError, attach
+from sat.control.files import ControlInfo, check_fits, read, read_info
+from sat.control_input import ControlInput, Controls
+from sat.data.preprocess import Preprocess
+from sat.kernels.apply import Speed, quicken_network
+from sat.parallel.launch import ALONE, Axis
+from sat.sampling.inputs import PictureFiles
+from sat.sampling.prompts import Prompt
+from sat.util.images import from_pil
+from sat.util.pictures import Fit, Pixels, fit_message, fitted, with_alpha
+
+if TYPE_CHECKING:
+    from sat.config.schema import Experiment
+    from sat.config.schema.base import ControlConfig
+    from sat.engine import DiffusionEngine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ControlImage:
+    """A picture for a control of a call, and how strongly it acts.
+
+    ``control`` is the name of a loaded one or its file; ``image`` a picture, its file, a folder, or a list
+    with one for each image to draw. ``scale`` 0 leaves it out. ``start`` and ``end`` are shares of the noise
+    range: 0 is pure noise, 1 a clean picture. ``layers`` are weights of the base's layers. ``guess``: only
+    the half of guidance with the prompt gets it. ``preprocess``: ``image`` is a plain picture, of which the
+    control's is made as for its training.
+    """
+
+    control: str | Path
+    image: Image.Image | Path | str | Sequence[Image.Image | Path | str]
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    layers: Sequence[float] | None = None
+    guess: bool = False
+    fit: Fit = "crop"
+    preprocess: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ControlError(f"control {self.control}: scale is {self.scale}, expected a number")
+        if not 0 <= self.start <= self.end <= 1:
+            raise ControlError(
+                f"control {self.control}: start {self.start:g} and end {self.end:g}: expected "
+                f"0 <= start <= end <= 1, shares of the noise range"
+            )
+
+    @classmethod
+    def of(cls, config: ControlConfig) -> ControlImage:
+        """The same of an item of ``sampling.controls``."""
+        assert config.image is not None, "asked for before"
+        own = {name: getattr(config, name) for name in ("image", "scale", "start", "end", "layers", "guess")}
+        return cls(config.path, **own, fit=config.fit, preprocess=config.preprocess)
+
+    def open(self, prompt: Prompt, image: int, batch_size: int) -> Pixels:
+        """The picture for image number ``image`` of ``prompt``."""
+        given = self.image
+        if isinstance(given, (list, tuple)):
+            number = prompt.index * batch_size + image
+            if number >= len(given):
+                raise ControlError(f"control {self.control}: {len(given)} pictures, none for image {number}")
+            given = given[number]
+        if isinstance(given, Image.Image):
+            return with_alpha(given)
+        return PictureFiles(Path(str(given)), f"control {self.control}").open(prompt, image)
+
+
+@dataclass(frozen=True)
+class LoadedControl:
+    """A control on the network, with the description in its file."""
+
+    control: Control
+    info: ControlInfo
+    path: Path
+    preprocess: Preprocess | None
+
+
+class LoadedControls:
+    """The controls on an engine's network, by name; each file once.
+
+    ``speed`` is put on those that are loaded later, as it was on the network with its first ones.
+    """
+
+    def __init__(self, engine: DiffusionEngine, experiment: Experiment, base: BaseModel) -> None:
+        self.engine, self.base, self._imports = engine, base, experiment.imports
+        self.loaded: dict[str, LoadedControl] = {}
+        self.speed: Speed | None = None
+
+    @classmethod
+    def of(cls, engine: DiffusionEngine, experiment: Experiment, tensor: Axis = ALONE) -> LoadedControls:
+        """Those of ``sampling.controls``, loaded; ``tensor`` are the ranks that the network is split over."""
+        base = BaseModel(engine.network, experiment.model, experiment.imports, tensor)
+        made, weights = cls(engine, experiment, base), experiment.checkpoint
+        for item in experiment.sampling.controls:
+            made.load(item.path, verify=Verify(weights.verify))
+        return made
+
+    def load(self, path: Path, name: str | None = None, verify: Verify | None = None) -> str:
+        """Put the control at ``path`` on the network; returns its name. One that is there stays."""
+        for known, one in self.loaded.items():
+            if one.path == path and name in (None, known):
+                return known
+        control, info = read(path, self.base, verify)
+        name = name or adapter_name(path, self.loaded)
+        preprocess = None if info.picture is None else build(info.picture, imports=self._imports)
+        if self.speed is not None:
+            quicken_network(control, self.speed)
+        attach(self.engine.network, name, control.eval().requires_grad_(False))
+        self.loaded[name] = LoadedControl(control, info, path, preprocess)
+        count = sum(parameter.numel() for parameter in control.parameters())
+        log.info("%s: %s %r, %.2f M weights", path, info.control.target.rpartition(".")[2], name, count / 1e6)
+        return name
+
+    def named(self, wanted: str | Path) -> str:
+        """The name of the loaded control that ``wanted`` names; a file that is not loaded is."""
+        return str(wanted) if str(wanted) in self.loaded else self.load(Path(wanted))
+
+
+def check_controls(experiment: Experiment) -> None:
+    """Refuse files of ``sampling.controls`` that are no controls of this model; only headers are read."""
+    for item in experiment.sampling.controls:
+        check_fits(read_info(item.path), experiment.model, item.path, experiment.imports)
+
+
+@dataclass(frozen=True)
+class ControlPictures:
+    """The controls of a call with their pictures, of ``height`` x ``width`` pixels."""
+
+    loaded: LoadedControls
+    uses: Sequence[tuple[str, ControlImage]]  # a loaded control's name and its picture
+    height: int
+    width: int
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedControls,
+        images: Sequence[ControlImage],
+        size: tuple[int, int],
+        batch_size: int,
+    ) -> ControlPictures | None:
+        """Those of ``images`` that are not switched off; None for none."""
+        uses = []
+        for image in images:
+            name = loaded.named(image.control)
+            count = loaded.loaded[name].control.layers()
+            if image.layers is not None and len(image.layers) != count:
+                raise ControlError(
+                    f"control {image.control}: {len(image.layers)} weights in `layers`, expected one for "
+                    f"each of {count} layers of the base"
+                )
+            if image.scale:
+                uses.append((name, image))
+        return cls(loaded, uses, *size, batch_size) if uses else None
+
+    def read(self, prompt: Prompt, images: Sequence[int]) -> list[Tensor]:
+        """For each use its pictures (n, 3 or 4, height, width) in [-1, 1], preprocessed if they are to be."""
+        return [torch.stack([self._picture(name, use, prompt, i) for i in images]) for name, use in self.uses]
+
+    def _picture(self, name: str, use: ControlImage, prompt: Prompt, image: int) -> Tensor:
+        pixels, one = use.open(prompt, image, self.batch_size), self.loaded.loaded[name]
+        if told := fit_message(pixels.rgb.size, self.height, self.width, use.fit):
+            log.info("control %s: %s", use.control, told)
+        picture = from_pil(fitted(pixels.rgb, self.height, self.width, use.fit))
+        if one.control.takes == "inpaint" and not use.preprocess:
+            if pixels.alpha is None:
+                raise ControlError(
+                    f"control {use.control}: inpaints, so its picture is transparent where it is to be drawn "
+                    f"anew, and this one is nowhere"
+                )
+            alpha = from_pil(fitted(pixels.alpha, self.height, self.width, use.fit))[:1]
+            return torch.cat([picture, torch.where(alpha < 0, 1.0, -1.0)])
+        if use.preprocess:
+            if one.preprocess is None:
+                raise ControlError(
+                    f"control {use.control}: its file names no preprocessing: give its picture as it is"
+                )
+            return one.preprocess(picture, random.Random(f"{prompt.index}/{image}"))
+        return picture
+
+    def encode(self, pictures: Sequence[Tensor], device: torch.device) -> Controls:
+        """Inputs of the network of the ``pictures`` that were read."""
+        out = []
+        for (name, use), given in zip(self.uses, pictures, strict=True):
+            control = self.loaded.loaded[name].control
+            value = control.encode(self.loaded.engine.first_stage, given.to(device))
+            layers = None if use.layers is None else tuple(map(float, use.layers))
+            strengths = (float(use.scale),) * len(value)
+            out.append(
+                ControlInput(
+                    name, value, strengths, use.start, use.end, layers, guess=use.guess, blank=control.blank
+                )
+            )
+        return tuple(out)
+
+
+def control_images(given: Sequence[ControlImage | Mapping[str, Any]]) -> list[ControlImage]:
+    """Controls of a call, of which each may be a mapping of :class:`ControlImage`'s fields."""
+    return [one if isinstance(one, ControlImage) else ControlImage(**one) for one in given]
