@@ -37,7 +37,7 @@ class BaseModel:
     imports: Collection[str] = ()
     tensor: Axis = ALONE
 
-    def smaller(self, **params: object) -> nn.Module:
+    def smaller(self, params: Mapping[str, object]) -> nn.Module:
         """A network of the same class with other parameters, split over tensor ranks as the base is.
 
         Its tensors are copies of the base's of the same names, or without values where the base has none.

@@ -119,7 +119,7 @@ class TransformerControlNet(Control, Mixin):
             raise ControlError(
                 f"a ControlNet of {blocks} blocks: the base has {self.depth}, expected 1 to that"
             )
-        network = base.smaller(depth=blocks)
+        network = base.smaller({"depth": blocks})
         side = cast(Transformer, network.transformer)
         side.remove(side.resolved.owners["final"][-1])
         dim, channels, patch = (int(getattr(network, name)) for name in ("dim", "channels", "patch"))
@@ -239,7 +239,7 @@ class UNetControlNet(Control, Mixin):
 
     def __init__(self, hint: Sequence[int] = (16, 32, 96, 256), *, base: BaseModel) -> None:
         super().__init__()
-        network = base.smaller()
+        network = base.smaller({})
         assert isinstance(network, CogView3UNet), "only a UNet has a way down"
         self.side = network.without_way_up()
         device, dtype = network.stem.weight.device, network.stem.weight.dtype
