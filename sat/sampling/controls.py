@@ -24,8 +24,8 @@ from sat.data.preprocess import Preprocess
 from sat.kernels.apply import Speed, quicken_network
 from sat.parallel.launch import ALONE, Axis
 from sat.sampling.inputs import PictureFiles
+from sat.sampling.output import from_pil
 from sat.sampling.prompts import Prompt
-from sat.util.images import from_pil
 from sat.util.pictures import Fit, Pixels, fit_message, fitted, with_alpha
 
 if TYPE_CHECKING:
