@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition, Conditioner
+from sat.diffusion.draws import Draws, GeneratorDraws
 from sat.diffusion.guidance import Denoise, Guider
 from sat.diffusion.loss import DenoisingLoss, Draw
 from sat.diffusion.prediction import Denoiser, Network, Prediction
@@ -19,8 +20,9 @@ from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Sampler, StepCallback, Trajectory
 from sat.diffusion.schedule import Level, Schedule, sized
 from sat.diffusion.tiles import Tiled, tile_size
+from sat.embeddings import sent
 from sat.errors import UserError
-from sat.first_stage.model import AutoencoderKL, Posterior
+from sat.first_stage.model import AutoencoderKL
 from sat.first_stage.tiling import Tiling, Work, decode_tiled, encode_tiled, one_by_one
 
 if TYPE_CHECKING:
@@ -191,17 +193,10 @@ class DiffusionEngine(nn.Module):
         posterior = encode_tiled(self.first_stage, images, Tiling(tile), work)
         return posterior.sample(noise.to(posterior.mean)).float() * self.first_stage.scale_factor
 
-    def latents(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
-        """A scaled sample (B, C, h, w) float32 of the first stage's posterior."""
-        return posterior.sample(generator=generator).float() * self.first_stage.scale_factor
-
-    def draw(
-        self, latents: Tensor, generator: torch.Generator | None = None, shares: Tensor | None = None
-    ) -> Draw:
-        """Timesteps and noise for clean latents (B, C, h, w); ``shares`` as of :meth:`DenoisingLoss.draw`."""
-        schedule = sized(self.schedule, (latents.shape[2], latents.shape[3]))
-        span = self.process.hooks.span(schedule)
-        return self.denoising_loss.draw(latents, span, generator, schedule=schedule, shares=shares)
+    def draw(self, shape: Sequence[int], draws: Draws) -> Draw:
+        """Timesteps and noise for clean latents of ``shape`` (C, h, w), where ``draws`` makes them."""
+        schedule = sized(self.schedule, (shape[1], shape[2]))
+        return self.denoising_loss.draw(shape, self.process.hooks.span(schedule), draws, schedule)
 
     def loss(
         self,
@@ -219,9 +214,11 @@ class DiffusionEngine(nn.Module):
         ``weight`` (B, 1, h, w) of their places. ``timestep`` (B,) fixes the timesteps, for validation at
         given noise levels; otherwise they are drawn.
         """
-        draw = draw or self.draw(latents, generator)
+        if draw is None:
+            draw = self.draw(latents.shape[1:], GeneratorDraws(len(latents), generator, latents.device))
         if timestep is not None:
             draw = draw._replace(timestep=timestep)
+        draw = Draw(sent(draw.timestep, latents.device), sent(draw.eps, latents.device))
         denoiser, ctx = self.denoiser, ProcessContext(low_res)
         size = (latents.shape[2], latents.shape[3])
         prepared, schedule = denoiser.network.prepare(cond, size), sized(self.schedule, size)

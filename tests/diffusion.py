@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sat.diffusion.draws import GeneratorDraws
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Trajectory
 from sat.diffusion.schedule import Level
@@ -19,6 +20,11 @@ SHAPE = (2, 3, 4, 5)
 def level(alpha: float, sigma: float, ratio: float = 0.0) -> Level:
     """A level that the network sees as it is; its timestep is of no consequence."""
     return Level(alpha, sigma, 0.0, alpha, sigma, ratio)
+
+
+def drawing(pictures: Sized, seed: int | None = None) -> GeneratorDraws:
+    """Draws for as many pictures from one generator, with a ``seed`` of its own or torch's."""
+    return GeneratorDraws(len(pictures), None if seed is None else torch.Generator().manual_seed(seed))
 
 
 def exploding(noise: float) -> Level:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import traceback
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from sat.config.check import build
 from sat.config.schema import Component, TrainConfig
 from sat.data.batch import Batch, Sample, collate
+from sat.diffusion.draws import Draws, GeneratorDraws
 from sat.parallel.launch import Mesh, Runtime, launch
 from sat.train import optim
 from sat.train.deepspeed import TrainEngine
@@ -48,11 +50,14 @@ class Toy(Objective):
                 p.copy_(0.3 * torch.randn(p.shape, generator=generator))
         self.poison, self.rank, self.calls = poison, rank, 0
 
+    def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        return {"noise": draws.normal("noise", (8,))}
+
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Mapping[str, Tensor]:
         assert batch.latent_moments is not None
         x = batch.latent_moments.flatten(1)
-        noise = torch.randn(x.shape, generator=generator)
-        seen = self.frozen((x + noise).to(self.frozen.weight.dtype))
+        drawn = batch.draws or self.draws(batch, GeneratorDraws(len(batch), generator))
+        seen = self.frozen((x + drawn["noise"]).to(self.frozen.weight.dtype))
         error = self.norm(self.net(seen)).float() - x
         loss = error.square().mean() * self.table.float().sum()
         if self.calls in self.poison and self.rank == 0 and self.training:
@@ -84,8 +89,15 @@ class Blockwise(torch.optim.Optimizer):
                 p.sub_(group["lr"] * padded.view(-1)[: len(flat)].view_as(p))
 
 
+def _sample(place: int) -> Sample:
+    moments = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(place))
+    return Sample(f"{place}", (8, 8), (0, 0), (8, 8), latent_moments=moments)
+
+
 class Numbers:
-    """Endless batches of vectors that depend on the position in the stream alone."""
+    """Endless batches of ``sample``, by default vectors, that depend on the position in the stream alone."""
+
+    sample = staticmethod(_sample)
 
     def __init__(self, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.batch_size, self.rank, self.world = batch_size, rank, world
@@ -102,15 +114,15 @@ class Numbers:
         self.position = state["position"]
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
+        return self.batches(lambda number, batch: batch)
+
+    def batches(self, prepare: Callable[[int, Batch], Batch]) -> Iterator[Batch]:
+        for number in itertools.count():
             start = self.position + self.rank * self.batch_size
             self.position += self.world * self.batch_size
-            yield collate([_sample(place) for place in range(start, start + self.batch_size)])
-
-
-def _sample(place: int) -> Sample:
-    moments = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(place))
-    return Sample(f"{place}", (8, 8), (0, 0), (8, 8), latent_moments=moments)
+            yield prepare(
+                number, collate([self.sample(place) for place in range(start, start + self.batch_size)])
+            )
 
 
 def trainer(

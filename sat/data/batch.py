@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,13 @@ class Batch:
     latent_moments: Tensor | None = None  # (B, 2C, h, w) float32: mean and log variance, unscaled
     low_moments: Tensor | None = None  # the same of the low-resolution images, enlarged, for relay
     text: Tensor | None = None  # (B, T, C_text) hidden states of the captions in the encoder's dtype
-    shares: Tensor | None = None  # (B,) float64 in [0, 1): the pictures' strata of their step
     loss_weight: Tensor | None = None  # (B,) float32 factors of the pictures' losses; None: all 1
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    draws: Mapping[str, Tensor] = field(default_factory=dict)  # (B, …) random numbers of the training step
 
     def __post_init__(self) -> None:
-        values = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "extras"}
-        for name, value in {**values, **self.extras}.items():
+        values = {name: value for name, value in vars(self).items() if name not in ("extras", "draws")}
+        for name, value in {**values, **self.extras, **self.draws}.items():
             if value is not None and len(value) != len(self.caption):
                 raise ValueError(f"batch: {len(value)} of {name} for {len(self.caption)} captions")
 
@@ -70,9 +70,10 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
-        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        values: dict[str, Any] = dict(vars(self))
         values |= {name: act(value) for name, value in values.items() if isinstance(value, Tensor)}
-        values["extras"] = {name: act(value) for name, value in self.extras.items()}
+        for held in ("extras", "draws"):
+            values[held] = {name: act(value) for name, value in values[held].items()}
         return Batch(**values)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,8 @@ from sat.data.dataset import Items
 from sat.data.records import DataError
 
 log = logging.getLogger(__name__)
+Prepare = Callable[[int, Batch], Batch]
+"""Last work on a batch, by its number since the iteration began, before it is pinned."""
 AHEAD = 2  # batches that are read before they are asked for
 
 
@@ -108,32 +111,37 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position on."""
+        return self.batches(lambda number, batch: batch)
+
+    def batches(self, prepare: Prepare) -> Iterator[Batch]:
+        """Batches from the current position on, each after ``prepare``, which a thread may run ahead."""
+
+        def together(number: int, jobs: Sequence[Future[Sample]]) -> Batch:
+            batch = prepare(number, collate([job.result() for job in jobs]))  # begun before: no vain wait
+            return batch.pinned() if self.pin else batch
+
+        start = self.position
         if self.workers < 1:
-            while True:
+            for number in itertools.count():
                 samples = [self.items.get(*job, self.seed) for job in self._jobs(self.position)]
                 self.position += self.stride
-                yield self._batch(samples)
-
-        def together(jobs: Sequence[Future[Sample]]) -> Batch:
-            return self._batch([job.result() for job in jobs])  # begun before, so never waited for in vain
+                batch = prepare(number, collate(samples))
+                yield batch.pinned() if self.pin else batch
 
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
         waiting: deque[Future[Batch]] = deque()  # read and put together by threads meanwhile
-        start = self.position
+        numbers = itertools.count()
         try:
             while True:
                 while len(waiting) < AHEAD:
                     jobs = [pool.submit(self.items.get, *job, self.seed) for job in self._jobs(start)]
-                    waiting.append(pool.submit(together, jobs))
+                    waiting.append(pool.submit(together, next(numbers), jobs))
                     start += self.stride
                 batch = waiting.popleft().result()
                 self.position += self.stride
                 yield batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _batch(self, samples: Sequence[Sample]) -> Batch:
-        return collate(samples).pinned() if self.pin else collate(samples)
 
     def _jobs(self, position: int) -> list[tuple[int, int]]:
         """(item, epoch) of this rank's batch that begins at ``position``."""

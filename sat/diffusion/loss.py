@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sat.diffusion.draws import Draws
 from sat.diffusion.prediction import Denoiser
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Level, Scalar, Schedule
 from sat.diffusion.timesteps import Timesteps
-from sat.embeddings import sent
 
 
 class Weighting(Protocol):
@@ -128,35 +129,21 @@ class DenoisingLoss:
         self.timesteps, self.stratified = timesteps, stratified
         self._cumulative: tuple[Schedule | None, int, Tensor] | None = None  # of the last schedule and span
 
-    def draw(
-        self,
-        x0: Tensor,
-        span: int,
-        generator: torch.Generator | None = None,
-        *,
-        schedule: Schedule | None = None,
-        shares: Tensor | None = None,
-    ) -> Draw:
-        """Timesteps below ``span`` and unit noise, from ``generator`` (on its device) or torch's.
+    def draw(self, shape: Sequence[int], span: int, draws: Draws, schedule: Schedule | None = None) -> Draw:
+        """Timesteps below ``span`` and unit noise for latents of ``shape`` (C, h, w), from ``draws``.
 
-        ``schedule`` is for chances by noise level. ``shares`` (B,) float64 in [0, 1) take the place of drawn
-        ones: a timestep's share of them is its chance. Without them ``stratified`` is within the batch.
+        ``schedule`` is for chances by noise level: a timestep's share of drawn numbers is its chance.
         """
-        device, count = x0.device if generator is None else generator.device, x0.shape[0]
         if self.timesteps is None and not self.stratified:
-            timestep = torch.randint(0, span, (count,), generator=generator, device=device)
+            timestep = draws.integers("timestep", span)
         else:
-            if shares is None:
-                shares = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
-                if self.stratified:
-                    shares = (torch.randperm(count, generator=generator, device=device) + shares) / count
+            shares = draws.strata() if self.stratified else draws.uniform("timestep", torch.float64)
             cumulative = self.cumulative(schedule, span).to(shares.device)
             timestep = torch.searchsorted(cumulative, shares, right=True).clamp(max=span - 1)
-        eps = torch.randn(x0.shape, generator=generator, device=device)
+        eps = draws.normal("eps", shape)
         if self.offset_noise:
-            offset = torch.randn(x0.shape[:1], generator=generator, device=device)
-            eps = eps + self.offset_noise * offset[:, None, None, None]
-        return Draw(sent(timestep, x0.device), sent(eps, x0.device))
+            eps = eps + self.offset_noise * draws.normal("offset")[:, None, None, None]
+        return Draw(timestep, eps)
 
     def cumulative(self, schedule: Schedule | None, span: int) -> Tensor:
         """(span,) float64: the chance of each timestep or one below it; kept for the next call."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import signal
@@ -16,17 +15,17 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from sat.config.schema import TrainConfig, plain
 from sat.data.batch import Batch
+from sat.diffusion.draws import Draws, GeneratorDraws, PictureDraws, keyed
 from sat.parallel.collectives import agree, barrier, mean
 from sat.parallel.heartbeat import current
 from sat.train.checkpoints import Checkpoints, Export
 from sat.train.deepspeed import TrainEngine
 from sat.train.log import Averages, Meter, Record, line, peak_flops
 from sat.train.optim import Ema, autocast, prolonged, rate, set_rate
-from sat.train.resume import Layout, Progress, RunFolder, Saved
+from sat.train.resume import Layout, Progress, ResumeError, RunFolder, Saved
 from sat.train.shards import cuttable
 from sat.util.ending import ending
 from sat.util.log import progress
@@ -51,8 +50,8 @@ class Source(Protocol):
         """Number of times that the data has been seen."""
         ...
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches from the current position on."""
+    def batches(self, prepare: Callable[[int, Batch], Batch]) -> Iterator[Batch]:
+        """Batches from the current position on, each after ``prepare`` with its number from 0 on."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -79,32 +78,24 @@ class Extras:
     record: Record | None = None
 
 
+RULES: dict[int, Callable[[int, int, int, int, int], Draws]] = {
+    1: GeneratorDraws.of_micro_batch,
+    2: PictureDraws,
+}
+"""Rules of random numbers by the number that checkpoints hold, each of (seed, step, place, count, total).
+
+A run goes on by the rule that it began with; new ones take the last.
+"""
+
+
 def step_generator(seed: int, step: int, place: int) -> torch.Generator:
-    """A CPU generator for the micro-batch at ``place`` among those of one step over all ranks.
+    """A CPU generator for the micro-batch at ``place`` of a step, for what ``Objective.draws`` leaves out.
 
     Also seeds torch's global generators, for modules that draw from them. Nothing random is carried from step
-    to step, so a resumed run needs no generator state, and a step does not depend on how its micro-batches
-    are split over ranks and accumulation.
+    to step, so a resumed run needs no generator state.
     """
-    mixed = _mixed(seed, step, place)
-    torch.manual_seed(mixed)
+    torch.manual_seed(mixed := keyed(seed, step, place))
     return torch.Generator().manual_seed(mixed)
-
-
-def strata(seed: int, step: int, first: int, count: int, total: int) -> Tensor:
-    """(count,) float64 shares of the pictures from place ``first`` on, among the ``total`` of a step.
-
-    All of a step hold one number of each of ``total`` equal parts of [0, 1), in a random order. They depend
-    on seed, step and place alone, so on no split of the step over batches, accumulation and ranks.
-    """
-    generator = torch.Generator().manual_seed(_mixed(seed, step, "strata"))
-    inside = torch.rand(total, generator=generator, dtype=torch.float64)
-    return ((torch.randperm(total, generator=generator) + inside) / total)[first : first + count]
-
-
-def _mixed(*key: int | str) -> int:
-    """A seed of 32 bits, as torch's CPU generator looks at no more."""
-    return int.from_bytes(hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=4).digest(), "little")
 
 
 @contextmanager
@@ -171,6 +162,7 @@ class Trainer:
         self.done = False  # at the last step, or before it by train.patience
         self.cycles = [self.config.steps]  # where the rate's schedules end
         self.seconds = 0.0
+        self.rule = max(RULES)  # of random numbers
         self._bad_steps = 0  # in a row
         self._rate = 0.0  # of the last step
         self._saved_step = -1
@@ -181,7 +173,7 @@ class Trainer:
         config = self.config
         began, before = time.perf_counter(), self.seconds
         self.engine.objective.train()
-        batches = iter(self.source)
+        batches = self.batches()
         self._window = _Window()
         began_at, remaining = self.step, config.steps - self.step
         if remaining < 1:
@@ -252,6 +244,28 @@ class Trainer:
             self.done = self.done or self.step >= config.steps
             ending.seal()  # all is saved: a late signal changes nothing
 
+    def batches(self) -> Iterator[Batch]:
+        """Endless batches from this step on, with their random numbers."""
+        begun, accumulate = self.step, self.config.accumulate
+
+        def prepare(number: int, batch: Batch) -> Batch:
+            step, micro = divmod(number, accumulate)
+            draws = self._draws(batch, begun + step, micro, accumulate)
+            return replace(batch, draws=self.engine.objective.draws(batch, draws))
+
+        return self.source.batches(prepare)
+
+    def _draws(self, batch: Batch, step: int, micro: int, micros: int) -> Draws:
+        """Random numbers of this rank's batch ``micro`` among ``micros``, by the run's rule."""
+        size, ranks = len(batch), self.engine.mesh.data_ranks
+        place = (micro * ranks + self.engine.mesh.data_rank) * size
+        return RULES[self.rule](self.config.seed, step, place, size, size * ranks * micros)
+
+    def _generator(self, batch: Batch, step: int, micro: int) -> torch.Generator:
+        """Generator of this rank's batch ``micro``, by the run's rule."""
+        place = micro * self.engine.mesh.data_ranks + self.engine.mesh.data_rank
+        return step_generator(self.config.seed, step, place if self.rule == 1 else place * len(batch))
+
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step: ``accumulate`` micro-batches, clip, apply, average.
 
@@ -271,13 +285,7 @@ class Trainer:
             batch = next(batches)
             window.waited += time.perf_counter() - began
             with nullcontext() if self.meter is None else self.meter.micro(batch):
-                moved = batch.to(device)
-                place = micro * mesh.data_ranks + mesh.data_rank
-                generator = step_generator(config.seed, self.step, place)
-                if engine.objective.stratified:
-                    size = len(batch)
-                    total = size * mesh.data_ranks * config.accumulate
-                    moved = replace(moved, shares=strata(config.seed, self.step, place * size, size, total))
+                moved, generator = batch.to(device), self._generator(batch, self.step, micro)
                 watch.mark(f"step {self.step + 1}: forward pass")
                 with autocast(config, device.type):
                     values = engine.engine(moved, generator)
@@ -361,17 +369,19 @@ class Trainer:
 
         The noise is the same each time.
         """
-        objective, mesh, device = self.engine.objective, self.engine.mesh, self.runtime.device
+        objective, runtime, held = self.engine.objective, self.runtime, self.extras.validation
         averages = Averages()
         with self._averaged():
             objective.eval()
             try:
-                with torch.no_grad(), autocast(self.config, device.type):
-                    for index, batch in enumerate(self.extras.validation):
-                        place = index * mesh.data_ranks + mesh.data_rank
+                with torch.no_grad(), autocast(self.config, runtime.device.type):
+                    for index, batch in enumerate(held):
                         current().mark(f"step {self.step}: validation, batch {index}")
-                        generator = step_generator(self.config.seed, VALIDATION, place)
-                        averages.add(objective.evaluate(batch.to(device), generator))
+                        draws = self._draws(batch, VALIDATION, index, len(held))
+                        drawn = replace(batch, draws=objective.held_out_draws(batch, draws))
+                        moved = (drawn.pinned() if runtime.pins else drawn).to(runtime.device)
+                        generator = self._generator(batch, VALIDATION, index)
+                        averages.add(objective.evaluate(moved, generator))
             finally:
                 objective.train()
             scores = {f"validation/{name}": value for name, value in averages.take().items()}
@@ -419,6 +429,7 @@ class Trainer:
         return Progress(
             self.step, self.skipped, self.images, self.seconds, self.source.state_dict(), layout,
             config.dtype, cut, self.engine.whole_shapes, config.steps, self.cycles, plain(config.groups),
+            self.rule,
         )  # fmt: skip
 
     def save(self, *, background: bool = False) -> None:
@@ -436,6 +447,17 @@ class Trainer:
     def resume(self, saved: Saved) -> None:
         """Go on exactly from ``saved``; every rank calls it, before ``fit``."""
         state = self.checkpoints.load(saved, self._progress())
+        if state.draws not in RULES:
+            raise ResumeError(
+                f"{saved.path} draws its random numbers by rule {state.draws}, this version knows "
+                f"{' and '.join(map(str, RULES))}: resume it with the version that wrote it"
+            )
+        if state.draws != self.rule:
+            log.info(
+                "%s drew its random numbers by micro-batch, as older versions did: the run goes on so",
+                saved.path,
+            )  # fmt: skip
+        self.rule = state.draws
         self.source.load_state_dict(state.loader)
         self.step, self.skipped, self.images = state.step, state.skipped, state.images
         self.seconds, self._saved_step = state.seconds, state.step

@@ -60,6 +60,7 @@ class Progress:
     of training; ``loader``: position in the data, equal on every rank; ``cut``: the optimizer's state is cut
     by parameters, so that any layout reads it; ``parameters``: shapes by name; ``steps``: of the whole run;
     ``cycles``: last steps of the rate's schedules (:func:`sat.train.optim.rate`); ``groups``: as configured.
+    ``draws``: number of the rule of random numbers (:data:`sat.train.loop.RULES`).
     """
 
     step: int
@@ -74,6 +75,7 @@ class Progress:
     steps: int | None = None  # None in older checkpoints
     cycles: Sequence[int] = ()
     groups: Sequence[Mapping[str, Any]] = ()
+    draws: int = 1  # in older checkpoints, which do not say
 
     def check(self, now: Progress, where: Path) -> list[str]:
         """Changes of layout between the checkpoint ``where`` and this run, in words.

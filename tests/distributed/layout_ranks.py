@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from sat.config import settle
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import LoraConfig, TrainConfig
-from sat.data.batch import Batch, Sample, collate
+from sat.data.batch import Sample
 from sat.diffusion.guidance import IntervalLimited
 from sat.first_stage import AutoencoderKL
 from sat.first_stage.tiling import Tiling, decode_tiled, encode_tiled
@@ -210,20 +209,16 @@ def tiles(runtime: Runtime, folder: Path) -> dict[str, bool]:
 # ---------------------------------------------------------------------- training
 
 
-class Captioned(Numbers):
-    """Batches of latent moments and text that depend on the position in the stream alone."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            start = self.position + self.rank * self.batch_size
-            self.position += self.world * self.batch_size
-            yield collate([_sample(place) for place in range(start, start + self.batch_size)])
-
-
 def _sample(place: int) -> Sample:
     generator = torch.Generator().manual_seed(place)
     moments, text = torch.randn(8, 6, 8, generator=generator), torch.randn(8, 24, generator=generator)
     return Sample("", (48, 64), (0, 0), (48, 64), latent_moments=moments, text=text)
+
+
+class Captioned(Numbers):
+    """Batches of latent moments and text that depend on the position in the stream alone."""
+
+    sample = staticmethod(_sample)
 
 
 def _objective(mesh: Mesh, *, lora: bool, checkpointing: bool) -> Objective:
@@ -257,7 +252,7 @@ def dying(runtime: Runtime, folder: Path) -> dict[str, Any]:
     config = changed(CONFIG, batch_size=2, ema=None)
     run = trainer(folder / "run", config, runtime, _objective(mesh, lora=True, checkpointing=False), mesh)
     run.source = Captioned(config.batch_size)
-    run.train_step(iter(run.source))
+    run.train_step(run.batches())
     if mesh.sequence.rank == 1:
         Share.write = lambda share, folder, name: os._exit(7)  # type: ignore[method-assign]
     try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.background import Runs
-from tests.distributed.training_ranks import ANEW, STAGES
+from tests.distributed.training_ranks import ANEW, SPLITS, STAGES
 from tests.tolerances import BF16, EXACT, F32
 from tests.training import CONFIG
 
@@ -46,6 +46,20 @@ def test_two_ranks_train_as_one_process_with_two_micro_batches(results, stage) -
     torch.testing.assert_close(two["norms"], one["norms"], rtol=F32, atol=0)
     assert min(one["norms"]) > CLIP, "clipping acts"
     assert two["evaluated"] == pytest.approx(one["evaluated"].item(), abs=F32)
+
+
+@pytest.mark.parametrize("split", list(SPLITS)[1:])
+def test_a_step_is_the_same_however_it_is_split(results, split) -> None:
+    whole, run = value(results, "split 8"), value(results, f"split {split}")
+    assert difference(whole["weights"], run["weights"]) <= F32
+    torch.testing.assert_close(run["norms"], whole["norms"], rtol=F32, atol=0)
+
+
+def test_a_run_of_the_older_draws_goes_on_by_their_rule(results) -> None:
+    end = value(results, "older")
+    assert difference(end["weights"], end["again"]) <= EXACT
+    assert end["rules"] == (1, 1, 1)
+    assert difference(end["weights"], value(results, "single")["weights"]) > 10 * F32
 
 
 @pytest.mark.parametrize("stage", (*HALF, "autocast"))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 
+from sat.checkpoint.verify import own_check
 from sat.config.schema import Component, GroupConfig, OffloadConfig, TrainConfig
 from sat.data.batch import Batch
 from sat.parallel.collectives import gather
 from sat.parallel.launch import Runtime, lost_rank_message
+from sat.train.resume import MARKER
 from tests.training import CONFIG, Numbers, Toy, changed, ranks, rows, trainer, weights
 
 STAGES: dict[str, dict[str, Any]] = {
@@ -45,6 +48,8 @@ ANEW: dict[str, tuple[str, int, dict[str, Any]]] = {
     "bf16 to one rank of zero3": ("bf16", 1, {"zero": 3, "dtype": "bf16", **TWICE}),
 }
 """Runs that go on in another layout: from which, on how many ranks, with which settings."""
+SPLITS = {"8": (1, 8, 1), "4 x 2": (1, 4, 2), "2 ranks x 4": (2, 4, 1), "2 ranks x 2 x 2": (2, 2, 2)}
+"""Ranks, batch and accumulation of steps of eight pictures."""
 OWN = {
     "warmup": 0,
     "schedule": Component("torch.optim.lr_scheduler.CosineAnnealingLR", {"T_max": 7, "eta_min": 1e-3}),
@@ -62,7 +67,7 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
     assert run.ema is not None
     with run.ema.swapped():
         inside = {name: p.detach().clone() for name, p in run.engine.parameters.items()}
-        evaluated = run.engine.objective(next(iter(run.source)), torch.Generator().manual_seed(1))["loss"]
+        evaluated = run.engine.objective(next(run.batches()), torch.Generator().manual_seed(1))["loss"]
     return {
         "weights": before,
         "norms": norms,
@@ -87,12 +92,29 @@ def resumed(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, An
     return {"weights": weights(run), "start": start, "position": run.source.state_dict()}
 
 
+def older(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """A run by the rule of random numbers before draws 2, and its second half from an older checkpoint."""
+    run = trainer(folder / "run", config, runtime)
+    run.rule = 1
+    run.fit()
+    marker = folder / "run" / "checkpoints" / "step_00000005" / MARKER
+    written = json.loads(marker.read_text())
+    rule = written["progress"].pop("draws")  # as it was written then
+    written["check"] = own_check(written)
+    marker.write_text(json.dumps(written))
+    again = trainer(folder / "run", config, runtime)
+    again.resume(again.folder.saved()[0])
+    again.fit()
+    last = json.loads((marker.parents[1] / "step_00000010" / MARKER).read_text())["progress"]["draws"]
+    return {"weights": weights(run), "again": weights(again), "rules": (rule, again.rule, last)}
+
+
 def poisoned(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
     """A run whose loss is NaN at its second step, on rank 0 only."""
     run = trainer(folder / "run", config, runtime, Toy(poison=(1,), rank=runtime.rank))
     before: list[Any] = []
     for _ in range(3):
-        run.train_step(iter(run.source))
+        run.train_step(run.batches())
         before.append((weights(run)["net.0.weight"], run.skipped))
     return {"history": before}
 
@@ -105,7 +127,7 @@ def hopeless(runtime: Runtime, folder: Path, config: TrainConfig) -> None:
 def dying(runtime: Runtime, folder: Path, config: TrainConfig) -> str | None:
     """Rank 1 dies at its third step; what rank 0 says."""
     run = trainer(folder / "run", config, runtime)
-    batches = iter(run.source)
+    batches = run.batches()
     try:
         for step in range(6):
             if step == 2 and runtime.rank == 1:
@@ -178,6 +200,9 @@ def main(folder: Path) -> None:
         results[name] = ranks(world, folder / name, functools.partial(work, config=config))
 
     case("single", 1, whole, accumulate=2)
+    case("older", 1, older, accumulate=2)
+    for name, (world, size, accumulate) in SPLITS.items():
+        case(f"split {name}", world, whole, batch_size=size, accumulate=accumulate)
     for name, options in STAGES.items():
         case(f"{name}/run", 2, whole, **options)
         case(f"{name}/resumed", 2, _copied(folder / f"{name}/run", resumed), **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 import sat.cli.commands.train as command
 from sat.config.load import load
 from sat.data.batch import Batch
-from sat.first_stage import model as first_stage
 from sat.parallel.launch import Runtime
 from sat.train import deepspeed as ds
 from sat.train import loop
@@ -128,7 +127,7 @@ def train(
 
     def moved(self: Batch, device: torch.device) -> Batch:
         out = sent(self, device)
-        sent_tensors = [x for f in fields(out) if isinstance(x := getattr(out, f.name), Tensor)]
+        sent_tensors = [x for x in [*vars(out).values(), *out.draws.values()] if isinstance(x, Tensor)]
         watch.vary(*sent_tensors)
         if plant is not None and watch.step >= 0:
             plant(sent_tensors[0])
@@ -169,12 +168,13 @@ def test_micro_batches_wait_for_nothing(name: str, tmp_path: Path, monkeypatch: 
     assert not waits, f"outside of steps, but not by the log: {waits}"
 
 
-def test_a_planted_wait_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_stage, "sent", lambda x, device: x.to(device))
+def test_a_draw_that_is_not_pinned_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = Batch.pinned
+    monkeypatch.setattr(Batch, "pinned", lambda self: replace(pinned(self), draws=self.draws))
     with pretended() as watch:
         train(watch, CONFIGS["tiny_vae"], tmp_path, monkeypatch)
     (found,) = watch.found("sync")
-    assert "test_training.py" in found and "blocking copy to cuda" in found
+    assert "sat/data/batch.py" in found and "copy to cuda" in found and "not pinned" in found
 
 
 PLANTED: dict[str, Callable[[Tensor], object]] = {

@@ -22,6 +22,7 @@ from sat.diffusion.schedule import (
     snr_shift,
     timesteps,
 )
+from tests.diffusion import drawing
 from tests.tolerances import F32
 
 CTX = ProcessContext()
@@ -229,7 +230,7 @@ def test_the_loss_is_the_weighted_error_of_x0(schedule: Schedule, prediction: Pr
     """The official statement: x0 error weighted by 1 / sigma^2."""
     x0, out = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
     loss = DenoisingLoss()
-    draw = loss.draw(x0, 1000, torch.Generator().manual_seed(0))
+    draw = loss.draw(x0.shape[1:], 1000, drawing(x0, 0))
     denoiser = Denoiser(Fixed(out), prediction)
     mine = loss(denoiser, x0, None, draw, schedule, Process(), CTX)
     level = schedule.at(draw.timestep)
@@ -241,8 +242,8 @@ def test_the_loss_is_the_weighted_error_of_x0(schedule: Schedule, prediction: Pr
 
 def test_offset_noise_shifts_whole_images() -> None:
     x0 = torch.zeros(3, 2, 8, 9)
-    plain = DenoisingLoss().draw(x0, 1000, torch.Generator().manual_seed(0))
-    offset = DenoisingLoss(offset_noise=0.5).draw(x0, 1000, torch.Generator().manual_seed(0))
+    plain = DenoisingLoss().draw(x0.shape[1:], 1000, drawing(x0, 0))
+    offset = DenoisingLoss(offset_noise=0.5).draw(x0.shape[1:], 1000, drawing(x0, 0))
     moved = offset.eps - plain.eps
     assert torch.equal(plain.timestep, offset.timestep)
     assert moved.std((1, 2, 3)).max() < F32 and moved.mean((1, 2, 3)).abs().min() > 0
@@ -250,7 +251,7 @@ def test_offset_noise_shifts_whole_images() -> None:
 
 def test_draws_come_from_the_generator() -> None:
     x0 = torch.zeros(3, 2, 4, 5)
-    a, b = (DenoisingLoss().draw(x0, 1000, torch.Generator().manual_seed(7)) for _ in range(2))
+    a, b = (DenoisingLoss().draw(x0.shape[1:], 1000, drawing(x0, 7)) for _ in range(2))
     assert torch.equal(a.eps, b.eps) and torch.equal(a.timestep, b.timestep)
 
 
@@ -271,7 +272,7 @@ def test_weightings_are_their_formula_on_the_error_of_x0(
     weighting: Weighting, on_x0: object, schedule: Schedule, prediction: Prediction
 ) -> None:
     x0, out = torch.randn(5, 2, 4, 5), torch.randn(5, 2, 4, 5)
-    draw = DenoisingLoss().draw(x0, 1000)._replace(timestep=NOISY)
+    draw = DenoisingLoss().draw(x0.shape[1:], 1000, drawing(x0))._replace(timestep=NOISY)
     denoiser = Denoiser(Fixed(out), prediction)
     got = DenoisingLoss(weighting)(denoiser, x0, None, draw, schedule, Process(), CTX)
     level = schedule.at(NOISY)
@@ -301,5 +302,5 @@ def test_min_snr_needs_a_positive_gamma() -> None:
 
 
 def test_timesteps_are_drawn_below_the_span() -> None:
-    drawn = DenoisingLoss().draw(torch.zeros(400, 1, 2, 3), 7, torch.Generator().manual_seed(0))
+    drawn = DenoisingLoss().draw((1, 2, 3), 7, drawing(range(400), 0))
     assert set(drawn.timestep.tolist()) == set(range(7))

@@ -16,6 +16,7 @@ from sat.diffusion.samplers import DDIM, Trajectory
 from sat.diffusion.schedule import CLEAN, Discrete, Level, Schedule, ZeroSNR
 from sat.mixin import HookConflictError, Mixin
 from sat.mixins.relay import RelayNoise, steps_of_whole
+from tests.diffusion import drawing
 from tests.tolerances import EXACT, F32, F64
 
 SHAPE = (2, 3, 4, 5)
@@ -178,7 +179,7 @@ def test_the_loss_is_the_error_of_the_clean_image(schedule: Schedule) -> None:
     prediction: Prediction = Eps() if isinstance(schedule, Discrete) else V()
     x0, low, out = CLEAR.float(), LOW.float(), NOISE.float()
     loss, process, ctx = DenoisingLoss(), relay(), ProcessContext(LOW.float())
-    draw = loss.draw(x0, process.hooks.span(schedule), torch.Generator().manual_seed(0))
+    draw = loss.draw(x0.shape[1:], process.hooks.span(schedule), drawing(x0, 0))
     got = loss(Denoiser(Meets(out), prediction), x0, None, draw, schedule, process, ctx)
     plain = schedule.at(draw.timestep)
     r = (draw.timestep / 500)[:, None, None, None]
@@ -191,7 +192,7 @@ def test_the_loss_is_the_error_of_the_clean_image(schedule: Schedule) -> None:
 @pytest.mark.parametrize(("partial", "span"), [(500.0, 500), (200.0, 200), (0.5, 1), (1500.0, 1000)])
 def test_training_draws_below_where_relay_starts(schedule: Schedule, partial: float, span: int) -> None:
     assert relay(partial).hooks.span(schedule) == span
-    drawn_ = DenoisingLoss().draw(torch.zeros(2000, 1, 1, 1), span, torch.Generator().manual_seed(0))
+    drawn_ = DenoisingLoss().draw((1, 1, 1), span, drawing(range(2000), 0))
     assert drawn_.timestep.max() == span - 1 or span == 1000
 
 

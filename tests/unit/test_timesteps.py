@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from sat.config.check import build
 from sat.config.schema import Component, TrainConfig
 from sat.data.batch import Batch
+from sat.diffusion.draws import PictureDraws, keyed, strata
 from sat.diffusion.loss import DenoisingLoss, MinSNR, Weighting
 from sat.diffusion.prediction import Denoiser, Eps, Prediction, V
 from sat.diffusion.process import Process, ProcessContext
@@ -23,10 +25,11 @@ from sat.diffusion.timesteps import LogitNormal, LogSNR, Timesteps
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import Mesh, Runtime
 from sat.train.log import Averages, Record
-from sat.train.loop import Extras, Trainer, step_generator, strata
+from sat.train.loop import Extras, Trainer
 from sat.train.objectives.diffusion import DiffusionObjective
 from sat.train.objectives.distillation import Distillation
 from sat.train.resume import RunFolder
+from tests.diffusion import drawing
 from tests.training import CONFIG, Numbers, changed, rows
 from tests.unit.test_diffusion import Fixed
 
@@ -41,7 +44,7 @@ def test_l1_is_the_official_weight_times_the_absolute_error_of_x0(
 ) -> None:
     x0, out = torch.randn(4, 2, 4, 5), torch.randn(4, 2, 4, 5)
     loss = DenoisingLoss(weighting, kind="l1")
-    draw = loss.draw(x0, 1000)._replace(timestep=torch.tensor([990, 700, 300, 5]))
+    draw = loss.draw(x0.shape[1:], 1000, drawing(x0))._replace(timestep=torch.tensor([990, 700, 300, 5]))
     denoiser = Denoiser(Fixed(out), prediction)
     level = schedule.at(draw.timestep)
     error = (denoiser(level.alpha * x0 + level.sigma * draw.eps, level, None) - x0).abs()
@@ -71,9 +74,7 @@ def test_a_delta_without_meaning_is_refused(options: dict[str, float], words: st
 
 def test_logit_normal_has_the_quantiles_of_its_formula() -> None:
     loss = DenoisingLoss(timesteps=LogitNormal(0.5, 1.2))
-    drawn = loss.draw(
-        torch.zeros(40_000, 1, 1, 1), 1000, torch.Generator().manual_seed(0), schedule=ZeroSNR()
-    )
+    drawn = loss.draw((1, 1, 1), 1000, drawing(range(40_000), 0), ZeroSNR())
     share = (drawn.timestep.double().numpy() + 0.5) / 1000
     for q, z in ((0.1, -1.28155), (0.5, 0.0), (0.9, 1.28155)):
         assert np.quantile(share, q) == pytest.approx(1 / (1 + math.exp(-0.5 - 1.2 * z)), abs=0.01)
@@ -110,14 +111,8 @@ def test_a_step_has_one_picture_in_each_stratum_however_it_is_split(timesteps: T
 
     def drawn(size: int) -> Tensor:
         """The timesteps of a step of 16 pictures in micro-batches of ``size``."""
-        parts = []
-        for place in range(16 // size):
-            shares = strata(3, 7, place * size, size, 16)
-            x0 = torch.zeros(size, 1, 2, 2)
-            parts.append(
-                loss.draw(x0, 1000, step_generator(3, 7, place), schedule=ZeroSNR(), shares=shares).timestep
-            )
-        return torch.cat(parts)
+        micros = [PictureDraws(3, 7, place, size, 16) for place in range(0, 16, size)]
+        return torch.cat([loss.draw((1, 2, 2), 1000, draws, ZeroSNR()).timestep for draws in micros])
 
     whole = drawn(16)
     assert all(torch.equal(drawn(size), whole) for size in (1, 2, 8))
@@ -130,7 +125,7 @@ def test_a_step_has_one_picture_in_each_stratum_however_it_is_split(timesteps: T
 
 
 def test_without_a_step_strata_are_those_of_the_batch() -> None:
-    drawn = DenoisingLoss(stratified=True).draw(torch.zeros(10, 1, 2, 2), 1000)
+    drawn = DenoisingLoss(stratified=True).draw((1, 2, 2), 1000, drawing(range(10)))
     assert sorted(t // 100 for t in drawn.timestep.tolist()) == list(range(10))
 
 
@@ -167,7 +162,10 @@ class Plain(DiffusionObjective):
     def condition(self, batch: Batch, device: torch.device) -> None:  # type: ignore[override]
         return None
 
-    def latents(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+    def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
+        return 2, 2, 2
+
+    def latents(self, batch: Batch, noise: Tensor) -> Tensor:
         assert batch.latent_moments is not None
         return batch.latent_moments.view(len(batch), 2, 2, 2)
 
@@ -221,35 +219,40 @@ class Direct:
     {"timesteps": Component("sat.diffusion.timesteps.LogitNormal", {"mean": 0.2})},
     {"timesteps": Component("sat.diffusion.timesteps.LogSNR"), "stratified": True},
 ])  # fmt: skip
-def test_a_training_is_that_of_a_loop_written_out(params: dict[str, object], tmp_path: Path) -> None:
+def test_a_training_is_that_of_a_loop_written_out(  # noqa: C901 - the loop, in order
+    params: dict[str, object], tmp_path: Path
+) -> None:
     loss = build(Component("sat.diffusion.loss.DenoisingLoss", params))
     config = changed(CONFIG, steps=6, ema=None, clip=None, log_every=1, accumulate=2, save_every=100,
                      schedule="constant", warmup=0, weight_decay=0.0)  # fmt: skip
     engine = Direct(objective(loss), config)
     run = Trainer(engine, Numbers(3), RunFolder(tmp_path), Extras(record=Record(tmp_path)))  # type: ignore[arg-type]
-    batches = iter(run.source)
+    batches = run.batches()
     for _ in range(6):
         run.train_step(batches)
         run._log()
     written = rows(tmp_path)
 
     network, schedule = Small(), ZeroSNR()
+
+    def drawn(what: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Of each picture of the micro-batch, by its place in the step."""
+        keys = [keyed(config.seed, step, 3 * micro + i, what) for i in range(3)]
+        return torch.stack([draw(torch.Generator().manual_seed(key)) for key in keys])
+
     sgd, source = torch.optim.SGD(network.parameters(), lr=config.lr), iter(Numbers(3))
     for step in range(6):
         total, ends, buckets = 0.0, loss.cumulative(schedule, 1000), {0: [], 1: []}
         for micro in range(2):
-            batch, generator = next(source), step_generator(config.seed, step, micro)
-            x0 = batch.latent_moments.view(3, 2, 2, 2)
+            x0 = next(source).latent_moments.view(3, 2, 2, 2)
             if loss.stratified:
-                u = strata(config.seed, step, 3 * micro, 3, 6)
+                t = (strata(config.seed, step, 3 * micro, 3, 6)[:, None] >= ends).sum(1)
             elif loss.timesteps is not None:
-                u = torch.rand(3, generator=generator, dtype=torch.float64)
-            t = (
-                (u[:, None] >= ends).sum(1)
-                if loss.stratified or loss.timesteps is not None
-                else torch.randint(0, 1000, (3,), generator=generator)
-            )
-            eps = torch.randn(x0.shape, generator=generator)
+                u = drawn("timestep", lambda g: torch.rand((), generator=g, dtype=torch.float64))
+                t = (u[:, None] >= ends).sum(1)
+            else:
+                t = drawn("timestep", lambda g: torch.randint(1000, (), generator=g))
+            eps = drawn("eps", lambda g: torch.randn(2, 2, 2, generator=g))
             alpha = torch.from_numpy(schedule.trained)[t].float()[:, None, None, None]
             sigma = (1 - alpha.double() ** 2).sqrt().float()
             error = network.layer(alpha * x0 + sigma * eps) - (alpha * eps - sigma * x0)

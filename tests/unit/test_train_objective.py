@@ -226,7 +226,8 @@ def test_masks_and_prior_weights_train_as_a_small_loop_does(engine, spiece, tmp_
         optimizer.zero_grad()
         generator = seeded(step)
         with torch.no_grad():
-            x0 = engine.latents(engine.first_stage.encode(one.image), generator)
+            x0 = engine.first_stage.encode(one.image).sample(generator=generator)
+            x0 = x0 * engine.first_stage.scale_factor
             cond = objective.condition(one, x0.device)
         t = torch.randint(0, engine.process.hooks.span(engine.schedule), (2,), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)

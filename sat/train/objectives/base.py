@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from sat.data.batch import Batch
+    from sat.diffusion.draws import Draws
     from sat.engine import DiffusionEngine
 
 
@@ -46,13 +47,24 @@ class Objective(nn.Module):
     weighs: ClassVar[bool] = False
     """Losses are multiplied by ``loss_weight`` of the batch."""
 
-    stratified = False
-    """Batches get ``shares``: one of each stratum of an optimizer step, however the step is split."""
+    def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Random numbers (B, …) by name that ``forward`` finds in ``batch.draws``; none by default.
+
+        Drawn while the batch is loaded, perhaps in another thread, and sent to the device with it. Numbers of
+        a picture depend on seed, step and its place in the step alone, so a step is the same however it is
+        split over batches, accumulation and ranks.
+        """
+        return {}
+
+    def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The same for ``evaluate``; by default those of ``draws``."""
+        return self.draws(batch, draws)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Mapping[str, Tensor]:
         """Scalars by name: ``loss`` is minimised, the others are logged, vectors by their finite elements.
 
-        All randomness comes from ``generator``, a CPU generator that the loop seeds for each step.
+        All randomness is in ``batch.draws``, or else comes from ``generator``, a CPU generator that the loop
+        seeds for each micro-batch by its first picture's place.
         """
         raise NotImplementedError
 

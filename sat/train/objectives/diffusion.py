@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from sat.conditioning.conditioner import Condition, Sizes
 from sat.data.batch import Batch
 from sat.data.records import MASK
+from sat.diffusion.draws import Draws, GeneratorDraws
+from sat.diffusion.loss import Draw
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.first_stage.model import Posterior
@@ -72,7 +74,6 @@ class DiffusionObjective(Objective):
         if not 0 <= timestep_buckets <= span:
             raise ValueError(f"timestep_buckets is {timestep_buckets}: expected 0 to {span} (the timesteps)")
         self.edges = [span * i // timestep_buckets for i in range(timestep_buckets + 1) if timestep_buckets]
-        self.stratified = engine.denoising_loss.stratified
         if engine.denoising_loss.timesteps is not None:
             engine.denoising_loss.cumulative(engine.schedule, span)  # impossible chances are told now
         # The engine is kept out of the module tree: what is frozen must be neither cast nor saved nor sent.
@@ -92,15 +93,33 @@ class DiffusionObjective(Objective):
         """The network, and the text encoder if it learns."""
         return {"model": self.network} | ({} if self.text is None else {"text": self.text})
 
+    def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Noise of the posteriors, captions to drop, timesteps and noise."""
+        shape = self.latent_shape(batch)
+        made = {"posterior": draws.normal("posterior", shape)}
+        if self.caption_dropout:
+            made["drop"] = draws.uniform("drop") < self.caption_dropout
+        if self.engine.process.input is not None:
+            made["low_res"] = draws.normal("low_res", shape)
+        return made | self.engine.draw(shape, draws)._asdict()
+
+    def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Noise of the posteriors, and ``eps_…`` for each level."""
+        shape = self.latent_shape(batch)
+        made = {"posterior": draws.normal("posterior", shape)}
+        if self.engine.process.input is not None:
+            made["low_res"] = draws.normal("low_res", shape)
+        return made | {f"eps_{t}": self.engine.draw(shape, draws.child(t)).eps for t in self.timesteps}
+
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``loss``: mean over the batch; (B,) losses of every bucket, NaN for the images of others."""
-        latents = self.latents(batch, generator)
+        drawn = batch.draws or self.draws(batch, GeneratorDraws(len(batch), generator))
+        latents = self.latents(batch, drawn["posterior"])
         cond = self.condition(batch, latents.device)
         if self.caption_dropout:
-            drop = torch.rand(len(batch), generator=generator) < self.caption_dropout
-            cond = cond.dropped(sent(drop, latents.device))
-        low_res = self.low_res(batch, generator)
-        draw = self.engine.draw(latents, generator, batch.shares)
+            cond = cond.dropped(sent(drawn["drop"], latents.device))
+        low_res = self.low_res(batch, drawn.get("low_res"))
+        draw = Draw(sent(drawn["timestep"], latents.device), drawn["eps"])
         weight = self.weight(batch, latents)
         each = self.engine.loss(latents, cond, draw=draw, low_res=low_res, weight=weight)  # (B,)
         weighted = each if batch.loss_weight is None else each * batch.loss_weight
@@ -112,21 +131,20 @@ class DiffusionObjective(Objective):
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Losses at fixed levels, with right and with shuffled captions and the same noise."""
-        latents, low_res = self.latents(batch, generator), self.low_res(batch, generator)
+        drawn = batch.draws or self.held_out_draws(batch, GeneratorDraws(len(batch), generator))
+        latents = self.latents(batch, drawn["posterior"])
+        low_res = self.low_res(batch, drawn.get("low_res"))
         weight = self.weight(batch, latents)
         cond = self.condition(batch, latents.device)
-        span = self.engine.process.hooks.span(self.engine.schedule)
         mask = None if cond.text_mask is None else cond.text_mask.roll(1, 0)
         shuffled = Condition(cond.text.roll(1, 0), cond.vector, mask)
-        seed = int(torch.randint(2**31, (), generator=generator))
         losses: dict[str, Tensor] = {}
         for name, text in (("loss", cond), ("shuffled", shuffled)):
-            for level in self.levels:
-                timestep = int(level * span)
+            for timestep in self.timesteps:
                 every = torch.full((len(batch),), timestep, device=latents.device)
-                noise = torch.Generator().manual_seed(seed + timestep)
+                draw = Draw(every, drawn[f"eps_{timestep}"])
                 losses[f"{name}_{timestep}"] = self.engine.loss(
-                    latents, text, generator=noise, timestep=every, low_res=low_res, weight=weight
+                    latents, text, draw=draw, low_res=low_res, weight=weight
                 ).mean()
             losses[name] = torch.stack([v for k, v in losses.items() if k.startswith(f"{name}_")]).mean()
         return losses
@@ -143,26 +161,46 @@ class DiffusionObjective(Objective):
             return weight
         return weight / weight.mean((1, 2, 3), keepdim=True).clamp_min(1e-6)  # an empty mask stays empty
 
-    @torch.no_grad()
-    def latents(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """Scaled latents (B, C, h, w) float32, sampled from cached moments or from the encoded images."""
+    @property
+    def timesteps(self) -> list[int]:
+        """Timesteps of validation, by ``levels``."""
+        span = self.engine.process.hooks.span(self.engine.schedule)
+        return [int(level * span) for level in self.levels]
+
+    def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """(C, h, w) of the batch's latents."""
         if batch.latent_moments is not None:
-            return self.engine.latents(Posterior.from_moments(batch.latent_moments), generator)
+            _, channels, h, w = batch.latent_moments.shape
+            return channels // 2, h, w
         if batch.image is None:
             raise ValueError("a batch holds neither images nor latent moments")
-        return self.engine.latents(self.engine.first_stage.encode(batch.image), generator)
+        return self.engine.latent_shape(*batch.image.shape[2:])
 
     @torch.no_grad()
-    def low_res(self, batch: Batch, generator: torch.Generator | None) -> Tensor | None:
+    def latents(self, batch: Batch, noise: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) float32, sampled from cached moments or from the encoded images."""
+        if batch.latent_moments is not None:
+            return self._sampled(Posterior.from_moments(batch.latent_moments), noise)
+        if batch.image is None:
+            raise ValueError("a batch holds neither images nor latent moments")
+        return self._sampled(self.engine.first_stage.encode(batch.image), noise)
+
+    def _sampled(self, posterior: Posterior, noise: Tensor) -> Tensor:
+        """A scaled sample (B, C, h, w) float32 of the posterior, by unit ``noise``."""
+        noise = sent(noise, posterior.mean.device)
+        return posterior.sample(noise).float() * self.engine.first_stage.scale_factor
+
+    @torch.no_grad()
+    def low_res(self, batch: Batch, noise: Tensor | None) -> Tensor | None:
         """Scaled latents (B, C, h, w) of the low-resolution images, for relay; None for plain diffusion."""
         degrade = self.degrade()
-        if degrade is None:
+        if degrade is None or noise is None:
             return None
         if batch.low_moments is not None:
-            return self.engine.latents(Posterior.from_moments(batch.low_moments), generator)
+            return self._sampled(Posterior.from_moments(batch.low_moments), noise)
         if batch.image is None:
             raise ValueError("relay needs images, or a cache with low-resolution moments")
-        return self.engine.latents(self.engine.first_stage.encode(degrade(batch.image)), generator)
+        return self._sampled(self.engine.first_stage.encode(degrade(batch.image)), noise)
 
     def degrade(self) -> Callable[[Tensor], Tensor] | None:
         """Shrinking and enlarging of images (B, 3, H, W) by the factor of the process's input."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sat.conditioning.conditioner import Condition
 from sat.data.batch import Batch
 from sat.diffusion.distillation import SMALLEST_GAIN, LevelTable, step_gain, student_target
+from sat.diffusion.draws import Draws, GeneratorDraws
 from sat.diffusion.loss import DenoisingLoss, TruncatedSNR, Weighting
 from sat.diffusion.prediction import Denoiser, Network
 from sat.diffusion.process import ProcessContext
@@ -98,17 +99,28 @@ class Distillation(DiffusionObjective):
         """The teacher."""
         return self._teacher
 
+    def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Noise of the posteriors, the student's steps, noise and guidance strengths."""
+        shape = self.latent_shape(batch)
+        made = {"posterior": draws.normal("posterior", shape)}
+        if self.engine.process.input is not None:
+            made["low_res"] = draws.normal("low_res", shape)
+        made |= {"place": draws.integers("place", self.steps), "eps": draws.normal("eps", shape)}
+        smallest, largest = self.guidance
+        return made | {"strength": smallest + (largest - smallest) * draws.uniform("strength")}
+
+    def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """As in training."""
+        return self.draws(batch, draws)
+
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``loss``: mean over the batch."""
         engine = self.engine
         process, denoiser = engine.process, engine.denoiser
-        x0, low_res = self.latents(batch, generator), self.low_res(batch, generator)
+        drawn = batch.draws or self.draws(batch, GeneratorDraws(len(batch), generator))
+        x0, low_res = self.latents(batch, drawn["posterior"]), self.low_res(batch, drawn.get("low_res"))
         cond, ctx = self.condition(batch, x0.device), ProcessContext(low_res)
-        place = sent(torch.randint(0, self.steps, (len(batch),), generator=generator), x0.device)
-        eps = sent(torch.randn(x0.shape, generator=generator), x0.device)
-        smallest, largest = self.guidance
-        share = torch.rand(len(batch), generator=generator)
-        strength = sent(smallest + (largest - smallest) * share, x0.device)  # (B,)
+        place, eps, strength = (sent(drawn[name], x0.device) for name in ("place", "eps", "strength"))
 
         levels = self._levels_of(_size(x0))[0]
         level, next_level = levels.at(place), levels.at(place + 1)  # fields (B, 1, 1, 1)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.data.batch import Batch
-from sat.first_stage.model import AutoencoderKL, Posterior, normal_like
+from sat.diffusion.draws import Draws, GeneratorDraws
+from sat.embeddings import sent
+from sat.first_stage.model import AutoencoderKL, Posterior
 from sat.train.objectives.base import Objective
 
 
@@ -61,13 +63,25 @@ class FirstStageObjective(Objective):
         """The part that a checkpoint of this training holds."""
         return {"first_stage": self.first_stage}
 
+    def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Noise of the posterior, and further noise on its latents."""
+        image, first_stage = self._images(batch), self.first_stage
+        shape = (first_stage.channels, *(side // first_stage.factor for side in image.shape[2:]))
+        made = {"posterior": draws.normal("posterior", shape)}
+        return made | ({"noise": draws.normal("noise", shape)} if self.noise else {})
+
+    def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """None: held-out images go through the mode."""
+        return {}
+
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``loss`` and the logged terms, float32 scalars; the latent is drawn with ``generator``."""
+        """``loss`` and the logged terms, float32 scalars; the latent is drawn by ``batch.draws``."""
         image = self._images(batch)
+        drawn = batch.draws or self.draws(batch, GeneratorDraws(len(batch), generator))
         posterior = self.first_stage.encode(image)
-        latent = posterior.sample(generator=generator)
+        latent = posterior.sample(sent(drawn["posterior"], image.device))
         if self.noise:
-            latent = latent + self.noise * normal_like(latent, generator)
+            latent = latent + self.noise * sent(drawn["noise"], image.device).to(latent.dtype)
         return self._terms(image, posterior, latent)
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
