@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     add = commands.add_parser(RUN, help="draw and score pictures (without a command)").add_argument
     add("--base", nargs="+", action="extend", metavar="YAML", help="config files of the model that draws")
-    prompts = "one a line, or .csv, .tsv, .jsonl, .json with categories"
+    prompts = "one a line, or .csv, .tsv, .jsonl, .json with categories, or DPG-Bench's folder of .txt"
     add("--prompts", type=Path, metavar="FILE", help=prompts)
     add("--prompt", action="append", metavar="TEXT", help="a prompt; repeat for several")
     out = "folder for pictures, scores.json, report.html"
@@ -77,6 +77,24 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of orders and sides (0)")
     add("--port", type=int, default=8765, help="of the loopback address; 0 picks a free one (8765)")
     add("--summary", action="store_true", help="print the statistics of the votes so far, and exit")
+    export = "lay pictures out as the program of GenEval, DPG-Bench or T2I-CompBench reads them"
+    add = commands.add_parser("export", help=export).add_argument
+    add("--layout", required=True, metavar="NAME", help="geneval, dpg or t2i_compbench")
+    add(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="pictures as sample.py or evaluate wrote them",
+    )
+    add(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the benchmark's own list they were drawn from",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder")
     _add_small(commands)
     return top
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sat.apps.evaluate.distances import FEWEST, frechet, frechet_of_many, statistics
+from sat.apps.evaluate.distances import (
+    FEWEST,
+    frechet,
+    frechet_of_many,
+    kernel_distance,
+    precision_recall,
+    statistics,
+)
 from sat.cli.evaluate import main
 from sat.sampling.output import write_png
 from tests.configs import ROOT
@@ -67,3 +74,22 @@ def test_the_command_matches_pictures_by_the_first_caption_of_the_table(tmp_path
     (tmp_path / "real" / "heldout.jsonl").write_text("".join(rows[90:]))
     assert main(words) == 0
     assert "extrapolated to many pictures: 0.000" in capsys.readouterr().out.replace("-0.000", "0.000")
+
+
+@pytest.mark.parity
+def test_distances_are_those_of_torch_fidelity() -> None:
+    """Numbers of torch-fidelity 0.4.0 (FID, KID of one subset, precision, recall); it needs torchvision."""
+    rng = np.random.default_rng(7)
+    cases = (
+        ((60, 80, 12, 0.3, 1.2), (4.99089640792943, 0.7834196090698242, 0.9166666865, 0.4749999940)),
+        ((40, 40, 64, 0.0, 1.0), (50.38833406659637, -0.011559724807739258, 0.8249999881, 0.875)),
+        ((200, 150, 5, 1.0, 0.7), (6.374480721204186, 9.427562713623047, 0.1599999964, 0.9066666961)),
+    )
+    for (count, real, width, apart, scale), theirs in cases:
+        a, b = rng.normal(size=(count, width)), rng.normal(size=(real, width)) * scale + apart
+        made, them = (torch.from_numpy(x.astype(np.float32)) for x in (a, b))
+        few = min(count, real)
+        shares = precision_recall(made, them)
+        fid = frechet(*statistics(made), *statistics(them))
+        ours = (fid, kernel_distance(made[:few], them[:few]), shares.precision, shares.recall)
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)

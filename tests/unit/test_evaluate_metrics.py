@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from sat.apps.evaluate.backbones import Clip, Inception, pixels
+from sat.apps.evaluate.backbones import Clip, Inception, pixels, whole_pixels
 from sat.apps.evaluate.metrics import (
     METRICS,
     REWARD,
@@ -115,7 +115,8 @@ def open_clip_names(model: CLIPModel) -> dict[str, torch.Tensor]:
 
 def cosines(model: CLIPModel, clip: Clip, pictures: list[Picture], *, whole: bool) -> torch.Tensor:
     """Through the whole model's forward pass, as its logits say them; its own temperature divided away."""
-    batch = torch.stack([pixels(Image.open(p.path), clip.side, whole=whole) for p in pictures])
+    seen = whole_pixels if whole else pixels
+    batch = torch.stack([seen(Image.open(p.path), clip.side) for p in pictures])
     ids = clip.tokenizer(
         list(CAPTIONS), max_length=24, truncation=True, padding="max_length", return_tensors="pt"
     )
@@ -270,7 +271,7 @@ def test_a_torchscript_program_is_asked_for_features_of_bytes(tmp_path, pictures
 def test_a_picture_is_seen_by_its_middle_or_whole() -> None:
     wide = Image.new("RGB", (56, 28), "white")
     wide.paste((255, 0, 0), (14, 0, 42, 28))
-    middle, whole = pixels(wide, 28), pixels(wide, 28, whole=True)
+    middle, whole = pixels(wide, 28), whole_pixels(wide, 28)
     red = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor(
         [0.26862954, 0.26130258, 0.27577711]
     )
@@ -280,6 +281,37 @@ def test_a_picture_is_seen_by_its_middle_or_whole() -> None:
     )
     torch.testing.assert_close(whole[:, 2, 14], black)
     torch.testing.assert_close(whole[:, 14, 14], red)
+
+
+def test_a_whole_picture_is_prepared_as_by_the_published_package() -> None:
+    """Numbers of hpsv2 1.2.0's own transform (torchvision 0.28) for a picture of 37 x 20 at side 28."""
+    noise = np.random.default_rng(0).integers(0, 255, (20, 37, 3), dtype=np.uint8)
+    seen = whole_pixels(Image.fromarray(noise), 28)
+    row, column = seen[0, 10, ::5].tolist(), seen[2, ::5, 13].tolist()
+    assert row == pytest.approx([-1.161785, 0.307097, 0.861161, -0.050729, 0.029925, -0.626358], abs=2e-6)
+    assert column == pytest.approx([-1.48022, -1.48022, 0.547733, 0.180183, 0.343791, -1.48022], abs=2e-6)
+    assert seen.double().sum().item() == pytest.approx(-1622.8181, abs=1e-3)
+    odd = whole_pixels(Image.new("RGB", (20, 7), "white"), 20)  # 13 rows of margin: 6 above, 7 below
+    white = (odd[0] > 0).any(1).nonzero().flatten()
+    assert white.tolist() == list(range(6, 13))
+
+
+def test_hps_reads_html_entities_of_a_caption_twice(tmp_path, monkeypatch) -> None:
+    said: list[str] = []
+
+    class Fake:
+        def __init__(self, *given: object) -> None: ...
+
+        def images(self, images: object, whole: bool) -> torch.Tensor:
+            return torch.ones(1, 2)
+
+        def texts(self, texts: list[str]) -> torch.Tensor:
+            said.extend(texts)
+            return torch.ones(1, 2)
+
+    monkeypatch.setattr("sat.apps.evaluate.metrics.Clip", Fake)
+    Hps(MetricConfig(CPU, weights=tmp_path)).values([], ["salt &amp;amp;  pepper &lt;3"])  # type: ignore[arg-type]
+    assert said == ["salt & pepper <3"]
 
 
 def test_every_metric_says_in_a_line_each_what_it_lacks(tmp_path, monkeypatch) -> None:

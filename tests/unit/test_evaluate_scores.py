@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from sat.apps.evaluate.benchmarks import write_layout
 from sat.apps.evaluate.distances import precision_recall
 from sat.apps.evaluate.metrics import Score, best_of
 from sat.apps.evaluate.pictures import Opened, Picture, PromptList, drawn, plain, read_list
@@ -21,12 +22,14 @@ from sat.apps.evaluate.report import (
     as_dict,
     by_category,
     html,
+    interval,
     open_folders,
     spread,
     standard_error,
     table,
 )
 from sat.data.records import DataError
+from sat.sampling.output import write_png
 from sat.sampling.prompts import Prompt, PromptError
 
 ROWS = (
@@ -217,3 +220,75 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(tmp_path) -> None:
     found = open_folders([tmp_path / "a/out", tmp_path / "b/out"], prompts)
     assert [folder.name for folder in found] == [str(tmp_path / "a/out"), str(tmp_path / "b/out")]
     assert isinstance(found[0], Folder) and isinstance(found[0].pictures[0], Picture)
+
+
+def _pictures_of(folder: Path, texts: list[str], each: int) -> Path:
+    for index in range(len(texts)):
+        (own := folder / f"{index}_x").mkdir(parents=True)
+        for image in range(each):
+            write_png(own / f"{image:09d}.png", Image.new("RGB", (8, 8), (40 * index, 50 * image, 9)))
+    return folder
+
+
+def test_geneval_gets_each_prompts_line_and_samples(tmp_path) -> None:
+    rows = [
+        {"tag": "counting", "include": [{"class": "bench", "count": 2}], "prompt": "a photo of two benches"},
+        {"tag": "colors", "include": [{"class": "cup", "count": 1}], "prompt": "a photo of a red cup"},
+    ]
+    (listed := tmp_path / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_list(listed).categories == ("counting", "colors")
+    images = _pictures_of(tmp_path / "drawn", [row["prompt"] for row in rows], 4)
+    assert write_layout("geneval", images, listed, tmp_path / "out") == 8
+    for index, row in enumerate(rows):
+        own = tmp_path / "out" / f"{index:05d}"
+        assert json.loads((own / "metadata.jsonl").read_text()) == row
+        assert sorted(p.name for p in (own / "samples").iterdir()) == [f"{i:04d}.png" for i in range(4)]
+    assert Image.open(tmp_path / "out/00001/samples/0003.png").getpixel((0, 0)) == (40, 150, 9)
+    (plain_list := tmp_path / "plain.txt").write_text("a photo of two benches\na photo of a red cup\n")
+    with pytest.raises(PromptError, match="expected GenEval's evaluation_metadata.jsonl"):
+        write_layout("geneval", images, plain_list, tmp_path / "other")
+    with pytest.raises(DataError, match="is not empty"):
+        write_layout("geneval", images, listed, tmp_path / "out")
+
+
+def test_dpg_gets_four_pictures_in_one_named_by_item(tmp_path) -> None:
+    (folder := tmp_path / "prompts").mkdir()
+    texts = {"drawtext_7": "a red cup\non a table", "whoops_12": "a blue bench"}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    rows = "".join(
+        f'{name},"{" ".join(text.split())}",q{i}\n' for name, text in texts.items() for i in (1, 2)
+    )
+    (table := tmp_path / "dpg_bench.csv").write_text("item_id,text,question\n" + rows)
+    assert read_list(folder) == read_list(table)  # each item once, though the table has a row a question
+    images = _pictures_of(tmp_path / "drawn", list(texts), 4)
+    for prompts in (folder, table):
+        write_layout("dpg", images, prompts, tmp_path / "out" / prompts.stem)
+        sheet = Image.open(tmp_path / "out" / prompts.stem / "whoops_12.png")
+        assert sheet.size == (16, 16)
+        corners = [sheet.getpixel(at)[1] for at in ((0, 0), (8, 0), (0, 8), (8, 8))]
+        assert corners == [0, 50, 100, 150]
+    with pytest.raises(DataError, match="takes 1 or 4 square pictures of one size a prompt, found 3"):
+        write_layout("dpg", _pictures_of(tmp_path / "three", list(texts), 3), folder, tmp_path / "no")
+
+
+def test_t2i_compbench_gets_prompts_in_names_numbered_through(tmp_path) -> None:
+    texts = ["a green bench and a blue bowl.", "a red apple"]
+    (listed := tmp_path / "color_val.txt").write_text("\n".join(texts))
+    write_layout("t2i_compbench", _pictures_of(tmp_path / "a", texts, 2), listed, tmp_path / "out")
+    names = sorted(p.name for p in (tmp_path / "out/samples").iterdir())
+    assert names == sorted(f"{text}_{2 * i + j:06d}.png" for i, text in enumerate(texts) for j in (0, 1))
+    listed.write_text("a_b")
+    with pytest.raises(DataError, match="keeps prompts in file names"):
+        write_layout("t2i_compbench", _pictures_of(tmp_path / "b", ["a_b"], 1), listed, tmp_path / "no")
+
+
+def test_limits_of_a_mean_resample_prompts_not_pictures() -> None:
+    """Prompts of one value each: as wide as the binomial of the prompts, however many pictures each has."""
+    each = tuple(float(prompt % 2) for prompt in range(100) for _ in range(4))
+    pictures = [Picture(Path("x"), "", prompt, image) for prompt in range(100) for image in range(4)]
+    limits = interval(Score("s", 0.5, "higher", 400, each), pictures)
+    assert limits is not None
+    assert limits.low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.011)
+    assert limits.high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.011)
+    assert interval(Score("FID", 3.0, "lower", 400), pictures) is None

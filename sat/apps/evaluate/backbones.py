@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.checkpoint.files import open_file
@@ -92,18 +93,39 @@ def lacks_transformers() -> str | None:
     return None if importlib.util.find_spec("transformers") is not None else EXTRA
 
 
-def pixels(image: PIL.Image.Image, side: int, *, whole: bool = False) -> Tensor:
-    """(3, side, side), normalised for CLIP: the middle square, or the ``whole`` picture on black."""
-    longest, shortest = max(image.size), min(image.size)
-    scale = side / (longest if whole else shortest)
+def normalised(values: Tensor) -> Tensor:
+    """CLIP's input (3, H, W) of RGB (3, H, W) in [0, 1]."""
+    return (values - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def unit(image: PIL.Image.Image) -> Tensor:
+    """RGB (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def pixels(image: PIL.Image.Image, side: int) -> Tensor:
+    """The middle square (3, side, side), normalised for CLIP; bytes are resized."""
+    scale = side / min(image.size)
     width, height = (max(1, round(length * scale)) for length in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
-    image = image.crop((left, top, left + side, top + side))  # beyond the picture: black
-    values = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
-    normal = (values - torch.tensor(MEAN)) / torch.tensor(STD)
-    return normal.permute(2, 0, 1)
+    return normalised(unit(image.crop((left, top, left + side, top + side))))
+
+
+def whole_pixels(image: PIL.Image.Image, side: int) -> Tensor:
+    """The whole picture on black (3, side, side), normalised for CLIP, as hpsv2 1.2.0 prepares it.
+
+    There floats are resized, not bytes, so that edges overshoot [0, 1]; of an odd margin the larger part
+    lies at the bottom and right. torchvision has smoothed (``antialias``) by default since 0.17.
+    """
+    values = unit(image)
+    scale = side / max(image.size)
+    height, width = (max(1, round(length * scale)) for length in values.shape[1:])
+    if values.shape[1:] != (height, width):
+        values = F.interpolate(values[None], (height, width), mode="bicubic", antialias=True)[0]
+    left, top = (side - width) // 2, (side - height) // 2
+    return normalised(F.pad(values, (left, side - width - left, top, side - height - top)))
 
 
 class Clip:
@@ -128,7 +150,7 @@ class Clip:
     @torch.inference_mode()
     def images(self, images: Sequence[PIL.Image.Image], *, whole: bool = False) -> Tensor:
         """(B, width) of length 1, on the device."""
-        batch = torch.stack([pixels(image, self.side, whole=whole) for image in images])
+        batch = torch.stack([(whole_pixels if whole else pixels)(image, self.side) for image in images])
         out = self.model.visual_projection(self.model.vision_model(batch.to(self.device)).pooler_output)
         return nn.functional.normalize(out, dim=-1)
 

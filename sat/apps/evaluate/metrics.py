@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -354,8 +355,9 @@ class Hps(_MeanOfPictures):
             yield f"{folder}: no HPS_v2*.pt and no *.safetensors; put HPS_v2_compressed.pt there"
 
     def values(self, images: Opened, texts: list[str]) -> Tensor:
-        """The cosine."""
-        return (self.clip.images(images, whole=True) * self.clip.texts(texts)).sum(-1).cpu()
+        """The cosine; HTML entities are read twice, as OpenCLIP's tokenizer does (``&amp;lt;`` is ``<``)."""
+        clean = [" ".join(unescape(unescape(text)).split()) for text in texts]
+        return (self.clip.images(images, whole=True) * self.clip.texts(clean)).sum(-1).cpu()
 
 
 class Reward(_MeanOfPictures):

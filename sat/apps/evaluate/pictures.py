@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -24,6 +24,9 @@ from sat.util.pictures import PictureError, open_picture, shown
 TEXTS = ("prompts", "prompt", "text", "caption")
 """Columns that hold the prompt, whatever their case: DrawBench says Prompts, PartiPrompts Prompt."""
 
+ITEM = "item_id"
+"""Column of DPG-Bench's name of a prompt."""
+
 GRID = "grid.png"
 PICTURES = "pictures"
 """Folder for pictures in an evaluation's own folder."""
@@ -34,10 +37,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromptList:
-    """Numbered prompts and their categories, one for each; "" for none."""
+    """Numbered prompts, their categories ("" for none), and the names of a benchmark for them, if any."""
 
     prompts: tuple[Prompt, ...]
     categories: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
     def category(self, prompt: int) -> str:
         """The category of the prompt with that number."""
@@ -52,9 +56,12 @@ def plain(texts: Sequence[str]) -> PromptList:
 def read_list(path: Path) -> PromptList:
     """The prompts of a file: ``.csv`` or ``.tsv`` with a head, ``.jsonl``, ``.json``, else one a line.
 
-    Tables have a column of :data:`TEXTS` and may have one called category. ``.json`` is a list of strings or
-    objects, or COCO's captions (an object with ``annotations``).
+    Tables have a column of :data:`TEXTS` and may have one called category (GenEval's: tag). ``.json`` is a
+    list of strings or objects, or COCO's captions (an object with ``annotations``). DPG-Bench's prompts are a
+    folder of ``<item_id>.txt``, or a ``.csv`` with several rows of one ``item_id``, which count once.
     """
+    if path.is_dir():
+        return _folder_of_texts(path)
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".tsv", ".jsonl", ".json"):
         return plain(read_prompt_file(path))
@@ -67,16 +74,30 @@ def read_list(path: Path) -> PromptList:
     rows = _table_rows(path, text) if suffix in (".csv", ".tsv") else _json_rows(path, text)
     if not rows:
         raise PromptError(f"prompt list {path} holds no prompt")
-    texts, categories = [], []
+    texts, categories, items = [], [], dict[object, None]()
     for number, row in rows:
+        if (item := row.get(ITEM)) in items:
+            continue
         prompt = next((row[name] for name in TEXTS if row.get(name)), None)
         if not isinstance(prompt, str) or not prompt.strip():
             raise PromptError(
                 f"prompt list {path}, line {number}: no prompt; expected text in {' or '.join(TEXTS)}"
             )
         texts.append(" ".join(prompt.split()))
-        categories.append(str(row.get("category") or "").strip())
-    return PromptList(tuple(checked_prompts(texts)), tuple(categories))
+        categories.append(str(row.get("category") or row.get("tag") or "").strip())
+        if item:
+            items[item] = None
+    names = tuple(str(item) for item in items) if len(items) == len(texts) else ()
+    return PromptList(tuple(checked_prompts(texts)), tuple(categories), names)
+
+
+def _folder_of_texts(path: Path) -> PromptList:
+    """A prompt a file."""
+    files = sorted(path.glob("*.txt"))
+    if not files:
+        raise PromptError(f"prompt list {path}: a folder without .txt files, one for each prompt")
+    texts = [" ".join(" ".join(read_prompt_file(file)).split()) for file in files]
+    return replace(plain(texts), names=tuple(file.stem for file in files))
 
 
 def _table_rows(path: Path, text: str) -> list[tuple[int, Mapping[str, object]]]:

@@ -11,10 +11,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from sat.apps.evaluate.metrics import METRICS, MetricConfig, Score, best_of
 from sat.apps.evaluate.pictures import Opened, Picture, PromptList, drawn
+from sat.apps.preference.votes import Interval, bootstrap
 
 SIDE = 384
 """Pixels of a picture's longer side in the report; the full ones stay where they are."""
@@ -120,6 +122,18 @@ def standard_error(score: Score, pictures: Sequence[Picture]) -> float | None:
     return math.sqrt(sum((one - mean) ** 2 for one in means) / (len(means) - 1) / len(means))
 
 
+def interval(score: Score, pictures: Sequence[Picture]) -> Interval | None:
+    """95 % limits of a mean over pictures, by resampling prompts; None for other scores, or of one prompt."""
+    sums: dict[int, tuple[float, int]] = {}
+    for value, picture in zip(score.each, pictures, strict=bool(score.each)):
+        if value is not None:
+            total, count = sums.get(picture.prompt, (0.0, 0))
+            sums[picture.prompt] = total + value, count + 1
+    if len(sums) < 2:
+        return None
+    return bootstrap(np.array(list(sums.values())), lambda drawn: drawn[:, 0] / drawn[:, 1], seed=0)
+
+
 def by_category(score: Score, pictures: Sequence[Picture], prompts: PromptList) -> dict[str, float]:
     """The mean over the pictures of each category; empty for scores that are no means."""
     found: dict[str, list[float]] = {}
@@ -148,6 +162,7 @@ def as_dict(results: Results) -> dict[str, Any]:
                     "better": score.better,
                     "pictures": score.pictures,
                     "standard_error": standard_error(score, folder.pictures),
+                    "interval": interval(score, folder.pictures),
                     "by_category": by_category(score, folder.pictures, results.prompts),
                     "note": score.note,
                 }
@@ -240,11 +255,16 @@ def _score_table(results: Results) -> Iterator[str]:
                 yield "<td>"
                 continue
             mark = " class=best" if len(there) > 1 and score.value == best.value else ""
-            error = standard_error(score, folder.pictures)
-            more = "" if error is None else f" <span class=dim>± {number(error)}</span>"
+            limits = interval(score, folder.pictures)
+            more = (
+                ""
+                if limits is None
+                else f" <span class=dim>{number(limits.low)} to {number(limits.high)}</span>"
+            )
             yield f"<td{mark}>{number(score.value)}{more}"
         yield f"<td class=dim>{escape('; '.join(dict.fromkeys(s.note for s in there if s.note)))}\n"
     yield "</table></div>\n"
+    yield "<p class=dim>Beside a mean: its 95 % limits, from prompts drawn again with replacement.</p>\n"
     if results.failed:
         yield "<p>Not taken: " + "; ".join(map(escape, results.failed)) + "</p>\n"
 

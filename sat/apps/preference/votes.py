@@ -208,9 +208,9 @@ def outcome(votes: Sequence[Vote], seed: int = 0) -> Outcome:
     return Outcome(
         tally=total,
         half=(total.wins + total.ties / 2) / total.total,
-        half_interval=_bootstrap(counts, lambda n: (n[:, 0] + n[:, 1] / 2) / n.sum(1), seed),
+        half_interval=bootstrap(counts, lambda n: (n[:, 0] + n[:, 1] / 2) / n.sum(1), seed),
         decided=total.wins / decided if decided else None,
-        decided_interval=_bootstrap(counts, without_ties, seed) if decided else None,
+        decided_interval=bootstrap(counts, without_ties, seed) if decided else None,
         wilson=wilson(total.wins, decided) if decided else None,
         prompts=len(counts),
     )
@@ -224,10 +224,14 @@ def wilson(successes: int, trials: int) -> Interval:
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
 
 
-def _bootstrap(
-    counts: NDArray[np.int64], share: Callable[[NDArray[np.int64]], NDArray[np.float64]], seed: int
+def bootstrap(
+    counts: NDArray[Any], share: Callable[[NDArray[Any]], NDArray[np.float64]], seed: int
 ) -> Interval:
-    """The middle 95 % of ``share`` over draws of as many prompts with replacement (percentile bootstrap)."""
+    """The middle 95 % of ``share`` over draws of as many prompts with replacement (percentile bootstrap).
+
+    ``counts`` (prompts, K) is added up over a draw; ``share`` takes many draws (B, K) and gives (B) values.
+    Source: Efron and Tibshirani 1993, section 13.3.
+    """
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(0, DRAWS, 500):

@@ -262,6 +262,16 @@ def sheet(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Write pictures as a benchmark's own program reads them."""
+    from sat.apps.evaluate.benchmarks import LAYOUTS, write_layout
+
+    if args.layout not in LAYOUTS:
+        raise UsageError(f"--layout {args.layout}: expected one of {', '.join(LAYOUTS)}")
+    print(f"{args.out}: {write_layout(args.layout, args.images, args.prompts, args.out)} pictures")
+    return 0
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "run": run,
     "preference": preference,
@@ -269,4 +279,5 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "retrieval": retrieval,
     "detail": detail,
     "sheet": sheet,
+    "export": export,
 }
