@@ -19,9 +19,8 @@ from sat.kernels.packed import pack, packs_any
 from sat.mixin import Mixin, wraps
 from sat.mixins.adaln import AdaLN
 from sat.mixins.cross_attention import CrossAttention
-from sat.mixins.heads import FinalLayer
 from sat.mixins.joint_attention import JointAttention
-from sat.mixins.patch_embed import PatchEmbed
+from sat.mixins.patch_embed import FinalLayer, PatchEmbed
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
 from sat.mixins.sincos import SinCos2D

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from sat.mixin import Mixin
 from sat.mixins.adaln import AdaLN
-from sat.mixins.heads import FinalLayer
 from sat.mixins.joint_attention import JointAttention
-from sat.mixins.patch_embed import PatchEmbed
+from sat.mixins.patch_embed import FinalLayer, PatchEmbed
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
 from sat.models.dit import JointDiT
