@@ -20,7 +20,8 @@ A rule may match nothing (a list serves variants of a model): what must be there
 is loaded, key by key. A key that no rule matches, or two rules match, is an error.
 
 The model families keep their lists in ``keys.py`` beside the model, under the names of the formats:
-``SAT``, ``DIFFUSERS``, ``MEGATRON``, ``HF`` (see :data:`LAYOUTS`).
+``SAT``, ``DIFFUSERS``, ``MEGATRON``, ``HF``, ``HF_LM`` (see
+:data:`LAYOUTS`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ LAYOUTS = {
     "DIFFUSERS": "diffusers component folders",
     "MEGATRON": "Megatron training files",
     "HF": "Hugging Face transformers folders (text encoders)",
+    "HF_LM": "whole language models of Hugging Face, whose first layers are a text encoder",
 }
 
 
@@ -128,17 +130,16 @@ class Computed:
     why: str
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """Tensors that would have these names of ours in a deeper module: ignored where ours ends before."""
+
+    ours: str
+    why: str
+
+
 Rule: TypeAlias = (
-    Rename
-    | Fuse
-    | Split
-    | SwapHalves
-    | ConvToLinear
-    | LinearToConv
-    | Flatten
-    | HeadsFirst
-    | Tie
-    | Drop
-    | Computed
-)
+    Rename | Fuse | Split | SwapHalves | ConvToLinear | LinearToConv | Flatten | HeadsFirst | Tie | Drop
+    | Computed | Beyond
+)  # fmt: skip
 Rules: TypeAlias = Sequence[Rule]

@@ -22,10 +22,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "mlp": ("model.*.mlp.gate", "model.*.mlp.up", "model.*.mlp.down"),
     # How time and size act on a layer: modulation in a transformer, the embedding of a residual block.
     "adaln": ("model.*.adaln.layers.*.1", "model.*.final_layer.adaln.1", "model.*.emb"),
-    "text_attention": ("text.*.attn.qkv", "text.*.attn.proj"),
+    "text_attention": ("text.*.attn.qkv", "text.*.attn.q", "text.*.attn.kv", "text.*.attn.proj"),
     "text_mlp": ("text.*.mlp.gate", "text.*.mlp.up", "text.*.mlp.down"),
     "text_encoder": (
         "text.*.attn.qkv",
+        "text.*.attn.q",
+        "text.*.attn.kv",
         "text.*.attn.proj",
         "text.*.mlp.gate",
         "text.*.mlp.up",

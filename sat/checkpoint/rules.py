@@ -31,6 +31,7 @@ from sat.checkpoint.format import (
 )
 from sat.keys import (
     LAYOUTS,
+    Beyond,
     Computed,
     ConvToLinear,
     Drop,
@@ -79,7 +80,7 @@ def read_map(names: Collection[str], rules: Rules) -> KeyMap:
     used: dict[str, Rule] = {}
     names = list(names)
     for rule in rules:
-        if isinstance(rule, Computed):
+        if isinstance(rule, Computed | Beyond):
             continue
         if isinstance(rule, Drop):
             dropped = [name for name in names if _match(rule.theirs, name) is not None]
@@ -99,7 +100,7 @@ def write_map(names: Collection[str], rules: Rules) -> KeyMap:
     used: dict[str, Rule] = {}
     names = list(names)
     for rule in rules:
-        if isinstance(rule, Drop):
+        if isinstance(rule, Drop | Beyond):
             continue
         if isinstance(rule, Computed):
             ours = [name for name in names if _match(rule.ours, name) is not None]
@@ -360,7 +361,12 @@ def best_layout(
         for layout, rules in distinct.values():
             found = read_map(list(inside), rules)
             placed = {name: source for name, source in found.sources.items() if name in expected}
-            others = [source for name, source in found.sources.items() if name not in expected]
+            beyond = [rule.ours for rule in rules if isinstance(rule, Beyond)]
+            spare, others = list[Source](), list[Source]()
+            for name, source in found.sources.items():
+                if name not in expected:
+                    past = any(_match(pattern, name) is not None for pattern in beyond)
+                    (spare if past else others).append(source)
             absent = [name for name in expected if name not in placed]
             optional = [r for r in rules if isinstance(r, Computed) or (isinstance(r, Rename) and r.optional)]
             needed = set(write_map(absent, optional).unmatched)  # the layout need not store the rest
@@ -375,7 +381,11 @@ def best_layout(
                         *(prefix + name for source in others for name in source.names),
                         *(name for name in outside if name not in set(of_others)),
                     ],
-                    ignored=[*(prefix + name for name in found.ignored), *of_others],
+                    ignored=[
+                        *(prefix + name for name in found.ignored),
+                        *(prefix + name for source in spare for name in source.names),
+                        *of_others,
+                    ],
                     rules=rules,
                 )
             )

@@ -88,7 +88,7 @@ class PackedFeedForward(FeedForward):
         self.train(plain.training)
 
     def activated(self, linear: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(linear, PackedLinear):
+        if isinstance(linear, PackedLinear) and self.gelu is not None:
             return linear.gelu(x, self.gelu)
         return super().activated(linear, x)
 

@@ -1,4 +1,4 @@
-"""The parts of a text encoder: tokens of its ids, T5's relative position bias, the last norm."""
+"""The parts of a text encoder: tokens of its ids, T5's position bias, GLM's rotation, the last norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from sat.mixin import Mixin, replaces, wraps
@@ -98,3 +100,51 @@ class FinalNorm(Mixin):
     def final(self, x: Tensor, ctx: Context) -> Tensor:
         out: Tensor = self.norm(x)
         return out
+
+
+# -- a decoder-only language model: rotary positions, each token sees itself and those before
+
+
+class CausalText(Mixin):
+    """Rotates the first ``rotary_dim`` channels of q and k by their token's place, and attends causally.
+
+    Neighbouring channels make a pair (k: 2k and 2k + 1), which turns by place * theta^(-2k / rotary_dim);
+    places count from the first id, padding included. Angles are float32.
+    Source: RoFormer, arXiv:2104.09864, on a part of the channels as in GLM-4 (peer ``GlmModel``).
+    """
+
+    host = TransformerHooks
+
+    def __init__(self, rotary_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if rotary_dim < 2 or rotary_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of channels, got rotary_dim {rotary_dim}")
+        self.rotary_dim, self.theta = rotary_dim, theta
+
+    @wraps("prepare")
+    def prepare(self, inner: Prepare, ctx: Context) -> Context:
+        ctx = inner(ctx)
+        if ctx.ids is None:
+            raise ValueError("positions of text are those of token ids: the context has no `ids`")
+        device = ctx.ids.device
+        channels = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device=device)
+        places = torch.arange(ctx.ids.shape[1], dtype=torch.float32, device=device)
+        angles = torch.outer(places, 1 / self.theta ** (channels / self.rotary_dim))  # (T, rotary_dim / 2)
+        return replace(ctx, rotary=(angles.cos(), angles.sin()))
+
+    @replaces("rotate_qk")
+    def rotate_qk(self, q: Tensor, k: Tensor, ctx: Context, layer: int) -> tuple[Tensor, Tensor]:
+        assert ctx.rotary is not None, "rotary tables are made in prepare"
+        return self._rotate(q, *ctx.rotary), self._rotate(k, *ctx.rotary)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, H, T, d): (a, b) -> (a cos - b sin, b cos + a sin) of each pair, in float32 at least."""
+        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        wide = turned if turned.dtype == torch.float64 else turned.float()
+        a, b = rearrange(wide, "b h t (d pair) -> pair b h t d", pair=2)
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+        return torch.cat([pairs.flatten(-2).to(x.dtype), rest], -1)
+
+    @replaces("attend")
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -73,13 +73,45 @@ class Attention(nn.Module):
         return expand(self.proj, shrink(out))  # (B, L, D)
 
 
+class GroupedAttention(Attention):
+    """Attention of H query heads to fewer heads of keys and values, each for H / ``kv_heads`` in a row.
+
+    The weight rows of ``kv`` are keys, then values. Source: arXiv:2305.13245.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, qkv_bias: bool
+    ) -> None:
+        nn.Module.__init__(self)
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"heads {heads} are not a multiple of kv_heads {kv_heads}")
+        self.head_dim = head_dim
+        self.q = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * kv_heads * head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix products."""
+        return dtype_of(self.q)
+
+    def forward(self, x: Tensor, ctx: Context, layer: int, hooks: TransformerHooks) -> Tensor:
+        q = rearrange(self.q(x), "b l (h d) -> b h l d", d=self.head_dim)
+        k, v = rearrange(self.kv(x), "b l (two h d) -> two b h l d", two=2, d=self.head_dim)
+        q, k = hooks.norm_qk(q, k, ctx, layer)
+        q, k = hooks.rotate_qk(q, k, ctx, layer)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))  # (B, H, L, d)
+        out = rearrange(hooks.attend(q, k, v, ctx), "b h l d -> b l (h d)")
+        return expand(self.proj, shrink(out))  # (B, L, D)
+
+
 class FeedForward(nn.Module):
     """Two-layer MLP with GELU, ``gelu`` its approximation; ``gated`` multiplies by a second projection.
 
-    Plain: down(gelu(up(x))). Gated (GEGLU): down(gelu(gate(x)) * up(x)).
+    Plain: down(gelu(up(x))). Gated (GEGLU): down(gelu(gate(x)) * up(x)). ``gelu`` None is SiLU (SwiGLU).
     """
 
-    def __init__(self, dim: int, hidden: int, *, gated: bool, bias: bool, gelu: str = "tanh") -> None:
+    def __init__(self, dim: int, hidden: int, *, gated: bool, bias: bool, gelu: str | None = "tanh") -> None:
         super().__init__()
         self.gelu = gelu
         self.gate = nn.Linear(dim, hidden, bias=bias) if gated else None
@@ -93,6 +125,8 @@ class FeedForward(nn.Module):
 
     def activated(self, linear: nn.Module, x: Tensor) -> Tensor:
         """gelu(linear(x)), (…, hidden)."""
+        if self.gelu is None:
+            return F.silu(linear(x))
         return F.gelu(linear(x), approximate=self.gelu)
 
 
@@ -127,7 +161,7 @@ def expand(linear: nn.Module, h: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Choices by which the blocks of a diffusion transformer (the defaults), of T5 and of a UNet differ."""
+    """Choices by which the blocks of a diffusion transformer (the defaults), of T5, GLM and a UNet differ."""
 
     norm: Literal["layer", "rms"] = "layer"
     eps: float = 1e-5
@@ -136,7 +170,8 @@ class BlockSpec:
     qkv_bias: bool | None = None  # None: as ``bias``
     head_dim: int | None = None  # None: dim / heads
     mlp_dim: int | None = None  # None: 4 * dim
-    mlp: Literal["gelu", "geglu"] = "gelu"
+    kv_heads: int | None = None  # heads of keys and values; None: as many as of queries, in one projection
+    mlp: Literal["gelu", "geglu", "swiglu"] = "gelu"
     gelu: Literal["tanh", "none"] = "tanh"  # how GELU is approximated
     scale: float | None = None  # of the attention logits; None: 1 / sqrt(head_dim)
 
@@ -186,11 +221,17 @@ class Block(nn.Module):
 
         head_dim = spec.head_dim or dim // heads
         qkv_bias = spec.bias if spec.qkv_bias is None else spec.qkv_bias
-        hidden, gated = spec.mlp_dim or 4 * dim, spec.mlp == "geglu"
+        hidden, gated = spec.mlp_dim or 4 * dim, spec.mlp != "gelu"
+        gelu = None if spec.mlp == "swiglu" else spec.gelu
         self.norm1 = norm()
-        self.attn = Attention(dim, heads, head_dim, bias=spec.bias, qkv_bias=qkv_bias)
+        if spec.kv_heads is None:
+            self.attn = Attention(dim, heads, head_dim, bias=spec.bias, qkv_bias=qkv_bias)
+        else:
+            self.attn = GroupedAttention(
+                dim, heads, spec.kv_heads, head_dim, bias=spec.bias, qkv_bias=qkv_bias
+            )
         self.norm2 = norm()
-        self.mlp = FeedForward(dim, hidden, gated=gated, bias=spec.bias, gelu=spec.gelu)
+        self.mlp = FeedForward(dim, hidden, gated=gated, bias=spec.bias, gelu=gelu)
 
     def forward(
         self,
