@@ -10,7 +10,7 @@ import inspect
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -358,6 +358,71 @@ def picture(case: Case) -> Work:
     )  # fmt: skip
 
 
+# -- a whole picture or training, beside what was planned for it and what is drawn without the option
+
+
+def whole(case: Case) -> Work:
+    """A picture by a pipeline of random weights: ``bases``, ``settings`` and ``steps`` of the options.
+
+    Facts: the planned peak; ``beside`` names settings, and how far apart the latents are from theirs follows.
+    """
+    from sat import Pipeline
+    from sat.estimate.budget import SamplingEstimator
+    from sat.parallel.launch import free_memory
+
+    bases = [ROOT / name for name in case.options["bases"]]
+    steps = case.options["steps"]
+
+    def opened(settings: Sequence[str]) -> Any:
+        return Pipeline.from_config(bases, [*settings, f"sampling.dtype={case.dtype}"], device=case.device)
+
+    facts: dict[str, float] = {}
+    plain: Tensor | None = None
+    if "beside" in case.options:
+        pipe = opened(case.options["beside"])
+        plain = pipe(["a red apple"], seed=0, steps=steps).latents.float().cpu()
+        del pipe
+        free_memory()
+    pipe = opened(case.options["settings"])
+    planned = SamplingEstimator(host=case.device == "cpu").peaks(pipe.experiment).total
+    facts["planned MB"] = planned / 1e6
+
+    def work() -> None:
+        seen = replace(pipe.generator.count)
+        drawn = pipe(["a red apple"], seed=0, steps=steps).latents.float().cpu()
+        if plain is not None:
+            facts["apart"] = float((drawn - plain).square().mean().sqrt() / plain.std())
+        if looked := pipe.generator.count.evaluations - seen.evaluations:
+            facts["computed"] = (pipe.generator.count.computed - seen.computed) / looked
+
+    work.facts = lambda: facts  # type: ignore[attr-defined]
+    return work
+
+
+def training(case: Case) -> Work:
+    """Three steps of ``train.py`` with ``bases`` and ``settings`` of the options; facts as above."""
+    from sat.cli.train import main
+    from sat.config.load import load
+    from sat.train.estimate import Estimator
+
+    bases = [str(ROOT / name) for name in case.options["bases"]]
+    small = {
+        "train.steps": 3, "train.warmup": 0, "train.accumulate": 1, "train.wandb": "disabled",
+        "data.workers": 0, "parallel.device": case.device, "train.dtype": case.dtype,
+    }  # fmt: skip
+    settings = [*case.options["settings"], *(f"{key}={value}" for key, value in small.items())]
+    planned = Estimator().estimate(load(bases, settings), 1).total
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--base", *bases, *settings, "--output-dir", f"{folder}/run"]
+            if code := main(words):
+                raise RuntimeError(f"the training ended with code {code}")
+
+    work.facts = lambda: {"planned MB": planned / 1e6}  # type: ignore[attr-defined]
+    return work
+
+
 _SCRIPT = """
 import sys
 import torch
@@ -379,4 +444,6 @@ KINDS: Mapping[str, Callable[[Case], Work]] = {
     "lora": lora_step,
     "command": command,
     "picture": picture,
+    "whole": whole,
+    "training": training,
 }

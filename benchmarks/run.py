@@ -81,19 +81,25 @@ def rated(table: Table, rows: Sequence[dict[str, Any]], threads: int) -> dict[st
 
 def text(result: dict[str, Any]) -> str:
     """A result as a Markdown table."""
+    more = list(dict.fromkeys(key for row in result["rows"] for key in row.get("facts", {})))
     lines = [
-        f"| {result['title']} | ms | 10 % to 90 % | ratio | CPU ms | ratio | peak MB | samples |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {result['title']} | ms | 10 % to 90 % | ratio | CPU ms | ratio | peak MB | samples |"
+        + "".join(f" {key} |" for key in more),
+        "|---|---|---|---|---|---|---|---|" + "---|" * len(more),
     ]
     for row in result["rows"]:
         if "left_out" in row:
-            lines.append(f"| {row['label']} | left out: {row['left_out']} | | | | | | |")
+            lines.append(f"| {row['label']} | left out: {row['left_out']} | | | | | | |" + " |" * len(more))
             continue
         spread = f"{row['low'] * 1e3:.4g} to {row['high'] * 1e3:.4g}"
         counted = f"{row['kept']}" + (f" of {row['kept'] + row['disturbed']}" if row["disturbed"] else "")
         lines.append(
             f"| {row['label']} | {row['median'] * 1e3:.4g} | {spread} | {row['ratio']:.2f} | "
             f"{row['cpu'] * 1e3:.4g} | {row['cpu_ratio']:.2f} | {row['peak_mb']:.0f} | {counted} |"
+            + "".join(
+                f" {row.get('facts', {}).get(key, ''):.4g} |" if key in row.get("facts", {}) else " |"
+                for key in more
+            )
         )
     return "\n".join(lines)
 

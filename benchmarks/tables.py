@@ -12,7 +12,10 @@ from sat.kernels.attention import Backend
 
 @dataclass(frozen=True)
 class Table:
-    """Variants by label. ``base``: whose median is 1. ``once``: a row that counts a fiftieth in ``ours``."""
+    """Variants by label. ``base``: whose median is 1. ``once``: a row that counts a fiftieth in ``ours``.
+
+    ``once_each``: one sample a row, whose peak counts rather than its time.
+    """
 
     name: str
     title: str
@@ -20,6 +23,7 @@ class Table:
     base: str
     once: str = ""
     ours: Sequence[str] = ()
+    once_each: bool = False
 
 
 def cpu(quick: bool, compiled: bool = False) -> list[Table]:
@@ -94,10 +98,65 @@ def gpu(quick: bool, device: str = "cuda", sizes: Mapping[str, Any] | None = Non
             "ours",
         )
     )
-    tables.append(
-        _lora("gpu_lora", Case("lora", "", "plus", "bf16", device, {"cells": 64, **sizes.get("plus", {})}))
-    )
-    return tables
+    for side in (512, 1024):
+        options = {"cells": side // 8, **sizes.get("plus", {})}
+        tables.append(_lora(f"gpu_lora_{side}", Case("lora", "", "plus", "bf16", device, options)))
+    return [*tables, *_whole(device, sizes.get("whole", {}))]
+
+
+def _whole(device: str, sizes: Mapping[str, Any]) -> list[Table]:
+    """Pictures and trainings from their configs, random weights: peaks beside the plan, options' quality."""
+    bases = sizes.get("bases", ["configs/plus.yaml"])
+    random = ["checkpoint.path=null", "checkpoint.random=0", "model.params.zero_init=false"]
+    random += sizes.get("settings", [f"conditioning.tokenizer={_TOKENIZER}"])
+    case = Case("whole", "ours", "plus", "bf16", device, {"bases": bases, "steps": sizes.get("steps", 20)})
+
+    def drawn(side: int, *words: str, **more: object) -> Case:
+        settings = [*random, f"sampling.height={side}", f"sampling.width={side}", *words]
+        return replace(case, options={**case.options, "settings": settings, **more})
+
+    sides = sizes.get("sides", (1024, 512, 2048))
+    peaks = {f"{side}²": drawn(side) for side in sides}
+    whole, integers = sizes.get("budgets", ("8GB", "6GB"))
+    within = {"8 GB": [f"memory.budget={whole}"]}
+    within["6 GB, int8"] = [f"memory.budget={integers}", "memory.quantize.network=int8"]
+    peaks |= {f"{sides[0]}² within {name}": drawn(sides[0], *words) for name, words in within.items()}
+
+    short = [] if "settings" in sizes else ["conditioning.text.params.depth=1"]
+    cached = "sampling.cache={{target: sat.diffusion.step_cache.FirstBlock, params: {{threshold: {}}}}}"
+    options = {
+        "plain": [], "compiled": ["sampling.compile=true"], "CUDA graphs": ["sampling.graphs=true"],
+        "int8": ["memory.quantize.network=int8"], "int4": ["memory.quantize.network=int4"],
+        **{f"step cache {threshold}": [cached.format(threshold)] for threshold in (0.05, 0.1, 0.2)},
+        "int8, step cache 0.1, compiled": [
+            "memory.quantize.network=int8", cached.format(0.1), "sampling.compile=true"
+        ],
+    }  # fmt: skip
+    beside = drawn(sides[0], *short).options["settings"]
+    quality = {name: drawn(sides[0], *short, *words, beside=beside) for name, words in options.items()}
+
+    lora = sizes.get("training", [*bases, "configs/lora.yaml"])
+    data = "data.sources=[{path: data/emoji_sample}]"
+    trained = [*random, data, "data.validation=[]", "train.validate_every=null"]
+    trained += sizes.get("trained", ["data.cache_views=0"])
+    options = {"bases": lora, "settings": trained}
+    training = replace(case, kind="training", options=options)
+    trainings = {
+        f"LoRA, {side}²": replace(
+            training,
+            options={**options, "settings": [*trained, f"data.height={side}", f"data.width={side}"]},
+        )
+        for side in sides
+    }
+    first = f"{sides[0]}²"
+    return [
+        Table("gpu_peaks", "a picture by 20 steps, whole", peaks, first, once_each=True),
+        Table("gpu_quality", f"a picture by 20 steps at {first}, beside the plain one", quality, "plain"),
+        Table("gpu_training", "three steps of train.py", trainings, next(iter(trainings)), once_each=True),
+    ]
+
+
+_TOKENIZER = "checkpoints/tiny/tokenizer/spiece.model"
 
 
 def _bench(quick: bool) -> dict[str, Any]:

@@ -36,16 +36,17 @@ class Worker:
         quiet = subprocess.DEVNULL  # the peers' advice; what fails comes back as an answer
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=quiet, text=True)
         self.peak = 0.0
+        self.facts: dict[str, float] = {}
         self.device = ""
 
-    def ready(self, deadline: float | None = None) -> None:
-        """Wait until the work is made and has been done once, which is when a compiler runs.
+    def ready(self, deadline: float | None = None) -> Sample:
+        """Wait until the work is made and has been done once, which is when a compiler runs: that sample.
 
         Raises ``RuntimeError`` with the child's reason, or after the ``deadline``, of ``time.monotonic``.
         """
         with self._until(deadline):
             self.device = self._answer()["device"]
-            self.sample()
+            return self.sample()
 
     @contextmanager
     def _until(self, deadline: float | None) -> Iterator[None]:
@@ -69,7 +70,7 @@ class Worker:
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         answer = self._answer()
-        self.peak = answer["peak_mb"]
+        self.peak, self.facts = answer["peak_mb"], answer["facts"]
         return Sample(answer["seconds"], answer["cpu"], answer["clean"])
 
     def close(self) -> None:
@@ -123,7 +124,8 @@ def main() -> int:
         peak = measure.peak_rss(children=case.kind == "command")
         if on_gpu:
             peak = torch.cuda.max_memory_allocated() / 1e6
-        print(json.dumps({**taken._asdict(), "peak_mb": peak}), flush=True)
+        facts = getattr(work, "facts", dict)()  # what the work found besides
+        print(json.dumps({**taken._asdict(), "peak_mb": peak, "facts": facts}), flush=True)
     return 0
 
 

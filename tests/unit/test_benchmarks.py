@@ -31,25 +31,40 @@ TINY = {
         "cells": 8,
         "tokens": 7,
     },
+    "whole": gpu_run.SMALL["whole"],
 }  # fmt: skip
 GPU_ONLY = ("cudnn", "efficient", "flash3", "sage", "graphs")
 
 
 def test_every_case_of_the_gpu_suite_runs_in_small_on_a_cpu() -> None:
-    seen = set()
+    seen, facts = set(), dict[tuple[str, str], dict[str, float]]()
     for table in gpu(True, "cpu", TINY):
         assert table.base in table.rows and set(table.ours) <= set(table.rows)
         for label, case in table.rows.items():
             options = case.options
-            if case.side in ("cache-dit", "diffusers compiled") or options.get("compile"):
+            words = options.get("settings", ())
+            compiled = options.get("compile") or "sampling.compile=true" in words
+            if case.side in ("cache-dit", "diffusers compiled") or compiled:
                 continue  # need a package, or a compiler
-            if options.get("graphs") or options.get("offload") or options.get("attention") in GPU_ONLY:
+            if (
+                options.get("graphs")
+                or "sampling.graphs=true" in words
+                or options.get("offload")
+                or options.get("attention") in GPU_ONLY
+            ):
                 with pytest.raises(ValueError, match="GPU|CUDA"):
                     make(case)
                 continue
-            make(case)()
+            work = make(case)
+            work()
+            facts[table.name, label] = getattr(work, "facts", dict)()
             seen.add((table.name, label))
     assert {name for name, _ in seen} == {table.name for table in gpu(True, "cpu", TINY)}
+    for name in ("gpu_peaks", "gpu_quality", "gpu_training"):
+        assert all(found["planned MB"] > 0.1 for (table, _), found in facts.items() if table == name)
+    quality = {label: found for (table, label), found in facts.items() if table == "gpu_quality"}
+    assert quality["plain"]["apart"] == 0 < quality["int8"]["apart"] < quality["int4"]["apart"]
+    assert 0 < quality["step cache 0.2"]["computed"] <= 1
 
 
 class Here:
@@ -59,13 +74,14 @@ class Here:
     stop_after = 99
 
     def __init__(self, case: Case, threads: int) -> None:
-        self.case, self.peak = case, 1.0
+        self.case, self.peak, self.facts = case, 1.0, {"planned MB": 2.0}
 
-    def ready(self, deadline: float | None) -> None:
+    def ready(self, deadline: float | None) -> measure.Sample:
         if len(self.made) >= self.stop_after:
             raise RuntimeError(gpu_run.NO_TIME)
         self.made.append(self.case.side)
         self.work = make(self.case)
+        return self.sample()
 
     def sample(self) -> measure.Sample:
         return measure.sample(self.work)
