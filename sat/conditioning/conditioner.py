@@ -69,7 +69,7 @@ class Condition:
             torch.cat([p.vector for p in parts]),
             torch.cat(masks) if masks else None,
             torch.cat(strengths) if strengths else None,
-            stacked([p.controls for p in parts]),
+            stacked([p.controls for p in parts]) if any(p.controls for p in parts) else (),
         )
 
 
