@@ -54,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="denoising steps")
     add("--guidance", type=float, metavar="SCALE", help="strength of classifier-free guidance; 1 is none")
     add("--batch-size", type=int, metavar="N", help="images per prompt")
+    words = "use new words of a textual inversion; repeat for several"
+    add("--embedding", action="append", metavar="PATH", help=words)
     add("--lora", action="append", metavar="PATH[:STRENGTH]", help="use an adapter; repeat for several")
     add(
         "--control",
@@ -111,6 +113,8 @@ def given(args: argparse.Namespace) -> list[Setting]:
         used = (control(text)._asdict() | asked for text in args.control)
         texts = [{k: str(v) if isinstance(v, Path) else v for k, v in one.items()} for one in used]
         out.append(Setting("sampling.controls", texts))
+    if args.embedding:
+        out.append(Setting("adapters.embeddings", list(args.embedding)))
     if args.resume:
         out.append(Setting("output.resume", True))
     return out

@@ -350,6 +350,11 @@ def build_engine(
             {"model": parts["model"], "text": parts["text"]}, wanted,
             fold=experiment.adapters.merge, verify=Verify(weights.verify),
         )  # fmt: skip
+    if experiment.adapters.embeddings and "text" not in without:
+        from sat.adapters.tokens import load_words
+        from sat.checkpoint.verify import Verify
+
+        load_words(engine.conditioner, experiment.adapters.embeddings, Verify(weights.verify))
     return engine
 
 

@@ -226,7 +226,7 @@ def _drawing(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
             yield _CACHE, str(error)
 
 
-def _adapters(e: Experiment, objects: Objects) -> Broken:
+def _adapters(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one rule after another
     """LoRA trains the parts that the objective trains, and an objective that trains those LoRA adapts."""
     lora, targets = e.adapters.lora, ("adapters", "lora", "targets")
     if lora is not None and _MODEL in objects and _TEXT in objects:
@@ -238,6 +238,13 @@ def _adapters(e: Experiment, objects: Objects) -> Broken:
         except AdapterError as error:
             yield targets, str(error)
     if e.train is None:
+        return
+    if e.adapters.tokens and not _param(e, e.train.objective, "train_text"):
+        yield (
+            ("adapters", "tokens"),
+            "new words are learned through the text encoder: set train.objective.params.train_text=true",
+        )
+    if lora is None and e.adapters.tokens:
         return
     if lora is None:
         if e.adapters.load and not e.adapters.merge:
@@ -252,7 +259,7 @@ def _adapters(e: Experiment, objects: Objects) -> Broken:
             "the text encoder is targeted, but the objective does not train it: set "
             "train.objective.params.train_text=true",
         )
-    if trains and not wants:
+    if trains and not wants and not e.adapters.tokens:
         yield (
             targets,
             f"the objective trains the text encoder (train_text), but no target is in it: add text_encoder, "

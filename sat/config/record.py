@@ -153,6 +153,10 @@ def weight_digests(experiment: Experiment) -> dict[str, object]:
         found["adapters"] = [[adapter_digest(item.path), item.strength] for item in loaded]
     if controls := experiment.sampling.controls:
         found["controls"] = [digest(item.path) for item in controls]
+    if words := experiment.adapters.embeddings:
+        from sat.adapters.tokens import find_words
+
+        found["embeddings"] = [digest(find_words(path)) for path in words]
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sat.adapters.tokens import WordExport, WordTable, WordTokenizer, table_of
 from sat.checkpoint.format import DTYPES, PARTS, CheckpointError, InMemory, Part
 from sat.checkpoint.formats import detect, digest
 from sat.checkpoint.save import Options, save_native
@@ -244,15 +245,23 @@ def exporter(
     """
     assert experiment.train is not None, "only a training exports"
     dtype, lora = DTYPES[experiment.train.dtype], experiment.adapters.lora
+    inner: Export | None = None
     if lora is not None:
         paths = {"model": weights.source("model"), "text": weights.source("text")}
         base = {"model": plain(experiment.model), "text": plain(experiment.conditioning.text)}
         digests = {part: None if path is None else digest(path) for part, path in paths.items()}
-        return AdapterExport(objective, lora, base, digests, dtype)
+        inner = AdapterExport(objective, lora, base, digests, dtype)
+    if experiment.adapters.tokens:
+        table, tokenizer = table_of(engine.conditioner.text)[1], engine.conditioner.tokenizer
+        assert isinstance(table, WordTable) and isinstance(tokenizer, WordTokenizer), "words were added"
+        words = {one.word: tokenizer.words[one.word] for one in experiment.adapters.tokens}
+        return WordExport(objective, words, table, inner)
+    if inner is not None:
+        return inner
     described = ("model", "diffusion", "conditioning", "first_stage")
     sections = {name: plain(getattr(experiment, name)) for name in described}
-    tokenizer = engine.conditioner.tokenizer
-    return ModelExport(objective, sections, None if tokenizer is None else tokenizer.path, dtype)
+    vocabulary = engine.conditioner.tokenizer
+    return ModelExport(objective, sections, None if vocabulary is None else vocabulary.path, dtype)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from sat.checkpoint.format import DTYPES, PARTS, Part
 from sat.checkpoint.formats import digest, part_digest
 from sat.config.build import build_engine
 from sat.config.check import resolve
-from sat.config.schema import CheckpointConfig, DataConfig, Experiment, SourceConfig, TrainConfig, plain
+from sat.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    Experiment,
+    SourceConfig,
+    TokenConfig,
+    TrainConfig,
+    plain,
+)
 from sat.data.buckets import BucketRule, Buckets, Size, measure_all, measured
 from sat.data.cache import (
     CachedDataset,
@@ -30,7 +38,7 @@ from sat.data.cache import (
     prune,
 )
 from sat.data.dataset import Dataset, Items, LatentCache
-from sat.data.records import MASK, BadRecord, ExtraRule, note
+from sat.data.records import MASK, BadRecord, DataPathError, ExtraRule, note
 from sat.data.sources import Source, read_sources
 from sat.data.transforms import Augment, Transform
 from sat.engine import DiffusionEngine
@@ -115,6 +123,15 @@ def _open(
     assert height is not None and width is not None, "the section's rules ask for them"
     transform = Transform(height, width, "center" if still else data.crop, augment)
     return Dataset(records, transform, data.max_bad_share, buckets=buckets)
+
+
+def check_words(words: Sequence[TokenConfig], dataset: Dataset) -> None:
+    """Raise if a new word to learn is in no caption."""
+    for one in words:
+        if not any(one.word in caption for record in dataset.records for caption in record.captions):
+            raise DataPathError(
+                f"no caption has the new word {one.word!r} (adapters.tokens): write it into the captions"
+            )
 
 
 def in_memory(

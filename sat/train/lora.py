@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,9 +25,11 @@ from sat.adapters.files import NATIVE_FILE, AdapterInfo, read
 from sat.adapters.lora import Adapted, adapted, attach, base_norms, extract
 from sat.adapters.merge import compare_base
 from sat.adapters.names import choose
+from sat.adapters.tokens import NewWord, WordTable, learn_words, table_of
 from sat.adapters.write import write_native
 from sat.checkpoint.verify import Verify
-from sat.config.schema import LoraConfig, TrainConfig
+from sat.conditioning.conditioner import Conditioner
+from sat.config.schema import LoraConfig, TokenConfig, TrainConfig
 from sat.kernels.packed import FrozenLinear, freezable, join_gelu
 from sat.train.objectives import Objective
 from sat.transformer.transformer import Attention, FeedForward
@@ -70,6 +72,23 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int, verify: Verify |
     for module in objective.modules():
         if isinstance(module, Adapted) and NAME in module.strengths:
             module.named(NAME).requires_grad_(True)
+
+
+def add_tokens(
+    objective: Objective, conditioner: Conditioner, words: Sequence[TokenConfig], seed: int, *, alone: bool
+) -> None:
+    """Add new ``words`` to train; ``alone``: all else is frozen, none has low-rank factors."""
+    if "text" not in objective.parts():
+        raise AdapterError(
+            f"{type(objective).__name__} does not train the text encoder, through which words are learned: "
+            f"set train.objective.params.train_text=true"
+        )
+    if alone:
+        objective.requires_grad_(False)
+    learn_words(conditioner, [NewWord(one.word, one.vectors, one.start) for one in words], seed)
+    table = table_of(conditioner.text)[1]
+    assert isinstance(table, WordTable), "words were just added"
+    table.new.requires_grad_(True)
 
 
 def unpacked(train: TrainConfig, stage: int) -> list[str]:

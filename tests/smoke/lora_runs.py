@@ -14,6 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from sat.cli.train import main
 from tests.configs import DEBUG, ROOT
 
@@ -44,6 +46,14 @@ data:
 conditioning: {{tokenizer: {spiece}}}
 parallel: {{device: cpu}}
 """
+
+
+def _pictures(folder: Path) -> None:
+    """Four pictures with a new word in their captions."""
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (48, 32), (60 * number, 90, 200)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a {('red', 'blue')[number % 2]} <it>")
 
 
 def everything(folder: Path, spiece: Path) -> None:
@@ -77,6 +87,16 @@ def everything(folder: Path, spiece: Path) -> None:
     run("bf16", train, *bf16)
     run("bf16_half", train, *bf16, "train.max_minutes=1e-9")
     run("bf16_rest", train, *bf16, "--resume", to="bf16_half")
+    _pictures(folder / "words")
+    words = (
+        f"data.sources.0.path={folder / 'words'}", "train.objective.params.train_text=true",
+        "adapters.tokens=[{word: <it>, vectors: 2, start: red apple}]",
+    )  # fmt: skip
+    run("words", train, *words, "adapters.lora=null")
+    run("words_half", train, *words, "adapters.lora=null", "train.max_minutes=1e-9")
+    run("words_rest", train, *words, "adapters.lora=null", "--resume", to="words_half")
+    run("words_lora", train, *words, "--steps", 2)
+    run("no_word", train, *words, "adapters.tokens=[{word: <that>}]")
     run("unet", [TOY / "base.yaml", *train], "adapters.lora.targets=[attention, mlp, adaln]", "--steps", 3)
     run("again", train, *text, f"adapters.lora.start={folder / 'whole'}", "--steps", 1, "--lr", "1e-12",
         "adapters.lora.rank=9")  # fmt: skip

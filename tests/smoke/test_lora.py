@@ -232,3 +232,55 @@ def test_a_lora_of_another_model_is_refused_by_sample(ran, tmp_path, capsys) -> 
     assert "is a LoRA of CogView3UNet, this model is CogView3Plus: another model" in capsys.readouterr().err
     assert sample([*words, "--lora", str(tmp_path / "nothing")]) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+# -- new words (textual inversion)
+
+
+def words_of(run: Path, step: int = 4) -> torch.Tensor:
+    found = load_file(run / "checkpoints" / f"step_{step:08d}" / "native" / "embeddings.safetensors")
+    assert list(found) == ["<it>"]
+    return found["<it>"]
+
+
+def test_a_training_of_a_word_learns_its_embeddings_alone(ran) -> None:
+    good(ran, "words")
+    run = ran.folder / "words"
+    assert words_of(run).shape[0] == 2
+    native = run / "checkpoints" / "step_00000004" / "native"
+    assert [file.name for file in native.iterdir()] == ["embeddings.safetensors"]
+    assert "0.00 M trained parameters" in ran.ends["words"]["err"]
+    assert not torch.equal(words_of(run, 2), words_of(run, 4))
+
+
+def test_a_resumed_training_of_a_word_is_the_uninterrupted_one(ran) -> None:
+    good(ran, "words_rest")
+    assert torch.equal(words_of(ran.folder / "words_half"), words_of(ran.folder / "words"))
+
+
+def test_words_are_learned_beside_factors(ran) -> None:
+    good(ran, "words_lora")
+    native = ran.folder / "words_lora" / "checkpoints" / "step_00000002" / "native"
+    assert sorted(file.name for file in native.iterdir()) == [NATIVE_FILE, "embeddings.safetensors"]
+
+
+def test_a_word_that_no_caption_has_is_told(ran) -> None:
+    assert ran.ends["no_word"]["code"] == 2
+    assert "no caption has the new word '<that>' (adapters.tokens)" in ran.ends["no_word"]["err"]
+
+
+def test_sample_draws_a_learned_word(ran, tmp_path: Path) -> None:
+    """The word changes the picture; a prompt without it is drawn as before."""
+    spiece = load([ran.folder / "words" / "resolved.yaml"]).conditioning.tokenizer
+    pictures = {}
+    for name, extra in (("with", ["--embedding", str(ran.folder / "words")]), ("without", [])):
+        command = [
+            "--base", str(DEBUG), f"conditioning.tokenizer={spiece}", "--steps", "2", *extra,
+            "--prompt", "a red <it>", "--prompt", "a dog", "--output-dir", str(tmp_path / name),
+            "sampling.height=32", "sampling.width=48",
+        ]  # fmt: skip
+        assert sample(command) == 0
+        files = sorted((tmp_path / name).glob("*/*.png"))
+        pictures[name] = [np.asarray(Image.open(file)) for file in files]
+    assert not np.array_equal(pictures["with"][0], pictures["without"][0])
+    assert np.array_equal(pictures["with"][1], pictures["without"][1])

@@ -35,11 +35,11 @@ from sat.parallel.launch import Mesh, Runtime, be_patient, keep_freed_memory, la
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.inputs import InputFolder
 from sat.train.checkpoints import exporter
-from sat.train.data import Caches, bucket_rule, in_memory, open_data
+from sat.train.data import Caches, bucket_rule, check_words, in_memory, open_data
 from sat.train.deepspeed import TrainEngine, check_dtype
 from sat.train.log import Record, token_counter
 from sat.train.loop import Extras, Trainer
-from sat.train.lora import add_lora, pack_frozen, unpacked
+from sat.train.lora import add_lora, add_tokens, pack_frozen, unpacked
 from sat.train.measure import largest_size
 from sat.train.objectives import Objective
 from sat.train.optim import build_optimizer, groups
@@ -153,7 +153,7 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
         )
     if train.tensorboard and find_spec("tensorboard") is None:
         raise UsageError(f"train.tensorboard needs a package: {install('tensorboard')}, or set it to false")
-    if experiment.adapters.lora is None:
+    if experiment.adapters.lora is None and not experiment.adapters.tokens:
         params, integers = train.objective.params, experiment.memory.quantize
         needs = resolve(train.objective.target, experiment.imports).needs(params)
         trained = {"network": "model" in needs, "text_encoder": bool(params.get("train_text"))}
@@ -218,6 +218,7 @@ def _train(
 
     # Data: images, or encodings out of full caches, which need fewer parts of the engine.
     sets = open_data(data, runtime, held_out=train.validate_every is not None)
+    check_words(experiment.adapters.tokens, sets.train)
     caches, items = None, list[Items]()
     if data.cache is not None:
         caches = Caches(data.cache, experiment, train, weights, runtime)
@@ -308,6 +309,9 @@ def _objective(
             reasons = unpacked(train, train.zero)
             done = f"frozen weights are not packed: {', '.join(reasons)}" if reasons else pack_frozen(trained)
             log.info("%s", done)
+    if words := experiment.adapters.tokens:
+        alone = experiment.adapters.lora is None
+        add_tokens(objective, engine.conditioner, words, train.seed, alone=alone)
     if on_cpu or train.attention != "auto":  # elsewhere torch chooses
         log.info("attention: %s", use_kernel(objective, train.attention, section="train"))
     for module in trained.values() if train.compile else []:

@@ -35,6 +35,7 @@ from sat.config.schema.experiment import (
     OffloadConfig,
     QuantizeConfig,
     SourceConfig,
+    TokenConfig,
     TrainConfig,
 )
 
@@ -42,6 +43,6 @@ __all__ = [
     "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
     "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig", "LoadConfig",
     "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutputConfig", "ParallelConfig",
-    "Precision", "QuantizeConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig", "TrainConfig",
-    "WEIGHTS", "plain",
+    "Precision", "QuantizeConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig",
+    "TokenConfig", "TrainConfig", "WEIGHTS", "plain",
 ]  # fmt: skip

@@ -406,6 +406,26 @@ class LoraConfig(Section):
 
 
 @dataclass(frozen=True)
+class TokenConfig(Section):
+    """A new word to learn (textual inversion): as captions write it, and how many embeddings it stands for.
+
+    ``start``: words whose embeddings it starts from; null: random ones.
+    """
+
+    section = "adapters.tokens"
+    counts = ("vectors",)
+    word: str
+    vectors: int = 1
+    start: str | None = None
+
+    def _rules(self) -> Broken:
+        if not self.word or self.word != "".join(self.word.split()):
+            yield "word", f"expected a word without spaces, such as <fox>, got {self.word!r}"
+        if self.start is not None and not self.start.strip():
+            yield "start", "expected words to start from, or null"
+
+
+@dataclass(frozen=True)
 class LoadConfig(Section):
     """A trained adapter to use; ``strength`` 0 is without it, 1 as trained."""
 
@@ -423,12 +443,22 @@ class AdaptersConfig(Section):
     """Small additions to linear layers: ``lora`` is trained by ``train.py``, ``load`` used as they are.
 
     ``merge`` folds the loaded ones into the weights: as fast as without any, but strengths are then fixed.
+    ``tokens`` are new words to train, ``embeddings`` trained ones to use: files, folders or runs' folders.
     """
 
     section = "adapters"
     lora: LoraConfig | None = None
     load: list[LoadConfig] = field(default_factory=list)
     merge: bool = False
+    tokens: list[TokenConfig] = field(default_factory=list)
+    embeddings: list[
+        Annotated[Path, MustExist("name embeddings of a textual inversion: a file, or a run's folder")]
+    ] = field(default_factory=list)
+
+    def _rules(self) -> Broken:
+        words = [token.word for token in self.tokens]
+        if twice := sorted({word for word in words if words.count(word) > 1}):
+            yield "tokens", f"the word {twice[0]!r} is there twice"
 
 
 # -- memory
