@@ -56,6 +56,8 @@ _UNSEEN = frozenset(
     }
 )
 """Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""
+_LATER = frozenset({"controls"})
+"""Keys that came after 0.1: left out where they are empty, so that pictures of before count as finished."""
 
 
 def settings_digest(settings: Mapping[str, object]) -> str:
@@ -113,7 +115,11 @@ def label(
     """
     requested = experiment.sampling
     tree, quantize = plain(experiment), experiment.memory.quantize
-    sampling = {key: value for key, value in tree["sampling"].items() if key not in _UNSEEN}
+    sampling = {
+        key: value
+        for key, value in tree["sampling"].items()
+        if key not in _UNSEEN and (value or key not in _LATER)
+    }
     settings = settings_digest(
         {
             "parts": {key: tree[key] for key in ("model", "diffusion", "first_stage")},

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sat.config.record import Label, settings_digest
+from sat.config.load import load
+from sat.config.record import Label, label, settings_digest
 from sat.sampling.output import OutputError, OutputFolder, prove_writable, read_png_text, write_png
 from sat.sampling.prompts import Prompt
 from sat.util import host
+from tests.configs import ROOT
 
 LABEL = Label(
     height=48,
@@ -181,3 +183,8 @@ def test_the_settings_digest_ignores_the_order_of_keys_and_sees_every_value() ->
     assert first == settings_digest({"b": {"d": None, "c": [1, 2]}, "a": 1})
     assert first != settings_digest({"b": {"d": None, "c": [2, 1]}, "a": 1})
     assert len(first) == 16
+
+
+def test_keys_that_are_added_leave_pictures_of_before_finished() -> None:
+    """The digest of a config that shipped with 0.1: ``--resume`` would draw all of them again otherwise."""
+    assert label(load([ROOT / "configs/tiny.yaml"])).digest == "acda1548db598212"
