@@ -231,6 +231,7 @@ NAMES: dict[str, str] = {
     "sat.sampling.draw.Drawer": "sat.sampling.generator.Generator",
     "sat.sampling.draw.Encoded": "sat.sampling.generator.EncodedPrompt",
     "sat.sampling.draw.Look": "sat.sampling.generator.SamplingParams",
+    "sat.train.deepspeed.TrainEngine": "sat.train.deepspeed.DeepSpeedBackend",
     "sat.train.fit.fit": "sat.train.estimate.find_settings",
     "sat.train.plan.Plan": "sat.train.estimate.Estimate",
     "sat.train.plan.Planner": "sat.train.estimate.Estimator",

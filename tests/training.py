@@ -21,7 +21,7 @@ from sat.data.batch import Batch, Sample, collate
 from sat.diffusion.draws import Draws, GeneratorDraws
 from sat.parallel.launch import Mesh, Runtime, launch
 from sat.train import optim
-from sat.train.deepspeed import TrainEngine
+from sat.train.backend import build_backend
 from sat.train.log import Record
 from sat.train.loop import Extras, Trainer
 from sat.train.objectives import Objective
@@ -143,7 +143,7 @@ def trainer(
         if plain
         else build(config.optimizer, imports=["tests.training"], params=groups, lr=config.lr)
     )
-    engine = TrainEngine(objective, optimizer, config, runtime, mesh)
+    engine = build_backend(objective, optimizer, config, runtime, mesh)
     source = Numbers(config.batch_size, mesh.data_rank, mesh.data_ranks)
     record = Record(folder) if runtime.is_main else None
     return Trainer(engine, source, RunFolder(folder), Extras(record=record, **extras))

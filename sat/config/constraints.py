@@ -149,6 +149,9 @@ def _data(e: Experiment, objects: Objects) -> Broken:
         objective = resolve(e.train.objective.target, e.imports)
     except ValueError:
         return  # said with the objective itself
+    if e.train.backend == "plain" and (team := {k: n for k, n in e.parallel.sizes.items() if n > 1}):
+        name, size = next(iter(team.items()))
+        yield ("parallel", name), f"is {size}, and train.backend plain is one process: set it to 1"
     for name in ("keep_best", "patience"):
         if getattr(e.train, name) and e.train.validate_every is not None and not e.data.validation:
             yield ("train", name), "goes by the held-out loss, and there are no pictures in data.validation"

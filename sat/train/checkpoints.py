@@ -27,7 +27,7 @@ from sat.engine import DiffusionEngine
 from sat.parallel.collectives import agree, barrier, from_main, gather
 from sat.parallel.heartbeat import current
 from sat.train import shards
-from sat.train.deepspeed import TrainEngine
+from sat.train.backend import Backend
 from sat.train.log import clock
 from sat.train.lora import AdapterExport
 from sat.train.objectives import Objective
@@ -108,9 +108,7 @@ class Checkpoints:
     checkpoint of the averaged (else the current) weights. ``last`` is the newest whole one of this run.
     """
 
-    def __init__(
-        self, folder: RunFolder, engine: TrainEngine, ema: Ema | None, export: Export | None
-    ) -> None:
+    def __init__(self, folder: RunFolder, engine: Backend, ema: Ema | None, export: Export | None) -> None:
         self.folder, self.engine, self.ema, self.export = folder, engine, ema, export
         self.held_out = HeldOut(folder.root)
         self.last: Path | None = None

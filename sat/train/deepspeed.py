@@ -1,7 +1,8 @@
 """DeepSpeed: its settings, its engine and its quirks. No other file reaches into it.
 
-Nothing here compiles an extension: the optimizer is always torch's, and the shared-memory collective (built
-at start-up otherwise, used by inference only) is switched off.
+Its private state (``_hp_mapping``, ``grad_position``, ``parameter_offload`` and others) was proved on
+``PROVED``, on CPUs with gloo. Nothing here compiles an extension: the optimizer is always torch's, and the
+shared-memory collective (built at start-up otherwise, used by inference only) is switched off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,41 +20,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sat.checkpoint.load import shards
-from sat.config.schema import Component, TrainConfig
+from sat.config.schema import TrainConfig
 from sat.parallel.launch import Mesh, Runtime
-from sat.parallel.tensor import joined, summed
-from sat.train.optim import Scheduler, trainable
+from sat.train.backend import Backend, Fragment, StepResult
 
 if TYPE_CHECKING:
+    from sat.data.batch import Batch
     from sat.train.objectives import Objective
 
 log = logging.getLogger(__name__)
 
+PROVED = "0.19.8"
+"""Version that the tests ran on; a line tells another one."""
 PERSISTENT = 100_000
 """Elements up to which ZeRO 3 leaves a parameter whole on every rank."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Outcome of an optimizer step. ``norm`` is the gradient norm over all ranks, before clipping."""
-
-    applied: bool
-    norm: Tensor | float
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """This rank's share of a trained parameter.
-
-    ``master``: its float32 values, a flat view, from ``start`` of the flattened parameter on. ``key`` is the
-    tensor that the optimizer steps; the values lie there from ``offset`` on.
-    """
-
-    master: Tensor
-    start: int
-    key: Tensor
-    offset: int
 
 
 def settings(config: TrainConfig, world: int, *, pins: bool = False) -> dict[str, Any]:
@@ -94,19 +73,11 @@ def check_dtype(config: TrainConfig, runtime: Runtime) -> None:
         raise ValueError(f"train.dtype fp16 cannot be trained on {runtime.device}: set it to bf16 or fp32")
 
 
-def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Norm of all gradients together, as ``torch.nn.utils`` has it since torch 2.6."""
-    norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
-
-
-class TrainEngine:
-    """DeepSpeed engine around an objective, with the same behaviour at every ZeRO stage.
+class DeepSpeedBackend(Backend):
+    """DeepSpeed's engine around an objective, with the same behaviour at every ZeRO stage.
 
     At ZeRO 0 in float32 DeepSpeed neither reports the gradient norm nor skips steps with gradients that are
-    not finite; both are done here. A tensor-parallel rank sees its own shares of split parameters.
-    ``scheduler``: ``train.schedule`` where that is a component, which may lie in ``imports``.
+    not finite; both are done here.
     """
 
     def __init__(
@@ -114,11 +85,7 @@ class TrainEngine:
         imports: Collection[str] = (),
     ) -> None:  # fmt: skip
         deepspeed = _import(runtime)
-        self.config, self.runtime, self.mesh = config, runtime, mesh
-        self.objective = objective
-        self.parameters = trainable(objective)
-        self.shapes = {name: list(p.shape) for name, p in self.parameters.items()}
-        self.split = shards(objective)
+        super().__init__(objective, config, runtime, mesh)
         for name, parameter in objective.named_parameters():
             if name in self.split:  # DeepSpeed counts it on every tensor rank when it takes the norm
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -135,9 +102,7 @@ class TrainEngine:
         for owner in objective.modules():  # half precision is for weights: tables stay as they were built
             for name, table in tables[id(owner)].items():
                 owner._buffers[name] = None if table is None else table.to(runtime.device)
-        self.fragments = dict(self._fragments())
-        named = isinstance(config.schedule, Component)
-        self.scheduler = Scheduler(config, imports, self.inner) if named else None
+        self._begin(imports)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -146,9 +111,20 @@ class TrainEngine:
         return optimizer
 
     @property
+    def inner(self) -> Optimizer:
+        """Optimizer that keeps the state and steps the fragments' keys."""
+        inner: Optimizer = self.engine.optimizer if self.config.zero == 0 else self.engine.optimizer.optimizer
+        return inner
+
+    @property
     def loss_scale(self) -> float:
         """Loss scale of fp16; 1 in other precisions."""
         return float(self.engine.optimizer.loss_scale) if self.config.dtype == "fp16" else 1.0
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Scalars of the objective on a micro-batch."""
+        values: Mapping[str, Tensor] = self.engine(batch, generator)
+        return values
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradients of a micro-batch; with the ``last`` of a step the ranks average theirs."""
@@ -163,42 +139,23 @@ class TrainEngine:
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
             return StepResult(bool(self.engine.was_step_applied()), math.nan if norm is None else norm)
-
-        # ZeRO 0, float32: every rank holds the averaged gradients, so each decides the same alone.
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm = _total_norm([g for name, g in gradients.items() if name not in self.split])
-        if self.split:  # the tensor ranks' shares together
-            own = _total_norm([g for name, g in gradients.items() if name in self.split])
-            norm = (norm.to(own.device).square() + summed(own.square(), self.mesh.tensor)).sqrt()
-        if not bool(torch.isfinite(norm)):
+        result = self._clip()  # every rank holds the averaged gradients, so each decides the same alone
+        if result.applied:
+            self.engine.step()
+        else:
             self.engine.zero_grad()
-            return StepResult(False, norm)
-        if self.config.clip is not None:
-            share = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(list(gradients.values()), share)
-        self.engine.step()
-        return StepResult(True, norm)
+        return result
 
     # ------------------------------------------------------------------ shares of the state
-
-    @property
-    def inner(self) -> Optimizer:
-        """Optimizer that keeps the state and steps the fragments' keys."""
-        inner: Optimizer = self.engine.optimizer if self.config.zero == 0 else self.engine.optimizer.optimizer
-        return inner
-
-    @property
-    def shard_name(self) -> str:
-        """Name of this rank's files: its tensor rank and its rank among those that share the optimizer."""
-        return f"{self.mesh.tensor.rank:03d}_{self.mesh.gradient.rank:05d}"
 
     def _fragments(self) -> Iterator[tuple[str, Fragment]]:
         """(name, share) for every trained parameter with a share on this rank."""
         optimizer = self.engine.optimizer
+        if self.config.zero == 0:
+            yield from super()._fragments()
+            return
         for name, parameter in self.parameters.items():
-            if self.config.zero == 0:
-                yield name, Fragment(parameter.detach().view(-1), 0, parameter, 0)
-            elif self.config.zero < 3:
+            if self.config.zero < 3:
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is not None:
                     key = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -212,25 +169,11 @@ class TrainEngine:
                     key = optimizer.fp32_partitioned_groups_flat[group]
                     yield name, Fragment(key.detach()[offset : offset + own], start, key, int(offset))
 
-    @property
-    def whole_shapes(self) -> dict[str, list[int]]:
-        """Shapes of the whole trained parameters, tensor ranks joined."""
-        return {
-            name: list(self.split[name].whole(shape)) if name in self.split else shape
-            for name, shape in self.shapes.items()
-        }
-
-    def joined(self, name: str, value: Tensor) -> Tensor:
-        """Whole parameter ``name`` from the ``value`` of each tensor rank; a collective."""
-        shard = self.split.get(name)
-        return value if shard is None else joined(value, shard.cut, self.mesh.tensor)
-
     def whole(self, name: str, shard: Tensor | None) -> Tensor:
         """Float32 parameter ``name`` of this tensor rank from all ranks' flat shares; a collective."""
-        shape = self.shapes[name]
         if self.config.zero == 0:
-            assert shard is not None, "at ZeRO 0 every rank holds every parameter"
-            return shard.float().view(shape)
+            return super().whole(name, shard)
+        shape = self.shapes[name]
         full = torch.zeros(math.prod(shape), dtype=torch.float32, device=self.runtime.device)
         if shard is not None:
             start = self.fragments[name].start
@@ -238,13 +181,6 @@ class TrainEngine:
         if self.mesh.gradient.size > 1:
             dist.all_reduce(full, group=self.mesh.gradient.group)
         return full.view(shape)
-
-    @torch.no_grad()
-    def masters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole float32 weight) one by one; every rank must go through all of them."""
-        for name in self.parameters:
-            fragment = self.fragments.get(name)
-            yield name, self.whole(name, None if fragment is None else fragment.master)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -320,4 +256,6 @@ def _import(runtime: Runtime) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if deepspeed.__version__.partition("+")[0] != PROVED:
+        log.info("deepspeed %s: sat/train/deepspeed.py was proved on %s", deepspeed.__version__, PROVED)
     return deepspeed

@@ -309,6 +309,8 @@ def find_settings(estimator: Estimator, experiment: Experiment, ranks: int, budg
         return SettingsSearch(budget, now, alone, found, best)
 
     # With twice as many ranks, and twice again.
+    if sections(experiment)[0].backend == "plain":
+        return SettingsSearch(budget, now, alone, found, best)
     sharing = [_ZERO_2] if sections(_changed(experiment, best.changes))[0].zero < 2 else []
     while found is None and (ranks := 2 * ranks) <= MOST_RANKS:
         tried = outcome([*best.changes, *sharing], ranks)
@@ -348,7 +350,8 @@ def _changes(experiment: Experiment, ranks: int) -> Iterator[Change]:
         if train.sample_every is not None:  # the first stage goes too
             unsampled = _train(sample_every=None)
             yield Change("data.cache=CACHE train.sample_every=null", lambda e: unsampled(cached(e)))
-    if train.zero < 2:
+    shares = train.backend != "plain"
+    if train.zero < 2 and shares:
         yield _ZERO_2
     if not train.activation_checkpointing:
         yield Change("train.activation_checkpointing=true", _train(activation_checkpointing=True))
@@ -359,7 +362,8 @@ def _changes(experiment: Experiment, ranks: int) -> Iterator[Change]:
         yield Change(setting, _train(batch_size=batch, accumulate=accumulate))
     if train.zero < 3 and ranks > 1:
         yield Change("train.zero=3", _train(zero=3))
-    if not (train.offload.optimizer and train.offload.parameters) and not on_host(experiment):
+    whole = not (train.offload.optimizer and train.offload.parameters)
+    if whole and shares and not on_host(experiment):
         yield Change("configs/zero3_offload.yaml laid over it", zero3_offload)
     needs = resolve(train.objective.target, experiment.imports).needs(train.objective.params)
     if experiment.adapters.lora is None and "model" in needs:

@@ -21,8 +21,8 @@ from sat.data.batch import Batch
 from sat.diffusion.draws import Draws, GeneratorDraws, PictureDraws, keyed
 from sat.parallel.collectives import agree, barrier, mean
 from sat.parallel.heartbeat import current
+from sat.train.backend import Backend
 from sat.train.checkpoints import Checkpoints, Export
-from sat.train.deepspeed import TrainEngine
 from sat.train.log import Averages, Meter, Record, line, peak_flops
 from sat.train.optim import Ema, autocast, prolonged, rate, set_rate
 from sat.train.resume import Layout, Progress, ResumeError, RunFolder, Saved
@@ -148,7 +148,7 @@ class Trainer:
     """Runs an objective to ``config.steps`` optimizer steps: checkpoints, log, samples, validation."""
 
     def __init__(
-        self, engine: TrainEngine, source: Source, folder: RunFolder, extras: Extras | None = None
+        self, engine: Backend, source: Source, folder: RunFolder, extras: Extras | None = None
     ) -> None:
         self.engine, self.source, self.folder = engine, source, folder
         self.runtime = engine.runtime
@@ -288,7 +288,7 @@ class Trainer:
                 moved, generator = batch.to(device), self._generator(batch, self.step, micro)
                 watch.mark(f"step {self.step + 1}: forward pass")
                 with autocast(config, device.type):
-                    values = engine.engine(moved, generator)
+                    values = engine.forward(moved, generator)
                 watch.mark(f"step {self.step + 1}: backward pass")
                 engine.backward(values["loss"], last=micro == config.accumulate - 1)
             window.averages.add(values)

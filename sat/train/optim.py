@@ -22,7 +22,7 @@ from sat.errors import UserError
 from sat.train.objectives import Objective
 
 if TYPE_CHECKING:
-    from sat.train.deepspeed import TrainEngine
+    from sat.train.backend import Backend
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +288,7 @@ class Ema:
     ``shards`` are the averages, flat, by the name of the parameter.
     """
 
-    def __init__(self, engine: TrainEngine, decay: float) -> None:
+    def __init__(self, engine: Backend, decay: float) -> None:
         self._engine = engine
         self.decay = decay
         self._masters = [fragment.master for fragment in engine.fragments.values()]

@@ -20,7 +20,7 @@ from torch import Tensor
 from sat.checkpoint.format import CheckpointError, SafetensorsFile, TensorInfo, write_safetensors
 from sat.checkpoint.verify import Written, digest_file
 from sat.sharding import Cut
-from sat.train.deepspeed import TrainEngine
+from sat.train.backend import Backend
 from sat.train.optim import Ema
 
 WEIGHT, AVERAGE, BUFFER = "weight", "average", "buffer"
@@ -85,7 +85,7 @@ def _copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copied(value) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
-def collect(engine: TrainEngine, ema: Ema | None, *, cut: bool) -> Share:
+def collect(engine: Backend, ema: Ema | None, *, cut: bool) -> Share:
     """State that this rank writes: views, nothing is copied. ``cut``: see :func:`cuttable`."""
     cuts = {name: (s.cut.dim, s.cut.parts) for name, s in engine.split.items() if name in engine.parameters}
     share = Share(scaler=engine.scaler, cuts=cuts)
@@ -113,7 +113,7 @@ def collect(engine: TrainEngine, ema: Ema | None, *, cut: bool) -> Share:
     return share
 
 
-def cuttable(engine: TrainEngine) -> bool:
+def cuttable(engine: Backend) -> bool:
     """True if this rank's optimizer keeps nothing but one number per element, or one for all elements."""
     for key in _keys(engine):
         for value in engine.inner.state.get(key, {}).values():
@@ -127,12 +127,12 @@ def cuttable(engine: TrainEngine) -> bool:
     return True
 
 
-def _keys(engine: TrainEngine) -> list[Tensor]:
+def _keys(engine: Backend) -> list[Tensor]:
     """Tensors that this rank's optimizer steps, each once."""
     return list({id(fragment.key): fragment.key for fragment in engine.fragments.values()}.values())
 
 
-def _buffers(engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
+def _buffers(engine: Backend) -> Iterator[tuple[str, Tensor]]:
     """Buffers of the objective's state, by name."""
     for name, value in engine.objective.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
@@ -212,7 +212,7 @@ class Resplit(Shards):
     Names and numbers are those of the first tensor rank; the others have the same.
     """
 
-    def __init__(self, folder: Path, size: int, engine: TrainEngine) -> None:
+    def __init__(self, folder: Path, size: int, engine: Backend) -> None:
         super().__init__(folder, 0)
         self._ranks = [Shards(folder, rank) for rank in range(size)]
         self._split, self._whole = engine.split, engine.whole_shapes
@@ -234,7 +234,7 @@ class Resplit(Shards):
 
 
 @torch.no_grad()
-def restore(engine: TrainEngine, ema: Ema | None, folder: Path, *, cut: bool) -> bool:
+def restore(engine: Backend, ema: Ema | None, folder: Path, *, cut: bool) -> bool:
     """Read weights, optimizer, averages and buffers from ``folder``; true if it held averages."""
     # By other tensor ranks, or with other layers split, the parameters are joined and cut anew.
     tensor_ranks = len({path.name.split("_")[1] for path in folder.glob("shard_*.safetensors")})
@@ -267,7 +267,7 @@ def restore(engine: TrainEngine, ema: Ema | None, folder: Path, *, cut: bool) ->
     return averaged
 
 
-def _restore_optimizer(engine: TrainEngine, shards: Shards) -> None:
+def _restore_optimizer(engine: Backend, shards: Shards) -> None:
     """Fill the optimizer's state with this rank's share of what was kept for each parameter."""
     state = engine.inner.state
     # A count of steps lies beside the weights where a fused kernel reads it there, else on the CPU.

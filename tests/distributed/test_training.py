@@ -48,6 +48,16 @@ def test_two_ranks_train_as_one_process_with_two_micro_batches(results, stage) -
     assert two["evaluated"] == pytest.approx(one["evaluated"].item(), abs=F32)
 
 
+def test_torch_alone_trains_as_deepspeed_does(results) -> None:
+    ours, theirs = value(results, "plain/run"), value(results, "single")
+    assert difference(ours["weights"], theirs["weights"]) <= EXACT
+    assert ours["norms"] == theirs["norms"]
+    assert difference(ours["inside"], theirs["inside"]) <= EXACT
+    assert difference(value(results, "plain/resumed")["weights"], ours["weights"]) <= EXACT
+    (first, _), (second, skipped), (third, _) = value(results, "plain/poisoned")["history"]
+    assert skipped == 1 and torch.equal(first, second) and not torch.equal(second, third)
+
+
 @pytest.mark.parametrize("split", list(SPLITS)[1:])
 def test_a_step_is_the_same_however_it_is_split(results, split) -> None:
     whole, run = value(results, "split 8"), value(results, f"split {split}")

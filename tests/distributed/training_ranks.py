@@ -45,6 +45,9 @@ ANEW: dict[str, tuple[str, int, dict[str, Any]]] = {
     "zero3 to offload": ("zero3", 2, STAGES["offload3"]),
     "one rank to zero3": ("single", 2, {"zero": 3}),
     "one rank to zero1": ("single", 2, {"zero": 1}),
+    "single to plain": ("single", 1, {"backend": "plain", **TWICE}),
+    "zero3 to plain": ("zero3", 1, {"backend": "plain", **TWICE}),
+    "plain to zero2": ("plain", 2, {"zero": 2}),
     "bf16 to one rank of zero3": ("bf16", 1, {"zero": 3, "dtype": "bf16", **TWICE}),
 }
 """Runs that go on in another layout: from which, on how many ranks, with which settings."""
@@ -200,6 +203,9 @@ def main(folder: Path) -> None:
         results[name] = ranks(world, folder / name, functools.partial(work, config=config))
 
     case("single", 1, whole, accumulate=2)
+    case("plain/run", 1, whole, accumulate=2, backend="plain")
+    case("plain/resumed", 1, _copied(folder / "plain/run", resumed), accumulate=2, backend="plain")
+    case("plain/poisoned", 1, poisoned, backend="plain")
     case("older", 1, older, accumulate=2)
     for name, (world, size, accumulate) in SPLITS.items():
         case(f"split {name}", world, whole, batch_size=size, accumulate=accumulate)

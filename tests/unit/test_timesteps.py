@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sat.config.check import build
-from sat.config.schema import Component, TrainConfig
+from sat.config.schema import Component
 from sat.data.batch import Batch
 from sat.diffusion.draws import PictureDraws, keyed, strata
 from sat.diffusion.loss import DenoisingLoss, MinSNR, Weighting
@@ -24,6 +23,7 @@ from sat.diffusion.schedule import Discrete, Schedule, ZeroSNR
 from sat.diffusion.timesteps import LogitNormal, LogSNR, Timesteps
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import Mesh, Runtime
+from sat.train.backend import PlainBackend
 from sat.train.log import Averages, Record
 from sat.train.loop import Extras, Trainer
 from sat.train.objectives.diffusion import DiffusionObjective
@@ -196,24 +196,6 @@ def test_distillation_refuses_the_losses_that_it_does_not_take(params: dict[str,
         Distillation(engine=engine)
 
 
-class Direct:
-    """One rank's engine without DeepSpeed."""
-
-    def __init__(self, objective: Plain, config: TrainConfig) -> None:
-        self.runtime = Runtime(0, 1, 0, torch.device("cpu"))
-        self.engine = self.objective = objective
-        self.config, self.mesh, self.scheduler = config, Mesh(self.runtime), None
-        self.optimizer = torch.optim.SGD(objective.parameters(), lr=config.lr)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        (loss / self.config.accumulate).backward()
-
-    def step(self) -> SimpleNamespace:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return SimpleNamespace(norm=0.0, applied=True)
-
-
 @pytest.mark.parametrize("params", [
     {}, {"kind": "l1"}, {"kind": "huber", "delta": 0.3}, {"stratified": True},
     {"timesteps": Component("sat.diffusion.timesteps.LogitNormal", {"mean": 0.2})},
@@ -225,8 +207,10 @@ def test_a_training_is_that_of_a_loop_written_out(  # noqa: C901 - the loop, in 
     loss = build(Component("sat.diffusion.loss.DenoisingLoss", params))
     config = changed(CONFIG, steps=6, ema=None, clip=None, log_every=1, accumulate=2, save_every=100,
                      schedule="constant", warmup=0, weight_decay=0.0)  # fmt: skip
-    engine = Direct(objective(loss), config)
-    run = Trainer(engine, Numbers(3), RunFolder(tmp_path), Extras(record=Record(tmp_path)))  # type: ignore[arg-type]
+    made, runtime = objective(loss), Runtime(0, 1, 0, torch.device("cpu"))
+    optimizer = torch.optim.SGD(made.parameters(), lr=config.lr)
+    engine = PlainBackend(made, optimizer, config, runtime, Mesh(runtime))
+    run = Trainer(engine, Numbers(3), RunFolder(tmp_path), Extras(record=Record(tmp_path)))
     batches = run.batches()
     for _ in range(6):
         run.train_step(batches)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from sat.config.load import load
+from sat.config.schema.base import RuleError
+from sat.config.yaml_source import ConfigError
 from sat.parallel.launch import Runtime
+from sat.train.backend import BackendError, check_ranks
 from sat.train.deepspeed import check_dtype, settings
 from sat.train.loop import step_generator, stop_signals
 from sat.train.optim import autocast
 from tests.training import CONFIG, changed
+
+ROOT = Path(__file__).parents[2]
 
 
 def draw(*place: int) -> tuple[float, float]:
@@ -64,6 +71,28 @@ def test_half_precision_weights_without_masters_are_refused() -> None:
     object.__setattr__(config, "zero", 0)  # as if the config's own rule were not there
     with pytest.raises(ValueError, match="train.dtype bf16 needs train.zero 1, 2 or 3"):
         settings(config, 1)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"zero": 2}, "`backend` plain keeps whole weights in one process: set it to 0, got 2"),
+    ({"dtype": "bf16"}, "`backend` plain trains in fp32"),
+])  # fmt: skip
+def test_torch_alone_refuses_what_needs_shares(given: dict[str, object], words: str) -> None:
+    with pytest.raises(RuleError, match=words):
+        changed(CONFIG, backend="plain", **given)
+
+
+def test_torch_alone_refuses_ranks_by_their_number() -> None:
+    check_ranks(CONFIG, 2)
+    with pytest.raises(BackendError, match="train.backend plain trains in one process, not in 2"):
+        check_ranks(changed(CONFIG, backend="plain"), 2)
+
+
+def test_torch_alone_refuses_teams_in_the_config() -> None:
+    base = [str(ROOT / "configs" / f"{name}.yaml") for name in ("tiny", "tiny_train")]
+    own = ["train.backend=plain", "train.zero=0", "train.dtype=fp32", "parallel.sequence=2"]
+    with pytest.raises(ConfigError, match=r"parallel.sequence: is 2, and train.backend plain is one process"):
+        load(base, own)
 
 
 @pytest.mark.slow

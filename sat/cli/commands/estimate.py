@@ -11,6 +11,7 @@ from typing import Literal
 from sat.config.schema import Experiment, OffloadConfig
 from sat.config.settle import settle_dtype, slow_convolutions
 from sat.parallel.launch import data_ranks, pick_device
+from sat.train.backend import check_ranks
 from sat.train.estimate import LIVE, Estimate, Estimator, find_settings, zero3_offload
 from sat.train.measure import on_host, sections
 
@@ -26,6 +27,7 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
     train, _ = sections(experiment)
     sizes = experiment.parallel.sizes
     count = ranks or int(os.environ.get("WORLD_SIZE", math.prod(sizes.values())))
+    check_ranks(train, count)
     readers = data_ranks(count, **sizes)  # ranks that read different images
     estimator = Estimator()
     now = estimator.estimate(experiment, count)
@@ -109,9 +111,9 @@ def _others(estimator: Estimator, experiment: Experiment, ranks: int) -> Iterato
     rows = [
         (f"ZeRO {zero} {gathered if zero == 3 else ''}", replace(train, zero=zero, offload=OffloadConfig()))
         for zero in STAGES
-        if zero or train.dtype == "fp32"
+        if (zero or train.dtype == "fp32") and not (zero and train.backend == "plain")
     ]
-    if not on_host(experiment):
+    if not on_host(experiment) and train.backend != "plain":
         away, _ = sections(zero3_offload(experiment))
         rows.append(("ZeRO 3 offloaded (configs/zero3_offload.yaml)", away))
     for name, stage in rows:

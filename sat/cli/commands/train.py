@@ -34,9 +34,10 @@ from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime, be_patient, keep_freed_memory, launch, ranks_together
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.inputs import InputFolder
+from sat.train.backend import build_backend, check_ranks
 from sat.train.checkpoints import exporter
 from sat.train.data import Caches, bucket_rule, check_words, in_memory, open_data
-from sat.train.deepspeed import TrainEngine, check_dtype
+from sat.train.deepspeed import check_dtype
 from sat.train.log import Record, token_counter
 from sat.train.loop import Extras, Trainer
 from sat.train.lora import add_lora, add_tokens, pack_frozen, unpacked
@@ -104,6 +105,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         train, data = _sections(experiment)
         advice = "train.dtype=fp32" if train.autocast is None else "train.autocast=null"
         tell_slow(train.autocast or train.dtype, advice, runtime.device)
+        check_ranks(train, runtime.world)
         check_dtype(train, runtime)
         with _writer(folder, runtime):
             whole = _train_rounds(experiment, train, data, runtime)
@@ -245,7 +247,7 @@ def _train(
     loader = Loader(items[0], *place, data.workers, sets.train.groups, pin=runtime.pins)
     own = groups(objective, train.weight_decay, train.groups, train.lr)
     optimizer = build_optimizer(train, experiment.imports, own)
-    trained = TrainEngine(objective, optimizer, train, runtime, mesh, experiment.imports)
+    trained = build_backend(objective, optimizer, train, runtime, mesh, experiment.imports)
 
     # Work beside training: exports, samples of the fixed prompts, validation, the record.
     export, samples = exporter(experiment, weights, engine, objective), None

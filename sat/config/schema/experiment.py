@@ -230,7 +230,8 @@ class TrainConfig(Section):
     """One training run; ``batch_size`` is per rank and accumulation step, ``warmup`` in optimizer steps.
 
     ``dtype`` is that of the weights (half precision keeps float32 masters, so it needs ``zero`` above 0);
-    ``autocast`` computes in bf16 with ``fp32`` weights. ``max_minutes`` saves and stops early;
+    ``autocast`` computes in bf16 with ``fp32`` weights. ``backend``: ``plain`` is torch alone, in one process
+    and in fp32. ``max_minutes`` saves and stops early;
     ``max_bad_steps`` steps in a row with a loss that is not finite end the run. ``schedule``: a name, or a
     scheduler of ``torch.optim.lr_scheduler`` by its path; ``decay_steps``: the length of ``wsd``'s fall.
     ``prolong``: what the schedule does when a resumed run has another ``steps``: it is stretched over them,
@@ -255,6 +256,7 @@ class TrainConfig(Section):
     accumulate: int = 1
     dtype: AutoPrecision = "fp32"
     autocast: Literal["bf16"] | None = None
+    backend: Literal["deepspeed", "plain"] = "deepspeed"
     zero: int = 0
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     optimizer: Annotated[Component, Makes("torch.optim.Optimizer")] = Component("torch.optim.AdamW")
@@ -336,8 +338,11 @@ class TrainConfig(Section):
         if self.dtype not in ("fp32", "auto") and self.zero == 0:
             yield (
                 "zero",
-                f"`dtype` {self.dtype} needs 1, 2 or 3, which keep float32 masters of the weights; got 0",
+                f"`dtype` {self.dtype} needs 1, 2 or 3, which keep float32 masters of the weights; got 0"
+                + (", and `backend` plain trains in fp32" if self.backend == "plain" else ""),
             )
+        if self.backend == "plain" and self.zero:
+            yield "zero", f"`backend` plain keeps whole weights in one process: set it to 0, got {self.zero}"
         if self.offload.optimizer and self.zero == 0:
             yield "offload", "`optimizer` needs `zero` 1, 2 or 3, which keep the optimizer apart; got 0"
         if self.offload.parameters and self.zero != 3:
