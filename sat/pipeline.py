@@ -17,7 +17,7 @@ from sat.adapters import lora
 from sat.config.build import adaptable, build_engine, components
 from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import load
-from sat.config.schema import Experiment, Precision
+from sat.config.schema import Experiment, Precision, SamplingConfig
 from sat.config.settle import settle_dtype, settle_sampling, tell_slow
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import StepCallback
@@ -29,13 +29,16 @@ from sat.parallel.launch import ALONE, Mesh, data_ranks, exact, free_memory, pic
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.generator import Generator, SamplingParams, Strong
 from sat.sampling.inputs import InputList, checked_latents
-from sat.sampling.prompts import check_text, checked_prompts
+from sat.sampling.prompts import Prompt, check_text, checked_prompts
 
 if TYPE_CHECKING:
-    from sat.config.schema import SamplingConfig
     from sat.sampling.controls import ControlImage, ControlPictures, LoadedControls
+    from sat.sampling.edit import EditInput
 
 log = logging.getLogger(__name__)
+
+GivenPicture = Image.Image | Sequence[Image.Image]
+"""One picture for all that are drawn, or one for each, prompt by prompt."""
 
 T = TypeVar("T")
 
@@ -224,6 +227,11 @@ class Pipeline:
         callback: StepCallback | None = None,
         images: Sequence[Image.Image] | None = None,
         controls: Sequence[ControlImage | Mapping[str, Any]] | None = None,
+        image: GivenPicture | None = None,
+        mask: GivenPicture | None = None,
+        strength_map: GivenPicture | None = None,
+        strength: float | None = None,
+        edits: EditInput | None = None,
     ) -> Output:
         """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. ``None`` is the config's value.
 
@@ -232,11 +240,14 @@ class Pipeline:
         A relay model enlarges ``images``: one for each picture to draw, prompt by prompt.
         ``controls``: pictures for trained controls, each a ``ControlImage`` or a mapping of its fields
         (``control``, ``image``, ``scale``, ``start``, ``end``, …); a file that is not loaded yet is.
+        ``image`` is a picture to change, or one for each to draw: as far as ``strength`` says, where ``mask``
+        is white, or each place as far as ``strength_map`` is bright; ``sampling.fit`` brings it to size
+        (docs/edit.md). ``edits`` stands for all four.
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
         given = (("height", height), ("width", width), ("steps", steps), ("seed", seed),
-                 ("negative_prompt", negative_prompt))  # fmt: skip
+                 ("negative_prompt", negative_prompt), ("strength", strength))  # fmt: skip
         changed: dict[str, Any] = {key: value for key, value in given if value is not None}
         sampling = replace(self.experiment.sampling, batch_size=batch_size, **changed)  # its rules check it
         texts = checked_prompts([prompts] if isinstance(prompts, str) else prompts)
@@ -263,15 +274,40 @@ class Pipeline:
                     f"{len(images)} images are given to enlarge, expected one for each of {count} pictures"
                 )
             inputs = InputList(*wanted.size(sampling.height, sampling.width), images, batch_size)
+        pictures = {"init_image": image, "mask": mask, "strength_map": strength_map}
+        edits = edits or _edits(sampling, texts, pictures)
+        if edits is not None:
+            edits.check(texts, batch_size)
         params = SamplingParams.of(sampling, guider, latents)
         requests = [(prompt, range(batch_size)) for prompt in texts]
         held = self.control_pictures(sampling, controls)
         drawn = list(
-            self.generator.generate(requests, params, inputs=inputs, controls=held, callback=callback)
+            self.generator.generate(
+                requests, params, inputs=inputs, controls=held, edits=edits, callback=callback
+            )
         )
         return Output(
             [p.image for p in drawn if p.image is not None], torch.stack([p.latents for p in drawn])
         )
+
+
+def _edits(
+    sampling: SamplingConfig, prompts: Sequence[Prompt], pictures: Mapping[str, GivenPicture | None]
+) -> EditInput | None:
+    """The pictures to change that a caller or the config names; None for none."""
+    given = {key: value for key, value in pictures.items() if value is not None}
+    named = (sampling.init_image, sampling.mask, sampling.strength_map, sampling.strength, sampling.outpaint)
+    if not given and all(value is None for value in named):
+        return None
+    from sat.sampling.edit import EditInput, PictureList  # only where there are any
+
+    lists: dict[str, PictureList] = {}
+    for key, value in given.items():
+        one = [value] if isinstance(value, Image.Image) else list(value)
+        if len(one) not in (1, count := len(prompts) * sampling.batch_size):
+            raise ValueError(f"{len(one)} pictures are given as {key}, expected 1 or {count}")
+        lists[key] = PictureList(one, key, sampling.batch_size)
+    return EditInput.of(sampling, prompts, lists)
 
 
 @dataclass(frozen=True)
@@ -323,14 +359,31 @@ class CascadePipeline:
         seed: int | None = None,
         negative_prompt: str | None = None,
         batch_size: int = 1,
+        image: GivenPicture | None = None,
+        mask: GivenPicture | None = None,
+        strength_map: GivenPicture | None = None,
+        strength: float | None = None,
     ) -> CascadeOutput:
-        """``batch_size`` pictures of each prompt, drawn by all stages in turn; image i uses ``seed`` + i."""
+        """``batch_size`` pictures of each prompt, drawn by all stages in turn; image i uses ``seed`` + i.
+
+        The first stage changes ``image`` as :class:`Pipeline` does; later ones keep what is outside its mask.
+        """
         drawn: dict[str, list[Image.Image]] = {}
-        before = None
+        before, texts = None, checked_prompts([prompts] if isinstance(prompts, str) else prompts)
+        first = self.cascade.stages[0].experiment.sampling
+        first = replace(
+            first, batch_size=batch_size, strength=first.strength if strength is None else strength
+        )
+        edits = _edits(first, texts, {"init_image": image, "mask": mask, "strength_map": strength_map})
         for number, stage in enumerate(self.cascade.stages):
+            own, sampling = edits, stage.experiment.sampling
+            if edits is not None and number:
+                own = edits.following(sampling, sampling.height // first.height)[0]
+            last = number + 1 == len(self.cascade.stages)
             before = drawn[stage.name] = self.stages.open(number)(
-                prompts, seed=seed, negative_prompt=negative_prompt, batch_size=batch_size, images=before
-            ).images
+                prompts, seed=seed, negative_prompt=negative_prompt, batch_size=batch_size, images=before,
+                edits=None if own is None else replace(own, puts_back=last),
+            ).images  # fmt: skip
             self.stages.free()
         return CascadeOutput(drawn)
 

@@ -36,6 +36,12 @@ _OPTIONS = {
     "steps": "sampling.steps",
     "guidance": "sampling.guider.params.scale",
     "batch_size": "sampling.batch_size",
+    "init_image": "sampling.init_image",
+    "strength": "sampling.strength",
+    "mask": "sampling.mask",
+    "strength_map": "sampling.strength_map",
+    "fit": "sampling.fit",
+    "outpaint": "sampling.outpaint",
 }
 
 
@@ -45,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add_check_inputs(out)
     add = out.add_argument
     add("--prompt", action="append", metavar="TEXT", help="what to draw; repeat for several")
-    add("--prompt-file", metavar="FILE", help="a UTF-8 text file with one prompt a line")
+    add("--prompt-file", metavar="FILE", help="a text file with one prompt a line, or .jsonl with settings")
     add("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
     add("--output-dir", metavar="OUT", help="folder for the pictures (default: outputs)")
     add("--seed", type=int, help="image i of a prompt uses SEED + i")
@@ -56,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, metavar="N", help="images per prompt")
     words = "use new words of a textual inversion; repeat for several"
     add("--embedding", action="append", metavar="PATH", help=words)
+    add("--init-image", metavar="FILE|FOLDER", help="a picture to change, or one for each prompt")
+    add("--strength", type=float, metavar="S", help="how far it is changed, 0 to 1 (docs/edit.md)")
+    add("--mask", metavar="FILE|FOLDER", help="white where the picture is drawn anew, black where it stays")
+    add("--strength-map", metavar="FILE|FOLDER", help="a grey picture: each place's own strength")
+    add("--outpaint", type=_margins, metavar="left=64,top=0,...", help="pixels to add around the picture")
+    add("--fit", choices=("crop", "pad", "stretch"), help="how pictures are brought to height and width")
     add("--lora", action="append", metavar="PATH[:STRENGTH]", help="use an adapter; repeat for several")
     add(
         "--control",
@@ -80,6 +92,17 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="skip what is already in the output folder with the same settings",
     )
+    return out
+
+
+def _margins(text: str) -> dict[str, int]:
+    """``left=64,top=0`` as ``sampling.outpaint``."""
+    out: dict[str, int] = {}
+    for item in text.split(","):
+        side, _, pixels = item.strip().partition("=")
+        if side not in ("left", "top", "right", "bottom") or not pixels.isdecimal() or side in out:
+            raise argparse.ArgumentTypeError(f"expected left=64,top=0,right=64,bottom=0, got {text!r}")
+        out[side] = int(pixels)
     return out
 
 

@@ -28,19 +28,12 @@ FIRST_ONLY = (
     *(
         f"sampling.{key}"
         for key in (
-            "height",
-            "width",
-            "steps",
-            "guider",
-            "sampler",
-            "latents",
-            "input_dir",
-            "tile",
-            "controls",
+            "height", "width", "steps", "guider", "sampler", "latents", "input_dir", "tile", "controls",
+            "init_image", "mask", "strength_map", "strength", "strength_by", "fit", "outpaint", "inpaint",
         )
     ),
     "adapters",
-)
+)  # fmt: skip
 """Keys, and what is under them, that an override without a stage's name sets for the first stage alone."""
 
 

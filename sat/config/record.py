@@ -53,6 +53,14 @@ _UNSEEN = frozenset(
         "grid_columns",
         "sizes",
         "input_dir",
+        "init_image",
+        "mask",
+        "strength_map",
+        "strength",
+        "strength_by",
+        "fit",
+        "outpaint",
+        "inpaint",
     }
 )
 """Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""

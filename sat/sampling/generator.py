@@ -18,7 +18,9 @@ from sat.conditioning.conditioner import Condition, Sizes
 from sat.control_input import Controls
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import Sampler, StepCallback
+from sat.diffusion.schedule import sized
 from sat.diffusion.step_cache import Count, StepCache
+from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine, NonFiniteError
 from sat.offload.block_swap import OffloadSchedule
 from sat.parallel.collectives import by_first, taking_turns
@@ -31,6 +33,7 @@ from sat.util.log import progress, title
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig
     from sat.sampling.controls import ControlPictures
+    from sat.sampling.edit import EditInput, Given
 
 
 SEED_LIMIT = 2**32
@@ -134,6 +137,11 @@ class SamplingParams:
     batch_size: int = 1  # images a prompt
     latents: Tensor | None = None  # (n, C, h, w) unit noise
 
+    def of_prompt(self, prompt: Prompt) -> SamplingParams:
+        """These parameters with those of the prompt's own row in their place."""
+        own = prompt.row.own("negative_prompt", "seed", "height", "width")
+        return replace(self, **own) if own else self
+
     @classmethod
     def of(cls, sampling: SamplingConfig, guider: Guider, latents: Tensor | None = None) -> SamplingParams:
         """The parameters that a config names; ``latents`` are those of its file, read and checked."""
@@ -181,13 +189,14 @@ class Generator:
     def __post_init__(self) -> None:
         self.engine.eval()
 
-    def generate(
+    def generate(  # noqa: C901 - from prompts to pictures
         self,
         requests: Sequence[tuple[Prompt, Sequence[int]]],
         params: SamplingParams,
         *,
         inputs: PictureInput | None = None,
         controls: ControlPictures | None = None,
+        edits: EditInput | None = None,
         callback: StepCallback | None = None,
         encoded: Sequence[EncodedPrompt] | None = None,
     ) -> Iterator[Picture]:
@@ -195,13 +204,13 @@ class Generator:
 
         Where the text encoder does not stay on the device, all prompts are encoded first; ``encoded`` are
         prompts that have been encoded before. ``inputs`` are the pictures that the process starts from,
-        ``controls`` those of trained controls; the team's first rank reads them.
-        ``callback(step, total, preview)`` is called after each step, counted over all images, with the
+        ``controls`` those of trained controls, ``edits`` those that are changed; the team's first rank reads
+        them. ``callback(step, total, preview)`` is called after each step, counted over all images, with the
         predicted latents (b, C, h, w); an error that it raises ends the run.
         """
         if encoded is None and requests and self.text_memory != "keep":
-            encoded = self.encode([prompt.text for prompt, _ in requests], params.negative_prompt)
-        shape = self.engine.latent_shape(params.height, params.width)
+            negatives = [params.of_prompt(prompt).negative_prompt for prompt, _ in requests]
+            encoded = self.encode([prompt.text for prompt, _ in requests], negatives)
         total, done = params.steps * sum(-(-len(images) // self.at_once) for _, images in requests), 0
 
         def step(now: int, of: int, preview: Tensor) -> None:
@@ -210,7 +219,10 @@ class Generator:
             if callback is not None:
                 callback(done, total, preview)
 
+        shared = params
         for number, (prompt, images) in enumerate(requests):
+            params = shared.of_prompt(prompt)
+            shape = self.engine.latent_shape(params.height, params.width)
             if encoded is None:
                 (text,) = self.encode([prompt.text], params.negative_prompt)
             else:
@@ -224,8 +236,14 @@ class Generator:
                     given = params.latents[[(first + i) % count for i in part]]
                 rng = ImageRng.of(params.seed, part, shape, given)
                 held = () if controls is None else self._controls(controls, prompt, part)
-                latents = self.latents(text, rng, params, step, low, held)
-                pictures: Sequence[Image.Image | None] = self.images(latents) or [None] * len(part)
+                edit = None if edits is None else by_first(self.team, partial(edits.read, prompt, part))
+                if edit is not None:
+                    total += self._steps(edit, params) - params.steps
+                latents = self.latents(text, rng, params, step, low, held, edit)
+                drawn = self.images(latents)
+                if edit is not None and drawn:
+                    drawn = edit.finished(drawn)
+                pictures: Sequence[Image.Image | None] = drawn or [None] * len(part)
                 for index, image, z in zip(part, pictures, latents, strict=True):
                     yield Picture(prompt, index, image, z)
 
@@ -243,6 +261,7 @@ class Generator:
         *,
         inputs: PictureInput | None = None,
         controls: ControlPictures | None = None,
+        edits: EditInput | None = None,
         callback: StepCallback | None = None,
         beat: Callable[[str], None] = lambda doing: None,
         resume: bool = False,
@@ -260,13 +279,16 @@ class Generator:
         with progress(steps, rank=self.rank) as bar:
 
             def step(done: int, total: int, preview: Tensor) -> None:
+                bar.total = total  # of pictures that are changed, fewer than at first
                 bar.update()
                 beat(f"step {done} of {total}")
                 if callback is not None:
                     callback(done, total, preview)
 
             drawn = [(prompt, images) for prompt, images in requests if images]  # the others lack a grid
-            pictures = self.generate(drawn, params, inputs=inputs, controls=controls, callback=step)
+            pictures = self.generate(
+                drawn, params, inputs=inputs, controls=controls, edits=edits, callback=step
+            )
             for number, (prompt, images) in enumerate(requests, 1):
                 if not bar.disable:
                     bar.set_description_str(f"[{number}/{len(requests)}] {title(prompt.text)}")
@@ -279,9 +301,10 @@ class Generator:
         return written
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], negative: str = "") -> list[EncodedPrompt]:
+    def encode(self, texts: Sequence[str], negative: str | Sequence[str] = "") -> list[EncodedPrompt]:
         """Encoder outputs of ``texts``, each encoded alone; afterwards the encoder goes if memory asks.
 
+        ``negative`` is the prompt against all of them, or one for each.
         An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
         """
         if self.offload is not None:
@@ -291,12 +314,16 @@ class Generator:
             out, mask = self.engine.conditioner.encode([text], self.device)
             return out.cpu(), None if mask is None else mask.cpu()
 
-        against: tuple[Tensor | None, Tensor | None] = None, None
-        if negative.strip():  # encoded once for all prompts
-            if self._negative is None or self._negative[0] != negative:
-                self._negative = negative, *encode(negative)
-            against = self._negative[1:]
-        encoded = [EncodedPrompt(*encode(text), *against) for text in texts]
+        encoded = []
+        for text, prompt in zip(
+            texts, [negative] * len(texts) if isinstance(negative, str) else negative, strict=True
+        ):
+            against: tuple[Tensor | None, Tensor | None] = None, None
+            if prompt.strip():  # encoded once for all that follow with the same one
+                if self._negative is None or self._negative[0] != prompt:
+                    self._negative = prompt, *encode(prompt)
+                against = self._negative[1:]
+            encoded.append(EncodedPrompt(*encode(text), *against))
         if self.text_memory == "free":
             self.engine.conditioner.free_text_encoder()
         return encoded
@@ -325,10 +352,12 @@ class Generator:
         callback: StepCallback | None = None,
         low: Tensor | None = None,
         controls: Controls = (),
+        given: Given | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) float32 on the CPU of the B images of ``rng``, drawn together for one prompt.
 
         ``low`` (B, 3, H / factor, W / factor) in [-1, 1]: the pictures that the process starts from.
+        ``given``: pictures to change.
         """
         height, width, wanted = params.height, params.width, self.engine.process.input
         if params.tile is not None:  # the network sees one square at a time
@@ -351,12 +380,23 @@ class Generator:
             large = wanted.enlarge(low.to(self.device))  # (B, 3, H, W)
             low_latent = self.engine.encode(large, noise, tile=self.decode_tile, work=self._share_tiles)
 
+        start, edit = rng.start().to(self.device), None
+        if given is not None:  # their mean latents: no noise is drawn, so that strength 1 is text-to-image
+            if self.offload is not None:
+                self.offload.enter("first_stage")
+            edit = given.edit(
+                self.engine.first_stage.factor,
+                lambda images: self.engine.encode(
+                    images.to(self.device), torch.zeros_like(start), tile=self.decode_tile,
+                    work=self._share_tiles,
+                ),
+            )  # fmt: skip
         if self.offload is not None:
             self.offload.enter("model")
         out = self.engine.sample(
             cond,
             uncond,
-            rng.start().to(self.device),
+            start,
             steps=params.steps,
             guider=params.guider,
             sampler=self.sampler,
@@ -365,8 +405,16 @@ class Generator:
             tile=params.tile,
             callback=callback,
             reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
+            edit=edit,
         )
         return out.float().cpu()
+
+    def _steps(self, given: Given, params: SamplingParams) -> int:
+        """Steps that changing ``given`` takes."""
+        process, size = self.engine.process, self.engine.latent_shape(params.height, params.width)[1:]
+        size = size if params.tile is None else tile_size(size, params.tile)
+        schedule = sized(self.engine.schedule, size)
+        return len(given.around(process, schedule, params.steps).hooks.levels(schedule, params.steps)) - 1
 
     def images(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""

@@ -6,7 +6,7 @@ import logging
 import pickle
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,14 @@ class PictureInput:
 
     height: int
     width: int
+    factor: int = field(default=1, kw_only=True)  # that a prompt's own size is larger by
+
+    def size(self, prompt: Prompt) -> tuple[int, int]:
+        """(height, width) of the pictures of ``prompt``."""
+        row = prompt.row
+        if row.height is None or row.width is None:
+            return self.height, self.width
+        return row.height // self.factor, row.width // self.factor
 
     def open(self, prompt: Prompt, image: int) -> Image.Image:
         """Picture number ``image`` of ``prompt``."""
@@ -52,11 +60,12 @@ class PictureInput:
     def read(self, prompt: Prompt, images: Sequence[int]) -> Tensor:
         """(n, 3, height, width) float32 in [-1, 1] of some pictures of ``prompt``."""
         pictures = [self.open(prompt, image) for image in images]
+        height, width = self.size(prompt)
         for picture in pictures:
-            if (picture.height, picture.width) != (self.height, self.width):
+            if (picture.height, picture.width) != (height, width):
                 raise InputError(
                     f"an input picture is {picture.height} x {picture.width} (height x width), expected "
-                    f"{self.height} x {self.width}"
+                    f"{height} x {width}"
                 )
         return torch.stack([from_pil(picture) for picture in pictures])
 
@@ -106,7 +115,8 @@ class InputFolder(PictureInput):
             raise ConfigError([Problem("", "sampling.input_dir", what)])
         if wanted is None or sampling.input_dir is None:
             return None
-        return cls(*wanted.size(sampling.height, sampling.width), sampling.input_dir, sampling.batch_size)
+        size = wanted.size(sampling.height, sampling.width)
+        return cls(*size, sampling.input_dir, sampling.batch_size, factor=wanted.factor)
 
     def prompts(self) -> list[Prompt]:
         """The prompts that the pictures themselves name, for a run that is given none."""
@@ -146,10 +156,11 @@ class InputFolder(PictureInput):
                         width, height = picture.size
                 except PictureError as error:
                     raise InputError(f"{path}: {error}") from error
-                if (height, width) != (self.height, self.width):
+                expected_size = self.size(prompt)
+                if (height, width) != expected_size:
                     raise InputError(
-                        f"{path}: is {height} x {width} (height x width), expected {self.height} x "
-                        f"{self.width}, which sampling.height and sampling.width are the enlargement of"
+                        f"{path}: is {height} x {width} (height x width), expected {expected_size[0]} x "
+                        f"{expected_size[1]}, which sampling.height and sampling.width are the enlargement of"
                     )
 
     def open(self, prompt: Prompt, image: int) -> Image.Image:

@@ -11,8 +11,8 @@ import string
 import struct
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -74,6 +74,7 @@ class OutputFolder:
     label: Label
     batch_size: int  # images a prompt
     columns: int | None = None  # of the grid; None = as square as can be
+    more: Callable[[Prompt, int], Mapping[str, str]] | None = None  # PNG fields of one image's own inputs
     _made: set[Path] = field(default_factory=set, repr=False, compare=False)
 
     def folder(self, prompt: Prompt) -> Path:
@@ -132,8 +133,10 @@ class OutputFolder:
         return max(numbered(self.root), default=-1) + 1
 
     def _fields(self, prompt: Prompt, index: int | None) -> dict[str, str]:
-        seed, last = self.label.seed, self.label.seed + self.batch_size - 1
-        return self.label.fields(prompt.text, f"{seed}-{last}" if index is None else str(seed + index))
+        label = replace(self.label, **prompt.row.own("seed", "height", "width", "negative_prompt"))
+        seed, last = label.seed, label.seed + self.batch_size - 1
+        fields = label.fields(prompt.text, f"{seed}-{last}" if index is None else str(seed + index))
+        return fields if self.more is None else {**fields, **self.more(prompt, index or 0)}
 
     def _whole(self, path: Path, prompt: Prompt, index: int | None) -> bool:
         found, wanted = read_png_text(path) if path.is_file() else None, self._fields(prompt, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import grid, safe_name, write_png
 from sat.sampling.prompts import Prompt
+
+log = logging.getLogger(__name__)
 
 
 class Pictures:
@@ -47,6 +50,8 @@ class Pictures:
         )  # fmt: skip
         self.params = SamplingParams.of(experiment.sampling, components(experiment).guider)
         self.inputs: InputFolder | None = None
+        if experiment.sampling.init_image is not None:
+            log.warning("sampling.init_image has no effect on the pictures of a training")
         self.mine = range(mesh.data_rank, len(self.prompts), mesh.data_ranks)
         self._waits = not learns and known is None and experiment.memory.text_encoder != "keep"
         self._encoded: list[EncodedPrompt] | None = None

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sat.cli.main_guard import Stopped, UsageError
 from sat.config.build import components
 from sat.config.cascade import Cascade, dump_cascade, load_cascade
 from sat.config.load import dump
-from sat.config.record import amend, label, record, settings_digest, weight_digests
-from sat.config.schema import Experiment
+from sat.config.record import Label, amend, label, record, settings_digest, weight_digests
+from sat.config.schema import Experiment, RuleError, SamplingConfig
 from sat.config.schema.base import parse_share
 from sat.config.settle import as_recorded, settle_dtype
 from sat.config.yaml_source import ConfigError
@@ -27,14 +28,24 @@ from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch, pick_device, ranks_together
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams
-from sat.sampling.inputs import InputFolder, checked_latents, read_latents
+from sat.sampling.inputs import InputFolder, PictureFiles, checked_latents, read_latents
 from sat.sampling.output import STAGES, OutputFolder, folder_name, prove_writable
-from sat.sampling.prompts import Prompt, check_text, checked_prompts, read_prompt_file
+from sat.sampling.prompts import (
+    NO_ROW,
+    Prompt,
+    check_text,
+    checked_prompts,
+    read_prompt_file,
+    read_prompt_rows,
+)
 from sat.util import log as logs
 from sat.util.ending import ended_name, ending
 from sat.util.host import write_text
 from sat.util.lock import BusyError, share_lock
 from sat.util.log import describe
+
+if TYPE_CHECKING:
+    from sat.sampling.edit import EditInput
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +71,9 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     prompts = None if absent else given_prompts(first)
     if args.check or args.check_inputs:
         _check(cascade, prompts)
+        edits = None if missing else _edits(first, prompts or ())
+        if edits is not None and args.check_inputs and prompts is not None:
+            edits.check(_wanted(first, prompts), first.sampling.batch_size)
         if args.check_inputs:
             part, root = parse_share(first.sampling.share or "0/1"), first.output.dir or OUTPUT
             print(f"its end: {root / ended_name(*part)}\nrun folder: {root}")
@@ -85,6 +99,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     if args.optimize_prompt:
         from sat.cli.commands.prompt import Rewriting
 
+        if any(prompt.row != NO_ROW for prompt in prompts or ()):
+            raise UsageError("--optimize-prompt is for plain prompts: rewrite those of a .jsonl file before")
         rewriting = Rewriting(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout, first.parallel.stall)
     if runtime.rank:
@@ -96,7 +112,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         with _writer(cascade, prompts, runtime):
             if prompts is None:
                 root = first.output.dir or OUTPUT
-                session = _open(_Place(keep_text_encoder(first), root, root), ranks, 1)
+                place = _Place(keep_text_encoder(first), root, root, _edits(first, ()))
+                session = _open(place, ranks, 1)
                 _ask(session, str.strip if rewriting is None else lambda text: rewriting.texts([text])[0])
             else:
                 _draw_all(cascade, prompts, ranks)
@@ -116,7 +133,14 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
                 prove_writable(root)
                 sampling, output = replace(last.sampling, share=None), replace(last.output, resume=False)
                 tree = dump(replace(last, sampling=sampling, output=output))
-                texts = None if prompts is None else [[prompt.index, prompt.text] for prompt in prompts]
+                texts = (
+                    None
+                    if prompts is None
+                    else [
+                        [prompt.index, prompt.text, *([str(prompt.row)] if prompt.row != NO_ROW else [])]
+                        for prompt in prompts
+                    ]
+                )
                 purpose = settings_digest({"config": tree, "prompts": texts})
                 ending.lock = stack.enter_context(share_lock(root, *part, purpose, str(root)))
         except BusyError as error:
@@ -134,14 +158,42 @@ def given_prompts(experiment: Experiment) -> list[Prompt] | None:
     sampling = experiment.sampling
     check_text(sampling.negative_prompt, "the negative prompt")
     if sampling.prompt_file is not None:
-        return checked_prompts(read_prompt_file(sampling.prompt_file))
+        if sampling.prompt_file.suffix.lower() != ".jsonl":
+            return _one_a_picture(sampling, checked_prompts(read_prompt_file(sampling.prompt_file)))
+        rows, strange = read_prompt_rows(sampling.prompt_file)
+        if strange:
+            log.warning("%s: keys without a meaning here: %s", sampling.prompt_file, ", ".join(strange))
+        check_rows(sampling, rows)
+        return rows
     if sampling.prompt is None:
         inputs = None if sampling.input_dir is None else _inputs(experiment)
         return None if inputs is None else inputs.prompts()
     prompts = checked_prompts([sampling.prompt] if isinstance(sampling.prompt, str) else sampling.prompt)
     if not prompts:
         raise UsageError("sampling.prompt is an empty list: give at least one prompt")
-    return prompts
+    return _one_a_picture(sampling, prompts)
+
+
+def _one_a_picture(sampling: SamplingConfig, prompts: list[Prompt]) -> list[Prompt]:
+    """``prompts``; a single one for each picture of a plain folder that is to be changed."""
+    if sampling.init_image is None or len(prompts) != 1:
+        return prompts
+    count = PictureFiles(sampling.init_image, "sampling.init_image").each or 1
+    if count > 1:
+        log.info("one prompt for each of the %d pictures in %s", count, sampling.init_image)
+    return [replace(prompts[0], index=index) for index in range(count)]
+
+
+def check_rows(sampling: SamplingConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse sizes and seeds of prompts' own that this run cannot have."""
+    for prompt in prompts:
+        own = prompt.row.own("height", "width", "seed")
+        if own and sampling.latents is not None:
+            raise UsageError(f"prompt {prompt.index} has its own {', '.join(own)}: not with sampling.latents")
+        try:
+            replace(sampling, **own)
+        except RuleError as error:
+            raise UsageError(f"prompt {prompt.index} of {sampling.prompt_file}: {error}") from error
 
 
 def _wanted(experiment: Experiment, prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -196,6 +248,8 @@ class _Place:
     experiment: Experiment
     pictures: Path
     records: Path
+    edits: EditInput | None = None
+    factor: int = 1  # that its pictures are larger by than the first stage's
 
 
 @dataclass(frozen=True)
@@ -207,6 +261,7 @@ class _Session:
     pipeline: Pipeline
     params: SamplingParams
     folder: OutputFolder
+    edits: EditInput | None = None
 
     def draw(self, prompts: Sequence[Prompt], *, resume: bool = False) -> list[Path]:
         """Draw ``prompts`` into the folder; the files written."""
@@ -221,7 +276,14 @@ class _Session:
 
         controls = self.pipeline.control_pictures(self.pipeline.experiment.sampling)
         return self.pipeline.generator.save(
-            self.folder, prompts, self.params, inputs=inputs, controls=controls, beat=beat, resume=resume
+            self.folder,
+            prompts,
+            self.params,
+            inputs=inputs,
+            controls=controls,
+            edits=self.edits,
+            beat=beat,
+            resume=resume,
         )
 
 
@@ -245,7 +307,7 @@ def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> 
         given = checked_latents(given, shape, prompts, sampling.batch_size)
     weights = weight_digests(experiment)
     about = label(experiment, given, weights)
-    folder = OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns)
+    folder = _folder(place, about)
     if runtime.is_main:
         record(
             place.records,
@@ -262,7 +324,15 @@ def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> 
         )
         seconds = time.monotonic() - started
         log.info("loaded in %.1f s on %s (%s); %s", seconds, runtime.device, mesh, pipeline.generator.speed)
-    return _Session(place, ranks, pipeline, SamplingParams.of(sampling, pipeline.guider, given), folder)
+    params = SamplingParams.of(sampling, pipeline.guider, given)
+    return _Session(place, ranks, pipeline, params, folder, place.edits)
+
+
+def _folder(place: _Place, about: Label) -> OutputFolder:
+    """The folder of a stage's pictures."""
+    sampling, edits = place.experiment.sampling, place.edits
+    more = None if edits is None else edits.fields
+    return OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns, more)
 
 
 def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> None:  # noqa: C901 - in order
@@ -273,29 +343,42 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
     runtime, mesh, last = ranks.runtime, ranks.mesh, cascade.stages[-1].experiment
     root, several = last.output.dir or OUTPUT, len(cascade.stages) > 1
     places: list[_Place] = []
+    first = _edits(cascade.stages[0].experiment, prompts)
     for stage in cascade.stages:
         experiment, records = stage.experiment, root / STAGES / stage.name if several else root
+        edits, factor = first, 1
         if places:
-            sampling = replace(experiment.sampling, input_dir=places[-1].pictures)
+            wanted, before = components(experiment).process.input, places[-1]
+            factor = before.factor * (1 if wanted is None else wanted.factor)
+            sampling = replace(experiment.sampling, input_dir=before.pictures)
+            if edits is not None:
+                edits, sampling = edits.following(sampling, factor)
             experiment = replace(experiment, sampling=sampling)
+        if edits is not None:
+            edits = replace(edits, puts_back=stage is cascade.stages[-1])
         if last.output.resume:  # what was chosen for this run stands
             experiment = as_recorded(experiment, records / "resolved.yaml")
         pictures = root if stage is cascade.stages[-1] else records
-        places.append(_Place(experiment, pictures, records))
+        places.append(_Place(experiment, pictures, records, edits, factor))
 
     mine = _wanted(places[0].experiment, prompts)
     mine = mine[mesh.data_rank :: mesh.data_ranks]  # by place, as officially
     inputs = _inputs(places[0].experiment)
     if inputs is not None and mesh.leads:  # before anything is loaded
         inputs.check(mine)
+    if first is not None and mesh.leads:
+        first.check(mine, places[0].experiment.sampling.batch_size)
     if several and last.output.resume:
-        done = OutputFolder(root, label(places[-1].experiment), last.sampling.batch_size)
-        mine = by_first(mesh.team, lambda: [prompt for prompt, _ in done.requests(mine, resume=True)])
+        done, factor = _folder(places[-1], label(places[-1].experiment)), places[-1].factor
+        whole = _enlarged(mine, factor)
+        left = by_first(mesh.team, lambda: {p.index for p, _ in done.requests(whole, resume=True)})
+        mine = [prompt for prompt in mine if prompt.index in left]
     stages = StageLoader(lambda index: _open(places[index], ranks, len(prompts), once=True))
     for index, place in enumerate(places):
         if several and runtime.is_main:
             log.info("stage %d of %d: %s", index + 1, len(places), place.records.name)
-        _draw(stages.open(index), prompts, mine, result=index + 1 == len(places))
+        own = _enlarged(mine, place.factor)
+        _draw(stages.open(index), prompts, own, result=index + 1 == len(places))
         stages.free()
 
     if several and runtime.is_main:  # the cascade that repeats the run
@@ -305,6 +388,22 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
         for place in places[:-1]:
             for prompt in mine:
                 shutil.rmtree(place.pictures / folder_name(prompt), ignore_errors=True)
+
+
+def _enlarged(prompts: Sequence[Prompt], factor: int) -> list[Prompt]:
+    """``prompts`` for a stage whose pictures are ``factor`` times larger."""
+    return [replace(prompt, row=prompt.row.enlarged(factor)) for prompt in prompts]
+
+
+def _edits(experiment: Experiment, prompts: Sequence[Prompt]) -> EditInput | None:
+    """The pictures that the experiment or the rows of ``prompts`` want changed."""
+    s = experiment.sampling
+    named = (s.init_image, s.mask, s.strength_map, s.strength, s.outpaint)
+    if all(value is None for value in named) and all(prompt.row == NO_ROW for prompt in prompts):
+        return None
+    from sat.sampling.edit import EditInput  # only where there are any
+
+    return EditInput.of(s, prompts)
 
 
 def _draw(session: _Session, prompts: Sequence[Prompt], mine: Sequence[Prompt], *, result: bool) -> None:

@@ -12,8 +12,10 @@ from sat.config.schema.base import (
     Component,
     ConditioningConfig,
     DiffusionConfig,
+    InpaintConfig,
     Makes,
     MustExist,
+    OutpaintConfig,
     OutputConfig,
     ParallelConfig,
     Precision,
@@ -41,8 +43,8 @@ from sat.config.schema.experiment import (
 
 __all__ = [
     "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
-    "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig", "LoadConfig",
-    "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutputConfig", "ParallelConfig",
-    "Precision", "QuantizeConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig",
-    "TokenConfig", "TrainConfig", "WEIGHTS", "plain",
+    "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig", "InpaintConfig",
+    "LoadConfig", "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutpaintConfig",
+    "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RuleError", "SamplingConfig", "Section",
+    "SourceConfig", "TokenConfig", "TrainConfig", "WEIGHTS", "plain",
 ]  # fmt: skip

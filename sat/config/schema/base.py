@@ -342,6 +342,49 @@ class ControlConfig(Section):
 
 
 @dataclass(frozen=True)
+class OutpaintConfig(Section):
+    """Pixels to add on each side of ``init_image``; height and width of the run include them."""
+
+    section = "sampling.outpaint"
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+
+    def _rules(self) -> Broken:
+        margins = {name: getattr(self, name) for name in ("left", "top", "right", "bottom")}
+        for name, pixels in margins.items():
+            if pixels < 0:
+                yield name, f"expected at least 0 pixels, got {pixels}"
+        if not any(margins.values()):
+            yield "", "adds nothing: give left, top, right or bottom some pixels, or set it to null"
+
+
+@dataclass(frozen=True)
+class InpaintConfig(Section):
+    """Masks in latents and pixels (docs/edit.md).
+
+    ``grow``: latent cells that the mask is larger all around; ``feather``: it falls off over twice as many
+    beyond. ``paste``: pixels outside the mask are the picture's own, and inside its border the two are mixed
+    over ``blur`` pixels. ``padding``: draw a cut-out around the mask with that many pixels to spare, at full
+    size, and put it back; null draws the whole picture.
+    """
+
+    section = "sampling.inpaint"
+    grow: int = 1
+    feather: int = 0
+    paste: bool = True
+    blur: int = 4
+    padding: int | None = None
+
+    def _rules(self) -> Broken:
+        for name in ("grow", "feather", "blur", "padding"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                yield name, f"expected at least 0, got {value}"
+
+
+@dataclass(frozen=True)
 class SamplingConfig(Section):
     """Prompts and settings of pictures. ``batch_size`` is images per prompt; image ``i`` uses ``seed + i``.
 
@@ -351,6 +394,10 @@ class SamplingConfig(Section):
     asked for, to the last bit; with more, large devices are used better.
     ``controls``: pictures that steer the drawing beside the prompt.
     ``cache`` reuses what the network did at the step before where it would do nearly the same.
+    ``init_image`` (a file or a folder) is changed instead of drawing from noise alone (docs/edit.md): as far
+    as ``strength`` says (0 to 1; null is 0.6, and 1 in a mask), by the noise share it starts from or by the
+    share of the steps; where ``mask`` is white, or it is transparent itself; each place as far as
+    ``strength_map`` is bright. ``fit`` brings it to height and width.
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
     products, ``fold`` (on the CPU) works on one text token for all where there is no prompt, ``compile``
@@ -388,6 +435,14 @@ class SamplingConfig(Section):
     input_dir: Annotated[
         Path | None, MustExist("name the output folder of a base model's run, which relay enlarges")
     ] = None
+    init_image: Annotated[Path | None, MustExist("name a picture, or a folder of them, to change")] = None
+    mask: Annotated[Path | None, MustExist("name a picture that is white where to draw anew")] = None
+    strength_map: Annotated[Path | None, MustExist("name a grey picture of each place's strength")] = None
+    strength: float | None = None
+    strength_by: Literal["noise", "steps"] = "noise"
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    outpaint: OutpaintConfig | None = None
+    inpaint: InpaintConfig = field(default_factory=InpaintConfig)
     tile: int | None = None
     controls: list[ControlConfig] = field(default_factory=list)
     attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"] = (
@@ -398,7 +453,7 @@ class SamplingConfig(Section):
     compile: bool = False
     graphs: bool = False
 
-    def _rules(self) -> Broken:
+    def _rules(self) -> Broken:  # noqa: C901 - one rule after the other
         if self.prompt is not None and self.prompt_file is not None:
             yield "prompt", "`prompt` and `prompt_file` are both given; set one of them to null"
         if not 1 <= self.steps <= 1000:
@@ -407,6 +462,17 @@ class SamplingConfig(Section):
             yield "seed", f"expected 0 to 2^32 - `batch_size` (image i uses seed + i), got {self.seed}"
         if self.tile is not None and self.tile < 8:
             yield "tile", f"expected at least 8 latent cells, got {self.tile}"
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            yield "strength", f"expected 0 (the picture as it is) to 1 (noise alone), got {self.strength:g}"
+        if self.mask is not None and self.strength_map is not None:
+            yield "mask", "`strength_map` is given too, which is a mask of many strengths: set one to null"
+        if self.outpaint is not None:
+            spare = self.height - self.outpaint.top - self.outpaint.bottom
+            across = self.width - self.outpaint.left - self.outpaint.right
+            if min(spare, across) < 1:
+                yield "outpaint", f"leaves {spare} x {across} pixels (height x width) for the picture itself"
+            if self.inpaint.padding is not None:
+                yield "outpaint", "`inpaint.padding` draws a part of the picture alone: set one to null"
         try:
             if self.share is not None:
                 parse_share(self.share)
