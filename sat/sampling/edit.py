@@ -289,8 +289,10 @@ class EditInput:
         sources, s = self.sources(prompt), self.sampling
         if not sources:
             return {}
-        told = {key: self._told(source.find(prompt, image)) for key, source in sources.items()}
         strength = s.strength if prompt.row.strength is None else prompt.row.strength
+        if strength == 1 and self.read(prompt, [image]) is None:  # text-to-image
+            return {}
+        told = {key: self._told(source.find(prompt, image)) for key, source in sources.items()}
         told["strength"] = f"{'default' if strength is None else format(strength, 'g')} by {s.strength_by}"
         told["edit"] = f"fit {s.fit}" + (f", {s.outpaint}" if s.outpaint else "")
         masked = len(sources) > 1 or s.outpaint is not None
