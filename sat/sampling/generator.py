@@ -253,7 +253,7 @@ class Generator:
             self.offload.enter("first_stage")
         return controls.encode(by_first(self.team, partial(controls.read, prompt, images)), self.device)
 
-    def save(
+    def save(  # noqa: PLR0913 - all that a folder of pictures depends on
         self,
         folder: OutputFolder,
         prompts: Sequence[Prompt],

@@ -190,6 +190,10 @@ def check_rows(sampling: SamplingConfig, prompts: Sequence[Prompt]) -> None:
         own = prompt.row.own("height", "width", "seed")
         if own and sampling.latents is not None:
             raise UsageError(f"prompt {prompt.index} has its own {', '.join(own)}: not with sampling.latents")
+        if "height" in own and sampling.controls:
+            raise UsageError(f"prompt {prompt.index} has its own size: not with sampling.controls")
+        if prompt.row.controls is not None:
+            raise UsageError(f"prompt {prompt.index} has its own controls: name them in sampling.controls")
         try:
             replace(sampling, **own)
         except RuleError as error:
