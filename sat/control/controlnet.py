@@ -166,7 +166,7 @@ class TransformerControlNet(Control, Mixin):
         return inner(ctx.controlled(self.label, own))
 
     def residuals(self, ctx: Context) -> list[Tensor]:
-        """What each copied block adds to the image tokens, (B, N_image, D)."""
+        """Addition of each copied block to the image tokens, (B, N_image, D)."""
         hooks, image, out = self.transformer.hooks, sum(ctx.segments[:-1]), []
         x = hooks.embed(ctx)
         x = x if ctx.table is None else x + ctx.table

@@ -253,9 +253,8 @@ def _train(
     export, samples = exporter(experiment, weights, engine, objective), None
     if train.sample_every is not None:
         known = None if caches is None else caches.encoded()
-        samples = Pictures(
-            experiment, engine, runtime, mesh, learns="text" in objective.parts(), known=known
-        )  # fmt: skip
+        learns = "text" in objective.parts()
+        samples = Pictures(experiment, engine, runtime, mesh, learns=learns, known=known)
         if (inputs := InputFolder.of(experiment.sampling, engine.process.input)) is not None:
             samples.enlarge(inputs)
     held = sets.held_out
