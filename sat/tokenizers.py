@@ -1,4 +1,4 @@
-"""T5 tokenisation by the sentencepiece library."""
+"""Tokenizers of the text encoders, by the libraries sentencepiece and tokenizers."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ class T5Tokenizer:
     the shortest; U+0085 does not separate words. tests/parity/test_t5_tokenizer.py has an example of each.
     """
 
+    multiple: int | None = None  # every batch is padded to max_length
+
     def __init__(self, path: str | Path, max_length: int, extra_ids: int = 100) -> None:
         from sentencepiece import SentencePieceProcessor
 
@@ -57,7 +59,7 @@ class T5Tokenizer:
         self.max_length = max_length
         self._json: Any = None
         if self.path.suffix == ".json":
-            self._open_json()
+            self._open()
             return
         self._model = SentencePieceProcessor()
         try:
@@ -74,18 +76,9 @@ class T5Tokenizer:
         if first != _SPECIAL:
             raise ValueError(f"{self.path} is not a T5 vocabulary: ids 0, 1, 2 are {first}, not {_SPECIAL}")
 
-    def _open_json(self) -> None:
+    def _open(self) -> None:
         """Read tokenizer.json, which transformers 5 writes instead of spiece.model."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise MissingTokenizersError(NEEDS.format(self.path, install("tokenizers"))) from error
-        try:
-            self._json = Tokenizer.from_buffer(read_bounded(self.path, _MOST_BYTES))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{self.path} is not a usable tokenizer.json: {error}") from error
-        self._json.no_padding()
-        self._json.no_truncation()
+        self._json = open_json(self.path)
         self._json.encode_special_tokens = True  # typed into a text they are plain text, as in sentencepiece
         vocabulary: dict[str, int] = self._json.get_vocab()
         self.vocab_size = len(vocabulary)
@@ -144,3 +137,99 @@ class T5Tokenizer:
             start, end = end, end + len(surface)
             out.append(Piece(token, places[start], places[end]))
         return out
+
+
+def open_json(path: Path) -> Any:
+    """The tokenizer of a tokenizer.json, which neither cuts nor pads."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingTokenizersError(NEEDS.format(path, install("tokenizers"))) from error
+    try:
+        found = Tokenizer.from_buffer(read_bounded(path, _MOST_BYTES))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is not a usable tokenizer.json: {error}") from error
+    found.no_padding()
+    found.no_truncation()
+    return found
+
+
+class GLMTokenizer:
+    """Texts to token ids as CogView4 takes them: padded in *front*, to the longest and a multiple of 16.
+
+    ``path`` is GLM's ``tokenizer.json``, whose special tokens come first; or a T5 ``spiece.model``, whose end
+    of sequence comes last, for small models; or the folder that either lies in. ``max_length`` is the largest
+    number of tokens, special ones included; a text loses its end beyond. Source: diffusers'
+    ``CogView4Pipeline`` with the tokenizer of ``GlmModel`` (tests/parity/test_cogview4_pipeline.py).
+    """
+
+    multiple: int | None = 16
+    pad: int
+    _json: Any
+
+    def __init__(self, path: str | Path, max_length: int) -> None:
+        file = Path(path)
+        if file.is_dir():
+            found = [file / name for name in ("tokenizer.json", "spiece.model") if (file / name).is_file()]
+            file = found[0] if found else file / "tokenizer.json"
+        self.path, self.max_length = file, max_length
+        self._pieces = T5Tokenizer(file, max_length) if file.suffix != ".json" else None
+        if self._pieces is not None:
+            self._json, self.trained, self.pad = None, self._pieces.trained, PAD
+            self._before, self._after = [], [EOS]
+        else:
+            if not file.is_file():
+                raise FileNotFoundError(f"cannot read the tokenizer {file}: no such file")
+            self._json = open_json(file)
+            self.trained = 1 + max(self._json.get_vocab(with_added_tokens=True).values(), default=-1)
+            pads = (self._json.token_to_id(name) for name in ("<|endoftext|>", "<pad>"))
+            pad = next((token for token in pads if token is not None), None)
+            if pad is None:
+                raise ValueError(f"{file} has neither <|endoftext|> nor <pad>: it is not a GLM vocabulary")
+            self.pad = pad
+            self._before, self._after = self._json.encode("").ids, []
+        if max_length <= len(self._before) + len(self._after):
+            raise ValueError(f"max_length is {max_length}; special tokens alone take {len(self.encode(''))}")
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Ids (B, T) of ``texts``, the padding in front."""
+        if isinstance(texts, str):
+            raise TypeError(f"expected a sequence of texts, got the text {texts[:40]!r}; wrap it in a list")
+        most = self._room
+        cut = [[*self._before, *self._ids(text)[:most], *self._after] for text in texts]
+        assert self.multiple is not None, "of this class"
+        length = -(-max(map(len, cut), default=0) // self.multiple) * self.multiple
+        ids = torch.full((len(texts), length), self.pad, dtype=torch.int64)  # (B, T)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, tokens in enumerate(cut):
+            ids[row, length - len(tokens) :] = torch.tensor(tokens)
+            mask[row, length - len(tokens) :] = True
+        return Tokens(ids, mask)
+
+    @property
+    def _room(self) -> int:
+        """Tokens of the text itself that fit."""
+        return self.max_length - len(self._before) - len(self._after)
+
+    def _ids(self, text: str) -> list[int]:
+        if self._pieces is not None:
+            return self._pieces.encode(text)[:-1]
+        clean = _SURROGATE.sub("\ufffd", text)
+        ids: list[int] = self._json.encode(clean, add_special_tokens=False).ids
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """All token ids of ``text`` with the special ones, neither cut nor padded."""
+        return [*self._before, *self._ids(text), *self._after]
+
+    def truncation(self, text: str) -> str | None:
+        """The end of ``text`` that does not fit into ``max_length`` tokens, None if all of it does."""
+        if self._pieces is not None:
+            return self._pieces.truncation(text)
+        clean = _SURROGATE.sub("\ufffd", text)
+        places = self._json.encode(clean, add_special_tokens=False).offsets[self._room :]
+        return text[places[0][0] :].strip() if places else None
+
+    def unknown_share(self, text: str) -> float:
+        """Share of the characters of ``text`` that became the unknown token; GLM's bytes know them all."""
+        return 0.0 if self._pieces is None else self._pieces.unknown_share(text)

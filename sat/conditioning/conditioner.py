@@ -5,14 +5,34 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from sat.control_input import Controls, stacked
 from sat.embeddings import sent, sinusoid
+
+
+class Encoded(NamedTuple):
+    """Hidden states of B captions."""
+
+    text: Tensor  # (B, T, C_text) in the encoder's dtype
+    mask: Tensor | None  # (B, T) true = real token; None = padding counts as text, as officially
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """One batch of ``parts``: shorter text gets zeros in front, which the mask hides from all attention."""
+    length = max(text.shape[1] for text, _ in parts)
+    if all(mask is None and text.shape[1] == length for text, mask in parts):
+        return Encoded(torch.cat([text for text, _ in parts]), None)
+    masks = [torch.ones(t.shape[:2], dtype=torch.bool, device=t.device) if m is None else m for t, m in parts]
+    return Encoded(
+        torch.cat([F.pad(text, (0, 0, length - text.shape[1], 0)) for text, _ in parts]),
+        torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks]),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,16 +78,15 @@ class Condition:
 
     @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
-        """Batches one after the other; a mask or guidance strength has either every part or none."""
-        masks = [p.text_mask for p in parts if p.text_mask is not None]
+        """Batches one after the other, of :func:`joined` text; all have a guidance strength or none has."""
         strengths = [p.guidance for p in parts if p.guidance is not None]
-        for what, found in (("text mask", masks), ("guidance strength", strengths)):
-            if found and len(found) != len(parts):
-                raise ValueError(f"either every condition has a {what} or none has")
+        if strengths and len(strengths) != len(parts):
+            raise ValueError("either every condition has a guidance strength or none has")
+        text, mask = joined([Encoded(p.text, p.text_mask) for p in parts])
         return Condition(
-            torch.cat([p.text for p in parts]),
+            text,
             torch.cat([p.vector for p in parts]),
-            torch.cat(masks) if masks else None,
+            mask,
             torch.cat(strengths) if strengths else None,
             stacked([p.controls for p in parts]) if any(p.controls for p in parts) else (),
         )
@@ -133,19 +152,20 @@ log = logging.getLogger(__name__)
 class Tokens(NamedTuple):
     """A batch of token ids."""
 
-    ids: Tensor  # (B, T) int64, padded with 0
+    ids: Tensor  # (B, T) int64, padded
     mask: Tensor  # (B, T) bool, true = real token, the end of sequence included
 
 
 class Tokenizer(Protocol):
-    """Texts to token ids; :class:`sat.tokenizers.T5Tokenizer` is one."""
+    """Texts to token ids; each text encoder names its own (:mod:`sat.tokenizers`)."""
 
-    max_length: int  # tokens T of a batch, the end of sequence included
+    max_length: int  # tokens T of a batch at most, the end of sequence included
+    multiple: int | None  # batches are as long as their longest text, in multiples of it; None: max_length
     trained: int  # ids below this one are those of real pieces
     path: Any  # file of the vocabulary
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
-        """Ids (B, max_length) of ``texts``, cut and padded."""
+        """Ids (B, T) of ``texts``, cut and padded."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -170,13 +190,6 @@ class TextEncoder(Protocol):
     def __call__(self, ids: Tensor) -> Tensor:
         """Hidden states (B, T, dim) of ``ids`` (B, T)."""
         ...
-
-
-class Encoded(NamedTuple):
-    """Hidden states of B captions."""
-
-    text: Tensor  # (B, T, C_text) in the encoder's dtype
-    mask: Tensor | None  # (B, T) true = real token; None = padding counts as text, as officially
 
 
 class FreedEncoder(nn.Module):
@@ -219,13 +232,21 @@ def notices(tokenizer: Tokenizer, caption: str) -> list[str]:
 class Conditioner(nn.Module):
     """A text encoder with its tokenizer, and the size embedding.
 
-    ``max_length`` is the number of tokens T, the end of sequence included. Captions are padded to it and the
-    padding takes part in everything, as officially: no mask is made. Without a ``tokenizer`` only token ids
-    can be encoded.
+    ``max_length`` is the number of tokens at most, the end of sequence included. Captions are padded as their
+    tokenizer pads, and the padding takes part in the encoder. ``padding`` ``as_diffusers``: in the network
+    too, as officially; ``masked``: the network does not attend to it. ``empty_prompt``: ``zeros`` in place of
+    its hidden states (CogView3), or ``encoded`` like any other (CogView4). Without a ``tokenizer`` only token
+    ids can be encoded.
     """
 
     def __init__(
-        self, text: TextEncoder, size: SizeConditioner, tokenizer: Tokenizer | None, max_length: int
+        self,
+        text: TextEncoder,
+        size: SizeConditioner,
+        tokenizer: Tokenizer | None,
+        max_length: int,
+        padding: Literal["as_diffusers", "masked"] = "as_diffusers",
+        empty_prompt: Literal["zeros", "encoded"] = "zeros",
     ) -> None:
         super().__init__()
         assert isinstance(text, nn.Module), "a text encoder is a network"
@@ -244,6 +265,8 @@ class Conditioner(nn.Module):
         self.size = size
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.masked, self.encodes_empty = padding == "masked", empty_prompt == "encoded"
+        self.empty_text: Tensor | None = None  # (1, T, C_text) of "", where the encoder is not there
         self.moves_encoder = True  # to the device that ``encode`` names; False: offloading moves its weights
 
     def encode(self, captions: Sequence[str], device: torch.device | None = None) -> Encoded:
@@ -258,8 +281,8 @@ class Conditioner(nn.Module):
         for caption in unique:
             for line in notices(tokenizer, caption):
                 log.warning(line)
-        hidden = [self._hidden([caption], device) for caption in unique]
-        return Encoded(torch.cat([hidden[i] for i in index]), None)
+        encoded = [self._hidden([caption], device) for caption in unique]
+        return joined([encoded[i] for i in index])
 
     def encode_batch(self, captions: Sequence[str], device: torch.device | None = None) -> Encoded:
         """Hidden states (B, T, C_text) of ``captions``, for training: one pass for all, and no warnings.
@@ -267,10 +290,18 @@ class Conditioner(nn.Module):
         Duplicates are encoded once; gradients are recorded where the caller records them.
         """
         unique, index = distinct(captions)
-        hidden = self._hidden(unique, device)
+        hidden, mask = self._hidden(unique, device)
         if len(unique) < len(index):
-            hidden = hidden[torch.tensor(index, device=hidden.device)]
-        return Encoded(hidden, None)
+            rows = torch.tensor(index, device=hidden.device)
+            hidden, mask = hidden[rows], None if mask is None else mask[rows]
+        return Encoded(hidden, mask)
+
+    def encode_apart(self, captions: Sequence[str], device: torch.device | None = None) -> list[Tensor]:
+        """Hidden states (T, C_text) of each caption, for a cache; without padding that is masked anyway."""
+        if self._tokenizer().multiple is None and not self.masked:
+            return list(self.encode_batch(captions, device).text)
+        apart = [self.encode_batch([caption], device) for caption in captions]
+        return [text[0] if mask is None else text[0][mask[0]] for text, mask in apart]
 
     def condition(
         self, captions: Sequence[str], sizes: Sizes, device: torch.device | None = None
@@ -282,18 +313,44 @@ class Conditioner(nn.Module):
     def unconditional(self, cond: Condition, negative: Sequence[str] | None = None) -> Condition:
         """Condition that guidance steers away from: ``cond`` with the text of B ``negative`` prompts.
 
-        An empty prompt is zeros, not the encoding of "", and does not run the encoder; None is empty for all.
-        The size vector stays. Source: official ``force_uc_zero_embeddings``, ``sample_dit.py:149``.
+        Where an empty prompt is zeros it does not run the encoder; None is empty for all. The size vector
+        stays. Source: official ``force_uc_zero_embeddings``, ``sample_dit.py:149``.
         """
         null = cond.null()
-        if negative is None or not any(prompt.strip() for prompt in negative):
-            return null
+        rows = [row for row, prompt in enumerate(negative or ()) if prompt.strip()]
+        if not rows:
+            return self.null(cond)
+        assert negative is not None, "it has rows"
         if len(negative) != len(cond):
             raise ValueError(f"{len(negative)} negative prompts for {len(cond)} images")
-        rows = [row for row, prompt in enumerate(negative) if prompt.strip()]
+        if self.encodes_empty:
+            text, mask = self.encode(negative, cond.text.device)
+            return replace(null, text=text.to(cond.text.dtype), text_mask=mask)
         encoded = self.encode([negative[row] for row in rows], cond.text.device).text.to(cond.text.dtype)
         text = null.text.index_copy(0, torch.tensor(rows, device=cond.text.device), encoded)
         return replace(null, text=text)
+
+    def null(self, cond: Condition) -> Condition:
+        """``cond`` with empty prompts: zeros, or the encoding of "" for all."""
+        if not self.encodes_empty:
+            return cond.null()
+        device, count = cond.text.device, len(cond)
+        if self.empty_text is None:
+            text, mask = self.encode_batch([""], device)
+        else:
+            text, mask = self.empty_text.to(device), None
+        mask = None if mask is None else mask.expand(count, -1)
+        return replace(cond.null(), text=text.to(cond.text.dtype).expand(count, -1, -1), text_mask=mask)
+
+    def dropped(self, cond: Condition, drop: Tensor) -> Condition:
+        """``cond`` with empty prompts in the rows where ``drop`` (B,) is true."""
+        if not self.encodes_empty:
+            return cond.dropped(drop)
+        empty, count = self.null(cond), len(cond)
+        text, mask = joined([Encoded(cond.text, cond.text_mask), Encoded(empty.text, empty.text_mask)])
+        text = torch.where(drop[:, None, None], text[count:], text[:count])
+        mask = None if mask is None else torch.where(drop[:, None], mask[count:], mask[:count])
+        return replace(cond, text=text, text_mask=mask)
 
     def text_encoder_to(self, device: torch.device) -> None:
         """Move the text encoder; the memory it held on its old device is free for others."""
@@ -303,20 +360,18 @@ class Conditioner(nn.Module):
         """Give the text encoder's memory back for good; encoding raises from then on."""
         self.text = FreedEncoder()
 
-    def _hidden(self, captions: Sequence[str], device: torch.device | None) -> Tensor:
+    def _hidden(self, captions: Sequence[str], device: torch.device | None) -> Encoded:
         """Hidden states (B, T, C_text) in one pass."""
-        ids = self._tokenizer()(captions).ids
+        ids, mask = self._tokenizer()(captions)
         here = next(self.text.parameters(), ids).device
         if device is not None and device != here:
             if self.moves_encoder:
                 self.text_encoder_to(device)
             here = device
         hidden: Tensor = self.text(sent(ids, here))
-        return hidden
+        return Encoded(hidden, sent(mask, here) if self.masked else None)
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(
-                "captions need a tokenizer: name a sentencepiece model in conditioning.tokenizer"
-            )
+            raise ValueError("captions need a tokenizer: name its vocabulary in conditioning.tokenizer")
         return self.tokenizer

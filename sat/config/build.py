@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from sat.config.check import build, built
+from sat.config.check import build, built, resolve
 from sat.config.schema import (
     WEIGHTS,
     CheckpointConfig,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sat.checkpoint.format import Part
+    from sat.conditioning.conditioner import TextEncoder, Tokenizer
     from sat.diffusion.guidance import Guider
     from sat.diffusion.loss import DenoisingLoss
     from sat.diffusion.prediction import Prediction
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
     from sat.diffusion.step_cache import StepCache
     from sat.engine import DiffusionEngine
     from sat.kernels.quantize import Quantizer
-    from sat.models.t5 import T5Encoder
     from sat.parallel.launch import Mesh
-    from sat.tokenizers import T5Tokenizer
 
 
 class MissingPartError(RuntimeError):
@@ -254,12 +253,19 @@ def quantizers(config: QuantizeConfig) -> dict[str, Quantizer]:
     }
 
 
-def find_tokenizer(config: ConditioningConfig, weights: CheckpointConfig) -> T5Tokenizer | None:
-    """The tokenizer of the config, or the one beside the text encoder's weights; None without either."""
-    from sat.tokenizers import T5Tokenizer
+def find_tokenizer(
+    config: ConditioningConfig, weights: CheckpointConfig, imports: Collection[str] = ()
+) -> Tokenizer | None:
+    """The text encoder's tokenizer over the vocabulary of the config, or the one beside the weights.
 
+    None without either. The class is that of the encoder's ``tokenizer``; T5's where it names none.
+    """
     found = find_vocabulary(config, weights)
-    return None if found is None else T5Tokenizer(found, config.max_length)
+    if found is None:
+        return None
+    kind = getattr(resolve(config.text.target, imports), "tokenizer", "sat.tokenizers.T5Tokenizer")
+    tokenizer: Tokenizer = resolve(kind, imports)(found, config.max_length)
+    return tokenizer
 
 
 def find_vocabulary(config: ConditioningConfig, weights: CheckpointConfig) -> Path | None:
@@ -335,7 +341,7 @@ def build_engine(
         quantizers(experiment.memory.quantize), frozenset(offloaded),
     )  # fmt: skip
     parts = {part: fill.part(component, part) for part, component in _parts(experiment).items()}
-    tokenizer = find_tokenizer(experiment.conditioning, weights)
+    tokenizer = find_tokenizer(experiment.conditioning, weights, experiment.imports)
     engine = _assemble(experiment, parts, tokenizer, without)
     stay = [module for part, module in parts.items() if part in offloaded]
     for module in (*engine.children(), *engine.conditioner.children()):
@@ -395,7 +401,7 @@ def _parts(experiment: Experiment) -> dict[Part, Component]:
 def _assemble(
     experiment: Experiment,
     parts: Mapping[Part, nn.Module],
-    tokenizer: T5Tokenizer | None,
+    tokenizer: Tokenizer | None,
     without: Collection[Part],
 ) -> DiffusionEngine:
     """The engine of these parts; something that raises stands where one of them was left out."""
@@ -404,7 +410,9 @@ def _assemble(
 
     c, light = experiment.conditioning, components(experiment)
     size = build(c.size, imports=experiment.imports)
-    conditioner = Conditioner(cast("T5Encoder", parts["text"]), size, tokenizer, c.max_length)
+    conditioner = Conditioner(
+        cast("TextEncoder", parts["text"]), size, tokenizer, c.max_length, c.padding, c.empty_prompt
+    )
     if "text" in without:
         conditioner.text = MissingPart("text encoder")
     first_stage = cast("AutoencoderKL", parts["first_stage"])

@@ -114,6 +114,12 @@ class Label:
         }
 
 
+def _said(conditioning: Mapping[str, object]) -> list[str]:
+    """Settings of the text beside the first ones, where they are not those of CogView3."""
+    usual = {"padding": "as_diffusers", "empty_prompt": "zeros"}
+    return [key for key, value in usual.items() if conditioning[key] != value]
+
+
 def label(
     experiment: Experiment, given: Tensor | None = None, weights: Mapping[str, object] | None = None
 ) -> Label:
@@ -131,7 +137,10 @@ def label(
     settings = settings_digest(
         {
             "parts": {key: tree[key] for key in ("model", "diffusion", "first_stage")},
-            "conditioning": {key: tree["conditioning"][key] for key in ("text", "size", "max_length")},
+            "conditioning": {
+                key: tree["conditioning"][key]
+                for key in ("text", "size", "max_length", *_said(tree["conditioning"]))
+            },
             "sampling": sampling,
             "weights": weight_digests(experiment) if weights is None else dict(weights),
             "decode_tile": experiment.memory.decode_tile,

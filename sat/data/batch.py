@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,6 +49,7 @@ class Batch:
     latent_moments: Tensor | None = None  # (B, 2C, h, w) float32: mean and log variance, unscaled
     low_moments: Tensor | None = None  # the same of the low-resolution images, enlarged, for relay
     text: Tensor | None = None  # (B, T, C_text) hidden states of the captions in the encoder's dtype
+    text_mask: Tensor | None = None  # (B, T) true = real token; None = all of them
     loss_weight: Tensor | None = None  # (B,) float32 factors of the pictures' losses; None: all 1
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     draws: Mapping[str, Tensor] = field(default_factory=dict)  # (B, …) random numbers of the training step
@@ -94,6 +96,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
             )
         return torch.stack(values) if values else None
 
+    text: Tensor | None
+    texts = [sample.text for sample in samples if sample.text is not None]
+    mask = None
+    if len(texts) == len(samples) and len({len(text) for text in texts}) > 1:  # shorter ones begin later
+        longest = max(len(text) for text in texts)
+        mask = torch.stack([torch.arange(longest) >= longest - len(text) for text in texts])
+        text = torch.stack([F.pad(text, (0, 0, longest - len(text), 0)) for text in texts])
+    else:
+        text = stacked("text")
     factors = [sample.loss_weight for sample in samples]
     return Batch(
         caption=[sample.caption for sample in samples],
@@ -103,7 +114,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image=stacked("image"),
         latent_moments=stacked("latent_moments"),
         low_moments=stacked("low_moments"),
-        text=stacked("text"),
+        text=text,
+        text_mask=mask,
         loss_weight=torch.tensor(factors) if any(one != 1 for one in factors) else None,
         extras={name: made for name in samples[0].extras if (made := stacked(name, extra=True)) is not None},
     )

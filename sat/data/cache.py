@@ -360,7 +360,7 @@ def _encode(
 def fill_text(
     store: Store,
     captions: Mapping[str, str],
-    encode: Callable[[Sequence[str]], Tensor],
+    encode: Callable[[Sequence[str]], Sequence[Tensor]],
     *,
     batch_size: int = 32,
 ) -> Iterator[int]:

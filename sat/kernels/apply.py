@@ -83,7 +83,7 @@ def _layer(network: nn.Module, widest: Transformer, cells: tuple[int, int], rows
     patch = getattr(network, "patch", 1) * (1 if joint else 2**levels)
     return measured.Layer(
         width, widest.spec.mlp_dim or 4 * width, block.attn.head_dim, rows,
-        getattr(network, "text_len", 0) if joint else 0, max(1, cells[0] * cells[1] // patch**2),
+        (getattr(network, "text_len", 0) or 0) if joint else 0, max(1, cells[0] * cells[1] // patch**2),
         block.attn.dtype,
     )  # fmt: skip
 

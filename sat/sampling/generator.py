@@ -305,7 +305,7 @@ class Generator:
         """Encoder outputs of ``texts``, each encoded alone; afterwards the encoder goes if memory asks.
 
         ``negative`` is the prompt against all of them, or one for each.
-        An empty ``negative`` prompt is zeros, as officially, not the encoding of "".
+        An empty one is zeros or the encoding of "", as the conditioner says.
         """
         if self.offload is not None:
             self.offload.enter("text")
@@ -319,7 +319,9 @@ class Generator:
             texts, [negative] * len(texts) if isinstance(negative, str) else negative, strict=True
         ):
             against: tuple[Tensor | None, Tensor | None] = None, None
-            if prompt.strip():  # encoded once for all that follow with the same one
+            if (
+                prompt.strip() or self.engine.conditioner.encodes_empty
+            ):  # encoded once for all that follow with the same one
                 if self._negative is None or self._negative[0] != prompt:
                     self._negative = prompt, *encode(prompt)
                 against = self._negative[1:]

@@ -229,9 +229,13 @@ class Caches:
 
         # Captions of samples in between; an empty negative prompt steers away from nothing.
         negative = experiment.sampling.negative_prompt
-        prompts = [*train.sample_prompts, *([negative] if negative.strip() else [])]
+        self._encodes_empty = experiment.conditioning.empty_prompt == "encoded"
+        needed = [negative] if negative.strip() or self._encodes_empty else []
+        prompts = [*train.sample_prompts, *needed]
         drawn = train.sample_every is not None
         self._prompts = {caption_key(prompt): prompt for prompt in prompts if drawn}
+        if self._encodes_empty:
+            self._prompts[caption_key("")] = ""
         self._shell = build_engine(
             experiment, device="cpu", dtype=DTYPES[train.dtype], checkpoint=weights, without=PARTS
         )
@@ -260,6 +264,7 @@ class Caches:
                 "weights": weights("text"),
                 "max_length": conditioning.max_length,
                 "tokenizer": None if tokenizer is None else sha256(tokenizer.path.read_bytes()).hexdigest(),
+                **({"padding": conditioning.padding} if conditioning.padding == "masked" else {}),
                 "adapters": [(digest(one.path), one.strength) for one in experiment.adapters.load],
             }
             if experiment.memory.quantize.text_encoder is not None:
@@ -312,14 +317,17 @@ class Caches:
         """Encodings of ``train.sample_prompts``; None if no embeddings are cached."""
         if not self.text:
             return None
-        store = Store(self.root, "text", self._facts["text"])
-
-        def read(prompt: str) -> Tensor:
-            return store.read(caption_key(prompt))["text"][None]
-
         negative = self.experiment.sampling.negative_prompt
-        against = read(negative) if negative.strip() else None
-        return [EncodedPrompt(read(prompt), negative=against) for prompt in self.train.sample_prompts]
+        against = self._read(negative) if negative.strip() or self._encodes_empty else None
+        return [EncodedPrompt(self._read(prompt), negative=against) for prompt in self.train.sample_prompts]
+
+    def empty(self) -> Tensor | None:
+        """(1, T, C_text) encoding of the empty prompt, where it is encoded and embeddings are cached."""
+        return self._read("") if self.text and self._encodes_empty else None
+
+    def _read(self, prompt: str) -> Tensor:
+        store = Store(self.root, "text", self._facts["text"])
+        return store.read(caption_key(prompt))["text"][None]
 
     def prune(self, sets: Sequence[CachedDataset]) -> int:
         """Delete files that these sets do not use; their number (0 on other ranks)."""
@@ -398,11 +406,9 @@ class Caches:
             with autocast(self.train, device.type):
                 return low.apply(images.to(device))
 
-        def read(captions: Sequence[str]) -> Tensor:
+        def read(captions: Sequence[str]) -> Sequence[Tensor]:
             with autocast(self.train, device.type):
-                encoded = engine.conditioner.encode_batch(captions, device)
-            assert encoded.mask is None, "the cache keeps no masks"
-            return encoded.text
+                return engine.conditioner.encode_apart(captions, device)
 
         with progress(sum(len(a.jobs) + len(a.captions) for a in absent), rank=self.runtime.rank) as bar:
             for cached, todo in zip(sets, absent, strict=True):

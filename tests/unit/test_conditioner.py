@@ -161,7 +161,7 @@ def test_two_token_limits_are_refused(tokenizer, conditioner):
 
 
 def test_captions_without_a_tokenizer_are_refused(conditioner):
-    with pytest.raises(ValueError, match="name a sentencepiece model in conditioning.tokenizer"):
+    with pytest.raises(ValueError, match="name its vocabulary in conditioning.tokenizer"):
         Conditioner(conditioner.text, SizeConditioner(4), None, LENGTH).encode(["a dog"])
 
 

@@ -160,15 +160,22 @@ class DiffusionConfig(Section):
 
 @dataclass(frozen=True)
 class ConditioningConfig(Section):
-    """Text encoder, size embedding and tokenizer. ``max_length`` is in tokens, the end mark included."""
+    """Text encoder, size embedding and tokenizer. ``max_length`` is in tokens, the end mark included.
+
+    ``padding``: attended by the network (``as_diffusers``) or not (``masked``). ``empty_prompt``: what
+    guidance steers away from and dropped captions become: ``zeros`` (CogView3) or the ``encoded`` "".
+    """
 
     section = "conditioning"
-    text: Annotated[Component, Makes("sat.models.t5.T5Encoder")]
+    text: Annotated[Component, Makes("sat.conditioning.conditioner.TextEncoder")]
     size: Annotated[Component, Makes("sat.conditioning.conditioner.SizeConditioner")]
     max_length: int = 224
     tokenizer: Annotated[
-        Path | None, MustExist("name a sentencepiece model, or null for the one beside the weights")
+        Path | None,
+        MustExist("name a spiece.model or tokenizer.json, or null for the one beside the weights"),
     ] = None
+    padding: Literal["as_diffusers", "masked"] = "as_diffusers"
+    empty_prompt: Literal["zeros", "encoded"] = "zeros"
 
     def _rules(self) -> Broken:
         if self.max_length < 1:

@@ -117,7 +117,7 @@ class DiffusionObjective(Objective):
         latents = self.latents(batch, drawn["posterior"])
         cond = self.condition(batch, latents.device)
         if self.caption_dropout:
-            cond = cond.dropped(sent(drawn["drop"], latents.device))
+            cond = self.engine.conditioner.dropped(cond, sent(drawn["drop"], latents.device))
         low_res = self.low_res(batch, drawn.get("low_res"))
         draw = Draw(sent(drawn["timestep"], latents.device), drawn["eps"])
         weight = self.weight(batch, latents)
@@ -235,6 +235,7 @@ class DiffusionObjective(Objective):
         if batch.text is not None:
             if self.text is not None:
                 raise ValueError("the text encoder learns (train_text): its embeddings cannot be cached")
-            return Condition(batch.text.to(device), sent(self.engine.conditioner.size(*sizes), device))
+            mask = None if batch.text_mask is None else batch.text_mask.to(device)
+            return Condition(batch.text.to(device), sent(self.engine.conditioner.size(*sizes), device), mask)
         with nullcontext() if self.text is not None else torch.no_grad():
             return self.engine.conditioner.condition(batch.caption, sizes, device)

@@ -145,7 +145,11 @@ class Distillation(DiffusionObjective):
         """The teacher's x (B, C, h, w) after the student's step ``place`` (B,), through the middle level."""
         process = self.engine.process
         teacher = Denoiser(cast(Network, self._teacher[0]), self.engine.prediction)
-        rows = Condition.cat([cond.null(), cond]) if self.guided else cond.guided(strength)
+        rows = (
+            Condition.cat([self.engine.conditioner.null(cond), cond])
+            if self.guided
+            else cond.guided(strength)
+        )
         prepared = teacher.network.prepare(rows, _size(x))
 
         def predict(x: Tensor, level: Level) -> Tensor:
