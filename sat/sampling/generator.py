@@ -27,7 +27,7 @@ from sat.parallel.collectives import by_first, taking_turns
 from sat.parallel.launch import ALONE, Axis
 from sat.sampling.inputs import PictureInput
 from sat.sampling.output import OutputFolder, to_pil
-from sat.sampling.prompts import Prompt
+from sat.sampling.prompts import NO_ROW, Prompt
 from sat.util.log import progress, title
 
 if TYPE_CHECKING:
@@ -139,8 +139,9 @@ class SamplingParams:
 
     def of_prompt(self, prompt: Prompt) -> SamplingParams:
         """These parameters with those of the prompt's own row in their place."""
-        own = prompt.row.own("negative_prompt", "seed", "height", "width")
-        return replace(self, **own) if own else self
+        if prompt.row == NO_ROW:
+            return self
+        return replace(self, **prompt.row.own("negative_prompt", "seed", "height", "width"))
 
     @classmethod
     def of(cls, sampling: SamplingConfig, guider: Guider, latents: Tensor | None = None) -> SamplingParams:

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from sat.config.record import Label
-from sat.sampling.prompts import Prompt
+from sat.sampling.prompts import NO_ROW, Prompt
 from sat.util import host
 from sat.util.pictures import LARGEST_FILE, PictureError, open_picture
 
@@ -133,7 +133,9 @@ class OutputFolder:
         return max(numbered(self.root), default=-1) + 1
 
     def _fields(self, prompt: Prompt, index: int | None) -> dict[str, str]:
-        label = replace(self.label, **prompt.row.own("seed", "height", "width", "negative_prompt"))
+        label = self.label
+        if prompt.row != NO_ROW:
+            label = replace(label, **prompt.row.own("seed", "height", "width", "negative_prompt"))
         seed, last = label.seed, label.seed + self.batch_size - 1
         fields = label.fields(prompt.text, f"{seed}-{last}" if index is None else str(seed + index))
         return fields if self.more is None else {**fields, **self.more(prompt, index or 0)}

@@ -396,6 +396,8 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
 
 def _enlarged(prompts: Sequence[Prompt], factor: int) -> list[Prompt]:
     """``prompts`` for a stage whose pictures are ``factor`` times larger."""
+    if factor == 1:
+        return list(prompts)
     return [replace(prompt, row=prompt.row.enlarged(factor)) for prompt in prompts]
 
 
