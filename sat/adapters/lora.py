@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -401,6 +402,20 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
         raise AdapterError(f"there is no adapter {name!r}; there are {', '.join(known) or 'none'}")
     for _, module in adapted(model):
         if name in module.strengths:
+            module.strengths[name] = strength
+
+
+@contextmanager
+def switched_off(model: nn.Module, name: str) -> Iterator[None]:
+    """``model`` as if it had no adapter ``name``, for the block."""
+    layers = [module for _, module in adapted(model) if name in module.strengths]
+    kept = [module.strengths[name] for module in layers]
+    for module in layers:
+        module.strengths[name] = 0.0
+    try:
+        yield
+    finally:
+        for module, strength in zip(layers, kept, strict=True):
             module.strengths[name] = strength
 
 

@@ -62,6 +62,13 @@ class SNRPlusOne:
         return (_snr(level) + 1) * gain
 
 
+class AngleWeighting:
+    """1 / sin^2 t on the error of x0, t = atan(sigma / alpha): an even error of v, whatever is predicted."""
+
+    def __call__(self, level: Level, gain: Scalar) -> Scalar:
+        return gain * (level.alpha**2 + level.sigma**2) / level.sigma**2
+
+
 class FlowWeighting:
     """Weights on the error of eps - x0, whatever the network predicts.
 

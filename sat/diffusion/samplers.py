@@ -149,6 +149,25 @@ class DDIM:
         return x
 
 
+class Renoise:
+    """Noise drawn anew in full between predictions, for consistency models and other few-step students.
+
+    x = mean(x0, level') + sigma' eps at every step, also from noise alone, where ancestral samplers keep what
+    they started from. The last step returns x0. Source: arXiv:2303.01469, algorithm 1 (multistep sampling).
+    """
+
+    def __call__(
+        self, denoise: Denoise, noise: Tensor, path: Trajectory, callback: StepCallback | None = None
+    ) -> Tensor:
+        x = path.start(noise)
+        for i, (level, next_level) in enumerate(pairwise(path.levels)):
+            x0 = denoise(x, level)
+            x = path.step(x, x0, level, next_level, float(next_level.sigma))
+            if callback is not None:
+                callback(i + 1, path.steps, x0)
+        return x
+
+
 class EulerAncestral:
     """DDIM's stochastic step as k-diffusion words it; ``noise`` scales what is drawn. ``eta`` 1 is DDPM.
 

@@ -32,6 +32,7 @@ from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
 from sat.tokenizers import T5Tokenizer
 from sat.train.data import bucket_rule, spare_parts
+from sat.train.lora import NAME as TRAINED
 from sat.train.lora import add_lora, add_tokens, packed_bytes, unpacked
 from sat.train.objectives import Objective
 from sat.train.optim import autocast, build_optimizer, trainable
@@ -146,6 +147,7 @@ def measure(experiment: Experiment) -> Measured:  # noqa: C901 - as a training i
                 add_lora(objective, replace(lora, start=None), train.seed)
             if words := [replace(one, start=None) for one in experiment.adapters.tokens]:
                 add_tokens(objective, engine.conditioner, words, train.seed, alone=lora is None)
+            objective.begin(None if lora is None else TRAINED)
             if train.activation_checkpointing:
                 recompute(objective)
             weights = _weights(engine, objective)

@@ -27,7 +27,7 @@ class Ran(NamedTuple):
     def good(self, name: str) -> str:
         """What a run that ended well said."""
         end = self.ends[name]
-        assert end["code"] == (75 if name == "cut" else 0), end["err"]
+        assert end["code"] == (75 if name.endswith("cut") else 0), end["err"]
         return str(end["out"]) + str(end["err"])
 
     def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
@@ -95,6 +95,19 @@ def test_rounds_cut_within_and_between_are_the_uninterrupted_ones(ran: Ran) -> N
     ran.good("rest")
     for name in ("steps_4", "steps_2"):
         assert same(ran.weights(f"cut/{name}", 4), ran.weights(f"distilled/{name}", 4))
+
+
+def test_consistency_trains_weights_or_factors_and_goes_on_where_it_was_cut(ran: Ran) -> None:
+    """Over the plain UNet, and with relay as factors of which the same network is the teacher."""
+    for name in ("consistent", "consistent_cut", "consistent_on", "consistent_lora"):
+        ran.good(name)
+    assert same(ran.weights("consistent", 4), ran.weights("consistent_cut", 4))
+    for name in ("consistent", "consistent_lora"):
+        steps = [row for row in rows(ran.folder / name) if "lr" in row]
+        assert all(0 < row["loss"] < 10 and row["tangent"] > 0 for row in steps), steps
+        assert any("validation/tangent" in row for row in rows(ran.folder / name))
+    lora = ran.folder / "consistent_lora" / "checkpoints" / "step_00000004"
+    assert list(lora.rglob("adapter*.safetensors"))
 
 
 def test_rounds_are_not_trained_over(ran: Ran) -> None:

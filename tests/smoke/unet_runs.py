@@ -50,12 +50,19 @@ sampling:
   guider: {{target: sat.diffusion.guidance.Embedded, params: {{scale: 2.0}}}}
 checkpoint: {{allow_missing: [guidance.weight]}}
 """
+CONSISTENT = """\
+train:
+  objective:
+    target: sat.train.objectives.consistency.Consistency
+    params: {{guidance: 2.0, terminal: 0.3, warmup: 3}}
+"""
 
 
 def everything(folder: Path, spiece: Path) -> None:
     """All runs."""
     (folder / "train.yaml").write_text(TRAIN.format(root=ROOT, spiece=spiece))
     (folder / "distill.yaml").write_text(DISTILL.format())
+    (folder / "consistent.yaml").write_text(CONSISTENT.format())
     ends = {}
 
     def run(name: str, files: list[Path], *arguments: object, to: str = "") -> None:
@@ -76,6 +83,12 @@ def everything(folder: Path, spiece: Path) -> None:
     run("relay_plus", [folder / "plus_relay.yaml", train], *plain, "--steps", 2)
     teacher = f"checkpoint.model={folder / 'base' / 'checkpoints' / 'step_00000004' / 'native'}"
     run("distilled", [base, train, distill], *plain, teacher)
+    consistent, factors = folder / "consistent.yaml", ("adapters.lora.rank=2", "train.ema=null")
+    run("consistent", [base, train, consistent], *plain, teacher)
+    run("consistent_cut", [base, train, consistent], *plain, teacher, "train.max_minutes=1e-9")
+    run("consistent_on", [base, train, consistent], *plain, teacher, "--resume", to="consistent_cut")
+    native = f"checkpoint.model={folder / 'relay' / 'checkpoints' / 'step_00000004' / 'native'}"
+    run("consistent_lora", [base, relay, train, consistent], *plain, native, *factors)
     run("cut", [base, train, distill], *plain, teacher, "train.max_minutes=1e-9")
     run("again", [base, train, distill], *plain, teacher, to="cut")
     run("rest", [base, train, distill], *plain, teacher, "--resume", to="cut")

@@ -40,6 +40,7 @@ from sat.train.data import Caches, bucket_rule, check_words, in_memory, open_dat
 from sat.train.deepspeed import check_dtype
 from sat.train.log import Record, token_counter
 from sat.train.loop import Extras, Trainer
+from sat.train.lora import NAME as TRAINED
 from sat.train.lora import add_lora, add_tokens, pack_frozen, unpacked
 from sat.train.measure import largest_size
 from sat.train.objectives import Objective
@@ -315,6 +316,7 @@ def _objective(
     if words := experiment.adapters.tokens:
         alone = experiment.adapters.lora is None
         add_tokens(objective, engine.conditioner, words, train.seed, alone=alone)
+    objective.begin(None if experiment.adapters.lora is None else TRAINED)
     if on_cpu or train.attention != "auto":  # elsewhere torch chooses
         log.info("attention: %s", use_kernel(objective, train.attention, section="train"))
     for module in trained.values() if train.compile else []:

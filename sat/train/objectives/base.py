@@ -56,6 +56,9 @@ class Objective(nn.Module):
         """
         return {}
 
+    def begin(self, adapter: str | None) -> None:
+        """Called before training with the name of the factors that alone are trained, or None for weights."""
+
     def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The same for ``evaluate``; by default those of ``draws``."""
         return self.draws(batch, draws)

@@ -1,0 +1,175 @@
+"""Consistency distillation (sCM): a student whose x0 is the same at every level of its teacher's path."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sat.adapters.lora import switched_off
+from sat.conditioning.conditioner import Condition
+from sat.data.batch import Batch
+from sat.diffusion.distillation import (
+    LevelTable,
+    angle,
+    consistency_target,
+    derivative,
+    nearer_levels,
+    tangent,
+)
+from sat.diffusion.draws import Draws, GeneratorDraws
+from sat.diffusion.loss import AngleWeighting, DenoisingLoss, Weighting
+from sat.diffusion.prediction import Denoiser, Network
+from sat.diffusion.process import ProcessContext
+from sat.diffusion.schedule import Level, sized
+from sat.embeddings import sent
+from sat.engine import DiffusionEngine
+from sat.train.objectives.diffusion import DiffusionObjective
+
+
+class Consistency(DiffusionObjective):
+    """The student learns in one training to draw in any small number of steps, by ``Renoise`` or DDIM.
+
+    Full weights, with a copy of the network as teacher; or factors (``adapters.lora``), where the teacher is
+    the same network with them off. The teacher is guided by ``guidance``: one strength is folded into the
+    student, a pair is drawn between and seen by it (``guidance_dim`` of the model). Levels are drawn as
+    ``diffusion.loss`` says; a ``terminal`` share of the pictures is at the noisiest, which one step draws
+    from. Over the first ``warmup`` steps the derivative through the network comes in.
+
+    ``derivative``: ``difference`` takes one more prediction, nearer on the teacher's path by an angle of
+    ``gap`` (atan of noise over signal); ``jvp`` is exact, and needs attention with a forward derivative
+    (``train.attention`` torch on a CPU has none: take ``difference``). Works over any process, schedule and
+    prediction. Source: sCM, arXiv:2410.11081; the difference along the teacher is rCM's, arXiv:2510.08431.
+    """
+
+    extras = frozenset[str]()
+    weighs = False
+
+    def __init__(
+        self,
+        guidance: float | tuple[float, float] = 4.0,
+        terminal: float = 0.1,
+        warmup: int = 0,
+        gap: float = 0.01,
+        derivative: Literal["difference", "jvp"] = "difference",
+        weighting: Weighting | None = None,
+        low_from: Literal["image", "first_stage"] = "image",
+        *,
+        engine: DiffusionEngine,
+    ) -> None:
+        super().__init__(caption_dropout=0.0, low_from=low_from, engine=engine)
+        self.embeds = not isinstance(guidance, (int, float))
+        self.guidance = cast("tuple[float, float]", guidance if self.embeds else (guidance, guidance))
+        if not 0 <= self.guidance[0] <= self.guidance[1]:
+            raise ValueError(f"consistency: guidance is {guidance}, expected 0 <= smallest <= largest")
+        if self.embeds and getattr(engine.network, "guidance", None) is None:
+            raise ValueError(
+                "consistency: a pair of guidance strengths is an input of the student: set "
+                "model.params.guidance_dim, or give one strength, which is folded in"
+            )
+        if not 0 <= terminal <= 1 or not 0 < gap < 0.5 or warmup < 0:
+            raise ValueError(
+                f"consistency: terminal {terminal:g}, gap {gap:g} and warmup {warmup}: expected a share of 0 "
+                "to 1, an angle above 0 and below 0.5, and a number of steps"
+            )
+        if engine.denoising_loss.kind != "l2":
+            raise ValueError("consistency has squared errors: leave kind out of diffusion.loss.params")
+        self.terminal, self.warmup, self.gap, self.derivative = terminal, warmup, gap, derivative
+        self.loss = DenoisingLoss(weighting or AngleWeighting())
+        self._adapter: str | None = None
+        self._teacher: tuple[nn.Module, ...] = ()  # out of the module tree: neither trained nor saved
+        self._tables: dict[tuple[int, int], tuple[LevelTable, LevelTable]] = {}
+
+    def begin(self, adapter: str | None) -> None:
+        """Copy the teacher, unless it is the network without the trained factors."""
+        self._adapter = adapter
+        self._teacher = () if adapter else (copy.deepcopy(self.engine.network).requires_grad_(False),)
+
+    def beside(self) -> Sequence[nn.Module]:
+        """The teacher, where it is a copy."""
+        return self._teacher
+
+    def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Noise of the posteriors, timesteps, noise, guidance strengths, and the share of the warm-up."""
+        shape = self.latent_shape(batch)
+        made = {"posterior": draws.normal("posterior", shape)}
+        if self.engine.process.input is not None:
+            made["low_res"] = draws.normal("low_res", shape)
+        made |= self.engine.draw(shape, draws)._asdict()
+        last = self.engine.process.hooks.span(self.engine.schedule) - 1
+        made["timestep"] = made["timestep"].masked_fill(draws.uniform("terminal") < self.terminal, last)
+        smallest, largest = self.guidance
+        made["strength"] = smallest + (largest - smallest) * draws.uniform("strength")
+        warm = min(1.0, draws.step / self.warmup) if self.warmup and isinstance(draws.step, int) else 1.0
+        return made | {"warm": torch.full((len(batch),), warm)}
+
+    def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """The same; the whole tangent."""
+        drawn = self.draws(batch, draws)
+        return drawn | {"warm": torch.ones(len(batch))}
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """``loss`` of the student, and ``tangent``, how far from consistent it is (root mean square)."""
+        process, denoiser = self.engine.process, self.engine.denoiser
+        drawn = batch.draws or self.draws(batch, GeneratorDraws(len(batch), generator))
+        clean, low_res = self.latents(batch, drawn["posterior"]), self.low_res(batch, drawn.get("low_res"))
+        cond, ctx = self.condition(batch, clean.device), ProcessContext(low_res)
+        place, eps, strength, warm = (
+            sent(drawn[name], clean.device) for name in ("timestep", "eps", "strength", "warm")
+        )
+        size = (clean.shape[2], clean.shape[3])
+        here, near = self._levels_of(size)
+        level, nearer = here.at(place), near.at(place)  # fields (B, 1, 1, 1)
+        x = process.noise(clean, eps, level, ctx)  # (B, C, h, w)
+        teacher = self._teachers(x, level, cond, strength)
+        x_near = process.step(x, teacher, level, nearer, ctx)  # on the teacher's path
+
+        seen = cond.guided(strength) if self.embeds else cond
+        prepared = denoiser.network.prepare(seen, size)
+        out = denoiser.output(x, level, prepared)
+        with torch.no_grad():
+            x0 = denoiser.prediction.to_x0(out, x, level)
+            h = (angle(level) - angle(nearer)).to(x)
+            if self.derivative == "jvp":
+                slopes = Level(
+                    *((a - b) / h.view_as(torch.as_tensor(a)) for a, b in zip(level, nearer, strict=True))
+                )
+                still = denoiser.network.prepare(seen, size)
+                _, change = derivative(
+                    lambda x, at: denoiser(x, at, still), x, level, (x - x_near) / h, slopes
+                )
+            else:
+                change = (x0 - denoiser(x_near, nearer, prepared)) / h  # dx0/dt
+            g = tangent(x0, teacher, change, level, warm[:, None, None, None])
+            target = consistency_target(x0, g, level)
+            target_eps = (x - level.alpha * target) / level.sigma  # x = alpha x0 + sigma eps
+        wanted = denoiser.prediction.target(target, target_eps, level)
+        loss = self.loss.error(out, wanted, level, denoiser).mean()
+        return {"loss": loss, "tangent": g.square().mean().sqrt()}
+
+    def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """The same on held-out data."""
+        return self.forward(batch, generator)
+
+    def _levels_of(self, size: tuple[int, int]) -> tuple[LevelTable, LevelTable]:
+        """The training levels for a latent of ``size`` (h, w), and those nearer by ``gap``."""
+        if size not in self._tables:
+            levels = nearer_levels(self.engine.process, sized(self.engine.schedule, size), self.gap)
+            self._tables[size] = LevelTable(levels[0]), LevelTable(levels[1])
+        return self._tables[size]
+
+    @torch.no_grad()
+    def _teachers(self, x: Tensor, level: Level, cond: Condition, strength: Tensor) -> Tensor:
+        """The guided teacher's x0 (B, C, h, w): x0_null + strength (x0_text - x0_null)."""
+        network = self._teacher[0] if self._teacher else self.network
+        off = switched_off(network, self._adapter) if self._adapter else nullcontext()
+        with off:
+            teacher = Denoiser(cast(Network, network), self.engine.prediction)
+            prepared = teacher.network.prepare(Condition.cat([cond.null(), cond]), (x.shape[2], x.shape[3]))
+            twice = Level(*(torch.cat([field, field]) for field in level))  # type: ignore[list-item]
+            null, text = teacher(torch.cat([x, x]), twice, prepared).chunk(2)
+        return null + strength[:, None, None, None] * (text - null)
