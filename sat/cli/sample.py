@@ -92,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="skip what is already in the output folder with the same settings",
     )
+    add(
+        "--overwrite", action="store_true", help="replace the pictures of an earlier run in the output folder"
+    )
     return out
 
 

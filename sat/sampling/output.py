@@ -6,6 +6,7 @@ The layout ``OUT/<index>_<name>/000000000.png`` is the official one; the relay s
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import string
 import struct
@@ -30,6 +31,9 @@ from sat.util.pictures import LARGEST_FILE, PictureError, open_picture
 
 STAGES = "stages"
 """Folder of the records, and perhaps the pictures, of a cascade's stages."""
+
+BEGAN = "began.json"
+"""File in a run's folder: the digest of its config and prompts, by which a later start finds it again."""
 
 NAME_LENGTH = 20
 """Characters of the prompt in a folder's name."""
@@ -163,6 +167,28 @@ def prove_writable(root: Path) -> None:
         (root / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write to output folder {root}: {error.strerror or error}") from error
+
+
+def run_folder(root: Path, purpose: str, *, join: bool) -> tuple[Path, bool]:
+    """The folder of a run that was told to draw into ``root``, and True if it began there before.
+
+    A folder that holds pictures is another run's: the next is ``root-2``, ``root-3`` and so on. ``join``: go
+    on where the run of this ``purpose`` began (:data:`BEGAN`), if there is one.
+    """
+    root = root if root.name else root.resolve()
+    name = re.compile(rf"{re.escape(root.name)}-([1-9]\d*)")
+    numbers = {1: root} | {
+        int(match[1]): path for path in root.parent.glob("*-*") if (match := name.fullmatch(path.name))
+    }
+    if join:
+        for number in sorted(numbers, reverse=True):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                if json.loads((numbers[number] / BEGAN).read_text())["purpose"] == purpose:
+                    return numbers[number], True
+    if not numbered(root):
+        return root, False
+    taken = [number for number, path in numbers.items() if numbered(path)]
+    return root.with_name(f"{root.name}-{max(taken) + 1}"), False
 
 
 def numbered(root: Path) -> dict[int, list[str]]:

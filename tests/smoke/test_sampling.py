@@ -54,6 +54,7 @@ def test_a_run_writes_pictures_grid_config_and_record(sample, tmp_path) -> None:
         "0_a_red_apple/000000000.png",
         "0_a_red_apple/000000001.png",
         "0_a_red_apple/grid.png",
+        "began.json",
         "ended.json",
         "resolved.yaml",
         "run.json",
@@ -229,9 +230,44 @@ def test_a_share_may_be_empty(sample, tmp_path, three) -> None:
 
 def test_another_runs_folders_are_named(sample, tmp_path) -> None:
     assert sample("--prompt", "a dog", "--output-dir", tmp_path).code == 0
-    done = sample("--prompt", "a cat", "--output-dir", tmp_path)
+    done = sample("--prompt", "a cat", "--output-dir", tmp_path, "--overwrite")
     assert "warning: " in done.err
     assert "holds 1 prompt folders of another run, such as 0_a_dog" in done.err
+
+
+def test_a_fresh_run_replaces_no_picture_and_an_interrupted_one_is_found_again(sample, tmp_path) -> None:
+    out, second, third = (tmp_path / name for name in ("out", "out-2", "out-3"))
+    one = ("--prompt", "a dog", "--output-dir", out)
+    assert sample(*one).code == 0
+    before = files(out)
+    done = sample(*one, "--seed", 7)
+    assert done.code == 0 and f"goes to {second}" in done.err and done.out.startswith(str(second))
+    done = sample(*one)
+    assert done.out.startswith(str(third)) and files(third) == before == files(out)
+    (second / "0_a_dog/000000000.png").unlink()  # as if it had been stopped
+    done = sample(*one, "--seed", 7, "--resume")
+    assert done.out.startswith(str(second)) and len(files(second)) == 1 and files(third) == before
+    done = sample(*one, "--seed", 8, "--overwrite")
+    assert done.out.startswith(str(out)) and files(out) != before
+    done = sample(*one, "--overwrite", "--resume")
+    assert done.code == 2 and "give one of them" in done.err
+
+
+def test_shares_and_a_job_queued_again_go_on_where_they_began(sample, tmp_path, three, monkeypatch) -> None:
+    out, second = tmp_path / "out", tmp_path / "out-2"
+    assert sample("--prompt", "a dog", "--output-dir", out).code == 0
+    for part in (1, 0):
+        done = sample("--prompt-file", three, "--output-dir", out, f"sampling.share={part}/2")
+        assert done.code == 0, done.err
+    assert len(files(second)) == 3 and len(files(out)) == 1
+    (second / "began.json").replace(tmp_path / "kept")
+    done = sample("--prompt-file", three, "--output-dir", out, "sampling.share=0/2", "--check-inputs")
+    assert f"run folder: {tmp_path / 'out-3'}" in done.out  # as the job script reads it
+    (tmp_path / "kept").replace(second / "began.json")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    done = sample("--prompt-file", three, "--output-dir", out)
+    assert done.code == 0 and "3 of 3 prompts are finished already" in done.err
+    assert not (tmp_path / "out-3").exists()
 
 
 @pytest.mark.parametrize("where", ["free", "cpu"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -29,7 +31,7 @@ from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch, pick_d
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams
 from sat.sampling.inputs import InputFolder, PictureFiles, checked_latents, read_latents
-from sat.sampling.output import STAGES, OutputFolder, folder_name, prove_writable
+from sat.sampling.output import BEGAN, STAGES, OutputFolder, folder_name, prove_writable, run_folder
 from sat.sampling.prompts import (
     NO_ROW,
     Prompt,
@@ -75,7 +77,9 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         if edits is not None and args.check_inputs and prompts is not None:
             edits.check(_wanted(first, prompts), first.sampling.batch_size)
         if args.check_inputs:
-            part, root = parse_share(first.sampling.share or "0/1"), first.output.dir or OUTPUT
+            part = parse_share(first.sampling.share or "0/1")
+            placed = _placed(cascade, prompts, overwrite=args.overwrite)
+            root = placed.stages[-1].experiment.output.dir or OUTPUT
             print(f"its end: {root / ended_name(*part)}\nrun folder: {root}")
         return 0
     for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.notices):
@@ -109,6 +113,8 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         ranks = _Ranks(runtime, Mesh(runtime, **layout))
         if rewriting is not None and prompts is not None:
             cascade, prompts = rewriting.whole(cascade, prompts, runtime)
+        placed = _placed(cascade, prompts, overwrite=args.overwrite) if runtime.is_main else cascade
+        cascade = from_main(placed)
         with _writer(cascade, prompts, runtime):
             if prompts is None:
                 root = first.output.dir or OUTPUT
@@ -121,6 +127,44 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
     return 0
 
 
+def _placed(cascade: Cascade, prompts: Sequence[Prompt] | None, *, overwrite: bool) -> Cascade:
+    """``cascade`` with the folder that its pictures go to: no fresh run replaces the pictures of another.
+
+    With --resume, as a share or as a job that was queued again it goes on where it began, and skips what is
+    finished. Prompts that are asked for get the next free numbers of the folder instead.
+    """
+    last = cascade.stages[-1].experiment
+    root, resume = last.output.dir or OUTPUT, last.output.resume
+    if overwrite and resume:
+        raise UsageError("--overwrite draws all again, --resume what is missing: give one of them")
+    if prompts is not None and not overwrite:
+        again = resume or last.sampling.share is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        folder, begun = run_folder(root, _purpose(cascade, prompts), join=again)
+        if begun or not resume:
+            if folder != root:
+                how = "goes on in" if begun else "goes to"
+                advice = "" if begun else " (--overwrite replaces them)"
+                log.info("%s holds pictures of another run, so this one %s %s%s", root, how, folder, advice)
+            root, resume = folder, resume or begun
+    output = replace(last.output, dir=root, resume=resume)
+    stages = [replace(s, experiment=replace(s.experiment, output=output)) for s in cascade.stages]
+    return Cascade(stages, cascade.keep)
+
+
+def _purpose(cascade: Cascade, prompts: Sequence[Prompt] | None) -> str:
+    """Digest of configs and prompts, the same for every share and wherever the pictures go."""
+    trees = []
+    for stage in cascade.stages:
+        sampling = replace(stage.experiment.sampling, share=None)
+        output = replace(stage.experiment.output, dir=None, resume=False)
+        trees.append(dump(replace(stage.experiment, sampling=sampling, output=output)))
+    texts = [
+        [prompt.index, prompt.text, *([str(prompt.row)] if prompt.row != NO_ROW else [])]
+        for prompt in prompts or ()
+    ]
+    return settings_digest({"config": trees, "prompts": None if prompts is None else texts})
+
+
 @contextlib.contextmanager
 def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime) -> Iterator[None]:
     """Be the one writer of this share of the output folder; rank 0 is for all, and its refusal is theirs."""
@@ -131,18 +175,9 @@ def _writer(cascade: Cascade, prompts: Sequence[Prompt] | None, runtime: Runtime
         try:
             if runtime.is_main:
                 prove_writable(root)
-                sampling, output = replace(last.sampling, share=None), replace(last.output, resume=False)
-                tree = dump(replace(last, sampling=sampling, output=output))
-                texts = (
-                    None
-                    if prompts is None
-                    else [
-                        [prompt.index, prompt.text, *([str(prompt.row)] if prompt.row != NO_ROW else [])]
-                        for prompt in prompts
-                    ]
-                )
-                purpose = settings_digest({"config": tree, "prompts": texts})
+                purpose = _purpose(cascade, prompts)
                 ending.lock = stack.enter_context(share_lock(root, *part, purpose, str(root)))
+                write_text(root / BEGAN, json.dumps({"purpose": purpose}) + "\n")
         except BusyError as error:
             refused = error
         if (refusal := from_main(refused)) is not None:
