@@ -28,6 +28,7 @@ usage: cogview3 COMMAND [options]
   cogview3 sample --prompt "a red apple"    draws with the small model that comes with the package
   cogview3 COMMAND --help                   options and examples of one command
   cogview3 --version
+  source <(cogview3 completion bash)        names of commands and options on Tab; also zsh, fish
 
 Several processes: torchrun --standalone --nproc_per_node N -m cogview3 COMMAND ...
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted."""
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"cogview3 {__version__}")
         return 0
+    if words[0] == "completion":
+        return completion(words[1:])
     if words[0] not in COMMANDS:
         near = difflib.get_close_matches(words[0], COMMANDS, 1)
         hint = f": did you mean {near[0]!r}?" if near else f": expected {', '.join(COMMANDS)}"
@@ -58,6 +61,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = [f"cogview3 {words[0]}", *words[1:]]
     code: int = import_module(f"sat.cli.{words[0]}").main()
     return code
+
+
+BASH = """\
+_cogview3() {{
+    local words="{commands}"
+    case "${{COMP_WORDS[1]}}" in
+{options}
+    esac
+    if [[ $COMP_CWORD == 1 || ${{COMP_WORDS[COMP_CWORD]}} == -* ]]; then
+        COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+    fi
+}}
+complete -o default -F _cogview3 cogview3"""
+"""Anything but a command or an option is completed as a file's name."""
+
+
+def completion(words: Sequence[str]) -> int:
+    """Print the script that completes commands and options in a shell; the exit code."""
+    if list(words) not in (["bash"], ["zsh"], ["fish"]):
+        print("usage: cogview3 completion bash | zsh | fish", file=sys.stderr)
+        return 2
+    options = {name: import_module(f"sat.cli.{name}").parser().options() for name in COMMANDS}
+    if words[0] == "fish":
+        for name, what in COMMANDS.items():
+            print(f"complete -c cogview3 -n __fish_use_subcommand -a {name} -d '{what}'")
+            for option in sorted(o for o in options[name] if o.startswith("--")):
+                print(f"complete -c cogview3 -n '__fish_seen_subcommand_from {name}' -l {option[2:]}")
+        return 0
+    if words[0] == "zsh":
+        print("autoload -Uz bashcompinit && bashcompinit")
+    cases = (f'        {name}) words="{" ".join(sorted(given))}" ;;' for name, given in options.items())
+    print(BASH.format(commands=" ".join(COMMANDS), options="\n".join(cases)))
+    return 0
 
 
 def _tell_neighbour() -> None:

@@ -129,7 +129,7 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
         theirs.verified()
     lists = (found.missing, found.computed, found.unexpected, found.ignored)
     report = LoadReport(theirs.source, found.layout, len(found.view), *lists)
-    logger.info("%s: %s", part, str(report))
+    logger.debug("%s: %s", part, str(report))
     return report
 
 

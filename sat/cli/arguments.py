@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, get_args
 
+from sat import __version__
 from sat.cli.main_guard import UsageError
 from sat.util.log import one_line
 
@@ -42,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         return cls(program, None, description, epilog, formatter_class=form, allow_abbrev=False)
 
     def format_help(self) -> str:
-        """Usage, options and examples."""
+        """Usage, examples, and the options in groups, those of every program last."""
+        self._action_groups.sort(key=lambda group: group.title in ("config", "messages"))
         return spoken(super().format_help())
 
     def options(self) -> set[str]:
@@ -66,33 +68,53 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{spoken(text)}{one_line(message)}\n")
 
 
-class Setting(NamedTuple):
-    """One config key and the value that an option gave it."""
+class Setting(tuple[str, object]):
+    """One config key and the value that an option gave it; messages name the option, ``label``."""
 
-    key: str
-    value: object
+    label: str
+
+    def __new__(cls, key: str, value: object, label: str = "override") -> Self:
+        """The pair, as an override of a config."""
+        made = super().__new__(cls, (key, value))
+        made.label = label
+        return made
 
 
-def reader(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def reader(
+    program: str, description: str, epilog: str, *, run_folder: bool = False
+) -> argparse.ArgumentParser:
     """A parser with the arguments of every command over configs, such as ``--base`` and overrides.
 
-    Options get no defaults: those are the config's.
+    Options get no defaults: those are the config's. ``run_folder``: there is one, and ``--check-inputs`` for
+    job scripts.
     """
     out = Parser.of(program, description, epilog)
     files = "config files, laid over one another left to right"
-    out.add_argument("--base", nargs="+", action="extend", metavar="YAML", help=files)
+    out.usage = "%(prog)s --base YAML [YAML ...] [options] [section.key=value ...]"
+    add = out.add_argument_group("config").add_argument
+    add("--base", nargs="+", action="extend", metavar="YAML", help=files)
     overrides = "config keys to set after the files"
-    out.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
-    out.add_argument("--check", action="store_true", help="check the config and exit")
-    out.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")
-    out.add_argument("--debug", action="store_true", help="debug log; tracebacks of errors")
+    add("overrides", nargs="*", metavar="section.key=value", help=overrides)
+    add("--check", action="store_true", help="check the config and exit")
+    if run_folder:
+        what = "as --check, with an error for files that are missing; its last line names the run folder"
+        add("--check-inputs", action="store_true", help=what)
+    add("--print-config", action="store_true", help="print the resolved config as YAML and exit")
+    add_messages(out)
     return out
 
 
-def add_check_inputs(reader: argparse.ArgumentParser) -> None:
-    """Give ``reader`` the option ``--check-inputs`` of commands with a run folder; job scripts use it."""
-    what = "as --check, with an error for files that are missing; its last line names the run folder"
-    reader.add_argument("--check-inputs", action="store_true", help=what)
+def add_messages(parser: argparse.ArgumentParser, *commands: argparse.ArgumentParser) -> None:
+    """Give ``parser`` and its ``commands`` the options of every program: how much it says."""
+    absent = argparse.SUPPRESS  # a command of the program must not undo what stands before it
+    for each in (parser, *commands):
+        add = each.add_argument_group("messages").add_argument
+        quiet, more = "only warnings and results", "say more of what is done"
+        add("-q", "--quiet", dest="verbosity", action="store_const", const=-1, default=absent, help=quiet)
+        add("-v", "--verbose", dest="verbosity", action="store_const", const=1, default=absent, help=more)
+        add("--debug", action="store_true", default=absent, help="debug log; tracebacks of errors")
+        add("--version", action="version", version=f"cogview3 {__version__}")
+    parser.set_defaults(verbosity=0, debug=False)
 
 
 def parse(
@@ -106,10 +128,14 @@ def parse(
     args = reader.parse_intermixed_args(argv)
     if args.base is None and small is not None:
         args.base = [small]
-        print(f"no --base, so the small model of {small} draws", file=sys.stderr)
+        if args.verbosity >= 0:
+            print(f"no --base, so the small model of {small} draws", file=sys.stderr)
     sort_overrides(args)
     for item in args.overrides:
         if not _OVERRIDE.match(item):
+            if getattr(args, "prompt", None) and not item.endswith((".yaml", ".yml")):
+                whole = " ".join([args.prompt[-1], *(i for i in args.overrides if not _OVERRIDE.match(i))])
+                reader.error(f"unexpected argument {item!r}: put the prompt in quotes, --prompt {whole!r}")
             reader.error(f"unexpected argument {item!r}: expected section.key=value, or --base {item}")
     if not args.base:
         reader.error(f"--base is needed: config files, such as {example}")
@@ -125,8 +151,13 @@ def sort_overrides(args: argparse.Namespace) -> None:
 
 def settings(args: argparse.Namespace, options: Mapping[str, str]) -> list[Setting]:
     """The config keys that the given ``options`` (argument: key) set."""
-    pairs = ((key, getattr(args, name)) for name, key in options.items())
-    return [Setting(key, value) for key, value in pairs if value is not None]
+    given = ((name, key, getattr(args, name)) for name, key in options.items())
+    return [Setting(key, value, _flag(name)) for name, key, value in given if value is not None]
+
+
+def _flag(name: str) -> str:
+    """The option of an argument's name."""
+    return f"--{name.replace('_', '-')}"
 
 
 class Lora(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sat.cli.arguments import Parser, lora
+from sat.cli.arguments import Parser, add_messages, lora
 from sat.cli.main_guard import UsageError, guard
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = Parser.of("convert.py", DESCRIPTION, EPILOG)
+    top.usage = "%(prog)s SRC DST --to FORMAT [options]"
     top.add_argument("src", metavar="SRC", type=Path, help="folder or weight file to read")
     top.add_argument("dst", metavar="DST", type=Path, help="folder to write: new or empty")
     top.add_argument("--to", required=True, choices=_FORMATS, help="format to write")
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--max-shard", default="5GB", metavar="SIZE", help=shard)
     pickle = "run the code in SRC's pickles; only if you trust them"
     top.add_argument("--allow-pickle", action="store_true", help=pickle)
-    top.add_argument("--debug", action="store_true", help="show where an error came from")
+    add_messages(top)
     return top
 
 
@@ -95,7 +96,7 @@ def verify_parser() -> argparse.ArgumentParser:
     write = "if all is good, add digests of chunks to the manifest (digests.json where there is none)"
     top.add_argument("--write", action="store_true", help=write)
     top.add_argument("--allow-pickle", action="store_true", help="run pickles' code; only if you trust them")
-    top.add_argument("--debug", action="store_true", help="show where an error came from")
+    add_messages(top)
     return top
 
 

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, distribution, packages_dist
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sat.cli.arguments import Parser
+from sat.cli.arguments import Parser, add_messages
 from sat.cli.main_guard import UsageError, guard
 from sat.errors import UserError
 from sat.util.ending import ENDED
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     out = Parser.of("python -m sat.cli.doctor", DESCRIPTION, EPILOG)
     out.add_argument("folders", nargs="*", type=Path, metavar="RUN_OR_FOLDER", help="folders to look at, too")
     out.add_argument("--json", action="store_true", help="print the same facts as JSON")
-    out.add_argument("--debug", action="store_true", help="stop at an inner error and show where it is")
+    add_messages(out)
     return out
 
 

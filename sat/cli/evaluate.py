@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sat.cli.arguments import Parser, sort_overrides
+from sat.cli.arguments import Parser, add_messages, sort_overrides
 from sat.cli.main_guard import guard, refuse_tasks
+from sat.util import log as logs
 from sat.util.host import prepare_threads
 
 CLASSIFIER = Path("checkpoints/tiny_classifier")
@@ -33,15 +33,22 @@ class _Parser(Parser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
-        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--debug"):
+        rest = [word for word in words if word not in ("--debug", "-q", "--quiet", "-v", "--verbose")]
+        if not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help", "--version")):
             words.insert(0, RUN)
         return super().parse_known_args(words, namespace)
+
+    def format_help(self) -> str:
+        """The commands, and the options of ``run``, which needs no command."""
+        (commands,) = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        options = commands.choices[RUN].format_help().partition("\n\n")[2]
+        return f"{super().format_help()}\nwithout a command, as of {RUN}:\n\n{options}"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; nothing heavy is imported to parse it."""
     top = _Parser.of("python -m sat.cli.evaluate", DESCRIPTION)
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.usage = "%(prog)s [COMMAND] [options]"
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     add = commands.add_parser(RUN, help="draw and score pictures (without a command)").add_argument
     add("--base", nargs="+", action="extend", metavar="YAML", help="config files of the model that draws")
@@ -96,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, metavar="DIR", help="new folder")
     _add_small(commands)
+    add_messages(top, *commands.choices.values())
     return top
 
 
@@ -147,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sort_overrides(args)
             prepare_threads()
         else:
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            logs.setup(debug=args.debug, verbosity=args.verbosity)
         from sat.cli.commands.evaluate import COMMANDS
         from sat.config.yaml_source import find
 

@@ -6,19 +6,27 @@ Nothing heavy is imported to parse the arguments.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.cli.arguments import Parser
+from sat.cli.arguments import Parser, add_messages
 from sat.cli.main_guard import guard, refuse_tasks
+from sat.util import log as logs
+
+DESCRIPTION = """\
+Make training data, look at it, and keep its latents.
+
+  python -m sat.cli.prepare inspect data/emoji_sample --sheet sheet.png
+  python -m sat.cli.prepare inspect --base configs/tiny.yaml configs/lora.yaml configs/tiny_lora.yaml
+  python -m sat.cli.prepare cache --base configs/plus.yaml configs/sft.yaml --cache data/cache
+  python -m sat.cli.prepare emoji --out data/emoji
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = Parser.of("python -m sat.cli.prepare", "Make and look at training data.")
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top = Parser.of("python -m sat.cli.prepare", DESCRIPTION)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     add = commands.add_parser("emoji", help="draw emoji sets as image-caption pairs").add_argument
@@ -76,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add("--count", type=int, default=100, metavar="N", help="pictures in all (100); missing ones are drawn")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the pictures and captions")
     add("overrides", nargs="*", metavar="section.key=value", help="config keys to set")
+    add_messages(top, *commands.choices.values())
     return top
 
 
@@ -83,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
     args = parser().parse_args(argv)
     if args.command != "cache":  # which has a log of its own, for several ranks
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logs.setup(debug=args.debug, verbosity=args.verbosity)
 
     def work() -> int:
         refuse_tasks("-m sat.cli.prepare", argv)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.cli.arguments import Parser, sort_overrides
+from sat.cli.arguments import Parser, add_messages, sort_overrides
 from sat.cli.main_guard import guard
 
 KEY, URL, NAME, MODEL = "OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_MODEL", "gpt-5-mini"
@@ -28,6 +28,7 @@ answer, 2 wrong arguments.
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     out = Parser.of("prompt_optimize.py", DESCRIPTION, EPILOG)
+    out.usage = "%(prog)s --prompt TEXT [options]"
     add = out.add_argument
     what = out.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", metavar="TEXT", help="what to rewrite; repeat for several")
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--base", nargs="+", action="extend", metavar="YAML", help="config whose tokenizer limits the length")
     add("--no-cache", action="store_true", help="send every prompt, also those that were rewritten before")
     add("--dry-run", action="store_true", help="print what would be sent, as JSON, and send nothing")
-    add("--debug", action="store_true", help="debug log; tracebacks of errors")
+    add_messages(out)
     out.set_defaults(overrides=[])
     return out
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat.cli.arguments import Setting, add_check_inputs, control, lora, parse, reader, settings
+from sat.cli.arguments import Setting, control, lora, parse, reader, settings
 from sat.cli.main_guard import guard, refuse_tasks
 from sat.sampling.prompts import check_text
 from sat.util.host import prepare_threads
@@ -15,9 +15,12 @@ from sat.util.host import prepare_threads
 DESCRIPTION = """\
 Draw pictures for prompts with the model that --base describes.
 
-  python sample.py --base configs/tiny.yaml --prompt "a red apple" --output-dir OUT
-  torchrun --standalone sample.py --base configs/tiny.yaml --prompt-file configs/prompts.txt
+  python sample.py --prompt "a red apple"
+  python sample.py --base configs/tiny_cascade.yaml --prompt-file configs/tiny_prompts.txt --output-dir OUT
+  python sample.py --base configs/plus.yaml --prompt "a red fox in the snow" --width 1536 sampling.dtype=bf16
+  torchrun --standalone --nproc_per_node 2 sample.py --base configs/tiny.yaml --prompt-file prompts.txt
 
+Without --base the small model of configs/tiny.yaml draws, which knows single objects such as "blue heart".
 Without a prompt, on a terminal, it asks for prompts until end of file (Ctrl-D).
 """
 EPILOG = """\
@@ -47,54 +50,45 @@ _OPTIONS = {
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    out = reader("sample.py", DESCRIPTION, EPILOG)
-    add_check_inputs(out)
-    add = out.add_argument
-    add("--prompt", action="append", metavar="TEXT", help="what to draw; repeat for several")
+    out = reader("sample.py", DESCRIPTION, EPILOG, run_folder=True)
+    add = out.add_argument_group("pictures").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="text to draw, in quotes; repeat for several")
     add("--prompt-file", metavar="FILE", help="a text file with one prompt a line, or .jsonl with settings")
     add("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
-    add("--output-dir", metavar="OUT", help="folder for the pictures (default: outputs)")
+    add("--batch-size", type=int, metavar="N", help="images per prompt")
     add("--seed", type=int, help="image i of a prompt uses SEED + i")
     add("--height", type=int, metavar="PIXELS", help="height of the pictures")
     add("--width", type=int, metavar="PIXELS", help="width of the pictures")
     add("--steps", type=int, help="denoising steps")
     add("--guidance", type=float, metavar="SCALE", help="strength of classifier-free guidance; 1 is none")
-    add("--batch-size", type=int, metavar="N", help="images per prompt")
+    add("--lora", action="append", metavar="PATH[:STRENGTH]", help="use an adapter; repeat for several")
     words = "use new words of a textual inversion; repeat for several"
     add("--embedding", action="append", metavar="PATH", help=words)
+
+    add = out.add_argument_group("pictures to start from").add_argument
     add("--init-image", metavar="FILE|FOLDER", help="a picture to change, or one for each prompt")
     add("--strength", type=float, metavar="S", help="how far it is changed, 0 to 1 (docs/edit.md)")
     add("--mask", metavar="FILE|FOLDER", help="white where the picture is drawn anew, black where it stays")
     add("--strength-map", metavar="FILE|FOLDER", help="a grey picture: each place's own strength")
     add("--outpaint", type=_margins, metavar="left=64,top=0,...", help="pixels to add around the picture")
     add("--fit", choices=("crop", "pad", "stretch"), help="how pictures are brought to height and width")
-    add("--lora", action="append", metavar="PATH[:STRENGTH]", help="use an adapter; repeat for several")
-    add(
-        "--control",
-        action="append",
-        metavar="FILE:IMAGE[:SCALE[:START-END]]",
-        help="steer by a picture with a trained control, in a part of the noise range; repeat for several",
-    )
-    add(
-        "--control-preprocess",
-        action="store_true",
-        help="pictures of --control are plain ones: make the controls' of them (edges, …) as for training",
-    )
-    add(
-        "--optimize-prompt",
-        action="store_true",
-        help="have a language model describe each prompt first",
-    )
+    steer = "steer by a picture with a trained control, in a part of the noise range; repeat for several"
+    add("--control", action="append", metavar="FILE:IMAGE[:SCALE[:START-END]]", help=steer)
+    made = "pictures of --control are plain ones: make the controls' of them (edges, …) as for training"
+    add("--control-preprocess", action="store_true", help=made)
+
+    add = out.add_argument_group("output folder").add_argument
+    folder = "folder for the pictures (outputs); the next of outputs-2, outputs-3 … where it holds some"
+    add("--output-dir", metavar="OUT", help=folder)
+    add("--overwrite", action="store_true", help="replace an earlier run's pictures in the output folder")
+    again = "go on with an earlier run of the same settings: skip what is there"
+    add("--resume", action="store_true", help=again)
+
+    add = out.add_argument_group("prompts written by a language model").add_argument
+    first = "have a language model describe each prompt first"
+    add("--optimize-prompt", action="store_true", help=first)
     add("--optimizer-url", metavar="URL", help="its OpenAI-compatible server (its key: OPENAI_API_KEY)")
     add("--optimizer-model", metavar="NAME", help="its name on that server")
-    add(
-        "--resume",
-        action="store_true",
-        help="skip what is already in the output folder with the same settings",
-    )
-    add(
-        "--overwrite", action="store_true", help="replace the pictures of an earlier run in the output folder"
-    )
     return out
 
 
@@ -129,18 +123,24 @@ def given(args: argparse.Namespace) -> list[Setting]:
     check_text(args.negative_prompt or "", "the negative prompt")
     out = settings(args, _OPTIONS)
     if args.prompt:
-        out += [Setting("sampling.prompt", list(args.prompt)), Setting("sampling.prompt_file", None)]
+        out += [
+            Setting("sampling.prompt", list(args.prompt), "--prompt"),
+            Setting("sampling.prompt_file", None),
+        ]
     if args.prompt_file:
-        out += [Setting("sampling.prompt", None), Setting("sampling.prompt_file", args.prompt_file)]
+        out += [
+            Setting("sampling.prompt", None),
+            Setting("sampling.prompt_file", args.prompt_file, "--prompt-file"),
+        ]
     if args.lora:
-        out.append(Setting("adapters.load", [_loaded(text) for text in args.lora]))
+        out.append(Setting("adapters.load", [_loaded(text) for text in args.lora], "--lora"))
     if args.control:
         asked = {"preprocess": True} if args.control_preprocess else {}
         used = (control(text)._asdict() | asked for text in args.control)
         texts = [{k: str(v) if isinstance(v, Path) else v for k, v in one.items()} for one in used]
-        out.append(Setting("sampling.controls", texts))
+        out.append(Setting("sampling.controls", texts, "--control"))
     if args.embedding:
-        out.append(Setting("adapters.embeddings", list(args.embedding)))
+        out.append(Setting("adapters.embeddings", list(args.embedding), "--embedding"))
     if args.resume:
         out.append(Setting("output.resume", True))
     return out

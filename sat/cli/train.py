@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sat.cli.arguments import Setting, add_check_inputs, parse, reader, settings
+from sat.cli.arguments import Setting, parse, reader, settings
 from sat.cli.main_guard import guard, refuse_tasks
 from sat.util.host import parse_size
 
 DESCRIPTION = """\
 Train the model that --base describes; a later file is laid over the earlier ones.
 
+  python train.py --base configs/tiny.yaml configs/lora.yaml configs/tiny_lora.yaml --output-dir runs/mylora
   python train.py --base configs/tiny.yaml configs/tiny_train.yaml --output-dir runs/tiny
   torchrun --standalone --nproc_per_node 8 train.py --base configs/plus.yaml configs/sft.yaml
 """
@@ -37,21 +38,21 @@ _OPTIONS = {
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    out = reader("train.py", DESCRIPTION, EPILOG)
-    add_check_inputs(out)
-    add = out.add_argument
-    add(
-        "--output-dir",
-        metavar="RUN",
-        help="the run folder (default: output.dir, or runs/<the last file of --base>)",
-    )
+    out = reader("train.py", DESCRIPTION, EPILOG, run_folder=True)
+    add = out.add_argument_group("training").add_argument
     add("--steps", type=int, help="optimizer steps in all")
     add("--batch-size", type=int, metavar="N", help="images per rank and step of accumulation")
     add("--lr", type=float, metavar="RATE", help="highest learning rate")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="precision of the weights")
     add("--seed", type=int, help="of the order of the data, its augmentation and the noise")
-    add("--max-minutes", type=float, metavar="M", help="save and stop after so long")
+
+    add = out.add_argument_group("run folder").add_argument
+    folder = "the run folder (default: output.dir, or runs/<the last file of --base>)"
+    add("--output-dir", metavar="RUN", help=folder)
     add("--resume", action="store_true", help="go on from the newest whole checkpoint of the run folder")
+    add("--max-minutes", type=float, metavar="M", help="save and stop after so long")
+
+    add = out.add_argument_group("memory and time, without training").add_argument
     add("--plan", action="store_true", help="print the memory, tokens and FLOPs that it will take, and exit")
     add("--ranks", type=int, metavar="N", help="with --plan: as if started on N ranks")
     add("--fit", type=size, metavar="SIZE", help="with --plan: what to change to fit, for example 24GB")

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(parser(), argv, "configs/tiny.yaml", small="configs/tiny_cascade.yaml")
 
     def work() -> int:
-        logs.setup(debug=args.debug)
+        logs.setup(debug=args.debug, verbosity=args.verbosity)
         from sat.cli.commands import web
 
         access = web.access(args)

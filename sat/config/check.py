@@ -369,7 +369,8 @@ def _component_faults(tree: Mapping[str, Any], makes: Any, context: Context) -> 
         yield Fault(("params",), f"expected a mapping of parameters, got {shown(params)}")
         params = {}
     if "target" not in tree:
-        yield Fault((), f"a component needs `target`, got {shown(tree)}")
+        missing = "is the file that names it missing in --base, before this one?"
+        yield Fault((), f"a component needs `target`, got {shown(tree)}: {missing}")
         return
     try:
         made = resolve(tree["target"], context.imports)

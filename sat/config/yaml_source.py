@@ -299,7 +299,7 @@ def read_override(given: Override) -> tuple[Key, Any, Mark]:
     """The key, value and place of ``given``; text that is no YAML, or holds a ``#``, is taken as it is."""
     if not isinstance(given, str):
         name, value = given
-        return tuple(name.strip().split(".")), value, Mark("override")
+        return tuple(name.strip().split(".")), value, Mark(getattr(given, "label", "override"))
     name, equals, text = given.partition("=")
     if not equals:
         raise ConfigError.of("override", "", f"{given!r} is not of the form section.key=value")

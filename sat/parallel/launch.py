@@ -211,13 +211,17 @@ def accelerators() -> tuple[str, list[dict[str, Any]]]:
     return f"{torch.__version__}, {kind}", found
 
 
+class NoDeviceError(UserError, RuntimeError):
+    """The device that was asked for is not there."""
+
+
 def pick_device(device: DeviceKind, local_rank: int = 0) -> torch.device:
     """Device of this process: one GPU for each local rank, or the CPU."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"parallel.device is {device!r}: expected auto, cpu or cuda")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise RuntimeError("parallel.device is cuda, but torch sees no GPU: use parallel.device=cpu")
+        raise NoDeviceError("parallel.device is cuda, but torch sees no GPU: use parallel.device=cpu")
     if device == "cpu" or not available:
         return torch.device("cpu")
     count = torch.cuda.device_count()

@@ -28,12 +28,12 @@ from sat.parallel.collectives import agree, barrier, from_main, gather
 from sat.parallel.heartbeat import current
 from sat.train import shards
 from sat.train.backend import Backend
-from sat.train.log import clock
 from sat.train.lora import AdapterExport
 from sat.train.objectives import Objective
 from sat.train.optim import Ema
 from sat.train.resume import NATIVE, Progress, RunFolder, Saved
 from sat.util.host import write_text
+from sat.util.log import clock
 
 log = logging.getLogger(__name__)
 

@@ -410,7 +410,9 @@ class Caches:
             with autocast(self.train, device.type):
                 return engine.conditioner.encode_apart(captions, device)
 
-        with progress(sum(len(a.jobs) + len(a.captions) for a in absent), rank=self.runtime.rank) as bar:
+        with progress(
+            sum(len(a.jobs) + len(a.captions) for a in absent), unit="cached item", rank=self.runtime.rank
+        ) as bar:
             for cached, todo in zip(sets, absent, strict=True):
                 made: list[Iterator[int]] = []
                 if todo.jobs:

@@ -25,12 +25,15 @@ from sat.parallel.collectives import mean
 from sat.parallel.launch import Runtime
 from sat.train.objectives import Objective
 from sat.util.host import install, write_text
+from sat.util.log import clock
 
 log = logging.getLogger(__name__)
 
 
 _UNSHOWN = ("step", "images", "seconds")
 """Numbers of a row that its log line leaves out."""
+_DETAILS = ("tokens_per_second", "mfu", "data_wait", "memory_gb", "memory_reserved_gb", "epoch")
+"""Numbers that it leaves out where no details were asked for (``-v``)."""
 
 
 class Averages:
@@ -142,15 +145,10 @@ class Record:
 def line(row: Mapping[str, float], steps: int) -> str:
     """``row`` as one log line, with the time left."""
     head = f"step {int(row['step'])}/{steps}"
-    shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in _UNSHOWN]
+    hidden = _UNSHOWN if log.isEnabledFor(logging.DEBUG) else (*_UNSHOWN, *_DETAILS)
+    shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in hidden and (v or k != "skipped")]
     left = row["seconds_per_step"] * (steps - row["step"]) if "seconds_per_step" in row else math.nan
     return "  ".join([head, *shown, *([f"left {clock(left)}"] if math.isfinite(left) else [])])
-
-
-def clock(seconds: float) -> str:
-    """``h:mm:ss``."""
-    whole = max(0, int(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 # -- model FLOP use: operations that a step needs over those that the device could do in its time

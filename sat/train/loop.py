@@ -185,7 +185,7 @@ class Trainer:
         def due(every: int | None, *, at_end: bool = True) -> bool:
             return bool(every) and (self.step % (every or 1) == 0 or (at_end and self.step == config.steps))
 
-        with stop_signals() as stop, progress(remaining, rank=self.runtime.rank) as bar:
+        with stop_signals() as stop, progress(remaining, rank=self.runtime.rank, lines=False) as bar:
             self.done = self._impatient()
             while self.step < config.steps and not self.done:
                 try:
@@ -201,7 +201,7 @@ class Trainer:
                 self.seconds = before + passed
                 bar.update()
                 if due(config.log_every):
-                    self._log()
+                    bar.set_postfix_str(f"loss {self._log():.4g}")
 
                 paused = time.perf_counter()  # this work does not count as training speed
                 if self.extras.validation and due(config.validate_every):
@@ -331,8 +331,8 @@ class Trainer:
 
     # -- now and then
 
-    def _log(self) -> None:
-        """One row for the window: means, rate, speed, memory."""
+    def _log(self) -> float:
+        """Write one row for the window: means, rate, speed, memory; its loss."""
         self.runtime.synchronize()
         window, self._window = self._window, _Window()
         passed = max(time.perf_counter() - window.started, 1e-9)
@@ -356,6 +356,7 @@ class Trainer:
             "seconds": self.seconds,
         }
         self._write(row)
+        return row["loss"]
 
     def _write(self, row: Mapping[str, float]) -> None:
         """Write ``row`` to the record and the log, on rank 0."""

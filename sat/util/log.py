@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+    from typing_extensions import Self
+
+log = logging.getLogger(__name__)
 
 # Their text is a sentence for the user; anything else is shown with its kind.
 _PLAIN_ERRORS = (ValueError, OSError, RuntimeError, ArithmeticError)
@@ -55,15 +59,65 @@ def title(text: str) -> str:
     return line if len(text) <= _TITLE else line[: _TITLE - 1] + "…"
 
 
-def progress(total: int, *, unit: str = "step", rank: int = 0, stream: TextIO | None = None) -> tqdm:
-    """A bar over ``total`` steps on rank 0 if ``stream`` (standard error) is a terminal, else silent."""
+EVERY = 60.0
+"""Seconds between the lines that stand for a bar in a log."""
+
+
+def progress(
+    total: int, *, unit: str = "step", rank: int = 0, stream: TextIO | None = None, lines: bool = True
+) -> tqdm | Lines:
+    """A bar over ``total`` steps on rank 0 if ``stream`` (standard error) is a terminal.
+
+    Elsewhere log lines stand for it, a minute apart; ``lines`` False and other ranks are silent.
+    """
+    out = stream if stream is not None else sys.stderr
+    shown = rank == 0 and total > 0 and log.isEnabledFor(logging.INFO)
+    if shown and lines and not out.isatty():
+        return Lines(total, unit)
     from tqdm import tqdm
 
-    out = stream if stream is not None else sys.stderr
-    silent = rank != 0 or total <= 0 or not out.isatty()
     return tqdm(
-        total=total, unit=unit, file=out, dynamic_ncols=True, leave=True, mininterval=0.1, disable=silent
-    )
+        total=total, unit=unit, file=out, dynamic_ncols=True, leave=True, mininterval=0.1,
+        disable=not (shown and out.isatty()),
+    )  # fmt: skip
+
+
+class Lines:
+    """Log lines in place of a bar, with the time left: ``[3/8] a dog: step 120 of 400, 0:02:05 left``."""
+
+    disable = False
+
+    def __init__(self, total: int, unit: str) -> None:
+        self.total, self.unit, self.done, self.about = total, unit, 0, ""
+        self.began = self.told = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def set_description_str(self, text: str) -> None:
+        """Begin the next lines with ``text``."""
+        self.about = f"{text}: "
+
+    def set_postfix_str(self, text: str) -> None:
+        """Nothing: a log has lines of its own for that."""
+
+    def update(self, count: int = 1) -> None:
+        """Count ``count`` more steps."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.told < EVERY or self.done >= self.total:
+            return
+        self.told, left = now, (now - self.began) / self.done * (self.total - self.done)
+        log.info("%s%s %d of %d, %s left", self.about, self.unit, self.done, self.total, clock(left))
+
+
+def clock(seconds: float) -> str:
+    """``h:mm:ss``."""
+    whole = max(0, int(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 # -- logging of the commands: short lines on standard error, rank 0 first, kept clear of a progress bar
@@ -105,11 +159,11 @@ class _Formatter(logging.Formatter):
         return text
 
 
-def setup(rank: int = 0, *, debug: bool = False) -> None:
+def setup(rank: int = 0, *, debug: bool = False, verbosity: int = 0) -> None:
     """Send this package's log to standard error: everything from rank 0, warnings and errors from the others.
 
-    ``debug`` adds the debug level and the module names. Other libraries speak from warnings on.
-    Calling it again replaces the earlier setting.
+    ``verbosity`` 1 adds details, -1 leaves warnings and errors; ``debug`` adds details and the module names.
+    Other libraries speak from warnings on. Calling it again replaces the earlier setting.
     """
     handler = _Handler()
     handler.setFormatter(_Formatter(rank, debug=debug))
@@ -118,5 +172,6 @@ def setup(rank: int = 0, *, debug: bool = False) -> None:
     for old in [h for h in root.handlers if h.get_name() == "sat"]:
         root.removeHandler(old)
     root.addHandler(handler)
-    level = logging.DEBUG if debug else logging.INFO if rank == 0 else logging.WARNING
+    level = logging.INFO if rank == 0 and verbosity >= 0 else logging.WARNING
+    level = logging.DEBUG if debug or (rank == 0 and verbosity > 0) else level
     logging.getLogger("sat").setLevel(level)

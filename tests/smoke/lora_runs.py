@@ -63,7 +63,13 @@ def everything(folder: Path, spiece: Path) -> None:
 
     def run(name: str, files: list[Path], *arguments: object, to: str = "") -> None:
         out, err = io.StringIO(), io.StringIO()
-        words = ["--base", *map(str, [DEBUG, *files]), "--output-dir", str(folder / (to or name))]
+        words = [
+            "--verbose",
+            "--base",
+            *map(str, [DEBUG, *files]),
+            "--output-dir",
+            str(folder / (to or name)),
+        ]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main([*words, *map(str, arguments)])
             logging.shutdown()

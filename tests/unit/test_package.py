@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -104,6 +105,24 @@ def test_help_says_the_command_as_it_was_typed(name, monkeypatch, capsys) -> Non
 def test_the_first_word_is_a_command(line: str, code: int, words: str, capsys) -> None:
     assert command.main(line.split()) == code
     assert words in "".join(capsys.readouterr())
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_shell_completes_commands_and_options(capsys) -> None:
+    assert command.completion(["bash"]) == 0
+    script = (
+        capsys.readouterr().out
+        + """
+    typed() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _cogview3; echo "${COMPREPLY[@]}"; }
+    typed cogview3 tr; typed cogview3 sample --prom; typed cogview3 web --max; typed cogview3 sample a
+    """
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["train", "--prompt --prompt-file", "--max-images", ""]
+    assert command.completion(["tcsh"]) == 2
+    assert command.completion(["fish"]) == command.completion(["zsh"]) == 0
+    out = capsys.readouterr().out
+    assert "-n '__fish_seen_subcommand_from sample' -l prompt-file" in out and "bashcompinit" in out
 
 
 def test_requirements_are_the_dependencies_and_wandb() -> None:

@@ -1,5 +1,6 @@
 """The arguments of sample.py: what they set, what they refuse, how fast they are."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sat.cli.sample import arguments, given
+from sat.config.load import load_full
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,7 +81,9 @@ def test_resume_leaves_the_folder_to_the_config() -> None:
         ("x --base a.yaml --seed 1", "unexpected argument 'x': expected section.key=value, or --base x"),
         ("--base a.yaml --prompt x --prompt-file y", "exclude each other"),
         ("--base a.yaml --seed x", "invalid int value: 'x'"),
-        ("--base a.yaml --see 1", "unrecognized arguments: --see"),
+        ("--base a.yaml --see 1", "unrecognized arguments: --see; did you mean --seed?"),
+        ("--base a.yaml --prompts x --step 2", "did you mean --prompt and --steps?"),
+        ("--base a.yaml --prompt a red apple", "put the prompt in quotes, --prompt 'a red apple'"),
         ("--base sampling.steps=3", "--base is needed"),
     ],
 )
@@ -87,12 +91,29 @@ def test_wrong_arguments_are_refused_with_code_2(capsys, line: str, message: str
     with pytest.raises(SystemExit) as stop:
         arguments(line.split())
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 2, "a short usage, and the reason"
 
 
 def test_without_a_config_the_small_model_draws_and_a_line_says_so(capsys) -> None:
     assert arguments(["--prompt", "x"]).base == ["configs/tiny.yaml"]
     assert "the small model of configs/tiny.yaml draws" in capsys.readouterr().err
+
+
+def test_an_option_is_named_in_the_message_about_its_value() -> None:
+    args = arguments(["--base", "x", "--prompt-file", "no.txt"])
+    missing = [str(one) for one in load_full([ROOT / "configs/debug.yaml"], given(args)).missing]
+    assert any(one.startswith("--prompt-file: sampling.prompt_file: there is no 'no.txt'") for one in missing)
+
+
+def test_help_stands_in_groups_with_examples(capsys) -> None:
+    with pytest.raises(SystemExit):
+        arguments(["--help"])
+    out = capsys.readouterr().out
+    heads = [line for line in out.splitlines() if re.fullmatch(r"[a-z ]+:", line)]
+    groups = ["pictures:", "output folder:", "prompts written by a language model:", "config:", "messages:"]
+    assert heads[1:] == groups
+    assert out.index('python sample.py --prompt "a red apple"') < out.index(heads[0])
 
 
 def test_help_imports_nothing_heavy_and_is_quick() -> None:

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sat.train.log import Averages, Record, clock, line
+from sat.train.log import Averages, Record, line
+from sat.util.log import clock
 from tests.training import CONFIG
 
 

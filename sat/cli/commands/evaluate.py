@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
     from sat.sampling.prompts import check_text
 
     is_main = os.environ.get("RANK", "0") == "0"
-    logs.setup(0 if is_main else 1, debug=args.debug)
+    logs.setup(0 if is_main else 1, debug=args.debug, verbosity=args.verbosity)
     if (args.prompts is None) == (args.prompt is None):
         raise UsageError("give the prompts: --prompts FILE, or --prompt TEXT once or several times")
     for index, text in enumerate(args.prompt or []):
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
     if args.base:
         words = ["--base", *args.base, *args.overrides, "--resume", "--output-dir", args.out / PICTURES]
         words += ["--check"] * args.check + ["--debug"] * args.debug
+        words += {-1: ["--quiet"], 1: ["--verbose"]}.get(args.verbosity, [])
         for option, value in (("--batch-size", args.batch_size), ("--seed", args.seed)):
             words += [] if value is None else [option, value]
         options = sample.arguments([str(word) for word in words])

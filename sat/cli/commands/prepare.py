@@ -129,7 +129,7 @@ def cache(args: argparse.Namespace) -> int:
         raise UsageError("--base is needed: the config files of the training, such as configs/sft.yaml")
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: expected at least 1")
-    logs.setup(debug=args.debug)
+    logs.setup(debug=args.debug, verbosity=args.verbosity)
     settings = [] if args.cache is None else [("data.cache", str(args.cache))]
     loaded = load_full(args.base, [*args.overrides, *settings])
     experiment = loaded.experiment
@@ -141,7 +141,7 @@ def cache(args: argparse.Namespace) -> int:
     if loaded.missing:
         raise ConfigError(loaded.missing)
     runtime = launch(experiment.parallel.device, experiment.parallel.timeout)
-    logs.setup(runtime.rank, debug=args.debug)
+    logs.setup(runtime.rank, debug=args.debug, verbosity=args.verbosity)
     with ranks_together(runtime):
         sets = open_data(data, runtime, held_out=bool(data.validation))
         caches = Caches(data.cache, experiment, train, train.init_from or experiment.checkpoint, runtime)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def work(args: argparse.Namespace) -> int:
     """Rewrite the prompts, print or write them; the exit code."""
-    logs.setup(debug=args.debug)
+    logs.setup(debug=args.debug, verbosity=args.verbosity)
     prompts = list(args.prompt or []) or read_prompt_file(args.prompt_file)
     for index, prompt in enumerate(prompts):
         check_text(prompt, f"prompt {index}")

@@ -57,7 +57,7 @@ OUTPUT = Path("outputs")
 
 def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:  # noqa: C901 - top to bottom
     """Check the config of ``sample.py``, then draw its prompts or ask for some; the exit code."""
-    logs.setup(debug=args.debug)
+    logs.setup(debug=args.debug, verbosity=args.verbosity)
     cascade = load_cascade(args.base, [*args.overrides, *settings])
     first = cascade.stages[0].experiment
     if args.print_config:
@@ -84,6 +84,12 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         return 0
     for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.notices):
         log.warning("%s", notice)
+    for prompt in prompts or []:
+        if not prompt.text.strip():
+            log.warning("prompt %d is empty: its pictures are drawn without one", prompt.index)
+    scale = first.sampling.guider.params.get("scale", 1)
+    if isinstance(scale, float) and scale < 0:
+        log.warning("guidance %g draws away from the prompt: 1 is none, usual are 2 to 8", scale)
     if prompts is None and len(cascade.stages) > 1:
         raise UsageError("a cascade loads its stages one after the other: give --prompt or --prompt-file")
     if prompts is None and first.sampling.share is not None:
@@ -108,7 +114,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         rewriting = Rewriting(args, first)
     runtime = launch(first.parallel.device, first.parallel.timeout, first.parallel.stall)
     if runtime.rank:
-        logs.setup(runtime.rank, debug=args.debug)
+        logs.setup(runtime.rank, debug=args.debug, verbosity=args.verbosity)
     with ranks_together(runtime):
         ranks = _Ranks(runtime, Mesh(runtime, **layout))
         if rewriting is not None and prompts is not None:
@@ -362,7 +368,9 @@ def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> 
             device=str(runtime.device),
         )
         seconds = time.monotonic() - started
-        log.info("loaded in %.1f s on %s (%s); %s", seconds, runtime.device, mesh, pipeline.generator.speed)
+        several = f" ({mesh})" if runtime.world > 1 else ""
+        log.info("loaded in %.1f s on %s%s", seconds, runtime.device, several)
+        log.debug("%s", pipeline.generator.speed)
     params = SamplingParams.of(sampling, pipeline.guider, given)
     return _Session(place, ranks, pipeline, params, folder, place.edits)
 

@@ -16,6 +16,7 @@ import torch
 from sat.checkpoint.format import DTYPES, PARTS
 from sat.checkpoint.formats import digest
 from sat.checkpoint.verify import Verify
+from sat.cli.arguments import spoken
 from sat.cli.main_guard import UsageError
 from sat.config.build import build_engine
 from sat.config.check import build, resolve
@@ -60,7 +61,7 @@ LOCK = ".writer.lock"
 
 def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:  # noqa: C901 - in order
     """Check, estimate or train, as the parsed arguments ask; the exit code."""
-    logs.setup(debug=args.debug)
+    logs.setup(debug=args.debug, verbosity=args.verbosity)
     loaded = load_full(args.base, [*args.overrides, *settings])
     experiment = loaded.experiment
     folder = experiment.output.dir or Path("runs") / Path(args.base[-1]).stem  # named after the last file
@@ -95,7 +96,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
 
     parallel = experiment.parallel
     runtime = launch(parallel.device, parallel.timeout, parallel.stall, group=True)
-    logs.setup(runtime.rank, debug=args.debug)
+    logs.setup(runtime.rank, debug=args.debug, verbosity=args.verbosity)
     for notice in loaded.notices:
         log.warning("%s", notice)
     with ranks_together(runtime):
@@ -111,6 +112,11 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         with _writer(folder, runtime):
             whole = _train_rounds(experiment, train, data, runtime)
             runtime.finish()
+        if whole and runtime.is_main:
+            uses = f"--lora {folder}" if experiment.adapters.lora is not None else f"checkpoint.path={folder}"
+            if "model" in resolve(train.objective.target, experiment.imports).needs(train.objective.params):
+                what = f"python sample.py --base {args.base[0]} {uses} --prompt ..."
+                log.info("next: %s", spoken(what))
     return 0 if whole else STOPPED_EARLY
 
 
@@ -273,9 +279,9 @@ def _train(
     be_patient()  # DeepSpeed has made groups
     count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     log.info(
-        "%s: %.2f M trained parameters, %d images an epoch, %d rank%s on %s (%s)",
-        type(objective).__name__, count / 1e6, len(sets.train), runtime.world, "s" * (runtime.world > 1),
-        runtime.device.type, mesh,
+        "%s: %.2f M trained parameters, %d images an epoch, on %s%s",
+        type(objective).__name__, count / 1e6, len(sets.train), runtime.device.type,
+        f", {runtime.world} ranks ({mesh})" if runtime.world > 1 else "",
     )  # fmt: skip
     if train.allocator and runtime.device.type == "cpu" and keep_freed_memory():  # after loading's own
         log.debug("glibc keeps freed memory (train.allocator)")
@@ -312,13 +318,13 @@ def _objective(
         if on_cpu:
             reasons = unpacked(train, train.zero)
             done = f"frozen weights are not packed: {', '.join(reasons)}" if reasons else pack_frozen(trained)
-            log.info("%s", done)
+            log.debug("%s", done)
     if words := experiment.adapters.tokens:
         alone = experiment.adapters.lora is None
         add_tokens(objective, engine.conditioner, words, train.seed, alone=alone)
     objective.begin(None if experiment.adapters.lora is None else TRAINED)
     if on_cpu or train.attention != "auto":  # elsewhere torch chooses
-        log.info("attention: %s", use_kernel(objective, train.attention, section="train"))
+        log.debug("attention: %s", use_kernel(objective, train.attention, section="train"))
     for module in trained.values() if train.compile else []:
         compiled(module)
     if train.activation_checkpointing and not recompute(objective):
