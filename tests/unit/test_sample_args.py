@@ -111,7 +111,14 @@ def test_help_stands_in_groups_with_examples(capsys) -> None:
         arguments(["--help"])
     out = capsys.readouterr().out
     heads = [line for line in out.splitlines() if re.fullmatch(r"[a-z ]+:", line)]
-    groups = ["pictures:", "output folder:", "prompts written by a language model:", "config:", "messages:"]
+    groups = [
+        "pictures:",
+        "pictures to start from:",
+        "output folder:",
+        "prompts written by a language model:",
+        "config:",
+        "messages:",
+    ]
     assert heads[1:] == groups
     assert out.index('python sample.py --prompt "a red apple"') < out.index(heads[0])
 
