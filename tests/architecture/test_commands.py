@@ -44,8 +44,8 @@ def accepted(command: Command) -> int:
 @functools.cache
 def _accepted(program: str, words: tuple[str, ...]) -> int:  # noqa: C901 - a program after the other
     """Checked with its config where there is one, else parsed."""
-    if program == "cogview3":
-        return cogview3.main(words)
+    if program == "cogview3" or program.partition(" ")[2] == "completion":
+        return cogview3.main([*program.split()[1:], *words])
     if program.startswith("cogview3 "):
         module = f"sat.cli.{program.partition(' ')[2]}"
         program = next((script for script, of in CHECKED.items() if of == module), module)
