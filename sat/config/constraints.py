@@ -141,7 +141,7 @@ def _sizes(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
         )
 
 
-def _data(e: Experiment, objects: Objects) -> Broken:
+def _data(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one rule after another
     """The objective must use the extra pictures and the weights that sources give."""
     if e.data is None or e.train is None:
         return
@@ -152,6 +152,8 @@ def _data(e: Experiment, objects: Objects) -> Broken:
     if e.train.backend == "plain" and (team := {k: n for k, n in e.parallel.sizes.items() if n > 1}):
         name, size = next(iter(team.items()))
         yield ("parallel", name), f"is {size}, and train.backend plain is one process: set it to 1"
+    for name, what in objective.broken(e.train.objective.params, e.train.zero):
+        yield ("train", "objective", "params", name), what
     for name in ("keep_best", "patience"):
         if getattr(e.train, name) and e.train.validate_every is not None and not e.data.validation:
             yield ("train", name), "goes by the held-out loss, and there are no pictures in data.validation"

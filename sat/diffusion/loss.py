@@ -121,11 +121,16 @@ class DenoisingLoss:
         self,
         weighting: Weighting | None = None,
         offset_noise: float = 0.0,
-        kind: Literal["l2", "l1", "huber"] = "l2",
+        kind: Literal["l2", "l1", "huber", "lpips"] = "l2",
         delta: float | None = None,
         timesteps: Timesteps | None = None,
         stratified: bool = False,
     ) -> None:
+        if kind == "lpips":
+            raise ValueError(
+                "kind lpips is for pictures: its VGG takes three channels, and this loss is of latents; the "
+                "autoencoder's objective has it (perceptual)"
+            )
         if delta is not None and kind != "huber":
             raise ValueError(f"DenoisingLoss: delta {delta:g} is of kind huber, got kind {kind}")
         if delta is not None and not 0 < delta < float("inf"):

@@ -279,6 +279,7 @@ class Trainer:
         if scheduler is None:
             set_rate(engine.optimizer, self._rate)
         watch.mark(f"step {self.step + 1}: begin", place=self.step * 10**6)
+        engine.objective.step = self.step
         for micro in range(config.accumulate):
             began = time.perf_counter()
             watch.mark(f"step {self.step + 1}: read a batch")

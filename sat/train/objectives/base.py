@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -74,6 +74,14 @@ class Objective(nn.Module):
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Scalars by name on held-out data, without gradients; by default those of ``forward``."""
         return self.forward(batch, generator)
+
+    step: int = 0
+    """Optimizer steps done before this one; the loop sets it."""
+
+    @classmethod
+    def broken(cls, params: Mapping[str, Any], zero: int) -> Iterator[tuple[str, str]]:
+        """(parameter, what is wrong) of ``params`` at ZeRO stage ``zero``, told with the config's errors."""
+        yield from ()
 
     @classmethod
     def rounds(cls, params: Mapping[str, Any]) -> list[Round]:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.checkpoint.files import open_file
 from sat.data.batch import Batch
 from sat.diffusion.draws import Draws, GeneratorDraws
 from sat.embeddings import sent
 from sat.first_stage.model import AutoencoderKL, Posterior
+from sat.models.vision.classifier import Card, Classifier
+from sat.models.vision.perceptual import (
+    ClassifierFeatures,
+    Features,
+    PatchDiscriminator,
+    VGG16Features,
+    adaptive_weight,
+    hinge,
+    perceptual_distance,
+)
 from sat.train.objectives.base import Objective
 
 
@@ -21,6 +36,43 @@ class HasFirstStage(Protocol):
     first_stage: AutoencoderKL
 
 
+@dataclass(frozen=True)
+class Perceptual:
+    """A term in the ``features`` of a frozen network, times ``weight``.
+
+    ``features``: a file of VGG16 under torchvision's names (with LPIPS's weights of stages or without), or a
+    folder of the small classifier, another one than the judge of the scores.
+    """
+
+    features: Path
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"perceptual: weight is {self.weight}, expected more than 0")
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """A discriminator's hinge loss from step ``start`` on, times ``weight`` and an adaptive weight.
+
+    At adaptive weight alone it pulls as hard at the decoder's last layer as the terms of the picture do. The
+    discriminator has ``width`` channels and ``layers`` halvings.
+    """
+
+    weight: float = 0.5
+    start: int = 0
+    width: int = 64
+    layers: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0 or self.start < 0 or min(self.width, self.layers) < 1:
+            raise ValueError(
+                f"adversarial: weight {self.weight}, start {self.start}, width {self.width}, layers "
+                f"{self.layers}: expected a weight above 0, a step, and at least 1 channel and layer"
+            )
+
+
 class FirstStageObjective(Objective):
     """L1 + ``edge`` x image gradients at two scales + ``kl`` x KL, each a mean over its values.
 
@@ -28,6 +80,10 @@ class FirstStageObjective(Objective):
     vertical differences, at full and at half size. ``kl``: of the divergence per latent value, in nats.
     Logged beside ``loss``: ``pixel``, ``edge``, ``kl``, ``psnr`` (dB, of the clamped sampled reconstruction),
     ``latent_mean`` and ``latent_std`` (of all latent values; 1 / latent_std is a fitting ``scale_factor``).
+
+    ``perceptual`` adds a distance in the features of a frozen network. ``adversarial`` adds a patch
+    discriminator, which learns in the same step as the decoder and is not exported; ``train.groups`` names it
+    by ``discriminator.*``. Validation is without it.
 
     ``freeze_encoder``: train the decoder alone. Latents stay what they are, so a diffusion model of them
     stays valid while its pictures get sharper. ``noise``: deviation of further noise on the latents that are
@@ -44,6 +100,8 @@ class FirstStageObjective(Objective):
         kl: float = 1e-4,
         noise: float = 0.0,
         freeze_encoder: bool = False,
+        perceptual: Perceptual | None = None,
+        adversarial: Adversarial | None = None,
         *,
         engine: HasFirstStage,
     ) -> None:
@@ -54,10 +112,33 @@ class FirstStageObjective(Objective):
                 f"and pixel or edge must be positive"
             )
         self.first_stage = engine.first_stage
+        like = next(self.first_stage.parameters())
+        self.perceptual, self.adversarial = perceptual, adversarial
+        self._features: Sequence[nn.Module] = ()  # out of the module tree: neither trained nor saved
+        if perceptual is not None:
+            self._features = (_like(load_features(perceptual.features), like).requires_grad_(False).eval(),)
+        self.discriminator: nn.Module | None = None
+        if adversarial is not None:
+            made = PatchDiscriminator(adversarial.width, adversarial.layers)
+            self.discriminator = _like(made.to(like.dtype), like)
         self.pixel, self.edge, self.kl, self.noise = pixel, edge, kl, noise
         if freeze_encoder:
             self.first_stage.encoder.requires_grad_(False)
             self.first_stage.quant.requires_grad_(False)
+
+    @classmethod
+    def broken(cls, params: Mapping[str, Any], zero: int) -> Iterator[tuple[str, str]]:
+        """Features that are not there, and a discriminator where weights are shared out."""
+        perceptual = params.get("perceptual")
+        path = perceptual.get("features") if isinstance(perceptual, Mapping) else None
+        if path is not None and not Path(path).exists():
+            yield "perceptual", f"features {path}: no such file or folder"
+        if params.get("adversarial") is not None and zero == 3:
+            yield "adversarial", "weighs gradients in a whole layer, and train.zero 3 shares it out: use 2"
+
+    def beside(self) -> Sequence[nn.Module]:
+        """The frozen network of the perceptual term."""
+        return self._features
 
     def parts(self) -> dict[str, nn.Module]:
         """The part that a checkpoint of this training holds."""
@@ -105,18 +186,82 @@ class FirstStageObjective(Objective):
         pixel = (made - target).abs().mean()
         edge = edge_error(made, target)
         kl = posterior.kl().mean() / latent[0].numel()  # nats per latent value
+        picture = self.pixel * pixel + self.edge * edge
+        more: dict[str, Tensor] = {}
+        if self.perceptual is not None:
+            features = cast(Features, self._features[0])
+            distance = perceptual_distance(features, made, target).mean()
+            picture, more["perceptual"] = picture + self.perceptual.weight * distance, distance.detach()
+        loss = picture + self.kl * kl
+        if self.discriminator is not None and torch.is_grad_enabled():
+            added, told = self._adversarial(made, target, picture)
+            loss, more = loss + added, more | told
         with torch.no_grad():
             latent_std, latent_mean = torch.std_mean(latent.float())
             psnr = peak_signal_to_noise(made, target).mean()
         return {
-            "loss": self.pixel * pixel + self.edge * edge + self.kl * kl,
+            "loss": loss,
             "pixel": pixel.detach(),
             "edge": edge.detach(),
             "kl": kl.detach(),
             "psnr": psnr,
             "latent_mean": latent_mean,
             "latent_std": latent_std,
+            **more,
         }
+
+    def _adversarial(self, made: Tensor, target: Tensor, picture: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of decoder and discriminator, added up, and what is logged of them.
+
+        The discriminator is constant to the decoder's loss, and the pictures are to the discriminator's.
+        """
+        network, settings = cast(nn.Module, self.discriminator), cast(Adversarial, self.adversarial)
+        if self.step < settings.start:
+            return sum(p.sum() for p in network.parameters()) * torch.zeros_like(picture), {}  # no gradient
+        dtype = next(network.parameters()).dtype
+        fixed = {name: p.detach() for name, p in network.named_parameters()}
+        fooled = -torch.func.functional_call(network, fixed, (made.to(dtype),)).float().mean()
+        last = self.first_stage.decoder.head.weight
+        weight = adaptive_weight(picture, fooled, last)
+        told_apart = hinge(network(target.to(dtype)).float(), network(made.detach().to(dtype)).float())
+        told = {"adversarial": fooled.detach(), "discriminator": told_apart.detach(), "adaptive": weight}
+        return settings.weight * weight * fooled + told_apart, told
+
+
+def load_features(path: Path) -> nn.Module:
+    """The frozen network at ``path``: VGG16 from a file, or the small classifier from its folder."""
+    if path.is_dir():
+        card = path / "classifier.json"
+        if not card.is_file():
+            raise ValueError(
+                f"{path}: no classifier.json; name a folder of the small classifier, or a file of VGG16"
+            )
+        raw = json.loads(card.read_text("utf-8"))
+        raw |= {name: tuple(raw[name]) for name in ("concepts", "styles")}
+        classifier = Classifier(Card(**raw))
+        with open_file(path / "classifier.safetensors") as tensors:
+            classifier.load_state_dict({name: tensors[name] for name in tensors})
+        return ClassifierFeatures(classifier.float())
+    network = VGG16Features()
+    with open_file(path) as tensors:
+        try:
+            network.take({name: tensors[name] for name in tensors})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return network.float()
+
+
+def _like(module: nn.Module, like: Tensor) -> nn.Module:
+    """``module`` where ``like`` is; without data if that has none, for estimates."""
+    mode = getattr(like, "fake_mode", None)
+    if mode is None:
+        return module.to(like.device)
+    for owner in module.modules():
+        for name, value in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
+            found = mode.from_tensor(value.detach())
+            own = nn.Parameter(found) if isinstance(value, nn.Parameter) else found
+            (owner._parameters if isinstance(value, nn.Parameter) else owner._buffers)[name] = own
+    return module
 
 
 def edge_error(made: Tensor, target: Tensor) -> Tensor:
