@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sat.checkpoint.files import VOCABULARY, refuse_occupied
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo, View
-from sat.checkpoint.formats import detect, open_part
+from sat.checkpoint.formats import cogview4, detect, open_part
 from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, T5, V, size_component
 from sat.checkpoint.load import Computes, match
 from sat.checkpoint.rules import Matched
@@ -31,6 +31,7 @@ PUBLISHED: dict[Part, list[dict[str, Any]]] = {
         {"target": PLUS, "params": {}},
         {"target": UNET, "params": {}},
         {"target": UNET, "params": {"guidance_dim": 512}},  # distilled; the file's own number wins
+        {"target": cogview4.COGVIEW4, "params": {}},
     ],
     "first_stage": [
         {"target": AUTOENCODER, "params": {}},
@@ -46,7 +47,7 @@ PUBLISHED: dict[Part, list[dict[str, Any]]] = {
             },
         },
     ],
-    "text": [{"target": T5, "params": {}}],
+    "text": [{"target": T5, "params": {}}, {"target": cogview4.GLM, "params": {}}],
 }
 #: Schedule and prediction of a published network.
 DIFFUSION: dict[str, dict[str, Any]] = {
@@ -55,8 +56,12 @@ DIFFUSION: dict[str, dict[str, Any]] = {
         "schedule": {"target": "sat.diffusion.schedule.Discrete", "params": {}},
         "prediction": {"target": "sat.diffusion.prediction.Eps", "params": {}},
     },
+    cogview4.COGVIEW4: {
+        "schedule": {"target": cogview4.SCHEDULE, "params": {}},
+        "prediction": {"target": cogview4.FLOW, "params": {}},
+    },
 }
-TEXT_LENGTH = {PLUS: 224, UNET: 225}
+TEXT_LENGTH = {PLUS: 224, UNET: 225, cogview4.COGVIEW4: cogview4.TOKENS}
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,8 @@ def _finished(sections: Mapping[str, Any]) -> dict[str, Any]:
         conditioning = dict(out.get("conditioning") or {})
         conditioning.setdefault("size", size_component(params.get("size_dim", 1536)))
         conditioning.setdefault("max_length", params.get("text_len", TEXT_LENGTH.get(target, 224)))
+        if target == cogview4.COGVIEW4:
+            conditioning.setdefault("empty_prompt", "encoded")
         out["conditioning"] = conditioning
     if "conditioning" in out:  # a path on this machine; the copy lies beside the weights
         out["conditioning"] = {

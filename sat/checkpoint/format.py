@@ -483,3 +483,11 @@ def tensor_bytes(tensor: Tensor, info: TensorInfo, name: str, step: int = 1 << 2
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for begin in range(0, len(raw), step):
         yield raw[begin : begin + step]
+
+
+def whole_number(file: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """``key`` of the ``config`` in ``file``, a positive whole number."""
+    value = config.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{file}: {key} is {value!r}, expected a positive whole number")
+    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,11 +21,12 @@ from sat.checkpoint.format import (
     LazyStateDict,
     Part,
     TensorInfo,
+    View,
     Written,
     as_lazy,
     write_safetensors,
 )
-from sat.checkpoint.formats import FORMAT, VERSION
+from sat.checkpoint.formats import FORMAT, VERSION, cogview4
 from sat.checkpoint.formats.diffusers import (
     FOLDERS,
     T5,
@@ -42,6 +43,7 @@ from sat.checkpoint.ranks import RankShare, their_cuts
 from sat.checkpoint.rules import as_theirs, family_rules
 from sat.checkpoint.torch_file import write_torch
 from sat.checkpoint.verify import DIGESTS, MANIFEST, digest_file
+from sat.models.glm.model import to_huggingface as glm_config
 from sat.sharding import Cut, family_sharding
 
 Parts = Mapping[Part, Mapping[str, Tensor]]
@@ -133,8 +135,8 @@ def save_sat(
             write_torch_file(place / "vae" / f"imagekl_ch{channels}.pt", tensors, "state_dict", "", options)
             write_digests(place / "vae")
         if "text" in parts:
-            text = place / "t5-v1_1-xxl"
-            written = _write_t5(text, parts["text"], config, options)
+            text = place / ("glm" if _is_glm(config) else "t5-v1_1-xxl")
+            written = _write_text(text, parts["text"], config, options)
             _copy_tokenizer(tokenizer, text)
             write_digests(text, written)
         write_json(place / SIDECAR, dict(config))
@@ -149,7 +151,7 @@ def save_diffusers(
     tokenizer: Path | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Write a folder that diffusers' ``CogView3PlusPipeline.from_pretrained`` opens."""
+    """Write a folder that diffusers' ``CogView3PlusPipeline`` or ``CogView4Pipeline`` opens."""
     options = options or Options()
     process = (config.get("diffusion") or {}).get("process") or {}
     if mixins := (process.get("params") or {}).get("mixins"):
@@ -157,13 +159,15 @@ def save_diffusers(
             f"diffusers has no place for the noising process of this model ({', '.join(mixins)}): "
             f"write it as native or SAT"
         )
+    fourth = (config.get("model") or {}).get("target") == cogview4.COGVIEW4
     images: tuple[Part, ...] = ("model", "first_stage")
     theirs = {part: _theirs(parts[part], part, "DIFFUSERS", config) for part in images if part in parts}
     configs = {
-        "model": transformer_config(_params(config, "model")),
+        "model": (cogview4.transformer_config if fourth else transformer_config)(_params(config, "model")),
         "first_stage": vae_config(_params(config, "first_stage")),
     }
-    scheduler = scheduler_config(config.get("diffusion", {}))
+    scheduler = (cogview4.scheduler_config if fourth else scheduler_config)(config.get("diffusion", {}))
+    kind = None if tokenizer is None else tokenizer.suffix
     with atomic_folder(Path(folder), _bytes(parts, options)) as place:
         for part, tensors in theirs.items():
             target = place / FOLDERS[part]
@@ -173,15 +177,15 @@ def save_diffusers(
             write_json(target / "config.json", configs[part])
         if "text" in parts:
             encoder = place / FOLDERS["text"]
-            written = _write_t5(encoder, parts["text"], config, options, with_tokenizer_config=False)
+            written = _write_text(encoder, parts["text"], config, options, with_tokenizer_config=False)
             write_digests(encoder, written)
             if tokenizer is not None:
                 _copy_tokenizer(tokenizer, place / "tokenizer")
                 write_digests(place / "tokenizer")
-                write_json(place / "tokenizer" / "tokenizer_config.json", tokenizer_config(_tokens(config)))
+                write_json(place / "tokenizer" / "tokenizer_config.json", _tokenizer_config(config, kind))
         (place / "scheduler").mkdir()
         write_json(place / "scheduler" / "scheduler_config.json", scheduler)
-        write_json(place / "model_index.json", model_index())
+        write_json(place / "model_index.json", cogview4.model_index(kind) if fourth else model_index())
     return Path(folder)
 
 
@@ -242,7 +246,17 @@ def _class(target: str, part: Part) -> type[nn.Module]:
     return found
 
 
-def _write_t5(
+def _is_glm(config: Mapping[str, Any]) -> bool:
+    return ((config.get("conditioning") or {}).get("text") or {}).get("target") == cogview4.GLM
+
+
+def _tokenizer_config(config: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    if _is_glm(config):
+        return cogview4.tokenizer_config(kind or ".json", _tokens(config))
+    return tokenizer_config(_tokens(config))
+
+
+def _write_text(
     folder: Path,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
@@ -253,13 +267,52 @@ def _write_t5(
     """Write the text encoder as a Hugging Face folder; returns the weight files by name."""
     folder.mkdir()
     theirs = _theirs(tensors, "text", "HF", config)
+    text = (config.get("conditioning") or {}).get("text") or {}
+    params = text.get("params") or {}
+    if _is_glm(config):
+        theirs = _WithLastLayer(theirs)
     written = write_shards(folder, "model", theirs, options, index=True)
     dtype = str(_info(theirs, next(iter(theirs)), options).dtype)[6:]
-    text = (config.get("conditioning") or {}).get("text") or {}
-    write_json(folder / "config.json", t5_config(text.get("params") or {}, dtype))
+    write_json(folder / "config.json", (glm_config if _is_glm(config) else t5_config)(params, dtype))
     if with_tokenizer_config:
-        write_json(folder / "tokenizer_config.json", tokenizer_config(_tokens(config)))
+        write_json(folder / "tokenizer_config.json", _tokenizer_config(config, None))
     return written
+
+
+class _WithLastLayer(View):
+    """A GLM encoder's tensors with the last layer and norm that ours has no use for: zeros, and ones.
+
+    ``hidden_states[-2]`` of transformers, which CogView4 takes, is what goes into that layer.
+    """
+
+    def __init__(self, inner: LazyStateDict) -> None:
+        super().__init__(inner)
+        last = max(int(name.split(".")[1]) for name in inner if name.startswith("layers."))
+        self._of = {
+            name.replace(f"layers.{last}.", f"layers.{last + 1}."): name
+            for name in inner
+            if name.startswith(f"layers.{last}.")
+        }
+        self._of["norm.weight"] = f"layers.{last}.input_layernorm.weight"
+
+    def info(self, key: str) -> TensorInfo:
+        return self.inner.info(self._of.get(key, key))
+
+    def release(self, key: str) -> None:
+        if key not in self._of:
+            self.inner.release(key)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._of:
+            return self.inner[key]
+        info = self.info(key)
+        return torch.full(info.shape, float("norm" in key), dtype=info.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.inner, *self._of])
+
+    def __len__(self) -> int:
+        return len(self.inner) + len(self._of)
 
 
 def _info(tensors: LazyStateDict, name: str, options: Options) -> TensorInfo:

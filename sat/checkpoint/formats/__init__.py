@@ -13,7 +13,7 @@ import torch
 from sat import compat
 from sat.checkpoint.files import open_file, open_folder, open_shards, vocabulary
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, listing
-from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline, HuggingFaceT5
+from sat.checkpoint.formats.diffusers import DiffusersComponent, DiffusersPipeline, HuggingFaceText
 from sat.checkpoint.formats.sat import Sat
 from sat.checkpoint.verify import DIGESTS, MANIFEST, CheckpointPathError, Verify, read_json, records
 
@@ -170,7 +170,7 @@ FORMATS: tuple[Format, ...] = (
     Native(),
     DiffusersPipeline(),
     DiffusersComponent(),
-    HuggingFaceT5(),
+    HuggingFaceText(),
     Sat(),
     Weights(),
 )

@@ -1,4 +1,4 @@
-"""diffusers pipelines, their components, and Hugging Face T5 folders; their configs in both directions.
+"""diffusers pipelines, their components, and folders of text encoders; their configs in both directions.
 
     DIR/model_index.json  DIR/transformer/  DIR/vae/  DIR/text_encoder/  DIR/tokenizer/  DIR/scheduler/
 
@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from sat.checkpoint.files import open_folder, vocabulary
-from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part
+from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, whole_number
+from sat.checkpoint.formats import cogview4
 from sat.checkpoint.verify import Verify, read_json
-from sat.models.t5.model import from_huggingface
+from sat.models.glm.model import from_huggingface as glm_params
+from sat.models.t5.model import from_huggingface as t5_params
 
 _FULL = Verify()
 FOLDERS: dict[Part, str] = {"model": "transformer", "first_stage": "vae", "text": "text_encoder"}
-CLASSES: dict[str, Part] = {"CogView3PlusTransformer2DModel": "model", "AutoencoderKL": "first_stage"}
+CLASSES: dict[str, Part] = {
+    "CogView3PlusTransformer2DModel": "model",
+    cogview4.TRANSFORMER: "model",
+    "AutoencoderKL": "first_stage",
+}
 PIPELINE = "CogView3PlusPipeline"
 SCHEDULER = "CogVideoXDDIMScheduler"
 
@@ -60,8 +66,9 @@ class DiffusersPipeline:
     def config(self, path: Path) -> Mapping[str, Any]:
         """The sections that the component configs give."""
         name = read_json(path / "model_index.json").get("_class_name")
-        if name != PIPELINE:
-            raise CheckpointError(f"{path}: is a diffusers {name}, only {PIPELINE} can be read")
+        if name not in (PIPELINE, cogview4.PIPELINE):
+            known = f"{PIPELINE} and {cogview4.PIPELINE}"
+            raise CheckpointError(f"{path}: is a diffusers {name}, only {known} can be read")
         config: dict[str, Any] = {}
         if (transformer := path / "transformer" / "config.json").is_file():
             config["model"] = _model(transformer)
@@ -73,12 +80,16 @@ class DiffusersPipeline:
             config["conditioning"] = {"text": text_component(path / "text_encoder")}
             if "model" in config:
                 config["conditioning"]["size"] = size_component(config["model"]["params"]["size_dim"])
-                config["model"]["params"]["text_len"] = _tokens(path / "tokenizer" / "tokenizer_config.json")
+            said = path / "tokenizer" / "tokenizer_config.json"
+            if name == cogview4.PIPELINE:
+                config["conditioning"] |= cogview4.conditioning(said)
+            elif "model" in config:
+                config["model"]["params"]["text_len"] = _tokens(said)
                 config["conditioning"]["max_length"] = config["model"]["params"]["text_len"]
         return config
 
     def tokenizer(self, path: Path) -> Path | None:
-        """``tokenizer/spiece.model``, or the ``tokenizer.json`` that transformers 5 writes."""
+        """``tokenizer/spiece.model``, or the ``tokenizer.json`` of GLM and of transformers 5."""
         return vocabulary(path / "tokenizer")
 
 
@@ -122,15 +133,15 @@ class DiffusersComponent:
         return CLASSES.get(str(read_json(file).get("_class_name"))) if file.is_file() else None
 
 
-class HuggingFaceT5:
-    """Reads T5 folders as ``save_pretrained`` writes them."""
+class HuggingFaceText:
+    """Reads folders of text encoders, T5 and GLM, as ``save_pretrained`` writes them."""
 
     name = "huggingface"
 
     def detects(self, path: Path) -> bool:
-        """A folder whose config.json says T5."""
+        """A folder whose config.json says T5 or GLM."""
         file = path / "config.json"
-        return file.is_file() and read_json(file).get("model_type") == "t5"
+        return file.is_file() and read_json(file).get("model_type") in ("t5", "glm")
 
     def parts(self, path: Path, *, allow_pickle: bool = False) -> list[Part]:
         """The text encoder only."""
@@ -139,7 +150,7 @@ class HuggingFaceT5:
     def locate(self, path: Path, part: Part, *, allow_pickle: bool = False) -> Path:
         """The folder itself."""
         if part != "text":
-            raise CheckpointError(f"{path}: is a T5 text encoder, it holds no {part} weights")
+            raise CheckpointError(f"{path}: is a text encoder, it holds no {part} weights")
         return path
 
     def open(
@@ -161,18 +172,14 @@ class HuggingFaceT5:
 
 
 def text_component(folder: Path) -> dict[str, Any]:
-    """Our T5 encoder with the sizes of a Hugging Face config.json."""
+    """Our T5 or GLM encoder with the sizes of a Hugging Face config.json."""
+    config = read_json(folder / "config.json")
     try:
-        return {"target": T5, "params": from_huggingface(read_json(folder / "config.json"))}
+        if config.get("model_type") == "glm":
+            return {"target": cogview4.GLM, "params": glm_params(config)}
+        return {"target": T5, "params": t5_params(config)}
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-
-
-def _number(file: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{file}: {key} is {value!r}, expected a positive whole number")
-    return value
 
 
 def _tokens(file: Path) -> int:
@@ -188,27 +195,29 @@ def size_component(size_dim: int) -> dict[str, Any]:
 
 def _model(file: Path) -> dict[str, Any]:
     config = read_json(file)
+    if config.get("_class_name") == cogview4.TRANSFORMER:
+        return cogview4.model(file)
     if config.get("_class_name") not in (None, "CogView3PlusTransformer2DModel"):
         raise CheckpointError(
             f"{file}: is a {config['_class_name']}, expected CogView3PlusTransformer2DModel"
         )
-    heads = _number(file, config, "num_attention_heads", 64)
-    channels = _number(file, config, "in_channels", 16)
+    heads = whole_number(file, config, "num_attention_heads", 64)
+    channels = whole_number(file, config, "in_channels", 16)
     if config.get("out_channels", channels) != channels:
         raise CheckpointError(
             f"{file}: out_channels {config['out_channels']} differs from in_channels {channels}"
         )
-    table = _number(file, config, "pos_embed_max_size", 128)
+    table = whole_number(file, config, "pos_embed_max_size", 128)
     params = {
-        "dim": heads * _number(file, config, "attention_head_dim", 40),
+        "dim": heads * whole_number(file, config, "attention_head_dim", 40),
         "heads": heads,
-        "depth": _number(file, config, "num_layers", 30),
+        "depth": whole_number(file, config, "num_layers", 30),
         "channels": channels,
-        "patch": _number(file, config, "patch_size", 2),
-        "text_dim": _number(file, config, "text_embed_dim", 4096),
+        "patch": whole_number(file, config, "patch_size", 2),
+        "text_dim": whole_number(file, config, "text_embed_dim", 4096),
         "text_len": 224,  # not in the file: see DiffusersPipeline.config
-        "emb_dim": _number(file, config, "time_embed_dim", 512),
-        "size_dim": 6 * _number(file, config, "condition_dim", 256),
+        "emb_dim": whole_number(file, config, "time_embed_dim", 512),
+        "size_dim": 6 * whole_number(file, config, "condition_dim", 256),
         "table_size": [table, table],
     }
     return {"target": PLUS, "params": params}
@@ -237,9 +246,9 @@ def _first_stage(file: Path) -> dict[str, Any]:
     params = {
         "width": widths[0],
         "multipliers": [width // widths[0] for width in widths],
-        "res_blocks": _number(file, config, "layers_per_block"),
-        "latent_channels": _number(file, config, "latent_channels"),
-        "groups": _number(file, config, "norm_num_groups", 32),
+        "res_blocks": whole_number(file, config, "layers_per_block"),
+        "latent_channels": whole_number(file, config, "latent_channels"),
+        "groups": whole_number(file, config, "norm_num_groups", 32),
         "mid_attention": bool(config.get("mid_block_add_attention", True)),
         "quant_convs": quant,
         "scale_factor": float(config.get("scaling_factor", 0.18215)),
@@ -249,6 +258,8 @@ def _first_stage(file: Path) -> dict[str, Any]:
 
 def _diffusion(file: Path) -> dict[str, Any]:
     config = read_json(file)
+    if config.get("_class_name") == cogview4.SCHEDULER:
+        return cogview4.diffusion(file)
     wanted = {
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
@@ -259,7 +270,7 @@ def _diffusion(file: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {key} is {config.get(key)!r}, only {value!r} is supported")
     params = {
         "shift": float(config.get("snr_shift_scale", 4.0)),
-        "total": _number(file, config, "num_train_timesteps", 1000),
+        "total": whole_number(file, config, "num_train_timesteps", 1000),
         "spacing": config.get("timestep_spacing", "trailing"),
     }
     return {

@@ -29,7 +29,7 @@ from sat.checkpoint.format import (
     Prefixed,
     listing,
 )
-from sat.checkpoint.formats.diffusers import HuggingFaceT5
+from sat.checkpoint.formats.diffusers import HuggingFaceText
 from sat.checkpoint.ranks import RankFiles
 from sat.checkpoint.verify import Verify, read_json
 from sat.util.host import read_bounded
@@ -38,7 +38,7 @@ ENGINE_FILE = "mp_rank_00_model_states.pt"
 #: Config sections the weights belong to; our writer's addition, which the official code does not look at.
 SIDECAR = "config_sections.json"
 _RANK = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_T5 = HuggingFaceT5()
+_T5 = HuggingFaceText()
 _FULL = Verify()
 
 
