@@ -67,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS), help=only)
     merge = "fold an adapter into the weights; repeat for several"
     top.add_argument("--merge-lora", action="append", default=[], metavar="PATH[:STRENGTH]", help=merge)
+    average = "decay of the average to take, where a training kept several (train.ema)"
+    top.add_argument("--average", type=float, metavar="DECAY", help=average)
     ranks = "split the network of an official folder into the files of N model-parallel ranks (1)"
     top.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=ranks)
     top.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type to write (as in SRC)")
@@ -160,7 +162,8 @@ def _convert(args: argparse.Namespace) -> int:
             tuple(args.only),
             change=_changing(args.merge_lora, ranks, imports),
             allow_unexpected=() if experiment is None else experiment.checkpoint.allow_unexpected,
-        )  # fmt: skip
+        ),  # fmt: skip
+        args.average,
     )
     with ExitStack() as stack:
 
@@ -188,13 +191,15 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_run(sources: Sources) -> Sources:
+def _of_run(sources: Sources, decay: float | None) -> Sources:
     """``sources`` of a training's folder: its newest checkpoint, and the parts that it did not train."""
     from sat.train.checkpoints import is_run, outcome
 
     if not is_run(sources.path):
+        if decay is not None:
+            raise UsageError(f"--average is for the folder of a training, and {sources.path} is none")
         return sources
-    run = outcome(sources.path)
+    run = outcome(sources.path, decay)
     found = {part: sources.own[part] or path for part, path in run.parts.items() if part in sources.only}
     for part, path in found.items():
         if path is None:

@@ -413,7 +413,7 @@ def _checkpoints(root: Path, *, busy: bool) -> Iterator[Check]:
             if reason is None:
                 Saved(step, path).progress()
                 files += Saved(step, path).verify(0, 1, lambda own: [own])
-                verdicts = audit(path / NATIVE) if (path / NATIVE).is_dir() else []
+                verdicts = [v for part in sorted(path.glob(f"{NATIVE}*")) for v in audit(part)]
                 files += len(verdicts)
                 reason = next((f"{v.file.relative_to(path)}: {v.text}" for v in verdicts if not v.good), None)
         except ResumeError as error:

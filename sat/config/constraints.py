@@ -37,6 +37,7 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
     rules: list[Callable[[Experiment, Objects], Broken]] = [
         _widths,
         _sizes,
+        _backend,
         _data,
         _drawing,
         _adapters,
@@ -141,7 +142,26 @@ def _sizes(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
         )
 
 
-def _data(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one rule after another
+def _backend(e: Experiment, objects: Objects) -> Broken:
+    """The optimizer and the teams of ranks must be the backend's."""
+    if e.train is None:
+        return
+    try:
+        optimizer = resolve(e.train.optimizer.target, e.imports)
+    except ValueError:
+        return  # said with the optimizer itself
+    if optimizer.__module__.startswith("torch.") and optimizer.__name__ == "Muon":
+        what = "takes matrices alone: write sat.train.optim.Muon, which gives the rest to AdamW"
+        yield ("train", "optimizer"), f"torch's Muon {what}"
+    elif getattr(optimizer, "needs_matrices", False) and e.train.backend != "plain":
+        what = "steps matrices, and DeepSpeed may give it flat vectors: set train.backend to plain"
+        yield ("train", "optimizer"), f"{optimizer.__name__} {what}"
+    if e.train.backend == "plain" and (team := {k: n for k, n in e.parallel.sizes.items() if n > 1}):
+        name, size = next(iter(team.items()))
+        yield ("parallel", name), f"is {size}, and train.backend plain is one process: set it to 1"
+
+
+def _data(e: Experiment, objects: Objects) -> Broken:
     """The objective must use the extra pictures and the weights that sources give."""
     if e.data is None or e.train is None:
         return
@@ -149,9 +169,6 @@ def _data(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one rule a
         objective = resolve(e.train.objective.target, e.imports)
     except ValueError:
         return  # said with the objective itself
-    if e.train.backend == "plain" and (team := {k: n for k, n in e.parallel.sizes.items() if n > 1}):
-        name, size = next(iter(team.items()))
-        yield ("parallel", name), f"is {size}, and train.backend plain is one process: set it to 1"
     for name, what in objective.broken(e.train.objective.params, e.train.zero):
         yield ("train", "objective", "params", name), what
     for name in ("keep_best", "patience"):

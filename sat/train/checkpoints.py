@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +23,7 @@ from sat.checkpoint.verify import Written
 from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.engine import DiffusionEngine
+from sat.errors import UserError
 from sat.parallel.collectives import agree, barrier, from_main, gather
 from sat.parallel.heartbeat import current
 from sat.train import shards
@@ -105,7 +105,8 @@ class Checkpoints:
     """Writes ``RUN/checkpoints/step_…`` and reads it back; every rank calls every method.
 
     A checkpoint holds every rank's share of the state, averages included, and with ``export`` a native
-    checkpoint of the averaged (else the current) weights. ``last`` is the newest whole one of this run.
+    checkpoint of the averaged (else the current) weights, of further decays by :func:`averaged`. ``last`` is
+    the newest whole one of this run.
     """
 
     def __init__(self, folder: RunFolder, engine: Backend, ema: Ema | None, export: Export | None) -> None:
@@ -143,20 +144,27 @@ class Checkpoints:
             )
 
         share = shards.collect(self.engine, self.ema, cut=progress.cut)
-        weights: dict[str, Tensor] = {}  # to export: averages or masters, and frozen ones; on rank 0's CPU
+        # To export: averages or masters, and frozen ones; on rank 0's CPU.
+        exports: dict[str, dict[str, Tensor]] = {}
         if self.export is not None:
-            trained = self.ema.gather() if self.ema is not None else self.engine.masters()
-            for name, value in chain(trained, self.engine.gathered(self.export.frozen())):
-                whole = self.engine.joined(name, value)
-                if runtime.is_main:
-                    weights[name] = whole.detach().to("cpu", copy=True)
+            sources = {NATIVE: self.engine.masters()}
+            if self.ema is not None:
+                sources = {averaged(d, n): self.ema.gather(n) for n, d in enumerate(self.ema.decays)}
+            for folder, trained in {**sources, "": self.engine.gathered(self.export.frozen())}.items():
+                exports[folder] = {}
+                for name, value in trained:
+                    whole = self.engine.joined(name, value)
+                    if runtime.is_main:
+                        exports[folder][name] = whole.detach().to("cpu", copy=True)
         if background:
             share = share.detached()
 
         def write() -> dict[str, Written]:
             files = share.write(path / STATE, self.engine.shard_name)
             if runtime.is_main and self.export is not None:
-                self.export(path / NATIVE, weights)
+                frozen = exports.pop("")
+                for folder, weights in exports.items():
+                    self.export(path / folder, {**weights, **frozen})
             return files
 
         future: Future[dict[str, Written]] = Future()
@@ -219,16 +227,24 @@ class Checkpoints:
         saved.verify(self.engine.runtime.rank, self.engine.runtime.world, gather)
         for change in progress.check(now, saved.path):
             log.info("going on with other %s", change)
-        averaged = shards.restore(self.engine, self.ema, saved.path / STATE, cut=progress.cut)
-        if self.ema is not None and not averaged:
-            log.warning("%s holds no averaged weights: the average starts from its weights", saved.path)
-            self.ema.restart()
+        absent = shards.restore(self.engine, self.ema, saved.path / STATE, cut=progress.cut)
+        if self.ema is not None and absent:
+            decays = ", ".join(f"{self.ema.decays[place]:g}" for place in absent)
+            log.warning(
+                "%s holds no average of decay %s: it starts from the weights there", saved.path, decays
+            )
+            self.ema.restart(absent)
         if (scheduler := self.engine.scheduler) is not None:
             kept = saved.path / STATE / "scheduler_000_00000.pt"
             scheduler.load(torch.load(kept, weights_only=True) if kept.exists() else None, progress.step)
         self.last = saved.path
         self.held_out.resume(progress.step, main=self.engine.runtime.is_main)
         return progress
+
+
+def averaged(decay: float, place: int) -> str:
+    """Folder of the exported average of ``decay``, which is at ``place`` of ``train.ema``."""
+    return f"{NATIVE}_{decay:g}" if place else NATIVE
 
 
 # -- exports: the trained parts as a native folder, or the adapter
@@ -296,6 +312,10 @@ class ModelExport:
         save_native(folder, parts, self.sections, options=Options(dtype=self.dtype), tokenizer=self.tokenizer)
 
 
+class AverageError(UserError, ValueError):
+    """Average that a training did not keep."""
+
+
 class Outcome(NamedTuple):
     """Model of a run: ``trained`` is its newest checkpoint, ``parts`` the paths of the other parts.
 
@@ -312,13 +332,23 @@ def is_run(folder: Path) -> bool:
     return (folder / "resolved.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
-def outcome(run: Path) -> Outcome:
-    """Model that the training in ``run`` has come to, untrained parts included."""
+def outcome(run: Path, decay: float | None = None) -> Outcome:
+    """Model that the training in ``run`` has come to, untrained parts included.
+
+    ``decay`` picks one of several averages (``train.ema``); None: the first.
+    """
     saved = RunFolder(run).saved()
     if not saved:
         raise CheckpointError(f"{run}: this training has no whole checkpoint yet")
     native = saved[-1].path / NATIVE
     experiment = load_full([run / "resolved.yaml"]).experiment
+    if decay is not None:
+        decays = [] if experiment.train is None else experiment.train.decays
+        if decay not in decays:
+            raise AverageError(
+                f"{run} has no average of decay {decay:g}; train.ema is {', '.join(map(str, decays)) or None}"
+            )
+        native = saved[-1].path / averaged(decay, decays.index(decay))
     began = experiment.train.init_from if experiment.train is not None else None
     weights, held = began or experiment.checkpoint, detect(native).parts(native)
     others = {part: weights.source(part) for part in PARTS if part not in held}

@@ -58,7 +58,7 @@ class Estimate:
     zero: int
     accumulate: int
     batch_size: int
-    averaged: bool
+    averages: int
     host: bool  # on the CPU: unwritten memory takes none; batches and checkpoints are there too
     waiting: int  # batches that are read ahead
     offload: OffloadConfig = OffloadConfig()
@@ -105,8 +105,8 @@ class Estimate:
 
     @property
     def average(self) -> int:
-        """Moving average of the weights, float32."""
-        return FULL * self.share if self.averaged else 0
+        """Moving averages of the weights, float32."""
+        return FULL * self.share * self.averages
 
     @property
     def gradients(self) -> int:
@@ -207,7 +207,7 @@ class Estimate:
 
         # Whole float32 weights on rank 0, and once more as the bytes of a file.
         if self.host:
-            saving = (0 if self.zero == 0 else FULL * elements) + (FULL * elements if self.averaged else 0)
+            saving = (0 if self.zero == 0 else FULL * elements) + FULL * elements * self.averages
             found.append(Phase("saving", saving))
         return found
 
@@ -241,7 +241,7 @@ class Estimator:
             self._states[optimizer] = optimizer_state(train, tuple(experiment.imports))
         return Estimate(
             self._measured[batch], self._states[optimizer], ranks, train.zero if zero is None else zero,
-            train.accumulate, train.batch_size, train.ema is not None, on_host(experiment),
+            train.accumulate, train.batch_size, len(train.decays), on_host(experiment),
             AHEAD if data.workers else 0, train.offload, experiment.parallel.tensor,
         )  # fmt: skip
 

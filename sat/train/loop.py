@@ -154,7 +154,7 @@ class Trainer:
         self.runtime = engine.runtime
         self.config: TrainConfig = engine.config
         self.extras = extras or Extras()
-        self.ema = Ema(engine, self.config.ema) if self.config.ema is not None else None
+        self.ema = Ema(engine, self.config.decays) if self.config.decays else None
         self.checkpoints = Checkpoints(folder, engine, self.ema, self.extras.export)
         peak = peak_flops(self.config, self.runtime)
         self.meter = None if peak is None else Meter(peak)

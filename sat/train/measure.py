@@ -35,7 +35,7 @@ from sat.train.data import bucket_rule, spare_parts
 from sat.train.lora import NAME as TRAINED
 from sat.train.lora import add_lora, add_tokens, packed_bytes, unpacked
 from sat.train.objectives import Objective
-from sat.train.optim import autocast, build_optimizer, trainable
+from sat.train.optim import autocast, build_optimizer, groups, trainable
 
 PACKED = "packed for the backward pass"
 """Name of the second copy of frozen weights; there is none at ZeRO 3."""
@@ -96,7 +96,7 @@ def largest_size(data: DataConfig) -> tuple[int, int]:
     return data.height, data.width
 
 
-def measure(experiment: Experiment) -> Measured:  # noqa: C901 - as a training is built, in order
+def measure(experiment: Experiment) -> Measured:
     """Build ``experiment`` without data and run one micro-batch, as the first rank of a team does."""
     parallel = experiment.parallel
     team = max(parallel.tensor, parallel.sequence) > 1
@@ -108,9 +108,6 @@ def measure(experiment: Experiment) -> Measured:  # noqa: C901 - as a training i
     train, data = sections(experiment)
     lora, dtype, size = experiment.adapters.lora, DTYPES[train.dtype], largest_size(data)
     kind: type[Objective] = resolve(train.objective.target, experiment.imports)
-    params = train.objective.params
-    for stage in kind.rounds(params)[:1]:  # the first is the largest: its teacher is guided
-        params = {**params, **stage.params}
     cached = data.cache is not None
     spare = spare_parts(experiment, train) if cached else frozenset[Part]()
     # Packing is tried out, which takes data.
@@ -126,11 +123,7 @@ def measure(experiment: Experiment) -> Measured:  # noqa: C901 - as a training i
                 if part not in spare:
                     apply_sharding(module, family_sharding(type(module)), mesh.tensor)
             apply_sequence(engine.network, mesh.sequence)
-        with warnings.catch_warnings():  # copying a teacher warns
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            component = replace(train.objective, params=params)
-            objective: Objective = build(component, imports=experiment.imports, engine=engine)
-        objective.train()
+        objective = _objective(experiment, engine, ledger)
         needs = kind.needs(train.objective.params)
         moments = (cached or bool(data.cache_views)) and "first_stage" not in needs
         text = cached and "text" not in needs
@@ -143,11 +136,6 @@ def measure(experiment: Experiment) -> Measured:  # noqa: C901 - as a training i
                 return objective(batch(), torch.Generator())["loss"]  # type: ignore[no-any-return]
 
         with ledger.without_data():
-            if lora is not None:
-                add_lora(objective, replace(lora, start=None), train.seed)
-            if words := [replace(one, start=None) for one in experiment.adapters.tokens]:
-                add_tokens(objective, engine.conditioner, words, train.seed, alone=lora is None)
-            objective.begin(None if lora is None else TRAINED)
             if train.activation_checkpointing:
                 recompute(objective)
             weights = _weights(engine, objective)
@@ -160,6 +148,41 @@ def measure(experiment: Experiment) -> Measured:  # noqa: C901 - as a training i
     image_tokens = h * w // cast(int, getattr(engine.network, "patch", 1)) ** 2
     text_tokens = experiment.conditioning.max_length if "model" in objective.parts() else 0
     return Measured(weights, found, data_bytes, size, image_tokens, text_tokens)
+
+
+def _objective(experiment: Experiment, engine: DiffusionEngine, ledger: Ledger) -> Objective:
+    """Objective of the first round over ``engine``, whose teacher is guided, with adapters and new words."""
+    train, _ = sections(experiment)
+    kind: type[Objective] = resolve(train.objective.target, experiment.imports)
+    params, lora = train.objective.params, experiment.adapters.lora
+    for stage in kind.rounds(params)[:1]:
+        params = {**params, **stage.params}
+    with warnings.catch_warnings():  # copying a teacher warns
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        component = replace(train.objective, params=params)
+        objective: Objective = build(component, imports=experiment.imports, engine=engine)
+    objective.train()
+    with ledger.without_data():
+        if lora is not None:
+            add_lora(objective, replace(lora, start=None), train.seed)
+        if words := [replace(one, start=None) for one in experiment.adapters.tokens]:
+            add_tokens(objective, engine.conditioner, words, train.seed, alone=lora is None)
+        objective.begin(None if lora is None else TRAINED)
+    return objective
+
+
+def check_groups(experiment: Experiment) -> None:
+    """Raise for ``train.groups`` that fit no trained parameter, by names alone: no weight is read.
+
+    Parameters of an adapter to go on from are not known before it is read.
+    """
+    train, lora = sections(experiment)[0], experiment.adapters.lora
+    if not train.groups or (lora is not None and lora.start is not None):
+        return
+    ledger = Ledger()
+    engine = build_shapes(experiment, torch.float32, ledger.without_data())
+    engine.conditioner.tokenizer = _AnyText(experiment.conditioning.max_length)
+    groups(_objective(experiment, engine, ledger), train.weight_decay, train.groups, train.lr, told=False)
 
 
 class _AnyText(T5Tokenizer):
@@ -221,14 +244,15 @@ def _weights(engine: DiffusionEngine, objective: Objective) -> Weights:
 def optimizer_state(train: TrainConfig, imports: tuple[str, ...]) -> OptimizerState:
     """State of ``train.optimizer``, seen in two steps of a flat float32 vector, as ZeRO steps it.
 
-    An optimizer that looks at the shapes of matrices may keep less at ZeRO 0.
+    Of a matrix, for an optimizer that needs matrices; another that looks at shapes may keep less at ZeRO 0.
     """
-    count = 1 << 20
+    count, side = 1 << 20, 1 << 10
+    matrices = getattr(resolve(train.optimizer.target, imports), "needs_matrices", False)
     ledger = Ledger()
     with ledger.without_data():
-        vector = nn.Parameter(torch.empty(count))
-        vector.grad = torch.empty(count)
-        group = {"params": [vector], "weight_decay": train.weight_decay}
+        vector = nn.Parameter(torch.empty(side, side) if matrices else torch.empty(count))
+        vector.grad = torch.empty_like(vector)
+        group = {"params": [vector], "weight_decay": train.weight_decay, "matrices": matrices}
         optimizer = build_optimizer(train, imports, [group])
         base = ledger.live
         optimizer.step()

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -32,12 +32,16 @@ class RateError(UserError, ValueError):
 
 
 class ParameterGroup(TypedDict, total=False):
-    """A parameter group as torch optimizers take it; ``lr_scale``: its rate over ``train.lr``."""
+    """A parameter group as torch optimizers take it; ``lr_scale``: its rate over ``train.lr``.
+
+    ``matrices``: weights and kernels of layers, which decay.
+    """
 
     params: list[nn.Parameter]
     weight_decay: float
     lr: float
     lr_scale: float
+    matrices: bool
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -46,13 +50,18 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def groups(  # noqa: C901 - parameters, their owners, the groups
-    module: nn.Module, weight_decay: float, own: Sequence[GroupConfig] = (), lr: float = 0.0
+    module: nn.Module,
+    weight_decay: float,
+    own: Sequence[GroupConfig] = (),
+    lr: float = 0.0,
+    *,
+    told: bool = True,
 ) -> list[ParameterGroup]:
     """Trainable parameters in a decayed and an undecayed group; an empty group is left out.
 
     Matrices and convolution kernels decay. Biases, norms, embeddings and position tables do not: shrinking
     them towards zero does not make the function simpler. What ``own`` names (``train.groups``; ``lr`` is the
-    others' rate) follows in groups apart, told in the log; names are those of the objective's parts
+    others' rate) follows in groups apart, ``told`` in the log; names are those of the objective's parts
     (``text.blocks.0.…``), or of ``module`` itself. Raises :class:`RateError` for a pattern that matches
     nothing, or nothing that an earlier one has left.
     """
@@ -68,9 +77,13 @@ def groups(  # noqa: C901 - parameters, their owners, the groups
             (decayed if is_matrix else kept).append(parameter)
     if not seen:
         raise ValueError("nothing to train: the objective has no parameter that requires a gradient")
-    pairs = ((decayed, weight_decay), (kept, 0.0))
+    pairs = ((decayed, weight_decay, True), (kept, 0.0, False))
     if not own:
-        return [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
+        return [
+            {"params": params, "weight_decay": decay, "matrices": matrices}
+            for params, decay, matrices in pairs
+            if params
+        ]
 
     names = {id(p): name for name, p in module.named_parameters() if id(p) in seen}
     for part, inner in module.parts().items() if isinstance(module, Objective) else ():
@@ -95,20 +108,72 @@ def groups(  # noqa: C901 - parameters, their owners, the groups
     for number, entry in everything:
         rate_of = entry.lr or lr
         decay_of = weight_decay if entry.weight_decay is None else entry.weight_decay
-        told = []
+        lines = []
         for params, decay, what in ((decayed, decay_of, f"decay {decay_of:g}"), (kept, 0.0, "no decay")):
             if inside := [p for p in params if place_of.get(names[id(p)]) == number]:
+                rates: ParameterGroup = {"lr": rate_of, "lr_scale": rate_of / lr}
                 found.append(
-                    {"params": inside, "weight_decay": decay, "lr": rate_of, "lr_scale": rate_of / lr}
+                    {"params": inside, "weight_decay": decay, "matrices": params is decayed, **rates}
                 )
-                told.append(f"{len(inside)} parameters ({sum(p.numel() for p in inside):,}) with {what}")
-        if entry.weight_decay and not any("with decay" in text for text in told):
+                lines.append(f"{len(inside)} parameters ({sum(p.numel() for p in inside):,}) with {what}")
+        if entry.weight_decay and not any("with decay" in text for text in lines):
             raise RateError(
                 f"train.groups.{number}: `weight_decay` is for matrices and kernels, it names none"
             )
         which = "the others" if number is None else f"train.groups.{number} ({', '.join(entry.targets)})"
-        log.info("%s: lr %g, %s", which, rate_of, " and ".join(told) or "none left")
+        if told:
+            log.info("%s: lr %g, %s", which, rate_of, " and ".join(lines) or "none left")
     return found
+
+
+class Muon(Optimizer):
+    """Muon for the matrices of linear layers, AdamW for kernels, embeddings, norms and biases.
+
+    Both are torch's. A matrix moves along its momentum (``nesterov``) made nearly orthogonal by ``ns_steps``
+    of Newton and Schulz, scaled to the size of AdamW's steps, so that one ``lr`` and one ``weight_decay`` fit
+    both. ``betas`` and ``eps`` are AdamW's. Groups come from :func:`groups`. The backend must be plain: with
+    DeepSpeed an optimizer may see flat vectors. Source: K. Jordan, "Muon" (2024); arXiv:2502.16982, eq. 4.
+    """
+
+    needs_matrices = True
+
+    def __init__(
+        self,
+        params: Sequence[ParameterGroup],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"Muon needs torch 2.9 or newer, this is {torch.__version__}")
+        split: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for group in params:
+            for flat in (True, False):
+                wanted = [
+                    p for p in group["params"] if (group.get("matrices", False) and p.ndim == 2) == flat
+                ]
+                if wanted:
+                    split[flat].append({"lr": lr, "weight_decay": weight_decay, **group, "params": wanted})
+        super().__init__([*split[True], *split[False]], {"lr": lr, "weight_decay": weight_decay})
+        self._inner: list[Optimizer] = []
+        if split[True]:
+            scaled: Any = {"adjust_lr_fn": "match_rms_adamw", "momentum": momentum, "nesterov": nesterov}
+            self._inner.append(torch.optim.Muon(split[True], lr, ns_steps=ns_steps, **scaled))
+        if split[False]:
+            self._inner.append(torch.optim.AdamW(split[False], lr, betas, eps, fused=True))
+        for inner in self._inner:  # one state, and the groups that rates are written into
+            inner.state = self.state
+        self.param_groups = [group for inner in self._inner for group in inner.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step all parameters; ``closure`` is not called."""
+        for inner in self._inner:
+            inner.step()
 
 
 def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence[Any]) -> Optimizer:
@@ -282,35 +347,41 @@ def autocast(config: TrainConfig, device: str) -> AbstractContextManager[Any]:
 
 
 class Ema:
-    """Exponential moving average, in float32, of the weights: whole at ZeRO 0, else this rank's masters.
+    """Exponential moving averages, in float32, of the weights: whole at ZeRO 0, else of this rank's masters.
 
-    The decay after n steps is ``min(decay, n / (9 + n))``, so that early averages forget the random start.
-    ``shards`` are the averages, flat, by the name of the parameter.
+    A decay after n steps is ``min(decay, n / (9 + n))``, so that early averages forget the random start.
+    ``averages`` are those of each of ``decays``, flat, by the name of the parameter; ``shards`` the first.
     """
 
-    def __init__(self, engine: Backend, decay: float) -> None:
+    def __init__(self, engine: Backend, decays: Sequence[float]) -> None:
         self._engine = engine
-        self.decay = decay
+        self.decays = list(decays)
         self._masters = [fragment.master for fragment in engine.fragments.values()]
-        self.shards: dict[str, Tensor] = {}
-        self.restart()
+        self.averages: list[dict[str, Tensor]] = [{} for _ in decays]
+        self.restart(range(len(decays)))
 
-    def restart(self) -> None:
-        """Set the averages to the current weights."""
-        self.shards = {
-            name: fragment.master.float().clone() for name, fragment in self._engine.fragments.items()
-        }
+    @property
+    def shards(self) -> dict[str, Tensor]:
+        """Average of the first decay."""
+        return self.averages[0]
+
+    def restart(self, places: Iterable[int]) -> None:
+        """Set the averages of the decays at ``places`` to the current weights."""
+        for place in places:
+            self.averages[place] = {
+                name: fragment.master.float().clone() for name, fragment in self._engine.fragments.items()
+            }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the current weights after ``step`` steps."""
-        decay = min(self.decay, step / (9 + step))
-        torch._foreach_lerp_(list(self.shards.values()), self._masters, 1 - decay)
+        for decay, average in zip(self.decays, self.averages, strict=True):
+            torch._foreach_lerp_(list(average.values()), self._masters, 1 - min(decay, step / (9 + step)))
 
-    def gather(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole float32 average) one by one; every rank must go through all of them."""
+    def gather(self, place: int = 0) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole float32 average of a decay) one by one; every rank must go through all of them."""
         for name in self._engine.parameters:
-            yield name, self._engine.whole(name, self.shards.get(name))
+            yield name, self._engine.whole(name, self.averages[place].get(name))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

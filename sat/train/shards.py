@@ -34,7 +34,7 @@ class Share:
     ``tensors``: flat pieces as ``kind/parameter``; ``starts``: index in the flat parameter at which they
     begin; ``cuts``: dimension and fused parts of parameters that are split over tensor ranks; ``numbers``:
     plain numbers of the optimizer for a parameter; ``uncut``: optimizer state that is not element by element,
-    else None; ``scheduler``: state of a scheduler that a component makes.
+    else None; ``scheduler``: state of a scheduler that a component makes; ``decays``: of the averages.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -44,6 +44,7 @@ class Share:
     scaler: dict[str, float] = field(default_factory=dict)
     uncut: list[dict[str, Any]] | None = None
     scheduler: dict[str, Any] | None = None
+    decays: list[float] = field(default_factory=list)
 
     def detached(self) -> Share:
         """Copy on the CPU that training does not change."""
@@ -57,7 +58,8 @@ class Share:
         Beside them ``scheduler_NAME.pt``, if there is one. Returns the files by name.
         """
         notes = {
-            "starts": self.starts, "cuts": self.cuts, "numbers": self.numbers, "scaler": self.scaler
+            "starts": self.starts, "cuts": self.cuts, "numbers": self.numbers, "scaler": self.scaler,
+            "decays": self.decays,
         }  # fmt: skip
         file, whole = f"shard_{name}.safetensors", f"optimizer_{name}.pt"
         out: dict[str, Written] = {}
@@ -88,15 +90,15 @@ def _copied_state(state: Mapping[str, Any]) -> dict[str, Any]:
 def collect(engine: Backend, ema: Ema | None, *, cut: bool) -> Share:
     """State that this rank writes: views, nothing is copied. ``cut``: see :func:`cuttable`."""
     cuts = {name: (s.cut.dim, s.cut.parts) for name, s in engine.split.items() if name in engine.parameters}
-    share = Share(scaler=engine.scaler, cuts=cuts)
+    share = Share(scaler=engine.scaler, cuts=cuts, decays=[] if ema is None else ema.decays)
     first = engine.mesh.gradient.rank == 0
     if engine.config.zero == 0 and not first:  # all ranks have the same state
         return share
     for name, fragment in engine.fragments.items():
         share.tensors[f"{WEIGHT}/{name}"] = fragment.master
         share.starts[name] = fragment.start
-        if ema is not None:
-            share.tensors[f"{AVERAGE}/{name}"] = ema.shards[name]
+        for place, average in enumerate([] if ema is None else ema.averages):
+            share.tensors[f"{_average(place)}/{name}"] = average[name]
         for key, value in (engine.inner.state.get(fragment.key, {}) if cut else {}).items():
             if not isinstance(value, Tensor):
                 share.numbers.setdefault(name, {})[key] = value
@@ -111,6 +113,11 @@ def collect(engine: Backend, ema: Ema | None, *, cut: bool) -> Share:
         share.scheduler = None if engine.scheduler is None else engine.scheduler.state_dict()
         share.tensors |= {f"{BUFFER}/{name}": value for name, value in _buffers(engine)}
     return share
+
+
+def _average(place: int) -> str:
+    """Kind of the average of the decay at ``place``."""
+    return f"{AVERAGE}_{place}" if place else AVERAGE
 
 
 def cuttable(engine: Backend) -> bool:
@@ -162,6 +169,7 @@ class Shards:
         self._kinds: dict[str, set[str]] = {}
         self.numbers: dict[str, dict[str, float]] = {}
         self.scaler: dict[str, float] = {}
+        self.decays: list[float] = []  # none in older files, whose average has the kind of the first
         self.cuts: dict[str, Cut] = {}
         for path in paths:
             file = SafetensorsFile(path)
@@ -170,6 +178,7 @@ class Shards:
                 name: Cut(*cut) for name, cut in json.loads(file.metadata.get("cuts", "{}")).items()
             }
             self.numbers |= json.loads(file.metadata["numbers"])
+            self.decays = self.decays or json.loads(file.metadata.get("decays", "[]"))
             self.scaler = self.scaler or json.loads(file.metadata["scaler"])
             for key in file:
                 kind, _, name = key.partition("/")
@@ -234,8 +243,11 @@ class Resplit(Shards):
 
 
 @torch.no_grad()
-def restore(engine: Backend, ema: Ema | None, folder: Path, *, cut: bool) -> bool:
-    """Read weights, optimizer, averages and buffers from ``folder``; true if it held averages."""
+def restore(engine: Backend, ema: Ema | None, folder: Path, *, cut: bool) -> list[int]:
+    """Read weights, optimizer, averages and buffers from ``folder``; places of decays that it does not hold.
+
+    A single average goes on with another decay; that of older files, which name none, is the first.
+    """
     # By other tensor ranks, or with other layers split, the parameters are joined and cut anew.
     tensor_ranks = len({path.name.split("_")[1] for path in folder.glob("shard_*.safetensors")})
     own_cuts = {name: s.cut for name, s in engine.split.items() if name in engine.parameters}
@@ -259,12 +271,18 @@ def restore(engine: Backend, ema: Ema | None, folder: Path, *, cut: bool) -> boo
         if shards.has(BUFFER, name):
             value.copy_(shards.first(BUFFER, name))
     engine.scaler = shards.scaler
-    averaged = all(shards.has(AVERAGE, name) for name in engine.parameters)
-    if ema is not None and averaged:
-        for name, average in ema.shards.items():
-            shards.fill(average, AVERAGE, name, engine.fragments[name].start)
+    absent, known = list[int](), shards.decays
+    for place, decay in enumerate([] if ema is None else ema.decays):
+        assert ema is not None, "there are decays"
+        kind = _average(known.index(decay) if decay in known else place)
+        goes_on = place == 0 and (not known or len(known) == len(ema.decays) == 1)
+        if not (decay in known or goes_on) or not all(shards.has(kind, name) for name in engine.parameters):
+            absent.append(place)
+            continue
+        for name, average in ema.averages[place].items():
+            shards.fill(average, kind, name, engine.fragments[name].start)
     engine.publish()
-    return averaged
+    return absent
 
 
 def _restore_optimizer(engine: Backend, shards: Shards) -> None:

@@ -61,6 +61,13 @@ OWN = {
 """A scheduler of torch, whose rates follow from those before, over groups."""
 
 
+NEW = {
+    "steps": 200, "save_every": 100, "log_every": 200, "schedule": "wsd", "decay_steps": 60,
+    "ema": [0.98, 0.5], "groups": [GroupConfig(["model.0.*"], lr=3e-3)],
+}  # fmt: skip
+"""A schedule, groups and averages, which tests/unit/test_backend.py writes out for torch alone."""
+
+
 def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]:
     """A run from beginning to end, then with the averages swapped in and out."""
     run = trainer(folder / "run", config, runtime)
@@ -68,6 +75,9 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
     before = weights(run)
     norms = [row["grad_norm"] for row in rows(folder / "run")] if runtime.is_main else []
     assert run.ema is not None
+    before |= {
+        f"{n} {name}": v.clone() for n in range(1, len(config.decays)) for name, v in run.ema.gather(n)
+    }
     with run.ema.swapped():
         inside = {name: p.detach().clone() for name, p in run.engine.parameters.items()}
         evaluated = run.engine.objective(next(run.batches()), torch.Generator().manual_seed(1))["loss"]
@@ -77,7 +87,7 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
         "saved": [saved.step for saved in run.folder.saved()],
         "inside": inside,
         "evaluated": evaluated.detach(),
-        "after": weights(run),
+        "after": weights(run) | {name: value for name, value in before.items() if name[0].isdigit()},
         "masters": {name: value.clone() for name, value in run.engine.masters()},
         "table": run.engine.objective.get_buffer("table").clone(),
     }
@@ -222,6 +232,8 @@ def main(folder: Path) -> None:
     case("blocks/anew", 2, _copied(folder / "blocks/run", resumed), zero=2, optimizer=blocks)
     for stage in (0, 1, 2, 3):
         case(f"own{stage}/run", 2, whole, **{**OWN, "zero": stage})
+        case(f"new{stage}/run", 2, whole, **{**NEW, "zero": stage})
+    case("new/plain", 1, whole, **{**NEW, "backend": "plain", **TWICE})
     for stage in (0, 3):
         case(f"own{stage}/resumed", 2, _copied(folder / f"own{stage}/run", resumed), **{**OWN, "zero": stage})
     case("batch", 1, _copied(folder / "zero0/run", resumed))

@@ -226,6 +226,20 @@ def test_a_part_that_began_at_random_is_not_converted_in_silence(ran, tmp_path, 
     )
 
 
+def test_a_run_is_converted_from_the_average_that_is_asked_for(ran, tmp_path, capsys) -> None:
+    run = ran.folder / "rope"
+    native = run / "checkpoints" / "step_00000002" / "native_0.05"
+    ask = [str(run), str(tmp_path / "out"), "--to", "native", "--only", "model"]
+    assert convert([*ask, "--average", "0.3"]) == 2
+    assert "has no average of decay 0.3; train.ema is 0.2, 0.05" in capsys.readouterr().err
+    assert convert([*ask, "--average", "0.05"]) == 0
+    made, wanted, first = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "out", native, native.parent / "native")
+    )
+    assert same(made, wanted) and not same(wanted, first)
+
+
 def test_bf16_weights_train_validate_sample_and_save(ran) -> None:
     good(ran, "bf16")
     run = ran.folder / "bf16"

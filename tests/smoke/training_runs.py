@@ -104,7 +104,8 @@ def everything(folder: Path, spiece: Path) -> None:
         "nan", "--lr", "1e38", "--steps", "30", "train.optimizer.target=torch.optim.SGD", "train.clip=null",
         "train.max_bad_steps=2", "train.accumulate=1", "train.validate_every=null", "train.sample_every=null",
     )  # fmt: skip
-    run("rope", "--base", str(ROOT / "configs" / "debug_rope.yaml"), "--steps", "2", "train.sample_every=2")
+    run("rope", "--base", str(ROOT / "configs" / "debug_rope.yaml"), "--steps", "2", "train.sample_every=2",
+        "train.ema=[0.2, 0.05]")  # fmt: skip
     run("no_data", "data.sources.0.path=/nowhere")
     (folder / "ends.json").write_text(json.dumps(ends))
 

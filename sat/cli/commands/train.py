@@ -43,7 +43,7 @@ from sat.train.log import Record, token_counter
 from sat.train.loop import Extras, Trainer
 from sat.train.lora import NAME as TRAINED
 from sat.train.lora import add_lora, add_tokens, pack_frozen, unpacked
-from sat.train.measure import largest_size
+from sat.train.measure import check_groups, largest_size
 from sat.train.objectives import Objective
 from sat.train.optim import build_optimizer, groups
 from sat.train.pictures import Pictures
@@ -70,6 +70,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         print(dump(experiment), end="")
         return 0
     train, data = _sections(experiment)
+    check_groups(experiment)
     if args.check_inputs and loaded.missing:
         raise ConfigError(loaded.missing)
     if args.check or args.check_inputs:

@@ -235,7 +235,8 @@ class TrainConfig(Section):
     ``max_bad_steps`` steps in a row with a loss that is not finite end the run. ``schedule``: a name, or a
     scheduler of ``torch.optim.lr_scheduler`` by its path; ``decay_steps``: the length of ``wsd``'s fall.
     ``prolong``: what the schedule does when a resumed run has another ``steps``: it is stretched over them,
-    keeps its last rate, or warms up for a second one. ``groups``: rates and decays by part and pattern; the
+    keeps its last rate, or warms up for a second one. ``ema``: decays of averages of the weights, each
+    exported; validation and samples take the first. ``groups``: rates and decays by part and pattern; the
     first that names a parameter has it (docs/training.md). Besides the ``keep_last`` newest checkpoints those
     of every ``keep_every`` steps stay, and with ``keep_best`` that of the lowest held-out loss; ``patience``:
     that many validations in a row without a lower one end the run. wandb's name is the run folder's unless
@@ -272,7 +273,7 @@ class TrainConfig(Section):
     weight_decay: float = 0.0
     groups: list[GroupConfig] = field(default_factory=list)
     clip: float | None = 1.0
-    ema: float | None = None
+    ema: float | list[float] | None = None
     activation_checkpointing: bool = False
     seed: int = 0
     log_every: int = 10
@@ -301,6 +302,13 @@ class TrainConfig(Section):
     compile: bool = False
     init_from: CheckpointConfig | None = None
 
+    @property
+    def decays(self) -> list[float]:
+        """Decays of ``ema``; the first is that of ``native``, of validation and of samples."""
+        if self.ema is None:
+            return []
+        return list(self.ema) if isinstance(self.ema, (list, tuple)) else [self.ema]
+
     def _rules(self) -> Broken:  # noqa: C901
         ranges = {
             "zero": (0 <= self.zero <= 3, "a stage from 0 to 3"),
@@ -309,7 +317,12 @@ class TrainConfig(Section):
             "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "0 to 1"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "clip": (self.clip is None or self.clip > 0, "more than 0 or null"),
-            "ema": (self.ema is None or 0 <= self.ema < 1, "a decay of at least 0 and below 1, or null"),
+            "ema": (
+                all(0 <= decay < 1 for decay in self.decays)
+                and len({*self.decays}) == len(self.decays)
+                and self.ema != [],
+                "a decay of at least 0 and below 1, several different ones, or null",
+            ),
             "peak_tflops": (self.peak_tflops is None or self.peak_tflops > 0, "more than 0 or null"),
             "max_minutes": (self.max_minutes is None or self.max_minutes > 0, "more than 0 minutes or null"),
         }
