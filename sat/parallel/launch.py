@@ -182,8 +182,9 @@ def free_memory() -> None:
 def keep_freed_memory(top_pad: int = 512 << 20) -> bool:
     """Ask glibc to keep large freed buffers instead of giving them back to the system; true if it agreed.
 
-    A CPU training step frees and allocates the same large buffers each time; with glibc's defaults half of
-    the step can go into page faults. ``top_pad`` is in bytes. Does nothing with another C library.
+    What is free by now goes back first: loading leaves holes where weights were. A CPU training step frees
+    and allocates the same large buffers each time; with glibc's defaults half of the step can go into page
+    faults. ``top_pad`` is in bytes. Does nothing with another C library.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -195,6 +196,7 @@ def keep_freed_memory(top_pad: int = 512 << 20) -> bool:
     except (OSError, AttributeError):
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    libc.malloc_trim(0)
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, top_pad))
     return all(mallopt(option, value) == 1 for option, value in settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 
@@ -118,19 +119,27 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc")
-def test_glibc_keeps_freed_memory() -> None:
+def test_glibc_gives_back_what_is_free_and_keeps_what_is_freed() -> None:
     code = (
         "import resource, torch\n"
         "from sat.parallel.launch import keep_freed_memory\n"
-        "keep_freed_memory()\n"
+        "held = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20\n"
+        "kept = [torch.ones(1 << 18) for _ in range(100)]\n"
+        "del kept[::2]\n"  # 50 holes of 1 MiB
+        "before = held(); keep_freed_memory(); print(before - held())\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "work = lambda: [torch.ones(1 << 24).sum() for _ in range(4)]\n"
         "for _ in range(4): work()\nbefore = faults(); work(); print(faults() - before)\n"
     )
     if not keep_freed_memory():
         pytest.skip("another C library")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000  # 64 MiB four times: 65,000 faults of 4 KiB otherwise
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}  # all of it in the heap
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    given_back, faults = map(int, done.stdout.split())
+    assert given_back > 40
+    assert faults < 1000  # 64 MiB four times: 65,000 faults of 4 KiB otherwise
 
 
 def test_one_process_agrees_with_itself() -> None:
