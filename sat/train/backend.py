@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from sat.checkpoint.load import shards
 from sat.config.schema import Component, TrainConfig
 from sat.errors import UserError
+from sat.parallel.collectives import mean
 from sat.parallel.launch import Mesh, Runtime
 from sat.parallel.tensor import joined, summed
-from sat.train.optim import Scheduler, trainable
+from sat.train.optim import Scheduler, group_of, trainable
 
 if TYPE_CHECKING:
     from sat.data.batch import Batch
@@ -106,6 +107,30 @@ class Backend(ABC):
     @abstractmethod
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients, unless they are not finite."""
+
+    def group_norms(self) -> dict[str, Tensor]:
+        """``grad_norm/NAME`` of every part, or of ``train.groups`` and the rest, before clipping.
+
+        To be asked for between ``backward`` and ``step``; every rank calls it. On ranks that share gradients
+        out, each has the sum of its own shares' squares, and these are added up.
+        """
+        squares: dict[str, Tensor] = {}
+        for name, gradient in self._gradients():
+            group = group_of(self.objective, name, self.config)
+            own = gradient.float().square().sum()
+            squares[group] = squares[group] + own if group in squares else own
+        names = sorted({group_of(self.objective, name, self.config) for name in self.parameters})
+        zero = torch.zeros((), device=self.runtime.device)
+        found = torch.stack([squares.get(name, zero) for name in names])
+        if self.config.zero > 0:
+            found = mean(found) * self.runtime.world
+        return {f"grad_norm/{name}": value for name, value in zip(names, found.sqrt(), strict=True)}
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, averaged gradient) of trained parameters, or of this rank's shares of them."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def _clip(self) -> StepResult:
         """Norm of whole, averaged gradients, which are clipped in place if it is finite."""

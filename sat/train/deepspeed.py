@@ -133,6 +133,25 @@ class DeepSpeedBackend(Backend):
         if not last:
             self.engine.step()
 
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, averaged gradient), whole at stage 0, else of this rank's share."""
+        if self.config.zero == 0:
+            yield from super()._gradients()
+            return
+        from deepspeed.utils import safe_get_local_grad
+
+        scale = self.loss_scale
+        for name, parameter in self.parameters.items():
+            if self.config.zero == 3:
+                found = safe_get_local_grad(parameter)
+            elif (mapping := parameter._hp_mapping) is None:  # type: ignore[attr-defined]
+                continue
+            else:
+                index = parameter._index_in_param_group  # type: ignore[attr-defined]
+                found = mapping.get_lp_grad_fragment(index)
+            if found is not None:
+                yield name, found.detach() / scale
+
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients, unless they are not finite."""
         if self.config.zero > 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,9 +24,11 @@ from sat.engine import DiffusionEngine
 from sat.estimate.trace import flops_of
 from sat.parallel.collectives import mean
 from sat.parallel.launch import Runtime
+from sat.sampling.output import read_png_text
 from sat.train.objectives import Objective
 from sat.util.host import install, write_text
 from sat.util.log import clock
+from sat.util.pictures import open_picture, shown
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +86,23 @@ class Record:
         self._wandb: Any = None
         self._board: Any = None
 
-    def start_tensorboard(self, folder: Path, *, step: int) -> None:
-        """Mirror the rows to ``folder/tensorboard``; rows there after ``step`` are dropped."""
+    def start_tensorboard(self, folder: Path, *, step: int, train: TrainConfig, config: str) -> None:
+        """Mirror the rows to ``folder/tensorboard``; rows there after ``step`` are dropped.
+
+        ``config`` is the resolved YAML, which is written there with the run's name, group, tags and notes.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        about = {
+            "run": train.wandb_name or folder.resolve().name,
+            "group": train.wandb_group,
+            "tags": ", ".join(train.wandb_tags),
+            "notes": train.wandb_notes,
+        }
+        told = "\n\n".join(f"**{name}**: {value}" for name, value in about.items() if value)
+        self._board.add_text("run", told, step)
+        self._board.add_text("config", "\n".join(f"    {line}" for line in config.splitlines()), step)
 
     def start_wandb(
         self, folder: Path, train: TrainConfig, config: Mapping[str, Any], *, resume: bool
@@ -125,12 +140,33 @@ class Record:
         clean = {k: v if math.isfinite(v) else None for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        named = {grouped(name): value for name, value in clean.items() if name != "step"}
         if self._wandb is not None:
-            self._wandb.log(clean, step=int(row["step"]))
+            self._wandb.log(named, step=int(row["step"]))
         if self._board is not None:
-            for name, value in clean.items():
-                if value is not None and name != "step":
+            for name, value in named.items():
+                if value is not None:
                     self._board.add_scalar(name, value, int(row["step"]))
+            self._board.flush()
+
+    def pictures(self, step: int, folder: Path) -> None:
+        """Show the pictures in ``folder`` under their files' names, those of ``train.sample_prompts``."""
+        files = [file for file in sorted(folder.glob("*.png")) if file.stem != "grid"]
+        if not files or (self._wandb is None and self._board is None):
+            return
+        made = {f"samples/{file.stem}": (file, read_png_text(file) or {}) for file in files}
+        if self._wandb is not None:
+            import wandb
+
+            images = {
+                name: wandb.Image(str(file), caption=text.get("prompt"))
+                for name, (file, text) in made.items()
+            }
+            self._wandb.log(images, step=step)
+        if self._board is not None:
+            for name, (file, _) in made.items():
+                with open_picture(file) as picture:
+                    self._board.add_image(name, np.asarray(shown(picture)), step, dataformats="HWC")
             self._board.flush()
 
     def close(self) -> None:
@@ -142,13 +178,41 @@ class Record:
             self._board.close()
 
 
+def grouped(name: str) -> str:
+    """The name of a number in the trackers, which group by what stands before a slash."""
+    if "/" in name:
+        return name
+    return f"speed/{name}" if name in _SPEED else f"train/{name}"
+
+
+_SPEED = frozenset(
+    {"images_per_second", "seconds_per_step", "tokens_per_second", "mfu", "data_wait", "memory_gb"}
+    | {"memory_reserved_gb", "seconds"}
+)
+WIDTH = 100
+"""Columns of a log line."""
+_FIRST = {
+    "loss": "loss", "validation/loss": "validation/loss", "validation/shuffled": "shuffled", "lr": "lr",
+    "grad_norm": "norm", "images_per_second": "images/s", "seconds_per_step": "s/step",
+    "data_wait": "wait", "memory_gb": "GB",
+}  # fmt: skip
+"""Numbers that a log line shows before all others, and what it calls them."""
+_LAST = ("tokens_per_second", "memory_reserved_gb", "epoch", "mfu")
+
+
 def line(row: Mapping[str, float], steps: int) -> str:
-    """``row`` as one log line, with the time left."""
-    head = f"step {int(row['step'])}/{steps}"
-    hidden = _UNSHOWN if log.isEnabledFor(logging.DEBUG) else (*_UNSHOWN, *_DETAILS)
-    shown = [f"{k} {v:.4g}" for k, v in row.items() if k not in hidden and (v or k != "skipped")]
+    """``row`` as a log line of 100 columns, with the time left; what does not fit is in ``metrics.jsonl``."""
     left = row["seconds_per_step"] * (steps - row["step"]) if "seconds_per_step" in row else math.nan
-    return "  ".join([head, *shown, *([f"left {clock(left)}"] if math.isfinite(left) else [])])
+    end, details = [f"left {clock(left)}"] if math.isfinite(left) else [], log.isEnabledFor(logging.DEBUG)
+    hidden = {*_UNSHOWN, *(() if details else _DETAILS), *(() if row.get("skipped") else ("skipped",))}
+    order = [*_FIRST, *(name for name in row if name not in _FIRST and name not in _LAST), *_LAST]
+    out = f"step {int(row['step'])}/{steps}"
+    room = WIDTH - sum(len(text) + 2 for text in end)
+    for name in (name for name in order if name in row and name not in hidden):
+        text = f"  {_FIRST.get(name, name.removeprefix('validation/'))} {row[name]:.4g}"
+        if details or len(out) + len(text) <= room:
+            out += text
+    return "  ".join([out, *end])
 
 
 # -- model FLOP use: operations that a step needs over those that the device could do in its time

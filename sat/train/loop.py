@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,6 +29,9 @@ from sat.train.resume import Layout, Progress, ResumeError, RunFolder, Saved
 from sat.train.shards import cuttable
 from sat.util.ending import ending
 from sat.util.log import progress
+
+if TYPE_CHECKING:
+    from sat.train.profile import Trace
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +170,12 @@ class Trainer:
         self._rate = 0.0  # of the last step
         self._saved_step = -1
         self._window = _Window()
+        self._trace: Trace | None = None
+        if self.config.profile is not None:
+            from sat.train.profile import Trace as Made
+
+            place, device = folder.root / "profile", self.runtime.device.type
+            self._trace = Made(place, self.config.profile, self.runtime.rank, accelerator=device != "cpu")
 
     def fit(self) -> None:  # noqa: C901 - the loop, in order
         """Train until the last step, a stop signal, ``max_minutes`` or divergence; saves before returning."""
@@ -189,7 +198,8 @@ class Trainer:
             self.done = self._impatient()
             while self.step < config.steps and not self.done:
                 try:
-                    self.train_step(batches)
+                    with nullcontext() if self._trace is None else self._trace.around():
+                        self.train_step(batches)
                 except DivergedError as error:
                     self.checkpoints.settle()
                     last = self.checkpoints.last
@@ -299,6 +309,8 @@ class Trainer:
             window.images += len(batch) * mesh.data_ranks
             self.images += len(batch) * mesh.data_ranks
         watch.mark(f"step {self.step + 1}: optimizer")
+        if config.group_norms:
+            window.averages.add(engine.group_norms())
         result = engine.step()
         if scheduler is not None:
             scheduler.step()
@@ -413,6 +425,8 @@ class Trainer:
             self.extras.draw(self.folder.root / "samples" / f"step_{self.step:08d}")
             objective.train()
         barrier(self.runtime.device)
+        if self.extras.record is not None:
+            self.extras.record.pictures(self.step, self.folder.root / "samples" / f"step_{self.step:08d}")
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The averaged weights in place of the current ones, if they are kept."""

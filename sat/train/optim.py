@@ -49,6 +49,17 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def group_of(module: Objective, name: str, train: TrainConfig) -> str:
+    """The group of the parameter ``name`` in the metrics: of ``train.groups``, else its part."""
+    parts = {id(inner): part for part, inner in module.parts().items()}
+    owner, _, rest = name.partition(".")
+    part = parts.get(id(getattr(module, owner, None)), owner)
+    for place, entry in enumerate(train.groups):
+        if any(fnmatchcase(other, target) for other in (f"{part}.{rest}", name) for target in entry.targets):
+            return f"group_{place}"
+    return part
+
+
 def groups(  # noqa: C901 - parameters, their owners, the groups
     module: nn.Module,
     weight_decay: float,

@@ -219,3 +219,14 @@ def test_a_run_ends_and_keeps_checkpoints_by_its_held_out_loss(results, case) ->
         assert end["saved"] == [3, 4, 6]
         assert end["best"] == "step_00000003"
         assert end["again"] == 6
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradient_norms_of_the_groups_are_parts_of_the_whole(results, stage) -> None:
+    """Means over steps: each group's is the same at every stage, and together they are about the whole."""
+    end, first = value(results, f"own{stage}/run"), value(results, "own0/run")
+    for row, reference, norm in zip(end["by_group"], first["by_group"], end["norms"], strict=True):
+        assert sorted(row) == ["grad_norm/group_0", "grad_norm/group_1", "grad_norm/model", "grad_norm/norm"]
+        assert row == pytest.approx(reference, rel=1e-4)  # orders of sums
+        together = sum(part**2 for part in row.values()) ** 0.5
+        assert together == pytest.approx(norm, rel=0.02)  # means of roots over two steps

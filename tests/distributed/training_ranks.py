@@ -55,6 +55,7 @@ SPLITS = {"8": (1, 8, 1), "4 x 2": (1, 4, 2), "2 ranks x 4": (2, 4, 1), "2 ranks
 """Ranks, batch and accumulation of steps of eight pictures."""
 OWN = {
     "warmup": 0,
+    "group_norms": True,
     "schedule": Component("torch.optim.lr_scheduler.CosineAnnealingLR", {"T_max": 7, "eta_min": 1e-3}),
     "groups": [GroupConfig(["model.0.*"], lr=3e-3), GroupConfig(["*.weight"], weight_decay=0.4)],
 }
@@ -73,7 +74,8 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
     run = trainer(folder / "run", config, runtime)
     run.fit()
     before = weights(run)
-    norms = [row["grad_norm"] for row in rows(folder / "run")] if runtime.is_main else []
+    written = rows(folder / "run") if runtime.is_main else []
+    norms = [row["grad_norm"] for row in written]
     assert run.ema is not None
     before |= {
         f"{n} {name}": v.clone() for n in range(1, len(config.decays)) for name, v in run.ema.gather(n)
@@ -84,6 +86,7 @@ def whole(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, Any]
     return {
         "weights": before,
         "norms": norms,
+        "by_group": [{k: v for k, v in row.items() if k.startswith("grad_norm/")} for row in written],
         "saved": [saved.step for saved in run.folder.saved()],
         "inside": inside,
         "evaluated": evaluated.detach(),

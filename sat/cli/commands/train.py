@@ -361,5 +361,5 @@ def _record(
     metrics = Record(root, step=trainer.step)
     metrics.start_wandb(root, train, plain(experiment), resume=experiment.output.resume)
     if train.tensorboard:
-        metrics.start_tensorboard(root, step=trainer.step)
+        metrics.start_tensorboard(root, step=trainer.step, train=train, config=dump(experiment))
     return metrics

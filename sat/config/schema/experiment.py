@@ -239,11 +239,12 @@ class TrainConfig(Section):
     exported; validation and samples take the first. ``groups``: rates and decays by part and pattern; the
     first that names a parameter has it (docs/training.md). Besides the ``keep_last`` newest checkpoints those
     of every ``keep_every`` steps stay, and with ``keep_best`` that of the lowest held-out loss; ``patience``:
-    that many validations in a row without a lower one end the run. wandb's name is the run folder's unless
-    ``wandb_name`` says another. ``compile``: one compiled block for all layers of what is trained. ``pack``:
-    beside LoRA on a CPU, keep frozen weights in the order of its matrix products, once for each pass: faster,
-    and one more copy. ``auto`` is measured as in sampling; ``dtype: auto`` is bf16 where that is fast and
-    ``zero`` is not 0.
+    that many validations in a row without a lower one end the run. ``profile``: so many steps are traced;
+    ``group_norms``: gradient norms of parts or ``groups`` in the metrics. wandb's name is the run folder's
+    unless ``wandb_name`` says another. ``compile``: one compiled block for all layers of what is trained.
+    ``pack``: beside LoRA on a CPU, keep frozen weights in the order of its matrix products, once for each
+    pass: faster, and one more copy. ``auto`` is measured as in sampling; ``dtype: auto`` is bf16 where that
+    is fast and ``zero`` is not 0.
     """
 
     section = "train"
@@ -290,6 +291,8 @@ class TrainConfig(Section):
     max_bad_steps: int = 20
     wandb: Literal["offline", "online", "disabled"] = "offline"
     tensorboard: bool = False
+    profile: int | None = None
+    group_norms: bool = False
     peak_tflops: float | None = None
     project: str = "cogview3"
     wandb_name: str | None = None
