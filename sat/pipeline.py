@@ -402,6 +402,11 @@ class StageLoader(Generic[T]):
             self._loaded[index] = self._load(index)
         return self._loaded[index]
 
+    def drop(self, index: int) -> None:
+        """Forget stage ``index``, so that it is loaded anew."""
+        if self._loaded.pop(index, None) is not None:
+            free_memory()
+
     def free(self) -> None:
         """Drop what is loaded, unless all is to be kept."""
         if self._loaded and not self._keep:

@@ -14,8 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sat.adapters.files import NATIVE_FILE, locate
+from sat.apps.web.request import GenerationRequest
+from sat.apps.web.service import GenerationService
 from sat.cli.convert import main as convert
 from sat.cli.sample import main as sample
+from sat.config.cascade import load_cascade
 from sat.config.load import load
 from sat.pipeline import Pipeline
 from tests.background import Runs
@@ -188,6 +191,29 @@ def test_strength_weighs_an_adapter_in_a_picture(ran, tmp_path) -> None:
     assert (plain == none).all()
     assert (half != plain).any() and (full != half).any()
     assert abs(half - plain).sum() < abs(full - plain).sum()
+
+
+def test_the_page_draws_as_sample_py_with_a_lora_of_a_run(ran, tmp_path) -> None:
+    """Switched on, weakened, and off again, on weights that the page has packed."""
+    words = [
+        "parallel.device=cpu",
+        "sampling.pack=true",
+        ("adapters.load", [{"path": str(ran.folder / "whole")}]),
+    ]
+    service = GenerationService(load_cascade([DEBUG], words), tmp_path / "web", "debug").open()
+    sizes = service.first.sampling
+    for strength in (0.0, 1.0, 0.5, 0.0):
+        request = GenerationRequest(
+            "a dog", sizes.height, sizes.width, sizes.steps, service.guidance, sizes.seed,
+            adapters={"whole": strength},
+        )  # fmt: skip
+        job = service.job(request)
+        (file,) = job.work(job)
+        with Image.open(file) as image:
+            found = np.asarray(image.convert("RGB")).astype(int)
+        named = ("--lora", f"{ran.folder / 'whole'}:{strength}") if strength else ()
+        wanted = draw(tmp_path / f"at_{strength}", *named, "sampling.pack=true", "--overwrite")
+        assert (found == wanted).all(), strength
 
 
 def test_merged_and_converted_adapters_draw_the_same(ran, tmp_path) -> None:

@@ -33,14 +33,15 @@ REQUEST = GenerationRequest("a cat", 32, 48, 3, 2.5, 5, 2)
 @pytest.fixture(scope="module")
 def words(tmp_path_factory) -> list[str]:
     spiece = tokenizer(tmp_path_factory.mktemp("tokenizer") / "spiece.model")
-    return [f"conditioning.tokenizer={spiece}", "parallel.device=cpu"]
+    return [f"conditioning.tokenizer={spiece}", "parallel.device=cpu", "sampling.pack=true"]
 
 
 @pytest.fixture(scope="module")
 def style(words, tmp_path_factory) -> Path:
     """A folder with an adapter for the toy base model, and something else."""
     folder = tmp_path_factory.mktemp("lora")
-    pipe = Pipeline.from_config([DEBUG, TOY / "base.yaml"], words, device="cpu")
+    whole = [*words, "sampling.pack=false"]  # as in training: packed layers take no adapter
+    pipe = Pipeline.from_config([DEBUG, TOY / "base.yaml"], whole, device="cpu")
     model = adaptable(pipe.generator.engine)["model"]
     layers = noisy(start(model, ["attention"]), std=1.0)
     write(folder / "fur", adapter(layers), "native", {"model": model})

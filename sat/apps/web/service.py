@@ -33,6 +33,7 @@ from sat.config.schema import Component, Experiment, LoadConfig, plain
 from sat.config.schema.base import SizeError, SizeRule
 from sat.config.settle import CHOICES
 from sat.engine import DiffusionEngine
+from sat.errors import UserError
 from sat.parallel.launch import launch
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams, strength
@@ -113,7 +114,7 @@ class _Open:
 
     pipeline: Pipeline
     preview: LatentPreview
-    attached: dict[str, str]  # adapters in use so far: our name -> the model's name for it
+    attached: dict[str, str]  # adapters on it: our name -> the model's name for it
 
 
 class GenerationService:
@@ -157,6 +158,8 @@ class GenerationService:
                 elif path.is_dir() or path.suffix in (*SAFETENSORS, *TORCH):
                     log.warning("%s: holds no readable adapter and is not offered", path)
         self._digests: dict[int, Mapping[str, object]] = {}
+        self._given = tuple(self.stages)  # as configured; ``stages`` learn what was auto
+        self._worn: tuple[str, ...] = ()  # adapters that the first stage is loaded with
         self._stages = StageLoader(self._load, keep_loaded=keep)
         self._preview: LatentPreview | None = None
 
@@ -269,17 +272,8 @@ class GenerationService:
         self, index: int, request: GenerationRequest, inputs: Sequence[Path] | None, job: Job
     ) -> list[Path]:
         """The pictures of stage ``index``, numbered after all others in the folder."""
-        now, stage = self._open(index), self.stages[index]
-        generator = now.pipeline.generator
-        for name, value in request.adapters.items():
-            if value and name not in now.attached:  # for the first time
-                reference = AdapterRef(self.adapters[name].path, 0.0)
-                parts = {"model": plain(stage.model), "text": plain(stage.conditioning.text)}
-                for found in adapter_differences(reference.path, parts, stage.imports):
-                    if found.fatal:
-                        raise RequestError(found.what)
-                how = Verify(stage.checkpoint.verify)
-                (now.attached[name],) = load_adapters(adaptable(generator.engine), [reference], verify=how)
+        now = self._adapted(index, [name for name, value in request.adapters.items() if value])
+        stage, generator = self.stages[index], now.pipeline.generator
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, request.adapters.get(name, 0.0))
 
@@ -308,6 +302,42 @@ class GenerationService:
         written = generator.save(folder, [prompt], params, inputs=given, callback=job.step)
         return written[: request.count]  # without the sheet
 
+    def _adapted(self, index: int, names: Sequence[str]) -> _Open:
+        """Stage ``index`` with the adapters ``names`` on it, which others may be beside at strength 0.
+
+        Weights that were compiled, recorded or offloaded take no further adapter: there the stage is loaded
+        anew with exactly ``names``, as ``sample.py`` loads it.
+        """
+        now, stage = self._open(index), self.stages[index]
+        made, missing = stage.sampling, [name for name in names if name not in now.attached]
+        fixed = made.compile or made.graphs or now.pipeline.generator.offload is not None
+        if not missing and not (fixed and set(now.attached) != set(names)):
+            return now
+        parts = {"model": plain(stage.model), "text": plain(stage.conditioning.text)}
+        try:
+            for name in missing:
+                for found in adapter_differences(self.adapters[name].path, parts, stage.imports):
+                    if found.fatal:
+                        raise RequestError(found.what)
+            if fixed:
+                log.info(
+                    "loading the model anew, %s", f"with {', '.join(names)}" if names else "without LoRA"
+                )
+                self._worn = tuple(names)
+                del now  # the weights go before they are read again
+                self._stages.drop(index)
+                return self._open(index)
+            how, wanted = Verify(stage.checkpoint.verify), adaptable(now.pipeline.generator.engine)
+            for name in missing:
+                reference = AdapterRef(self.adapters[name].path, 0.0)
+                (now.attached[name],) = load_adapters(wanted, [reference], verify=how)
+        except (UserError, ValueError) as error:
+            self._worn, text = (), str(error)
+            for name in missing:  # where it lies is nothing to visitors
+                text = text.replace(str(self.adapters[name].path), f"the LoRA {name}")
+            raise RequestError(text) from error
+        return now
+
     def _weights(self, index: int, experiment: Experiment) -> Mapping[str, object]:
         """Fingerprints of the weights in use; checkpoints are read once, adapters are small."""
         if index not in self._digests:
@@ -325,12 +355,20 @@ class GenerationService:
         return now
 
     def _load(self, index: int) -> _Open:
-        pipeline = Pipeline.open(self.stages[index], launch(self.stages[index].parallel.device).device)
-        stage, made = self.stages[index], pipeline.experiment.sampling  # what was auto is named in labels
+        stage, own = self._given[index], dict[str, str]()
+        if index == 0 and self._worn:
+            for name in self._worn:
+                own[name] = adapter_name(self.adapters[name].path, own.values())
+            worn = [LoadConfig(self.adapters[name].path, 0.0) for name in self._worn]
+            load = [*stage.adapters.load, *worn]
+            stage = replace(stage, adapters=replace(stage.adapters, load=load, merge=False))
+        pipeline = Pipeline.open(stage, launch(stage.parallel.device).device)
+        made = pipeline.experiment.sampling  # what was auto is named in labels
         chosen = {name: getattr(made, name) for name in CHOICES}
+        stage = self._given[index]
         self.stages[index] = replace(stage, sampling=replace(stage.sampling, **chosen))
         log.info("%s is loaded on %s", model_name(self.stages[index]), pipeline.device)
-        return _Open(pipeline, LatentPreview.fit(pipeline.generator.engine), {})
+        return _Open(pipeline, LatentPreview.fit(pipeline.generator.engine), own)
 
 
 def fitted(known: Settings, service: GenerationService) -> tuple[GenerationRequest, list[str]]:
