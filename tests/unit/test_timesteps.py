@@ -140,6 +140,9 @@ def test_elements_of_vectors_are_averaged_where_they_are_finite() -> None:
 # -- short trainings, against the same written out
 
 
+STEPS = 200
+
+
 class Small(torch.nn.Module):
     """A network of one convolution."""
 
@@ -205,14 +208,14 @@ def test_a_training_is_that_of_a_loop_written_out(  # noqa: C901 - the loop, in 
     params: dict[str, object], tmp_path: Path
 ) -> None:
     loss = build(Component("sat.diffusion.loss.DenoisingLoss", params))
-    config = changed(CONFIG, steps=6, ema=None, clip=None, log_every=1, accumulate=2, save_every=100,
+    config = changed(CONFIG, steps=STEPS, ema=None, clip=None, log_every=1, accumulate=2, save_every=100,
                      schedule="constant", warmup=0, weight_decay=0.0)  # fmt: skip
     made, runtime = objective(loss), Runtime(0, 1, 0, torch.device("cpu"))
     optimizer = torch.optim.SGD(made.parameters(), lr=config.lr)
     engine = PlainBackend(made, optimizer, config, runtime, Mesh(runtime))
     run = Trainer(engine, Numbers(3), RunFolder(tmp_path), Extras(record=Record(tmp_path)))
     batches = run.batches()
-    for _ in range(6):
+    for _ in range(STEPS):
         run.train_step(batches)
         run._log()
     written = rows(tmp_path)
@@ -225,7 +228,7 @@ def test_a_training_is_that_of_a_loop_written_out(  # noqa: C901 - the loop, in 
         return torch.stack([draw(torch.Generator().manual_seed(key)) for key in keys])
 
     sgd, source = torch.optim.SGD(network.parameters(), lr=config.lr), iter(Numbers(3))
-    for step in range(6):
+    for step in range(STEPS):
         total, ends, buckets = 0.0, loss.cumulative(schedule, 1000), {0: [], 1: []}
         for micro in range(2):
             x0 = next(source).latent_moments.view(3, 2, 2, 2)
