@@ -69,6 +69,26 @@ class Toy(Objective):
         return {"model": self.net}
 
 
+class Turns(Toy):
+    """The toy, whose net learns in every third step and whose norm in the others."""
+
+    def role(self, name: str) -> str:
+        return name.partition(".")[0]
+
+    def resting(self) -> frozenset[str]:
+        return frozenset(("norm",)) if self.step % 3 == 0 else frozenset(("net",))
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> Mapping[str, Tensor]:
+        assert batch.latent_moments is not None and batch.draws is not None
+        x = batch.latent_moments.flatten(1)
+        seen = self.frozen(x + batch.draws["noise"])
+        if "norm" in self.resting():
+            return {"loss": (self.net(seen) - x).square().mean()}
+        with torch.no_grad():
+            made = self.net(seen)
+        return {"loss": (self.norm(made) - x).square().mean()}
+
+
 class Blockwise(torch.optim.Optimizer):
     """Momentum in 8 bits, with a scale for each block: a stand-in for the optimizers of other packages."""
 
@@ -137,13 +157,13 @@ def trainer(
     """A trainer of the toy (or of ``objective``) in ``folder``; ``plain``: by SGD."""
     mesh = mesh or Mesh(runtime)
     objective = objective or Toy(rank=mesh.data_rank)
-    groups = optim.groups(objective, config.weight_decay, config.groups, config.lr)
+    groups = optim.by_role(objective, optim.groups(objective, config.weight_decay, config.groups, config.lr))
     optimizer = (
         torch.optim.SGD(groups, lr=config.lr)
         if plain
         else build(config.optimizer, imports=["tests.training"], params=groups, lr=config.lr)
     )
-    engine = build_backend(objective, optimizer, config, runtime, mesh)
+    engine = build_backend(objective, optim.with_rests(optimizer), config, runtime, mesh)
     source = Numbers(config.batch_size, mesh.data_rank, mesh.data_ranks)
     record = Record(folder) if runtime.is_main else None
     return Trainer(engine, source, RunFolder(folder), Extras(record=record, **extras))

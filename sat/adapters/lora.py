@@ -282,17 +282,17 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) -> (…, O)."""
-        if isinstance(self.base, FrozenLinear) and torch.is_grad_enabled() and len(self.strengths) == 1:
-            ((name, strength),) = self.strengths.items()
+        acting = [(name, strength) for name, strength in self.strengths.items() if strength]
+        if isinstance(self.base, FrozenLinear) and torch.is_grad_enabled() and len(acting) == 1:
+            ((name, strength),) = acting
             factors = self.named(name)
             if strength == 1 and factors.bare and x.dtype == factors.dtype == self.base.dtype:
                 return adapted_product(x, self.base, factors.parts, factors.pairs())  # in one pass
         out: Tensor = self.base(x)
         plain = out
-        for name, strength in self.strengths.items():
-            if strength:
-                change = self.named(name)(x, plain, self.linear)
-                out = out + (change if strength == 1 else strength * change)
+        for name, strength in acting:
+            change = self.named(name)(x, plain, self.linear)
+            out = out + (change if strength == 1 else strength * change)
         return out
 
     def merged(self) -> nn.Module:
@@ -406,17 +406,17 @@ def set_strength(model: nn.Module, name: str, strength: float) -> None:
 
 
 @contextmanager
-def switched_off(model: nn.Module, name: str) -> Iterator[None]:
-    """``model`` as if it had no adapter ``name``, for the block."""
-    layers = [module for _, module in adapted(model) if name in module.strengths]
-    kept = [module.strengths[name] for module in layers]
+def strengths(model: nn.Module, values: Mapping[str, float]) -> Iterator[None]:
+    """``model`` with other strengths of the adapters named in ``values``, for the block."""
+    layers = [module for _, module in adapted(model)]
+    kept = [dict(module.strengths) for module in layers]
     for module in layers:
-        module.strengths[name] = 0.0
+        module.strengths.update({name: value for name, value in values.items() if name in module.strengths})
     try:
         yield
     finally:
-        for module, strength in zip(layers, kept, strict=True):
-            module.strengths[name] = strength
+        for module, before in zip(layers, kept, strict=True):
+            module.strengths.update(before)
 
 
 def merge(model: nn.Module) -> None:

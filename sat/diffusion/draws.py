@@ -16,12 +16,7 @@ from torch import Tensor
 
 
 class Draws(Protocol):
-    """Source of the random numbers of B pictures, on the CPU unless it says otherwise.
-
-    ``step``: the optimizer's, from 0 on; others than whole numbers are of validation.
-    """
-
-    step: int | str
+    """Source of the random numbers of B pictures, on the CPU unless it says otherwise."""
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) float32, standard normal."""
@@ -63,8 +58,7 @@ class PictureDraws:
     """Draws for the ``count`` pictures from ``place`` on, among the ``total`` of an optimizer step."""
 
     def __init__(self, seed: int, step: int | str, place: int, count: int, total: int) -> None:
-        self.seed, self.places, self.total = seed, range(place, place + count), total
-        self.step = step
+        self.seed, self.step, self.places, self.total = seed, step, range(place, place + count), total
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) float32, standard normal."""
@@ -110,16 +104,13 @@ class GeneratorDraws:
         self.count, self.generator, self.shares = count, generator, shares
         self.device = device if generator is None else generator.device
         self._seed: int | None = None
-        self.step: int | str = "none"
 
     @classmethod
     def of_micro_batch(cls, seed: int, step: int, place: int, count: int, total: int) -> GeneratorDraws:
         """Rule of runs that were saved before ``draws: 2``: one generator for each micro-batch of a step."""
         generator = torch.Generator().manual_seed(keyed(seed, step, place // count))
         shares = None if step < 0 else strata(seed, step, place, count, total)
-        made = cls(count, generator, shares=shares)
-        made.step = step
-        return made
+        return cls(count, generator, shares=shares)
 
     def normal(self, name: str, shape: Sequence[int] = ()) -> Tensor:
         """(B, *shape) float32, standard normal."""

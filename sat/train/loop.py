@@ -24,7 +24,7 @@ from sat.parallel.heartbeat import current
 from sat.train.backend import Backend
 from sat.train.checkpoints import Checkpoints, Export
 from sat.train.log import Averages, Meter, Record, line, peak_flops
-from sat.train.optim import Ema, autocast, prolonged, rate, set_rate
+from sat.train.optim import Ema, autocast, prolonged, rate, rest, set_rate
 from sat.train.resume import Layout, Progress, ResumeError, RunFolder, Saved
 from sat.train.shards import cuttable
 from sat.util.ending import ending
@@ -290,6 +290,7 @@ class Trainer:
             set_rate(engine.optimizer, self._rate)
         watch.mark(f"step {self.step + 1}: begin", place=self.step * 10**6)
         engine.objective.step = self.step
+        rest(engine.inner, engine.objective.resting())
         for micro in range(config.accumulate):
             began = time.perf_counter()
             watch.mark(f"step {self.step + 1}: read a batch")

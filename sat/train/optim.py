@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -34,7 +34,8 @@ class RateError(UserError, ValueError):
 class ParameterGroup(TypedDict, total=False):
     """A parameter group as torch optimizers take it; ``lr_scale``: its rate over ``train.lr``.
 
-    ``matrices``: weights and kernels of layers, which decay.
+    ``matrices``: weights and kernels of layers, which decay. ``role``: of an objective whose roles learn in
+    turn (:func:`rest`).
     """
 
     params: list[nn.Parameter]
@@ -42,6 +43,7 @@ class ParameterGroup(TypedDict, total=False):
     lr: float
     lr_scale: float
     matrices: bool
+    role: str
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -187,6 +189,44 @@ class Muon(Optimizer):
             inner.step()
 
 
+def by_role(objective: Objective, groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:
+    """``groups``, each cut up by the roles of its parameters, where the objective has several."""
+    roles = {id(p): objective.role(name) for name, p in trainable(objective).items()}
+    if len(names := list(dict.fromkeys(roles.values()))) == 1:
+        return list(groups)
+    parts = [
+        (group, role, [p for p in group["params"] if roles[id(p)] == role])
+        for group in groups
+        for role in names
+    ]
+    return [{**group, "params": params, "role": role} for group, role, params in parts if params]
+
+
+def rest(optimizer: Optimizer, roles: Collection[str]) -> None:
+    """Leave the groups of ``roles``, with their state, out of the next steps; of none: all take part."""
+    for group in optimizer.param_groups:
+        if "role" in group:
+            group["rests"] = group["role"] in roles
+
+
+def with_rests(optimizer: Optimizer) -> Optimizer:
+    """``optimizer`` whose step skips groups that :func:`rest` names, also where each is stepped alone."""
+    if not any("role" in group for group in optimizer.param_groups):
+        return optimizer
+    step: Callable[..., Any] = optimizer.step
+
+    def skipping(*args: Any, **kwargs: Any) -> Any:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group for group in groups if not group.get("rests")]
+        try:
+            return step(*args, **kwargs) if optimizer.param_groups else None
+        finally:
+            optimizer.param_groups = groups
+
+    optimizer.step = skipping  # type: ignore[method-assign]
+    return optimizer
+
+
 def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence[Any]) -> Optimizer:
     """``train.optimizer`` over parameter groups.
 
@@ -203,7 +243,7 @@ def build_optimizer(train: TrainConfig, imports: Sequence[str], groups: Sequence
     ) and not {"fused", "foreach", "differentiable"} & set(given)  # fmt: skip
     component = replace(train.optimizer, params={"fused": True, **given} if fused else given)
     optimizer: Optimizer = build(component, imports=imports, params=groups, lr=train.lr)
-    return optimizer
+    return with_rests(optimizer)
 
 
 def rate(step: int, config: TrainConfig, cycles: Sequence[int] = ()) -> float:

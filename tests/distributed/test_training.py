@@ -48,6 +48,20 @@ def test_two_ranks_train_as_one_process_with_two_micro_batches(results, stage) -
     assert two["evaluated"] == pytest.approx(one["evaluated"].item(), abs=F32)
 
 
+@pytest.mark.parametrize("case", ["turns0", "turns1", "turns2", "turns_plain"])
+def test_roles_that_learn_in_turn_rest_with_their_state(results, case) -> None:
+    """A resting role stays as it is to the bit, at every stage and after a resume, and momentum waits too."""
+    found, one = value(results, case), value(results, "turns_plain")
+    own = [{name: p for name, p in step.items() if not name.startswith("ema.")} for step in found]
+    for step, (before, after) in enumerate(zip(own[:4], own[1:5], strict=True), 1):
+        learns = "net" if step % 3 == 0 else "norm"
+        changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {learns}, (step, changed)
+    for ours, theirs in zip(found, one, strict=True):
+        assert difference(ours, theirs) <= F32
+    assert difference(found[4], found[5]) <= EXACT
+
+
 def test_torch_alone_trains_as_deepspeed_does(results) -> None:
     ours, theirs = value(results, "plain/run"), value(results, "single")
     assert difference(ours["weights"], theirs["weights"]) <= EXACT

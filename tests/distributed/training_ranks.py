@@ -20,7 +20,7 @@ from sat.data.batch import Batch
 from sat.parallel.collectives import gather
 from sat.parallel.launch import Runtime, lost_rank_message
 from sat.train.resume import MARKER
-from tests.training import CONFIG, Numbers, Toy, changed, ranks, rows, trainer, weights
+from tests.training import CONFIG, Numbers, Toy, Turns, changed, ranks, rows, trainer, weights
 
 STAGES: dict[str, dict[str, Any]] = {
     "zero0": {"zero": 0},
@@ -135,6 +135,23 @@ def poisoned(runtime: Runtime, folder: Path, config: TrainConfig) -> dict[str, A
     return {"history": before}
 
 
+def turns(runtime: Runtime, folder: Path, config: TrainConfig) -> list[dict[str, torch.Tensor]]:
+    """The weights after each of five steps, and after three more of a run that goes on from the third."""
+    run = trainer(folder / "run", config, runtime, Turns(rank=runtime.rank))
+    found, batches = [], run.batches()
+    for step in range(5):
+        if step == 3:
+            run.save()
+        run.train_step(batches)
+        found.append(weights(run))
+    again = trainer(folder / "run", config, runtime, Turns(rank=runtime.rank))
+    again.resume(again.folder.saved()[-1])
+    batches = again.batches()
+    for _ in range(2):
+        again.train_step(batches)
+    return [*found, weights(again)]
+
+
 def hopeless(runtime: Runtime, folder: Path, config: TrainConfig) -> None:
     """A run whose loss is always NaN."""
     trainer(folder / "run", config, runtime, Toy(poison=tuple(range(2, 100)), rank=runtime.rank)).fit()
@@ -239,6 +256,9 @@ def main(folder: Path) -> None:
     case("new/plain", 1, whole, **{**NEW, "backend": "plain", **TWICE})
     for stage in (0, 3):
         case(f"own{stage}/resumed", 2, _copied(folder / f"own{stage}/run", resumed), **{**OWN, "zero": stage})
+    for stage in (0, 1, 2):  # at 3 gradients of a resting role stay in the norm: objectives refuse it
+        case(f"turns{stage}", 2, turns, zero=stage)
+    case("turns_plain", 1, turns, backend="plain", **TWICE)
     case("batch", 1, _copied(folder / "zero0/run", resumed))
     case("background", 2, whole, background_save=True, save_every=1)
     case("hopeless", 2, hopeless, max_bad_steps=3, save_every=2, background_save=True)

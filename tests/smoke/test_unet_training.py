@@ -110,6 +110,24 @@ def test_consistency_trains_weights_or_factors_and_goes_on_where_it_was_cut(ran:
     assert list(lora.rglob("adapter*.safetensors"))
 
 
+def test_matching_trains_student_and_critic_in_turn_and_goes_on_where_it_was_cut(ran: Ran) -> None:
+    """Copies over the plain UNet (DMD2), and with relay two sets of factors on one network (rCM)."""
+    for name in ("matching", "matching_lora", "matching_lora_cut", "matching_lora_on"):
+        ran.good(name)
+    for name, own in (("matching", set()), ("matching_lora", {"consistency", "tangent"})):
+        steps = [row for row in rows(ran.folder / name) if "lr" in row]
+        turns = [{"matching", "consistency", "critic", "tangent"} & row.keys() for row in steps]
+        assert turns == [{"matching", *own}, {"critic"}] * 2, turns
+        assert any("validation/critic" in row for row in rows(ran.folder / name))
+    cut, whole = (
+        load_file(next((ran.folder / name).rglob("step_00000004/**/adapter*.safetensors")))
+        for name in ("matching_lora_cut", "matching_lora")
+    )
+    assert same(cut, whole) and not any("critic" in name for name in whole)
+    end = ran.ends["matching_zero3"]
+    assert end["code"] == 2 and "learn in turn, and train.zero 3 mixes their gradients" in str(end["err"])
+
+
 def test_rounds_are_not_trained_over(ran: Ran) -> None:
     end = ran.ends["again"]
     assert end["code"] == 2 and "holds rounds already: --resume goes on from there" in str(end["err"])

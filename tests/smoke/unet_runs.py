@@ -56,12 +56,19 @@ train:
     target: sat.train.objectives.consistency.Consistency
     params: {{guidance: 2.0, terminal: 0.3, warmup: 3}}
 """
+MATCHING = """\
+train:
+  objective:
+    target: sat.train.objectives.matching.Matching
+    params: {{guidance: 2.0, steps: 2, student_every: 2}}
+"""
 
 
 def everything(folder: Path, spiece: Path) -> None:
     """All runs."""
     (folder / "train.yaml").write_text(TRAIN.format(root=ROOT, spiece=spiece))
     (folder / "distill.yaml").write_text(DISTILL.format())
+    (folder / "matching.yaml").write_text(MATCHING.format())
     (folder / "consistent.yaml").write_text(CONSISTENT.format())
     ends = {}
 
@@ -89,6 +96,13 @@ def everything(folder: Path, spiece: Path) -> None:
     run("consistent_on", [base, train, consistent], *plain, teacher, "--resume", to="consistent_cut")
     native = f"checkpoint.model={folder / 'relay' / 'checkpoints' / 'step_00000004' / 'native'}"
     run("consistent_lora", [base, relay, train, consistent], *plain, native, *factors)
+    matching, rcm = folder / "matching.yaml", ("train.objective.params.method=rcm", "train.zero=2")
+    run("matching", [base, train, matching], *plain, teacher)
+    lora = [[base, relay, train, matching], *plain, native, *factors, *rcm]
+    run("matching_lora", *lora)
+    run("matching_lora_cut", *lora, "train.max_minutes=1e-9")
+    run("matching_lora_on", *lora, "--resume", to="matching_lora_cut")
+    run("matching_zero3", [base, train, matching], *plain, teacher, "train.zero=3")
     run("cut", [base, train, distill], *plain, teacher, "train.max_minutes=1e-9")
     run("again", [base, train, distill], *plain, teacher, to="cut")
     run("rest", [base, train, distill], *plain, teacher, "--resume", to="cut")

@@ -45,7 +45,7 @@ from sat.train.lora import NAME as TRAINED
 from sat.train.lora import add_lora, add_tokens, pack_frozen, unpacked
 from sat.train.measure import check_groups, largest_size
 from sat.train.objectives import Objective
-from sat.train.optim import build_optimizer, groups
+from sat.train.optim import build_optimizer, by_role, groups
 from sat.train.pictures import Pictures
 from sat.train.resume import NATIVE, RunFolder
 from sat.util import log as logs
@@ -255,7 +255,7 @@ def _train(
     items = items or in_memory(sets, data, train, engine, objective, runtime)
     place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
     loader = Loader(items[0], *place, data.workers, sets.train.groups, pin=runtime.pins)
-    own = groups(objective, train.weight_decay, train.groups, train.lr)
+    own = by_role(objective, groups(objective, train.weight_decay, train.groups, train.lr))
     optimizer = build_optimizer(train, experiment.imports, own)
     trained = build_backend(objective, optimizer, train, runtime, mesh, experiment.imports)
 
@@ -316,14 +316,14 @@ def _objective(
         log.warning("%s %s frozen at random weights: name %s in the checkpoint section", what, are, them)
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed, Verify(weights.verify))
-        if on_cpu:
-            reasons = unpacked(train, train.zero)
-            done = f"frozen weights are not packed: {', '.join(reasons)}" if reasons else pack_frozen(trained)
-            log.debug("%s", done)
+    objective.begin(None if experiment.adapters.lora is None else TRAINED)
+    if experiment.adapters.lora is not None and on_cpu:
+        reasons = unpacked(train, train.zero)
+        done = f"frozen weights are not packed: {', '.join(reasons)}" if reasons else pack_frozen(trained)
+        log.debug("%s", done)
     if words := experiment.adapters.tokens:
         alone = experiment.adapters.lora is None
         add_tokens(objective, engine.conditioner, words, train.seed, alone=alone)
-    objective.begin(None if experiment.adapters.lora is None else TRAINED)
     if on_cpu or train.attention != "auto":  # elsewhere torch chooses
         log.debug("attention: %s", use_kernel(objective, train.attention, section="train"))
     for module in trained.values() if train.compile else []:

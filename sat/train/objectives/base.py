@@ -59,6 +59,14 @@ class Objective(nn.Module):
     def begin(self, adapter: str | None) -> None:
         """Called before training with the name of the factors that alone are trained, or None for weights."""
 
+    def role(self, name: str) -> str:
+        """The role of a trained parameter, where several learn in turn; "" is one for all."""
+        return ""
+
+    def resting(self) -> frozenset[str]:
+        """The roles whose parameters stay as they are in this ``step``, and get no gradient."""
+        return frozenset()
+
     def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The same for ``evaluate``; by default those of ``draws``."""
         return self.draws(batch, draws)

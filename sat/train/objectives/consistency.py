@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from sat.adapters.lora import switched_off
+from sat.adapters.lora import strengths
 from sat.conditioning.conditioner import Condition
 from sat.data.batch import Batch
 from sat.diffusion.distillation import (
@@ -29,6 +29,17 @@ from sat.diffusion.schedule import Level, sized
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.train.objectives.diffusion import DiffusionObjective
+
+
+class Given(NamedTuple):
+    """A batch: what was drawn for it, its clean latents, and its condition for teacher and student."""
+
+    drawn: Mapping[str, Tensor]
+    clean: Tensor  # (B, C, h, w) float32
+    cond: Condition
+    seen: Condition  # with the guidance strength, where it is an input
+    strength: Tensor  # (B,)
+    ctx: ProcessContext
 
 
 class Consistency(DiffusionObjective):
@@ -94,7 +105,7 @@ class Consistency(DiffusionObjective):
         return self._teacher
 
     def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Noise of the posteriors, timesteps, noise, guidance strengths, and the share of the warm-up."""
+        """Noise of the posteriors, timesteps, noise, guidance strengths."""
         shape = self.latent_shape(batch)
         made = {"posterior": draws.normal("posterior", shape)}
         if self.engine.process.input is not None:
@@ -103,33 +114,36 @@ class Consistency(DiffusionObjective):
         last = self.engine.process.hooks.span(self.engine.schedule) - 1
         made["timestep"] = made["timestep"].masked_fill(draws.uniform("terminal") < self.terminal, last)
         smallest, largest = self.guidance
-        made["strength"] = smallest + (largest - smallest) * draws.uniform("strength")
-        warm = min(1.0, draws.step / self.warmup) if self.warmup and isinstance(draws.step, int) else 1.0
-        return made | {"warm": torch.full((len(batch),), warm)}
+        return made | {"strength": smallest + (largest - smallest) * draws.uniform("strength")}
 
     def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """The same; the whole tangent."""
-        drawn = self.draws(batch, draws)
-        return drawn | {"warm": torch.ones(len(batch))}
+        """The same."""
+        return self.draws(batch, draws)
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``loss`` of the student, and ``tangent``, how far from consistent it is (root mean square)."""
-        process, denoiser = self.engine.process, self.engine.denoiser
+        return self.consistency(self.given(batch, generator))
+
+    def given(self, batch: Batch, generator: torch.Generator | None = None) -> Given:
+        """The batch as student and teacher see it."""
         drawn = batch.draws or self.draws(batch, GeneratorDraws(len(batch), generator))
         clean, low_res = self.latents(batch, drawn["posterior"]), self.low_res(batch, drawn.get("low_res"))
-        cond, ctx = self.condition(batch, clean.device), ProcessContext(low_res)
-        place, eps, strength, warm = (
-            sent(drawn[name], clean.device) for name in ("timestep", "eps", "strength", "warm")
-        )
-        size = (clean.shape[2], clean.shape[3])
+        cond, strength = self.condition(batch, clean.device), sent(drawn["strength"], clean.device)
+        seen = cond.guided(strength) if self.embeds else cond
+        return Given(drawn, clean, cond, seen, strength, ProcessContext(low_res))
+
+    def consistency(self, given: Given) -> dict[str, Tensor]:
+        """``loss`` and ``tangent`` at the drawn levels."""
+        process, denoiser, ctx = self.engine.process, self.engine.denoiser, given.ctx
+        place, eps = (sent(given.drawn[name], given.clean.device) for name in ("timestep", "eps"))
+        size = (given.clean.shape[2], given.clean.shape[3])
         here, near = self._levels_of(size)
         level, nearer = here.at(place), near.at(place)  # fields (B, 1, 1, 1)
-        x = process.noise(clean, eps, level, ctx)  # (B, C, h, w)
-        teacher = self._teachers(x, level, cond, strength)
+        x = process.noise(given.clean, eps, level, ctx)  # (B, C, h, w)
+        teacher = self.teacher(x, level, given)
         x_near = process.step(x, teacher, level, nearer, ctx)  # on the teacher's path
 
-        seen = cond.guided(strength) if self.embeds else cond
-        prepared = denoiser.network.prepare(seen, size)
+        prepared = denoiser.network.prepare(given.seen, size)
         out = denoiser.output(x, level, prepared)
         with torch.no_grad():
             x0 = denoiser.prediction.to_x0(out, x, level)
@@ -138,13 +152,14 @@ class Consistency(DiffusionObjective):
                 slopes = Level(
                     *((a - b) / h.view_as(torch.as_tensor(a)) for a, b in zip(level, nearer, strict=True))
                 )
-                still = denoiser.network.prepare(seen, size)
+                still = denoiser.network.prepare(given.seen, size)
                 _, change = derivative(
                     lambda x, at: denoiser(x, at, still), x, level, (x - x_near) / h, slopes
                 )
             else:
                 change = (x0 - denoiser(x_near, nearer, prepared)) / h  # dx0/dt
-            g = tangent(x0, teacher, change, level, warm[:, None, None, None])
+            warm = min(1.0, self.step / self.warmup) if self.warmup and self.training else 1.0
+            g = tangent(x0, teacher, change, level, warm)
             target = consistency_target(x0, g, level)
             target_eps = (x - level.alpha * target) / level.sigma  # x = alpha x0 + sigma eps
         wanted = denoiser.prediction.target(target, target_eps, level)
@@ -163,13 +178,14 @@ class Consistency(DiffusionObjective):
         return self._tables[size]
 
     @torch.no_grad()
-    def _teachers(self, x: Tensor, level: Level, cond: Condition, strength: Tensor) -> Tensor:
+    def teacher(self, x: Tensor, level: Level, given: Given) -> Tensor:
         """The guided teacher's x0 (B, C, h, w): x0_null + strength (x0_text - x0_null)."""
         network = self._teacher[0] if self._teacher else self.network
-        off = switched_off(network, self._adapter) if self._adapter else nullcontext()
+        off = strengths(network, {self._adapter: 0.0}) if self._adapter else nullcontext()
         with off:
             teacher = Denoiser(cast(Network, network), self.engine.prediction)
-            prepared = teacher.network.prepare(Condition.cat([cond.null(), cond]), (x.shape[2], x.shape[3]))
+            rows = Condition.cat([given.cond.null(), given.cond])
+            prepared = teacher.network.prepare(rows, (x.shape[2], x.shape[3]))
             twice = Level(*(torch.cat([field, field]) for field in level))  # type: ignore[list-item]
             null, text = teacher(torch.cat([x, x]), twice, prepared).chunk(2)
-        return null + strength[:, None, None, None] * (text - null)
+        return null + given.strength[:, None, None, None] * (text - null)

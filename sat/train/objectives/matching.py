@@ -1,0 +1,205 @@
+"""Distribution matching (DMD2, rCM): a few-step student whose pictures are drawn to the teacher's scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sat.adapters.lora import adapted, strengths
+from sat.data.batch import Batch
+from sat.diffusion.distillation import LevelTable, matching_target
+from sat.diffusion.draws import Draws, keyed
+from sat.diffusion.loss import DenoisingLoss
+from sat.diffusion.prediction import Denoiser, Network
+from sat.diffusion.schedule import Level, sized
+from sat.embeddings import sent
+from sat.engine import DiffusionEngine
+from sat.train.objectives.consistency import Consistency, Given
+
+CRITIC = "critic"
+"""Name of the critic's role, of its copy of the network, and of its factors."""
+
+
+class Matching(Consistency):
+    """Student and critic learn in turn: one step in ``student_every`` is the student's, others the critic's.
+
+    The student draws from noise in up to ``steps`` steps, by itself (noise is drawn anew between, as the
+    sampler ``Renoise`` does); the prediction it ends with is noised again, and moved by the difference of two
+    predictions of that: the guided teacher's, and the critic's, which learns to denoise the student's
+    pictures. Levels of both are drawn within ``between``, shares of the timesteps. ``method`` ``rcm`` adds
+    ``consistency_weight`` times the consistency loss to the student's, which alone is trained in the first
+    ``alone`` steps; ``dmd2`` has none.
+
+    Full weights: teacher and critic are copies. Factors (``adapters.lora``): student and critic are two sets
+    of them on one frozen network, which without them is the teacher. The critic is kept in checkpoints and
+    not exported. Pictures of the data give sizes and captions; ``dmd2`` looks at nothing else of them, but
+    relay at their low-resolution forms.
+
+    Source: DMD2, arXiv:2405.14867 (without its adversarial term); rCM, arXiv:2510.08431.
+    """
+
+    def __init__(  # noqa: PLR0913 - its own settings, and those of consistency
+        self,
+        method: Literal["dmd2", "rcm"] = "dmd2",
+        steps: int = 1,
+        student_every: int = 5,
+        between: tuple[float, float] = (0.02, 0.98),
+        consistency_weight: float = 100.0,
+        alone: int = 0,
+        guidance: float | tuple[float, float] = 4.0,
+        terminal: float = 0.1,
+        warmup: int = 0,
+        gap: float = 0.01,
+        derivative: Literal["difference", "jvp"] = "difference",
+        low_from: Literal["image", "first_stage"] = "image",
+        *,
+        engine: DiffusionEngine,
+    ) -> None:
+        super().__init__(guidance, terminal, warmup, gap, derivative, low_from=low_from, engine=engine)
+        if method == "dmd2" and (alone or consistency_weight != 100.0):
+            raise ValueError("matching: consistency_weight and alone are of method rcm")
+        if steps < 1 or student_every < 1 or alone < 0 or not 0 <= between[0] < between[1] <= 1:
+            raise ValueError(
+                f"matching: steps {steps}, student_every {student_every}, alone {alone}, between {between}: "
+                "expected at least 1 of the first two, and two rising shares of the timesteps"
+            )
+        self.method, self.steps, self.student_every = method, steps, student_every
+        self.between, self.consistency_weight, self.alone = between, consistency_weight, alone
+        self.critic: nn.Module | None = None
+        self.critic_loss = DenoisingLoss()
+        self._visited: dict[tuple[int, int], tuple[list[Level], LevelTable]] = {}
+
+    @classmethod
+    def broken(cls, params: Mapping[str, Any], zero: int) -> Iterator[tuple[str, str]]:
+        """ZeRO 3, which keeps a resting role's last gradients and counts them in the norm."""
+        if zero == 3:
+            yield "method", "student and critic learn in turn, and train.zero 3 mixes their gradients: use 2"
+
+    def begin(self, adapter: str | None) -> None:
+        """Make the critic, equal to the teacher: a copy, or factors beside the trained ones."""
+        super().begin(adapter)
+        if adapter is None:
+            self.critic = copy.deepcopy(self.engine.network).requires_grad_(True)
+            return
+        for _, layer in adapted(self.network):
+            if adapter in layer.strengths:
+                layer.add(CRITIC, layer.layer(adapter), 0.0, 0.0)
+                layer.named(CRITIC).requires_grad_(True)
+
+    def role(self, name: str) -> str:
+        """That of the critic's copy or factors, and the student's."""
+        return CRITIC if name.startswith(f"{CRITIC}.") or f".factors.{CRITIC}." in name else "student"
+
+    def resting(self) -> frozenset[str]:
+        """The student in the critic's steps, and the critic in the student's."""
+        return frozenset((CRITIC,)) if self._students_turn() else frozenset(("student",))
+
+    def _students_turn(self) -> bool:
+        return self.step < self.alone or (self.step - self.alone) % self.student_every == 0
+
+    def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Those of consistency, noise of each step of the student, and a level and noise to look from."""
+        shape, made = self.latent_shape(batch), super().draws(batch, draws)
+        made |= {f"own_{i}": draws.normal(f"own_{i}", shape) for i in range(self.steps)}
+        span = self.engine.process.hooks.span(self.engine.schedule)
+        first, last = (min(span - 1, round(share * span)) for share in self.between)
+        made["seen_at"] = first + draws.integers("seen_at", max(1, last - first))
+        return made | {"seen": draws.normal("seen", shape)}
+
+    def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """``loss`` of whose turn it is, and it by name: ``matching`` and ``consistency``, or ``critic``."""
+        given = self.given(batch, generator)
+        if not self._students_turn():
+            loss = self.critics(given)
+            return {"loss": loss, "critic": loss.detach()}
+        losses: dict[str, Tensor] = {}
+        if self.method == "rcm":
+            found = self.consistency(given)
+            losses = {"consistency": found["loss"], "tangent": found["tangent"]}
+            if self.step < self.alone:
+                return {"loss": self.consistency_weight * found["loss"], **_detached(losses)}
+        losses["matching"] = self.matching(given)
+        loss = losses["matching"]
+        if self.method == "rcm":
+            loss = loss + self.consistency_weight * losses["consistency"]
+        return {"loss": loss, **_detached(losses)}
+
+    def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """Consistency of the student and the critic's loss on held-out conditions."""
+        given = self.given(batch, generator)
+        return {**self.consistency(given), "critic": self.critics(given)}
+
+    def matching(self, given: Given) -> Tensor:
+        """1/2 |x0 - target|^2 of the student's pictures, drawn with gradients in the last of their steps."""
+        x0 = self.drawn(given)
+        with torch.no_grad():
+            level, x = self._looked_at(x0, given)
+            real = self.teacher(x, level, given)
+            target = matching_target(x0, real, self._critics_x0(x, level, given))
+        return 0.5 * (x0 - target).square().mean()
+
+    def critics(self, given: Given) -> Tensor:
+        """Denoising loss of the critic on the student's pictures, without guidance."""
+        with torch.no_grad():
+            x0 = self.drawn(given)
+        timestep, eps = (sent(given.drawn[name], x0.device) for name in ("seen_at", "seen"))
+        level = self._levels_of((x0.shape[2], x0.shape[3]))[0].at(timestep)
+        process, denoiser = self.engine.process, self._critic()
+        x = process.noise(x0, eps, level, given.ctx)
+        with self._as_critic():
+            out = denoiser.output(x, level, denoiser.network.prepare(given.cond, (x.shape[2], x.shape[3])))
+        wanted = denoiser.prediction.target(x0, process.noise_seen(x0, eps, level, given.ctx), level)
+        return self.critic_loss.error(out, wanted, level, denoiser).mean()
+
+    def drawn(self, given: Given) -> Tensor:
+        """The student's pictures (B, C, h, w) after some of its steps, of which the last has gradients.
+
+        As many steps for all pictures of an optimizer step, each number in turn as often as others.
+        """
+        process, denoiser = self.engine.process, self.engine.denoiser
+        size = (given.clean.shape[2], given.clean.shape[3])
+        if size not in self._visited:
+            visited = process.hooks.levels(sized(self.engine.schedule, size), self.steps)
+            self._visited[size] = visited, LevelTable(visited)
+        levels, table = self._visited[size]
+        count = keyed("steps of", self.step // self.student_every) % self.steps  # before the last
+        noise = [sent(given.drawn[f"own_{i}"], given.clean.device) for i in range(count + 1)]
+        prepared = denoiser.network.prepare(given.seen, size)
+        first = torch.zeros(len(given.clean), dtype=torch.int64, device=given.clean.device)
+        x = process.start(noise[0], levels[0], given.ctx)
+        for i in range(count):
+            with torch.no_grad():
+                x0 = denoiser(x, table.at(first + i), prepared)
+                x = process.noise(x0, noise[i + 1], levels[i + 1], given.ctx)
+        return denoiser(x, table.at(first + count), prepared)
+
+    def _looked_at(self, x0: Tensor, given: Given) -> tuple[Level, Tensor]:
+        """A level, and the student's pictures noised to it."""
+        timestep, eps = (sent(given.drawn[name], x0.device) for name in ("seen_at", "seen"))
+        level = self._levels_of((x0.shape[2], x0.shape[3]))[0].at(timestep)
+        return level, self.engine.process.noise(x0, eps, level, given.ctx)
+
+    def _critic(self) -> Denoiser:
+        network = self.network if self.critic is None else self.critic
+        return Denoiser(cast(Network, network), self.engine.prediction)
+
+    def _as_critic(self) -> Any:
+        """The network with the critic's factors in place of the student's, where they share one."""
+        if self._adapter is None:
+            return nullcontext()
+        return strengths(self.network, {self._adapter: 0.0, CRITIC: 1.0})
+
+    def _critics_x0(self, x: Tensor, level: Level, given: Given) -> Tensor:
+        """The critic's x0 (B, C, h, w), without guidance."""
+        denoiser = self._critic()
+        with self._as_critic():
+            return denoiser(x, level, denoiser.network.prepare(given.cond, (x.shape[2], x.shape[3])))
+
+
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}
