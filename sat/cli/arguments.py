@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args
 
 from sat import __version__
 from sat.cli.main_guard import UsageError
@@ -33,6 +33,9 @@ def spoken(text: str) -> str:
     return _SCRIPT.sub(lambda found: f"cogview3 {found[1] or found[2]}", text)
 
 
+ORIGINAL_VALUES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
 class Parser(argparse.ArgumentParser):
     """Parser of a command: texts that say it as it was started, errors in two lines with near names."""
 
@@ -46,6 +49,32 @@ class Parser(argparse.ArgumentParser):
         """Usage, examples, and the options in groups, those of every program last."""
         self._action_groups.sort(key=lambda group: group.title in ("config", "messages"))
         return spoken(super().format_help())
+
+    others: Mapping[str, str] = {}
+    """Options of the original's programs: our option, words of ours with their value as ``{}``, or advice."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, with ``_`` for ``-`` in options, and the options of :attr:`others`."""
+        words, ours = list(sys.argv[1:] if args is None else args), list[str]()
+        while words:
+            name, equals, value = (word := words.pop(0)).partition("=")
+            dashed = name.replace("_", "-")
+            if name.startswith("--") and dashed in self._option_string_actions:
+                ours.append(dashed + equals + value)
+            elif name.startswith("--") and (meant := self.others.get(dashed)) is not None:
+                if " " in meant and "{}" not in meant:
+                    self.error(f"{name} is the original's: {meant}")
+                if not equals and words and "{}" in meant:
+                    value = words.pop(0)
+                value = ORIGINAL_VALUES.get(value, value)
+                new = [part.format(value) for part in meant.split(" ")]
+                if "--base" in new and any(w == "--base" for w in [*ours, *words]):
+                    del new[:2]
+                print(f"{name} is the original's; here it is {' '.join(new) or 'needless'}", file=sys.stderr)
+                ours += new if "{}" in meant or not equals else [meant + equals + value]
+            else:
+                ours.append(word)
+        return super().parse_known_args(ours, namespace)
 
     def options(self) -> set[str]:
         """Every option of this parser and of the commands below it."""
@@ -80,9 +109,7 @@ class Setting(tuple[str, object]):
         return made
 
 
-def reader(
-    program: str, description: str, epilog: str, *, run_folder: bool = False
-) -> argparse.ArgumentParser:
+def reader(program: str, description: str, epilog: str, *, run_folder: bool = False) -> Parser:
     """A parser with the arguments of every command over configs, such as ``--base`` and overrides.
 
     Options get no defaults: those are the config's. ``run_folder``: there is one, and ``--check-inputs`` for

@@ -47,10 +47,24 @@ _OPTIONS = {
     "outpaint": "sampling.outpaint",
 }
 
+_ORIGINAL = {
+    "--model-path": "--base configs/plus.yaml checkpoint.path={}",
+    "--num-inference-steps": "--steps",
+    "--guidance-scale": "--guidance",
+    "--num-images-per-prompt": "--batch-size",
+    "--dtype": "sampling.dtype={}",
+    "--input-file": "--prompt-file",
+    "--input-dir": "sampling.input_dir={}",
+    "--output-path": "pictures go to a folder, --output-dir OUT, and their paths are printed",
+    "--input-type": "leave it out, and give --prompt-file FILE, --prompt TEXT, or nothing to be asked",
+}
+"""Options of cli_demo.py, sample_dit.py and sample_unet.py of the original code."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     out = reader("sample.py", DESCRIPTION, EPILOG, run_folder=True)
+    out.others = _ORIGINAL
     add = out.add_argument_group("pictures").add_argument
     add("--prompt", action="append", metavar="TEXT", help="text to draw, in quotes; repeat for several")
     add("--prompt-file", metavar="FILE", help="a text file with one prompt a line, or .jsonl with settings")

@@ -335,11 +335,9 @@ def _first_stage(o: Official) -> None:
     for theirs, ours in keys.FIRST_STAGE.items():
         o.move(f"{encoder}.{theirs}", f"first_stage.params.{ours}")
         if found := re.fullmatch(r"(\d+)f", str(o.get(f"{encoder}.{theirs}"))):
-            o.refuse(
-                f"{encoder}.{theirs}",
-                f"{found[0]!r} is a known typo of the official cogview3_base_distill_4step.yaml, which means "
-                f"{found[1]}: correct it in the file, or add {encoder}.{theirs}={found[1]} to the command",
-            )
+            o.put(f"first_stage.params.{ours}", int(found[1]), f"{encoder}.{theirs}")
+            place = o.place(f"{encoder}.{theirs}")
+            o.notes.append(f"{place}: {found[0]!r} is a known typo of the official file, read as {found[1]}")
     kind = o.take(f"{encoder}.attn_type")
     attention = bool(o.take(f"{encoder}.mid_attn", True)) and kind != "none"
     o.put("first_stage.params.mid_attention", attention, encoder)

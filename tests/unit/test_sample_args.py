@@ -106,6 +106,29 @@ def test_an_option_is_named_in_the_message_about_its_value() -> None:
     assert any(one.startswith("--prompt-file: sampling.prompt_file: there is no 'no.txt'") for one in missing)
 
 
+@pytest.mark.parametrize("joined", [" ", "="])
+def test_the_options_of_the_original_are_understood(joined: str, capsys) -> None:
+    line = "--prompt x --model_path M --num_inference_steps 7 --guidance_scale=3 --dtype bfloat16"
+    words = (line + " --num-images-per-prompt 2").replace("--model_path ", f"--model_path{joined}").split()
+    args = arguments(words)
+    assert args.base == ["configs/plus.yaml"]
+    assert args.overrides == ["checkpoint.path=M", "sampling.dtype=bf16"]
+    assert (args.steps, args.guidance, args.batch_size) == (7, 3.0, 2)
+    err = capsys.readouterr().err
+    assert "--num_inference_steps is the original's; here it is --steps" in err and "small model" not in err
+    assert arguments(["--base", "a.yaml", "--model-path", "M"]).base == ["a.yaml"]
+    assert arguments(["--base", "a.yaml", "--batch_size", "3", "--output_dir=O"]).output_dir == "O"
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"), [("--output_path a.png", "--output-dir OUT"), ("--input-type txt", "leave it out")]
+)
+def test_an_option_of_the_original_without_our_like_has_advice(words: str, advice: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        arguments(["--base", "a.yaml", *words.split()])
+    assert advice in capsys.readouterr().err
+
+
 def test_help_stands_in_groups_with_examples(capsys) -> None:
     with pytest.raises(SystemExit):
         arguments(["--help"])
