@@ -24,6 +24,13 @@ OUTSIDE = {
     "data/README.md": "data_sample.md",
 }
 NOTEBOOK = "docs/tour.ipynb"
+BOOST = {
+    "troubleshooting.md": 8,
+    "from_diffusers.md": 2,
+    "changelog.md": 0.2,
+    "config_reference.md": 0.5,
+    "log.md": 0.2,
+}
 
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=(?:#[^)\s]*)?\))")
 
@@ -65,6 +72,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrite links out of ``docs/`` to the site's."""
+    if page.file.src_uri in BOOST:  # what people search for by its symptom is answered there
+        page.meta["search"] = {"boost": BOOST[page.file.src_uri]}
     outside = page.file.src_uri in OUTSIDE.values() or page.file.src_uri == "tour.md"
     return markdown if outside else rewritten(markdown, "docs")
 
@@ -97,9 +106,18 @@ def _place(path: str) -> str:
 
 
 def _notebook(text: str) -> str:
-    """A notebook as Markdown: texts, and code in blocks."""
+    """A notebook as Markdown: texts, code in blocks, and what the code printed and drew."""
     parts = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"]).strip("\n")
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            printed = "".join(output.get("text", data.get("text/plain", ""))).strip("\n")
+            if "image/png" in data:
+                parts.append(
+                    f'<img alt="output" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+                )
+            elif printed:
+                parts.append(f"```text\n{printed}\n```")
     return "\n\n".join(parts) + "\n"

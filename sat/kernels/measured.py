@@ -91,7 +91,7 @@ def fastest(
     except OSError as error:
         _tell_unkept(str(error))
         return usual
-    log.info("measured once: %s: %s (ms: %s)", question, choice, shown)
+    log.debug("measured once: %s: %s (ms: %s)", question, choice, shown)
     return choice
 
 

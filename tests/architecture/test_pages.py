@@ -184,7 +184,7 @@ def _skeleton(name: str) -> dict[str, list[str]]:
     """Parts that both languages share: commands, links, pictures, and the number of headings and rows."""
     text = (ROOT / name).read_text("utf-8")
     blocks = re.findall(r"^```(?:bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    links = re.findall(r"\]\(([^)#\s]+)", text)
+    links = [link.replace("_zh.md", ".md") for link in re.findall(r"\]\(([^)#\s]+)", text)]
     headings = re.findall(r"^(#+) ", text, re.MULTILINE)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     return {
