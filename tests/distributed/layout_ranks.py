@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from sat.config import settle
@@ -37,6 +39,7 @@ from sat.parallel.collectives import taking_turns
 from sat.parallel.launch import Mesh, Runtime, lost_rank_message
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import Pipeline
+from sat.sampling.edit import Framed, Given
 from sat.sampling.generator import EncodedPrompt, ImageRng, SamplingParams
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
@@ -83,12 +86,16 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
     generator, guider = pipeline.generator, pipeline.guider
     encoded = generator.encode(["a red apple"], "a blue car")[0]
 
-    def drawn(params: SamplingParams, encoded: EncodedPrompt = encoded) -> Tensor:
+    def drawn(params: SamplingParams, encoded: EncodedPrompt = encoded, given: Given | None = None) -> Tensor:
         shape = generator.engine.latent_shape(params.height, params.width)
-        return generator.latents(encoded, ImageRng.of(7, [0], shape), params)
+        return generator.latents(encoded, ImageRng.of(7, [0], shape), params, given=given)
 
     found = {"latents": drawn(SamplingParams(64, 64, 4, guider))}
     found["pixels"] = generator.engine.decode(found["latents"])
+    mask = np.pad(np.full((30, 20), 255, np.uint8), ((10, 24), (30, 14)))
+    framed = Framed(Image.new("RGB", (64, 64), (200, 90, 30)), mask, (0, 0, 64, 64))
+    given = Given([framed], 0.9, False, experiment.sampling)
+    found["inpainted"] = drawn(SamplingParams(64, 64, 4, guider), given=given)
     if mesh.guidance.size > 1 or not layout:
         limited = IntervalLimited(3.0, 200.0, 700.0)
         shared = CfgParallel(limited, mesh.guidance) if mesh.guidance.size > 1 else limited

@@ -17,6 +17,7 @@ import sat
 from sat.pipeline import Pipeline
 from sat.sampling.edit import inner_ramp
 from sat.sampling.output import from_pil, read_png_text
+from tests.adapters import trained
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, ROOT, Command, files, pixels
 
@@ -191,6 +192,47 @@ def test_a_ramp_rises_inside_the_mask_alone_and_reaches_1_in_a_narrow_one() -> N
     assert ramp[~wide].max() == 0 and ramp[10, 2:7].tolist() == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert inner_ramp(narrow, 4)[narrow].min() == 1
     assert inner_ramp(np.ones((5, 5), bool), 3).min() == 1
+
+
+# -- with what else is put on a model
+
+
+TINY = ROOT / "configs" / "tiny.yaml"
+LARGE = ["sampling.height=96", "sampling.width=80", "sampling.sizes.max=96", "sampling.sizes.max_area=9216"]
+SPEEDS = {
+    "step cache": ["sampling.cache={target: sat.diffusion.step_cache.FirstBlock, params: {threshold: 0.3}}"],
+    "int8": ["memory.quantize.network=int8"],
+    "tiles": ["sampling.tile=8", *LARGE],
+    "decoder tiles": ["memory.decode_tile=8", *LARGE],
+    "at once": ["sampling.at_once=2"],
+    "interval": ["sampling.guider={target: sat.diffusion.guidance.IntervalLimited, params: {highest: 600}}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SPEEDS.values(), ids=SPEEDS.keys())
+def test_masks_hold_with_everything_that_makes_drawing_fast_or_small(settings: list[str]) -> None:
+    pipe = sat.Pipeline.from_config(
+        [TINY], ["sampling.steps=6", "sampling.fold=false", *settings], device="cpu"
+    )
+    h, w = pipe.experiment.sampling.height, pipe.experiment.sampling.width
+    given, mask = picture(0, h, w), box(h, w)
+    out = pipe("a red apple", batch_size=2, image=given, mask=mask)
+    for image in out.images:
+        drawn = np.asarray(image).astype(np.int64)
+        assert (outside(drawn, mask) == outside(np.asarray(given), mask)).all()
+    assert not torch.equal(out.latents[0], out.latents[1])
+    z0 = pipe("a red apple", image=given, strength=0).latents
+    assert (out.latents[0] == z0[0])[:, 0].all()  # the first row of cells is outside of the grown mask
+    assert (out.latents[0] != z0[0])[:, h // 16, w // 16].any()
+
+
+def test_adapters_act_in_the_mask_alone() -> None:
+    pipe = sat.Pipeline.from_config([TINY], ["sampling.steps=3", "sampling.pack=false"], device="cpu")
+    given, mask = picture(0, 64, 64), box(64, 64)
+    before = pipe("a red apple", image=given, mask=mask).latents
+    trained(pipe.generator.engine.network, ["attention"])
+    after = pipe("a red apple", image=given, mask=mask).latents
+    assert torch.equal(before[..., 0, :], after[..., 0, :]) and not torch.equal(before, after)
 
 
 # -- cascades

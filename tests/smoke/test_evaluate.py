@@ -12,6 +12,7 @@ import pytest
 
 from sat.apps.evaluate import metrics
 from sat.cli.evaluate import main
+from sat.sampling.output import read_png_text
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, ROOT, Done, files
 
@@ -132,3 +133,14 @@ def test_a_metric_that_breaks_does_not_lose_the_others(evaluate, tmp_path, monke
     assert done.code == 1
     assert "not taken: features: weights are damaged" in done.err
     assert "retrieval top-1" in done.out
+
+
+def test_rows_of_a_list_are_drawn_with_their_own_settings(evaluate, tmp_path) -> None:
+    rows = [{"prompt": "a red apple", "seed": 5, "size": "48x48"}, {"prompt": "the sun", "size": "48x48"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--prompts", tmp_path / "list.jsonl", "--out", tmp_path / "out", "--scores", "retrieval"]
+    done = evaluate(*evaluate.draw, *words)
+    assert done.code == 0, done.err
+    drawn = sorted((tmp_path / "out").rglob("000000000.png"))
+    told = [read_png_text(path) or {} for path in drawn]
+    assert [(one["seed"], one["size"]) for one in told] == [("5", "48x48"), ("0", "48x48")]

@@ -17,12 +17,9 @@ from sat.data.formats import decoded
 from sat.data.records import CAPTION_KEYS, IMAGE_SUFFIXES, DataError, DataPathError
 from sat.data.sources import files_below
 from sat.sampling.output import IMAGE, folder_name, numbered, read_png_text
-from sat.sampling.prompts import MOST_BYTES, Prompt, PromptError, checked_prompts, read_prompt_file
+from sat.sampling.prompts import MOST_BYTES, TEXTS, Prompt, PromptError, checked_prompts, read_prompt_file
 from sat.util.host import read_bounded
 from sat.util.pictures import PictureError, open_picture, shown
-
-TEXTS = ("prompts", "prompt", "text", "caption")
-"""Columns that hold the prompt, whatever their case: DrawBench says Prompts, PartiPrompts Prompt."""
 
 ITEM = "item_id"
 """Column of DPG-Bench's name of a prompt."""
@@ -58,7 +55,8 @@ def read_list(path: Path) -> PromptList:
 
     Tables have a column of :data:`TEXTS` and may have one called category (GenEval's: tag). ``.json`` is a
     list of strings or objects, or COCO's captions (an object with ``annotations``). DPG-Bench's prompts are a
-    folder of ``<item_id>.txt``, or a ``.csv`` with several rows of one ``item_id``, which count once.
+    folder of ``<item_id>.txt``, or a ``.csv`` with several rows of one ``item_id``, which count once. Rows of
+    ``.jsonl`` may have settings of their own (docs/edit.md).
     """
     if path.is_dir():
         return _folder_of_texts(path)

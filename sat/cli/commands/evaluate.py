@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
     from sat.apps.evaluate.report import compute_scores, open_folders
     from sat.cli.commands import sample as drawing
     from sat.parallel.launch import pick_device
-    from sat.sampling.prompts import check_text
+    from sat.sampling.prompts import NO_ROW, check_text, read_prompt_rows
 
     is_main = os.environ.get("RANK", "0") == "0"
     logs.setup(0 if is_main else 1, debug=args.debug, verbosity=args.verbosity)
@@ -69,6 +69,9 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
         options = sample.arguments([str(word) for word in words])
         texts = [prompt.text for prompt in prompts.prompts]
         keys = [Setting("sampling.prompt", texts), Setting("sampling.prompt_file", None)]
+        own = args.prompts is not None and args.prompts.suffix.lower() == ".jsonl"
+        if own and any(prompt.row != NO_ROW for prompt in read_prompt_rows(args.prompts)[0]):
+            keys = [Setting("sampling.prompt", None), Setting("sampling.prompt_file", str(args.prompts))]
         if code := drawing.work(options, [*sample.given(options), *keys]):
             return code
     if args.check:
