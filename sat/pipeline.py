@@ -17,7 +17,7 @@ from sat.adapters import lora
 from sat.config.build import adaptable, build_engine, components
 from sat.config.cascade import Cascade, load_cascade
 from sat.config.load import load
-from sat.config.schema import Experiment, Precision, SamplingConfig
+from sat.config.schema import Experiment, Precision, RegionsConfig, SamplingConfig
 from sat.config.settle import settle_dtype, settle_sampling, tell_slow
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import StepCallback
@@ -232,6 +232,7 @@ class Pipeline:
         strength_map: GivenPicture | None = None,
         strength: float | None = None,
         edits: EditInput | None = None,
+        regions: RegionsConfig | None = None,
     ) -> Output:
         """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. ``None`` is the config's value.
 
@@ -242,12 +243,13 @@ class Pipeline:
         (``control``, ``image``, ``scale``, ``start``, ``end``, …); a file that is not loaded yet is.
         ``image`` is a picture to change, or one for each to draw: as far as ``strength`` says, where ``mask``
         is white, or each place as far as ``strength_map`` is bright; ``sampling.fit`` brings it to size
-        (docs/edit.md). ``edits`` stands for all four.
+        (docs/edit.md). ``edits`` stands for all four. ``regions`` are prompts for parts of the picture.
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
         given = (("height", height), ("width", width), ("steps", steps), ("seed", seed),
-                 ("negative_prompt", negative_prompt), ("strength", strength))  # fmt: skip
+                 ("negative_prompt", negative_prompt), ("strength", strength),
+                 ("regions", regions))  # fmt: skip
         changed: dict[str, Any] = {key: value for key, value in given if value is not None}
         sampling = replace(self.experiment.sampling, batch_size=batch_size, **changed)  # its rules check it
         texts = checked_prompts([prompts] if isinstance(prompts, str) else prompts)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sat.cli.arguments import Setting, control, lora, parse, reader, settings
-from sat.cli.main_guard import guard, refuse_tasks
+from sat.cli.main_guard import UsageError, guard, refuse_tasks
 from sat.sampling.prompts import check_text
 from sat.util.host import prepare_threads
 
@@ -85,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
     add("--mask", metavar="FILE|FOLDER", help="white where the picture is drawn anew, black where it stays")
     add("--strength-map", metavar="FILE|FOLDER", help="a grey picture: each place's own strength")
     add("--outpaint", type=_margins, metavar="left=64,top=0,...", help="pixels to add around the picture")
+    area = "a prompt for the white part of a picture, beside --prompt; repeat for several"
+    add("--region", action="append", metavar="MASK=TEXT", help=area)
     add("--fit", choices=("crop", "pad", "stretch"), help="how pictures are brought to height and width")
     steer = "steer by a picture with a trained control, in a part of the noise range; repeat for several"
     add("--control", action="append", metavar="FILE:IMAGE[:SCALE[:START-END]]", help=steer)
@@ -155,9 +157,20 @@ def given(args: argparse.Namespace) -> list[Setting]:
         out.append(Setting("sampling.controls", texts, "--control"))
     if args.embedding:
         out.append(Setting("adapters.embeddings", list(args.embedding), "--embedding"))
+    if args.region:
+        out.append(Setting("sampling.regions.areas", [_region(text) for text in args.region], "--region"))
     if args.resume:
         out.append(Setting("output.resume", True))
     return out
+
+
+def _region(text: str) -> dict[str, object]:
+    """``MASK=TEXT`` as an item of ``sampling.regions.areas``."""
+    mask, _, prompt = text.partition("=")
+    check_text(prompt, "the prompt of a region")
+    if not (mask and prompt):
+        raise UsageError(f"--region {text}: expected MASK=TEXT, such as left.png=a cat")
+    return {"mask": mask, "prompt": prompt}
 
 
 def _loaded(text: str) -> dict[str, object]:

@@ -30,6 +30,7 @@ FIRST_ONLY = (
         for key in (
             "height", "width", "steps", "guider", "sampler", "latents", "input_dir", "tile", "controls",
             "init_image", "mask", "strength_map", "strength", "strength_by", "fit", "outpaint", "inpaint",
+            "regions",
         )
     ),
     "adapters",

@@ -18,6 +18,7 @@ from sat.diffusion.guidance import Embedded, Unguided
 from sat.diffusion.step_cache import transformer_of
 from sat.parallel.tensor import check_sharding
 from sat.sharding import family_sharding
+from sat.transformer import Transformer
 
 Broken = Iterator[tuple[Key, str]]
 Objects = dict[Key, Any]
@@ -225,6 +226,15 @@ def _drawing(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
             what = "denoising by tiles (sampling.tile) shows parts of a picture: set one of them to null"
             yield ("sampling", "controls", str(index)), what
 
+    regions, place = e.sampling.regions, ("sampling", "regions")
+    if regions is not None and e.sampling.tile is not None:
+        yield place, "denoising by tiles (sampling.tile) shows parts of the picture: set one of them to null"
+    if regions is not None and (e.sampling.compile or e.sampling.graphs):
+        yield place, "regions change attention for a picture: set sampling.compile and graphs to false"
+    if regions is not None and _MODEL in objects:
+        found = [module for module in objects[_MODEL].modules() if isinstance(module, Transformer)]
+        if not any({"joint_attention", "cross"} & set(module.mixins) for module in found):
+            yield place, "needs a network with joint attention or cross-attention: set it to null"
     if e.sampling.cache is None:
         return
     if e.sampling.tile is not None:

@@ -61,6 +61,7 @@ _UNSEEN = frozenset(
         "fit",
         "outpaint",
         "inpaint",
+        "regions",
     }
 )
 """Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""

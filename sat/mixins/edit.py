@@ -27,11 +27,6 @@ StrengthBy = Literal["noise", "steps"]
 _SLACK = 1e-6  # of shares that are compared
 
 
-def noise_share(level: Level) -> float:
-    """sigma / sqrt(alpha^2 + sigma^2) of a sampling level: 0 for the picture, 1 for noise alone."""
-    return float(level.sigma) / math.hypot(float(level.alpha), float(level.sigma))
-
-
 def levels_from(
     whole: list[Level], strength: float, by: StrengthBy, level_at_sigma: Callable[[float], Level]
 ) -> list[Level]:
@@ -46,7 +41,7 @@ def levels_from(
     if by == "steps":
         steps = len(whole) - 1
         return whole[steps - math.ceil(strength * steps - _SLACK) :]
-    below = [level for level in whole if noise_share(level) < strength - _SLACK]
+    below = [level for level in whole if level.noise_share < strength - _SLACK]
     if len(below) == len(whole):  # the run starts below it: relay, or a schedule that keeps some signal
         return whole
     return [level_at_sigma(strength / math.sqrt(1 - strength**2)), *below]
@@ -140,7 +135,11 @@ class Edit:
             mixins["from_picture"] = FromPicture(process.hooks, self.strength, self.by)
         if self.mask is not None:
             whole = process.hooks.levels(schedule, steps)
-            share = (noise_share if self.by == "noise" else steps_left(whole)) if self.is_map else None
+            share = (
+                ((lambda level: level.noise_share) if self.by == "noise" else steps_left(whole))
+                if self.is_map
+                else None
+            )
             mixins["keep_outside"] = KeepOutside(process.hooks, share)
         return process.extended(mixins)
 
@@ -154,9 +153,9 @@ class Edit:
 
 def steps_left(whole: list[Level]) -> Callable[[Level], float]:
     """The share of a run's steps that a level still has before it, between two by their noise share."""
-    shares = [noise_share(level) for level in whole[::-1]]
+    shares = [level.noise_share for level in whole[::-1]]
     left = np.linspace(0, 1, len(whole))
-    return lambda level: float(np.interp(noise_share(level), shares, left))
+    return lambda level: float(np.interp(level.noise_share, shares, left))
 
 
 # -- masks of pixels on latent cells

@@ -18,15 +18,22 @@ from torch import Tensor
 
 from sat.config.schema import OutpaintConfig
 from sat.mixins.edit import Edit, latent_mask
+from sat.mixins.regions import Areas, attached, regions
 from sat.sampling.inputs import InputError, PictureFiles
 from sat.sampling.output import from_pil
 from sat.sampling.prompts import Prompt
-from sat.util.pictures import Pixels, fit_boxes, fit_message, fitted, with_alpha
+from sat.util.pictures import Fit, Pixels, fit_boxes, fit_message, fitted, with_alpha
 
 if TYPE_CHECKING:
-    from sat.config.schema import SamplingConfig
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+    from sat.config.schema import RegionsConfig, SamplingConfig
+    from sat.control_input import ControlInput
     from sat.diffusion.process import Process
     from sat.diffusion.schedule import Schedule
+    from sat.sampling.generator import EncodedPrompt
 
 log = logging.getLogger(__name__)
 
@@ -377,3 +384,67 @@ def _cut_out(picture: Image.Image, mask: NDArray[np.uint8], height: int, width: 
     inner = fit_boxes(part.size, height, width, "pad")[1]
     pixels = _binary(np.asarray(fitted(part_mask, height, width, "pad", fill=0)))
     return Framed(fitted(part, height, width, "pad"), pixels, inner, picture, box, mask)
+
+
+# -- regions: prompts of their own for parts of the picture
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Prompts for parts of a picture; ``encoded`` has a text for each once the encoder has run."""
+
+    config: RegionsConfig
+    fit: Fit = "crop"
+    encoded: Sequence[EncodedPrompt] = ()
+
+    @property
+    def prompts(self) -> list[str]:
+        """The regions' texts."""
+        return [area.prompt for area in self.config.areas]
+
+    def masks(self, height: int, width: int) -> Tensor:
+        """(R, height, width) float32, 1 in the region; :class:`InputError` for an empty one."""
+        found = torch.zeros(len(self.config.areas), height, width)
+        for out, area in zip(found, self.config.areas, strict=True):
+            if area.box is not None:
+                x, y = (
+                    np.rint(np.array(area.box[i::2]) * side).astype(int)
+                    for i, side in ((0, width), (1, height))
+                )
+                out[y[0] : max(y[1], y[0] + 1), x[0] : max(x[1], x[0] + 1)] = 1
+            elif area.mask is not None:
+                grey = PictureFiles(area.mask, "sampling.regions").open(Prompt(0, ""), 0).rgb.convert("L")
+                out += (
+                    torch.from_numpy(_binary(np.asarray(fitted(grey, height, width, self.fit, fill=0)))) / 255
+                )
+            if not out.any():
+                raise InputError(
+                    f"sampling.regions: {area.mask or area.box}: no pixel is in the region (white)"
+                )
+        return found
+
+    def control(self, batch: int, height: int, width: int, device: torch.device) -> ControlInput:
+        """The network's input for ``batch`` images of ``height`` x ``width`` pixels."""
+        lengths = tuple(one.text.shape[1] for one in self.encoded)
+        text = torch.cat([one.text for one in self.encoded], 1).to(device).expand(batch, -1, -1)
+        known = [one.mask for one in self.encoded]
+        mask = None
+        if any(one is not None for one in known):
+            parts = [
+                torch.ones(1, n, dtype=torch.bool) if m is None else m
+                for m, n in zip(known, lengths, strict=True)
+            ]
+            mask = torch.cat(parts, 1)
+        areas = Areas(self.masks(height, width), lengths, mask)
+        return regions(text, areas, self.config.share, self.config.start, self.config.end)
+
+    def on(self, network: nn.Module) -> AbstractContextManager[None]:
+        """A context in which ``network`` reads regions."""
+        return attached(network)
+
+    def fields(self) -> dict[str, str]:
+        """PNG fields: the prompts, and a digest of places and settings."""
+        told = hashlib.blake2b(repr(self.config).encode(), digest_size=8)
+        for area in self.config.areas:
+            told.update(b"" if area.mask is None else area.mask.read_bytes())
+        return {"regions": f"{'; '.join(self.prompts)} ({told.hexdigest()})"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -33,7 +34,7 @@ from sat.util.log import progress, title
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig
     from sat.sampling.controls import ControlPictures
-    from sat.sampling.edit import EditInput, Given
+    from sat.sampling.edit import EditInput, Given, Regions
 
 
 SEED_LIMIT = 2**32
@@ -136,6 +137,11 @@ class SamplingParams:
     seed: int = 0
     batch_size: int = 1  # images a prompt
     latents: Tensor | None = None  # (n, C, h, w) unit noise
+    regions: Regions | None = None  # prompts for parts of the picture
+
+    def within(self, encoded: Sequence[EncodedPrompt]) -> SamplingParams:
+        """These parameters with the prompts of regions encoded."""
+        return self if self.regions is None else replace(self, regions=replace(self.regions, encoded=encoded))
 
     def of_prompt(self, prompt: Prompt) -> SamplingParams:
         """These parameters with those of the prompt's own row in their place."""
@@ -146,9 +152,22 @@ class SamplingParams:
     @classmethod
     def of(cls, sampling: SamplingConfig, guider: Guider, latents: Tensor | None = None) -> SamplingParams:
         """The parameters that a config names; ``latents`` are those of its file, read and checked."""
-        s = sampling
+        s, regions = sampling, None
+        if s.regions is not None:
+            from sat.sampling.edit import Regions  # only where there are any
+
+            regions = Regions(s.regions, s.fit)
         return cls(
-            s.height, s.width, s.steps, guider, s.tile, s.negative_prompt, s.seed, s.batch_size, latents
+            s.height,
+            s.width,
+            s.steps,
+            guider,
+            s.tile,
+            s.negative_prompt,
+            s.seed,
+            s.batch_size,
+            latents,
+            regions,
         )
 
 
@@ -209,9 +228,14 @@ class Generator:
         them. ``callback(step, total, preview)`` is called after each step, counted over all images, with the
         predicted latents (b, C, h, w); an error that it raises ends the run.
         """
+        areas, shared = [] if params.regions is None else params.regions.prompts, params
         if encoded is None and requests and self.text_memory != "keep":
             negatives = [params.of_prompt(prompt).negative_prompt for prompt, _ in requests]
-            encoded = self.encode([prompt.text for prompt, _ in requests], negatives)
+            texts = [prompt.text for prompt, _ in requests]
+            every = self.encode([*texts, *areas], [*negatives, *[""] * len(areas)])
+            encoded, shared = every[: len(texts)], params.within(every[len(texts) :])
+        elif areas:
+            shared = params.within(self.encode(areas))
         total, done = params.steps * sum(-(-len(images) // self.at_once) for _, images in requests), 0
 
         def step(now: int, of: int, preview: Tensor) -> None:
@@ -220,7 +244,6 @@ class Generator:
             if callback is not None:
                 callback(done, total, preview)
 
-        shared = params
         for number, (prompt, images) in enumerate(requests):
             params = shared.of_prompt(prompt)
             shape = self.engine.latent_shape(params.height, params.width)
@@ -347,7 +370,7 @@ class Generator:
             return cond, cond.null()
         return cond, whole(encoded.negative, encoded.negative_mask)
 
-    def latents(
+    def latents(  # noqa: C901 - one input after the other
         self,
         encoded: EncodedPrompt,
         rng: ImageRng,
@@ -367,6 +390,8 @@ class Generator:
             side = params.tile * self.engine.first_stage.factor
             height, width = min(height, side), min(width, side)
         cond, uncond = self.condition(encoded, height, width, len(rng))
+        if params.regions is not None:
+            controls = (*controls, params.regions.control(len(rng), height, width, self.device))
         if controls:
             cond = replace(cond, controls=controls)
             uncond = replace(uncond, controls=cond.null().controls)
@@ -396,20 +421,21 @@ class Generator:
             )  # fmt: skip
         if self.offload is not None:
             self.offload.enter("model")
-        out = self.engine.sample(
-            cond,
-            uncond,
-            start,
-            steps=params.steps,
-            guider=params.guider,
-            sampler=self.sampler,
-            low_res=low_latent,
-            noise_sampler=lambda: rng.unit().to(self.device),
-            tile=params.tile,
-            callback=callback,
-            reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
-            edit=edit,
-        )
+        with nullcontext() if params.regions is None else params.regions.on(self.engine.network):
+            out = self.engine.sample(
+                cond,
+                uncond,
+                start,
+                steps=params.steps,
+                guider=params.guider,
+                sampler=self.sampler,
+                low_res=low_latent,
+                noise_sampler=lambda: rng.unit().to(self.device),
+                tile=params.tile,
+                callback=callback,
+                reuse=None if self.cache is None else self.cache.over(self.engine.network, self.count),
+                edit=edit,
+            )
         return out.float().cpu()
 
     def _steps(self, given: Given, params: SamplingParams) -> int:

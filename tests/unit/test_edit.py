@@ -24,7 +24,7 @@ from sat.diffusion.samplers import (
     Trajectory,
 )
 from sat.diffusion.schedule import Discrete, FlowMatching, Level, Schedule, ZeroSNR
-from sat.mixins.edit import Edit, StrengthBy, latent_mask, noise_share
+from sat.mixins.edit import Edit, StrengthBy, latent_mask
 from sat.mixins.relay import RelayNoise
 from tests.diffusion import SHAPE, drawn
 from tests.tolerances import EXACT, F64
@@ -80,8 +80,8 @@ def test_a_strength_by_noise_starts_at_exactly_that_share_and_goes_on_with_the_r
     schedule: Schedule, strength: float
 ) -> None:
     whole, levels = schedule.levels(50), levels_of(schedule, strength, "noise")
-    assert noise_share(levels[0]) == pytest.approx(strength, abs=1e-9)
-    assert levels[1:] == [level for level in whole if noise_share(level) < strength - 1e-6]
+    assert levels[0].noise_share == pytest.approx(strength, abs=1e-9)
+    assert levels[1:] == [level for level in whole if level.noise_share < strength - 1e-6]
     assert len(levels) >= 2 and levels[-1].sigma == 0
 
 
@@ -103,8 +103,8 @@ def test_a_strength_by_steps_takes_the_last_share_of_them_whatever_floats_make_o
 @pytest.mark.parametrize(("strength", "share"), [(0.1, 0.57), (0.3, 0.87), (0.5, 0.96), (0.75, 0.995)])
 def test_counting_steps_makes_strength_far_too_strong_on_plus(strength: float, share: float) -> None:
     first = levels_of(ZeroSNR(shift=4.0), strength, "steps")[0]
-    assert noise_share(first) == pytest.approx(share, abs=0.006)
-    assert noise_share(levels_of(ZeroSNR(shift=4.0), strength, "noise")[0]) == pytest.approx(strength)
+    assert first.noise_share == pytest.approx(share, abs=0.006)
+    assert levels_of(ZeroSNR(shift=4.0), strength, "noise")[0].noise_share == pytest.approx(strength)
 
 
 @each_schedule
@@ -135,7 +135,7 @@ def test_relay_starts_from_its_own_mixture_of_both_pictures() -> None:
     edit = Edit(GIVEN, 0.4)
     process = edit.around(RELAY, Discrete(), 12)
     first = process.hooks.levels(Discrete(), 12)[0]
-    assert noise_share(first) == pytest.approx(0.4) and 0 < first.relay_blend < 1
+    assert first.noise_share == pytest.approx(0.4) and 0 < first.relay_blend < 1
     x = process.start(NOISE, first, edit.context(ProcessContext(LOW), NOISE))
     mixture = (1 - first.relay_blend) * GIVEN + first.relay_blend * LOW
     assert (x - (first.alpha * mixture + first.sigma * NOISE)).abs().max() < WRITTEN_OUT
@@ -143,7 +143,7 @@ def test_relay_starts_from_its_own_mixture_of_both_pictures() -> None:
 
 def test_a_strength_above_relays_start_is_the_whole_of_relay() -> None:
     whole = RELAY.hooks.levels(Discrete(), 12)
-    assert noise_share(whole[0]) < 0.95
+    assert whole[0].noise_share < 0.95
     assert Edit(GIVEN, 0.95).around(RELAY, Discrete(), 12).hooks.levels(Discrete(), 12) == whole
 
 
@@ -241,7 +241,7 @@ def test_a_place_of_a_map_ends_where_a_run_of_its_own_strength_would(by: Strengt
     schedule, strength = Discrete(), 0.5
     edit = Edit(GIVEN, 1.0, by, torch.full_like(MASK, strength), is_map=True)
     levels = schedule.levels(12)
-    shares = [noise_share(at) if by == "noise" else 1 - i / 12 for i, at in enumerate(levels)]
+    shares = [at.noise_share if by == "noise" else 1 - i / 12 for i, at in enumerate(levels)]
     start = max(i for i, share in enumerate(shares) if share >= strength)
     x = levels[start].alpha * GIVEN + levels[start].sigma * NOISE
     for at, then in pairwise(levels[start:]):

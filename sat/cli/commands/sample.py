@@ -377,8 +377,15 @@ def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> 
 
 def _folder(place: _Place, about: Label) -> OutputFolder:
     """The folder of a stage's pictures."""
-    sampling, edits = place.experiment.sampling, place.edits
-    more = None if edits is None else edits.fields
+    sampling, edits, regions = place.experiment.sampling, place.edits, {}
+    if sampling.regions is not None:
+        from sat.sampling.edit import Regions
+
+        regions = Regions(sampling.regions, sampling.fit).fields()
+
+    def more(prompt: Prompt, image: int) -> dict[str, str]:
+        return regions if edits is None else {**edits.fields(prompt, image), **regions}
+
     return OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns, more)
 
 
@@ -413,6 +420,10 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
     inputs = _inputs(places[0].experiment)
     if inputs is not None and mesh.leads:  # before anything is loaded
         inputs.check(mine)
+    if mesh.leads and (area := places[0].experiment.sampling).regions is not None:
+        from sat.sampling.edit import Regions
+
+        Regions(area.regions, area.fit).masks(area.height, area.width)
     if first is not None and mesh.leads:
         first.check(mine, places[0].experiment.sampling.batch_size)
     if several and last.output.resume:

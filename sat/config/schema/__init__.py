@@ -19,6 +19,8 @@ from sat.config.schema.base import (
     OutputConfig,
     ParallelConfig,
     Precision,
+    RegionConfig,
+    RegionsConfig,
     RuleError,
     SamplingConfig,
     Section,
@@ -45,6 +47,7 @@ __all__ = [
     "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
     "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig", "InpaintConfig",
     "LoadConfig", "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutpaintConfig",
-    "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RuleError", "SamplingConfig", "Section",
-    "SourceConfig", "TokenConfig", "TrainConfig", "WEIGHTS", "plain",
+    "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RegionConfig", "RegionsConfig",
+    "RuleError", "SamplingConfig", "Section", "SourceConfig", "TokenConfig", "TrainConfig", "WEIGHTS",
+    "plain",
 ]  # fmt: skip

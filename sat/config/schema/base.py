@@ -349,6 +349,53 @@ class ControlConfig(Section):
 
 
 @dataclass(frozen=True)
+class RegionConfig(Section):
+    """A prompt for a part of the picture: where ``mask`` is white, or in ``box``.
+
+    A box is (left, top, right, bottom) as shares of the picture.
+    """
+
+    section = "sampling.regions.areas"
+    prompt: str
+    mask: Annotated[Path | None, MustExist("name a picture that is white in the region")] = None
+    box: list[float] | None = None
+
+    def _rules(self) -> Broken:
+        if (self.mask is None) == (self.box is None):
+            yield "", "needs `mask` or `box`, and not both"
+        if not self.prompt.strip():
+            yield "prompt", "is empty: say what is in the region"
+        if self.box is not None:
+            sides = self.box if len(self.box) == 4 else [1.0, 1.0, 0.0, 0.0]
+            left, top, right, bottom = sides
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                yield "box", f"expected left, top, right, bottom as shares of the picture, got {self.box}"
+
+
+@dataclass(frozen=True)
+class RegionsConfig(Section):
+    """Prompts for parts of the picture, beside the prompt for all of it (docs/edit.md).
+
+    ``share``: how much of a place's attention is its region's, the rest is as without regions. ``start`` and
+    ``end`` are shares of the noise range, 0 pure noise and 1 a clean picture.
+    """
+
+    section = "sampling.regions"
+    areas: list[RegionConfig]
+    share: float = 0.8
+    start: float = 0.0
+    end: float = 1.0
+
+    def _rules(self) -> Broken:
+        if not self.areas:
+            yield "areas", "expected at least one region"
+        if not 0 <= self.share <= 1:
+            yield "share", f"expected 0 (no regions) to 1, got {self.share:g}"
+        if not 0 <= self.start <= self.end <= 1:
+            yield "start", f"expected 0 <= `start` <= `end` <= 1, got {self.start} and {self.end}"
+
+
+@dataclass(frozen=True)
 class OutpaintConfig(Section):
     """Pixels to add on each side of ``init_image``; height and width of the run include them."""
 
@@ -404,7 +451,7 @@ class SamplingConfig(Section):
     ``init_image`` (a file or a folder) is changed instead of drawing from noise alone (docs/edit.md): as far
     as ``strength`` says (0 to 1; null is 0.6, and 1 in a mask), by the noise share it starts from or by the
     share of the steps; where ``mask`` is white, or it is transparent itself; each place as far as
-    ``strength_map`` is bright. ``fit`` brings it to height and width.
+    ``strength_map`` is bright. ``fit`` brings it to height and width. ``regions`` have prompts of their own.
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
     products, ``fold`` (on the CPU) works on one text token for all where there is no prompt, ``compile``
@@ -450,6 +497,7 @@ class SamplingConfig(Section):
     fit: Literal["crop", "pad", "stretch"] = "crop"
     outpaint: OutpaintConfig | None = None
     inpaint: InpaintConfig = field(default_factory=InpaintConfig)
+    regions: RegionsConfig | None = None
     tile: int | None = None
     controls: list[ControlConfig] = field(default_factory=list)
     attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"] = (
