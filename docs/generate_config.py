@@ -175,9 +175,10 @@ def _models() -> set[str]:
 
 
 def _configurable(cls: type) -> bool:
-    """Whether YAML can write its parameters; hooks come from a built process alone."""
+    """Whether YAML can write its parameters; hooks and functions come from code alone."""
     try:
-        return ProcessHooks not in signature(cls).params.values()
+        params = signature(cls).params.values()
+        return not any(kind is ProcessHooks or "Callable" in str(kind) for kind in params)
     except (TargetError, ValueError, TypeError):
         return False
 
