@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sat.config import settle
 from sat.config.build import build_engine
 from sat.config.load import load
-from sat.config.schema import LoraConfig, TrainConfig
+from sat.config.schema import LoraConfig, RegionConfig, RegionsConfig, TrainConfig
 from sat.data.batch import Sample
 from sat.diffusion.guidance import IntervalLimited
 from sat.first_stage import AutoencoderKL
@@ -39,7 +39,7 @@ from sat.parallel.collectives import taking_turns
 from sat.parallel.launch import Mesh, Runtime, lost_rank_message
 from sat.parallel.sequence import apply_sequence
 from sat.pipeline import Pipeline
-from sat.sampling.edit import Framed, Given
+from sat.sampling.edit import Framed, Given, Regions
 from sat.sampling.generator import EncodedPrompt, ImageRng, SamplingParams
 from sat.sampling.prompts import Prompt
 from sat.train.lora import add_lora
@@ -96,6 +96,10 @@ def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, T
     framed = Framed(Image.new("RGB", (64, 64), (200, 90, 30)), mask, (0, 0, 64, 64))
     given = Given([framed], 0.9, False, experiment.sampling)
     found["inpainted"] = drawn(SamplingParams(64, 64, 4, guider), given=given)
+    parts = [([0.0, 0.0, 0.5, 1.0], "a blue car"), ([0.4, 0.2, 1.0, 0.9], "the sun")]
+    areas = RegionsConfig([RegionConfig(text, None, box) for box, text in parts], end=0.9)
+    regions = Regions(areas, encoded=generator.encode([text for _, text in parts]))
+    found["regions"] = drawn(SamplingParams(64, 64, 4, guider, regions=regions))
     if mesh.guidance.size > 1 or not layout:
         limited = IntervalLimited(3.0, 200.0, 700.0)
         shared = CfgParallel(limited, mesh.guidance) if mesh.guidance.size > 1 else limited

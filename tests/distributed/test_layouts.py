@@ -40,7 +40,7 @@ def values(results: dict[str, list[dict[str, Any]]], case: str) -> list[Any]:
 def test_pictures_are_those_of_one_rank(results, layout, model) -> None:
     (one,) = values(results, "one")
     ours = values(results, layout)[0][model]
-    assert ours.keys() >= {"latents", "pixels", "inpainted"} | (
+    assert ours.keys() >= {"latents", "pixels", "inpainted", "regions"} | (
         {"interval"} if "guidance" in layout else set()
     )
     # Processors with matrix tiles take other kernels for half a batch of half the heads: 1.2e-5 in the UNet.

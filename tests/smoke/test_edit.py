@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import sat
+from sat.config.schema import RegionConfig, RegionsConfig
 from sat.pipeline import Pipeline
 from sat.sampling.edit import inner_ramp
 from sat.sampling.output import from_pil, read_png_text
@@ -192,6 +193,60 @@ def test_a_ramp_rises_inside_the_mask_alone_and_reaches_1_in_a_narrow_one() -> N
     assert ramp[~wide].max() == 0 and ramp[10, 2:7].tolist() == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert inner_ramp(narrow, 4)[narrow].min() == 1
     assert inner_ramp(np.ones((5, 5), bool), 3).min() == 1
+
+
+# -- regions
+
+
+def halves(share: float = 0.8, **more: float) -> RegionsConfig:
+    sides = ([0.0, 0.0, 0.5, 1.0], "a dog"), ([0.5, 0.0, 1.0, 1.0], "the sun")
+    return RegionsConfig([RegionConfig(text, None, box) for box, text in sides], share, **more)
+
+
+def test_regions_change_their_part_and_a_share_of_0_or_an_empty_range_nothing(pipe: Pipeline) -> None:
+    plain, drawn = pipe("a cat", batch_size=2), pipe("a cat", batch_size=2, regions=halves())
+    assert not torch.equal(plain.latents, drawn.latents)
+    none = pipe("a cat", batch_size=2, regions=halves(0.0)).latents
+    assert (none - plain.latents).abs().max() < 1e-4 * plain.latents.abs().max()
+    never = pipe("a cat", batch_size=2, regions=halves(start=0.999, end=0.999)).latents
+    assert torch.equal(never, plain.latents)
+    part = pipe("a cat", regions=halves(end=0.5)).latents
+    assert not torch.equal(part, drawn.latents[:1]) and not torch.equal(part, plain.latents[:1])
+
+
+def test_the_command_takes_regions_by_masks(pipe: Pipeline, sample: Command, given, tmp_path: Path) -> None:
+    left = np.zeros((HEIGHT, WIDTH), np.uint8)
+    left[:, : WIDTH // 2] = 255
+    a, b = given(Image.fromarray(left), "a.png"), given(Image.fromarray(255 - left), "b.png")
+    words = ("--prompt", "a cat", "--region", f"{a}=a dog", "--region", f"{b}=the sun", "--output-dir")
+    done = sample(*words, tmp_path / "out")
+    assert done.code == 0, done.err
+    path = next((tmp_path / "out").rglob("000000000.png"))
+    assert (pixels(path) == np.asarray(pipe("a cat", regions=halves()).images[0])).all()
+    assert "a dog; the sun" in (read_png_text(path) or {})["regions"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--region", "a cat"], "expected MASK=TEXT"),
+        (["--region", "black.png=a cat"], "no pixel is in the region"),
+        (["--region", "gone.png=a cat"], "there is no"),
+        (["sampling.regions={areas: [{prompt: a}]}"], "needs `mask` or `box`"),
+        (["sampling.regions={areas: [{prompt: a, box: [0, 0, 2, 1]}]}"], "as shares of the picture"),
+        (["sampling.regions={areas: []}"], "at least one region"),
+        (["sampling.regions={areas: [{prompt: a, box: [0, 0, 1, 1]}], share: 2}"], "expected 0 (no regions)"),
+        (["sampling.regions={areas: [{prompt: a, box: [0, 0, 1, 1]}]}", "sampling.tile=8"], "parts of the"),
+    ],
+)  # fmt: skip
+def test_wrong_regions_are_refused_before_weights_are_read(
+    sample: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(Pipeline, "open", lambda *a, **k: pytest.fail("weights are read"))
+    monkeypatch.chdir(tmp_path)
+    box(value=0).save("black.png")
+    done = sample("--prompt", "a cat", *words, "--output-dir", tmp_path / "out")
+    assert done.code == 2 and message in done.err, done.err
 
 
 # -- with what else is put on a model
