@@ -10,7 +10,8 @@ Sources are the model's own pictures of the prompts (seed 0), changed with the s
 * Strength over eleven values: rank correlation of strength and distance (RMS of pixels) to the source of each
   picture, averaged; object top-1 at ``noise`` 0.3 over that of the sources.
 
-Writes ``benchmarks/results/<machine>/edit_<config>.json``.
+Writes ``benchmarks/results/<machine>/edit_<config>.json``; with ``--sheets FOLDER`` draws the pictures of
+docs/edit.md there instead.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from PIL import Image  # noqa: E402
 from benchmarks.machine import facts, results_folder  # noqa: E402
 from sat import Pipeline  # noqa: E402
 from sat.apps.evaluate.classifier import Classifier, score  # noqa: E402
+from sat.config.schema import RegionConfig, RegionsConfig  # noqa: E402
+from sat.sampling.output import grid  # noqa: E402
 from sat.sampling.prompts import read_prompt_file  # noqa: E402
 
 PROMPTS = ROOT / "configs" / "tiny_train_prompts.txt"
@@ -138,6 +141,39 @@ def strengths(
     )
 
 
+def sheets(pipe: Pipeline, folder: Path) -> None:
+    """The three pictures of docs/edit.md."""
+    apple, pizza = (draw(pipe, [text], seed)[0] for text, seed in (("a red apple", 0), ("a pizza", 2)))
+    half, ramp = np.zeros((64, 64), np.uint8), np.tile(np.linspace(0, 255, 64), (64, 1)).astype(np.uint8)
+    half[:, 32:] = 255
+    mask, grey = Image.fromarray(half), Image.fromarray(ramp)
+    green = ["a green apple"]
+    split = [RegionConfig(text, None, box) for text, box in (
+        ("blue heart", [0.0, 0.0, 0.5, 1.0]), ("yellow heart", [0.5, 0.0, 1.0, 1.0]),
+    )]  # fmt: skip
+    apples = [
+        RegionConfig(text, None, area.box) for text, area in zip(["a red apple", *green], split, strict=True)
+    ]
+    rows = {
+        "edit_strength": [apple, *(draw(pipe, green, image=apple, strength=s)[0]
+                                   for s in (0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0))],
+        "edit_masks": [
+            pizza, mask, draw(pipe, ["a watermelon"], image=pizza, mask=mask)[0],
+            draw(pipe, ["a pizza"], 5, image=pizza, mask=mask)[0], apple, grey,
+            draw(pipe, green, image=apple, strength_map=grey)[0],
+            draw(pipe, ["a lemon"], image=apple, strength_map=grey)[0],
+        ],
+        "edit_regions": [
+            draw(pipe, ["heart"])[0], draw(pipe, ["heart"], regions=RegionsConfig(split))[0],
+            draw(pipe, ["an apple"])[0], draw(pipe, ["an apple"], regions=RegionsConfig(apples))[0],
+        ],
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, images in rows.items():
+        made = [one.convert("RGB").resize((96, 96), Image.Resampling.LANCZOS) for one in images]
+        grid(made, columns=len(made)).save(folder / f"{name}.png", optimize=True)
+
+
 def main() -> int:
     """Draw, judge, print, write."""
     reader = argparse.ArgumentParser(
@@ -145,12 +181,18 @@ def main() -> int:
     )
     reader.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny.yaml")
     reader.add_argument("--prompts", type=int, default=64, help="how many of the 128 training captions")
+    reader.add_argument(
+        "--sheets", type=Path, metavar="FOLDER", help="draw the page's pictures, and nothing else"
+    )
     reader.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = reader.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     prompts = read_prompt_file(PROMPTS)[:: max(1, 128 // args.prompts)][: args.prompts]
     classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
     pipe = Pipeline.from_config(args.config, args.overrides, device="cpu")
+    if args.sheets is not None:
+        sheets(pipe, args.sheets)
+        return 0
     box = inpainting(pipe, prompts, classifier)
     print(
         f"inpainting: top-1 {box.top1:.1%}, {box.of_text_to_image:.1%} of text-to-image's; "
