@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class BackendError(UserError, ValueError):
-    """Layout of ranks that ``train.backend`` does not train."""
+    """Backend that is not installed, or does not train on this number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class PlainBackend(Backend):
         self, objective: Objective, optimizer: Optimizer, config: TrainConfig, runtime: Runtime, mesh: Mesh,
         imports: Collection[str] = (),
     ) -> None:  # fmt: skip
-        check_ranks(config, runtime.world)
+        check_backend(config, runtime.world)
         objective.to(runtime.device)
         super().__init__(objective, config, runtime, mesh)
         self._optimizer = optimizer
@@ -243,8 +244,13 @@ class PlainBackend(Backend):
         return result
 
 
-def check_ranks(config: TrainConfig, ranks: int) -> None:
-    """Raise where ``train.backend`` does not train on so many ranks, before weights are read."""
+def check_backend(config: TrainConfig, ranks: int) -> None:
+    """Raise where ``train.backend`` is not there or not for so many ranks, before weights are read."""
+    if config.backend == "deepspeed" and find_spec("deepspeed") is None:
+        raise BackendError(
+            "train.backend deepspeed needs a package: pip install deepspeed, or set train.backend to plain, "
+            "which trains in one process"
+        )
     if config.backend == "plain" and ranks > 1:
         raise BackendError(
             f"train.backend plain trains in one process, not in {ranks}: set it to deepspeed, or start one"

@@ -13,7 +13,7 @@ from sat.config.load import load
 from sat.config.schema.base import RuleError
 from sat.config.yaml_source import ConfigError
 from sat.parallel.launch import Runtime
-from sat.train.backend import BackendError, check_ranks
+from sat.train.backend import BackendError, check_backend
 from sat.train.deepspeed import check_dtype, settings
 from sat.train.loop import step_generator, stop_signals
 from sat.train.optim import autocast
@@ -83,9 +83,16 @@ def test_torch_alone_refuses_what_needs_shares(given: dict[str, object], words: 
 
 
 def test_torch_alone_refuses_ranks_by_their_number() -> None:
-    check_ranks(CONFIG, 2)
+    check_backend(CONFIG, 2)
     with pytest.raises(BackendError, match="train.backend plain trains in one process, not in 2"):
-        check_ranks(changed(CONFIG, backend="plain"), 2)
+        check_backend(changed(CONFIG, backend="plain"), 2)
+
+
+def test_a_backend_that_is_not_installed_is_told_with_the_other(monkeypatch) -> None:
+    monkeypatch.setattr("sat.train.backend.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="pip install deepspeed, or set train.backend to plain"):
+        check_backend(CONFIG, 1)
+    check_backend(changed(CONFIG, backend="plain"), 1)
 
 
 def test_torch_alone_refuses_teams_in_the_config() -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 from sat.config.schema import Experiment, OffloadConfig
 from sat.config.settle import settle_dtype, slow_convolutions
 from sat.parallel.launch import data_ranks, pick_device
-from sat.train.backend import check_ranks
+from sat.train.backend import check_backend
 from sat.train.estimate import LIVE, Estimate, Estimator, find_settings, zero3_offload
 from sat.train.measure import on_host, sections
 
@@ -27,7 +27,8 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
     train, _ = sections(experiment)
     sizes = experiment.parallel.sizes
     count = ranks or int(os.environ.get("WORLD_SIZE", math.prod(sizes.values())))
-    check_ranks(train, count)
+    if train.backend == "plain":
+        check_backend(train, count)
     readers = data_ranks(count, **sizes)  # ranks that read different images
     estimator = Estimator()
     now = estimator.estimate(experiment, count)

@@ -35,7 +35,7 @@ from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime, be_patient, keep_freed_memory, launch, ranks_together
 from sat.parallel.sequence import apply_sequence
 from sat.sampling.inputs import InputFolder
-from sat.train.backend import build_backend, check_ranks
+from sat.train.backend import build_backend, check_backend
 from sat.train.checkpoints import exporter
 from sat.train.data import Caches, bucket_rule, check_words, in_memory, open_data
 from sat.train.deepspeed import check_dtype
@@ -108,7 +108,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         train, data = _sections(experiment)
         advice = "train.dtype=fp32" if train.autocast is None else "train.autocast=null"
         tell_slow(train.autocast or train.dtype, advice, runtime.device)
-        check_ranks(train, runtime.world)
+        check_backend(train, runtime.world)
         check_dtype(train, runtime)
         with _writer(folder, runtime):
             whole = _train_rounds(experiment, train, data, runtime)
