@@ -134,10 +134,17 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
 
 
 def channels_last(module: nn.Module) -> None:
-    """Lay convolution weights out channels last; the maps between them follow."""
+    """Lay convolution weights out channels last, each in its own memory; the maps between them follow.
+
+    New memory for all of them leaves as much behind in holes of the allocator: 0.6 GB while loading Plus.
+    """
     for parameter in module.parameters():
         if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            plain = parameter.data
+            turned = plain.contiguous(memory_format=torch.channels_last)
+            if turned.data_ptr() != plain.data_ptr() and plain.is_contiguous():
+                turned = plain.as_strided(turned.shape, turned.stride()).copy_(turned)
+            parameter.data = turned
 
 
 def compiled(network: nn.Module) -> int:

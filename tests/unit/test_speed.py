@@ -101,6 +101,19 @@ def test_each_plain_weight_goes_before_the_next_is_packed(
     assert len(seen) >= 8 and seen[-1] <= whole - 6, seen
 
 
+def test_weights_are_turned_channels_last_where_they_lie() -> None:
+    module = nn.Sequential(nn.Conv2d(6, 10, 3), nn.Conv2d(10, 4, 1), nn.Linear(5, 3))
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in module.named_parameters()}
+    speed.channels_last(module)
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    for name, p in module.named_parameters():
+        assert p.data_ptr() == before[name][0] and torch.equal(p, before[name][1]), name
+    x = torch.randn(2, 6, 7, 9)
+    expected = F.conv2d(F.conv2d(x, before["0.weight"][1], before["0.bias"][1]), before["1.weight"][1])
+    bias = before["1.bias"][1][:, None, None]
+    assert (module[:2](x) - expected - bias).abs().max() < F32
+
+
 def test_layers_that_are_no_plain_linears_are_left() -> None:
     class Wrapped(nn.Linear):
         pass
