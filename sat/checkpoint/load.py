@@ -28,6 +28,7 @@ from sat.checkpoint.ranks import RankFiles
 from sat.checkpoint.rules import Matched, best_layout, family_rules
 from sat.checkpoint.verify import Verify
 from sat.sharding import Shard, Splits, family_sharding
+from sat.util.host import trim_heap
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def load(  # noqa: PLR0913 - where from, where to, and what may be missing
             theirs.verified()  # damage explains whatever came of it
             raise
         theirs.verified()
+    trim_heap()  # of what was cast and quantised on the way
     lists = (found.missing, found.computed, found.unexpected, found.ignored)
     report = LoadReport(theirs.source, found.layout, len(found.view), *lists)
     logger.debug("%s: %s", part, str(report))

@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 
 from sat.errors import LostRankError, UserError
 from sat.parallel.heartbeat import current, unwatch, watch
+from sat.util.host import trim_heap
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def keep_freed_memory(top_pad: int = 512 << 20) -> bool:
     except (OSError, AttributeError):
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    libc.malloc_trim(0)
+    trim_heap()
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, top_pad))
     return all(mallopt(option, value) == 1 for option, value in settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
@@ -164,3 +165,9 @@ def prepare_threads() -> None:
         return
     for name, value in THREAD_SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def trim_heap() -> None:
+    """Give what is free in the C library's heap back to the system, where it can (glibc)."""
+    if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
