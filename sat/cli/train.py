@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sat.cli.arguments import Setting, parse, reader, settings
 from sat.cli.main_guard import guard, refuse_tasks
@@ -52,9 +54,17 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the newest whole checkpoint of the run folder")
     add("--max-minutes", type=float, metavar="M", help="save and stop after so long")
 
+    add = out.add_argument_group("several runs").add_argument
+    what = "train once for every value, below the run folder; repeat for all combinations"
+    add("--sweep", action="append", metavar="KEY=A,B,C", help=what)
+    add("--sweep-script", type=Path, metavar="FILE", help="write a SLURM array of the runs and start none")
+    add(
+        "--sweep-table", type=Path, metavar="FOLDER", help="print what the runs in a folder came to, and exit"
+    )
+
     add = out.add_argument_group("memory and time, without training").add_argument
     add("--plan", action="store_true", help="print the memory, tokens and FLOPs that it will take, and exit")
-    add("--ranks", type=int, metavar="N", help="with --plan: as if started on N ranks")
+    add("--ranks", type=int, metavar="N", help="with --plan or --sweep: as if, or, started on N ranks")
     add("--fit", type=size, metavar="SIZE", help="with --plan: what to change to fit, for example 24GB")
     return out
 
@@ -67,11 +77,34 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def rank_count() -> int:
+    """Ranks that torchrun started this one among."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, train; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word.partition("=")[0] == "--sweep-table" for word in words):
+        args = parser().parse_intermixed_args(words)
+
+        def show() -> int:
+            from sat.cli.commands.sweep import table
+
+            print("\n".join([] if args.check else table(args.sweep_table)))
+            return 0
+
+        return guard(show, debug=args.debug)
     args = parse(parser(), argv, "configs/tiny.yaml configs/tiny_train.yaml")
-    if not args.plan and (args.ranks is not None or args.fit is not None):
-        parser().error("--ranks and --fit go with --plan")
+    if not (args.plan or args.sweep) and args.ranks is not None or not args.plan and args.fit is not None:
+        parser().error("--ranks goes with --plan or --sweep, --fit with --plan")
+    if args.sweep_script is not None and not args.sweep:
+        parser().error("--sweep-script goes with --sweep")
+    if args.sweep and (args.plan or args.print_config or args.resume or rank_count() > 1):
+        parser().error(
+            "--sweep starts its runs itself, on --ranks N each, and resumes them: leave out --plan, "
+            "--print-config, --resume and torchrun"
+        )
     if args.ranks is not None and args.ranks < 1:
         parser().error(f"--ranks: expected at least 1, got {args.ranks}")
     given = settings(args, _OPTIONS)
@@ -80,6 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         refuse_tasks("train.py", argv)
+        if args.sweep:
+            from sat.cli.commands.sweep import sweep
+
+            root = None if args.output_dir is None else Path(args.output_dir)
+            return sweep(
+                args.base, args.overrides, given, args.sweep, root=root, ranks=args.ranks or 1,
+                script=args.sweep_script, check=args.check or args.check_inputs,
+            )  # fmt: skip
         from sat.cli.commands.train import work
 
         return work(args, given)
