@@ -184,6 +184,7 @@ def main() -> int:
     reader.add_argument(
         "--sheets", type=Path, metavar="FOLDER", help="draw the page's pictures, and nothing else"
     )
+    reader.add_argument("--threads", type=int, default=2)
     reader.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = reader.parse_args()
     torch.set_num_threads(args.threads)
