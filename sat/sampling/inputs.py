@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from sat.config.yaml_source import ConfigError, Problem
-from sat.data.records import IMAGE_SUFFIXES
 from sat.errors import UserError
 from sat.sampling.output import IMAGE, STAGES, folder_name, from_pil, numbered, opened, read_png_text
 from sat.sampling.prompts import Prompt
@@ -234,6 +233,8 @@ class PictureFiles:
             return [self.path]
         if self._folders:
             return []
+        from sat.data.records import IMAGE_SUFFIXES
+
         found = sorted(path for path in self.path.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             raise InputError(f"{self.key}: {self.path} holds no pictures")

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import sat
+from benchmarks import bench_edit
+from sat.apps.evaluate.classifier import Classifier
 from sat.config.schema import RegionConfig, RegionsConfig
 from sat.pipeline import Pipeline
 from sat.sampling.edit import inner_ramp
@@ -476,3 +478,29 @@ def test_a_picture_that_is_fitted_is_told(sample: Command, given, tmp_path: Path
             tmp_path,
         )
         assert done.code == 0 and f"by fit {fit}" in done.err and message in done.err, done.err
+
+
+# -- the benchmark's statements, with few pictures
+
+
+def test_changed_pictures_meet_what_the_benchmark_states() -> None:
+    """Its figures with 64 prompts are on docs/edit.md."""
+    pipe = sat.Pipeline.from_config([TINY], ["sampling.steps=12", "sampling.fold=false"], device="cpu")
+    classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
+    prompts = ["a red apple", "a banana", "a strawberry"]
+    box = bench_edit.inpainting(pipe, prompts, classifier)
+    assert box.changed_outside == 0 and box.of_text_to_image >= 0.9
+    follow = bench_edit.strengths(pipe, prompts, classifier, [0.0, 0.3, 0.6, 0.9])
+    assert follow.spearman == 1 and follow.kept >= 0.9
+
+
+def test_the_energy_of_a_border_is_that_of_neighbours_across_it() -> None:
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[2:6, 3:9] = 40
+    pixels[2:6, 3:9:2] = 50
+    mask = np.zeros((8, 12), np.uint8)
+    mask[2:6, 3:9] = 255
+    across = (2 * 4 * 3 * 0 + 4 * 50**2 + 4 * 40**2 + 2 * (3 * 50**2 + 3 * 40**2)) / 20
+    inside = 4 * 5 * 10**2 / (4 * 5 + 3 * 6)
+    found = bench_edit.border_energy([Image.fromarray(pixels)], Image.fromarray(mask))
+    assert found == pytest.approx(across / inside)

@@ -139,6 +139,10 @@ class GenerationService:
         self.stages = [keep_text_encoder(stage.experiment) for stage in cascade.stages]
         inputs = [components(stage).process.input for stage in self.stages]
         self.factors = [1 if wanted is None else wanted.factor for wanted in inputs]
+        first = self.stages[0].sampling
+        if first.init_image is not None or first.regions is not None:
+            what = "init_image" if first.init_image is not None else "regions"
+            raise RequestError(f"sampling.{what}: pages draw what a request asks for: set it to null")
         if self.factors[0] != 1:
             raise RequestError(
                 "this model only enlarges pictures: name a cascade that begins with a base model"
