@@ -2,13 +2,14 @@
 
     python benchmarks/bench_edit.py [--config configs/tiny.yaml] [--prompts 64]
 
-Sources are the model's own pictures of the prompts (seed 0), changed with the same prompt and seed 1.
+Sources are the model's own pictures of the prompts (seed 0), changed with seed 1.
 
-* Inpainting, a box of half the side in the middle: the judge's object top-1 over that of text-to-image with
-  seed 1; pixels that differ outside the mask (none); mean squared difference of neighbours across its border
-  over that of neighbours inside.
-* Strength over eleven values: rank correlation of strength and distance (RMS of pixels) to the source of each
-  picture, averaged; object top-1 at ``noise`` 0.3 over that of the sources.
+* Inpainting with the same prompt, a box of half the side in the middle: the judge's object top-1 over that of
+  text-to-image with seed 1; pixels that differ outside the mask (none); mean squared difference of neighbours
+  across its border over that of neighbours inside, and the same of the sources, which have no border there.
+* Strength over eleven values, with the prompt of the next picture: rank correlation of strength and distance
+  (RMS of pixels) to the source of each of 32 pictures, averaged; top-1 of the source's object; the latter at
+  ``noise`` 0.3 over that of the sources, with their own prompts and with the next one's.
 
 Writes ``benchmarks/results/<machine>/edit_<config>.json``; with ``--sheets FOLDER`` draws the pictures of
 docs/edit.md there instead.
@@ -52,6 +53,7 @@ class Inpainting:
     of_text_to_image: float  # top1 over that of text-to-image
     changed_outside: int  # pixels
     border: float  # gradient energy across the border over that inside
+    border_unedited: float  # the same of the sources, which have no border there
 
 
 @dataclass
@@ -60,8 +62,9 @@ class Strength:
 
     rms: list[float]  # mean distance to the source at each of STRENGTHS, in 0…255
     spearman: float  # mean over pictures
-    top1: list[float]
-    kept: float  # top1 at noise 0.3 over that of the sources
+    top1: list[float]  # of the source's object
+    kept: float  # top-1 of the sources' objects at noise 0.3 with their own prompts, over that of the sources
+    kept_other: float  # the same with the next one's prompts
 
 
 def draw(pipe: Pipeline, prompts: Sequence[str], seed: int = 0, **edit: object) -> list[Image.Image]:
@@ -107,9 +110,8 @@ def inpainting(pipe: Pipeline, prompts: Sequence[str], classifier: Classifier) -
         for a, b in zip(images, sources, strict=True)
     )
     found = score(images, prompts, classifier).top1
-    return Inpainting(
-        found, found / score(plain, prompts, classifier).top1, changed, border_energy(images, mask)
-    )
+    share = found / score(plain, prompts, classifier).top1
+    return Inpainting(found, share, changed, border_energy(images, mask), border_energy(sources, mask))
 
 
 def spearman(values: NDArray[np.float64]) -> float:
@@ -121,24 +123,26 @@ def spearman(values: NDArray[np.float64]) -> float:
 def strengths(
     pipe: Pipeline, prompts: Sequence[str], classifier: Classifier, values: Sequence[float]
 ) -> Strength:
-    """Change the model's own pictures ever more."""
-    sources = draw(pipe, prompts)
-    followed = sources[:MOST_MONOTONE]
+    """Change the model's own pictures ever more, each with the next one's prompt."""
+    sources, followed = draw(pipe, prompts), min(len(prompts), MOST_MONOTONE)
+    others = [*prompts[1:], prompts[0]]
     distances, top1 = [], []
     for value in values:
-        every = sources if abs(value - 0.3) < 1e-9 else followed
-        images = draw(pipe, prompts[: len(every)], 1, image=every, strength=value)
-        pairs = list(zip(images, followed, strict=False))
+        images = draw(pipe, others[:followed], 1, image=sources[:followed], strength=value)
+        pairs = zip(images, sources[:followed], strict=True)
         distances.append(
             [np.sqrt(((np.asarray(a, np.float64) - np.asarray(b)) ** 2).mean()) for a, b in pairs]
         )
-        top1.append(score(images, prompts[: len(every)], classifier).top1)
+        top1.append(score(images, prompts[:followed], classifier).top1)
     series = np.array(distances)  # (strengths, pictures)
+    spearmans = [spearman(row) for row in series.T]
     own = score(sources, prompts, classifier).top1
-    kept = top1[list(values).index(0.3)] / own if 0.3 in values else float("nan")
-    return Strength(
-        series.mean(1).round(2).tolist(), float(np.mean([spearman(row) for row in series.T])), top1, kept
-    )
+    kept = {
+        name: score(draw(pipe, texts, 1, image=sources, strength=0.3), prompts, classifier).top1 / own
+        for name, texts in (("own", prompts), ("other", others))
+    }
+    mean = float(np.mean(spearmans))
+    return Strength(series.mean(1).round(2).tolist(), mean, top1, kept["own"], kept["other"])
 
 
 def sheets(pipe: Pipeline, folder: Path) -> None:
@@ -197,14 +201,18 @@ def main() -> int:
     box = inpainting(pipe, prompts, classifier)
     print(
         f"inpainting: top-1 {box.top1:.1%}, {box.of_text_to_image:.1%} of text-to-image's; "
-        f"{box.changed_outside} pixels changed outside; border energy {box.border:.2f} of inside",
+        f"{box.changed_outside} pixels changed outside; border energy {box.border:.2f} of inside "
+        f"({box.border_unedited:.2f} in the unedited pictures)",
         flush=True,
     )
     follow = strengths(pipe, prompts, classifier, STRENGTHS)
     print("strength  " + " ".join(f"{value:6.1f}" for value in STRENGTHS))
     print("RMS       " + " ".join(f"{value:6.1f}" for value in follow.rms))
     print("top-1     " + " ".join(f"{value:6.1%}" for value in follow.top1))
-    print(f"Spearman {follow.spearman:.4f}; noise 0.3 keeps {follow.kept:.1%} of the sources' top-1")
+    print(
+        f"Spearman {follow.spearman:.4f}; noise 0.3 keeps {follow.kept:.1%} of the sources' top-1 "
+        f"({follow.kept_other:.1%} with another prompt)"
+    )
     path = results_folder() / f"edit_{args.config.stem}.json"
     about = {"config": str(args.config.name), "overrides": args.overrides, "prompts": len(prompts)}
     out = {**facts(about), "inpainting": asdict(box), "strength": asdict(follow)}
