@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Level, Schedule
@@ -103,13 +104,15 @@ def derivative(
 ) -> tuple[Tensor, Tensor]:
     """x0 (B, C, h, w) at ``level``, and its exact derivative along ``dx`` and the ``slope`` of the level.
 
-    By torch's jvp: attention must have a forward derivative, as torch's ``math`` kernel has.
+    By torch's jvp, with torch's plain attention: the others have no forward derivative. Raises
+    :class:`NotImplementedError` for a network with an operator that has none.
     """
     fields = tuple(torch.as_tensor(value) for value in level)
     slopes = tuple(torch.as_tensor(value).to(field) for value, field in zip(slope, fields, strict=True))
-    x0, change, *_ = torch.func.jvp(
-        lambda x, *fields: denoise(x, Level(*fields)), (x, *fields), (dx, *slopes)
-    )
+    with sdpa_kernel(SDPBackend.MATH):
+        x0, change, *_ = torch.func.jvp(
+            lambda x, *fields: denoise(x, Level(*fields)), (x, *fields), (dx, *slopes)
+        )
     return x0, change
 
 

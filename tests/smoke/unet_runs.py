@@ -95,6 +95,10 @@ def everything(folder: Path, spiece: Path) -> None:
     run("consistent_cut", [base, train, consistent], *plain, teacher, "train.max_minutes=1e-9")
     run("consistent_on", [base, train, consistent], *plain, teacher, "--resume", to="consistent_cut")
     native = f"checkpoint.model={folder / 'relay' / 'checkpoints' / 'step_00000004' / 'native'}"
+    exact = "train.objective.params.derivative=jvp"
+    run("consistent_exact", [base, train, consistent], *plain, teacher, exact)
+    torch_attention = ("train.attention=torch", "--steps", 2)
+    run("consistent_exact_plus", [train, consistent], *plain, exact, *torch_attention)
     run("consistent_lora", [base, relay, train, consistent], *plain, native, *factors)
     matching, rcm = folder / "matching.yaml", ("train.objective.params.method=rcm", "train.zero=2")
     run("matching", [base, train, matching], *plain, teacher)

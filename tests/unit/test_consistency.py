@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sat.diffusion.distillation import (
+    LevelTable,
     angle,
     consistency_target,
     derivative,
@@ -18,11 +19,12 @@ from sat.diffusion.distillation import (
     tangent,
 )
 from sat.diffusion.loss import AngleWeighting
-from sat.diffusion.prediction import V
+from sat.diffusion.prediction import Denoiser, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Renoise
 from sat.diffusion.schedule import CLEAN, Discrete, FlowMatching, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
+from tests import small
 from tests.diffusion import SHAPE, Gaussian, drawn, path
 
 PROCESSES = {"plain": Process(), "relay": Process({"relay": RelayNoise(500)})}
@@ -171,3 +173,28 @@ def test_renoise_draws_all_noise_anew_and_ends_at_x0() -> None:
         expected = levels[place].alpha * 0.25 * place + levels[place].sigma * fresh[place - 1]
         torch.testing.assert_close(seen[place], expected)
     assert torch.equal(out, torch.full_like(out, 0.75)) and levels[-1] == CLEAN
+
+
+def test_the_exact_derivative_of_a_network_is_the_limit_of_differences() -> None:
+    """CogView3-Plus in float64, with timesteps that move along: 1e-5 nearer, within a few percent."""
+    network = small.plus().double()
+    small.fill(network)
+    size = (8, 6)
+    prepared = network.prepare(small.condition(2, dtype=torch.float64), size)
+    denoise = Denoiser(network, V())
+    here, near = (
+        LevelTable(levels).at(torch.tensor([300, 700]), torch.float64)
+        for levels in nearer_levels(Process(), ZeroSNR(), 1e-5)
+    )
+    x = torch.randn(
+        2, network.channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        x0, gap = denoise(x, here, prepared), angle(here) - angle(near)
+        x_near = Process().step(x, x0, here, near, ProcessContext())
+        slope = Level(*((a - b) / gap.view_as(a) for a, b in zip(here, near, strict=True)))  # type: ignore[arg-type,operator]
+        found, change = derivative(lambda x, at: denoise(x, at, prepared), x, here, (x - x_near) / gap, slope)
+        expected = (x0 - denoise(x_near, near, prepared)) / gap
+    torch.testing.assert_close(found, x0)
+    assert (change - expected).norm() < 0.05 * expected.norm()
+    assert expected.norm() > 1

@@ -52,9 +52,9 @@ class Consistency(DiffusionObjective):
     from. Over the first ``warmup`` steps the derivative through the network comes in.
 
     ``derivative``: ``difference`` takes one more prediction, nearer on the teacher's path by an angle of
-    ``gap`` (atan of noise over signal); ``jvp`` is exact, and needs attention with a forward derivative
-    (``train.attention`` torch on a CPU has none: take ``difference``). Works over any process, schedule and
-    prediction. Source: sCM, arXiv:2410.11081; the difference along the teacher is rCM's, arXiv:2510.08431.
+    ``gap`` (atan of noise over signal); ``jvp`` is exact, by torch's plain attention (``train.attention``
+    torch; packed frozen weights have no forward derivative). Works over any process, schedule and prediction.
+    Source: sCM, arXiv:2410.11081; the difference along the teacher is rCM's, arXiv:2510.08431.
     """
 
     extras = frozenset[str]()
@@ -149,13 +149,7 @@ class Consistency(DiffusionObjective):
             x0 = denoiser.prediction.to_x0(out, x, level)
             h = (angle(level) - angle(nearer)).to(x)
             if self.derivative == "jvp":
-                slopes = Level(
-                    *((a - b) / h.view_as(torch.as_tensor(a)) for a, b in zip(level, nearer, strict=True))
-                )
-                still = denoiser.network.prepare(given.seen, size)
-                _, change = derivative(
-                    lambda x, at: denoiser(x, at, still), x, level, (x - x_near) / h, slopes
-                )
+                change = self._exact(x, x_near, level, nearer, given)
             else:
                 change = (x0 - denoiser(x_near, nearer, prepared)) / h  # dx0/dt
             warm = min(1.0, self.step / self.warmup) if self.warmup and self.training else 1.0
@@ -165,6 +159,19 @@ class Consistency(DiffusionObjective):
         wanted = denoiser.prediction.target(target, target_eps, level)
         loss = self.loss.error(out, wanted, level, denoiser).mean()
         return {"loss": loss, "tangent": g.square().mean().sqrt()}
+
+    def _exact(self, x: Tensor, x_near: Tensor, level: Level, nearer: Level, given: Given) -> Tensor:
+        """dx0/dt (B, C, h, w) by torch's forward derivative, along the way from ``nearer``."""
+        denoiser, h = self.engine.denoiser, (angle(level) - angle(nearer)).to(x)
+        prepared = denoiser.network.prepare(given.seen, (x.shape[2], x.shape[3]))
+        slopes = Level(*((a - b) / h.reshape(a.shape) for a, b in zip(level, nearer, strict=True)))  # type: ignore[operator,union-attr]
+        try:
+            return derivative(lambda x, at: denoiser(x, at, prepared), x, level, (x - x_near) / h, slopes)[1]
+        except (NotImplementedError, RuntimeError) as error:
+            raise ValueError(
+                f"consistency: derivative jvp: {type(self.network).__name__} has an operator without it "
+                f"({str(error).splitlines()[0][:120]}): take derivative difference"
+            ) from error
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """The same on held-out data."""
