@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class ImageTokens(NamedTuple):
+    """What a control prepares for each image token, (B, N, D); sequence parallelism shares it out."""
+
+    tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,13 @@ class ControlInput:
     layers: tuple[float, ...] | None = None  # None: all 1
     guess: bool = False
     blank: bool = False
+    kept: Tensor | None = None  # (B,) factor of each row on its device, in training; None: 1
     made: Any = None  # by the control: per image what no step changes, then per step what its layers add
 
     def rows(self, index: slice) -> ControlInput:
         """A part of the batch."""
-        return replace(self, value=self.value[index], strengths=self.strengths[index])
+        kept = None if self.kept is None else self.kept[index]
+        return replace(self, value=self.value[index], strengths=self.strengths[index], kept=kept)
 
     def null(self) -> ControlInput:
         """The unconditional half's: the same picture, or none in guess mode, or a blank one."""
@@ -48,6 +56,9 @@ class ControlInput:
     def weight(self, layer: int, like: Tensor) -> float | Tensor:
         """Strength at a layer of the base: one number, or (B, 1, …) with as many dimensions as ``like``."""
         scale = 1.0 if self.layers is None else self.layers[layer]
+        if self.kept is not None:
+            each = self.kept.to(like.dtype) * (scale * self.strengths[0])
+            return each.view(-1, *[1] * (like.ndim - 1))
         if len(set(self.strengths)) == 1:
             return scale * self.strengths[0]
         each = torch.tensor([scale * s for s in self.strengths], dtype=like.dtype, device=like.device)

@@ -42,6 +42,7 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
         _data,
         _drawing,
         _adapters,
+        _control,
         _memory,
     ]
     for rule in rules:
@@ -304,6 +305,22 @@ def _adapters(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one ru
     if rounds:
         what = "distillation gives the network a new input, which low-rank factors cannot: set it to null"
         yield ("adapters", "lora"), what
+
+
+def _control(e: Experiment, objects: Objects) -> Broken:
+    """A control learns from an objective that hands it pictures."""
+    if e.train is None:
+        return
+    control, key = e.adapters.control, ("adapters", "control")
+    if control is None:
+        if e.data is not None and any(source.control is not None for source in e.data.sources):
+            what = "pictures for a control are given (`control`), but adapters.control is null"
+            yield ("data", "sources"), what
+        return
+    if control.train and _param(e, e.train.objective, "train_text"):
+        yield key, "the text encoder does not learn beside a control: set train_text to false"
+    if "control" not in resolve(e.train.objective.target, e.imports).extras:
+        yield key, f"{e.train.objective.target} makes no use of a control: set it to null"
 
 
 def _memory(e: Experiment, objects: Objects) -> Broken:

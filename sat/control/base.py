@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sat.config.build import build_empty
@@ -48,12 +49,19 @@ class BaseModel:
         here = next(iter(self.network.parameters()))
         if here.is_meta or torch.empty(0).is_meta:  # a file fills it
             return made
-        made.to_empty(device=here.device)
         with torch.no_grad():
-            for name, own in (*made.named_parameters(), *made.named_buffers()):
-                path, _, leaf = name.rpartition(".")
-                own.data = own.data.to(here.dtype) if isinstance(own, nn.Parameter) else own.data
-                own.copy_(cast(Tensor, getattr(self.network.get_submodule(path), leaf)))
+            for path, owner in made.named_modules():
+                theirs = self.network.get_submodule(path)
+                for leaf, own in [*owner._parameters.items(), *owner._buffers.items()]:
+                    if own is None:
+                        continue
+                    dtype = here.dtype if isinstance(own, nn.Parameter) else own.dtype
+                    copied = torch.empty_like(own, device=here.device, dtype=dtype)
+                    copied.copy_(cast(Tensor, getattr(theirs, leaf)))
+                    if isinstance(own, nn.Parameter):
+                        owner._parameters[leaf] = nn.Parameter(copied)
+                    else:
+                        owner._buffers[leaf] = copied
         return made
 
 
@@ -92,6 +100,10 @@ class Control(nn.Module):
         raise NotImplementedError
 
 
+OUTERMOST = ("sequence", "recorded", "folding")
+"""Mixins that stay around a control: they share out or repeat what it does."""
+
+
 def attach(network: nn.Module, name: str, control: Control) -> None:
     """Put ``control`` on ``network`` under ``name``: around the hooks there are, weights untouched."""
     if not name.isidentifier():
@@ -103,10 +115,41 @@ def attach(network: nn.Module, name: str, control: Control) -> None:
     control.label = name
     for path, mixin in places.items():
         mixin.train(network.training)
-        hosts[path].extend(name, mixin)
+        host = hosts[path]
+        around = {known: cast(Mixin, host.mixins[known]) for known in host.mixins if known in OUTERMOST}
+        for known in around:
+            host.remove(known)
+        host.extend(name, mixin)
+        for known, outer in around.items():
+            host.extend(known, outer)
 
 
 def detach(network: nn.Module, control: Control) -> None:
     """Take ``control`` off again: the network is what it was."""
     for path in control.places():
         cast("Host[object]", network.get_submodule(path)).remove(control.label)
+
+
+# -- pieces that designs share
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """``layer`` with every weight 0."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def patches(latent: Tensor, patch: int) -> Tensor:
+    """(B, C, h, w) -> (B, N, C p p), the order of the base's own patches."""
+    return rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def behind(x: Tensor, added: Tensor, start: int) -> Tensor:
+    """``x`` (B, L, D) with ``added`` (B, L - start, D) on its tokens from ``start`` on."""
+    return torch.cat([x[:, :start], x[:, start:] + added], 1)
+
+
+def weighted(added: Tensor, weight: float | Tensor) -> Tensor:
+    """``added`` times ``weight``."""
+    return added if isinstance(weight, float) and weight == 1 else added * weight

@@ -12,11 +12,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition
-from sat.control.base import BaseModel, Control, ControlError
+from sat.control.base import BaseModel, Control, ControlError, behind, patches, weighted, zero
 from sat.control_input import ControlInput
 from sat.diffusion.schedule import Scalar
 from sat.first_stage.model import AutoencoderKL
@@ -35,13 +34,6 @@ from sat.models.cogview3_unet.model import Prepare as PrepareUNet
 from sat.transformer import Context, LayerModulation, Transformer, TransformerHooks
 from sat.transformer.hooks import Layer, Modulate, Position, Prepare, Run
 from sat.transformer.transformer import dtype_of
-
-
-def zero(layer: nn.Module) -> nn.Module:
-    """``layer`` with every weight 0."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
 
 
 def controlnet(
@@ -78,8 +70,8 @@ class _Picture(Mixin):
     @wraps("position")
     def position(self, inner: Position, ctx: Context) -> Tensor | None:
         (own,), table = ctx.controls, inner(ctx)  # (1, N, D)
-        patches = rearrange(own.value, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        tokens: Tensor = self.proj(patches.to(dtype_of(self.proj)))  # (B, N, D)
+        cells = patches(own.value, self.patch)
+        tokens: Tensor = self.proj(cells.to(dtype_of(self.proj)))  # (B, N, D)
         return tokens if table is None else tokens + table
 
 
@@ -184,16 +176,6 @@ class TransformerControlNet(Control, Mixin):
                 added = own.made[layer * len(self.zeros) // self.depth]
                 out = behind(out, weighted(added, own.weight(layer, added)), image)
         return out
-
-
-def behind(x: Tensor, added: Tensor, start: int) -> Tensor:
-    """``x`` (B, L, D) with ``added`` (B, L - start, D) on its tokens from ``start`` on."""
-    return torch.cat([x[:, :start], x[:, start:] + added], 1)
-
-
-def weighted(added: Tensor, weight: float | Tensor) -> Tensor:
-    """``added`` times ``weight``."""
-    return added if isinstance(weight, float) and weight == 1 else added * weight
 
 
 # -- of a UNet

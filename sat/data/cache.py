@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sat.data.batch import Sample, collate
-from sat.data.dataset import Dataset, encoded, item_random
+from sat.data.dataset import NOTHING_MADE, Dataset, Encode, encoded, item_random
 from sat.data.records import DataError, PictureFile
 
 _OLD = 24 * 3600  # seconds, after which a partial file's writer is taken to be dead
@@ -215,9 +215,11 @@ class CachedDataset:
 
     def extra_keys(self, job: Job) -> dict[str, str]:
         """Keys of the extra pictures of ``job`` by their names."""
-        extras = self.dataset.records[job.item].extras
-        key = self.key(job) if extras else ""
-        return {name: _digest(f"{key}|{self._stamps.of(one)}")[:32] for name, one in extras.items()}
+        extras, made = self.dataset.records[job.item].extras, self.dataset.made
+        key = self.key(job) if extras or made else ""
+        of = {name: one.told for name, one in made.items()}
+        of |= {name: self._stamps.of(one) for name, one in extras.items()}
+        return {name: _digest(f"{key}|{what}")[:32] for name, what in of.items()}
 
     def jobs(self) -> dict[str, Job]:
         """Every picture to encode by its key; the same on all ranks."""
@@ -295,15 +297,16 @@ def missing(stores: Sequence[Store | None], keys: Iterable[str]) -> list[str]:
 def fill_latents(
     cached: CachedDataset,
     jobs: Mapping[str, Job],
-    encode: Callable[[Tensor], Tensor],
+    encode: Encode,
     degrade: Callable[[Tensor], Tensor] | None = None,
     *,
+    own: Mapping[str, Encode] = NOTHING_MADE,
     batch_size: int = 8,
     workers: int = 2,
 ) -> Iterator[int]:
     """Makes the latents (and low-resolution latents) of ``jobs``; yields the size of each batch done.
 
-    ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled.
+    ``own``: encoders of extra pictures by name, where they are not :data:`Encode`.
     """
     stores, dataset = cached.stores, cached.dataset
     assert stores.latents is not None, "only called with one"
@@ -331,15 +334,16 @@ def fill_latents(
                     stores.latents.reject(cached.key(jobs[key]), dataset.reason(jobs[key].item))
             good = [(jobs[key], sample) for key, sample in pairs if sample is not None]
             if good:
-                _encode(cached, good, encode, degrade)
+                _encode(cached, good, encode, degrade, own)
             yield len(chunk)
 
 
 def _encode(
     cached: CachedDataset,
     pairs: Sequence[tuple[Job, Sample]],
-    encode: Callable[[Tensor], Tensor],
+    encode: Encode,
     degrade: Callable[[Tensor], Tensor] | None,
+    own: Mapping[str, Encode],
 ) -> None:
     stores, batch = cached.stores, collate([sample for _, sample in pairs])
     assert batch.image is not None and stores.latents is not None, "a data set gives images"
@@ -347,7 +351,7 @@ def _encode(
     low = None if degrade is None else encode(degrade(batch.image))
     sizes = torch.stack([batch.original_size, batch.crop, batch.target_size], dim=1)  # (B, 3, 2)
     cells = (moments.shape[2], moments.shape[3])
-    extras = {name: encoded(extra, encode, cells) for name, extra in batch.extras.items()}
+    extras = encoded(batch.extras, encode, own, cells)
     for row, (job, _) in enumerate(pairs):
         key = cached.key(job)
         for name, extra_key in cached.extra_keys(job).items():

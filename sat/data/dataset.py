@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from sat.data.batch import Sample, collate, groups
 from sat.data.buckets import Buckets
+from sat.data.preprocess import Preprocess
 from sat.data.records import MASK, BadRecord, DataError, Record, RecordSet, check_bad_share
 from sat.data.transforms import Placement, Resized, Transform
 
 log = logging.getLogger(__name__)
 
+NOTHING_MADE: Mapping[str, Any] = MappingProxyType({})
 KEEP_BYTES = 1 << 30  # of decoded pictures that a data set keeps in memory
 
 
@@ -38,11 +41,19 @@ def item_random(seed: int, epoch: int, index: int, what: str) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{index}/{what}")
 
 
+class MadeExtra(NamedTuple):
+    """An extra picture that is made of a record's own where it has none; ``told`` says how, for caches."""
+
+    make: Preprocess
+    told: str
+
+
 class Dataset:
     """Pictures and captions of ``records``, transformed. Safe to read from several threads.
 
     Pictures that belong to a record come with it, cut and placed alike; a record without a mask has one of
-    ones where another has one. With ``buckets`` each item is brought to the size of its bucket instead of the
+    ones where another has one. ``made`` are extra pictures that are made of the placed picture where a record
+    has none of their name. With ``buckets`` each item is brought to the size of its bucket instead of the
     transform's. Decoded pictures stay in memory up to ``keep_bytes``. An unreadable picture is logged, listed
     in ``bad`` and replaced by the next readable one (of its bucket); more than ``max_bad_share`` of the set
     raises :class:`DataError`.
@@ -55,10 +66,11 @@ class Dataset:
         max_bad_share: float = 0.05,
         keep_bytes: int = KEEP_BYTES,
         buckets: Buckets | None = None,
+        made: Mapping[str, MadeExtra] = NOTHING_MADE,
     ) -> None:
         if not records.records:
             raise DataError("the data set is empty")
-        self.records = records.records
+        self.records, self.made = records.records, made
         self.max_bad_share = max_bad_share
         self.bad: list[BadRecord] = list(records.bad)
         self.groups = groups(records, buckets)
@@ -112,6 +124,7 @@ class Dataset:
         size = (transform.height, transform.width)
         if self.masked and MASK not in extras:
             extras[MASK] = torch.ones(1, *size)
+        extras |= {name: one.make(image, numbers) for name, one in self.made.items() if name not in extras}
         weight = self.records[index].loss_weight
         return Sample(
             caption, resized.original_size, crop, size, image=image, loss_weight=weight, extras=extras
@@ -172,29 +185,43 @@ class Dataset:
         return resized
 
 
-def encoded(extra: Tensor, encode: Callable[[Tensor], Tensor], cells: tuple[int, int]) -> Tensor:
-    """An extra picture (B, 3, H, W) as moments (B, 2C, h, w); a mask (B, 1, H, W) as means over ``cells``."""
-    if extra.shape[1] == 1:
-        return F.interpolate(extra, cells, mode="area").cpu()
-    return encode(extra).detach().float().cpu()
+Encode = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled."""
+
+
+def encoded(
+    extras: Mapping[str, Tensor], encode: Encode, own: Mapping[str, Encode], cells: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Extra pictures (B, 3, H, W) as moments, or as the encoder of their ``own`` gives them.
+
+    A mask (B, 1, H, W) becomes its means over ``cells``.
+    """
+    return {
+        name: F.interpolate(extra, cells, mode="area").cpu()
+        if extra.shape[1] == 1
+        else own.get(name, encode)(extra).detach().float().cpu()
+        for name, extra in extras.items()
+    }
 
 
 class LatentCache:
     """``views`` differently placed pictures of every item of ``dataset``, encoded once and kept in memory.
 
-    ``encode``: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), mean and log variance, unscaled. The
+    The
     view that an epoch shows is drawn from (seed, epoch, index); captions are drawn as without the cache.
-    ``degrade``: the images -> their low-resolution versions; their moments are kept too, for relay.
+    ``degrade``: the images -> their low-resolution versions; their moments are kept too, for relay. ``own``:
+    encoders of extra pictures by name, where they are not :data:`Encode`.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        encode: Callable[[Tensor], Tensor],
+        encode: Encode,
         views: int,
         seed: int,
         batch_size: int = 64,
         degrade: Callable[[Tensor], Tensor] | None = None,
+        own: Mapping[str, Encode] = NOTHING_MADE,
     ) -> None:
         if views < 1:
             raise ValueError(f"data.cache_views {views}: expected at least 1 to cache latents")
@@ -217,7 +244,7 @@ class LatentCache:
                 made = encode(batch.image).detach().float().cpu()
                 low = None if degrade is None else encode(degrade(batch.image)).detach().float().cpu()
                 cells = (made.shape[2], made.shape[3])
-                extras = {name: encoded(extra, encode, cells) for name, extra in batch.extras.items()}
+                extras = encoded(batch.extras, encode, own, cells)
                 sizes = (batch.original_size.tolist(), batch.crop.tolist(), batch.target_size.tolist())
                 for row, (job, *geometry) in enumerate(zip(jobs, *sizes, strict=True)):
                     original, crop, target = ((int(y), int(x)) for y, x in geometry)

@@ -27,6 +27,7 @@ HELD_OUT = "heldout.jsonl"  # beside a table: what is never trained on
 Kind = Literal["row", "caption", "picture"]
 
 
+CONTROL = "control"  # the extra picture that a trained control sees
 MASK = "mask"  # the extra picture that weighs a picture's places; one channel
 
 

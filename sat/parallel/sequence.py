@@ -21,6 +21,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
+from sat.control_input import ImageTokens
 from sat.mixin import Mixin, wraps
 from sat.parallel.collectives import stacked
 from sat.parallel.launch import Axis
@@ -80,7 +81,14 @@ class SequenceParallel(Mixin):
             rotary = (self._own(rotary[0], 0), self._own(rotary[1], 0))
         values = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
         segments = tuple(shares(length, self.axis.size)[self.axis.rank] for length in whole.segments)
-        return LocalContext(**values | {"segments": segments, "rotary": rotary}, whole=whole)
+        controls = tuple(
+            replace(own, made=ImageTokens(self._own(own.made.tokens, 1)))
+            if isinstance(own.made, ImageTokens)
+            else own
+            for own in whole.controls
+        )
+        values |= {"segments": segments, "rotary": rotary, "controls": controls}
+        return LocalContext(**values, whole=whole)
 
     @wraps("position")
     def position(self, inner: Position, ctx: Context) -> Tensor | None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,10 +255,20 @@ def exporter(
 ) -> Export:
     """Export of the trained parts as a native checkpoint folder, for sampling or another training.
 
-    With LoRA, of the adapter alone, which names the model and the ``weights`` it belongs to.
+    With LoRA, of the adapter alone, which names the model and the ``weights`` it belongs to; of a control
+    that learns, of that alone.
     """
     assert experiment.train is not None, "only a training exports"
     dtype, lora = DTYPES[experiment.train.dtype], experiment.adapters.lora
+    control = experiment.adapters.control
+    alone: list[Export] = []
+    if control is not None and control.train:
+        from sat.train.control import export
+        from sat.train.objectives.diffusion import DiffusionObjective
+
+        assert isinstance(objective, DiffusionObjective), "only these train a control"
+        source = weights.source("model")
+        alone.append(export(experiment, objective, None if source is None else digest(source), dtype))
     inner: Export | None = None
     if lora is not None:
         paths = {"model": weights.source("model"), "text": weights.source("text")}
@@ -269,13 +279,30 @@ def exporter(
         table, tokenizer = table_of(engine.conditioner.text)[1], engine.conditioner.tokenizer
         assert isinstance(table, WordTable) and isinstance(tokenizer, WordTokenizer), "words were added"
         words = {one.word: tokenizer.words[one.word] for one in experiment.adapters.tokens}
-        return WordExport(objective, words, table, inner)
-    if inner is not None:
-        return inner
+        inner = WordExport(objective, words, table, inner)
+    made = [one for one in (inner, *alone) if one is not None]
+    if made:
+        return made[0] if len(made) == 1 else Exports(made)
     described = ("model", "diffusion", "conditioning", "first_stage")
     sections = {name: plain(getattr(experiment, name)) for name in described}
     vocabulary = engine.conditioner.tokenizer
     return ModelExport(objective, sections, None if vocabulary is None else vocabulary.path, dtype)
+
+
+@dataclass(frozen=True)
+class Exports:
+    """Several exports into one folder: a LoRA and a control that learn together."""
+
+    all: Sequence[Export]
+
+    def frozen(self) -> dict[str, Tensor]:
+        """What any of them writes without training it."""
+        return {name: value for one in self.all for name, value in one.frozen().items()}
+
+    def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write each."""
+        for one in self.all:
+            one(folder, weights)
 
 
 @dataclass(frozen=True)
@@ -293,22 +320,31 @@ class ModelExport:
     def frozen(self) -> dict[str, Tensor]:
         """Parameters of the parts that do not learn."""
         inside = {id(p) for module in self.objective.parts().values() for p in module.parameters()}
+        inside -= {id(tensor) for tensor in self._beside()}
         return {
             name: p
             for name, p in self.objective.named_parameters()
             if id(p) in inside and not p.requires_grad
         }
 
+    def _beside(self) -> list[Tensor]:
+        """Tensors of a control that is on the network while this learns, and no part of it."""
+        control = getattr(self.objective, "control", None)
+        return [] if control is None else [*control.module.parameters(), *control.module.buffers()]
+
     def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a native folder of ``weights`` and the parts' buffers."""
         names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
+        beside = {id(tensor) for tensor in self._beside()}
         parts: dict[Any, InMemory] = {}
         for part, module in self.objective.parts().items():
             tensors = {
                 key: weights[names[id(value)]] if id(value) in names else value.detach().cpu()
                 for key, value in module.state_dict(keep_vars=True).items()
+                if id(value) not in beside
             }
-            parts[part] = InMemory(tensors, exact=[name for name, _ in module.named_buffers()])
+            exact = [name for name, value in module.named_buffers() if id(value) not in beside]
+            parts[part] = InMemory(tensors, exact=exact)
         save_native(folder, parts, self.sections, options=Options(dtype=self.dtype), tokenizer=self.tokenizer)
 
 

@@ -37,8 +37,8 @@ from sat.data.cache import (
     missing,
     prune,
 )
-from sat.data.dataset import Dataset, Items, LatentCache
-from sat.data.records import MASK, BadRecord, DataPathError, ExtraRule, note
+from sat.data.dataset import NOTHING_MADE, Dataset, Encode, Items, LatentCache, MadeExtra
+from sat.data.records import CONTROL, MASK, BadRecord, DataPathError, ExtraRule, note
 from sat.data.sources import Source, read_sources
 from sat.data.transforms import Augment, Transform
 from sat.engine import DiffusionEngine
@@ -75,6 +75,15 @@ def bucket_rule(data: DataConfig) -> BucketRule | None:
     return None if rule is None else BucketRule(rule.areas, rule.step, rule.max_ratio, rule.min_images)
 
 
+def made_extras(experiment: Experiment) -> dict[str, MadeExtra]:
+    """Extra pictures that are made of the data's pictures: a control's, where one learns or is there."""
+    if experiment.adapters.control is None:
+        return {}
+    from sat.train.control import made_pictures
+
+    return made_pictures(experiment)
+
+
 def source_of(source: SourceConfig) -> Source:
     """A source of ``data.sources`` as it is read."""
     extras = {
@@ -84,13 +93,18 @@ def source_of(source: SourceConfig) -> Source:
     return Source(source.path, source.repeats, source.weight, source.caption, extras, source.loss_weight)
 
 
-def open_data(data: DataConfig, runtime: Runtime, *, held_out: bool) -> DataSets:
-    """Open the data sets of the ``data`` section; every rank calls it, the first one logs skipped files."""
+def open_data(
+    data: DataConfig, runtime: Runtime, *, held_out: bool, made: Mapping[str, MadeExtra] = NOTHING_MADE
+) -> DataSets:
+    """Open the data sets of the ``data`` section; every rank calls it, the first one logs skipped files.
+
+    ``made`` are extra pictures that are made of the pictures.
+    """
     moving = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
     still = data.validation if held_out else []
     sets = DataSets(
-        _open(data, data.sources, moving, runtime, still=False),
-        _open(data, still, None, runtime, still=True) if still else None,
+        _open(data, data.sources, moving, runtime, made, still=False),
+        _open(data, still, None, runtime, made, still=True) if still else None,
     )
     if sets.held_out is not None and runtime.is_main:
         trained, kept = ({record.name for record in one.records} for one in sets.both())
@@ -104,6 +118,7 @@ def _open(
     sources: Sequence[SourceConfig],
     augment: Augment | None,
     runtime: Runtime,
+    made: Mapping[str, MadeExtra],
     *,
     still: bool,
 ) -> Dataset:
@@ -122,7 +137,7 @@ def _open(
     height, width = buckets.sizes[0] if buckets is not None else (data.height, data.width)
     assert height is not None and width is not None, "the section's rules ask for them"
     transform = Transform(height, width, "center" if still else data.crop, augment)
-    return Dataset(records, transform, data.max_bad_share, buckets=buckets)
+    return Dataset(records, transform, data.max_bad_share, buckets=buckets, made=made)
 
 
 def check_words(words: Sequence[TokenConfig], dataset: Dataset) -> None:
@@ -154,12 +169,15 @@ def in_memory(
         with autocast(train, device.type):
             return degrade(images.to(device))
 
+    own: dict[str, Encode] = {}
+    if (control := getattr(objective, "control", None)) is not None:
+        own[CONTROL] = control.encode
     items: list[Items] = []
     for dataset, views in zip(sets.both(), (data.cache_views, min(data.cache_views, 1)), strict=False):
         if views:
             log.info("encoding %d images %d times to keep their latents in memory", len(dataset), views)
             low = None if degrade is None else degraded
-            items.append(LatentCache(dataset, encode, views, train.seed, degrade=low))
+            items.append(LatentCache(dataset, encode, views, train.seed, degrade=low, own=own))
         else:
             items.append(dataset)
     return items
@@ -288,12 +306,20 @@ class Caches:
             low=Store(self.root, "low", facts | {"low": low.name}) if self.latents and low else None,
             text=Store(self.root, "text", self._facts["text"]) if self.text else None,
             extras={
-                name: Store(self.root, "extra", facts | {"extra": name})
-                for name in sorted({name for record in dataset.records for name in record.extras})
+                name: Store(self.root, "extra", facts | {"extra": name} | self._encoded_as(name))
+                for name in sorted({n for record in dataset.records for n in record.extras} | {*dataset.made})
                 if self.latents
             },
         )
         return CachedDataset(dataset, stores, views)
+
+    def _encoded_as(self, name: str) -> dict[str, object]:
+        """Facts about the encoding of an extra picture that is not kept as moments."""
+        if name != CONTROL or self.experiment.adapters.control is None:
+            return {}
+        from sat.train.control import without_weights
+
+        return {"as": without_weights(self.experiment).takes}
 
     def count(self, sets: Sequence[CachedDataset]) -> Count:
         """Count the encodings and the missing ones; every rank calls it."""
@@ -406,6 +432,12 @@ class Caches:
             with autocast(self.train, device.type):
                 return low.apply(images.to(device))
 
+        own: dict[str, Encode] = {}
+        if self.experiment.adapters.control is not None:
+            from sat.train.control import encoder
+
+            own[CONTROL] = encoder(self.experiment, engine, self.train)
+
         def read(captions: Sequence[str]) -> Sequence[Tensor]:
             with autocast(self.train, device.type):
                 return engine.conditioner.encode_apart(captions, device)
@@ -417,7 +449,7 @@ class Caches:
                 made: list[Iterator[int]] = []
                 if todo.jobs:
                     made.append(fill_latents(
-                        cached, todo.jobs, encode, degrade if low else None, batch_size=batch_size
+                        cached, todo.jobs, encode, degrade if low else None, own=own, batch_size=batch_size
                     ))  # fmt: skip
                 if todo.captions and cached.stores.text is not None:
                     made.append(fill_text(cached.stores.text, todo.captions, read, batch_size=8 * batch_size))

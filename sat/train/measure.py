@@ -26,7 +26,7 @@ from sat.engine import DiffusionEngine
 from sat.estimate.trace import Ledger, Trace, trace
 from sat.kernels.compile import recompute
 from sat.kernels.packed import packable
-from sat.parallel.launch import fake_group
+from sat.parallel.launch import ALONE, Axis, fake_group
 from sat.parallel.sequence import apply_sequence
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import family_sharding
@@ -123,7 +123,7 @@ def measure(experiment: Experiment) -> Measured:
                 if part not in spare:
                     apply_sharding(module, family_sharding(type(module)), mesh.tensor)
             apply_sequence(engine.network, mesh.sequence)
-        objective = _objective(experiment, engine, ledger)
+        objective = _objective(experiment, engine, ledger, mesh.tensor, mesh.sequence)
         needs = kind.needs(train.objective.params)
         moments = (cached or bool(data.cache_views)) and "first_stage" not in needs
         text = cached and "text" not in needs
@@ -150,7 +150,13 @@ def measure(experiment: Experiment) -> Measured:
     return Measured(weights, found, data_bytes, size, image_tokens, text_tokens)
 
 
-def _objective(experiment: Experiment, engine: DiffusionEngine, ledger: Ledger) -> Objective:
+def _objective(
+    experiment: Experiment,
+    engine: DiffusionEngine,
+    ledger: Ledger,
+    tensor: Axis = ALONE,
+    sequence: Axis = ALONE,
+) -> Objective:
     """Objective of the first round over ``engine``, whose teacher is guided, with adapters and new words."""
     train, _ = sections(experiment)
     kind: type[Objective] = resolve(train.objective.target, experiment.imports)
@@ -165,6 +171,10 @@ def _objective(experiment: Experiment, engine: DiffusionEngine, ledger: Ledger) 
     with ledger.without_data():
         if lora is not None:
             add_lora(objective, replace(lora, start=None), train.seed)
+        if experiment.adapters.control is not None:
+            from sat.train.control import add_control
+
+            add_control(objective, experiment, train, tensor, sequence, load=False)
         if words := [replace(one, start=None) for one in experiment.adapters.tokens]:
             add_tokens(objective, engine.conditioner, words, train.seed, alone=lora is None)
         objective.begin(None if lora is None else TRAINED)
@@ -212,11 +222,16 @@ def _batch(
     latent = torch.empty(count, 2 * channels, h, w) if moments else None
     relay = moments and objective.degrade() is not None
     shape = (count, engine.conditioner.max_length, engine.conditioner.text_dim) if text else None
+    extras: dict[str, Tensor] = {}
+    if getattr(objective, "control", None) is not None:
+        from sat.train.control import empty_pictures
+
+        extras = empty_pictures(objective, count, size, encoded=moments)
     return Batch(
         [f"caption {i}" for i in range(count)], pair, pair, pair,
         image=None if moments else torch.empty(count, engine.first_stage.image_channels, *size),
         latent_moments=latent, low_moments=None if latent is None or not relay else latent.clone(),
-        text=None if shape is None else torch.empty(shape, dtype=DTYPES[train.dtype]),
+        text=None if shape is None else torch.empty(shape, dtype=DTYPES[train.dtype]), extras=extras,
     )  # fmt: skip
 
 

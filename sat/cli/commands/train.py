@@ -37,7 +37,7 @@ from sat.parallel.sequence import apply_sequence
 from sat.sampling.inputs import InputFolder
 from sat.train.backend import build_backend, check_backend
 from sat.train.checkpoints import exporter
-from sat.train.data import Caches, bucket_rule, check_words, in_memory, open_data
+from sat.train.data import Caches, bucket_rule, check_words, in_memory, made_extras, open_data
 from sat.train.deepspeed import check_dtype
 from sat.train.log import Record, token_counter
 from sat.train.loop import Extras, Trainer
@@ -163,7 +163,8 @@ def _sections(experiment: Experiment) -> tuple[TrainConfig, DataConfig]:
         )
     if train.tensorboard and find_spec("tensorboard") is None:
         raise UsageError(f"train.tensorboard needs a package: {install('tensorboard')}, or set it to false")
-    if experiment.adapters.lora is None and not experiment.adapters.tokens:
+    control, tokens = experiment.adapters.control, experiment.adapters.tokens
+    if experiment.adapters.lora is None and not tokens and (control is None or not control.train):
         params, integers = train.objective.params, experiment.memory.quantize
         needs = resolve(train.objective.target, experiment.imports).needs(params)
         trained = {"network": "model" in needs, "text_encoder": bool(params.get("train_text"))}
@@ -227,7 +228,7 @@ def _train(
         )
 
     # Data: images, or encodings out of full caches, which need fewer parts of the engine.
-    sets = open_data(data, runtime, held_out=train.validate_every is not None)
+    sets = open_data(data, runtime, held_out=train.validate_every is not None, made=made_extras(experiment))
     check_words(experiment.adapters.tokens, sets.train)
     caches, empty, items = None, None, list[Items]()
     if data.cache is not None:
@@ -316,6 +317,10 @@ def _objective(
         log.warning("%s %s frozen at random weights: name %s in the checkpoint section", what, are, them)
     if experiment.adapters.lora is not None:
         add_lora(objective, experiment.adapters.lora, train.seed, Verify(weights.verify))
+    if experiment.adapters.control is not None:  # behind LoRA, whose patterns would name its layers too
+        from sat.train.control import add_control
+
+        add_control(objective, experiment, train, mesh.tensor, mesh.sequence)
     objective.begin(None if experiment.adapters.lora is None else TRAINED)
     if experiment.adapters.lora is not None and on_cpu:
         reasons = unpacked(train, train.zero)

@@ -30,6 +30,7 @@ from sat.config.schema.experiment import (
     AdaptersConfig,
     AugmentConfig,
     BucketsConfig,
+    ControlTraining,
     DataConfig,
     Experiment,
     GroupConfig,
@@ -45,9 +46,9 @@ from sat.config.schema.experiment import (
 
 __all__ = [
     "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
-    "ConditioningConfig", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig", "InpaintConfig",
-    "LoadConfig", "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig", "OutpaintConfig",
-    "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RegionConfig", "RegionsConfig",
+    "ConditioningConfig", "ControlTraining", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig",
+    "InpaintConfig", "LoadConfig", "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig",
+    "OutpaintConfig", "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RegionConfig", "RegionsConfig",
     "RuleError", "SamplingConfig", "Section", "SourceConfig", "TokenConfig", "TrainConfig", "WEIGHTS",
     "plain",
 ]  # fmt: skip

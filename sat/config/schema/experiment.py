@@ -56,7 +56,8 @@ class SourceConfig(Section):
     weights of the other sources. ``caption``: the name of the captions in its rows; null: the first there is
     of text, prompt, caption, captions and description; several names with weights, such as
     ``{short: 1, long: 3}``: all of them, drawn by these. ``mask``: pictures that weigh the loss by place,
-    white where it counts whole. ``loss_weight``: factor of the losses of its pictures.
+    white where it counts whole. ``control``: ready pictures for a control (``adapters.control``); null makes
+    them of the pictures. ``loss_weight``: factor of the losses of its pictures.
     """
 
     section = "data.sources"
@@ -73,12 +74,14 @@ class SourceConfig(Section):
     weight: float | None = None
     caption: str | dict[str, float] | None = None
     mask: ExtraConfig | None = None
+    control: ExtraConfig | None = None
     loss_weight: float = 1.0
 
     @property
     def extras(self) -> dict[str, ExtraConfig]:
         """The further pictures by name."""
-        return {} if self.mask is None else {"mask": self.mask}
+        named = {"mask": self.mask, "control": self.control}
+        return {name: place for name, place in named.items() if place is not None}
 
     def _rules(self) -> Broken:
         if self.weight is not None and not 0 < self.weight < math.inf:
@@ -447,6 +450,32 @@ class TokenConfig(Section):
 
 
 @dataclass(frozen=True)
+class ControlTraining(Section):
+    """A control to train beside a frozen model (docs/control.md), or to keep on it while others train.
+
+    ``design`` builds a new one; ``start`` is one to go on from, whose own design counts. ``train`` false
+    keeps it as it is, and the network or its LoRA learns with it on. ``picture`` makes the control's picture
+    of each picture whose source names none (``data.sources.N.control``); null: as ``start`` says.
+    ``dropout``: share of pictures that are trained on without their control's.
+    """
+
+    section = "adapters.control"
+    design: Annotated[Component, Makes("sat.control.base.Control")] | None = None
+    start: Annotated[Path | None, MustExist("name a control to go on from, or null for a new one")] = None
+    train: bool = True
+    picture: Annotated[Component, Makes("sat.data.preprocess.Preprocess")] | None = None
+    dropout: float = 0.0
+
+    def _rules(self) -> Broken:
+        if self.design is None and self.start is None:
+            yield "design", "expected a `design` for a new control, or one to go on from in `start`"
+        if self.start is None and not self.train:
+            yield "train", "a new control that does not learn does nothing: name one in `start`"
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"expected a share of 0 to below 1, got {self.dropout}"
+
+
+@dataclass(frozen=True)
 class LoadConfig(Section):
     """A trained adapter to use; ``strength`` 0 is without it, 1 as trained."""
 
@@ -463,12 +492,15 @@ class LoadConfig(Section):
 class AdaptersConfig(Section):
     """Small additions to linear layers: ``lora`` is trained by ``train.py``, ``load`` used as they are.
 
+    ``control`` is a branch that learns from pictures beside captions, or is there while others learn.
+
     ``merge`` folds the loaded ones into the weights: as fast as without any, but strengths are then fixed.
     ``tokens`` are new words to train, ``embeddings`` trained ones to use: files, folders or runs' folders.
     """
 
     section = "adapters"
     lora: LoraConfig | None = None
+    control: ControlTraining | None = None
     load: list[LoadConfig] = field(default_factory=list)
     merge: bool = False
     tokens: list[TokenConfig] = field(default_factory=list)

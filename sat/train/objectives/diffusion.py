@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -12,14 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition, Sizes
+from sat.control_input import ControlInput
 from sat.data.batch import Batch
-from sat.data.records import MASK
+from sat.data.records import CONTROL, MASK
 from sat.diffusion.draws import Draws, GeneratorDraws
 from sat.diffusion.loss import Draw
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.first_stage.model import Posterior
 from sat.train.objectives.base import Degradation, Objective
+
+
+@dataclass(frozen=True)
+class TrainedControl:
+    """A control on the network: its pictures' encoding, and the share of pictures that do without it."""
+
+    name: str
+    module: nn.Module
+    encode: Callable[[Tensor], Tensor]
+    dropout: float
 
 
 class DiffusionObjective(Objective):
@@ -45,7 +57,7 @@ class DiffusionObjective(Objective):
     captions of other images of the batch (``shuffled``, …): the gap says how much the text is used.
     """
 
-    extras = frozenset((MASK,))
+    extras = frozenset((MASK, CONTROL))
     weighs = True
 
     def __init__(
@@ -83,6 +95,7 @@ class DiffusionObjective(Objective):
         self.caption_dropout = caption_dropout
         self.levels = tuple(levels)
         self.low_from = low_from
+        self.control: TrainedControl | None = None
 
     @property
     def engine(self) -> DiffusionEngine:
@@ -99,6 +112,8 @@ class DiffusionObjective(Objective):
         made = {"posterior": draws.normal("posterior", shape)}
         if self.caption_dropout:
             made["drop"] = draws.uniform("drop") < self.caption_dropout
+        if self.control is not None and self.control.dropout:
+            made["control"] = draws.uniform("control") >= self.control.dropout
         if self.engine.process.input is not None:
             made["low_res"] = draws.normal("low_res", shape)
         return made | self.engine.draw(shape, draws)._asdict()
@@ -118,6 +133,7 @@ class DiffusionObjective(Objective):
         cond = self.condition(batch, latents.device)
         if self.caption_dropout:
             cond = self.engine.conditioner.dropped(cond, sent(drawn["drop"], latents.device))
+        cond = self.controlled(cond, batch, drawn.get("control"))
         low_res = self.low_res(batch, drawn.get("low_res"))
         draw = Draw(sent(drawn["timestep"], latents.device), drawn["eps"])
         weight = self.weight(batch, latents)
@@ -135,9 +151,9 @@ class DiffusionObjective(Objective):
         latents = self.latents(batch, drawn["posterior"])
         low_res = self.low_res(batch, drawn.get("low_res"))
         weight = self.weight(batch, latents)
-        cond = self.condition(batch, latents.device)
+        cond = self.controlled(self.condition(batch, latents.device), batch)
         mask = None if cond.text_mask is None else cond.text_mask.roll(1, 0)
-        shuffled = Condition(cond.text.roll(1, 0), cond.vector, mask)
+        shuffled = replace(cond, text=cond.text.roll(1, 0), text_mask=mask)
         losses: dict[str, Tensor] = {}
         for name, text in (("loss", cond), ("shuffled", shuffled)):
             for timestep in self.timesteps:
@@ -148,6 +164,21 @@ class DiffusionObjective(Objective):
                 ).mean()
             losses[name] = torch.stack([v for k, v in losses.items() if k.startswith(f"{name}_")]).mean()
         return losses
+
+    def controlled(self, cond: Condition, batch: Batch, kept: Tensor | None = None) -> Condition:
+        """``cond`` with the control's pictures of the batch; those of rows that are not ``kept`` count 0."""
+        if self.control is None:
+            return cond
+        given = batch.extras.get(CONTROL)
+        if given is None:
+            raise ValueError("a batch holds no pictures for the control (data.sources.N.control)")
+        if batch.latent_moments is None:  # as they are, not encoded by a cache
+            with torch.no_grad():
+                given = self.control.encode(given.to(cond.text.device))
+        device, strengths = cond.text.device, (1.0,) * len(batch)
+        kept = None if kept is None else sent(kept.float(), device)
+        own = ControlInput(self.control.name, given.to(device), strengths, kept=kept)
+        return replace(cond, controls=(own,))
 
     def weight(self, batch: Batch, latents: Tensor) -> Tensor | None:
         """Weights (B, 1, h, w) of the places of ``latents`` by the batch's masks; None without any."""
