@@ -19,6 +19,7 @@ from sat.mixin import Host, Mixin
 from sat.parallel.launch import ALONE, Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import Sharding, family_sharding
+from sat.transformer import Transformer
 
 Takes = Literal["latent", "pixels", "inpaint", "features"]
 """Encodings of a control's picture: its latent, the picture itself, the latent of all outside a mask and the
@@ -153,3 +154,12 @@ def behind(x: Tensor, added: Tensor, start: int) -> Tensor:
 def weighted(added: Tensor, weight: float | Tensor) -> Tensor:
     """``added`` times ``weight``."""
     return added if isinstance(weight, float) and weight == 1 else added * weight
+
+
+def transformer_of(base: BaseModel, what: str) -> Transformer:
+    """The transformer that the network consists of."""
+    found = getattr(base.network, "transformer", None)
+    if not isinstance(found, Transformer):
+        kind = type(base.network).__name__
+        raise ControlError(f"{what} is for a network that is one transformer, and {kind} is not")
+    return found

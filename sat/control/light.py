@@ -15,24 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition
-from sat.control.base import BaseModel, Control, ControlError, behind, patches, weighted, zero
+from sat.control.base import BaseModel, Control, ControlError, behind, patches, transformer_of, weighted, zero
 from sat.control_input import ControlInput, ImageTokens
 from sat.first_stage.model import AutoencoderKL
 from sat.mixin import Mixin, wraps
 from sat.models.cogview3_unet.model import CogView3UNet, Enter, Prepared, UNetHooks
 from sat.models.cogview3_unet.model import Prepare as PrepareUNet
-from sat.transformer import Context, Transformer, TransformerHooks
+from sat.transformer import Context, TransformerHooks
 from sat.transformer.hooks import Layer, Position, Prepare
 from sat.transformer.transformer import RMSNorm, dtype_of
-
-
-def transformer_of(base: BaseModel, what: str) -> Transformer:
-    """The transformer that the network consists of."""
-    found = getattr(base.network, "transformer", None)
-    if not isinstance(found, Transformer):
-        kind = type(base.network).__name__
-        raise ControlError(f"{what} is for a network that is one transformer, and {kind} is not")
-    return found
 
 
 class Blockwise(Control, Mixin):

@@ -114,6 +114,9 @@ class JointDiT(nn.Module):
                 steps[float(timestep)] = Step(emb[s : s + 1], None if made is None else made[s])
         grid = Grid(h // self.patch, w // self.patch)
         context = Context(text=cond.text, text_mask=cond.text_mask, grid=grid, controls=cond.controls)
+        if cond.controls:  # references are at timestep 0
+            still = torch.zeros(1, dtype=torch.float32, device=size_emb.device)
+            context = replace(context, emb=self._time(still, guidance) + size_emb)
         return Prepared(self.transformer.prepare(context), size_emb, guidance, steps)
 
     def forward(self, x: Tensor, timestep: Scalar, prepared: Prepared) -> Tensor:

@@ -45,7 +45,7 @@ class Context:
     that a sampling loop computes it once per image.
     """
 
-    emb: Tensor | None = None  # (B or 1, E) time and size
+    emb: Tensor | None = None  # (B or 1, E) time and size; in ``prepare`` of timestep 0, beside controls
     text: Tensor | None = None  # (B, T, C_text) encoder output
     text_mask: Tensor | None = None  # (B, T) true = real token; None = attend to all
     text_repeat: int = 1  # number of equal tokens that each text token stands for

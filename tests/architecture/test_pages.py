@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from sat.cli import sample
+from sat.cli import sample, train
 from tests.architecture.tree import ROOT, files
 
 OTHER_NAMES = {"docs/moved.md", "docs/log.md", "CHANGELOG.md", "docs/config_reference.md", "docs/hooks.md"}
@@ -53,10 +53,14 @@ def test_the_code_of_the_page_on_extending_runs(tmp_path: Path, monkeypatch: pyt
             assert names["picture"].size == (64, 48)
             hooks = str(names["pipe"].generator.engine.network.hooks)
             assert re.search(r"^layer +gain -> default$", hooks, re.MULTILINE), hooks
+        if "acts" in names:
+            assert names["begins"] and names["acts"], "untrained the plain model, trained another"
     assert sample.main(["--base", "configs/debug.yaml", "my.yaml", "--check"]) == 0
-    for name in ("my_parts", "my_format"):
+    training = ["configs/tiny.yaml", "configs/control.yaml", "my_control.yaml"]
+    assert train.main(["--base", *training, "data.height=64", "data.width=64", "--check"]) == 0
+    for name in ("my_parts", "my_format", "my_control"):
         sys.modules.pop(name)
-    assert used == 2
+    assert used == 3
 
 
 def _pages() -> list[str]:

@@ -15,11 +15,13 @@ from sat.config.schema import Component
 from sat.control.base import BaseModel, Control, ControlError, attach, detach
 from sat.control.controlnet import TransformerControlNet, controlnet
 from sat.control.light import Blockwise, concat
+from sat.control.reference import ImagePrompt, Reference
 from sat.control_input import ControlInput
 from sat.diffusion.guidance import ClassifierFree
 from sat.kernels.apply import fold
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
+from tests.configs import ROOT
 from tests.small import condition, fill
 from tests.tolerances import EXACT
 
@@ -40,6 +42,7 @@ UNET = Component(
 SIZE = (12, 20)
 T = torch.tensor([900.0, 30.0])
 HINT = (4, 6)
+CLASSIFIER = str(ROOT / "checkpoints" / "tiny_classifier")
 
 
 def draw(*shape: int, seed: int = 2) -> Tensor:
@@ -61,14 +64,21 @@ DESIGNS: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
     "plus, block-wise": lambda: (b := base(PLUS), Blockwise(12, base=b)),
     "plus, concat": lambda: (b := base(PLUS), concat(base=b)),
     "plus, inpaint": lambda: (b := base(PLUS), concat(inpaint=True, base=b)),
+    "plus, image prompt": lambda: (b := base(PLUS), ImagePrompt(CLASSIFIER, base=b)),
     "unet, concat": lambda: (b := base(UNET), concat(base=b)),
     "unet, inpaint": lambda: (b := base(UNET), concat(inpaint=True, base=b)),
 }
 """Networks with a control that is not attached yet."""
+REFERENCE: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
+    "plus, reference": lambda: (b := base(PLUS), Reference(base=b))
+}
+"""The same, of one that makes no claim about its untrained state."""
 
 
 def value(control: Control, seed: int = 3) -> Tensor:
     """An encoded picture for two rows."""
+    if control.takes == "features":
+        return draw(2, 5, 112, seed=seed)
     shape = (2, 3, 24, 40) if control.takes == "pixels" else (2, 4 + (control.takes == "inpaint"), *SIZE)
     return draw(*shape, seed=seed)
 
@@ -92,9 +102,9 @@ def test_an_untrained_control_changes_nothing(design: str) -> None:
     assert torch.equal(run(model.network, given(control)), plain)
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("design", [*DESIGNS, *REFERENCE])
 def test_scale_0_and_no_picture_leave_the_branch_out(design: str) -> None:
-    model, control = DESIGNS[design]()
+    model, control = {**DESIGNS, **REFERENCE}[design]()
     plain = run(model.network, condition(2))
     fill(control, seed=4)
     attach(model.network, "edges", control)
@@ -123,7 +133,7 @@ def test_strength_and_rows_count_alone(design: str) -> None:
     assert torch.equal(one[0], both[0])
 
 
-@pytest.mark.parametrize("design", [d for d in DESIGNS if "concat" not in d and "inpaint" not in d])
+@pytest.mark.parametrize("design", ["plus", "plus, shared adaLN", "unet", "plus, block-wise"])
 def test_the_embedding_of_the_picture_learns_one_step_after_what_leads_out(design: str) -> None:
     """Zero-init order: after one optimizer step it is unchanged, after two it is not."""
     model, control = DESIGNS[design]()
@@ -316,3 +326,85 @@ def test_a_name_is_taken_once() -> None:
         attach(model.network, "edges", controlnet(1, base=model))
     with pytest.raises(ControlError, match="letters, digits and _"):
         attach(model.network, "a.b", controlnet(1, base=model))
+
+
+# -- what a design computes
+
+
+@pytest.mark.parametrize("component", [PLUS, UNET], ids=["plus", "unet"])
+@pytest.mark.parametrize("inpaint", [False, True])
+def test_concatenated_channels_are_one_wider_first_layer(component: Component, inpaint: bool) -> None:
+    """[x_t, picture] or [x_t, mask, rest]: 33 channels of 16 + 1 + 16, the old weights in front."""
+    model = base(component)
+    control = concat(inpaint, base=model)
+    fill(control, seed=4)
+    x, more = draw(2, 4, *SIZE), value(control)
+    joined, new = torch.cat([x, more], 1), control.zeros.weight.detach()  # type: ignore[union-attr]
+    attach(model.network, "edges", control)
+    own = ControlInput("edges", more, (1.0, 1.0))
+    with torch.no_grad():
+        prepared = model.network.prepare(replace(condition(2), controls=(own,)), SIZE)  # type: ignore[operator]
+        if component is UNET:
+            stem = model.network.stem
+            ours = model.network.resolved.hooks.enter(x, prepared)
+            wanted = torch.conv2d(joined, torch.cat([stem.weight, new], 1), stem.bias, padding=1)
+        else:
+            ctx, proj = prepared.context, model.network.transformer.mixins["patch_embed"].proj
+            ours = model.network.transformer.hooks.embed(replace(ctx, image=x))[:, 7:] + ctx.table[:, 7:]
+            cells = joined.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2)
+            table = model.network.transformer.mixins["position"].position(ctx)
+            wanted = cells @ torch.cat([proj.weight, new], 1).T + proj.bias + table
+    assert (ours - wanted).abs().max() < 1e-5
+
+
+def test_a_references_keys_are_made_once_and_kept_over_the_steps() -> None:
+    model, control = REFERENCE["plus, reference"]()
+    attach(model.network, "edges", control)
+    network, passes = model.network, list[int]()
+    hook = network.transformer.blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        prepared = network.prepare(given(control), SIZE)  # type: ignore[operator]
+        assert len(passes) == 1, "the reference's own pass"
+        for t in (900.0, 500.0, 30.0):
+            network(draw(2, 4, *SIZE), t, prepared)
+    hook.remove()
+    assert len(passes) == 4, "one pass a step, of the picture alone"
+
+
+def test_a_reference_goes_through_the_blocks_at_timestep_0_without_text() -> None:
+    """Its keys do not change with the prompt or the step; with its picture they do."""
+    model, control = REFERENCE["plus, reference"]()
+    attach(model.network, "edges", control)
+
+    def keys(cond: Condition) -> Tensor:
+        with torch.no_grad():
+            made = model.network.prepare(cond, SIZE).context.controls[0].made  # type: ignore[operator]
+        assert len(made) == 2 and made[0].k.shape == (2, 4, 60, 8)
+        return torch.stack([one.k for one in made])
+
+    cond = given(control)
+    assert torch.equal(keys(cond), keys(replace(cond, text=cond.text.flip(1))))
+    changed = replace(cond, controls=(replace(cond.controls[0], value=value(control, 9)),))
+    assert (keys(cond) - keys(changed)).abs().max() > 0.01
+
+
+def test_an_image_prompt_acts_on_image_tokens_alone_and_zeros_are_the_other_half() -> None:
+    model, control = DESIGNS["plus, image prompt"]()
+    own = ControlInput("edges", value(control), (1.0, 1.0), blank=control.blank)
+    assert not own.null().value.any()
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    seen: list[tuple[Tensor, Tensor]] = []
+    attend = control.attend  # type: ignore[union-attr]
+
+    def spy(inner: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, ctx: object) -> Tensor:
+        out: Tensor = attend(inner, q, k, v, ctx)  # type: ignore[operator]
+        seen.append((inner(q, k, v, ctx), out))
+        return out
+
+    control.attend = spy  # type: ignore[assignment]
+    model.network.transformer._resolve()
+    run(model.network, replace(condition(2), controls=(own,)))
+    for plain, steered in seen:
+        assert torch.equal(plain[:, :, :7], steered[:, :, :7])
+        assert (plain[:, :, 7:] - steered[:, :, 7:]).abs().amax((0, 1, 3)).min() > 0

@@ -1,0 +1,92 @@
+"""Scores of a control by outlines: are the outlines that were asked for in the pictures, and the object too.
+
+``python benchmarks/control_scores.py --base configs/tiny.yaml --control FILE --data data/emoji/core/heldout.jsonl``
+
+F1 of outlines counts a pixel as found within one pixel. The autoencoder's own round trip of the real picture
+is the most that can be hoped for. The object is found by the small classifier where it knows the caption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from sat.apps.evaluate.classifier import Classifier, wanted  # noqa: E402
+from sat.data.preprocess import Edges  # noqa: E402
+from sat.pipeline import Pipeline  # noqa: E402
+from sat.sampling.output import from_pil, grid, to_pil  # noqa: E402
+
+
+def f1(found: Tensor, wanted: Tensor) -> float:
+    """F1 of outlines (H, W), of which a pixel counts within one pixel of the other's."""
+
+    def near(edges: Tensor) -> Tensor:
+        return F.max_pool2d(edges[None], 3, 1, 1)[0]
+
+    precision = (found * near(wanted)).sum() / found.sum().clamp_min(1)
+    recall = (wanted * near(found)).sum() / wanted.sum().clamp_min(1)
+    return float(2 * precision * recall / (precision + recall).clamp_min(1e-9))
+
+
+def main() -> None:
+    """Draw with and without the control, and print a table."""
+    reader = argparse.ArgumentParser(description=__doc__)
+    reader.add_argument("--base", nargs="+", required=True)
+    reader.add_argument("--control", type=Path, required=True)
+    reader.add_argument("--data", type=Path, required=True, help="a .jsonl of pictures with captions")
+    reader.add_argument("--count", type=int, default=32)
+    reader.add_argument("--steps", type=int, default=50)
+    reader.add_argument("--scale", type=float, default=1.0)
+    reader.add_argument("--sheet", type=Path, help="a picture of outlines, real, plain and steered ones")
+    args = reader.parse_args()
+    rows = [json.loads(line) for line in args.data.read_text().splitlines()]
+    rows = random.Random(0).sample(rows, min(args.count, len(rows)))
+    captions = [row["text"] if isinstance(row["text"], str) else row["text"][0] for row in rows]
+    real = [Image.open(args.data.parent / row["file_name"]).convert("RGB") for row in rows]
+    pipe = Pipeline.from_config(args.base, [f"sampling.steps={args.steps}", "sampling.at_once=1"])
+    own = {"control": args.control, "image": real, "scale": args.scale, "preprocess": True}
+    drawn = {
+        "without": pipe(captions, seed=1, controls=[]).images,
+        "with": pipe(captions, seed=1, controls=[own]).images,
+    }
+    stage = pipe.generator.engine.first_stage
+    with torch.no_grad():
+        images = torch.stack([from_pil(one) for one in real])
+        drawn["round trip"] = [
+            to_pil((stage.decode(stage.encode(one[None].to(stage.dtype)).mode())[0].float() + 1) / 2)
+            for one in images
+        ]
+    edges = Edges()
+    asked = [edges.edges(one) for one in images]
+    judge = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
+    told = [wanted(caption, judge.card) for caption in captions]
+    named = [None if one is None else judge.card.concepts.index(one.concept) for one in told]
+    for kind, pictures in drawn.items():
+        tensors = torch.stack([from_pil(one) for one in pictures])
+        scores = [f1(edges.edges(one), edge) for one, edge in zip(tensors, asked, strict=True)]
+        with torch.no_grad():
+            best = judge(tensors).concept.argmax(1).tolist()
+        known = [found == name for found, name in zip(best, named, strict=True) if name is not None]
+        top = f"{sum(known) / len(known):.3f} of {len(known)}" if known else "none known"
+        print(f"{kind:<11} outlines F1 {sum(scores) / len(scores):.3f}   object top-1 {top}")
+    if args.sheet is not None:
+        lines = [to_pil(edge.expand(3, -1, -1)) for edge in asked]
+        columns = [lines, real, drawn["without"], drawn["with"], drawn["round trip"]]
+        shown = [one[i] for i in range(min(12, len(real))) for one in columns]
+        sheet = grid(shown, 5 * 2)
+        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(args.sheet)
+
+
+if __name__ == "__main__":
+    main()
