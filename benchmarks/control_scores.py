@@ -1,6 +1,6 @@
 """Scores of a control by outlines: are the outlines that were asked for in the pictures, and the object too.
 
-``python benchmarks/control_scores.py --base configs/tiny.yaml --control FILE --data data/emoji/core/heldout.jsonl``
+``python benchmarks/control_scores.py --base configs/tiny.yaml --control FILE --data PAIRS.jsonl``
 
 F1 of outlines counts a pixel as found within one pixel. The autoencoder's own round trip of the real picture
 is the most that can be hoped for. The object is found by the small classifier where it knows the caption.

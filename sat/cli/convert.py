@@ -39,6 +39,7 @@ sat        official: latest, 1/mp_rank_00_model_states.pt (one of N), vae/*.pt, 
 diffusers  a folder for CogView3PlusPipeline.from_pretrained
 If SRC is a LoRA (a file, its folder, or the folder of the run that trained it), so is DST: native, peft
 (adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
+If SRC is a ControlNet of a UNet, DST is a folder for diffusers' ControlNetModel.from_pretrained.
 If SRC is the folder of any other training, its newest whole checkpoint is read, and the parts that were not
 trained from where the training read them.
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
@@ -133,6 +134,7 @@ def _convert(args: argparse.Namespace) -> int:
     from sat.config.build import build_empty
     from sat.config.load import load
     from sat.config.schema import Component, plain
+    from sat.control.files import is_control
 
     experiment = load(args.base) if args.base else None
     config: Mapping[str, Any] | None = None if experiment is None else plain(experiment)
@@ -141,6 +143,8 @@ def _convert(args: argparse.Namespace) -> int:
     def build(component: Mapping[str, Any]) -> Any:
         return build_empty(Component(**component), imports)
 
+    if is_control(args.src):
+        return _convert_control(args, imports)
     if is_adapter(args.src):
         return _convert_adapter(args, build, config, imports)
     if args.to == "peft":
@@ -252,6 +256,18 @@ def _refuse_other_base(adapter: Path, components: Mapping[str, Any], imports: Se
     for found in adapter_differences(adapter, components, imports):
         if found.fatal:
             raise UsageError(found.what)
+
+
+def _convert_control(args: argparse.Namespace, imports: Sequence[str]) -> int:
+    """A UNet's ControlNet as a folder for diffusers."""
+    from sat.checkpoint import DTYPES
+    from sat.control.peers import write_controlnet
+
+    if args.to != "diffusers":
+        raise UsageError(f"{args.src} is a control, which is written --to diffusers alone, not {args.to}")
+    count = write_controlnet(args.src, args.dst, imports, DTYPES[args.dtype] if args.dtype else None)
+    print(f"{args.dst}: ControlNetModel of {count} tensors")
+    return 0
 
 
 def _convert_adapter(

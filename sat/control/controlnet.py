@@ -223,7 +223,7 @@ class UNetControlNet(Control, Mixin):
         super().__init__()
         network = base.smaller({})
         assert isinstance(network, CogView3UNet), "only a UNet has a way down"
-        self.side = network.without_way_up()
+        self.side, self.hint = network.without_way_up(), list(hint)
         device, dtype = network.stem.weight.device, network.stem.weight.dtype
         with torch.device(device):
             picture = _Hint(hint, network.width).to(dtype)

@@ -80,6 +80,15 @@ def locate(path: Path) -> Path:
     raise ControlError(f"{path}: holds no control: expected {FILE}, in it or in a run's checkpoints")
 
 
+def is_control(path: Path) -> bool:
+    """True if ``path`` holds a control: a file, its folder, or the folder of the run that trained it."""
+    try:
+        with open_file(locate(path), verify=_NAMES_ONLY) as opened:
+            return getattr(opened, "metadata", {}).get("kind") == KIND
+    except (ControlError, CheckpointError):
+        return False
+
+
 def read_info(path: Path) -> ControlInfo:
     """The description in the header of a control file; no weights are read."""
     file = locate(path)

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sat.checkpoint.files import atomic_folder, open_file
+from sat.checkpoint.format import TensorInfo, write_safetensors
+from sat.checkpoint.rules import as_theirs
+from sat.checkpoint.save import write_json
+from sat.checkpoint.verify import Verify
+from sat.config.build import build_empty, without_init
+from sat.config.check import build, resolve, signature
+from sat.config.schema import plain
+from sat.control.base import BaseModel, ControlError
 from sat.control.controlnet import UNetControlNet
+from sat.control.files import locate, read_info
 from sat.keys import Fuse, Rename, Rule, Rules, Split
 from sat.models.cogview3_unet.model import Downsample
 
@@ -69,3 +85,57 @@ def _transformer(theirs: str, ours: str) -> list[Rule]:
         Split(f"{block}.ff.net.0.proj.*", [f"{mine}.mlp.up.*", f"{mine}.mlp.gate.*"]),  # value, then gate
         Rename(f"{block}.ff.net.2.*", f"{mine}.mlp.down.*"),
     ]
+
+
+def write_controlnet(
+    source: Path, folder: Path, imports: Collection[str] = (), dtype: torch.dtype | None = None
+) -> int:
+    """Write the UNet's ControlNet at ``source`` as a folder that ``ControlNetModel.from_pretrained`` opens.
+
+    Returns the number of tensors. ``dtype`` None keeps the file's.
+    """
+    info = read_info(source)
+    base = BaseModel(build_empty(info.base, imports), info.base, imports)
+    with torch.device("meta"), without_init():
+        control = build(info.control, imports=imports, base=base)
+    if not isinstance(control, UNetControlNet):
+        kind = info.base.target.rpartition(".")[2]
+        raise ControlError(
+            f"{source}: diffusers has no class for a {type(control).__name__} of {kind}, only for the "
+            f"ControlNet of a UNet"
+        )
+    if control.side.guidance is not None:
+        raise ControlError(f"{source}: is of a distilled UNet, whose guidance strength ControlNetModel lacks")
+    config = _config(plain({**signature(resolve(info.base.target, imports)).defaults, **info.base.params}))
+    config["conditioning_embedding_out_channels"] = control.hint
+    with open_file(locate(source), verify=Verify()) as opened, atomic_folder(folder) as place:
+        theirs = as_theirs(opened, unet_rules(control))
+        read = {name: theirs[name] if dtype is None else theirs[name].to(dtype) for name in theirs}
+        infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in read.items()}
+        file = place / "diffusion_pytorch_model.safetensors"
+        write_safetensors(file, infos, read.__getitem__, {"format": "pt"})
+        write_json(place / "config.json", config)
+        opened.verified()
+    return len(infos)
+
+
+def _config(params: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' settings of a ``ControlNetModel`` for the parameters of our UNet."""
+    widths = [params["width"] * multiplier for multiplier in params["multipliers"]]
+    attends = [2**level in params["attention"] for level in range(len(widths))]
+    return {
+        "_class_name": "ControlNetModel",
+        "in_channels": params["channels"],
+        "block_out_channels": widths,
+        "layers_per_block": params["blocks"],
+        "down_block_types": ["CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends],
+        "transformer_layers_per_block": params["depths"],
+        "attention_head_dim": [width // params["head_dim"] for width in widths],  # numbers of heads, in fact
+        "cross_attention_dim": params["text_dim"],
+        "norm_num_groups": params["groups"],
+        "use_linear_projection": True,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": params["size_dim"],
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }

@@ -180,7 +180,8 @@ class ImagePrompt(Control, Mixin):
             features = self.norm(control.value.to(dtype_of(self.keys[0])))  # (B, R, width)
 
             def heads(linear: nn.Module) -> Tensor:
-                return rearrange(linear(features), "b r (h d) -> b h r d", d=self.head_dim)
+                made: Tensor = rearrange(linear(features), "b r (h d) -> b h r d", d=self.head_dim)
+                return made
 
             return [KeysValues(heads(k), heads(v)) for k, v in zip(self.keys, self.zeros, strict=True)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from sat.checkpoint.format import as_lazy
 from sat.checkpoint.load import load
 from sat.checkpoint.rules import as_ours
+from sat.cli.convert import main as convert
 from sat.config.schema import Component
 from sat.control.base import BaseModel, attach
 from sat.control.controlnet import UNetControlNet, controlnet
+from sat.control.files import ControlInfo, write
 from sat.control.peers import unet_rules
 from sat.control_input import ControlInput
 from sat.models.cogview3_unet import CogView3UNet
@@ -29,6 +32,10 @@ SIZES = {
     "norm_num_groups": 8, "use_linear_projection": True, "class_embed_type": "projection",
     "projection_class_embeddings_input_dim": 40, "flip_sin_to_cos": True, "freq_shift": 0,
 }  # fmt: skip
+PARAMS = {
+    "channels": 4, "width": 16, "multipliers": [1, 2, 3], "blocks": BLOCKS, "attention": [2, 4],
+    "depths": [1, 2, 3], "head_dim": 8, "text_dim": 24, "text_len": 7, "size_dim": 40, "groups": 8,
+}  # fmt: skip
 HINT = (4, 6, 10)
 PICTURE = torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
@@ -40,13 +47,9 @@ def pair() -> tuple[UNet2DConditionModel, ControlNetModel, CogView3UNet]:
     side = ControlNetModel(**SIZES, conditioning_embedding_out_channels=HINT).double().eval()
     fill(peer)
     fill(side, seed=7)
-    params = dict(
-        channels=4, width=16, multipliers=(1, 2, 3), blocks=BLOCKS, attention=(2, 4), depths=(1, 2, 3),
-        head_dim=8, text_dim=24, text_len=7, size_dim=40, groups=8,
-    )  # fmt: skip
-    ours = CogView3UNet(**params).double().eval()
+    ours = CogView3UNet(**PARAMS).double().eval()
     load(ours, {official(name): tensor for name, tensor in peer.state_dict().items()}, "model")
-    component = Component("sat.models.cogview3_unet.CogView3UNet", params)
+    component = Component("sat.models.cogview3_unet.CogView3UNet", PARAMS)
     control = controlnet(hint=HINT, base=BaseModel(ours, component))
     assert isinstance(control, UNetControlNet)
     load(control, as_ours(as_lazy(side.state_dict()), unet_rules(control)), "model")
@@ -78,3 +81,17 @@ def test_the_unets_control_equals_diffusers(scale: float, guess: bool) -> None:
     assert want.std() > 0.5
     assert (want - mine(ours, scale, guess=guess)).abs().max() < F64
     assert (want - mine(ours, 0.0, guess=guess)).abs().max() > 0.01, "the control does something"
+
+
+def test_diffusers_opens_what_convert_writes(tmp_path: Path) -> None:
+    """The folder's ControlNetModel gives the residuals of ours, with the weights of the file."""
+    peer, side, ours = pair()
+    control = ours.mixins["edges"]
+    assert isinstance(control, UNetControlNet)
+    design = Component("sat.control.controlnet.controlnet", {"hint": list(HINT)})
+    info = ControlInfo(design, Component("sat.models.cogview3_unet.CogView3UNet", PARAMS))
+    write(tmp_path / "edges.safetensors", control.state_dict(), info)
+    assert convert([str(tmp_path / "edges.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 0
+    opened = ControlNetModel.from_pretrained(tmp_path / "out", torch_dtype=torch.float64)
+    assert (theirs(peer, opened, 1.0, guess=False) - theirs(peer, side, 1.0, guess=False)).abs().max() == 0
+    assert (theirs(peer, opened, 1.0, guess=False) - mine(ours, 1.0, guess=False)).abs().max() < F64
