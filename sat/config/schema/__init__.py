@@ -48,7 +48,7 @@ __all__ = [
     "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
     "ConditioningConfig", "ControlTraining", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig",
     "InpaintConfig", "LoadConfig", "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig",
-    "OutpaintConfig", "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RegionConfig", "RegionsConfig",
-    "RuleError", "SamplingConfig", "Section", "SourceConfig", "TokenConfig", "TrainConfig", "WEIGHTS",
-    "plain",
+    "OutpaintConfig", "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RegionConfig",
+    "RegionsConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig", "TokenConfig", "TrainConfig",
+    "WEIGHTS", "plain",
 ]  # fmt: skip
