@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sat.conditioning.conditioner import Condition
 from sat.config.schema import Component
@@ -408,3 +409,22 @@ def test_an_image_prompt_acts_on_image_tokens_alone_and_zeros_are_the_other_half
     for plain, steered in seen:
         assert torch.equal(plain[:, :, :7], steered[:, :, :7])
         assert (plain[:, :, 7:] - steered[:, :, 7:]).abs().amax((0, 1, 3)).min() > 0
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(1, 1.25), (2, 1.5), (4, 2.0)])
+def test_a_step_costs_n_of_l_more_by_count(blocks: int, most: float) -> None:
+    """1 + N / L, and at most a twentieth beyond it for the layers that lead out."""
+    model = base(PLUS, depth=4)
+    control = controlnet(blocks, base=model)
+
+    def count(cond: Condition) -> int:
+        with torch.no_grad():
+            prepared = model.network.prepare(cond, SIZE)  # type: ignore[operator]
+            with FlopCounterMode(display=False) as counter:
+                model.network(draw(2, 4, *SIZE), 500.0, prepared)
+        return counter.get_total_flops()
+
+    plain = count(condition(2))
+    attach(model.network, "edges", control)
+    ratio = count(given(control)) / plain
+    assert 0.95 * most < ratio < 1.06 * most
