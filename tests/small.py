@@ -10,6 +10,7 @@ from torch import nn
 from sat.conditioning.conditioner import Condition
 from sat.mixin import Mixin
 from sat.models.cogview3_plus import CogView3Plus
+from sat.models.cogview4 import CogView4
 
 
 def fill(module: nn.Module, std: float = 0.3, seed: int = 0) -> None:
@@ -26,6 +27,15 @@ def plus(mixins: Mapping[str, Mixin] | None = None, *, double_norm: bool = True)
         dim=32, heads=4, depth=2, channels=4, patch=2, text_dim=16, text_len=7, emb_dim=24, size_dim=48,
         table_size=(9, 11), double_norm=double_norm, mixins=mixins,
     )  # fmt: skip
+    fill(model)
+    return model.eval()
+
+
+def cogview4() -> CogView4:
+    """The same sizes with rotary positions, for text of any length."""
+    model = CogView4(
+        dim=32, heads=4, depth=2, channels=4, text_dim=16, emb_dim=24, size_dim=48, rope_size=(16, 16)
+    )
     fill(model)
     return model.eval()
 

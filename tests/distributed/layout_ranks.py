@@ -48,10 +48,16 @@ from sat.train.objectives.diffusion import DiffusionObjective
 from sat.train.shards import Share
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
-from tests.small import condition, fill, plus
+from tests.small import cogview4, condition, fill, plus
 from tests.training import CONFIG, Numbers, changed, ranks, rows, trainer
 
-MODELS = ("tiny", "tiny_base")
+MODELS = ("tiny", "tiny_base", "tiny_cogview4")
+UNTRAINED = [  # of a model that does not ship
+    "checkpoint.path=null", "checkpoint.random=0", "model.params.zero_init=false",
+    "conditioning.tokenizer=checkpoints/tiny/tokenizer/spiece.model", "conditioning.max_length=48",
+]  # fmt: skip
+LONG = "a red apple and a blue car and a house and a dog and the sun " * 2
+"""Longer than the prompt against it: one of the two halves of guidance has a mask."""
 LAYOUTS: dict[str, dict[str, int]] = {
     "guidance": {"guidance": 2},
     "sequence": {"sequence": 2},
@@ -79,12 +85,15 @@ def pictures(runtime: Runtime, folder: Path, layout: dict[str, int]) -> dict[str
 def _picture(name: str, runtime: Runtime, layout: dict[str, int]) -> dict[str, Tensor]:
     experiment = load(
         [ROOT / "configs" / f"{name}.yaml"],
-        ["sampling.steps=4", *(f"parallel.{axis}={size}" for axis, size in layout.items())],
-    )
+        [
+            "sampling.steps=4", *(UNTRAINED if name == "tiny_cogview4" else []),
+            *(f"parallel.{axis}={size}" for axis, size in layout.items()),
+        ],
+    )  # fmt: skip
     mesh = Mesh(runtime, **experiment.parallel.sizes)
     pipeline = Pipeline.open(experiment, runtime.device, mesh)
     generator, guider = pipeline.generator, pipeline.guider
-    encoded = generator.encode(["a red apple"], "a blue car")[0]
+    encoded = generator.encode([LONG if name == "tiny_cogview4" else "a red apple"], "a blue car")[0]
 
     def drawn(params: SamplingParams, encoded: EncodedPrompt = encoded, given: Given | None = None) -> Tensor:
         shape = generator.engine.latent_shape(params.height, params.width)
@@ -160,7 +169,7 @@ def _unet() -> nn.Module:
     return made.eval()
 
 
-NETWORKS = {"plus": _plus, "rotary": _rotary, "unet": _unet}
+NETWORKS = {"plus": _plus, "rotary": _rotary, "unet": _unet, "cogview4": cogview4}
 
 
 def gradients(runtime: Runtime, folder: Path) -> dict[str, tuple[float, float]]:

@@ -22,6 +22,7 @@ from sat.checkpoint.load import shards
 from sat.config.schema import LoraConfig, TrainConfig
 from sat.data.batch import Batch
 from sat.kernels.compile import recompute
+from sat.models.glm import GLMEncoder
 from sat.models.t5 import T5Encoder
 from sat.offload.block_swap import OffloadedPart, swap_groups
 from sat.parallel.collectives import barrier
@@ -36,7 +37,7 @@ from tests.adapters import noisy, start, unet
 from tests.configs import ROOT
 from tests.golden import build as golden_build
 from tests.golden.check import check_file
-from tests.small import condition, fill, plus
+from tests.small import cogview4, condition, fill, plus
 from tests.training import CONFIG, changed, ranks, rows, trainer
 from tests.unit.test_block_swap import BLOCKS, Recorder
 
@@ -48,7 +49,16 @@ def t5() -> T5Encoder:
     return model.eval()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"plus": plus, "unet": unet, "t5": t5}
+def glm() -> GLMEncoder:
+    """Two layers, six heads of 8 over two of keys and values."""
+    model = GLMEncoder(dim=24, heads=6, kv_heads=2, head_dim=8, mlp_dim=40, depth=2, vocab=50)
+    fill(model, std=0.2)
+    return model.eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plus": plus, "unet": unet, "t5": t5, "cogview4": cogview4, "glm": glm
+}  # fmt: skip
 
 
 def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,7 +66,7 @@ def run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     dtype = next(model.parameters()).dtype
     g = torch.Generator().manual_seed(3)
     torch.manual_seed(0)  # what dropout draws from
-    if isinstance(model, T5Encoder):
+    if isinstance(model, T5Encoder | GLMEncoder):
         out = model(torch.randint(0, 50, (2, 9), generator=g))
     else:
         x = torch.randn(2, 4, 12, 20, generator=g).to(dtype)

@@ -43,8 +43,9 @@ def test_pictures_are_those_of_one_rank(results, layout, model) -> None:
     assert ours.keys() >= {"latents", "pixels", "inpainted", "regions"} | (
         {"interval"} if "guidance" in layout else set()
     )
-    # Processors with matrix tiles take other kernels for half a batch of half the heads: 1.2e-5 in the UNet.
-    bound = 2 * F32 if model == "tiny_base" else F32
+    # Processors with matrix tiles take other kernels for half a batch of half the heads: 1.2e-5 in the UNet,
+    # 1.6e-5 in two evaluations a step of random weights.
+    bound = F32 if model == "tiny" else 2 * F32
     for name, made in ours.items():
         wanted = one[model][name]
         assert (made - wanted).abs().max() <= bound * (wanted.max() - wanted.min()), name

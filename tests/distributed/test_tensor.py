@@ -12,7 +12,8 @@ from tests.background import Runs
 from tests.distributed.tensor_ranks import GOLDEN
 from tests.tolerances import BF16, F32
 
-MODELS = ("plus", "unet", "t5")
+SPLIT = {"plus": 16, "unet": 40, "t5": 11, "cogview4": 16, "glm": 16}  # tensors
+MODELS = tuple(SPLIT)
 
 
 RUNS = Runs("tests.distributed.tensor_ranks")
@@ -38,7 +39,7 @@ def test_a_split_model_is_the_whole_one(results: dict[str, Any], model: str, siz
     for value in values(results, f"models {size}"):
         assert value[model]["output"] < 1e-13
         assert max(value[model]["gradients"].values()) < 1e-12
-        assert len(value[model]["split"]) == {"plus": 16, "unet": 40, "t5": 11}[model]
+        assert len(value[model]["split"]) == SPLIT[model]
 
 
 def test_gathered_outputs_of_fused_projections_are_in_order(results: dict[str, Any]) -> None:
