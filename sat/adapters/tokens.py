@@ -107,7 +107,11 @@ def table_of(text: nn.Module) -> tuple[TokenEmbed, nn.Module]:
 def add_words(conditioner: Conditioner, words: Mapping[str, Tensor]) -> None:
     """Let ``conditioner`` know the new ``words``: word -> embeddings (n, D), further ones behind earlier."""
     tokenizer = conditioner.tokenizer
-    if not isinstance(tokenizer, T5Tokenizer):
+    if tokenizer is not None and not isinstance(tokenizer, T5Tokenizer):
+        raise AdapterError(
+            f"new words need a text encoder with a T5 vocabulary; this one's is a {type(tokenizer).__name__}"
+        )
+    if tokenizer is None:
         raise AdapterError("new words need the text encoder's tokenizer: name one in conditioning.tokenizer")
     place, table = table_of(conditioner.text)
     dim = cast(Tensor, table.weight).shape[1]
