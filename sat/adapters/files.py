@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sat import compat
 from sat.adapters.factors import AdapterError, LayerFactors, Pair
+from sat.adapters.lokr import expanded, is_lokr
 from sat.adapters.lora import check
 from sat.adapters.names import Parts, Unfused, to_ours
 from sat.adapters.peers import PeftConfig, checked, parse, place, refusal, split_header
@@ -86,7 +87,8 @@ def is_adapter(path: Path) -> bool:
         if path.is_dir() and file.with_suffix(".safetensors").name in _NAMED:
             return True
         with open_file(file, verify=_NAMES_ONLY) as tensors:
-            return any(found is not None and found.side in ("down", "up") for found in map(parse, tensors))
+            factors = any(found is not None and found.side in ("down", "up") for found in map(parse, tensors))
+            return factors or any(map(is_lokr, tensors))
     except (AdapterError, CheckpointError):
         return False
 
@@ -186,7 +188,10 @@ def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
         metadata: Mapping[str, str] = getattr(tensors, "metadata", {})
         header, configs = _header(file, metadata), _configs(file, metadata)
         native = header is not None and header.layout == "native"
-        factors = _factors({name: tensors[name] for name in tensors}, file, native)
+        held = {name: tensors[name] for name in tensors}
+        if any(map(is_lokr, held)):
+            held, configs = _without_lokr(held, configs, file), {}
+        factors = _factors(held, file, native)
         tensors.verified()
     places = {} if native else place(list(factors), parts, file)
     content = _Content(file, header, configs, {n: at.prefix + at.known for n, at in places.items()})
@@ -213,6 +218,25 @@ def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
             layers |= {f"{part}.{name}": layer for name, layer in to_ours(mine, layout).items()}
     kind = "native" if native else "peft" if (file.parent / PEFT_CONFIG).is_file() else "diffusers"
     return Adapter(layers, _info(header, unfused), kind, str(file))
+
+
+def _without_lokr(
+    tensors: Mapping[str, Tensor], configs: Mapping[str, PeftConfig], file: Path
+) -> dict[str, Tensor]:
+    """``tensors`` with Kronecker products as low-rank factors, scaled by PEFT's settings if there are any."""
+    names = {name.partition(".lokr_")[0] for name in tensors if is_lokr(name)}
+    scales: dict[str, float | None] = {}
+    for name in names:
+        config = next((c for front, c in configs.items() if front and name.startswith(front)), None)
+        config = config or configs.get("")
+        inner = re.sub(r"^(base_model\.model|transformer|unet|text_encoder)\.", "", name)
+        scales[name] = None if config is None else config.lokr_scale(inner)
+    try:
+        found = expanded(tensors, scales)
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error}") from None
+    log.info("%s: a LoKr of %d layers, read as low-rank factors of the same change", file, len(names))
+    return found
 
 
 def _factors(  # noqa: C901 - one check after another

@@ -39,7 +39,7 @@ _FACTOR = re.compile(
 _REFUSED = {  # pieces of a name of something that is no pair of factors
     "biases": r"\.bias$|\.diff_b$",
     "a LoHa": r"\.hada_",
-    "a LoKr": r"\.lokr_",
+    "a LoKr of a convolution": r"\.lokr_t",
     "a GLoRA": r"\.[ab][12]\.weight$",
     "a LoRA of a convolution": r"\.lora_mid\b",
     "orthogonal factors (OFT)": r"\.(oft|boft)_",
@@ -158,6 +158,8 @@ _WITHOUT_EFFECT = {
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
     "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "decompose_both", "decompose_factor", "init_weights", "module_dropout", "rank_dropout",
+    "rank_dropout_scale", "use_effective_conv2d",  # of a LoKr
 }  # fmt: skip
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Rank = Annotated[int, Field(ge=1)]
@@ -170,6 +172,7 @@ class PeftConfig(BaseModel):
     peft_type: str = "LORA"
     r: _Rank = 8
     lora_alpha: _Finite = 8.0
+    lokr_alpha: _Finite = Field(8.0, alias="alpha")  # of a LoKr alone
     rank_pattern: dict[str, _Rank] | None = None
     alpha_pattern: dict[str, _Finite] | None = None
     use_rslora: bool = False
@@ -181,7 +184,7 @@ class PeftConfig(BaseModel):
         """Raise for settings under which factors do not mean what LoRA and DoRA mean; name unknown ones."""
         extra = self.model_extra or {}
         other = next((key for key in _OTHER_MATHS if extra.get(key)), None)
-        if self.peft_type != "LORA":
+        if self.peft_type not in ("LORA", "LOKR"):
             other = self.peft_type
         elif self.bias not in (None, "none"):
             other = f"bias {self.bias!r}"
@@ -199,6 +202,12 @@ class PeftConfig(BaseModel):
                 _compiled(pattern, source)
         if unknown := sorted(key for key in set(extra) - _WITHOUT_EFFECT if extra[key]):
             log.warning("%s: %s: unknown here, and without effect", source, listing(unknown))
+
+    def lokr_scale(self, name: str) -> float:
+        """Alpha / rank of a LoKr of the linear ``name``: PEFT's rule, whatever its pieces."""
+        if self.peft_type != "LOKR":
+            raise AdapterError(f"holds a LoKr, and its PEFT config is of {self.peft_type}")
+        return float(_pattern(self.alpha_pattern, name, self.lokr_alpha)) / self.rank(name)
 
     def rank(self, name: str) -> int:
         """Rank of the linear ``name``."""
