@@ -46,7 +46,7 @@ def serving(out: Path, *arguments: object, **environment: str) -> Iterator[Serve
     ]
     env = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "COGVIEW3_API_TOKEN": TOKEN,
         "OPENAI_API_KEY": "none",
         "XDG_CACHE_HOME": str(out / "cache"),

@@ -153,7 +153,7 @@ def test_what_cannot_be_drawn_names_its_field(server_url, sent, status, param, m
 @pytest.mark.parametrize(
     ("method", "path", "status", "match"),
     [
-        ("POST", "/v1/images/edits", 404, "there are POST /v1/images/generations"),
+        ("POST", "/v1/audio/speech", 404, "there are POST /v1/images/generations"),
         ("GET", "/v1/images/generations", 405, "takes POST, not GET"),
         ("GET", "/nothing", 404, "there is no /nothing here"),
         ("DELETE", "/health", 405, "takes GET, not DELETE"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class Job:
     def __init__(self, work: Callable[[Job], list[Path]], steps: int) -> None:
         self.work = work
         self.pictures: list[Path] = []
+        self.expected: list[Path] = []  # files of the last stage begun, each there once its picture is
         self.error: BaseException | None = None
         self._steps, self._done = steps, 0
         self._latents: Tensor | None = None
@@ -80,6 +82,10 @@ class Job:
         self._latents = latents
         self.check()
 
+    def correct(self, steps: int) -> None:
+        """Add to the number of steps that were expected: pictures that are changed take fewer."""
+        self._steps += steps
+
     def check(self) -> None:
         """Raise :class:`CancelledError` once it was cancelled."""
         if self._unwanted.is_set():
@@ -111,6 +117,8 @@ class JobQueue:
         self._waiting: deque[Job] = deque()
         self._current: Job | None = None
         self._closing = False
+        self.ended: Counter[State] = Counter()  # jobs by how they ended
+        self.pictures, self.seconds = 0, 0.0  # drawn so far, and the time of it
         self._change = Condition()
         self._thread = Thread(target=self._work, name="drawing", daemon=True)
 
@@ -142,6 +150,7 @@ class JobQueue:
         with self._change:
             if job in self._waiting:
                 self._waiting.remove(job)
+                self.ended["cancelled"] += 1
                 job.end("cancelled")
 
     def ahead(self, job: Job) -> int:
@@ -199,13 +208,18 @@ class JobQueue:
                     return
                 job = self._current = self._waiting.popleft()
             job.start()
+            began = time.monotonic()
+            state: State = "done"
+            failure: BaseException | None = None
             try:
                 job.check()
                 job.pictures = job.work(job)
             except CancelledError:
-                job.end("cancelled")
+                state = "cancelled"
             except BaseException as error:  # it ends this job alone
                 log.debug("a job failed", exc_info=True)
-                job.end("failed", error)
-            else:
-                job.end("done")
+                state, failure = "failed", error
+            self.ended[state] += 1
+            self.pictures += len(job.pictures)
+            self.seconds += time.monotonic() - began
+            job.end(state, failure)

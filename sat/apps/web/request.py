@@ -46,6 +46,9 @@ class GenerationRequest:
     count: int = 1
     negative_prompt: str = ""
     adapters: Mapping[str, float] = field(default_factory=dict)  # name -> strength
+    image: Image.Image | None = None  # to change; without a mask, words are not needed
+    mask: Image.Image | None = None  # L, of the image's size: white is drawn anew
+    strength: float | None = None  # of the change, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Limits:
 
     def check(self, request: GenerationRequest) -> None:
         """Raise :class:`RequestError` with a sentence unless ``request`` keeps to them."""
-        if not request.prompt.strip():
+        if not request.prompt.strip() and (request.image is None or request.mask is not None):
             raise RequestError("the prompt is empty: say what to draw", "prompt")
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if len(text) > self.prompt:
@@ -71,6 +74,7 @@ class Limits:
             "steps": (request.steps, 1, self.steps),
             "seed": (request.seed, 0, 2**32 - max(request.count, 1)),
             "guidance": (request.guidance or 0.0, -self.guidance, self.guidance),
+            "strength": (request.strength or 0.0, 0, 1),
         }
         strengths = {f"strength of {name}": value for name, value in request.adapters.items()}
         ranges |= {name: (value, -self.strength, self.strength) for name, value in strengths.items()}

@@ -13,13 +13,22 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sat.apps.prompts.optimizer import PromptOptimizer
 from sat.apps.web import Access
-from sat.apps.web.api import GENERATIONS, ApiError, Links, api_routes, missing, picture_routes
+from sat.apps.web.api import (
+    EDITS,
+    GENERATIONS,
+    VARIATIONS,
+    ApiError,
+    Links,
+    api_routes,
+    missing,
+    picture_routes,
+)
 from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.service import GenerationService
 from sat.util.log import describe
@@ -34,6 +43,13 @@ POLICY = (
     "connect-src 'self'; form-action 'self'; base-uri 'self'"
 )
 """Nothing is fetched from anywhere else, whatever a library's page asks for."""
+
+BODIES = {
+    GENERATIONS: ("application/json", BODY),
+    EDITS: ("multipart/form-data", UPLOAD),
+    VARIATIONS: ("multipart/form-data", UPLOAD),
+}
+"""Kind and bytes at most of what is sent to an address."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -77,6 +93,13 @@ def application(
         theme=theme(),
         css=CSS,
     )
+    if not api:  # the page's framework would answer with its own
+
+        @app.get("/docs", include_in_schema=False)
+        @app.get("/openapi.json", include_in_schema=False)
+        def none(request: Request) -> Response:
+            return missing("GET", request.url.path).response()
+
     if access.is_local:  # a page elsewhere must not reach it under a name of its own
         mounted.add_middleware(
             TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"]
@@ -112,8 +135,8 @@ class Guard:
 
         try:
             refusal = None
-            if scope["path"] == GENERATIONS and scope["method"] == "POST":
-                refusal, receive = await _small(scope, receive)
+            if scope["path"] in BODIES and scope["method"] == "POST":
+                refusal, receive = await _small(scope, receive, *BODIES[scope["path"]])
             if refusal is None:
                 await self.app(scope, receive, _in_form(scope, guarded))
                 return
@@ -170,12 +193,12 @@ async def _nothing() -> MutableMapping[str, Any]:
     return {"type": "http.disconnect"}
 
 
-async def _small(scope: Scope, receive: Receive) -> tuple[ApiError | None, Receive]:
-    """(None, the body read once) if it is JSON and not too large; else (the error, ``receive``)."""
+async def _small(scope: Scope, receive: Receive, wanted: str, most: int) -> tuple[ApiError | None, Receive]:
+    """(None, the body read once) if it is ``wanted`` and not too large; else (the error, ``receive``)."""
     headers = {key.lower(): value for key, value in scope["headers"]}
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if kind != b"application/json" or headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        return ApiError(415, "expected a body of application/json, not compressed"), receive
+    if kind != wanted.encode() or headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        return ApiError(415, f"expected a body of {wanted}, not compressed"), receive
     parts, size, more = [], 0, True
     ends = asyncio.get_running_loop().time() + BODY_SECONDS
     while more:
@@ -189,8 +212,9 @@ async def _small(scope: Scope, receive: Receive) -> tuple[ApiError | None, Recei
         parts.append(message.get("body", b""))
         size += len(parts[-1])
         more = message.get("more_body", False)
-        if size > BODY:
-            return ApiError(413, f"the request is larger than {BODY >> 10} kB", code="too_large"), receive
+        if size > most:
+            said = f"{most >> 20} MB" if most >= 1 << 20 else f"{most >> 10} kB"
+            return ApiError(413, f"the request is larger than {said}", code="too_large"), receive
     whole = {"type": "http.request", "body": b"".join(parts), "more_body": False}
     body: list[MutableMapping[str, Any]] = [whole]
 

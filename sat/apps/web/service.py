@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -20,7 +21,8 @@ from sat.apps.web.job_queue import Job
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
 from sat.checkpoint.files import SAFETENSORS, TORCH
 from sat.checkpoint.verify import Verify
-from sat.config.build import adaptable, components
+from sat.conditioning.conditioner import notices
+from sat.config.build import adaptable, components, find_tokenizer
 from sat.config.cascade import Cascade
 from sat.config.record import (
     adapter_differences,
@@ -41,6 +43,9 @@ from sat.sampling.inputs import InputList
 from sat.sampling.output import OutputFolder, prove_writable, to_pil
 from sat.sampling.prompts import Prompt, PromptError, check_text
 from sat.util.pictures import open_picture
+
+if TYPE_CHECKING:
+    from sat.sampling.edit import EditInput
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +166,7 @@ class GenerationService:
                     self.adapters[adapter_name(path, self.adapters)] = AdapterEntry(path, 0.0)
                 elif path.is_dir() or path.suffix in (*SAFETENSORS, *TORCH):
                     log.warning("%s: holds no readable adapter and is not offered", path)
+        self.tokenizer = find_tokenizer(self.first.conditioning, self.first.checkpoint, self.first.imports)
         self._digests: dict[int, Mapping[str, object]] = {}
         self._given = tuple(self.stages)  # as configured; ``stages`` learn what was auto
         self._worn: tuple[str, ...] = ()  # adapters that the first stage is loaded with
@@ -225,14 +231,18 @@ class GenerationService:
     def job(self, request: GenerationRequest, *, whole: bool = False) -> Job:
         """The drawing of ``request``; ``whole``: through all stages, as ``sample.py`` does."""
         self.check(request)
+        if request.image is not None:
+            prompt = Prompt(0, request.prompt)
+            if (edits := self._edits(0, request, prompt)) is not None:
+                edits.check([prompt], 1)
         last = len(self.stages) if whole else 1
         parts = [request.steps, *(stage.sampling.steps for stage in self.stages[1:last])]
         chunks = [-(-request.count // stage.sampling.at_once) for stage in self.stages[:last]]
 
         def work(job: Job) -> list[Path]:
-            paths = self._draw(0, request, None, job)
+            paths = self._draw(0, request, None, job, last=last == 1)
             for index in range(1, last):
-                paths = self._draw(index, self._enlarged(index, request), paths, job)
+                paths = self._draw(index, self._enlarged(index, request), paths, job, last=index + 1 == last)
             return paths
 
         return Job(work, sum(a * b for a, b in zip(parts, chunks, strict=True)))
@@ -272,8 +282,36 @@ class GenerationService:
             adapters={},
         )
 
+    def _edits(self, index: int, request: GenerationRequest, prompt: Prompt) -> EditInput | None:
+        """The pictures that stage ``index`` changes."""
+        if request.image is None:
+            return None
+        from sat.sampling.edit import EditInput, PictureList  # only where there are any
+
+        pictures, first = {"init_image": request.image, "mask": request.mask}, self.first.sampling
+        lists = {key: PictureList([one], key, request.count) for key, one in pictures.items() if one}
+        scale = math.prod(self.factors[: index + 1])
+        sampling = replace(
+            first, batch_size=request.count, height=request.height // scale, width=request.width // scale,
+            strength=request.strength, init_image=None, mask=None, strength_map=None, outpaint=None,
+        )  # fmt: skip
+        edits = EditInput.of(sampling, [prompt], lists)
+        if edits is not None and index:
+            stage = self.stages[index].sampling
+            own = replace(
+                stage, batch_size=request.count, height=request.height, width=request.width, outpaint=None
+            )
+            edits = edits.following(own, scale)[0]
+        return edits
+
     def _draw(
-        self, index: int, request: GenerationRequest, inputs: Sequence[Path] | None, job: Job
+        self,
+        index: int,
+        request: GenerationRequest,
+        inputs: Sequence[Path] | None,
+        job: Job,
+        *,
+        last: bool = True,
     ) -> list[Path]:
         """The pictures of stage ``index``, numbered after all others in the folder."""
         now = self._adapted(index, [name for name, value in request.adapters.items() if value])
@@ -298,13 +336,35 @@ class GenerationService:
         folder = OutputFolder(self.pictures.root, about, request.count, sampling.grid_columns)
         prove_writable(folder.root)
         prompt = Prompt(folder.next_index(), request.prompt.strip())
+        edits = self._edits(index, request, prompt)
+        if edits is not None:
+            edits = replace(edits, puts_back=last)
+            folder = replace(folder, more=edits.fields)
         given, wanted = None, generator.engine.process.input
         if inputs is not None and wanted is not None:
             size = wanted.size(sampling.height, sampling.width)
             given = InputList(*size, inputs, request.count, first=prompt.index)
         params = SamplingParams.of(sampling, components(experiment).guider)
-        written = generator.save(folder, [prompt], params, inputs=given, callback=job.step)
+        job.expected = [folder.image_path(prompt, image) for image in range(request.count)]
+        planned = request.steps * -(-request.count // generator.at_once)
+
+        def step(done: int, of: int, latents: Tensor) -> None:
+            nonlocal planned
+            job.correct(of - planned)
+            planned = of
+            job.step(done, of, latents)
+
+        written = generator.save(folder, [prompt], params, inputs=given, edits=edits, callback=step)
         return written[: request.count]  # without the sheet
+
+    def text_notices(self, *texts: str) -> list[str]:
+        """Sentences about words that do not reach the text encoder; from any thread."""
+        found = [notices(self.tokenizer, text) for text in texts if text.strip() and self.tokenizer]
+        return [line for lines in found for line in lines]
+
+    def tokens(self, text: str) -> int | None:
+        """Number of tokens of ``text``, those too many included; None without a tokenizer."""
+        return None if self.tokenizer is None else len(self.tokenizer.encode(text))
 
     def _adapted(self, index: int, names: Sequence[str]) -> _Open:
         """Stage ``index`` with the adapters ``names`` on it, which others may be beside at strength 0.
