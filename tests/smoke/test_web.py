@@ -8,12 +8,15 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from os import environ
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, PngImagePlugin
 
 from tests.browser import DESKTOP, PHONE, browser, outside, visiting
+from tests.sampling import ROOT
 from tests.web import TOKEN, Server, serving
 
 pytest.importorskip("gradio", reason="the web page is an extra")
@@ -196,8 +199,10 @@ def said(page: Any, text: str) -> str:
 
 def test_a_picture_is_drawn_enlarged_and_its_settings_come_back(server, page) -> None:
     page.fill("#prompt textarea", "a red apple")
-    page.fill("#steps input[type=number]", "40")
-    page.click("#draw")
+    page.fill("#steps input[type=number]", "190")
+    page.uncheck("#whole input")
+    page.wait_for_timeout(500)
+    page.keyboard.press("Control+Enter")
     page.wait_for_selector("#canvas img.live")
     said(page, "Done: 1 picture.")
     assert (
@@ -205,9 +210,14 @@ def test_a_picture_is_drawn_enlarged_and_its_settings_come_back(server, page) ->
     )
     seed = page.input_value("#seed input")
     facts = page.inner_text("#facts")
-    assert "a red apple" in facts and seed in facts and "40" in facts
+    assert "a red apple" in facts and seed in facts and "190" in facts
     page.click("#enlarge")
     page.wait_for_function("document.querySelector('#facts').innerText.includes('128 x 128')")
+    page.click("#enlarge")
+    said(page, "was enlarged already")
+    page.click("#reuse")
+    said(page, "is an enlarged one")
+    assert page.input_value("#steps input[type=number]") == "6"
     assert (
         page.eval_on_selector("#canvas a img", "image => image.decode().then(() => image.naturalWidth)")
         == 128
@@ -228,9 +238,83 @@ def test_drawing_can_be_cancelled(server, page) -> None:
     page.fill("#count input", "8")
     page.click("#draw")
     page.wait_for_selector("#canvas img.live")
-    page.click("#cancel")
+    assert "picture 1 of 8" in page.inner_text("#status")
+    page.fill("#prompt textarea", "a green cup")
+    page.click("#draw")
+    said(page, "1 more in the queue")
+    page.keyboard.press("Escape")
     said(page, "Cancelled.")
-    until(lambda: not health(server)["drawing"])
+    page.wait_for_selector("#canvas img.live")
+    page.click("#cancel")
+    until(lambda: not health(server)["drawing"] and not health(server)["waiting"])
+
+
+def test_a_page_loaded_anew_finds_its_form_its_job_and_its_pictures_and_others_do_not(
+    server, page, chromium
+) -> None:
+    page.fill("#prompt textarea", "a red apple")
+    page.fill("#steps input[type=number]", "150")
+    page.fill("#count input", "2")
+    page.click("#draw")
+    page.wait_for_selector("#canvas img.live")
+    page.reload()
+    page.wait_for_selector("#canvas img.live")
+    values = [page.input_value(f"#{name}") for name in ("prompt textarea", "count input", "steps input")]
+    assert values == ["a red apple", "2", "150"]
+    said(page, "Done: 2 pictures.")
+    page.wait_for_selector("#gallery img[alt='a red apple']")
+    assert {image.get_attribute("alt") for image in page.query_selector_all("#canvas img")} == {"a red apple"}
+    page.reload()
+    page.wait_for_selector("#gallery .gallery-item:nth-child(2)")
+    with visiting(chromium, server.url) as other:
+        other.wait_for_selector("#draw")
+        other.wait_for_timeout(1500)
+        assert other.query_selector_all("#gallery .gallery-item") == []
+
+
+def test_words_that_do_not_arrive_are_told_beside_the_prompt_and_with_the_picture(page) -> None:
+    page.fill("#prompt textarea", "a red apple")
+    page.wait_for_function("document.querySelector('#tokens').innerText.includes('of 16 tokens.')")
+    page.fill("#prompt textarea", "红苹果")
+    page.wait_for_function("document.querySelector('#tokens').innerText.includes('does not know')")
+    page.click("#draw")
+    assert "does not know" in said(page, "Done: 1 picture.")
+
+
+AXE = next(
+    filter(Path.is_file, (ROOT / "node_modules/axe-core/axe.min.js", Path(environ.get("AXE", "-")))), None
+)
+
+
+@pytest.mark.skipif(AXE is None, reason="npm install axe-core, or its file in AXE")
+@pytest.mark.parametrize("screen", [DESKTOP, PHONE])
+def test_axe_finds_nothing_at_rest_and_while_drawing(server, chromium, screen) -> None:
+    def violations(page: Any) -> list[Any]:
+        page.evaluate(AXE.read_text())
+        return page.evaluate(
+            "axe.run().then(found => found.violations.map(one => [one.id, one.nodes[0].html]))"
+        )
+
+    with visiting(chromium, server.url, screen) as page:
+        page.wait_for_selector("#draw")
+        page.wait_for_timeout(1000)
+        assert violations(page) == []
+        page.fill("#prompt textarea", "a red apple")
+        page.fill("#steps input[type=number]", "200")
+        page.click("#draw")
+        page.wait_for_selector("#canvas img.live")
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+
+
+def test_the_form_comes_before_the_pictures_and_the_status_is_live(page) -> None:
+    assert page.get_attribute("#status", "role") == "status"
+    assert len(page.query_selector_all("h1")) == 1
+    order = page.evaluate(
+        "['prompt', 'seed', 'steps', 'canvas', 'gallery'].map(id => document.getElementById(id))"
+        ".every((one, i, all) => !i || all[i - 1].compareDocumentPosition(one) & 4)"
+    )
+    assert order
 
 
 def test_closing_the_page_cancels_too(server, chromium) -> None:
@@ -263,7 +347,7 @@ def test_what_cannot_be_drawn_is_told_in_a_sentence(server, page, tmp_path) -> N
     page.click("#draw")
     said(page, "The prompt is empty")
     page.click("#enlarge")
-    said(page, "Choose a picture first.")
+    said(page, "Choose a picture first")
     page.fill("#prompt textarea", "a red apple")
     page.click("#enhance")
     said(page, "Cannot connect to http://127.0.0.1:9/v1")

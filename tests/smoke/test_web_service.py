@@ -83,7 +83,7 @@ def test_pictures_are_the_files_that_sample_py_writes(service, words, tmp_path) 
     small = drawn(service, service.job(REQUEST))
     before = [tmp_path / "cli" / "stages" / "base" / "0_a_cat" / path.name for path in small]
     assert [path.read_bytes() for path in small] == [path.read_bytes() for path in before]
-    (again,) = drawn(service, service.enlarging(service.pictures.name(small[1])))
+    (again,) = drawn(service, service.enlarging([service.pictures.name(small[1])]))
     assert again.read_bytes() == large[1].read_bytes()
     assert [p.split("_")[0] for p in service.pictures.newest(9)] == ["3", "2", "2", "1", "1", "0", "0"]
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_drawn_is_refused_before_it_waits(service) -> None:
         service.job(GenerationRequest("a cat", 33, 48, 3, 2.5, 5))
     assert service.enlarger((32, 48)) == 1 and service.enlarger((33, 48)) is None
     with pytest.raises(RequestError, match="no such picture"):
-        service.enlarging("../x/000000000.png")
+        service.enlarging(["../x/000000000.png"])
 
 
 def test_settings_of_another_model_are_fitted_and_told(service) -> None:

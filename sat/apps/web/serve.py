@@ -71,7 +71,7 @@ def application(
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")  # uploads and thumbnails stay in the output folder
     import gradio
 
-    from sat.apps.web.page import CSS, page, theme
+    from sat.apps.web.page import CSS, SCRIPT, page, theme
 
     app = FastAPI(title=f"{service.name}", docs_url=None, redoc_url=None, openapi_url=None)
     links = Links()
@@ -92,6 +92,7 @@ def application(
         footer_links=[],
         theme=theme(),
         css=CSS,
+        js=SCRIPT,
     )
     if not api:  # the page's framework would answer with its own
 

@@ -210,10 +210,10 @@ class GenerationService:
                     f"there is no LoRA {name!r}; there are {', '.join(self.adapters) or 'none'}"
                 )
 
-    def enlarger(self, size: tuple[int, int]) -> int | None:
-        """The stage that enlarges pictures of (height, width) ``size``: the one nearest in size."""
+    def enlarger(self, size: tuple[int, int], above: int = 0) -> int | None:
+        """The stage after ``above`` that enlarges pictures of (height, width) ``size``: nearest in size."""
         distance: dict[int, float] = {}
-        for index in range(1, len(self.stages)):
+        for index in range(above + 1, len(self.stages)):
             made, factor = self.stages[index].sampling, self.factors[index]
             height, width = factor * size[0], factor * size[1]
             if made.sizes.allows(height, width):
@@ -247,20 +247,39 @@ class GenerationService:
 
         return Job(work, sum(a * b for a, b in zip(parts, chunks, strict=True)))
 
-    def enlarging(self, name: str) -> Job:
-        """The enlarging of one picture of the folder, with its own prompt and seed."""
-        path = self.pictures.at(name)
+    def enlarging(self, names: Sequence[str]) -> Job:
+        """The enlarging of pictures of the folder, each with its own prompt and seed."""
+        if not names:
+            raise RequestError("choose a picture first")
+        parts = [self._enlarging(self.pictures.at(name)) for name in names]
+
+        def work(job: Job) -> list[Path]:
+            return [
+                made for index, request, path in parts for made in self._draw(index, request, [path], job)
+            ]
+
+        return Job(work, sum(request.steps for _, request, _ in parts))
+
+    def _enlarging(self, path: Path) -> tuple[int, GenerationRequest, Path]:
         known = settings_of(path)
         with open_picture(path) as picture:
             size = (picture.height, picture.width)
-        index = self.enlarger(size)
+        drawn = self.stage_of(known)
+        index = self.enlarger(size, above=drawn)
         if index is None:
-            raise RequestError(f"nothing here enlarges a picture of {size[0]} x {size[1]} (height x width)")
+            what = f"a picture of {size[0]} x {size[1]} (height x width)"
+            if drawn:
+                raise RequestError(f"{what} that was enlarged already: no further stage enlarges it")
+            raise RequestError(f"nothing here enlarges {what}")
         request = GenerationRequest(
             known.prompt, *size, 1, None, known.seed or 0, negative_prompt=known.negative_prompt
         )
-        request = self._enlarged(index, request, before=1)
-        return Job(lambda job: self._draw(index, request, [path], job), request.steps)
+        return index, self._enlarged(index, request, before=1), path
+
+    def stage_of(self, known: Settings) -> int:
+        """The stage that drew a picture with the settings ``known``; 0 for those of other models."""
+        names = [model_name(stage) for stage in self.stages]
+        return names.index(known.model) if known.model in names else 0
 
     def preview(self, latents: Tensor) -> Image.Image | None:
         """A small picture of predicted latents; from any thread."""
@@ -437,7 +456,14 @@ class GenerationService:
 
 def fitted(known: Settings, service: GenerationService) -> tuple[GenerationRequest, list[str]]:
     """The request that repeats a picture as well as this model can, and a sentence for every change."""
-    default, limits, notes = service.first.sampling, service.limits, []
+    default, limits, notes = service.first.sampling, service.limits, list[str]()
+    if stage := service.stage_of(known):  # of its settings, those of the enlarging are nothing to the first
+        scale = math.prod(service.factors[: stage + 1])
+        small = [None if side is None else side // scale for side in (known.height, known.width)]
+        known = known._replace(
+            height=small[0], width=small[1], steps=None, guidance=None, model=model_name(service.first)
+        )
+        notes.append("The picture is an enlarged one: steps and guidance are the first stage's usual ones.")
     height, width = known.height or default.height, known.width or default.width
     try:
         service.sizes.check(height, width)
