@@ -83,10 +83,11 @@ SCRIPT = """() => {
   document.addEventListener("keydown", event => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
+      event.stopPropagation();  // Enter would also turn a checkbox over
       id("draw").click();
     }
     if (event.key === "Escape") id("cancel").click();
-  });
+  }, true);
 }"""
 _FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 
