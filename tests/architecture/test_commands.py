@@ -101,10 +101,8 @@ def not_installable(arguments: Sequence[str]) -> list[str]:
     bounds = re.findall(
         r'^[\w.-]+(?:[<>=]=?[^\s"#]+)', "\n".join(p.read_text() for p in ROOT.glob("requirements*.txt")), re.M
     )
-    extras = dict(
-        re.findall(r'^([\w-]+) = \["([^"]+)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    )
-    bounds += extras.values()
+    extras = dict(re.findall(r'^([\w-]+) = \[(".+")\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    bounds += [name for names in extras.values() for name in re.findall('"([^"]+)"', names)]
     found, (verb, *words) = [], arguments
     for before, word in zip(["", *words], words, strict=False):
         if before == "-r":
