@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -70,6 +71,21 @@ class CompiledBlocks(Mixin):
             ) from error
 
 
+_WARNS = logging.getLogger("torch._dynamo.convert_frame")
+
+
+class FailOnLimit(RuntimeError):
+    """The compiler reached its limit of graphs."""
+
+
+class _Limit(logging.Handler):
+    """Makes an error of the compiler's warning about its limit; torch 2.5 has no setting for that."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "hit config." in record.getMessage():
+            raise FailOnLimit(record.getMessage())
+
+
 def compile_blocks(transformer: Transformer, *, alike: bool, **options: Any) -> None:
     """Let ``transformer`` run its blocks compiled; ``options`` go to ``torch.compile``.
 
@@ -82,7 +98,10 @@ def compile_blocks(transformer: Transformer, *, alike: bool, **options: Any) -> 
         needed = GRAPHS * (1 if alike else len(transformer.blocks))
         config.cache_size_limit += needed  # transformers share it, as their blocks share the function
         config.accumulated_cache_size_limit += needed
-        config.fail_on_cache_limit_hit = True
+        if hasattr(config, "fail_on_cache_limit_hit"):
+            config.fail_on_cache_limit_hit = True
+        elif not any(isinstance(handler, _Limit) for handler in _WARNS.handlers):
+            _WARNS.addHandler(_Limit())
         transformer.extend("compiled_blocks", CompiledBlocks(transformer, function, alike))
 
 

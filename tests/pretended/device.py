@@ -310,6 +310,9 @@ class Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
+    def is_capturing(self) -> bool:
+        return False
+
     def wait_stream(self, other: Stream) -> None: ...
 
     def wait_event(self, event: Event | None) -> None:
@@ -405,7 +408,11 @@ def pretended(capability: tuple[int, int] = (9, 0)) -> Iterator[Watch]:  # noqa:
 
     import sat.kernels.attention as ours
 
+    newer: Any = nullcontext()
+    if hasattr(torch, "accelerator"):  # since torch 2.6
+        newer = patch.object(torch.accelerator, "current_stream", lambda d=None: stream)
     with patch.multiple(torch.cuda, **cuda), \
+         newer, \
          patch.object(torch.Tensor, "device", property(watch.tags.of)), \
          patch.object(torch.Tensor, "is_cuda", property(lambda t: watch.tags.of(t).type == "cuda")), \
          patch.object(torch.Tensor, "is_cpu", property(lambda t: watch.tags.of(t).type == "cpu")), \
