@@ -299,6 +299,8 @@ def _written(annotation: Any) -> Any:
         values = [a for a in arguments if not _is_object(a)]
         objects = [] if len(values) == len(arguments) else [Annotated[Any, Makes(annotation)]]
         return functools.reduce(operator.or_, [*map(_written, values), *objects])
+    if origin in (Iterable, Collection):  # what YAML writes as a list; pydantic would make an iterator of it
+        origin = Sequence
     if inspect.isclass(origin) and issubclass(origin, (Sequence, AbstractSet, Mapping)):
         kind: Any = origin
         return kind[tuple(a if a is ... else _written(a) for a in arguments)]

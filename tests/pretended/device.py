@@ -333,6 +333,7 @@ def pretended(capability: tuple[int, int] = (9, 0)) -> Iterator[Watch]:  # noqa:
         "device_count": lambda: 1, "current_device": lambda: 0, "set_device": lambda d: None,
         "get_device_capability": lambda d=None: capability, "get_device_name": lambda d=None: name,
         "get_device_properties": lambda d=None: about, "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: False,
         "synchronize": lambda d=None: watch.note("sync", "torch.cuda.synchronize"),
         "max_memory_allocated": lambda d=None: 0, "reset_peak_memory_stats": lambda d=None: None,
         "max_memory_reserved": lambda d=None: 0, "mem_get_info": lambda d=None: (100 << 30, 141 << 30),

@@ -124,7 +124,8 @@ def test_micro_batches_wait_for_nothing(name: str, tmp_path: Path, monkeypatch: 
     with pretended() as watch:
         train(watch, CONFIGS[name], tmp_path, monkeypatch)
     times = 6 if "distill" in name else 1  # passes of teacher and student
-    found = faults(watch, MOST[name], {file: n * times for file, n in ALLOWED.items()})
+    most = MOST[name] + (MOST[name] // 25 if torch.__version__ < "2.6" else 0)  # its optimizers take more
+    found = faults(watch, most, {file: n * times for file, n in ALLOWED.items()})
     assert [line for line in found if line.startswith(WAITS)] == found, found
     assert len(found) == 1 and found[0].endswith("1 times"), found
     assert not (found := watch.found("mixing", in_step=False) + watch.found("race", in_step=False)), found
