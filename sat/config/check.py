@@ -361,7 +361,7 @@ def _object(value: Any, wanted: Any, context: Context) -> Any:
 
 
 def _component_faults(tree: Mapping[str, Any], makes: Any, context: Context) -> Iterator[Fault]:  # noqa: C901
-    """Why ``tree`` is no component: its target may be named, makes ``makes`` and takes its params."""
+    """Faults of ``tree`` as a component: its target may be named, makes ``makes`` and takes its params."""
     for name in tree:
         if name not in ("target", "params"):
             near = hint(name, ("target", "params"))

@@ -27,7 +27,7 @@ NAME = "regions"
 
 @dataclass(frozen=True)
 class Areas:
-    """Where the regions lie, and how long their texts are."""
+    """Places of the regions, and the lengths of their texts."""
 
     masks: Tensor  # (R, h, w) in [0, 1] over the picture, at any resolution
     lengths: tuple[int, ...]  # (R,) text tokens
@@ -36,7 +36,7 @@ class Areas:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What no step changes of one batch."""
+    """Everything of one batch that no step changes."""
 
     areas: Areas
     allowed: Tensor | None = None  # (1 or B, 1, L, L) of joint attention: who sees whom

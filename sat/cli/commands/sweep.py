@@ -211,7 +211,7 @@ def table(root: Path) -> list[str]:
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    """What a run came to: its last loss, its lowest held-out loss, its speed and its state."""
+    """End of a run: its last loss, its lowest held-out loss, its speed and its state."""
     code, nothing = _end(folder), float("inf")
     found: dict[str, Any] = {
         "step": nothing, "loss": nothing, "held-out": nothing, "at step": nothing, "images/s": nothing,

@@ -230,13 +230,12 @@ def _train(
     # Data: images, or encodings out of full caches, which need fewer parts of the engine.
     sets = open_data(data, runtime, held_out=train.validate_every is not None, made=made_extras(experiment))
     check_words(experiment.adapters.tokens, sets.train)
-    caches, empty, items = None, None, list[Items]()
+    caches, items = None, list[Items]()
     if data.cache is not None:
         caches = Caches(data.cache, experiment, train, weights, runtime)
         views = (max(1, data.cache_views), 1)
         cached = [caches.over(dataset, count) for dataset, count in zip(sets.both(), views, strict=False)]
         caches.fill(cached, train.batch_size)
-        empty = caches.empty()
         items = [*cached]
 
     # The model, its objective and its optimizer.
@@ -251,7 +250,7 @@ def _train(
         train, engine.network, (cells[0], cells[1]), runtime.device, packs=packs, main=runtime.is_main
     )
     experiment = replace(experiment, train=train)
-    engine.conditioner.empty_text = empty
+    engine.conditioner.empty_text = None if caches is None else caches.empty()
     objective = _objective(experiment, train, weights, engine, mesh)
     items = items or in_memory(sets, data, train, engine, objective, runtime)
     place = (train.batch_size, train.seed, mesh.data_rank, mesh.data_ranks)
