@@ -200,8 +200,8 @@ def said(page: Any, text: str) -> str:
 def test_a_picture_is_drawn_enlarged_and_its_settings_come_back(server, page) -> None:
     page.fill("#prompt textarea", "a red apple")
     page.fill("#steps input[type=number]", "190")
+    page.wait_for_selector("#status[role=status]", state="attached")  # keys are heard from now on
     page.uncheck("#whole input")
-    page.wait_for_timeout(500)
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#canvas img.live")
     said(page, "Done: 1 picture.")
@@ -308,7 +308,7 @@ def test_axe_finds_nothing_at_rest_and_while_drawing(server, chromium, screen) -
 
 
 def test_the_form_comes_before_the_pictures_and_the_status_is_live(page) -> None:
-    assert page.get_attribute("#status", "role") == "status"
+    page.wait_for_selector("#status[role=status]", state="attached")
     assert len(page.query_selector_all("h1")) == 1
     order = page.evaluate(
         "['prompt', 'seed', 'steps', 'canvas', 'gallery'].map(id => document.getElementById(id))"

@@ -134,24 +134,30 @@ class Actions:
             {name: float(value) for name, value in zip(self.adapters, strengths, strict=True) if value},
         )
 
-    def draw(self, browser: str, whole: bool, *values: Any) -> list[Any]:  # noqa: ANN401
+    def browser(self, http: gr.Request, known: str) -> str:
+        """The name of a page's browser: ``known`` from before, or a new one, from its first call on."""
+        return self._sessions.setdefault(str(http.session_hash), known or secrets.token_urlsafe(12))
+
+    def draw(self, http: gr.Request, known: str, whole: bool, *values: Any) -> list[Any]:  # noqa: ANN401
         """(status, seed, timer) once the request waits; what is drawn is told by :meth:`tick`."""
         try:
             request = self.request(*values)
             job = self.queue.submit(self.service.job(request, whole=whole))
         except (ValueError, QueueFullError, QueueClosedError) as error:
             return [_error(error), gr.skip(), gr.skip()]
+        browser = self.browser(http, known)
         said = self.service.text_notices(request.prompt, request.negative_prompt)
         if request.negative_prompt and request.guidance in (None, 1.0):
             said.append("the negative prompt has no effect without guidance above 1")
         return [self._wait(browser, Drawing(job, request.count, tuple(said))), request.seed, _ticking(True)]
 
-    def enlarge(self, browser: str, chosen: list[str]) -> list[Any]:
+    def enlarge(self, http: gr.Request, known: str, chosen: list[str]) -> list[Any]:
         """(status, timer): as :meth:`draw`, of the chosen pictures enlarged."""
         try:
             job = self.queue.submit(self.service.enlarging(chosen))
         except (ValueError, QueueFullError, QueueClosedError) as error:
             return [_error(error), gr.skip()]
+        browser = self.browser(http, known)
         return [self._wait(browser, Drawing(job, len(chosen))), _ticking(True)]
 
     def _wait(self, browser: str, drawing: Drawing) -> str:
@@ -161,9 +167,9 @@ class Actions:
             return _message(f"In the queue, {len(mine) - 1} of yours before it.")
         return _message("Starting …")
 
-    def tick(self, http: gr.Request, browser: str) -> list[Any]:
+    def tick(self, http: gr.Request, known: str) -> list[Any]:
         """(canvas, status, gallery, names, chosen, facts, timer): how far this browser's pictures are."""
-        self._sessions[str(http.session_hash)] = browser
+        browser = self.browser(http, known)
         mine, skipped = self._drawings.get(browser, []), [gr.skip()] * 6
         if not mine:
             return [*skipped, _ticking(False)]
@@ -192,9 +198,9 @@ class Actions:
         shown = [self._canvas(names), names, self._facts(names[0])] if names else [EMPTY, [], ""]
         return [shown[0], status, *self.gallery(browser), shown[1], shown[2], _ticking(bool(mine))]
 
-    def cancel(self, browser: str) -> None:
+    def cancel(self, http: gr.Request, known: str) -> None:
         """End what is being drawn for this browser, or waits first."""
-        if mine := self._drawings.get(browser):
+        if mine := self._drawings.get(self.browser(http, known)):
             self.queue.cancel(mine[0].job)
 
     def left(self, http: gr.Request) -> None:
@@ -211,17 +217,17 @@ class Actions:
         timer.daemon = True
         timer.start()
 
-    def load(self, http: gr.Request, browser: str, saved: list[Any] | None) -> list[Any]:
+    def load(self, http: gr.Request, known: str, saved: list[Any] | None) -> list[Any]:
         """(browser, gallery, names, timer, *fields): what this browser had before, if it was here."""
-        browser = browser or secrets.token_urlsafe(12)
-        self._sessions[str(http.session_hash)] = browser
+        browser = self.browser(http, known)
         for drawing in self._drawings.get(browser, []):
             drawing.seen = ("waiting", -1)  # show it anew
         fields: list[Any] = [gr.skip()] * (9 + len(self.adapters))
         if saved and len(saved) == len(fields) and self._fits(saved):
             fields = saved
             fields[3] = gr.update(choices=self.service.sizes.sides(int(saved[2])), value=saved[3])
-        return [browser, *self.gallery(browser), _ticking(bool(self._drawings.get(browser))), *fields]
+        timer = _ticking(True) if self._drawings.get(browser) else gr.skip()
+        return [browser, *self.gallery(browser), timer, *fields]
 
     def _fits(self, saved: list[Any]) -> bool:
         try:
