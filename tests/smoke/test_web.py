@@ -226,8 +226,8 @@ def test_a_picture_is_drawn_enlarged_and_its_settings_come_back(server, page) ->
     page.click("#gallery .gallery-item:nth-child(2) button")
     page.wait_for_function("document.querySelector('#facts').innerText.includes('64 x 64')")
     page.click("#reuse")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a red apple'")
     said(page, "settings of the picture are set")
-    assert page.input_value("#prompt textarea") == "a red apple"
     assert page.input_value("#seed input") == seed
     assert not page.is_checked("#anew input")
 
