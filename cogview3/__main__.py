@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "turn a checkpoint into another format; verify one",
     "prepare": "make training data and look at it",
     "evaluate": "draw and score a list of prompts; ask people",
+    "plot": "plot training runs, denoising, attention, data, benchmarks",
     "web": "draw in a browser, and over HTTP",
     "prompt": "have a language model rewrite prompts",
     "doctor": "look at the machine, the packages and folders of runs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ _OPTIONS = {
     "outpaint": "sampling.outpaint",
 }
 
+_AXIS = re.compile(r"[\w.]+=([^=]*,[^=]*|\d+\.\.\d+)")
 _ORIGINAL = {
     "--model-path": "--base configs/plus.yaml checkpoint.path={}",
     "--num-inference-steps": "--steps",
@@ -93,6 +95,10 @@ def parser() -> argparse.ArgumentParser:
     made = "pictures of --control are plain ones: make the controls' of them (edges, …) as for training"
     add("--control-preprocess", action="store_true", help=made)
 
+    add = out.add_argument_group("several at once").add_argument
+    sheet = "a sheet over one or two settings: guidance=1,3,5 seed=0..3; also lora, control, any key"
+    add("--grid", nargs="+", action="extend", metavar="KEY=V,V", help=sheet)
+
     add = out.add_argument_group("output folder").add_argument
     folder = "folder for the pictures (outputs); the next of outputs-2, outputs-3 … where it holds some"
     add("--output-dir", metavar="OUT", help=folder)
@@ -123,6 +129,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The parsed arguments."""
     options = parser()
     args = parse(options, argv, "configs/tiny.yaml", small="configs/tiny.yaml")
+    args.overrides += [item for item in args.grid or [] if not _AXIS.fullmatch(item)]  # that stand behind it
+    args.grid = [item for item in args.grid or [] if _AXIS.fullmatch(item)]
     if args.prompt and args.prompt_file:
         options.error("--prompt and --prompt-file exclude each other")
     if args.control_preprocess and not args.control:

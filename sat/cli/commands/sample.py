@@ -98,6 +98,12 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
         raise UsageError(
             "no prompt: give --prompt or --prompt-file, or run on a terminal to be asked for prompts"
         )
+    if args.grid:
+        from sat.cli.commands.plot import grid
+
+        if prompts is None or len(cascade.stages) > 1 or first.sampling.share is not None:
+            raise UsageError("--grid draws given prompts with one model in one process")
+        return grid(args, settings, prompts)
     layout = first.parallel.sizes
     for stage in cascade.stages:
         if stage.experiment.parallel.sizes != layout:
