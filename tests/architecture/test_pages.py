@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from types import ModuleType
 import pytest
 
 from sat.cli import sample, train
+from sat.cli.arguments import parse, settings
+from sat.config.load import load_full
 from tests.architecture.tree import ROOT, files
 
 OTHER_NAMES = {"docs/moved.md", "docs/log.md", "CHANGELOG.md", "docs/config_reference.md", "docs/hooks.md"}
@@ -206,3 +209,21 @@ def test_both_readmes_are_in_step(part: str) -> None:
     assert [x for x in english if x not in chinese] == [], f"not in README_zh.md: {part}"
     assert [x for x in chinese if x not in english] == [], f"not in README.md: {part}"
     assert len(english) == len(chinese)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_a_training_of_the_readme_runs_in_a_fresh_clone_or_says_what_it_needs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / name).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    lines, runs = [line for block in blocks for line in block.splitlines()], 0
+    for before, line in zip(lines, lines[1:], strict=False):
+        if "train.py" not in line:
+            continue
+        words = shlex.split(line.partition("train.py")[2])
+        args = parse(train.parser(), words, "x")
+        missing = load_full(args.base, [*args.overrides, *settings(args, train._OPTIONS)]).missing
+        assert bool(missing) == before.startswith("# needs "), f"{line}: {list(map(str, missing))}"
+        runs += not missing
+    assert runs, "the first training of a newcomer works"

@@ -137,6 +137,7 @@ def test_help_stands_in_groups_with_examples(capsys) -> None:
     groups = [
         "pictures:",
         "pictures to start from:",
+        "several at once:",
         "output folder:",
         "prompts written by a language model:",
         "config:",
