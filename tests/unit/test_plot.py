@@ -47,7 +47,13 @@ def run(folder: Path, rows: list[object]) -> Path:
 ROWS = [
     {"step": s, "loss": 1 / s, "lr": 1e-3, "grad_norm": None, "images_per_second": 9.0} for s in (1, 2, 3, 4)
 ]
-HELD = {"step": 4, "validation/loss": 0.5, "validation/loss_100": 0.6, "validation/loss_900": 0.4}
+HELD = {
+    "step": 4,
+    "validation/loss": 0.5,
+    "validation/loss_ema": 0.5,
+    "validation/loss_100": 0.6,
+    "validation/loss_900": 0.4,
+}
 
 
 def test_rows_of_before_a_resume_give_way_to_those_after(tmp_path) -> None:

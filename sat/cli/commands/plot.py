@@ -40,6 +40,7 @@ PANELS = {
     "images a second": ("images_per_second",),
 }
 BY_LEVEL = "validation/loss_"
+LEVEL = re.compile(rf"{BY_LEVEL}\d+")
 
 
 # -- runs
@@ -89,7 +90,7 @@ def runs(args: argparse.Namespace) -> list[Path]:
         raise UsageError(f"--smooth {args.smooth:g}: expected at least 0, and less than 1")
     tables = {str(run): read_rows(run) for run in args.runs}
     levels = sorted(
-        {name for rows in tables.values() for row in rows for name in row if name.startswith(BY_LEVEL)},
+        {name for rows in tables.values() for row in rows for name in row if LEVEL.fullmatch(name)},
         key=lambda name: float(name.removeprefix(BY_LEVEL)),
     )
     wanted = {title: names or levels for title, names in PANELS.items()}
