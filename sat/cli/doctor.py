@@ -180,7 +180,8 @@ def _requirements() -> list[tuple[str, str]]:
         project = (HOME / "pyproject.toml").read_text()
         needed = project.partition("\ndependencies = [")[2].partition("]")[0]
         extras = project.partition("optional-dependencies]")[2].partition("\n[")[0]
-        found = re.findall(r'^(\w+) = \["([^"]+)"\]', extras, re.MULTILINE)
+        listed = re.findall(r"^(\w+) = \[(.+)\]$", extras, re.MULTILINE)
+        found = [(extra, line) for extra, lines in listed for line in re.findall(r'"([^"]+)"', lines)]
         return [*(("", line) for line in re.findall(r'"([^"]+)"', needed)), *found[:-1]]  # the last is all
     split = [line.partition("; extra == ") for line in distribution("cogview3").requires or []]
     return [(extra.strip("\"'"), line) for line, _, extra in split if not line.startswith("cogview3")]
