@@ -151,6 +151,7 @@ def _packages() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
     facts: dict[str, Any] = {}
+    whole: dict[str, bool] = {}  # by extra: all its packages are there
     for extra, line in _requirements():
         wanted = Requirement(line)
         try:
@@ -160,6 +161,7 @@ def _packages() -> Iterator[Check]:
             have, good = "missing", False
         fact = {"required": str(wanted.specifier), "installed": have, "extra": extra, "good": good}
         facts[wanted.name] = fact
+        whole[extra] = whole.get(extra, True) and good
     bad = [
         f"{name} {fact['installed']} (required {fact['required']})" for name, fact in facts.items()
         if not fact["good"] and (not fact["extra"] or fact["installed"] != "missing")
@@ -167,8 +169,7 @@ def _packages() -> Iterator[Check]:
     told = [f"{name} {fact['installed']}" for name, fact in facts.items() if not fact["extra"]]
     text = ", ".join(bad or told)
     yield Check("packages", "problem" if bad else "ok", text, INSTALL if bad else "", facts)
-    there = [fact["extra"] for fact in facts.values() if fact["extra"] and fact["good"]]
-    absent = [fact["extra"] for fact in facts.values() if fact["extra"] and not fact["good"]]
+    there, absent = ([extra for extra in whole if extra and whole[extra] is good] for good in (True, False))
     what = f"where you need one: {install(','.join(absent))} (docs/install.md)" if absent else ""
     text = f"there: {', '.join(there) or 'none'}; not there: {', '.join(absent) or 'none'}"
     yield Check("extras", "ok", text, what, {"there": there, "absent": absent})

@@ -147,6 +147,13 @@ def test_a_package_out_of_its_bounds_is_a_problem(monkeypatch) -> None:
     assert "pip install -r" in check.do
 
 
+def test_an_extra_is_there_when_all_its_packages_are(monkeypatch) -> None:
+    required = [("web", "einops"), ("web", "no-such-package"), ("plot", "einops"), ("", "torch")]
+    monkeypatch.setattr(doctor, "_requirements", lambda: required)
+    (check,) = [check for check in doctor._packages() if check.name == "extras"]
+    assert check.facts == {"there": ["plot"], "absent": ["web"]}
+
+
 @pytest.mark.parametrize("kind", ["native", "sat", "diffusers"])
 def test_weights_are_whole_or_named(look, healthy, tmp_path, kind) -> None:
     folder = tmp_path / kind
