@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ImageTokens(NamedTuple):
-    """What a control prepares for each image token, (B, N, D); sequence parallelism shares it out."""
+    """Input of a control for each image token, (B, N, D); sequence parallelism shares it out."""
 
     tokens: Tensor
 

@@ -296,7 +296,7 @@ class Exports:
     all: Sequence[Export]
 
     def frozen(self) -> dict[str, Tensor]:
-        """What any of them writes without training it."""
+        """Parameters that some of them writes untrained."""
         return {name: value for one in self.all for name, value in one.frozen().items()}
 
     def __call__(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

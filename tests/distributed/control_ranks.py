@@ -1,4 +1,4 @@
-"""What the ranks of test_control.py do: draw with controls in several layouts, and train one.
+"""Ranks of test_control.py: they draw with controls in several layouts, and train one.
 
 ``python -m tests.distributed.control_ranks FOLDER`` writes FOLDER/results.pt.
 """

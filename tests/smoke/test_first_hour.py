@@ -55,7 +55,7 @@ def plain(line: str) -> str:
 
 
 def said(command: str, folder: Path) -> list[str]:
-    """What a command prints, line by line."""
+    """Lines that a command prints."""
     python = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{python}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"PYTHONPATH": "", "COLUMNS": "100", "WANDB_MODE": "offline"}

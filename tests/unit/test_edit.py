@@ -57,7 +57,7 @@ def bent(x: Tensor, at: Level) -> Tensor:
 def drawn_with(
     edit: Edit | None, sampler: Sampler, schedule: Schedule, steps: int = 12, process: Process | None = None
 ) -> Tensor:
-    """What the engine does with an edit, for :func:`bent` as the network, in float64."""
+    """Steps of the engine with an edit, for :func:`bent` as the network, in float64."""
     process, ctx = process or Process(), ProcessContext(LOW)
     if edit is not None:
         process, ctx = edit.around(process, schedule, steps), edit.context(ctx, NOISE)

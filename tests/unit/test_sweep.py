@@ -53,7 +53,7 @@ def test_every_config_is_checked_before_the_first_run(tmp_path, capsys) -> None:
 
 
 class Started:
-    """What was started in place of trainings, each with the next loss and exit code."""
+    """Commands started in place of trainings, each with the next loss and exit code."""
 
     def __init__(self, *ends: tuple[float, int]) -> None:
         self.ends, self.words = list(ends), list[Sequence[str]]()

@@ -256,7 +256,14 @@ def api_routes(  # noqa: C901 - the handlers are in it
         body, image, _ = await form_of(http, VariationForm)
         return await answer(http, body, request_of(body, service, image))
 
-    @app.get("/metrics", include_in_schema=True, dependencies=[Depends(allowed)])
+    _pages(app, service, queue, Depends(allowed))
+    app.include_router(router)
+
+
+def _pages(app: FastAPI, service: GenerationService, queue: JobQueue, guard: Any) -> None:
+    """Counters, the API's description, and errors in OpenAI's form."""
+
+    @app.get("/metrics", include_in_schema=True, dependencies=[guard])
     def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(measured(service, queue), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -276,8 +283,6 @@ def api_routes(  # noqa: C901 - the handlers are in it
     @app.exception_handler(RequestValidationError)
     async def unread(_: Request, error: RequestValidationError) -> JSONResponse:
         return unreadable(error).response()
-
-    app.include_router(router)
 
 
 def _schema(form: type[Body], *files: str) -> dict[str, Any]:
@@ -439,7 +444,7 @@ def measured(service: GenerationService, queue: JobQueue) -> bytes:
         raise ApiError(501, f"metrics need {EXTRAS}", code="not_installed") from error
 
     class Counters:
-        """What is known at this moment."""
+        """State of this moment."""
 
         def collect(self) -> Iterator[Metric]:
             jobs = CounterMetricFamily("cogview3_jobs", "Jobs by how they ended", labels=["state", "model"])

@@ -82,14 +82,7 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
             root = placed.stages[-1].experiment.output.dir or OUTPUT
             print(f"its end: {root / ended_name(*part)}\nrun folder: {root}")
         return 0
-    for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.notices):
-        log.warning("%s", notice)
-    for prompt in prompts or []:
-        if not prompt.text.strip():
-            log.warning("prompt %d is empty: its pictures are drawn without one", prompt.index)
-    scale = first.sampling.guider.params.get("scale", 1)
-    if isinstance(scale, float) and scale < 0:
-        log.warning("guidance %g draws away from the prompt: 1 is none, usual are 2 to 8", scale)
+    _warn(cascade, prompts or ())
     if prompts is None and len(cascade.stages) > 1:
         raise UsageError("a cascade loads its stages one after the other: give --prompt or --prompt-file")
     if prompts is None and first.sampling.share is not None:
@@ -137,6 +130,18 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
                 _draw_all(cascade, prompts, ranks)
             runtime.finish()
     return 0
+
+
+def _warn(cascade: Cascade, prompts: Sequence[Prompt]) -> None:
+    """Log what is legal and perhaps not meant: old keys, empty prompts, negative guidance."""
+    for notice in dict.fromkeys(n for stage in cascade.stages for n in stage.notices):
+        log.warning("%s", notice)
+    for prompt in prompts:
+        if not prompt.text.strip():
+            log.warning("prompt %d is empty: its pictures are drawn without one", prompt.index)
+    scale = cascade.stages[0].experiment.sampling.guider.params.get("scale", 1)
+    if isinstance(scale, float) and scale < 0:
+        log.warning("guidance %g draws away from the prompt: 1 is none, usual are 2 to 8", scale)
 
 
 def _placed(cascade: Cascade, prompts: Sequence[Prompt] | None, *, overwrite: bool) -> Cascade:

@@ -262,8 +262,7 @@ def _train(
     # Work beside training: exports, samples of the fixed prompts, validation, the record.
     export, samples = exporter(experiment, weights, engine, objective), None
     if train.sample_every is not None:
-        known = None if caches is None else caches.encoded()
-        learns = "text" in objective.parts()
+        learns, known = "text" in objective.parts(), None if caches is None else caches.encoded()
         samples = Pictures(experiment, engine, runtime, mesh, learns=learns, known=known)
         if (inputs := InputFolder.of(experiment.sampling, engine.process.input)) is not None:
             samples.enlarge(inputs)
