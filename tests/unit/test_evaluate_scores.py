@@ -272,6 +272,13 @@ def test_dpg_gets_four_pictures_in_one_named_by_item(tmp_path) -> None:
         write_layout("dpg", _pictures_of(tmp_path / "three", list(texts), 3), folder, tmp_path / "no")
 
 
+def test_an_item_of_dpg_that_leads_out_of_the_folder_is_refused(tmp_path) -> None:
+    (table := tmp_path / "dpg_bench.csv").write_text("item_id,text\n../away,a red cup\n")
+    with pytest.raises(DataError, match="item_id '../away' is no file name"):
+        write_layout("dpg", _pictures_of(tmp_path / "a", ["a red cup"], 1), table, tmp_path / "out")
+    assert not (tmp_path / "away.png").exists()
+
+
 def test_t2i_compbench_gets_prompts_in_names_numbered_through(tmp_path) -> None:
     texts = ["a green bench and a blue bowl.", "a red apple"]
     (listed := tmp_path / "color_val.txt").write_text("\n".join(texts))

@@ -33,6 +33,8 @@ def write_layout(layout: str, images: Path, prompts: Path, out: Path) -> int:
     pictures = found(images, listed.prompts)
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: is not empty; name a new folder with --out")
+    if bad := [name for name in listed.names if Path(name).name != name]:
+        raise DataError(f"{prompts}: item_id {bad[0]!r} is no file name, and pictures are named by it")
     groups = [list(group) for _, group in groupby(pictures, lambda picture: picture.prompt)]
     files = LAYOUTS[layout](groups, listed.names or [f"{i:05d}" for i in range(len(groups))], prompts)
     for name, content in files.items():

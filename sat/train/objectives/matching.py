@@ -81,7 +81,7 @@ class Matching(Consistency):
             yield "method", "student and critic learn in turn, and train.zero 3 mixes their gradients: use 2"
 
     def begin(self, adapter: str | None) -> None:
-        """Make the critic, equal to the teacher: a copy, or factors beside the trained ones."""
+        """Make the critic: a copy of the teacher, or factors that begin as the student's do."""
         super().begin(adapter)
         if adapter is None:
             self.critic = copy.deepcopy(self.engine.network).requires_grad_(True)
@@ -138,7 +138,7 @@ class Matching(Consistency):
         """1/2 |x0 - target|^2 of the student's pictures, drawn with gradients in the last of their steps."""
         x0 = self.drawn(given)
         with torch.no_grad():
-            level, x = self._looked_at(x0, given)
+            level, _, x = self._looked_at(x0, given)
             real = self.teacher(x, level, given)
             target = matching_target(x0, real, self._critics_x0(x, level, given))
         return 0.5 * (x0 - target).square().mean()
@@ -147,10 +147,8 @@ class Matching(Consistency):
         """Denoising loss of the critic on the student's pictures, without guidance."""
         with torch.no_grad():
             x0 = self.drawn(given)
-        timestep, eps = (sent(given.drawn[name], x0.device) for name in ("seen_at", "seen"))
-        level = self._levels_of((x0.shape[2], x0.shape[3]))[0].at(timestep)
+        level, eps, x = self._looked_at(x0, given)
         process, denoiser = self.engine.process, self._critic()
-        x = process.noise(x0, eps, level, given.ctx)
         with self._as_critic():
             out = denoiser.output(x, level, denoiser.network.prepare(given.cond, (x.shape[2], x.shape[3])))
         wanted = denoiser.prediction.target(x0, process.noise_seen(x0, eps, level, given.ctx), level)
@@ -178,11 +176,11 @@ class Matching(Consistency):
                 x = process.noise(x0, noise[i + 1], levels[i + 1], given.ctx)
         return denoiser(x, table.at(first + count), prepared)
 
-    def _looked_at(self, x0: Tensor, given: Given) -> tuple[Level, Tensor]:
-        """A level, and the student's pictures noised to it."""
+    def _looked_at(self, x0: Tensor, given: Given) -> tuple[Level, Tensor, Tensor]:
+        """A level, noise, and the student's pictures noised by both."""
         timestep, eps = (sent(given.drawn[name], x0.device) for name in ("seen_at", "seen"))
         level = self._levels_of((x0.shape[2], x0.shape[3]))[0].at(timestep)
-        return level, self.engine.process.noise(x0, eps, level, given.ctx)
+        return level, eps, self.engine.process.noise(x0, eps, level, given.ctx)
 
     def _critic(self) -> Denoiser:
         network = self.network if self.critic is None else self.critic
