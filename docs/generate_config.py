@@ -175,7 +175,7 @@ def _models() -> set[str]:
 
 
 def _configurable(cls: type) -> bool:
-    """Whether YAML can write its parameters; hooks and functions come from code alone."""
+    """True if YAML can write its parameters; hooks and functions come from code alone."""
     try:
         params = signature(cls).params.values()
         return not any(kind is ProcessHooks or "Callable" in str(kind) for kind in params)

@@ -115,7 +115,7 @@ def test_a_line_fits_a_hundred_columns_and_keeps_what_matters() -> None:
 
 
 class Board:
-    """What tensorboard was given."""
+    """Calls that tensorboard got."""
 
     def __init__(self) -> None:
         self.seen: dict[str, object] = {}
