@@ -107,6 +107,8 @@ def _resolves(name: str) -> bool:
                 try:
                     for part in parts[count:]:
                         made = getattr(made, part)
+                        if isinstance(made, ModuleType):  # an old name that another test has imported
+                            return False
                 except (AttributeError, FutureWarning):
                     return False
             return True
