@@ -54,6 +54,7 @@ class Reference(Control, Mixin):
     """
 
     host = TransformerHooks
+    in_tiles = False
 
     def __init__(self, *, base: BaseModel) -> None:
         super().__init__()
