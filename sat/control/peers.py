@@ -178,7 +178,7 @@ def write_pipeline(
     info, options = read_info(source), options or Options()
     control = without_weights(info, imports)
     kind = {TransformerControlNet: "controlnet", Blockwise: "blockwise", TransformerConcat: "concat"}.get(
-        type(control)  # type: ignore[arg-type]
+        type(control)
     )
     if kind is None or control.takes != "latent" or not info.base.target.endswith(".CogView3Plus"):
         raise ControlError(
