@@ -243,10 +243,11 @@ class KronFactors(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, I) -> (…, O), of this rank's inputs or outputs."""
-        a, b = self.a, self.b
+        a: Tensor = self.a
+        b: Tensor | None = self.b
         if self.tensor is not None and isinstance(self.style, Row):  # each has a part of their gradients
             a, b = copy_to_ranks(a, self.tensor), None if b is None else copy_to_ranks(b, self.tensor)
-        x = x.unflatten(-1, (self.w1.shape[1], -1))  # (…, i1, i2)
+        x = x.reshape(*x.shape[:-1], self.w1.shape[1], -1)  # (…, i1, i2)
         x = F.linear(x if b is None else F.linear(x, b), a)  # (…, i1, o2)
         if self.tensor is not None and isinstance(self.style, Column):
             x = copy_to_ranks(x, self.tensor)

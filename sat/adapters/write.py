@@ -164,7 +164,7 @@ def _save_unfused(
     lokr: PeftLokr | None = None,
 ) -> None:
     """Write ``layers`` by their full names, with our header and ``extra``; as a LoKr if it is one."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, one in layers.items():
         if lokr is not None and one.pair.kron is not None:
             pieces = lokr.pieces(name.removeprefix("base_model.model."), one.pair.kron)

@@ -223,7 +223,7 @@ def train(
     mean, covariance = statistics(_checked(model, known, recipe.strength)[0].features)
     model.real_mean.copy_(mean)
     model.real_cov.copy_(covariance)
-    training = {
+    training: dict[str, str | int | float] = {
         "steps": recipe.steps,
         "batch_size": recipe.batch_size,
         "lr": recipe.lr,
