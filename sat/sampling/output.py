@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
@@ -254,6 +255,47 @@ def grid(images: Sequence[Image.Image], columns: int | None = None, padding: int
         row, column = divmod(i, across)
         sheet.paste(image, (column * (width + padding) + padding, row * (height + padding) + padding))
     return sheet
+
+
+class GridAxis(NamedTuple):
+    """One direction of a grid: the name of a setting, and its values."""
+
+    name: str
+    values: list[float | str]
+
+    @classmethod
+    def of(cls, text: str) -> GridAxis:
+        """``guidance=1,3,5``, or ``seed=0..3`` for 0, 1, 2, 3."""
+        name, _, listed = text.partition("=")
+        if (ends := re.fullmatch(r"(\d+)\.\.(\d+)", listed)) is not None:
+            return cls(name, list(range(int(ends[1]), int(ends[2]) + 1)))
+        return cls(name, [_number(value) for value in listed.split(",")])
+
+
+def _number(text: str) -> float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def labelled_grid(rows: Sequence[Sequence[Image.Image]], down: GridAxis, right: GridAxis) -> Image.Image:
+    """The pictures with the values of both axes at the top and at the left."""
+    width = max(picture.width for row in rows for picture in row) + 4
+    height = max(picture.height for row in rows for picture in row) + 4
+    labels = [f"{down.name} {value}".strip() for value in down.values]
+    tops = [f"{right.name} {value}" for value in right.values]
+    left = 6 + 7 * max(map(len, labels))
+    width = max(width, 6 + 7 * max(map(len, tops)))
+    out = Image.new("RGB", (left + width * len(rows[0]), 18 + height * len(rows)), "white")
+    draw = ImageDraw.Draw(out)
+    for j, text in enumerate(tops):
+        draw.text((left + j * width, 3), text, "black")
+    for i, row in enumerate(rows):
+        draw.text((3, 18 + i * height + height // 2 - 6), labels[i], "black")
+        for j, picture in enumerate(row):
+            out.paste(picture, (left + j * width, 18 + i * height))
+    return out
 
 
 def write_png(path: Path, image: Image.Image, text: Mapping[str, str] | None = None) -> None:

@@ -16,6 +16,7 @@ from sat.cli.commands import plot as work
 from sat.cli.main_guard import UsageError
 from sat.cli.sample import arguments, main
 from sat.pipeline import Pipeline
+from sat.sampling.output import GridAxis
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
 from tests.sampling import Command
@@ -193,8 +194,8 @@ def test_an_override_behind_a_grid_is_an_override() -> None:
         ["--base", "a.yaml", "--grid", "seed=0..3", "lora=0,0.5", "sampling.steps=3", "--seed", "1"]
     )
     assert args.grid == ["seed=0..3", "lora=0,0.5"] and args.overrides == ["sampling.steps=3"]
-    assert work.GridAxis.of("seed=0..3").values == [0, 1, 2, 3]
-    assert work.GridAxis.of("lora=0,0.5").values == [0, 0.5]
+    assert GridAxis.of("seed=0..3").values == [0, 1, 2, 3]
+    assert GridAxis.of("lora=0,0.5").values == [0, 0.5]
 
 
 def test_a_grid_of_a_cascade_is_refused(capsys) -> None:

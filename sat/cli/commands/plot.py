@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import html
 import io
 import itertools
@@ -14,7 +13,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sat.cli.main_guard import UsageError
 
@@ -277,28 +276,6 @@ KEYS = {"lora": "adapters.load.0.strength", "control": "sampling.controls.0.scal
 """Axes of a grid that stand for a key of the config."""
 
 
-class GridAxis(NamedTuple):
-    """One direction of a grid: the name of a setting, and its values."""
-
-    name: str
-    values: list[float | str]
-
-    @classmethod
-    def of(cls, text: str) -> GridAxis:
-        """``guidance=1,3,5``, or ``seed=0..3`` for 0, 1, 2, 3."""
-        name, _, listed = text.partition("=")
-        if (ends := re.fullmatch(r"(\d+)\.\.(\d+)", listed)) is not None:
-            return cls(name, list(range(int(ends[1]), int(ends[2]) + 1)))
-        return cls(name, [_number(value) for value in listed.split(",")])
-
-
-def _number(text: str) -> float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
 def grid(args: argparse.Namespace, settings: Sequence[tuple[str, object]], prompts: Sequence[Prompt]) -> int:
     """``sample.py --grid``: a sheet for each prompt, the first axis downwards, the second to the right.
 
@@ -306,7 +283,7 @@ def grid(args: argparse.Namespace, settings: Sequence[tuple[str, object]], promp
     of the config, and each of their values loads one.
     """
     from sat.pipeline import Pipeline
-    from sat.sampling.output import folder_name, run_folder, write_png
+    from sat.sampling.output import GridAxis, folder_name, labelled_grid, run_folder, write_png
 
     axes = [GridAxis.of(text) for text in args.grid]
     if len(axes) > 2 or not all(axis.name and axis.values for axis in axes):
@@ -336,30 +313,11 @@ def grid(args: argparse.Namespace, settings: Sequence[tuple[str, object]], promp
         path = root / folder_name(prompt) / "sheet.png"
         across = range(len(right.values))
         rows = [[cells[prompt.index, i, j] for j in across] for i in range(len(down.values))]
-        write_png(path, _sheet(rows, down, right), {"prompt": prompt.text, "grid": " ".join(args.grid)})
+        write_png(
+            path, labelled_grid(rows, down, right), {"prompt": prompt.text, "grid": " ".join(args.grid)}
+        )
         print(path)
     return 0
-
-
-def _sheet(rows: Sequence[Sequence[Image.Image]], down: GridAxis, right: GridAxis) -> Image.Image:
-    """The pictures with the values of both axes at the top and at the left."""
-    from PIL import Image, ImageDraw
-
-    width = max(picture.width for row in rows for picture in row) + 4
-    height = max(picture.height for row in rows for picture in row) + 4
-    labels = [f"{down.name} {value}".strip() for value in down.values]
-    tops = [f"{right.name} {value}" for value in right.values]
-    left = 6 + 7 * max(map(len, labels))
-    width = max(width, 6 + 7 * max(map(len, tops)))
-    out = Image.new("RGB", (left + width * len(rows[0]), 18 + height * len(rows)), "white")
-    draw = ImageDraw.Draw(out)
-    for j, text in enumerate(tops):
-        draw.text((left + j * width, 3), text, "black")
-    for i, row in enumerate(rows):
-        draw.text((3, 18 + i * height + height // 2 - 6), labels[i], "black")
-        for j, picture in enumerate(row):
-            out.paste(picture, (left + j * width, 18 + i * height))
-    return out
 
 
 # -- data and benchmarks
