@@ -38,6 +38,7 @@ from sat.config.schema.experiment import (
     LoraConfig,
     MemoryConfig,
     OffloadConfig,
+    PageConfig,
     QuantizeConfig,
     SourceConfig,
     TokenConfig,
@@ -48,7 +49,7 @@ __all__ = [
     "AdaptersConfig", "AugmentConfig", "Broken", "BucketsConfig", "CheckpointConfig", "Component",
     "ConditioningConfig", "ControlTraining", "DataConfig", "DiffusionConfig", "Experiment", "GroupConfig",
     "InpaintConfig", "LoadConfig", "LoraConfig", "Makes", "MemoryConfig", "MustExist", "OffloadConfig",
-    "OutpaintConfig", "OutputConfig", "ParallelConfig", "Precision", "QuantizeConfig", "RegionConfig",
-    "RegionsConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig", "TokenConfig", "TrainConfig",
-    "WEIGHTS", "plain",
+    "OutpaintConfig", "OutputConfig", "PageConfig", "ParallelConfig", "Precision", "QuantizeConfig",
+    "RegionConfig", "RegionsConfig", "RuleError", "SamplingConfig", "Section", "SourceConfig",
+    "TokenConfig", "TrainConfig", "WEIGHTS", "plain",
 ]  # fmt: skip

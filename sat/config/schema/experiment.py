@@ -585,6 +585,37 @@ class MemoryConfig(Section):
 # -- the whole config
 
 
+STYLES = {
+    "photograph": "{prompt}, photograph, natural light",
+    "oil painting": "{prompt}, oil painting, visible brush strokes",
+    "watercolour": "{prompt}, watercolour on paper",
+    "ink drawing": "{prompt}, black ink drawing on white paper",
+    "pixel art": "{prompt}, pixel art",
+    "3D": "{prompt}, 3D render, soft shadows",
+}
+"""Styles of a page whose config names none."""
+
+
+@dataclass(frozen=True)
+class PageConfig(Section):
+    """Words of the web page about this model: what it can draw, prompts to click, styles.
+
+    ``about`` stands above the ``examples``, a text file with a prompt a line; ``about_zh`` is its Chinese.
+    ``styles``: names, and the text of each, in which ``{prompt}`` is what a person wrote.
+    """
+
+    section = "page"
+    about: str = ""
+    about_zh: str = ""
+    examples: Annotated[Path | None, MustExist("name a text file with one prompt a line")] = None
+    styles: dict[str, str] = field(default_factory=lambda: dict(STYLES))
+
+    def _rules(self) -> Broken:
+        for name, text in self.styles.items():
+            if "{prompt}" not in text:
+                yield "styles", f"{name}: expected a text with {{prompt}} in it, got {text!r}"
+
+
 @dataclass(frozen=True)
 class Experiment(Section):
     """A whole checked config. ``imports`` names modules outside ``sat`` whose classes may be targets."""
@@ -602,4 +633,5 @@ class Experiment(Section):
     adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     train: TrainConfig | None = None
     data: DataConfig | None = None
+    page: PageConfig | None = None
     imports: list[str] = field(default_factory=list)
