@@ -165,7 +165,7 @@ MODULES: dict[str, str] = {
     "sat.web.layout": "sat.apps.web.page",
     "sat.web.line": "sat.apps.web.job_queue",
     "sat.web.page": "sat.apps.web.page",
-    "sat.web.preview": "sat.apps.web.service",
+    "sat.web.preview": "sat.apps.web.preview",
     "sat.web.serve": "sat.apps.web.serve",
     "sat.web.studio": "sat.apps.web.service",
     "sat.web.wish": "sat.apps.web.request",

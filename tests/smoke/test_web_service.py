@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from sat import Pipeline
 from sat.adapters.write import write
 from sat.apps.web.job_queue import Job
-from sat.apps.web.request import GenerationRequest, RequestError, Settings, settings_of
-from sat.apps.web.service import GenerationService, LatentPreview, fitted
+from sat.apps.web.preview import LatentPreview
+from sat.apps.web.request import ControlUse, GenerationRequest, RequestError, Settings, settings_of
+from sat.apps.web.service import GenerationService, fitted
 from sat.cli.sample import main
 from sat.config.build import adaptable
 from sat.config.cascade import load_cascade
 from sat.config.schema.base import SizeError
+from sat.control.base import ControlError
+from sat.sampling.output import GridAxis
 from tests.adapters import adapter, noisy, start
 from tests.checkpoints import tokenizer
 from tests.configs import DEBUG, ROOT
@@ -115,8 +120,6 @@ def test_a_lora_counts_as_much_as_its_strength(service, words, style, tmp_path) 
 
 
 def _pixels(path: Path) -> bytes:
-    from PIL import Image
-
     return np.asarray(Image.open(path)).tobytes()
 
 
@@ -160,3 +163,73 @@ def test_the_preview_is_near_what_is_decoded() -> None:
         assert torch.corrcoef(torch.stack([near.flatten(), true.flatten()]))[0, 1] > 0.85
         assert (near - true).abs().mean() < 0.12
     assert preview.images(out.latents)[0].size == (8, 8)
+
+
+def test_a_sampler_of_the_page_is_the_one_of_the_config(service, words, tmp_path) -> None:
+    assert service.sampler in service.samplers and len(service.samplers) >= 7
+    request = replace(REQUEST, count=1, sampler="Heun")
+    (drawn_here,) = drawn(service, service.job(request))
+    base = ("--base", DEBUG, TOY / "base.yaml", "--output-dir", tmp_path / "cli")
+    asked = ("--prompt", "a cat", "--steps", 3, "--guidance", 2.5, "--seed", 5)
+    sample(words, *base, *asked, "sampling.sampler={target: sat.diffusion.samplers.Heun}")
+    assert _pixels(drawn_here) == _pixels(tmp_path / "cli" / "0_a_cat" / "000000000.png")
+    known = settings_of(drawn_here)
+    assert known.more["sampler"] == "Heun" and fitted(known, service)[0].sampler == "Heun"
+    (usual,) = drawn(service, service.job(replace(request, sampler="")))
+    assert "sampler" not in settings_of(usual).more and _pixels(usual) != _pixels(drawn_here)
+    with pytest.raises(RequestError, match="there is no sampler 'Magic'; there are DDIM, Euler"):
+        service.job(replace(request, sampler="Magic"))
+
+
+def test_a_grid_is_a_sheet_of_pictures_that_are_drawn_alone_too(service) -> None:
+    axes = [GridAxis("seed", [5, 6]), GridAxis("steps", [2, 3])]
+    job = service.grid(replace(REQUEST, count=4), axes, whole=True)
+    sheet, *cells = drawn(service, job)
+    assert job.view().step == job.view().steps == 2 * (2 + 3) + 4 * 3
+    assert [(settings_of(p).seed, settings_of(p).more.get("grid")) for p in cells] == [
+        (5, None), (5, None), (6, None), (6, None)
+    ]  # fmt: skip
+    assert settings_of(sheet).more["grid"] == "seed=5,6 steps=2,3" and sheet.parent.name.endswith("_grid")
+    alone = drawn(service, service.job(replace(REQUEST, count=1, seed=6), whole=True))
+    assert _pixels(cells[3]) == _pixels(alone[0])
+    assert set(job.origins) == set(cells)
+    with pytest.raises(RequestError, match="the grid has 64 pictures, more than 36"):
+        service.grid(REQUEST, [GridAxis("seed", list(range(8))), GridAxis("steps", list(range(1, 9)))])
+
+
+def test_the_control_that_ships_is_offered_and_draws_as_from_python(tmp_path) -> None:
+    bases = [ROOT / "configs" / "tiny.yaml"]
+    settings = [
+        "parallel.device=cpu",
+        "sampling.attention=torch",
+        "sampling.pack=false",
+        "sampling.fold=false",
+    ]
+    service = GenerationService(load_cascade(bases, settings), tmp_path / "web", "tiny").open()
+    assert list(service.controls) == ["edges"]
+    lion = Image.open(ROOT / "data" / "emoji_sample" / "noto" / "lion.png")
+    request = GenerationRequest(
+        "a lion", 64, 64, 2, 3.0, 5, control=ControlUse("edges", lion, preprocess=True)
+    )
+    (steered,) = drawn(service, service.job(request))
+    pipe = Pipeline.from_config(bases, settings, device="cpu")
+    control = {
+        "control": ROOT / "checkpoints/tiny_control/edges.safetensors",
+        "image": lion,
+        "preprocess": True,
+    }
+    theirs = pipe("a lion", seed=5, steps=2, controls=[control]).images[0]
+    assert _pixels(steered) == theirs.tobytes()
+    (plain,) = drawn(service, service.job(replace(request, control=None)))
+    assert _pixels(plain) == pipe("a lion", seed=5, steps=2).images[0].tobytes() != theirs.tobytes()
+    assert "edges at 1" in settings_of(steered).more["control"]
+    outlines = service.control_picture("edges", lion, 64, 64)
+    assert outlines is not None and {colour for _, colour in outlines.getcolors()} == {(0,) * 3, (255,) * 3}
+    for use in (ControlUse("depth", lion), ControlUse("", lion)):
+        with pytest.raises(RequestError, match="there is no control '.*'; there are edges"):
+            service.job(replace(request, control=use))
+    other = load_cascade([DEBUG, TOY / "base.yaml"], ["parallel.device=cpu"])
+    with pytest.raises(ControlError, match="another model"):
+        GenerationService(
+            other, tmp_path / "o", "o", controls=[ROOT / "checkpoints/tiny_control/edges.safetensors"]
+        )

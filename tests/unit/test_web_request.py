@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, settings_of
+from sat.apps.web.request import (
+    ControlUse,
+    GenerationRequest,
+    Limits,
+    Pictures,
+    RequestError,
+    settings_of,
+)
 from sat.apps.web.serve import Access
 from sat.config.schema.base import SizeRule
 from sat.sampling.output import write_png
@@ -57,7 +64,7 @@ def test_nothing_but_pictures_of_the_folder_can_be_reached(root, name) -> None:
 
 def test_settings_are_read_from_the_png(tmp_path) -> None:
     said = settings_of(picture(tmp_path / "a.png"))
-    assert said == ("<b>ü</b>", "", 32, 48, 5, 2.5, 7, "M", {})
+    assert said == ("<b>ü</b>", "", 32, 48, 5, 2.5, 7, "M", {}, {})
     odd = {**FIELDS, "guidance": "none", "seed": "3-6", "steps": "²", "height": "9" * 30}
     assert settings_of(picture(tmp_path / "b.png", odd))[2:7] == (None, 48, None, None, 3)
     worn = {**FIELDS, "lora": "fur:0.5, silk:-1e-05, , :3, odd, x:nan"}
@@ -107,3 +114,28 @@ def test_only_loopback_is_local() -> None:
         and not Access().knows("user", "")
     )
     assert "päss" not in repr(access) and "t0ken" not in repr(access)
+
+
+def test_a_deleted_picture_takes_its_sheet_along_and_its_number_is_not_used_again(root) -> None:
+    pictures = Pictures(root)
+    pictures.delete("0_a/000000001.png")
+    assert not pictures.has("0_a/000000001.png") and pictures.has("0_a/000000000.png")
+    assert not (root / "0_a" / "grid.png").exists()
+    pictures.delete("0_a/000000000.png")
+    assert not (root / "0_a").exists()
+    pictures.delete("12_b/000000000.png")
+    assert pictures.new("grid").parent.name == "13_grid"
+    for name in ("../secret.png", "12_b/000000000.png"):
+        with pytest.raises(RequestError, match="no such picture"):
+            pictures.delete(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"scale": 2.5}, "strength of the control: expected 0 to 2, got 2.5"),
+     ({"start": 0.8, "end": 0.2}, "acts from 0.8 to 0.2"), ({"end": 1.5}, "acts from 0 to 1.5")],
+)  # fmt: skip
+def test_a_control_keeps_to_its_range(change, match) -> None:
+    use = ControlUse("edges", Image.new("RGB", (2, 2)), **change)
+    with pytest.raises(RequestError, match=match):
+        Limits().check(GenerationRequest("a", 64, 64, 8, 3.0, 5, control=use))

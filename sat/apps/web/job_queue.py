@@ -47,6 +47,8 @@ class Job:
         self.work = work
         self.pictures: list[Path] = []
         self.expected: list[Path] = []  # files of the last stage begun, each there once its picture is
+        self.kept: list[Path] = []  # of them, those finished by earlier runs of this job
+        self.origins: dict[Path, Path] = {}  # enlarged pictures -> the small ones they are of
         self.error: BaseException | None = None
         self._steps, self._done = steps, 0
         self._latents: Tensor | None = None

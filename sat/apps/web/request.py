@@ -34,6 +34,21 @@ class RequestError(UserError, ValueError):
 
 
 @dataclass(frozen=True)
+class ControlUse:
+    """A trained control that is offered, by its name, and a picture for it (docs/control.md).
+
+    ``start`` and ``end`` are shares of the noise range; ``preprocess``: the picture is a plain one.
+    """
+
+    name: str
+    image: Image.Image
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    preprocess: bool = False
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """A request for pictures. ``guidance`` None: the model has no strength to set. Sizes in pixels."""
 
@@ -49,6 +64,8 @@ class GenerationRequest:
     image: Image.Image | None = None  # to change; without a mask, words are not needed
     mask: Image.Image | None = None  # L, of the image's size: white is drawn anew
     strength: float | None = None  # of the change, 0 to 1
+    sampler: str = ""  # its name on the page; empty: the config's
+    control: ControlUse | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,8 @@ class Limits:
     prompt: int = 4000  # characters
     guidance: float = 100.0
     strength: float = 4.0  # of an adapter, either way
+    scale: float = 2.0  # of a control
+    cells: int = 36  # pictures of a grid
 
     def check(self, request: GenerationRequest) -> None:
         """Raise :class:`RequestError` with a sentence unless ``request`` keeps to them."""
@@ -76,6 +95,11 @@ class Limits:
             "guidance": (request.guidance or 0.0, -self.guidance, self.guidance),
             "strength": (request.strength or 0.0, 0, 1),
         }
+        if (use := request.control) is not None:
+            ranges["strength of the control"] = (use.scale, 0, self.scale)
+            if not 0 <= use.start <= use.end <= 1:
+                got = f"{use.start:g} to {use.end:g}"
+                raise RequestError(f"the control acts from {got}: expected 0 <= start <= end <= 1")
         strengths = {f"strength of {name}": value for name, value in request.adapters.items()}
         ranges |= {name: (value, -self.strength, self.strength) for name, value in strengths.items()}
         for name, (value, least, most) in ranges.items():
@@ -98,6 +122,12 @@ class Settings(NamedTuple):
     seed: int | None
     model: str
     adapters: Mapping[str, float] = MappingProxyType({})
+    more: Mapping[str, str] = MappingProxyType({})
+    """Fields of :data:`MORE` that are there, and the text of all settings as ``parameters``."""
+
+
+MORE = ("parameters", "sampler", "init_image", "mask", "strength", "edit", "control", "grid")
+"""Text fields that are shown as they are."""
 
 
 def settings_of(path: Path) -> Settings:
@@ -124,6 +154,7 @@ def settings_of(path: Path) -> Settings:
     return Settings(
         fields["prompt"], fields.get("negative_prompt", ""), whole("height"), whole("width"), whole("steps"),
         number("guidance"), whole("seed"), fields.get("model", ""), _adapters(fields.get("lora", "")),
+        {name: fields[name] for name in MORE if name in fields},
     )  # fmt: skip
 
 
@@ -165,6 +196,32 @@ class Pictures:
         if not _NAME.fullmatch(name) or not path.is_relative_to(self.root) or not path.is_file():
             raise RequestError("there is no such picture")
         return path
+
+    def has(self, name: str) -> bool:
+        """True if there is a picture of this name."""
+        try:
+            return self.at(name).is_file()
+        except RequestError:
+            return False
+
+    def new(self, words: str) -> Path:
+        """The file of a picture in a new folder, numbered after all others."""
+        folder = self.root / f"{max(numbered(self.root), default=-1) + 1}_{words}"
+        folder.mkdir(parents=True)
+        return folder / f"{0:09d}.png"
+
+    def delete(self, name: str) -> None:
+        """Remove a picture, the sheet that shows it, and its folder once nothing is left in it.
+
+        The folder of the highest number stays, empty: its number must not name another picture.
+        """
+        path = self.at(name)
+        folder = path.parent
+        path.unlink()
+        (folder / "grid.png").unlink(missing_ok=True)
+        if int(folder.name.partition("_")[0]) < max(numbered(self.root), default=0):
+            with contextlib.suppress(OSError):  # others are in it
+                folder.rmdir()
 
     def thumbnail(self, name: str) -> Image.Image:
         """The picture, no longer than 256 pixels."""

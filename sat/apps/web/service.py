@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from sat.adapters.files import is_adapter
 from sat.adapters.merge import AdapterRef, adapter_name, load_adapters
+from sat.apps.web.grid import changed
 from sat.apps.web.job_queue import Job
+from sat.apps.web.preview import ControlEntry, LatentPreview
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
+from sat.checkpoint import digest
 from sat.checkpoint.files import SAFETENSORS, TORCH
 from sat.checkpoint.verify import Verify
 from sat.conditioning.conditioner import notices
@@ -31,78 +31,38 @@ from sat.config.record import (
     model_name,
     weight_digests,
 )
-from sat.config.schema import Component, Experiment, LoadConfig, plain
-from sat.config.schema.base import SizeError, SizeRule
+from sat.config.schema import Component, Experiment, LoadConfig, PageConfig, SamplingConfig, plain
+from sat.config.schema.base import ControlConfig, SizeError, SizeRule
 from sat.config.settle import CHOICES
-from sat.engine import DiffusionEngine
 from sat.errors import UserError
+from sat.offload.block_swap import offloaded_parts
 from sat.parallel.launch import launch
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
 from sat.sampling.generator import SamplingParams, strength
 from sat.sampling.inputs import InputList
-from sat.sampling.output import OutputFolder, prove_writable, to_pil
+from sat.sampling.output import (
+    GridAxis,
+    OutputFolder,
+    labelled_grid,
+    opened,
+    prove_writable,
+    read_png_text,
+    write_png,
+)
 from sat.sampling.prompts import Prompt, PromptError, check_text
 from sat.util.pictures import open_picture
 
 if TYPE_CHECKING:
+    from sat.sampling.controls import ControlPictures
     from sat.sampling.edit import EditInput
 
 log = logging.getLogger(__name__)
 
-
-class LatentPreview:
-    """A 3 x C matrix and three offsets: each latent cell becomes the mean colour of its pixels.
-
-    ``weight`` (3, C) and ``bias`` (3,) are float64 on the CPU; colours are in [0, 1].
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight, self.bias = weight, bias
-
-    @classmethod
-    @torch.inference_mode()
-    def fit(cls, engine: DiffusionEngine) -> LatentPreview:
-        """Least squares from latents of made-up pictures to their colours: no decoding, no data.
-
-        The 12 pictures of 16 x 16 cells are shaded discs on white and on coloured grounds, always the same.
-        """
-        factor, device = engine.first_stage.factor, next(engine.first_stage.parameters()).device
-        generator, side = torch.Generator().manual_seed(0), 16 * factor
-        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-
-        def unit(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator)
-
-        drawings = []
-        for index in range(12):
-            image = (unit(3, 1, 1) * 2 - 1 if index % 2 else torch.ones(3, 1, 1)).expand(3, side, side)
-            for _ in range(6):
-                colour, (left, top, size) = unit(3, 1, 1) * 2 - 1, unit(3).tolist()
-                radius = (0.08 + 0.25 * size) * side
-                across, down = (x - left * side) / radius, (y - top * side) / radius
-                shaded = (colour + 0.2 * (across + down)).clamp(-1, 1)
-                image = torch.where(across**2 + down**2 < 1, shaded, image)
-            drawings.append(image)
-        images = torch.stack(drawings)  # (12, 3, side, side) in [-1, 1]
-        shape = (len(images), *engine.latent_shape(side, side))
-        latents = engine.encode(images.to(device), torch.zeros(shape, device=device)).double().cpu()
-        cells = F.avg_pool2d(images, factor).add(1).div(2).double()
-        a = rearrange(latents, "b c h w -> (b h w) c")
-        a = torch.cat([a, a.new_ones(len(a), 1)], 1)  # with an offset
-        gram = a.T @ a + 1e-3 * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-        found = torch.linalg.solve(gram, a.T @ rearrange(cells, "b c h w -> (b h w) c"))
-        return cls(found[:-1].T.contiguous(), found[-1])
-
-    @torch.inference_mode()
-    def colours(self, latents: Tensor) -> Tensor:
-        """(B, 3, h, w) float32 in [0, 1] on the CPU, of latents (B, C, h, w) anywhere."""
-        z = latents.double().cpu()
-        out = torch.einsum("kc,bchw->bkhw", self.weight, z) + self.bias[:, None, None]
-        return out.clamp(0, 1).float()
-
-    def images(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of h x w pixels."""
-        return [to_pil(image) for image in self.colours(latents)]
+SAMPLERS = {
+    "DDIM": "DDIM", "Euler": "Euler", "Heun": "Heun", "DPM++ 2M": "DPMSolver2M", "LMS": "LinearMultistep",
+    "Euler a": "EulerAncestral", "DPM++ 2S a": "DPMSolver2SAncestral",
+}  # fmt: skip
+"""Samplers by the names that people know; "a" draws noise at its steps (ancestral)."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +95,7 @@ class GenerationService:
         name: str,
         *,
         adapters: Path | None = None,
+        controls: Sequence[Path] = (),
         limits: Limits | None = None,
         keep: bool = False,
     ) -> None:
@@ -166,12 +127,54 @@ class GenerationService:
                     self.adapters[adapter_name(path, self.adapters)] = AdapterEntry(path, 0.0)
                 elif path.is_dir() or path.suffix in (*SAFETENSORS, *TORCH):
                     log.warning("%s: holds no readable adapter and is not offered", path)
+        self.controls = self._offered(controls)
+        self.stages[0] = replace(self.first, sampling=replace(self.first.sampling, controls=[]))
+        own = self.first.sampling.sampler
+        last = own.target.rpartition(".")[2]
+        self.samplers = {
+            label: own if name == last else Component(f"sat.diffusion.samplers.{name}")
+            for label, name in SAMPLERS.items()
+        }
+        self.sampler = next((label for label, name in SAMPLERS.items() if name == last), last)
+        self.samplers[self.sampler] = own
         self.tokenizer = find_tokenizer(self.first.conditioning, self.first.checkpoint, self.first.imports)
         self._digests: dict[int, Mapping[str, object]] = {}
         self._given = tuple(self.stages)  # as configured; ``stages`` learn what was auto
         self._worn: tuple[str, ...] = ()  # adapters that the first stage is loaded with
         self._stages = StageLoader(self._load, keep_loaded=keep)
         self._preview: LatentPreview | None = None
+
+    def _offered(self, paths: Sequence[Path]) -> dict[str, ControlEntry]:
+        """Controls of the config, of ``paths``, and of the folder beside the weights, ``NAME_control``."""
+        given = [*self.first.sampling.controls, *map(ControlConfig, paths)]
+        if self.first.sampling.tile is not None:  # shows parts of a picture at a time
+            if given:
+                raise RequestError("controls do not go with sampling.tile: set it to null, or leave them out")
+            return {}
+        source = self.first.checkpoint.source("model")
+        beside = None if source is None else source.with_name(f"{source.name}_control")
+        if not given and (beside is None or not beside.is_dir()):
+            return {}
+        from sat.control.base import ControlError
+        from sat.control.files import check_fits, is_control, read_info
+
+        found = dict[str, ControlEntry]()
+        own = sorted(beside.iterdir()) if beside is not None and beside.is_dir() else []
+        for config in [*given, *(ControlConfig(path) for path in own if is_control(path))]:
+            if config.image is not None:
+                log.warning("sampling.controls: %s is not used: people give their own pictures", config.image)
+            if any(entry.config.path.samefile(config.path) for entry in found.values()):
+                continue
+            try:
+                info = read_info(config.path)
+                check_fits(info, self.first.model, config.path, self.first.imports)
+            except ControlError as error:
+                if config in given:
+                    raise
+                log.warning("%s; it is not offered", error)
+                continue
+            found[adapter_name(config.path, found)] = ControlEntry(replace(config, image=None), info)
+        return found
 
     # -- what may be requested
 
@@ -184,6 +187,11 @@ class GenerationService:
     def sizes(self) -> SizeRule:
         """The sizes it draws, before enlarging."""
         return self.first.sampling.sizes
+
+    @property
+    def page(self) -> PageConfig:
+        """Words of the page about this model."""
+        return self.first.page or PageConfig()
 
     @property
     def scale(self) -> int:
@@ -206,9 +214,26 @@ class GenerationService:
         self.sizes.check(request.height, request.width)
         for name in request.adapters:
             if name not in self.adapters:
-                raise RequestError(
-                    f"there is no LoRA {name!r}; there are {', '.join(self.adapters) or 'none'}"
-                )
+                raise self._strange("LoRA", name, self.adapters)
+        if request.sampler and request.sampler not in self.samplers:
+            raise self._strange("sampler", request.sampler, self.samplers)
+        if (use := request.control) is not None:
+            if use.name not in self.controls:
+                raise self._strange("control", use.name, self.controls)
+            if use.preprocess and self.controls[use.name].info.picture is None:
+                raise RequestError(f"the control {use.name} makes no picture of a plain one: give its own")
+
+    @staticmethod
+    def _strange(kind: str, name: str, known: Iterable[str]) -> RequestError:
+        return RequestError(f"there is no {kind} {name!r}; there are {', '.join(known) or 'none'}")
+
+    def control_picture(self, name: str, image: Image.Image, height: int, width: int) -> Image.Image | None:
+        """The picture that the control ``name`` gets of a plain one, or None; from any thread."""
+        if (entry := self.controls.get(name)) is None:
+            raise self._strange("control", name, self.controls)
+        if entry.info.picture is None:
+            return None
+        return entry.picture(image, height, width, self.first.imports)
 
     def enlarger(self, size: tuple[int, int], above: int = 0) -> int | None:
         """The stage after ``above`` that enlarges pictures of (height, width) ``size``: nearest in size."""
@@ -230,22 +255,66 @@ class GenerationService:
 
     def job(self, request: GenerationRequest, *, whole: bool = False) -> Job:
         """The drawing of ``request``; ``whole``: through all stages, as ``sample.py`` does."""
-        self.check(request)
-        if request.image is not None:
-            prompt = Prompt(0, request.prompt)
-            if (edits := self._edits(0, request, prompt)) is not None:
-                edits.check([prompt], 1)
-        last = len(self.stages) if whole else 1
-        parts = [request.steps, *(stage.sampling.steps for stage in self.stages[1:last])]
-        chunks = [-(-request.count // stage.sampling.at_once) for stage in self.stages[:last]]
+        return Job(*self._drawing([request], whole=whole))
+
+    def grid(self, request: GenerationRequest, axes: Sequence[GridAxis], *, whole: bool = False) -> Job:
+        """A picture for each pair of values of one or two ``axes`` (downwards, to the right), and a sheet.
+
+        The sheet is the first of the job's pictures; it has the settings of its first cell.
+        """
+        count, cells = math.prod(len(axis.values) for axis in axes), [replace(request, count=1)]
+        if count > self.limits.cells:
+            raise RequestError(f"the grid has {count} pictures, more than {self.limits.cells}")
+        for axis in axes:
+            cells = [changed(self, cell, axis, i) for cell in cells for i in range(len(axis.values))]
+        drawing, steps = self._drawing(cells, whole=whole)
 
         def work(job: Job) -> list[Path]:
-            paths = self._draw(0, request, None, job, last=last == 1)
-            for index in range(1, last):
-                paths = self._draw(index, self._enlarged(index, request), paths, job, last=index + 1 == last)
-            return paths
+            paths = drawing(job)
+            down, right = axes if len(axes) == 2 else (GridAxis("", [""]), axes[0])
+            pictures, across = [opened(path) for path in paths], len(right.values)
+            rows = [pictures[start : start + across] for start in range(0, count, across)]
+            told = " ".join(f"{axis.name}={','.join(map(str, axis.values))}" for axis in axes)
+            path = self.pictures.new("grid")
+            fields = {**(read_png_text(paths[0]) or {}), "grid": told}
+            write_png(path, labelled_grid(rows, down, right), fields)
+            return [path, *paths]
 
-        return Job(work, sum(a * b for a, b in zip(parts, chunks, strict=True)))
+        return Job(work, steps)
+
+    def _drawing(
+        self, requests: Sequence[GenerationRequest], *, whole: bool
+    ) -> tuple[Callable[[Job], list[Path]], int]:
+        """The work of a job that draws ``requests``, stage by stage, and its steps; checked here."""
+        for request in requests:
+            self.check(request)
+        if (one := requests[0]).image is not None:
+            prompt = Prompt(0, one.prompt)
+            if (edits := self._edits(0, one, prompt)) is not None:
+                edits.check([prompt], 1)
+        last = len(self.stages) if whole else 1
+        steps = 0
+        for request in requests:
+            parts = [request.steps, *(stage.sampling.steps for stage in self.stages[1:last])]
+            chunks = [-(-request.count // stage.sampling.at_once) for stage in self.stages[:last]]
+            steps += sum(a * b for a, b in zip(parts, chunks, strict=True))
+
+        def work(job: Job) -> list[Path]:
+            drawn: list[list[Path]] = []
+            for index in range(last):
+                before, drawn = drawn, []
+                for number, request in enumerate(requests):
+                    asked = self._enlarged(index, request) if index else request
+                    given = before[number] if index else None
+                    job.kept = [path for paths in drawn for path in paths]
+                    drawn.append(self._draw(index, asked, given, job, last=index + 1 == last))
+                    if given is not None:
+                        job.origins.update(
+                            (a, job.origins.get(b, b)) for a, b in zip(drawn[-1], given, strict=True)
+                        )
+            return [path for paths in drawn for path in paths]
+
+        return work, steps
 
     def enlarging(self, names: Sequence[str]) -> Job:
         """The enlarging of pictures of the folder, each with its own prompt and seed."""
@@ -254,9 +323,12 @@ class GenerationService:
         parts = [self._enlarging(self.pictures.at(name)) for name in names]
 
         def work(job: Job) -> list[Path]:
-            return [
-                made for index, request, path in parts for made in self._draw(index, request, [path], job)
-            ]
+            made: list[Path] = []
+            for index, request, path in parts:
+                job.kept = list(made)
+                made += self._draw(index, request, [path], job)
+                job.origins[made[-1]] = path
+            return made
 
         return Job(work, sum(request.steps for _, request, _ in parts))
 
@@ -299,6 +371,8 @@ class GenerationService:
             steps=stage.sampling.steps,
             guidance=None,
             adapters={},
+            sampler="",
+            control=None,
         )
 
     def _edits(self, index: int, request: GenerationRequest, prompt: Prompt) -> EditInput | None:
@@ -347,6 +421,16 @@ class GenerationService:
             width=request.width, steps=request.steps, seed=request.seed, batch_size=request.count,
             guider=guider,
         )  # fmt: skip
+        if request.sampler:
+            sampling = replace(sampling, sampler=self.samplers[request.sampler])
+        held = self._control(now.pipeline, request, sampling)
+        if request.control is not None:
+            use = request.control
+            acts = replace(
+                self.controls[use.name].config,
+                scale=use.scale, start=use.start, end=use.end, preprocess=use.preprocess,
+            )  # fmt: skip
+            sampling = replace(sampling, controls=[acts])
         load = [LoadConfig(self.adapters[n].path, s) for n, s in request.adapters.items() if s]
         adapters = replace(stage.adapters, load=[*stage.adapters.load, *load]) if load else stage.adapters
         experiment = replace(stage, sampling=sampling, adapters=adapters)  # which checks its rules
@@ -358,13 +442,16 @@ class GenerationService:
         edits = self._edits(index, request, prompt)
         if edits is not None:
             edits = replace(edits, puts_back=last)
-            folder = replace(folder, more=edits.fields)
+        told = self._fields(request)
+        folder = replace(folder, more=lambda p, i: {**({} if edits is None else edits.fields(p, i)), **told})
         given, wanted = None, generator.engine.process.input
         if inputs is not None and wanted is not None:
             size = wanted.size(sampling.height, sampling.width)
             given = InputList(*size, inputs, request.count, first=prompt.index)
-        params = SamplingParams.of(sampling, components(experiment).guider)
-        job.expected = [folder.image_path(prompt, image) for image in range(request.count)]
+        made = components(experiment)
+        generator.sampler = made.sampler
+        params = SamplingParams.of(sampling, made.guider)
+        job.expected = [*job.kept, *(folder.image_path(prompt, image) for image in range(request.count))]
         planned = request.steps * -(-request.count // generator.at_once)
 
         def step(done: int, of: int, latents: Tensor) -> None:
@@ -373,8 +460,32 @@ class GenerationService:
             planned = of
             job.step(done, of, latents)
 
-        written = generator.save(folder, [prompt], params, inputs=given, edits=edits, callback=step)
+        written = generator.save(
+            folder, [prompt], params, inputs=given, controls=held, edits=edits, callback=step
+        )
         return written[: request.count]  # without the sheet
+
+    def _control(
+        self, pipeline: Pipeline, request: GenerationRequest, sampling: SamplingConfig
+    ) -> ControlPictures | None:
+        """The control of ``request`` with its picture; its file is read when it is first used."""
+        if (use := request.control) is None:
+            return None
+        config = self.controls[use.name].config
+        image = {
+            "control": config.path, "layers": config.layers, "guess": config.guess, "fit": config.fit,
+            **{name: getattr(use, name) for name in ("image", "scale", "start", "end", "preprocess")},
+        }  # fmt: skip
+        return pipeline.control_pictures(sampling, [image])
+
+    def _fields(self, request: GenerationRequest) -> dict[str, str]:
+        """Text fields that ``sample.py`` has none of: another sampler than the config's, and a control."""
+        told = {}
+        if request.sampler not in ("", self.sampler):
+            told["sampler"] = request.sampler
+        if (use := request.control) is not None:
+            told["control"] = f"{use.name} at {use.scale:g}, {use.start:g} to {use.end:g} of the noise"
+        return told
 
     def text_notices(self, *texts: str) -> list[str]:
         """Sentences about words that do not reach the text encoder; from any thread."""
@@ -429,6 +540,8 @@ class GenerationService:
         found = dict(self._digests[index])
         if load := experiment.adapters.load:
             found["adapters"] = [[adapter_digest(item.path), item.strength] for item in load]
+        if controls := experiment.sampling.controls:
+            found["controls"] = [digest(item.path) for item in controls]
         return found
 
     def _open(self, index: int) -> _Open:
@@ -445,7 +558,11 @@ class GenerationService:
             worn = [LoadConfig(self.adapters[name].path, 0.0) for name in self._worn]
             load = [*stage.adapters.load, *worn]
             stage = replace(stage, adapters=replace(stage.adapters, load=load, merge=False))
-        pipeline = Pipeline.open(stage, launch(stage.parallel.device).device)
+        device = launch(stage.parallel.device).device
+        if index == 0 and self.controls and offloaded_parts(stage.memory, device):  # takes none later
+            named = [entry.config for entry in self.controls.values()]
+            stage = replace(stage, sampling=replace(stage.sampling, controls=named))
+        pipeline = Pipeline.open(stage, device)
         made = pipeline.experiment.sampling  # what was auto is named in labels
         chosen = {name: getattr(made, name) for name in CHOICES}
         stage = self._given[index]
@@ -483,6 +600,11 @@ def fitted(known: Settings, service: GenerationService) -> tuple[GenerationReque
     if guidance is not None and known.guidance is not None:
         guidance = known.guidance
     steps, seed = min(known.steps or default.steps, limits.steps), min(known.seed or 0, 2**32 - 1)
+    sampler = known.more.get("sampler", "")
+    if sampler and sampler not in service.samplers:
+        notes.append(f"It was drawn with the sampler {sampler}, which is not offered here.")
+        sampler = ""
     return GenerationRequest(
-        known.prompt, height, width, steps, guidance, seed, 1, known.negative_prompt, adapters
-    ), notes
+        known.prompt, height, width, steps, guidance, seed, 1, known.negative_prompt, adapters,
+        sampler=sampler,
+    ), notes  # fmt: skip
