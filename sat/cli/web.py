@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     add("--max-images", type=int, default=8, metavar="N", help="pictures of one job at most (8)")
     add("--lora", action="append", metavar="PATH[:STRENGTH]", help="offer an adapter; repeat for several")
     add("--lora-dir", type=Path, metavar="FOLDER", help="offer all adapters in a folder")
+    add("--control", action="append", type=Path, metavar="PATH", help="offer a trained control; repeat")
+    add(
+        "--grace", type=float, default=60.0, metavar="S", help="seconds that jobs of a closed page go on (60)"
+    )
     add("--keep-loaded", action="store_true", help="keep all stages of a cascade in memory, not one")
     add("--optimizer-url", metavar="URL", help="server that enhances prompts (its key: OPENAI_API_KEY)")
     add("--optimizer-model", metavar="NAME", help="its language model")

@@ -33,7 +33,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     """The small cascade, 6 steps and then 1, nobody to enhance prompts."""
     with serving(
         tmp_path_factory.mktemp("web") / "out", "--base", "configs/tiny_cascade.yaml", "--api",
-        "--keep-loaded", "--queue", QUEUE, "--optimizer-url", "http://127.0.0.1:9/v1",
+        "--keep-loaded", "--queue", QUEUE, "--grace", 5, "--optimizer-url", "http://127.0.0.1:9/v1",
         "sampling.steps=6", "cascade.relay.sampling.steps=1", "parallel.device=cpu",
     ) as running:  # fmt: skip
         yield running

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import html
@@ -12,10 +13,12 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Annotated, Any, Literal, TypeVar
+from zipfile import ZipFile
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -139,8 +142,13 @@ class Links:
         """The address of picture ``name``, from the root of the server."""
         return f"/pictures/{name}?key={self._sign(name)}"
 
+    def zipped(self, names: Sequence[str]) -> str:
+        """The address of pictures as one zip file."""
+        listed = ",".join(names)
+        return f"/pictures.zip?names={listed}&key={self._sign(f'zip {listed}')}"
+
     def fits(self, name: str, key: str) -> bool:
-        """True if ``key`` is that of picture ``name``."""
+        """True if ``key`` is that of picture ``name`` (``zip``, a space and names: of those as one file)."""
         return hmac.compare_digest(self._sign(name).encode(), key.encode("utf-8", "replace"))
 
     def _sign(self, name: str) -> str:
@@ -167,6 +175,19 @@ def picture_routes(app: FastAPI, service: GenerationService, queue: JobQueue, li
             content_disposition_type="inline",
             headers={"Cache-Control": "private"},
         )
+
+    @app.get("/pictures.zip", include_in_schema=False)
+    def pictures(names: str, key: str = "") -> Response:
+        if not links.fits(f"zip {names}", key):
+            return ApiError(404, "there are no such pictures").response()
+        out = SpooledTemporaryFile(max_size=1 << 24)  # noqa: SIM115 - closed once it is sent
+        with ZipFile(out, "w") as archive:  # PNG files are compressed already
+            for name in names.split(","):
+                with contextlib.suppress(RequestError):  # deleted since
+                    archive.write(service.pictures.at(name), name)
+        out.seek(0)
+        headers = {"Content-Disposition": 'attachment; filename="pictures.zip"', "Cache-Control": "private"}
+        return StreamingResponse(iter(lambda: out.read(1 << 16), b""), 200, headers, "application/zip")
 
     @app.get("/health")
     def health() -> JSONResponse:

@@ -64,14 +64,19 @@ def application(
     *,
     api: bool,
     optimizer: PromptOptimizer,
+    grace: float = 60.0,
 ) -> FastAPI:
-    """The page, the API (where ``api``) and their guards as one application."""
+    """The page, the API (where ``api``) and their guards as one application.
+
+    ``grace``: seconds in which a page that was left finds its job again.
+    """
     root = service.pictures.root
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")  # uploads and thumbnails stay in the output folder
     import gradio
 
-    from sat.apps.web.page import CSS, SCRIPT, page, theme
+    from sat.apps.web.appearance import CSS, HEAD, SCRIPT, theme
+    from sat.apps.web.page import i18n, page
 
     app = FastAPI(title=f"{service.name}", docs_url=None, redoc_url=None, openapi_url=None)
     links = Links()
@@ -80,7 +85,7 @@ def application(
         api_routes(app, service, queue, links, access.token)
     mounted: FastAPI = gradio.mount_gradio_app(
         app,
-        page(service, queue, links, optimizer),
+        page(service, queue, links, optimizer, grace),
         path="/",
         auth=None if access.password is None else access.knows,
         show_error=True,
@@ -93,6 +98,7 @@ def application(
         theme=theme(),
         css=CSS,
         js=SCRIPT,
+        i18n=i18n,
     )
     if not api:  # the page's framework would answer with its own
 
@@ -105,8 +111,40 @@ def application(
         mounted.add_middleware(
             TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "::1"]
         )
+    mounted.add_middleware(Headed, head=HEAD)
     mounted.add_middleware(Guard)  # around all else: errors of every layer pass through it
     return mounted
+
+
+class Headed:
+    """Puts a script in front of all others of the page; those of Gradio's ``head`` run last."""
+
+    def __init__(self, app: App, head: str) -> None:
+        self.app, self.head = app, b"<head>" + head.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["path"] != "/":
+            await self.app(scope, receive, send)
+            return
+        headers = [(key, value) for key, value in scope["headers"] if key.lower() != b"accept-encoding"]
+        start: MutableMapping[str, Any] = {}
+        parts: list[bytes] = []
+
+        async def out(message: MutableMapping[str, Any]) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                body = b"".join(parts).replace(b"<head>", self.head, 1)
+                kept = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
+                start["headers"] = [*kept, (b"content-length", str(len(body)).encode())]
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+
+        await self.app({**scope, "headers": headers}, receive, out)
 
 
 class Guard:

@@ -21,6 +21,8 @@ def access(args: argparse.Namespace) -> Access:
 
     if args.queue < 1 or args.max_images < 1:
         raise UsageError("--queue and --max-images: expected at least 1")
+    if not 0 <= args.grace <= 86400:
+        raise UsageError(f"--grace {args.grace:g}: expected 0 to 86400 seconds")
     if not 0 <= args.port < 65536:
         raise UsageError(f"--port {args.port}: expected 0 to 65535")
     password, token = _secret(args.password_file, PASSWORD), _secret(args.token_file, TOKEN)
@@ -76,8 +78,9 @@ def work(args: argparse.Namespace, access: Access) -> int:
     name = "+".join(Path(base).stem for base in args.base)
     limits = Limits(count=args.max_images)
     service = GenerationService(
-        cascade, args.output_dir, name, adapters=args.lora_dir, limits=limits, keep=args.keep_loaded
-    )
+        cascade, args.output_dir, name, adapters=args.lora_dir, controls=args.control or (), limits=limits,
+        keep=args.keep_loaded,
+    )  # fmt: skip
     prove_writable(service.pictures.root)
     first = service.first
     optimizer = PromptOptimizer(
@@ -88,7 +91,7 @@ def work(args: argparse.Namespace, access: Access) -> int:
     queue: JobQueue = JobQueue(service.open, args.queue)
     queue.open()
     host, port = listening.getsockname()[:2]
-    app = application(service, queue, access, api=args.api, optimizer=optimizer)
+    app = application(service, queue, access, api=args.api, optimizer=optimizer, grace=args.grace)
     shared = share(host, port) if access.share else None
 
     def ready() -> None:
