@@ -195,6 +195,8 @@ NAMES: dict[str, str] = {
     "sat.checkpoint.fit.fit": "sat.checkpoint.rules.best_layout",
     "sat.checkpoint.whole.whole_folder": "sat.checkpoint.files.atomic_folder",
     "sat.diffusion.parameterisation.Parameterisation": "sat.diffusion.prediction.Prediction",
+    "sat.train.objectives.consistency.Consistency": "sat.train.objectives.distillation.Distillation",
+    "sat.train.objectives.matching.Matching": "sat.train.objectives.distillation.Distillation",
     "sat.diffusion.process.Near": "sat.diffusion.process.LevelAtSigma",
     "sat.evaluate.judges.Judge": "sat.apps.evaluate.metrics.Metric",
     "sat.evaluate.judges.KINDS": "sat.apps.evaluate.metrics.METRICS",
@@ -254,6 +256,12 @@ KEYS: dict[str, str] = {
 
 PARAMETERS: dict[str, dict[str, str]] = {}
 """Target of today -> {old parameter: parameter now}."""
+
+MEANT: dict[str, dict[str, Any]] = {
+    "sat.train.objectives.consistency.Consistency": {"method": "consistency"},
+    "sat.train.objectives.matching.Matching": {"method": "dmd2"},
+}
+"""Old target that is one of several today -> the parameters that say which, where they are not given."""
 
 
 def target(name: str) -> str:

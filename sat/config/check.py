@@ -172,7 +172,9 @@ def signature(made: Any) -> Signature:
 
 def _hints(made: Any) -> dict[str, Any]:
     """Annotations of the parameters of ``made``; one that cannot be evaluated is left out."""
-    function = made.__init__ if inspect.isclass(made) else made
+    function = made
+    if inspect.isclass(made):
+        function = made.__new__ if "__new__" in vars(made) else made.__init__
     found: dict[str, Any] = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
         holder = types.SimpleNamespace(__annotations__={name: annotation}, __globals__=function.__globals__)

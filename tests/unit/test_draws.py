@@ -99,7 +99,7 @@ def objectives(engine: DiffusionEngine) -> dict[str, Objective]:
     plain = DiffusionObjective(0.4, engine=engine)
     stage = FirstStageObjective(noise=0.2, engine=engine)
     stratified, engine.denoising_loss = engine.denoising_loss, DenoisingLoss()
-    student = Distillation(8, [4], engine=engine)
+    student = Distillation(teacher_steps=8, rounds=[4], engine=engine)
     engine.denoising_loss = stratified
     return {"diffusion": plain, "distillation": student, "first stage": stage}
 

@@ -27,6 +27,17 @@ class Round:
     steps: int
 
 
+class FewSteps(NamedTuple):
+    """Sampling that a distilled network is for: numbers of steps, and the guidance it has learned.
+
+    ``guidance`` is one strength that is in its weights, or the smallest and largest of an input.
+    """
+
+    method: str
+    steps: tuple[int, ...]
+    guidance: float | tuple[float, float]
+
+
 class Degradation(NamedTuple):
     """A way to make low-resolution images; ``name`` tells it from others, for caches."""
 
@@ -66,6 +77,14 @@ class Objective(nn.Module):
     def resting(self) -> frozenset[str]:
         """The roles whose parameters stay as they are in this ``step``, and get no gradient."""
         return frozenset()
+
+    def turn(self) -> str:
+        """The role that learns in this ``step``, where several do in turn, for the log; "" is all."""
+        return ""
+
+    def turns(self) -> Sequence[int]:
+        """Steps that differ in what is computed, at full cost: all of them are measured for an estimate."""
+        return (0,)
 
     def held_out_draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """The same for ``evaluate``; by default those of ``draws``."""
@@ -116,6 +135,10 @@ class Objective(nn.Module):
     def parts(self) -> dict[str, nn.Module]:
         """The trained modules by their part of a checkpoint: ``model``, ``text``, ``first_stage``."""
         raise NotImplementedError
+
+    def few_steps(self) -> FewSteps | None:
+        """Sampling that the trained network alone is for; None: any."""
+        return None
 
     def beside(self) -> Sequence[nn.Module]:
         """Modules that it runs and that are neither trained nor of the engine, such as a teacher."""

@@ -28,6 +28,7 @@ from sat.diffusion.process import ProcessContext
 from sat.diffusion.schedule import Level, sized
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
+from sat.train.objectives.base import FewSteps
 from sat.train.objectives.diffusion import DiffusionObjective
 
 
@@ -49,7 +50,8 @@ class Consistency(DiffusionObjective):
     the same network with them off. The teacher is guided by ``guidance``: one strength is folded into the
     student, a pair is drawn between and seen by it (``guidance_dim`` of the model). Levels are drawn as
     ``diffusion.loss`` says; a ``terminal`` share of the pictures is at the noisiest, which one step draws
-    from. Over the first ``warmup`` steps the derivative through the network comes in.
+    from. Over the first ``warmup`` steps the derivative through the network comes in. ``steps`` is the
+    largest number of sampling steps that the result is for.
 
     ``derivative``: ``difference`` takes one more prediction, nearer on the teacher's path by an angle of
     ``gap`` (atan of noise over signal); ``jvp`` is exact, by torch's plain attention (``train.attention``
@@ -60,7 +62,7 @@ class Consistency(DiffusionObjective):
     extras = frozenset[str]()
     weighs = False
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its settings
         self,
         guidance: float | tuple[float, float] = 4.0,
         terminal: float = 0.1,
@@ -69,6 +71,7 @@ class Consistency(DiffusionObjective):
         derivative: Literal["difference", "jvp"] = "difference",
         weighting: Weighting | None = None,
         low_from: Literal["image", "first_stage"] = "image",
+        steps: int = 4,
         *,
         engine: DiffusionEngine,
     ) -> None:
@@ -82,14 +85,15 @@ class Consistency(DiffusionObjective):
                 "consistency: a pair of guidance strengths is an input of the student: set "
                 "model.params.guidance_dim, or give one strength, which is folded in"
             )
-        if not 0 <= terminal <= 1 or not 0 < gap < 0.5 or warmup < 0:
+        if not 0 <= terminal <= 1 or not 0 < gap < 0.5 or warmup < 0 or steps < 1:
             raise ValueError(
-                f"consistency: terminal {terminal:g}, gap {gap:g} and warmup {warmup}: expected a share of 0 "
-                "to 1, an angle above 0 and below 0.5, and a number of steps"
+                f"consistency: terminal {terminal:g}, gap {gap:g}, warmup {warmup} and steps {steps}: "
+                "expected a share of 0 to 1, an angle above 0 and below 0.5, and two numbers of steps"
             )
         if engine.denoising_loss.kind != "l2":
             raise ValueError("consistency has squared errors: leave kind out of diffusion.loss.params")
         self.terminal, self.warmup, self.gap, self.derivative = terminal, warmup, gap, derivative
+        self.method, self.steps = "consistency", steps
         self.loss = DenoisingLoss(weighting or AngleWeighting())
         self._adapter: str | None = None
         self._teacher: tuple[nn.Module, ...] = ()  # out of the module tree: neither trained nor saved
@@ -99,6 +103,12 @@ class Consistency(DiffusionObjective):
         """Copy the teacher, unless it is the network without the trained factors."""
         self._adapter = adapter
         self._teacher = () if adapter else (copy.deepcopy(self.engine.network).requires_grad_(False),)
+
+    def few_steps(self) -> FewSteps:
+        """Any number up to ``steps``."""
+        smallest, largest = self.guidance
+        strength = (smallest, largest) if self.embeds else smallest
+        return FewSteps(self.method, tuple(range(1, self.steps + 1)), strength)
 
     def beside(self) -> Sequence[nn.Module]:
         """The teacher, where it is a copy."""

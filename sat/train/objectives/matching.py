@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -60,7 +60,7 @@ class Matching(Consistency):
         *,
         engine: DiffusionEngine,
     ) -> None:
-        super().__init__(guidance, terminal, warmup, gap, derivative, low_from=low_from, engine=engine)
+        super().__init__(guidance, terminal, warmup, gap, derivative, None, low_from, steps, engine=engine)
         if method == "dmd2" and (alone or consistency_weight != 100.0):
             raise ValueError("matching: consistency_weight and alone are of method rcm")
         if steps < 1 or student_every < 1 or alone < 0 or not 0 <= between[0] < between[1] <= 1:
@@ -68,7 +68,7 @@ class Matching(Consistency):
                 f"matching: steps {steps}, student_every {student_every}, alone {alone}, between {between}: "
                 "expected at least 1 of the first two, and two rising shares of the timesteps"
             )
-        self.method, self.steps, self.student_every = method, steps, student_every
+        self.method, self.student_every = method, student_every
         self.between, self.consistency_weight, self.alone = between, consistency_weight, alone
         self.critic: nn.Module | None = None
         self.critic_loss = DenoisingLoss()
@@ -99,6 +99,14 @@ class Matching(Consistency):
         """The student in the critic's steps, and the critic in the student's."""
         return frozenset((CRITIC,)) if self._students_turn() else frozenset(("student",))
 
+    def turn(self) -> str:
+        """Student or critic."""
+        return "student" if self._students_turn() else CRITIC
+
+    def turns(self) -> Sequence[int]:
+        """The student's first step beside the critic, which follows, and the critic's first."""
+        return (self.alone, self.alone + 1) if self.student_every > 1 else (self.alone,)
+
     def _students_turn(self) -> bool:
         return self.step < self.alone or (self.step - self.alone) % self.student_every == 0
 
@@ -112,27 +120,33 @@ class Matching(Consistency):
         return made | {"seen": draws.normal("seen", shape)}
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``loss`` of whose turn it is, and it by name: ``matching`` and ``consistency``, or ``critic``."""
+        """``loss`` of whose turn it is, also by its role, with its parts.
+
+        The student's are ``matching`` and ``consistency``; the critic's is its ``critic_accuracy``, the share
+        of the variance of its targets that it predicts.
+        """
         given = self.given(batch, generator)
         if not self._students_turn():
-            loss = self.critics(given)
-            return {"loss": loss, "critic": loss.detach()}
+            loss, accuracy = self.critics(given)
+            return {"loss": loss, "critic": loss.detach(), "critic_accuracy": accuracy}
         losses: dict[str, Tensor] = {}
         if self.method == "rcm":
             found = self.consistency(given)
             losses = {"consistency": found["loss"], "tangent": found["tangent"]}
             if self.step < self.alone:
-                return {"loss": self.consistency_weight * found["loss"], **_detached(losses)}
+                loss = self.consistency_weight * found["loss"]
+                return {"loss": loss, **_detached({"student": loss, **losses})}
         losses["matching"] = self.matching(given)
         loss = losses["matching"]
         if self.method == "rcm":
             loss = loss + self.consistency_weight * losses["consistency"]
-        return {"loss": loss, **_detached(losses)}
+        return {"loss": loss, **_detached({"student": loss, **losses})}
 
     def evaluate(self, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         """Consistency of the student and the critic's loss on held-out conditions."""
         given = self.given(batch, generator)
-        return {**self.consistency(given), "critic": self.critics(given)}
+        loss, accuracy = self.critics(given)
+        return {**self.consistency(given), "critic": loss, "critic_accuracy": accuracy}
 
     def matching(self, given: Given) -> Tensor:
         """1/2 |x0 - target|^2 of the student's pictures, drawn with gradients in the last of their steps."""
@@ -143,8 +157,8 @@ class Matching(Consistency):
             target = matching_target(x0, real, self._critics_x0(x, level, given))
         return 0.5 * (x0 - target).square().mean()
 
-    def critics(self, given: Given) -> Tensor:
-        """Denoising loss of the critic on the student's pictures, without guidance."""
+    def critics(self, given: Given) -> tuple[Tensor, Tensor]:
+        """Denoising loss of the critic on the student's pictures, without guidance, and its accuracy."""
         with torch.no_grad():
             x0 = self.drawn(given)
         level, eps, x = self._looked_at(x0, given)
@@ -152,7 +166,8 @@ class Matching(Consistency):
         with self._as_critic():
             out = denoiser.output(x, level, denoiser.network.prepare(given.cond, (x.shape[2], x.shape[3])))
         wanted = denoiser.prediction.target(x0, process.noise_seen(x0, eps, level, given.ctx), level)
-        return self.critic_loss.error(out, wanted, level, denoiser).mean()
+        accuracy = 1 - (out.detach() - wanted).square().mean() / wanted.var()
+        return self.critic_loss.error(out, wanted, level, denoiser).mean(), accuracy
 
     def drawn(self, given: Given) -> Tensor:
         """The student's pictures (B, C, h, w) after some of its steps, of which the last has gradients.
