@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json
 from torch import Tensor
 
 from sat import compat
-from sat.adapters.factors import AdapterError, Kron, LayerFactors, Pair
+from sat.adapters.factors import AdapterError, LayerFactors, Pair
 from sat.adapters.lokr import expanded, is_lokr
 from sat.adapters.lora import check
 from sat.adapters.names import Parts, Unfused, to_ours
@@ -53,7 +53,8 @@ class AdapterInfo:
     """Description in an adapter's header. ``base``: part -> the config component it was trained on.
 
     ``digests``: part -> fingerprint of the files of its weights. ``norms``: part -> layer -> norms of some
-    rows of its weight, which tell other weights of the same shapes in whatever file they are.
+    rows of its weight, which tell other weights of the same shapes in whatever file they are. ``distilled``:
+    sampling that it is for, if only in few steps.
     """
 
     rank: int
@@ -63,6 +64,7 @@ class AdapterInfo:
     base: Mapping[str, Any] = field(default_factory=dict)
     digests: Mapping[str, str | None] = field(default_factory=dict)
     norms: Mapping[str, Mapping[str, list[float]]] = field(default_factory=dict)
+    distilled: Distilled | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,16 @@ def base_of(path: Path) -> dict[str, Any]:
     return compat.today(found)
 
 
+def distilled(path: Path) -> Distilled | None:
+    """Sampling that the adapter at ``path`` is for, if it says so; only headers are read."""
+    for file in locate(path):
+        with open_file(file, verify=_NAMES_ONLY) as opened:
+            header = _header(file, getattr(opened, "metadata", {}))
+        if header is not None and header.distilled is not None:
+            return header.distilled
+    return None
+
+
 def read(path: Path, parts: Parts, verify: Verify | None = None) -> Adapter:
     """The adapter at ``path`` for the modules ``parts``, which may be on the meta device.
 
@@ -189,15 +201,13 @@ def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
         header, configs = _header(file, metadata), _configs(file, metadata)
         native = header is not None and header.layout == "native"
         held = {name: tensors[name] for name in tensors}
-        krons: Mapping[str, Kron] = {}
         if any(map(is_lokr, held)):
-            held, krons = _without_lokr(held, configs, file, native)
-            configs = {}
+            held, configs = _without_lokr(held, configs, file), {}
         factors = _factors(held, file, native)
         tensors.verified()
     places = {} if native else place(list(factors), parts, file)
     content = _Content(file, header, configs, {n: at.prefix + at.known for n, at in places.items()})
-    unfused = {name: content.unfused(name, sides, krons.get(name)) for name, sides in factors.items()}
+    unfused = {name: content.unfused(name, sides) for name, sides in factors.items()}
     if header is not None:
         if missing := [name for name in header.layers if name not in unfused]:
             share = f"{len(missing)} of its {len(header.layers)} layers"
@@ -223,9 +233,9 @@ def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
 
 
 def _without_lokr(
-    tensors: Mapping[str, Tensor], configs: Mapping[str, PeftConfig], file: Path, native: bool
-) -> tuple[dict[str, Tensor], dict[str, Kron]]:
-    """``tensors`` with Kronecker products as low-rank factors, scaled by PEFT's settings; the products."""
+    tensors: Mapping[str, Tensor], configs: Mapping[str, PeftConfig], file: Path
+) -> dict[str, Tensor]:
+    """``tensors`` with Kronecker products as low-rank factors, scaled by PEFT's settings if there are any."""
     names = {name.partition(".lokr_")[0] for name in tensors if is_lokr(name)}
     scales: dict[str, float | None] = {}
     for name in names:
@@ -234,10 +244,10 @@ def _without_lokr(
         inner = re.sub(r"^(base_model\.model|transformer|unet|text_encoder)\.", "", name)
         scales[name] = None if config is None else config.lokr_scale(inner)
     try:
-        found = expanded(tensors, scales, native)
+        found = expanded(tensors, scales)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from None
-    log.info("%s: a LoKr of %d layers", file, len(names))
+    log.info("%s: a LoKr of %d layers, read as low-rank factors of the same change", file, len(names))
     return found
 
 
@@ -289,7 +299,7 @@ class _Content(NamedTuple):
     configs: Mapping[str, PeftConfig]  # by what is in front of the names they are for
     clean: Mapping[str, str]  # names without kohya's flattening and torch's wrappers
 
-    def unfused(self, name: str, sides: Mapping[str, Tensor], kron: Kron | None = None) -> Unfused:
+    def unfused(self, name: str, sides: Mapping[str, Tensor]) -> Unfused:
         """The factors of one linear, compared with all that is said of it."""
         if not {"down", "up"} <= sides.keys():
             there, no = [{"down": "lora_A", "up": "lora_B"}.get(s, s) for s in sides], "lora_B"
@@ -312,8 +322,7 @@ class _Content(NamedTuple):
                     f"{self.file}: {name!r}: {list(magnitude.shape)} magnitudes, expected one for each of "
                     f"{outputs} outputs"
                 )
-        kron = kron if magnitude is None else None  # DoRA is of the low-rank form
-        return Unfused(Pair(down, up, self._alpha(name, sides, rank), kron), magnitude)
+        return Unfused(Pair(down, up, self._alpha(name, sides, rank)), magnitude)
 
     def _alpha(self, name: str, sides: Mapping[str, Tensor], rank: int) -> float:
         """Alpha of a linear: of the file, its header, PEFT's settings, which must agree; else its rank."""
@@ -362,6 +371,7 @@ def _info(header: Header | None, unfused: Mapping[str, Unfused]) -> AdapterInfo:
         {part: one.component for part, one in base.items()},
         {part: one.digest for part, one in base.items()},
         {part: one.norms for part, one in base.items()},
+        header.distilled,
     )
 
 
@@ -390,6 +400,24 @@ class BaseEntry(BaseModel):
     norms: dict[str, list[_Finite]] = {}
 
 
+_Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Distilled(BaseModel):
+    """Sampling that distilled weights are for, beside them: in an adapter's header or a folder's manifest.
+
+    ``steps`` are the numbers of steps that they were trained for, the usual first; ``levels`` the timesteps
+    that the network sees at each. ``guidance`` is the strength in the weights, or the smallest and largest of
+    one that the network takes as an input.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+    method: str
+    steps: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)]
+    levels: dict[str, list[_Finite]]
+    guidance: _Strength | Annotated[list[_Strength], Field(min_length=2, max_length=2)]
+
+
 class Header(BaseModel):
     """Our own part of a file's header, whose values are JSON."""
 
@@ -401,6 +429,7 @@ class Header(BaseModel):
     dora: Json[bool]
     layers: Json[dict[str, LayerEntry]]
     base: Json[dict[str, BaseEntry]]
+    distilled: Json[Distilled] | None = None
 
     def counts(self, file: Path) -> dict[str, int]:
         """Linear -> number of fused parts, of a native file."""

@@ -66,8 +66,13 @@ def load(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -> Exp
     return loaded.experiment
 
 
-def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -> Loaded:
-    """As :func:`load`, with the missing inputs and notices beside the experiment instead of in the log."""
+def load_full(  # noqa: C901 - one check after another
+    bases: Sequence[str | Path], overrides: Sequence[Override] = (), *, samples: bool = True
+) -> Loaded:
+    """As :func:`load`, with the missing inputs and notices beside the experiment instead of in the log.
+
+    Unless it ``samples``, weights that were distilled to few steps are taken as any others.
+    """
     if not bases:
         raise ConfigError.of("", "", "no config is named; give at least one: --base configs/tiny.yaml")
     sources, notices, ours = _read(bases, overrides)
@@ -90,6 +95,8 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
     experiment = checker.experiment(tree)
     told = {problem.key for problem in problems}
     problems += [problem for problem in checker.problems if problem.key not in told]
+    if samples and not problems:
+        experiment = _few_steps(experiment, layers)
     if not problems:
         from sat.config.constraints import constraints  # which imports torch
 
@@ -107,6 +114,22 @@ def load_full(bases: Sequence[str | Path], overrides: Sequence[Override] = ()) -
     if problems:
         raise ConfigError(problems)
     return Loaded(experiment, checker.missing, list(dict.fromkeys(notices)))
+
+
+def _few_steps(experiment: Experiment, layers: _Layers) -> Experiment:
+    """``experiment`` sampled as its distilled weights are meant; what was typed for this call may not fit."""
+    from sat.config.few_steps import FewStepError, settle_few_steps
+
+    def typed(key: Key) -> bool:
+        held = (mark for at, mark in layers.marks.items() if at[: len(key)] == key)
+        return any(mark.folder is None and mark is not DEFAULT for mark in held)
+
+    try:
+        experiment, told = settle_few_steps(experiment, typed)
+        layers.notices += told
+    except FewStepError as error:
+        layers.problems.append(problem(layers.marks, error.key, str(error)))
+    return experiment
 
 
 def dump(experiment: Experiment) -> str:
@@ -240,7 +263,11 @@ class _Layers:
             target in compat.NAMES or target.rpartition(".")[0] in compat.MODULES
         ):
             today = compat.target(target)
-            self.notices.append(f"{where(marks, (*key, 'target'))}: {target} is now called {today}")
+            meant = compat.MEANT.get(target, {})
+            told = "".join(f", with {name} {value}" for name, value in meant.items())
+            self.notices.append(f"{where(marks, (*key, 'target'))}: {target} is now called {today}{told}")
+            if meant:
+                new["params"] = {**meant, **(new.get("params") or {})}
             new["target"] = target = today
         if "target" in new and target != before and old is not None:
             old["params"] = {}

@@ -45,6 +45,7 @@ _UNSEEN = frozenset(
         "prompt",
         "prompt_file",
         "share",
+        "trained_steps",
         "negative_prompt",
         "seed",
         "batch_size",

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sat.adapters.files import Distilled
 from sat.adapters.tokens import WordExport, WordTable, WordTokenizer, table_of
 from sat.checkpoint.format import DTYPES, PARTS, CheckpointError, InMemory, Part
 from sat.checkpoint.formats import detect, digest
 from sat.checkpoint.save import Options, save_native
 from sat.checkpoint.verify import Written
+from sat.config.few_steps import SECTION
 from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.engine import DiffusionEngine
@@ -274,7 +276,9 @@ def exporter(
         paths = {"model": weights.source("model"), "text": weights.source("text")}
         base = {"model": plain(experiment.model), "text": plain(experiment.conditioning.text)}
         digests = {part: None if path is None else digest(path) for part, path in paths.items()}
-        inner = AdapterExport(objective, lora, base, digests, dtype)
+        inner = AdapterExport(
+            objective, lora, base, digests, dtype, _distilled(experiment, engine, objective)
+        )
     if experiment.adapters.tokens:
         table, tokenizer = table_of(engine.conditioner.text)[1], engine.conditioner.tokenizer
         assert isinstance(table, WordTable) and isinstance(tokenizer, WordTokenizer), "words were added"
@@ -285,8 +289,21 @@ def exporter(
         return made[0] if len(made) == 1 else Exports(made)
     described = ("model", "diffusion", "conditioning", "first_stage")
     sections = {name: plain(getattr(experiment, name)) for name in described}
+    if (distilled := _distilled(experiment, engine, objective)) is not None:
+        sections[SECTION] = distilled.model_dump()
     vocabulary = engine.conditioner.tokenizer
     return ModelExport(objective, sections, None if vocabulary is None else vocabulary.path, dtype)
+
+
+def _distilled(experiment: Experiment, engine: DiffusionEngine, objective: Objective) -> Distilled | None:
+    """Sampling that the trained weights alone are for; the config's number of steps is the usual one."""
+    if (few := objective.few_steps()) is None:
+        return None
+    usual, hooks = experiment.sampling.steps, engine.process.hooks
+    steps = sorted(few.steps, key=lambda count: (count != usual, count))
+    levels = {str(n): [float(at.timestep) for at in hooks.levels(engine.schedule, n)[:-1]] for n in steps}
+    guidance = few.guidance if isinstance(few.guidance, float | int) else list(few.guidance)
+    return Distilled(method=few.method, steps=steps, levels=levels, guidance=guidance)
 
 
 @dataclass(frozen=True)

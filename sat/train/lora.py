@@ -21,7 +21,7 @@ from sat.adapters.factors import (
     some_norms,
     telling,
 )
-from sat.adapters.files import NATIVE_FILE, AdapterInfo, read
+from sat.adapters.files import NATIVE_FILE, AdapterInfo, Distilled, read
 from sat.adapters.lora import Adapted, adapted, attach, base_norms, extract
 from sat.adapters.merge import compare_base
 from sat.adapters.names import choose
@@ -65,7 +65,7 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int, verify: Verify |
             alpha = lora.effective_alpha(rank)
             layers[part][path] = initial_factors(
                 cast(LinearLike, layer), [rank] * count, [alpha] * count, f"{seed} {name}",
-                base_norms(layer) if lora.dora else None, lora.lokr,
+                base_norms(layer) if lora.dora else None,
             )  # fmt: skip
     for part, module in parts.items():
         attach(module, NAME, layers[part], dropout=lora.dropout)
@@ -171,6 +171,7 @@ class AdapterExport:
     base: Mapping[str, Any]
     digests: Mapping[str, str | None]
     dtype: torch.dtype
+    distilled: Distilled | None = None
 
     def frozen(self) -> dict[str, Tensor]:
         """Weights of the model that DoRA's magnitudes are relative to, and those that tell it from others."""
@@ -209,6 +210,7 @@ class AdapterExport:
                 for part, module in self.objective.parts().items()
                 if (bases := _telling(module))
             },
+            self.distilled,
         )
         folder.mkdir(parents=True)
         write_native(folder / NATIVE_FILE, layers, about, self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from sat.adapters.files import read
+from sat.adapters.files import Distilled, distilled, read
 from sat.adapters.lora import attach, detach, extract
 from sat.adapters.write import write
 from sat.checkpoint.load import load
@@ -93,6 +94,25 @@ def test_trained_here_diffusers_own_loader_reads_it(tmp_path: Path) -> None:
         tmp_path / "out", weight_name="pytorch_lora_weights.safetensors", prefix="transformer"
     )
     assert compared(peer, ours)[1] < F32
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+def test_a_few_step_file_opens_in_peft_and_diffusers(layout: str, tmp_path: Path) -> None:
+    peer, ours = both()
+    few = Distilled(method="dmd2", steps=[1], levels={"1": [999.0]}, guidance=3.0)
+    layers = noisy(start(ours))
+    attach(ours, "turbo", layers)
+    made = adapter(layers)
+    turbo = replace(made, info=replace(made.info, distilled=few))
+    write(tmp_path / "out", turbo, layout, {"model": ours})
+    if layout == "peft":
+        opened: nn.Module = PeftModel.from_pretrained(peer, tmp_path / "out")
+    else:
+        file = "pytorch_lora_weights.safetensors"
+        peer.load_lora_adapter(tmp_path / "out", weight_name=file, prefix="transformer")
+        opened = peer
+    assert compared(opened, ours)[1] < F32  # type: ignore[arg-type]
+    assert distilled(tmp_path / "out") == few
 
 
 WHOLE = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "norm_out.linear"]

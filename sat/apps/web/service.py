@@ -24,6 +24,7 @@ from sat.checkpoint.verify import Verify
 from sat.conditioning.conditioner import notices
 from sat.config.build import adaptable, components, find_tokenizer
 from sat.config.cascade import Cascade
+from sat.config.few_steps import FewStepError, settle_few_steps
 from sat.config.record import (
     adapter_differences,
     adapter_digest,
@@ -32,8 +33,9 @@ from sat.config.record import (
     weight_digests,
 )
 from sat.config.schema import Component, Experiment, LoadConfig, PageConfig, SamplingConfig, plain
-from sat.config.schema.base import ControlConfig, SizeError, SizeRule
+from sat.config.schema.base import ControlConfig, RuleError, SizeError, SizeRule
 from sat.config.settle import CHOICES
+from sat.config.yaml_source import Key
 from sat.errors import UserError
 from sat.offload.block_swap import offloaded_parts
 from sat.parallel.launch import launch
@@ -222,6 +224,41 @@ class GenerationService:
                 raise self._strange("control", use.name, self.controls)
             if use.preprocess and self.controls[use.name].info.picture is None:
                 raise RequestError(f"the control {use.name} makes no picture of a plain one: give its own")
+        self._settled(0, request)
+
+    def _settled(self, index: int, request: GenerationRequest) -> Experiment:
+        """The config of stage ``index`` for ``request``, with what distilled weights set."""
+        stage = self.stages[index]
+        guider, given = stage.sampling.guider, request.guidance
+        if given is not None and strength(components(stage).guider) is not None:
+            guider = Component(guider.target, {**guider.params, "scale": float(given)})
+        load = [LoadConfig(self.adapters[n].path, s) for n, s in request.adapters.items() if s]
+        adapters = replace(stage.adapters, load=[*stage.adapters.load, *load]) if load else stage.adapters
+
+        def typed(key: Key) -> bool:  # what is not the usual
+            if key[-1] == "steps":
+                return request.steps != stage.sampling.steps
+            return bool(request.sampler) if key[-1] == "sampler" else guider != stage.sampling.guider
+
+        try:
+            sampling = replace(
+                stage.sampling, prompt=[request.prompt], prompt_file=None, share=None, latents=None,
+                input_dir=None, negative_prompt=request.negative_prompt, height=request.height,
+                width=request.width, steps=request.steps, seed=request.seed, batch_size=request.count,
+                guider=guider,
+            )  # fmt: skip
+            if request.sampler:
+                sampling = replace(sampling, sampler=self.samplers[request.sampler])
+            made = replace(stage, sampling=sampling, adapters=adapters)  # which checks its rules
+            if load:
+                made, told = settle_few_steps(made, typed)
+                for line in told:
+                    log.info("%s", line)
+        except (FewStepError, RuleError) as error:
+            raise RequestError(str(error)) from error
+        if made.diffusion != stage.diffusion:
+            raise RequestError("this LoRA was distilled at levels that the loaded schedule does not visit")
+        return made
 
     @staticmethod
     def _strange(kind: str, name: str, known: Iterable[str]) -> RequestError:
@@ -408,21 +445,12 @@ class GenerationService:
     ) -> list[Path]:
         """The pictures of stage ``index``, numbered after all others in the folder."""
         now = self._adapted(index, [name for name, value in request.adapters.items() if value])
-        stage, generator = self.stages[index], now.pipeline.generator
+        generator = now.pipeline.generator
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, request.adapters.get(name, 0.0))
 
-        guider = stage.sampling.guider
-        if request.guidance is not None and strength(components(stage).guider) is not None:
-            guider = Component(guider.target, {**guider.params, "scale": float(request.guidance)})
-        sampling = replace(
-            stage.sampling, prompt=[request.prompt], prompt_file=None, share=None, latents=None,
-            input_dir=None, negative_prompt=request.negative_prompt, height=request.height,
-            width=request.width, steps=request.steps, seed=request.seed, batch_size=request.count,
-            guider=guider,
-        )  # fmt: skip
-        if request.sampler:
-            sampling = replace(sampling, sampler=self.samplers[request.sampler])
+        experiment = self._settled(index, request)
+        sampling = experiment.sampling
         held = self._control(now.pipeline, request, sampling)
         if request.control is not None:
             use = request.control
@@ -431,9 +459,7 @@ class GenerationService:
                 scale=use.scale, start=use.start, end=use.end, preprocess=use.preprocess,
             )  # fmt: skip
             sampling = replace(sampling, controls=[acts])
-        load = [LoadConfig(self.adapters[n].path, s) for n, s in request.adapters.items() if s]
-        adapters = replace(stage.adapters, load=[*stage.adapters.load, *load]) if load else stage.adapters
-        experiment = replace(stage, sampling=sampling, adapters=adapters)  # which checks its rules
+        experiment = replace(experiment, sampling=sampling)
 
         about = label(experiment, weights=self._weights(index, experiment))
         folder = OutputFolder(self.pictures.root, about, request.count, sampling.grid_columns)

@@ -62,7 +62,7 @@ LOCK = ".writer.lock"
 def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> int:  # noqa: C901 - in order
     """Check, estimate or train, as the parsed arguments ask; the exit code."""
     logs.setup(debug=args.debug, verbosity=args.verbosity)
-    loaded = load_full(args.base, [*args.overrides, *settings])
+    loaded = load_full(args.base, [*args.overrides, *settings], samples=False)
     experiment = loaded.experiment
     folder = experiment.output.dir or Path("runs") / Path(args.base[-1]).stem  # named after the last file
     experiment = replace(experiment, output=replace(experiment.output, dir=folder))

@@ -452,6 +452,7 @@ class SamplingConfig(Section):
     as ``strength`` says (0 to 1; null is 0.6, and 1 in a mask), by the noise share it starts from or by the
     share of the steps; where ``mask`` is white, or it is transparent itself; each place as far as
     ``strength_map`` is bright. ``fit`` brings it to height and width. ``regions`` have prompts of their own.
+    ``trained_steps`` are the only numbers of steps that distilled weights are for, which say so themselves.
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
     products, ``fold`` (on the CPU) works on one text token for all where there is no prompt, ``compile``
@@ -470,6 +471,7 @@ class SamplingConfig(Section):
     height: int = 1024
     width: int = 1024
     steps: int = 50
+    trained_steps: list[int] | None = None
     seed: int = 0
     batch_size: int = 1
     at_once: int = 1
@@ -513,6 +515,9 @@ class SamplingConfig(Section):
             yield "prompt", "`prompt` and `prompt_file` are both given; set one of them to null"
         if not 1 <= self.steps <= 1000:
             yield "steps", f"expected 1 to 1000 steps, got {self.steps}"
+        elif self.trained_steps and self.steps not in self.trained_steps:
+            counts = ", ".join(map(str, self.trained_steps))
+            yield "steps", f"the weights were distilled to {counts} steps, got {self.steps}"
         if not 0 <= self.seed <= 2**32 - self.batch_size:
             yield "seed", f"expected 0 to 2^32 - `batch_size` (image i uses seed + i), got {self.seed}"
         if self.tile is not None and self.tile < 8:

@@ -1,0 +1,135 @@
+"""Distilled weights bring steps, sampler, guidance and levels; what they are not for is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sat.adapters.files import Distilled, distilled, read
+from sat.adapters.write import write, write_native
+from sat.config.build import build_empty
+from sat.config.few_steps import FewStepError, settle_few_steps
+from sat.config.load import load, load_full
+from sat.config.schema import Experiment, LoadConfig, RuleError
+from sat.config.yaml_source import ConfigError
+from tests.adapters import about, adapter, noisy, start
+
+TINY = "configs/tiny.yaml"
+LEVELS = {"1": [999.0], "2": [999.0, 499.0], "4": [999.0, 749.0, 499.0, 249.0]}
+TURBO = Distilled(method="dmd2", steps=[1, 2, 4], levels=LEVELS, guidance=3.0)
+GUIDED = Distilled(method="rcm", steps=[2, 1], levels={}, guidance=[1.0, 5.0])
+LEADING = Distilled(method="dmd2", steps=[4], levels={"4": [750.0, 500.0, 250.0, 0.0]}, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Experiment:
+    return load([TINY])
+
+
+@pytest.fixture(scope="module")
+def files(plain: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of the small model by their names, with what they were distilled to."""
+    folder = tmp_path_factory.mktemp("adapters")
+    network = build_empty(plain.model, plain.imports).to_empty(device="cpu")
+    layers = {f"model.{name}": layer for name, layer in noisy(start(network, ["attention"])).items()}
+    for name, few in {"turbo": TURBO, "guided": GUIDED, "leading": LEADING, "style": None}.items():
+        write_native(folder / f"{name}.safetensors", layers, replace(about(), distilled=few))
+    return folder
+
+
+def using(plain: Experiment, files: Path, *names: str, strength: float = 1.0, **sampling: Any) -> Experiment:
+    loaded = [LoadConfig(files / f"{name}.safetensors", strength) for name in names]
+    adapters = replace(plain.adapters, load=loaded)
+    return replace(plain, adapters=adapters, sampling=replace(plain.sampling, **sampling))
+
+
+def test_a_turbo_file_beside_a_style_sets_steps_sampler_and_guidance(plain: Experiment, files: Path) -> None:
+    made, told = settle_few_steps(using(plain, files, "style", "turbo"))
+    s = made.sampling
+    assert (s.steps, s.trained_steps) == (1, [1, 2, 4])
+    assert s.sampler.target.endswith("Renoise") and s.guider.target.endswith("Unguided")
+    (line,) = told
+    said = "was distilled (dmd2) to 1, 2 or 4 steps: 1 step with Renoise, guidance 3 is in its weights"
+    assert line == f"turbo.safetensors {said}"
+
+
+def test_without_a_distilled_file_nothing_changes(plain: Experiment, files: Path) -> None:
+    given = using(plain, files, "style")
+    assert settle_few_steps(given) == (given, [])
+    off = using(plain, files, "turbo", strength=0.0)
+    assert settle_few_steps(off) == (off, [])
+
+
+def test_a_number_of_steps_in_the_list_wins(plain: Experiment, files: Path) -> None:
+    turbo = f"adapters.load=[{{path: {files / 'turbo.safetensors'}}}]"
+    assert load([TINY], [turbo, "sampling.steps=2"]).sampling.steps == 2
+    assert load([TINY], [turbo]).sampling.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sampling.steps=3", "3: turbo.safetensors was distilled (dmd2) to 1, 2 or 4 steps"),
+        ("sampling.steps=50", "was distilled (dmd2) to 1, 2 or 4 steps"),
+        (
+            "sampling.guider.params.scale=5",
+            "5: guidance 3 is in the weights of turbo.safetensors",
+        ),
+    ],
+)
+def test_what_a_turbo_file_was_not_trained_for_is_refused(setting: str, message: str, files: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        load([TINY], [f"adapters.load=[{{path: {files / 'turbo.safetensors'}}}]", setting])
+    assert message in str(error.value)
+
+
+def test_later_changes_are_held_against_the_list(plain: Experiment, files: Path) -> None:
+    made = settle_few_steps(using(plain, files, "turbo"))[0].sampling
+    assert replace(made, steps=4).steps == 4  # as a call of a pipeline, or a request
+    with pytest.raises(RuleError, match="distilled to 1, 2, 4 steps, got 8"):
+        replace(made, steps=8)
+
+
+def test_two_turbo_files_contradict_each_other(plain: Experiment, files: Path) -> None:
+    with pytest.raises(FewStepError, match=r"\(dmd2\) and .*guided.safetensors \(rcm\) are both"):
+        settle_few_steps(using(plain, files, "turbo", "guided"))
+
+
+def test_a_learned_range_of_guidance_is_an_input(plain: Experiment, files: Path) -> None:
+    guided = using(plain, files, "guided")
+    made, (line,) = settle_few_steps(guided)
+    assert made.sampling.guider.target.endswith("Embedded") and made.sampling.guider.params == {"scale": 3.0}
+    assert "2 steps with Renoise, guidance 3 is an input" in line
+    wide = replace(guided.sampling, guider=replace(guided.sampling.guider, params={"scale": 9.0}))
+    with pytest.raises(FewStepError, match="learned strengths of 1 to 5"):
+        settle_few_steps(replace(guided, sampling=wide), lambda key: key[-1] == "scale")
+
+
+def test_the_spacing_follows_the_levels_of_training(plain: Experiment, files: Path) -> None:
+    made, _ = settle_few_steps(using(plain, files, "leading"))
+    assert made.diffusion.schedule.params["spacing"] == "leading"
+
+
+def test_a_distilled_folder_says_it_in_its_manifest(plain: Experiment, tmp_path: Path) -> None:
+    manifest = json.loads(Path("checkpoints/tiny/manifest.json").read_text())
+    manifest["config"]["distilled"] = TURBO.model_dump()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    loaded = load_full([TINY], [f"checkpoint.model={tmp_path}"])
+    assert loaded.experiment.sampling.steps == 1
+    assert any("distilled (dmd2) to 1, 2 or 4 steps" in line for line in loaded.notices)
+    with pytest.raises(ConfigError, match="to 1, 2 or 4 steps"):
+        load([TINY], [f"checkpoint.model={tmp_path}", "sampling.steps=8"])
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+def test_other_layouts_carry_it(layout: str, plain: Experiment, files: Path, tmp_path: Path) -> None:
+    network = build_empty(plain.model, plain.imports)
+    found = read(files / "turbo.safetensors", {"model": network})
+    assert found.info.distilled == TURBO
+    write(tmp_path / "out", found, layout, {"model": network})
+    assert distilled(tmp_path / "out") == TURBO
+    assert adapter({}).info.distilled is None
