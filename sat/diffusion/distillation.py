@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sat.diffusion.process import Process, ProcessContext
@@ -85,10 +86,11 @@ def nearer_levels(process: Process, schedule: Schedule, gap: float) -> tuple[lis
     The network's timestep, and relay's blend, lie between those of the two training levels around it.
     """
     span = process.hooks.span(schedule)
-    rows = process.hooks.at(schedule, torch.arange(span))
-    told, blends = (
-        np.broadcast_to(np.asarray(v, float).ravel(), span) for v in (rows.timestep, rows.relay_blend)
-    )
+    with unset_fake_temporarily():  # an estimate makes tensors without data, and these are looked at
+        rows = process.hooks.at(schedule, torch.arange(span))
+        told, blends = (
+            np.broadcast_to(np.asarray(v, float).ravel(), span) for v in (rows.timestep, rows.relay_blend)
+        )
     angles = np.arctan([schedule.sigma_at(i) for i in range(span)])
 
     def at(t: float) -> Level:

@@ -318,7 +318,8 @@ class Trainer:
         watch.mark(f"step {self.step + 1}: end")
         self.step += 1
         window.steps += 1
-        window.averages.add({"grad_norm": torch.as_tensor(result.norm, device=device)})
+        norm, turn = torch.as_tensor(result.norm, device=device), engine.objective.turn()
+        window.averages.add({"grad_norm": norm, **({f"grad_norm_{turn}": norm} if turn else {})})
         if result.applied:
             self._bad_steps = 0
             if self.ema is not None:

@@ -9,8 +9,9 @@ are bytes unless a name says otherwise.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -48,6 +49,7 @@ class Weights:
     trained: int
     trained_elements: int
     frozen: Mapping[str, int]
+    roles: Mapping[str, int] = field(default_factory=dict)  # trained elements by role, where several learn
 
     @property
     def total(self) -> int:
@@ -135,6 +137,10 @@ def measure(experiment: Experiment) -> Measured:
             with autocast(train, torch.empty(0).device.type):  # that of tensors without data
                 return objective(batch(), torch.Generator())["loss"]  # type: ignore[no-any-return]
 
+        def at_step(step: int) -> Trace:
+            objective.step = step
+            return trace(ledger, objective, loss)
+
         with ledger.without_data():
             if train.activation_checkpointing:
                 recompute(objective)
@@ -142,7 +148,7 @@ def measure(experiment: Experiment) -> Measured:
             if packs:
                 copies = packed_bytes(objective.parts())
                 weights = replace(weights, frozen={**weights.frozen, PACKED: copies})
-            found = trace(ledger, objective, loss)
+            found = max(map(at_step, objective.turns()), key=lambda one: one.peak(dtype.itemsize))
             data_bytes = sum(x.nbytes for x in vars(batch()).values() if isinstance(x, Tensor))
     _, h, w = engine.latent_shape(*size)
     image_tokens = h * w // cast(int, getattr(engine.network, "patch", 1)) ** 2
@@ -177,7 +183,9 @@ def _objective(
             add_control(objective, experiment, train, tensor, sequence, load=False)
         if words := [replace(one, start=None) for one in experiment.adapters.tokens]:
             add_tokens(objective, engine.conditioner, words, train.seed, alone=lora is None)
-        objective.begin(None if lora is None else TRAINED)
+        with warnings.catch_warnings():  # as copying a critic does
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            objective.begin(None if lora is None else TRAINED)
     return objective
 
 
@@ -253,7 +261,12 @@ def _weights(engine: DiffusionEngine, objective: Objective) -> Weights:
     frozen = {"network": of(engine.network), "text encoder": of(engine.conditioner.text)}
     frozen["first stage"] = of(engine.first_stage)
     frozen["teacher"] = sum(of(module) for module in objective.beside())
-    return Weights(trained, sum(p.numel() for p in learns), {k: v for k, v in frozen.items() if v})
+    roles = Counter[str]()
+    for name, parameter in trainable(objective).items():
+        roles[objective.role(name)] += parameter.numel()
+    several = dict(roles) if len(roles) > 1 else {}
+    kept = {name: size for name, size in frozen.items() if size}
+    return Weights(trained, sum(p.numel() for p in learns), kept, several)
 
 
 def optimizer_state(train: TrainConfig, imports: tuple[str, ...]) -> OptimizerState:

@@ -119,6 +119,9 @@ def test_matching_trains_student_and_critic_in_turn_and_goes_on_where_it_was_cut
     for name, own in (("matching", set()), ("matching_lora", {"consistency", "tangent"})):
         steps = [row for row in rows(ran.folder / name) if "lr" in row]
         turns = [{"matching", "consistency", "critic", "tangent"} & row.keys() for row in steps]
+        for row, role in zip(steps, ["student", "critic"] * 2, strict=True):
+            assert row[role] == row["loss"] and row[f"grad_norm_{role}"] == row["grad_norm"]
+        assert all(row["critic_accuracy"] < 1 for row in steps[1::2])
         assert turns == [{"matching", *own}, {"critic"}] * 2, turns
         assert any("validation/critic" in row for row in rows(ran.folder / name))
     cut, whole = (

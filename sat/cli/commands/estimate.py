@@ -55,9 +55,8 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
         f"({measured.image_tokens:,} image + {measured.text_tokens} text each), "
         f"{images * flops / 1e12:,.4g} TFLOP ({flops / 1e12:,.4g} an image)"
     )
-    left = "" if now.host else "the device's context, libraries' workspaces, "
-    unused = ", on a CPU up to a tenth" if now.host else ""
-    print(f"not counted: {left}what the allocator leaves unused{unused}, sampling, loaded adapters")
+    process = "the process with its libraries" if now.host else "the device's context, libraries' workspaces"
+    print(f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters")
     if now.host and (narrow := slow_convolutions(train.autocast or train.dtype)):
         print(narrow)
     if count > readers:
@@ -83,7 +82,9 @@ def _table(now: Estimate) -> Iterator[str]:
         return f"  {name:<24}{_gb(size):>8}   {note}".rstrip()
 
     weights, trace = now.weights, now.measured.trace
-    yield row("weights, trained", weights.trained, f"{weights.trained_elements / 1e6:,.1f} M parameters")
+    roles = ", ".join(f"{count / 1e6:,.1f} M {role}" for role, count in now.measured.weights.roles.items())
+    count = f"{weights.trained_elements / 1e6:,.1f} M parameters" + (f": {roles}" if roles else "")
+    yield row("weights, trained", weights.trained, count)
     frozen = ", ".join(f"{name} {_gb(size)}" for name, size in weights.frozen.items())
     yield row("weights, frozen", sum(weights.frozen.values()), frozen)
     part = "" if now.zero == 0 or now.sharing == 1 else f"1/{now.sharing} of them"
@@ -96,7 +97,6 @@ def _table(now: Estimate) -> Iterator[str]:
     yield row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")
     if now.host:
         yield row("batches being read", now.loading)
-        yield row("process, libraries", now.process)
     if now.offloaded:
         what = (
             f"masters, optimizer, EMA, weights; {_gb(now.locked)} of it rounding and copies of pinned buffers"
