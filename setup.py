@@ -15,7 +15,6 @@ setup(
     package_data={
         "sat.apps.emoji": ["*.txt"],
         "sat.apps.preference": ["*.html"],
-        "sat.control": ["hub/*.py"],
         **dict.fromkeys(DATA, FILES),
     },
 )
