@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sat.config.load import load_full
 from sat.diffusion.distillation import LevelTable, step_gain, student_target
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.schedule import Discrete, Level, Schedule, ZeroSNR
 from sat.mixins.relay import RelayNoise
 from sat.train.objectives.distillation import Distillation
+from tests.configs import ROOT
 
 SHAPE = (2, 3, 4, 5)
 PROCESSES = {"plain": Process(), "relay": Process({"relay": RelayNoise(500)})}
@@ -142,3 +144,25 @@ def test_each_round_has_its_folder_its_place_and_its_steps() -> None:
         ("steps_6", {"round": 0}, 6),
         ("steps_3", {"round": 1}, 3),
     ]
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"), [("consistency", "alone"), ("dmd2", "rounds"), ("progressive", "gap")]
+)
+def test_settings_of_another_method_are_refused(method: str, setting: str) -> None:
+    (found,) = Distillation.broken({"method": method, setting: 1, "guidance": None}, 1)
+    assert found == (setting, f"is not of method {method}: leave it out")
+
+
+@pytest.mark.parametrize(
+    ("old", "given", "method"),
+    [("consistency.Consistency", "{gap: 0.02}", "consistency"), ("matching.Matching", "{gap: 0.02}", "dmd2"),
+     ("matching.Matching", "{gap: 0.02, method: rcm}", "rcm")],
+)  # fmt: skip
+def test_a_config_that_names_a_method_by_its_class_keeps_working(old: str, given: str, method: str) -> None:
+    objective = f"train.objective={{target: sat.train.objectives.{old}, params: {given}}}"
+    loaded = load_full([ROOT / "configs/tiny.yaml", ROOT / "configs/sft.yaml"], [objective])
+    made = loaded.experiment.train.objective  # type: ignore[union-attr]
+    assert made.target == "sat.train.objectives.distillation.Distillation"
+    assert made.params == {"method": method, "gap": 0.02}
+    assert any(f"{old} is now called" in line for line in loaded.notices)
