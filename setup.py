@@ -15,6 +15,7 @@ setup(
     package_data={
         "sat.apps.emoji": ["*.txt"],
         "sat.apps.preference": ["*.html"],
+        "sat.control": ["hub/*.py"],
         **dict.fromkeys(DATA, FILES),
     },
 )

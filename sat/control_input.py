@@ -41,6 +41,14 @@ class ControlInput:
         kept = None if self.kept is None else self.kept[index]
         return replace(self, value=self.value[index], strengths=self.strengths[index], kept=kept)
 
+    def cut(self, tile: tuple[slice, slice], size: tuple[int, int]) -> ControlInput:
+        """The part of a map that lies at ``tile`` of a latent of ``size`` cells; any other value whole."""
+        if self.value.ndim != 4:
+            return self
+        factors = (self.value.shape[2] // size[0], self.value.shape[3] // size[1])
+        rows, columns = (slice(f * s.start, f * s.stop) for f, s in zip(factors, tile, strict=True))
+        return replace(self, value=self.value[:, :, rows, columns])
+
     def null(self) -> ControlInput:
         """The unconditional half's: the same picture, or none in guess mode, or a blank one."""
         strengths = (0.0,) * len(self.strengths) if self.guess else self.strengths

@@ -19,7 +19,7 @@ from sat.diffusion.prediction import Denoiser, Network, Prediction
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Sampler, StepCallback, Trajectory
 from sat.diffusion.schedule import Level, Schedule, sized
-from sat.diffusion.tiles import Tiled, tile_size
+from sat.diffusion.tiles import Tile, Tiled, tile_size
 from sat.embeddings import sent
 from sat.errors import UserError
 from sat.first_stage.model import AutoencoderKL
@@ -109,7 +109,7 @@ class DiffusionEngine(nn.Module):
         Raises :class:`NonFiniteError` when a prediction is not finite: at once on the CPU, after the last
         step on an accelerator, where looking earlier would stall the device.
         """
-        size = (noise.shape[2], noise.shape[3])
+        size = whole = (noise.shape[2], noise.shape[3])
         schedule = sized(self.schedule, size if tile is None else tile_size(size, tile))
         process, ctx = self.process, ProcessContext(low_res)
         if edit is not None:
@@ -118,14 +118,17 @@ class DiffusionEngine(nn.Module):
         rows = guider.rows(cond, uncond)  # (B or 2 B): those with the condition last
         timesteps = [float(level.timestep) for level in levels[:-1]]
         denoiser = self.denoiser
-        prepared: dict[Any, Any] = {}  # by number of rows, all or those with the condition, and by controls
+        prepared: dict[Any, Any] = {}  # by number of rows, all or those with the condition, by controls, tile
 
-        def predict(x: Tensor, level: Level) -> Tensor:
-            """The network's x0 for all rows, or for the last ones."""
+        def predict(x: Tensor, level: Level, at: Tile | None = None) -> Tensor:
+            """The network's x0 for all rows, or for the last ones; ``at``: of a part of the latent."""
             share = level.noise_share if rows.controls else 0.0
-            key = len(x), tuple(own.acts(share) for own in rows.controls)
+            place = [(side.start, side.stop) for side in at or () if rows.controls]
+            key = len(x), tuple(own.acts(share) for own in rows.controls), tuple(place)
             if key not in prepared:
                 part = rows.rows(slice(len(rows) - len(x), None)).at(share)
+                if at is not None:
+                    part = replace(part, controls=tuple(own.cut(at, whole) for own in part.controls))
                 prepared[key] = denoiser.network.prepare(part, size, timesteps)
             return denoiser(x, level, prepared[key])
 

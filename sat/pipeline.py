@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -101,11 +101,13 @@ class Pipeline:
         mesh: Mesh | None = None,
         *,
         once: bool = False,
+        controls: Collection[Path] = (),
     ) -> Pipeline:
         """The model of a loaded config, with its weights; ``device`` wins over ``parallel.device``.
 
         ``mesh``: the ranks that share the work; None is this process, which must be all that the config asks
         for. ``once``: all prompts come at the start, so that a memory budget may let the text encoder go.
+        ``controls`` are files of controls beside those of ``sampling.controls``.
         """
         place = exact(device) if device is not None else pick_device(experiment.parallel.device)
         main = mesh is None or mesh.rank == 0
@@ -119,16 +121,17 @@ class Pipeline:
         sampling, memory = experiment.sampling, experiment.memory
         if mesh is None:
             data_ranks(1, **experiment.parallel.sizes)
-        if sampling.controls:
+        if sampling.controls or controls:
             from sat.sampling.controls import LoadedControls, check_controls
 
-            check_controls(experiment)  # before weights are read
+            check_controls(experiment, controls)  # before weights are read
         waiting, dtype = offloaded_parts(memory, place), DTYPES[sampling.dtype]
         engine = build_engine(experiment, device=place, dtype=dtype, mesh=mesh, offloaded=waiting)
         engine.conditioner.moves_encoder = "text" not in waiting
-        controls = None
-        if sampling.controls:
-            controls = LoadedControls.of(engine, experiment, ALONE if mesh is None else mesh.tensor)
+        loaded = None
+        if sampling.controls or controls:
+            tensor = ALONE if mesh is None else mesh.tensor
+            loaded = LoadedControls.of(engine, experiment, tensor, controls)
         if mesh is not None and mesh.sequence.size > 1:
             apply_sequence(engine.network, mesh.sequence)
         height, width = engine.latent_shape(sampling.height, sampling.width)[1:]
@@ -152,7 +155,7 @@ class Pipeline:
         guider = light.guider
         if mesh is not None and mesh.guidance.size > 1:
             guider = CfgParallel(guider, mesh.guidance)
-        return cls(generator, guider, experiment, controls)
+        return cls(generator, guider, experiment, loaded)
 
     @property
     def device(self) -> torch.device:
@@ -191,9 +194,11 @@ class Pipeline:
         self,
         sampling: SamplingConfig,
         given: Sequence[ControlImage | Mapping[str, Any]] | None = None,
+        prompts: Sequence[Prompt] = (),
     ) -> ControlPictures | None:
-        """The ``given`` controls of a call, or the config's; None for none."""
-        if given is None and not sampling.controls:
+        """The ``given`` controls of a call or the config's, and those of ``prompts``' rows; None for none."""
+        rows = any(prompt.row.controls for prompt in prompts)
+        if given is None and not sampling.controls and not rows:
             return None
         from sat.sampling.controls import ControlImage, ControlPictures, control_images
 
@@ -201,7 +206,7 @@ class Pipeline:
             [ControlImage.of(one) for one in sampling.controls] if given is None else control_images(given)
         )
         return ControlPictures.of(
-            self.controls, images, (sampling.height, sampling.width), sampling.batch_size
+            self.controls, images, (sampling.height, sampling.width), sampling.batch_size, prompts
         )
 
     def set_strength(self, name: str, strength: float) -> None:

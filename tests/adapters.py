@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -53,7 +54,12 @@ def output(model: nn.Module, text_dim: int = 16) -> Tensor:
 
 
 def start(
-    model: nn.Module, targets: Sequence[str] = EVERYTHING, *, part: str = "model", dora: bool = False
+    model: nn.Module,
+    targets: Sequence[str] = EVERYTHING,
+    *,
+    part: str = "model",
+    dora: bool = False,
+    lokr: int | None = None,
 ) -> dict[str, LayerFactors]:
     """Fresh layers of ``model`` by name: they change nothing yet."""
     chosen = choose({part: model}, targets, RANK, {})
@@ -63,7 +69,7 @@ def start(
         rank, alpha = (2, 5.0) if ".mlp." in name else (rank, ALPHA)
         base = cast(LinearLike, model.get_submodule(name))
         norms = row_norms(base.weight.detach()) if dora else None
-        layers[name] = initial_factors(base, [rank] * linear.parts, [alpha] * linear.parts, name, norms)
+        layers[name] = initial_factors(base, [rank] * linear.parts, [alpha] * linear.parts, name, norms, lokr)
     return layers
 
 
@@ -76,7 +82,12 @@ def noisy(layers: dict[str, LayerFactors], std: float = 0.1, seed: int = 0) -> d
 
     return {
         name: LayerFactors(
-            tuple(p and Pair(p.down, p.up + noise(p.up), p.alpha) for p in layer.parts),
+            tuple(
+                p and replace(p.kron, w1=p.kron.w1 + noise(p.kron.w1)).pair(p.scale)
+                if p is not None and p.kron is not None
+                else p and Pair(p.down, p.up + noise(p.up), p.alpha)
+                for p in layer.parts
+            ),
             None if layer.magnitude is None else layer.magnitude * (1 + noise(layer.magnitude)),
         )
         for name, layer in layers.items()
@@ -94,7 +105,12 @@ def adapter(layers: dict[str, LayerFactors], part: str = "model") -> Adapter:
 
 
 def trained(
-    model: nn.Module, targets: Sequence[str] = EVERYTHING, *, part: str = "model", dora: bool = False
+    model: nn.Module,
+    targets: Sequence[str] = EVERYTHING,
+    *,
+    part: str = "model",
+    dora: bool = False,
+    lokr: int | None = None,
 ) -> dict[str, LayerFactors]:
     """Random layers, attached to ``model`` under the name ``style``."""
     layers = noisy(start(model, targets, part=part, dora=dora))

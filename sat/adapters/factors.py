@@ -3,7 +3,7 @@
 Letters: r rank, I inputs, O outputs of a linear. A fused linear (q, k, v in one) has P parts of O / P rows
 each, and factors of its own for every part.
 
-Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353.
+Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; LoKr, arXiv:2309.14859, section 3.2.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ class AdapterError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """The low-rank change of one part: ``alpha`` / r * ``up`` @ ``down``."""
+    """The low-rank change of one part: ``alpha`` / r * ``up`` @ ``down``.
+
+    ``kron``: the Kronecker factors that the pair is made of, of a LoKr; they change together.
+    """
 
     down: Tensor  # (r, I)
     up: Tensor  # (O / P, r)
     alpha: float
+    kron: Kron | None = None
 
     @property
     def rank(self) -> int:
@@ -62,6 +66,33 @@ class LayerFactors:
     def part_outputs(self) -> int:
         """O / P."""
         return next(pair.up.shape[0] for pair in self.parts if pair is not None)
+
+
+@dataclass(frozen=True)
+class Kron:
+    """``w1`` (x) ``a`` ``b``: w1 (o1, i1), a (o2, r), b (r, i2). Without ``b``: w1 (x) ``a``, a (o2, i2).
+
+    As (w1 (x) a) (1 (x) b) it is a low-rank product of rank i1 r, which is attached, merged and converted
+    like every other. ``rank``: of the products in the file; None: no piece was one.
+    """
+
+    w1: Tensor
+    a: Tensor
+    b: Tensor | None
+    rank: int | None
+
+    def pair(self, scale: float) -> Pair:
+        """The low-rank form of ``scale`` times the product."""
+        a, b = self.a, self.b
+        if b is None:
+            rows, columns = a.shape
+            a, b = (a, _eye(columns, a)) if columns <= rows else (_eye(rows, a), a)
+        down = torch.kron(_eye(self.w1.shape[1], b), b)  # (i1 r, I): 1 (x) b
+        return Pair(down, torch.kron(self.w1, a), scale * down.shape[0], self)  # up (O, i1 r): w1 (x) a
+
+
+def _eye(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 Layers = Mapping[str, LayerFactors]
@@ -127,11 +158,17 @@ class LinearLike(Protocol):
 
 
 def initial_factors(
-    linear: LinearLike, ranks: Sequence[int], alphas: Sequence[float], seed: str, norms: Tensor | None = None
+    linear: LinearLike,
+    ranks: Sequence[int],
+    alphas: Sequence[float],
+    seed: str,
+    norms: Tensor | None = None,
+    lokr: int | None = None,
 ) -> LayerFactors:
     """Factors that change nothing yet: random ``down``, zero ``up``. ``seed`` is any text.
 
     ``norms`` (O,) of the rows of the base's weight make it DoRA. ``down`` is uniform in +-1 / sqrt(I).
+    ``lokr``: Kronecker factors instead, w1 about that large; w1 is zero, the others as ``down`` is.
     Source: arXiv:2106.09685, section 4.1.
     """
     number = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
@@ -140,6 +177,34 @@ def initial_factors(
     rows = linear.out_features // len(ranks)
     pairs = []
     for rank, alpha in zip(ranks, alphas, strict=True):
+        if lokr is not None:
+            pairs.append(_initial_kron(rows, linear.in_features, rank, lokr, generator).pair(alpha / rank))
+            continue
         down = bound * (2 * torch.rand(rank, linear.in_features, generator=generator) - 1)  # (r, I)
         pairs.append(Pair(down, torch.zeros(rows, rank), alpha))
     return LayerFactors(tuple(pairs), norms)
+
+
+def _initial_kron(outputs: int, inputs: int, rank: int, factor: int, generator: torch.Generator) -> Kron:
+    """Factors of a zero (``outputs``, ``inputs``); w2 is whole where ``rank`` is half its size or more."""
+    (o1, o2), (i1, i2) = two_factors(outputs, factor), two_factors(inputs, factor)
+
+    def drawn(*shape: int) -> Tensor:
+        return (2 * torch.rand(*shape, generator=generator) - 1) / math.sqrt(shape[1])
+
+    w1 = torch.zeros(o1, i1)
+    if rank >= max(o2, i2) / 2:
+        return Kron(w1, drawn(o2, i2), None, None)
+    return Kron(w1, drawn(o2, rank), drawn(rank, i2), rank)
+
+
+def two_factors(size: int, factor: int) -> tuple[int, int]:
+    """(m, n), m n = ``size``: m is ``factor`` if that divides it, else the largest divisor up to it.
+
+    m is at most the root then; ``factor`` -1: the largest such. Source: LyCORIS and PEFT.
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    m = next(m for m in range(most, 0, -1) if size % m == 0)
+    return m, size // m

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json
 from torch import Tensor
 
 from sat import compat
-from sat.adapters.factors import AdapterError, LayerFactors, Pair
+from sat.adapters.factors import AdapterError, Kron, LayerFactors, Pair
 from sat.adapters.lokr import expanded, is_lokr
 from sat.adapters.lora import check
 from sat.adapters.names import Parts, Unfused, to_ours
@@ -201,13 +201,15 @@ def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
         header, configs = _header(file, metadata), _configs(file, metadata)
         native = header is not None and header.layout == "native"
         held = {name: tensors[name] for name in tensors}
+        krons: Mapping[str, Kron] = {}
         if any(map(is_lokr, held)):
-            held, configs = _without_lokr(held, configs, file), {}
+            held, krons = _without_lokr(held, configs, file, native)
+            configs = {}
         factors = _factors(held, file, native)
         tensors.verified()
     places = {} if native else place(list(factors), parts, file)
     content = _Content(file, header, configs, {n: at.prefix + at.known for n, at in places.items()})
-    unfused = {name: content.unfused(name, sides) for name, sides in factors.items()}
+    unfused = {name: content.unfused(name, sides, krons.get(name)) for name, sides in factors.items()}
     if header is not None:
         if missing := [name for name in header.layers if name not in unfused]:
             share = f"{len(missing)} of its {len(header.layers)} layers"
@@ -233,9 +235,9 @@ def _read(file: Path, parts: Parts, verify: Verify) -> Adapter:
 
 
 def _without_lokr(
-    tensors: Mapping[str, Tensor], configs: Mapping[str, PeftConfig], file: Path
-) -> dict[str, Tensor]:
-    """``tensors`` with Kronecker products as low-rank factors, scaled by PEFT's settings if there are any."""
+    tensors: Mapping[str, Tensor], configs: Mapping[str, PeftConfig], file: Path, native: bool
+) -> tuple[dict[str, Tensor], dict[str, Kron]]:
+    """``tensors`` with Kronecker products as low-rank factors, scaled by PEFT's settings; the products."""
     names = {name.partition(".lokr_")[0] for name in tensors if is_lokr(name)}
     scales: dict[str, float | None] = {}
     for name in names:
@@ -244,10 +246,10 @@ def _without_lokr(
         inner = re.sub(r"^(base_model\.model|transformer|unet|text_encoder)\.", "", name)
         scales[name] = None if config is None else config.lokr_scale(inner)
     try:
-        found = expanded(tensors, scales)
+        found = expanded(tensors, scales, native)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from None
-    log.info("%s: a LoKr of %d layers, read as low-rank factors of the same change", file, len(names))
+    log.info("%s: a LoKr of %d layers", file, len(names))
     return found
 
 
@@ -299,7 +301,7 @@ class _Content(NamedTuple):
     configs: Mapping[str, PeftConfig]  # by what is in front of the names they are for
     clean: Mapping[str, str]  # names without kohya's flattening and torch's wrappers
 
-    def unfused(self, name: str, sides: Mapping[str, Tensor]) -> Unfused:
+    def unfused(self, name: str, sides: Mapping[str, Tensor], kron: Kron | None = None) -> Unfused:
         """The factors of one linear, compared with all that is said of it."""
         if not {"down", "up"} <= sides.keys():
             there, no = [{"down": "lora_A", "up": "lora_B"}.get(s, s) for s in sides], "lora_B"
@@ -322,7 +324,8 @@ class _Content(NamedTuple):
                     f"{self.file}: {name!r}: {list(magnitude.shape)} magnitudes, expected one for each of "
                     f"{outputs} outputs"
                 )
-        return Unfused(Pair(down, up, self._alpha(name, sides, rank)), magnitude)
+        kron = kron if magnitude is None else None  # DoRA is of the low-rank form
+        return Unfused(Pair(down, up, self._alpha(name, sides, rank), kron), magnitude)
 
     def _alpha(self, name: str, sides: Mapping[str, Tensor], rank: int) -> float:
         """Alpha of a linear: of the file, its header, PEFT's settings, which must agree; else its rank."""

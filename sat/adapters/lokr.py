@@ -1,8 +1,7 @@
-"""LoKr of other programs as low-rank factors: changes that are Kronecker products, read without loss.
+"""LoKr in files: changes that are Kronecker products, in the names of PEFT, LyCORIS and our own.
 
 The change of a weight (O, I) is s w1 (x) w2, with w1 (o1, i1) and w2 (o2, i2), either whole or a product of
-two factors. As (w1 (x) a) (1 (x) b) with w2 = a b of rank r it is a low-rank product of rank i1 r, which is
-attached, merged and converted like every other.
+two factors.
 
 Sources: LyCORIS, arXiv:2309.14859, section 3.2; PEFT's ``LoKrLayer``.
 """
@@ -12,31 +11,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sat.adapters.factors import AdapterError, widened
+from sat.adapters.factors import AdapterError, Kron, two_factors, widened
 
-_NAME = re.compile(r"(.+)\.lokr_(w1|w2)(_a|_b)?(?:\.[^.]+)?(?:\.weight)?")
-
-
-class Kron(NamedTuple):
-    """``w1`` (x) ``a`` ``b``: w1 (o1, i1), a (o2, r), b (r, i2)."""
-
-    w1: Tensor
-    a: Tensor
-    b: Tensor
-    rank: int | None  # of the products in the file; None: no piece was one
-
-    def up(self) -> Tensor:
-        """w1 (x) a: (o1 o2, i1 r)."""
-        return torch.kron(self.w1, self.a)
-
-    def down(self) -> Tensor:
-        """1 (x) b: (i1 r, i1 i2)."""
-        return torch.kron(torch.eye(self.w1.shape[1], dtype=self.b.dtype), self.b)
+_NAME = re.compile(r"(.+)\.lokr_(w1|w2)(_a|_b)?(?:\.([^.]+))??(?:\.weight)?")
 
 
 def is_lokr(name: str) -> bool:
@@ -54,39 +36,89 @@ def kron_of(pieces: Mapping[str, Tensor], name: str) -> Kron:
     if odd := [piece for piece, value in wide.items() if value.dim() != 2]:
         raise AdapterError(f"{name!r}: lokr_{odd[0]} is of a convolution, only linears have one here")
     w1 = wide["w1"] if "w1" in wide else wide["w1_a"] @ wide["w1_b"]
-    if "w2" in wide:
-        a, b = wide["w2"], torch.eye(wide["w2"].shape[1], dtype=w1.dtype)
-        a, b = (a, b) if a.shape[1] <= a.shape[0] else (torch.eye(a.shape[0], dtype=w1.dtype), a)
-    else:
-        a, b = wide["w2_a"], wide["w2_b"]
-    if a.shape[1] != b.shape[0]:
+    a, b = (wide["w2"], None) if "w2" in wide else (wide["w2_a"], wide["w2_b"])
+    if b is not None and a.shape[1] != b.shape[0]:
         raise AdapterError(f"{name!r}: rank {a.shape[1]} of lokr_w2_a, {b.shape[0]} of lokr_w2_b")
     rank = next((wide[piece].shape[0] for piece in ("w2_b", "w1_b") if piece in wide), None)
     return Kron(w1, a, b, rank)
 
 
-def expanded(tensors: Mapping[str, Tensor], scales: Mapping[str, float | None]) -> dict[str, Tensor]:
-    """``tensors`` with every LoKr in them as ``lora_A``, ``lora_B`` and ``alpha``; the others as they are.
+def expanded(
+    tensors: Mapping[str, Tensor], scales: Mapping[str, float | None], native: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Kron]]:
+    """``tensors`` with every LoKr in them as ``lora_A``, ``lora_B`` and ``alpha``, and those by name.
 
     ``scales`` are those that PEFT's settings give by linear; without one, LyCORIS's rule: its ``alpha`` over
-    the rank, 1 where no piece was a product or there is no alpha.
+    the rank, 1 where no piece was a product or there is no alpha. ``native``: names end in the number of a
+    fused part (``#`` and it in the answer), and the header has the scales.
     """
-    pieces: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    pieces: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
         found = _NAME.fullmatch(name)
         if found is None:
             out[name] = value
         else:
-            pieces[found[1]][f"{found[2]}{found[3] or ''}"] = value
-    for name, own in pieces.items():
+            which = f".{found[4]}" if native else ""
+            pieces[found[1], which][f"{found[2]}{found[3] or ''}"] = value
+    krons = {}
+    for (name, which), own in pieces.items():
         kron = kron_of(own, name)
+        krons[f"{name}{which.replace('.', '#')}"] = kron
         alpha = out.pop(f"{name}.alpha", None)
         scale = scales.get(name)
         if scale is None:
             whole = kron.rank is None or alpha is None
             scale = 1.0 if whole else float(alpha) / kron.rank  # type: ignore[arg-type, operator]
-        down, up = kron.down(), kron.up()
-        out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = down, up
-        out[f"{name}.alpha"] = torch.tensor(scale * down.shape[0], dtype=torch.float64)
-    return out
+        pair = kron.pair(scale)
+        out[f"{name}.lora_A{which}.weight"], out[f"{name}.lora_B{which}.weight"] = pair.down, pair.up
+        if not native:
+            out[f"{name}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float64)
+    return out, krons
+
+
+# -- written
+
+
+def pieces_of(kron: Kron, whole: bool = False) -> dict[str, Tensor]:
+    """Tensors by the ends of their names; ``whole``: w2 as one, whatever it is made of."""
+    if kron.b is None or whole:
+        return {"lokr_w1": kron.w1, "lokr_w2": kron.a if kron.b is None else kron.a @ kron.b}
+    return {"lokr_w1": kron.w1, "lokr_w2_a": kron.a, "lokr_w2_b": kron.b}
+
+
+@dataclass(frozen=True)
+class PeftLokr:
+    """Settings that make PEFT build ``krons``, by name: it finds shapes by ``factor`` and a layer's rank."""
+
+    factor: int
+    ranks: Mapping[str, int]
+
+    @classmethod
+    def of(cls, krons: Mapping[str, Kron]) -> PeftLokr | None:
+        """Those settings; None if no factor gives all of the shapes."""
+        sizes = [(*k.w1.shape, *_second(k)) for k in krons.values()]
+        for factor in dict.fromkeys([*(n for o1, i1, *_ in sizes for n in (o1, i1) if n > 1), -1]):
+            if all(
+                two_factors(o1 * o2, factor) == (o1, o2) and two_factors(i1 * i2, factor) == (i1, i2)
+                for o1, i1, o2, i2 in sizes
+            ):
+                return cls(factor, {name: cls._rank(kron) for name, kron in krons.items()})
+        return None
+
+    @staticmethod
+    def _rank(kron: Kron) -> int:
+        """The rank of the product, or one from which PEFT has w2 whole."""
+        least = -(-max(_second(kron)) // 2)
+        if kron.b is not None:
+            return min(kron.b.shape[0], least)
+        return least
+
+    def pieces(self, name: str, kron: Kron) -> dict[str, Tensor]:
+        """The tensors of one layer, w2 whole where PEFT has it so."""
+        return pieces_of(kron, whole=self.ranks[name] >= max(_second(kron)) / 2)
+
+
+def _second(kron: Kron) -> tuple[int, int]:
+    """(o2, i2)."""
+    return kron.a.shape[0], (kron.a if kron.b is None else kron.b).shape[1]

@@ -1,9 +1,9 @@
-"""LoRA and DoRA layers around linears: attached to a built model, weighted at run time, and taken off.
+"""LoRA, DoRA and LoKr layers around linears: attached to a built model, weighted at run time, and taken off.
 
 Letters: r rank, I inputs, O outputs of a linear. A fused linear (q, k, v in one) has P parts of O / P rows
 each, and factors of its own for every part.
 
-Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353.
+Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; LoKr, arXiv:2309.14859, section 3.2.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.adapters.factors import (
     AdapterError,
+    Kron,
     LayerFactors,
     Layers,
     LinearLike,
@@ -35,8 +37,10 @@ from sat.parallel.tensor import (
     RowLinear,
     ShareOfDropout,
     SplitLinear,
+    copy_to_ranks,
     gather_from_ranks,
     joined,
+    reduce_from_ranks,
     shard_on,
     split,
     summed,
@@ -62,9 +66,13 @@ class Factors(nn.Module):
         weight = cast(LinearLike, base).weight
         self.parts = len(layer.parts)
         self.alphas = {str(i): pair.alpha for i, pair in enumerate(layer.parts) if pair is not None}
-        self.down, self.up = nn.ModuleDict(), nn.ModuleDict()
+        self.down, self.up, self.kron = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        split_by = base.style if isinstance(base, SplitLinear) else None
         for i, pair in enumerate(layer.parts):
-            if pair is not None:
+            if pair is not None and pair.kron is not None:
+                tensor = base.tensor if isinstance(base, SplitLinear) else None
+                self.kron[str(i)] = KronFactors(pair.kron, pair.scale, weight, split_by, tensor)
+            elif pair is not None:
                 self.down[str(i)] = _linear(pair.down, weight)
                 self.up[str(i)] = _linear(pair.up, weight)
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -111,7 +119,8 @@ class Factors(nn.Module):
     @property
     def bare(self) -> bool:
         """True if the change is the factors' product with the input alone: no gain, no dropout, no share."""
-        return self.gain is None and self.tensor is None and isinstance(self.dropout, nn.Identity)
+        plain = self.gain is None and self.tensor is None and not self.kron
+        return plain and isinstance(self.dropout, nn.Identity)
 
     def pairs(self) -> list[LowRank]:
         """The factors of each part that has some."""
@@ -131,6 +140,8 @@ class Factors(nn.Module):
         for i in map(str, range(self.parts)):
             if i in self.down:
                 changes.append((self.up[i](self.down[i](x)) * self.scale(i)).to(out.dtype))
+            elif i in self.kron:
+                changes.append(self.kron[i](x).to(out.dtype))
             else:
                 changes.append(out.new_zeros(*out.shape[:-1], out.shape[-1] // self.parts))
         change = changes[0] if self.parts == 1 else torch.cat(changes, -1)  # (…, O): s B A x
@@ -164,7 +175,7 @@ class Factors(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the factors."""
-        return next(self.down.parameters()).dtype
+        return next(self.parameters()).dtype
 
     def layer(self, base: nn.Module, value: Value | None = None) -> LayerFactors:
         """These factors as data, whole; ``value`` gives a parameter's whole tensor, also of ``base``.
@@ -173,6 +184,9 @@ class Factors(nn.Module):
         """
         pairs: list[Pair | None] = []
         for i in map(str, range(self.parts)):
+            if i in self.kron:
+                pairs.append(cast(KronFactors, self.kron[i]).pair(value))
+                continue
             if i not in self.down:
                 pairs.append(None)
                 continue
@@ -192,6 +206,67 @@ class Factors(nn.Module):
         weight = cast(nn.Parameter, cast(LinearLike, base).weight)
         norms = (base_norms(base) if value is None else row_norms(value(weight))).to(gain.device)
         return LayerFactors(tuple(pairs), norms * (1 + gain.to(norms.dtype)))
+
+
+class KronFactors(nn.Module):
+    """LoKr's factors of one part: x -> ``scale`` (w1 (x) a b) x, without making the product.
+
+    On tensor ranks each has its rows of w1 under a column, its columns under a row; a and b are whole.
+    """
+
+    def __init__(
+        self, kron: Kron, scale: float, like: Tensor, style: Column | Row | None, tensor: Axis | None
+    ) -> None:
+        super().__init__()
+        self.scale, self.rank, self.style, self.tensor = scale, kron.rank, style, tensor
+        side = kron.w1.shape[int(isinstance(style, Row))]
+        if tensor is not None and side % tensor.size:
+            raise AdapterError(
+                f"LoKr: w1 of {tuple(kron.w1.shape)} is not split over {tensor.size} tensor ranks: choose "
+                f"adapters.lora.lokr as a multiple of {tensor.size} that divides the layers' sizes"
+            )
+
+        def parameter(value: Tensor) -> nn.Parameter:
+            fitting = finite_cast(value.detach(), like.dtype, "a layer")
+            return nn.Parameter(fitting.to(device=like.device, copy=True))
+
+        shard = self.shards().get("w1")
+        self.w1 = parameter(kron.w1 if shard is None else shard.take(kron.w1).contiguous())
+        self.a = parameter(kron.a)
+        self.b = None if kron.b is None else parameter(kron.b)
+
+    def shards(self) -> Mapping[str, Shard]:
+        """This rank's share of w1."""
+        if self.tensor is None or self.style is None:
+            return {}
+        return {"w1": shard_on(self.tensor, Cut(int(isinstance(self.style, Row))))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) -> (…, O), of this rank's inputs or outputs."""
+        a: Tensor = self.a
+        b: Tensor | None = self.b
+        if self.tensor is not None and isinstance(self.style, Row):  # each has a part of their gradients
+            a, b = copy_to_ranks(a, self.tensor), None if b is None else copy_to_ranks(b, self.tensor)
+        x = x.reshape(*x.shape[:-1], self.w1.shape[1], -1)  # (…, i1, i2)
+        x = F.linear(x if b is None else F.linear(x, b), a)  # (…, i1, o2)
+        if self.tensor is not None and isinstance(self.style, Column):
+            x = copy_to_ranks(x, self.tensor)
+        out = (self.w1 @ x).flatten(-2) * self.scale  # (…, o1, o2) -> (…, O)
+        if self.tensor is not None and isinstance(self.style, Row):
+            out = reduce_from_ranks(out, self.tensor)
+        return out
+
+    def pair(self, value: Value | None) -> Pair:
+        """The factors as data, whole; see :meth:`Factors.layer`."""
+        if value is not None:
+            return Kron(
+                value(self.w1), value(self.a), None if self.b is None else value(self.b), self.rank
+            ).pair(self.scale)
+        w1, shard = self.w1.detach(), self.shards().get("w1")
+        if shard is not None and self.tensor is not None:
+            w1 = joined(w1, shard.cut, self.tensor)
+        b = None if self.b is None else self.b.detach()
+        return Kron(w1, self.a.detach(), b, self.rank).pair(self.scale)
 
 
 Value = Callable[[nn.Parameter], Tensor]

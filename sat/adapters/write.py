@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,14 @@ from sat.adapters.files import (
     base_of,
     read,
 )
+from sat.adapters.lokr import PeftLokr, pieces_of
 from sat.adapters.names import Parts, Unfused, layouts, to_theirs
 from sat.checkpoint.files import atomic_folder
 from sat.checkpoint.format import SEAL, TensorInfo, seal, write_safetensors
 from sat.checkpoint.formats.diffusers import PLUS
 from sat.checkpoint.save import write_json
+
+log = logging.getLogger(__name__)
 
 LAYOUTS = ("native", "peft", "diffusers")
 
@@ -57,6 +61,8 @@ def write(
             unfused[part] = to_theirs(mine, choices[0])
     with atomic_folder(folder) as place:
         if layout == "diffusers":
+            if any(one.pair.kron is not None for layers in unfused.values() for one in layers.values()):
+                log.warning("diffusers reads no LoKr: it is written as the LoRA of the same change")
             every: dict[str, Unfused] = {}
             config: dict[str, Any] = {}
             for part, layers in unfused.items():
@@ -71,9 +77,10 @@ def write(
         for part, layers in unfused.items():
             name = "" if len(unfused) == 1 else {"text": "text_encoder"}.get(part, "transformer")
             (place / name).mkdir(exist_ok=True)
+            lokr = _lokr_of(layers)
             every = {f"base_model.model.{linear}": one for linear, one in layers.items()}
-            _save_unfused(place / name / PEFT_FILE, every, layout, info, dtype, {})
-            write_json(place / name / PEFT_CONFIG, peft_config(layers, info))
+            _save_unfused(place / name / PEFT_FILE, every, layout, info, dtype, {}, lokr)
+            write_json(place / name / PEFT_CONFIG, peft_config(layers, info, lokr))
             files += [folder / name / file for file in (PEFT_FILE, PEFT_CONFIG)]
     return files
 
@@ -87,16 +94,50 @@ def write_native(
     for name, layer in layers.items():
         for i, pair in enumerate(layer.parts):
             if pair is not None:
-                tensors[f"{name}.lora_A.{i}.weight"] = _cast(pair.down, dtype)
-                tensors[f"{name}.lora_B.{i}.weight"] = _cast(pair.up, dtype)
+                if pair.kron is None:
+                    tensors[f"{name}.lora_A.{i}.weight"] = _cast(pair.down, dtype)
+                    tensors[f"{name}.lora_B.{i}.weight"] = _cast(pair.up, dtype)
+                else:
+                    for piece, value in pieces_of(pair.kron).items():
+                        tensors[f"{name}.{piece}.{i}"] = _cast(value, dtype)
                 listed[f"{name}#{i}"] = {"rank": pair.rank, "alpha": pair.alpha, "parts": len(layer.parts)}
         if layer.magnitude is not None:
             tensors[f"{name}.magnitude"] = layer.magnitude
     _save(file, tensors, _header("native", info, listed))
 
 
-def peft_config(layers: Mapping[str, Unfused], info: AdapterInfo) -> dict[str, Any]:
+def _lokr_of(layers: Mapping[str, Unfused]) -> PeftLokr | None:
+    """PEFT's settings of a LoKr, if ``layers`` are one that it can build; a line where they are not."""
+    krons = {name: one.pair.kron for name, one in layers.items() if one.pair.kron is not None}
+    if not krons:
+        return None
+    found = PeftLokr.of(krons) if len(krons) == len(layers) else None
+    if found is None:
+        log.warning("the LoKr is written as a LoRA: PEFT builds no Kronecker factors of these shapes")
+    return found
+
+
+def peft_config(
+    layers: Mapping[str, Unfused], info: AdapterInfo, lokr: PeftLokr | None = None
+) -> dict[str, Any]:
     """PEFT's adapter_config.json for ``layers`` by their names."""
+    if lokr is not None:
+        ranks = lokr.ranks
+        alphas = {name: one.pair.scale * ranks[name] for name, one in layers.items()}
+        rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+        return {
+            "peft_type": "LOKR",
+            "r": rank,
+            "alpha": alpha,
+            "rank_dropout": 0.0,
+            "module_dropout": 0.0,
+            "decompose_both": False,
+            "decompose_factor": lokr.factor,
+            "target_modules": list(layers),
+            "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+            "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+            "inference_mode": True,
+        }
     dora = any(one.magnitude is not None for one in layers.values())
     return {
         "peft_type": "LORA",
@@ -120,10 +161,15 @@ def _save_unfused(
     info: AdapterInfo,
     dtype: torch.dtype | None,
     extra: dict[str, str],
+    lokr: PeftLokr | None = None,
 ) -> None:
-    """Write ``layers`` by their full names, with our header and ``extra``."""
-    tensors = {}
+    """Write ``layers`` by their full names, with our header and ``extra``; as a LoKr if it is one."""
+    tensors: dict[str, Tensor] = {}
     for name, one in layers.items():
+        if lokr is not None and one.pair.kron is not None:
+            pieces = lokr.pieces(name.removeprefix("base_model.model."), one.pair.kron)
+            tensors |= {f"{name}.{piece}": _cast(value, dtype) for piece, value in pieces.items()}
+            continue
         tensors[f"{name}.lora_A.weight"] = _cast(one.pair.down, dtype)
         tensors[f"{name}.lora_B.weight"] = _cast(one.pair.up, dtype)
         if one.magnitude is not None:

@@ -249,6 +249,10 @@ class Overflow:
         cast = tensor.to(dtype)
         if not dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
             return cast
+        if tensor.numel():  # mostly the extremes tell, without maps of the tensor's size
+            low, high = torch.aminmax(tensor)
+            if max(-float(low), float(high)) <= torch.finfo(dtype).max:
+                return cast
         lost = cast.isinf() & tensor.isfinite()
         if bool(lost.any()):
             self._dtype = dtype

@@ -39,7 +39,9 @@ sat        official: latest, 1/mp_rank_00_model_states.pt (one of N), vae/*.pt, 
 diffusers  a folder for CogView3PlusPipeline.from_pretrained
 If SRC is a LoRA (a file, its folder, or the folder of the run that trained it), so is DST: native, peft
 (adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
-If SRC is a ControlNet of a UNet, DST is a folder for diffusers' ControlNetModel.from_pretrained.
+If SRC is a ControlNet of a UNet, DST is a folder for diffusers' ControlNetModel.from_pretrained. If it is a
+control of CogView3-Plus, DST has the model of --model too, and code of its own, for
+DiffusionPipeline.from_pretrained(DST, trust_remote_code=True).
 If SRC is the folder of any other training, its newest whole checkpoint is read, and the parts that were not
 trained from where the training read them.
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
@@ -66,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--tokenizer", type=Path, metavar="PATH", help=tokenizer)
     only = "parts to convert (all there are)"
     top.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS), help=only)
+    carrier = "the model that a control of CogView3-Plus is written with"
+    top.add_argument("--model", type=Path, metavar="PATH", help=carrier)
     merge = "fold an adapter into the weights; repeat for several"
     top.add_argument("--merge-lora", action="append", default=[], metavar="PATH[:STRENGTH]", help=merge)
     average = "decay of the average to take, where a training kept several (train.ema)"
@@ -144,7 +148,9 @@ def _convert(args: argparse.Namespace) -> int:
         return build_empty(Component(**component), imports)
 
     if is_control(args.src):
-        return _convert_control(args, imports)
+        return _convert_control(args, build, imports, most)
+    if args.model is not None:
+        raise UsageError(f"--model is for controls, and {args.src} is none")
     if is_adapter(args.src):
         return _convert_adapter(args, build, config, imports)
     if args.to == "peft":
@@ -258,13 +264,28 @@ def _refuse_other_base(adapter: Path, components: Mapping[str, Any], imports: Se
             raise UsageError(found.what)
 
 
-def _convert_control(args: argparse.Namespace, imports: Sequence[str]) -> int:
-    """A UNet's ControlNet as a folder for diffusers."""
-    from sat.checkpoint import DTYPES
-    from sat.control.peers import write_controlnet
+def _convert_control(
+    args: argparse.Namespace, build: Callable[[Mapping[str, Any]], Any], imports: Sequence[str], most: int
+) -> int:
+    """A UNet's ControlNet as a folder for diffusers; a control of CogView3-Plus as one with its model."""
+    from sat.checkpoint import DTYPES, Options
+    from sat.checkpoint.convert import Sources
+    from sat.control.files import read_info
+    from sat.control.peers import write_controlnet, write_pipeline
 
     if args.to != "diffusers":
         raise UsageError(f"{args.src} is a control, which is written --to diffusers alone, not {args.to}")
+    plus = read_info(args.src).base.target.endswith(".CogView3Plus")
+    if plus != (args.model is not None):
+        advice = "name the model that it is written with, --model PATH" if plus else "leave out --model"
+        raise UsageError(f"{args.src}: is a control of {'CogView3-Plus' if plus else 'a UNet'}: {advice}")
+    if plus:
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        own = Sources(args.model, args.first_stage, args.text, args.tokenizer)
+        count = write_pipeline(args.src, _of_run(own, None), args.dst, build, imports, Options(dtype, most))
+        print(f"{args.dst}: CogView3PlusControlPipeline with a control of {count} tensors")
+        print(f'DiffusionPipeline.from_pretrained("{args.dst}", trust_remote_code=True) opens it')
+        return 0
     count = write_controlnet(args.src, args.dst, imports, DTYPES[args.dtype] if args.dtype else None)
     print(f"{args.dst}: ControlNetModel of {count} tensors")
     return 0

@@ -112,12 +112,20 @@ def _add_small(commands: Any) -> None:
     images = "folder of images, e.g. what sample.py wrote"
     classifier = f"its folder ({CLASSIFIER})"
     add = commands.add_parser("train-classifier", help="train the small classifier").add_argument
-    add("--data", type=Path, required=True, help="folder whose table has concept and style")
+    many = "folders whose tables have concept and style; scores and style names are of the first"
+    add("--data", type=Path, required=True, nargs="+", metavar="DIR", help=many)
     add("--out", type=Path, default=CLASSIFIER, help=f"folder to write ({CLASSIFIER})")
+    add("--concepts", default="all", help="judge these, trained on all: all, core or a file of labels (all)")
+    add("--often", type=float, default=1.0, help="draw those as many times as often as others (1)")
+    add("--augment", default="plain", choices=("plain", "strong"), help="strength of augmentation (plain)")
     add("--steps", type=int, default=3000)
     add("--batch-size", type=int, default=64)
     add("--lr", type=float, default=3e-3)
     add("--width", type=int, default=112, help="number of features (112)")
+    add("--stages", type=int, nargs=3, metavar="N", help="channels of the stages before (by --width)")
+    add("--start", type=Path, metavar="DIR", help="go on from this classifier, of the same widths")
+    add("--bf16", action="store_true", help="compute in bfloat16")
+    add("--int8", action="store_true", help="write weights of 8 bits instead of 16")
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="CPU threads (all)")
     add("--device", default="auto", help="as parallel.device (auto)")

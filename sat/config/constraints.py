@@ -223,9 +223,6 @@ def _drawing(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
                 ("sampling", "controls", str(index), "image"),
                 "needs a picture, or a folder with one a prompt",
             )
-        if e.sampling.tile is not None:
-            what = "denoising by tiles (sampling.tile) shows parts of a picture: set one of them to null"
-            yield ("sampling", "controls", str(index)), what
 
     regions, place = e.sampling.regions, ("sampling", "regions")
     if regions is not None and e.sampling.tile is not None:

@@ -83,6 +83,8 @@ class Control(nn.Module):
     takes: ClassVar[Takes] = "latent"
     blank: ClassVar[bool] = False
     """The unconditional half of guidance gets zeros instead of the picture."""
+    in_tiles: ClassVar[bool] = True
+    """Goes with denoising by tiles: each sees its part of a map, and any other value whole."""
     label = ""
 
     def encode(self, first_stage: AutoencoderKL, pictures: Tensor) -> Tensor:

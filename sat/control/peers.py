@@ -1,25 +1,35 @@
-"""Controls in other programs: names of a UNet's ControlNet in diffusers, and folders that diffusers opens."""
+"""Controls in other programs: names in diffusers, and folders that diffusers opens.
+
+diffusers has a class for the ControlNet of a UNet. For controls of CogView3-Plus the folder brings its own
+code (``hub/``), a pipeline and the control as a component, beside the model.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sat.checkpoint.convert import Build, Sources, convert
 from sat.checkpoint.files import atomic_folder, open_file
 from sat.checkpoint.format import TensorInfo, write_safetensors
+from sat.checkpoint.formats.diffusers import DiffusersPipeline
 from sat.checkpoint.rules import as_theirs
-from sat.checkpoint.save import write_json
+from sat.checkpoint.save import Options, write_json
 from sat.checkpoint.verify import Verify
 from sat.config.build import build_empty, without_init
 from sat.config.check import build, resolve, signature
-from sat.config.schema import plain
-from sat.control.base import BaseModel, ControlError
-from sat.control.controlnet import UNetControlNet
-from sat.control.files import locate, read_info
+from sat.config.schema import Component, plain
+from sat.control.base import BaseModel, Control, ControlError
+from sat.control.controlnet import TransformerControlNet, UNetControlNet
+from sat.control.files import ControlInfo, check_fits, locate, read_info
+from sat.control.light import Blockwise, TransformerConcat
 from sat.keys import Fuse, Rename, Rule, Rules, Split
+from sat.models.cogview3_plus.keys import DIFFUSERS
 from sat.models.cogview3_unet.model import Downsample
 
 # -- names of ``ControlNetModel``
@@ -95,9 +105,7 @@ def write_controlnet(
     Returns the number of tensors. ``dtype`` None keeps the file's.
     """
     info = read_info(source)
-    base = BaseModel(build_empty(info.base, imports), info.base, imports)
-    with torch.device("meta"), without_init():
-        control = build(info.control, imports=imports, base=base)
+    control = without_weights(info, imports)
     if not isinstance(control, UNetControlNet):
         kind = info.base.target.rpartition(".")[2]
         raise ControlError(
@@ -117,6 +125,14 @@ def write_controlnet(
         write_json(place / "config.json", config)
         opened.verified()
     return len(infos)
+
+
+def without_weights(info: ControlInfo, imports: Collection[str] = ()) -> Control:
+    """The control that ``info`` describes, without values."""
+    base = BaseModel(build_empty(info.base, imports), info.base, imports)
+    with torch.device("meta"), without_init():
+        made: Control = build(info.control, imports=imports, base=base)
+    return made
 
 
 def _config(params: dict[str, Any]) -> dict[str, Any]:
@@ -139,3 +155,87 @@ def _config(params: dict[str, Any]) -> dict[str, Any]:
         "flip_sin_to_cos": True,
         "freq_shift": 0,
     }
+
+
+# -- a folder of CogView3-Plus with a control, which brings its own code
+
+HUB = Path(__file__).with_name("hub")
+"""Code of the folder: ``pipeline.py`` at its root, ``control.py`` beside the control's weights."""
+
+
+def write_pipeline(
+    source: Path,
+    model: Sources,
+    folder: Path,
+    build: Build,
+    imports: Collection[str] = (),
+    options: Options | None = None,
+) -> int:
+    """Write ``model`` with the control at ``source`` on it as a folder for diffusers; the control's tensors.
+
+    ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` opens it where only diffusers is.
+    """
+    info, options = read_info(source), options or Options()
+    control = without_weights(info, imports)
+    kind = {TransformerControlNet: "controlnet", Blockwise: "blockwise", TransformerConcat: "concat"}.get(
+        type(control)
+    )
+    if kind is None or control.takes != "latent" or not info.base.target.endswith(".CogView3Plus"):
+        raise ControlError(
+            f"{source}: is a {type(control).__name__} that takes {control.takes}, of "
+            f"{info.base.target.rpartition('.')[2]}: a folder for diffusers is for ControlNet, block-wise "
+            f"control and concat of CogView3Plus, by a picture's latent"
+        )
+    with atomic_folder(folder) as place:
+        convert(model, place, "diffusers", build, options=options)
+        base = dict(DiffusersPipeline().config(place)["model"])
+        single = info.base.params.get("double_norm", True)  # which diffusers has no word for
+        base["params"] = {**base["params"], "double_norm": single}
+        check_fits(info, Component(**base), source, imports)
+        (place / "controlnet").mkdir()
+        with open_file(locate(source), verify=Verify()) as opened:
+            theirs = as_theirs(opened, _plus_rules(control))
+            read = {name: theirs[name] for name in theirs}
+            opened.verified()
+        if isinstance(control, TransformerControlNet) and control.shares:
+            with DiffusersPipeline().open(place, "model") as whole:
+                names = [f"transformer_blocks.{i}.norm1.linear" for i in range(len(control.zeros))]
+                read |= {f"{n}.{leaf}": whole[f"{n}.{leaf}"] for n in names for leaf in ("weight", "bias")}
+        read = {n: t if options.dtype is None else t.to(options.dtype) for n, t in read.items()}
+        infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in read.items()}
+        file = place / "controlnet" / "diffusion_pytorch_model.safetensors"
+        write_safetensors(file, infos, read.__getitem__, {"format": "pt"})
+        transformer = json.loads((place / "transformer" / "config.json").read_text())
+        taken = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "text_embed_dim",
+                 "time_embed_dim", "pos_embed_max_size")  # fmt: skip
+        depth = transformer["num_layers"]
+        sizes = {"kind": kind, "base_layers": depth, "layers": depth, "hidden": 0}
+        if isinstance(control, TransformerControlNet):
+            sizes["layers"] = len(control.zeros)
+        if isinstance(control, Blockwise):
+            sizes["hidden"] = control.up[0].out_features
+        own = {"_class_name": "CogView3PlusControl", **sizes, **{name: transformer[name] for name in taken}}
+        write_json(place / "controlnet" / "config.json", own)
+        index = json.loads((place / "model_index.json").read_text())
+        index["_class_name"] = ["pipeline", "CogView3PlusControlPipeline"]
+        write_json(place / "model_index.json", {**index, "controlnet": ["control", "CogView3PlusControl"]})
+        shutil.copyfile(HUB / "pipeline.py", place / "pipeline.py")
+        shutil.copyfile(HUB / "control.py", place / "controlnet" / "control.py")
+    return len(infos)
+
+
+def _plus_rules(control: Control) -> Rules:
+    """Rules from the names of ``hub/control.py`` to those of ``control``."""
+    if not isinstance(control, TransformerControlNet):
+        return [Rename(name, name) for name in control.state_dict()]
+    own: Rules = [
+        Rename("picture.*", "transformer.mixins.picture.proj.*"),
+        Rename("zeros.{}.*", "zeros.{}.*"),
+    ]
+    return [*own, *(rule for rule in DIFFUSERS if not _elsewhere(rule))]
+
+
+def _elsewhere(rule: Rule) -> bool:
+    """True for names of parts that a control has no copy of: the time embedding and the head."""
+    ours = getattr(rule, "ours", "")
+    return isinstance(ours, str) and ours.startswith(("time.", "size.", "transformer.mixins.final_layer."))

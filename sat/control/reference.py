@@ -54,6 +54,7 @@ class Reference(Control, Mixin):
     """
 
     host = TransformerHooks
+    in_tiles = False
 
     def __init__(self, *, base: BaseModel) -> None:
         super().__init__()
@@ -157,7 +158,7 @@ class ImagePrompt(Control, Mixin):
         if not self._loaded:
             with torch.device("cpu"):
                 model = Classifier(_card(Path(self._encoder)))
-            model.load_state_dict(load_file(Path(self._encoder) / "classifier.safetensors"))
+            model.take(load_file(Path(self._encoder) / "classifier.safetensors"))
             self._loaded = (model.eval().requires_grad_(False),)
         (model,), side = self._loaded, self._loaded[0].card.size
         model.to(pictures.device)
@@ -210,8 +211,6 @@ class ImagePrompt(Control, Mixin):
 def _card(folder: Path) -> Card:
     """Sizes of the classifier in ``folder``."""
     try:
-        told = json.loads((folder / "classifier.json").read_text())
-        concepts, styles = (tuple(told[name]) for name in ("concepts", "styles"))
-        return Card(concepts, styles, int(told["size"]), int(told["width"]))
+        return Card.of(json.loads((folder / "classifier.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ControlError(f"image prompt: {folder} holds no classifier ({error})") from error

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sat.diffusion.guidance import Denoise
 from sat.diffusion.schedule import Level
 from sat.first_stage.tiling import Tiling
 
@@ -13,15 +14,22 @@ SPREAD = 0.3
 """Standard deviation of a tile's weights, as a share of its side."""
 
 
+Tile = tuple[slice, slice]
+"""Rows and columns of a latent."""
+
+
 class Tiled:
     """``denoise`` of squares of ``tile`` latent cells, their predictions averaged with Gaussian weights.
 
+    It is told the square's place in the latent too.
     Every square is shown to the network as a picture of its own size, at the same noise level; the middle of
     a square counts most, so that no seam is seen. Squares share at least ``overlap`` cells, None a quarter.
     Source: Mixture of Diffusers, arXiv:2302.02412; CogView3, arXiv:2403.05121, figure 9.
     """
 
-    def __init__(self, denoise: Denoise, tile: int, overlap: int | None = None) -> None:
+    def __init__(
+        self, denoise: Callable[[Tensor, Level, Tile], Tensor], tile: int, overlap: int | None = None
+    ) -> None:
         self.denoise = denoise
         self.tiling = Tiling(tile, overlap)
 
@@ -32,9 +40,9 @@ class Tiled:
         for top in self.tiling.windows(height):
             for left in self.tiling.windows(width):
                 rows, columns = len(top.weights), len(left.weights)
-                place = (..., slice(top.start, top.start + rows), slice(left.start, left.start + columns))
-                share = _bell(rows, x)[:, None] * _bell(columns, x)
-                total[place] += self.denoise(x[place], level) * share
+                at = slice(top.start, top.start + rows), slice(left.start, left.start + columns)
+                place, share = (..., *at), _bell(rows, x)[:, None] * _bell(columns, x)
+                total[place] += self.denoise(x[place], level, at) * share
                 weight[place] += share
         return total / weight
 

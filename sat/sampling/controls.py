@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from sat.adapters.merge import adapter_name
+from sat.checkpoint import digest
 from sat.checkpoint.verify import Verify
-from sat.config.check import build
+from sat.config.check import Context, build, convert, resolve
+from sat.config.schema import RuleError
+from sat.config.schema.base import ControlConfig
 from sat.control.base import BaseModel, Control, ControlError, attach
-from sat.control.files import ControlInfo, check_fits, read, read_info
+from sat.control.files import ControlInfo, check_fits, locate, read, read_info
 from sat.control_input import ControlInput, Controls
 from sat.data.preprocess import Preprocess
 from sat.kernels.apply import Speed, quicken_network
@@ -29,8 +33,7 @@ from sat.sampling.prompts import Prompt
 from sat.util.pictures import Fit, Pixels, fit_message, fitted, with_alpha
 
 if TYPE_CHECKING:
-    from sat.config.schema import Experiment
-    from sat.config.schema.base import ControlConfig
+    from sat.config.schema import Experiment, SamplingConfig
     from sat.engine import DiffusionEngine
 
 log = logging.getLogger(__name__)
@@ -108,12 +111,21 @@ class LoadedControls:
         self.speed: Speed | None = None
 
     @classmethod
-    def of(cls, engine: DiffusionEngine, experiment: Experiment, tensor: Axis = ALONE) -> LoadedControls:
-        """Those of ``sampling.controls``, loaded; ``tensor`` are the ranks that the network is split over."""
+    def of(
+        cls,
+        engine: DiffusionEngine,
+        experiment: Experiment,
+        tensor: Axis = ALONE,
+        more: Collection[Path] = (),
+    ) -> LoadedControls:
+        """Those of ``sampling.controls`` and the files ``more``, loaded.
+
+        ``tensor`` are the ranks that the network is split over.
+        """
         base = BaseModel(engine.network, experiment.model, experiment.imports, tensor)
         made, weights = cls(engine, experiment, base), experiment.checkpoint
-        for item in experiment.sampling.controls:
-            made.load(item.path, verify=Verify(weights.verify))
+        for path in _files(experiment.sampling, more):
+            made.load(path, verify=Verify(weights.verify))
         return made
 
     def load(self, path: Path, name: str | None = None, verify: Verify | None = None) -> str:
@@ -137,15 +149,98 @@ class LoadedControls:
         return str(wanted) if str(wanted) in self.loaded else self.load(Path(wanted))
 
 
-def check_controls(experiment: Experiment) -> None:
-    """Refuse files of ``sampling.controls`` that are no controls of this model; only headers are read."""
-    for item in experiment.sampling.controls:
-        check_fits(read_info(item.path), experiment.model, item.path, experiment.imports)
+def _files(sampling: SamplingConfig, more: Iterable[Path]) -> list[Path]:
+    return list(dict.fromkeys([*(item.path for item in sampling.controls), *more]))
+
+
+def check_controls(experiment: Experiment, more: Iterable[Path] = ()) -> None:
+    """Refuse files of ``sampling.controls`` and ``more`` that are no controls of this model, by headers."""
+    for path in _files(experiment.sampling, more):
+        info = read_info(path)
+        check_fits(info, experiment.model, path, experiment.imports)
+        design = resolve(info.control.target, {*experiment.imports, *info.imports})
+        if experiment.sampling.tile is not None and not getattr(design, "in_tiles", True):
+            raise ControlError(
+                f"control {path}: a {design.__name__} is seen whole, which tiles do not go with: set "
+                f"sampling.tile to null"
+            )
+
+
+# -- controls of a prompt's own
+
+
+def row_controls(prompt: Prompt) -> list[ControlConfig] | None:
+    """The controls in the row of ``prompt``, which stand in place of ``sampling.controls``; None: no row's.
+
+    :class:`ControlError` for a key, a value or a file that does not do.
+    """
+    if prompt.row.controls is None:
+        return None
+    out = []
+    for number, given in enumerate(prompt.row.controls):
+        where = f"prompt {prompt.index}: controls.{number}"
+        try:
+            config, faults = convert(ControlConfig, dict(given), Context())
+        except RuleError as error:
+            raise ControlError(f"{where}: {error}") from error
+        if faults:
+            at = "".join(f".{part}" for part in faults[0].key)
+            raise ControlError(f"{where}{at}: {faults[0].what}")
+        assert isinstance(config, ControlConfig), "it has no faults"
+        if config.image is None or not config.image.exists():
+            lacks = "needs a picture" if config.image is None else f"{config.image} does not exist"
+            raise ControlError(f"{where}.image: {lacks}")
+        locate(config.path)
+        out.append(config)
+    return out
+
+
+def row_files(prompts: Iterable[Prompt]) -> list[Path]:
+    """Files of the controls in the rows of ``prompts``."""
+    return list(dict.fromkeys(one.path for prompt in prompts for one in row_controls(prompt) or ()))
+
+
+def check_pictures(sampling: SamplingConfig, prompts: Iterable[Prompt]) -> None:
+    """Read the picture of every control for every image of ``prompts`` once, before weights are read."""
+    seen = set[Path | str]()
+    for prompt in prompts:
+        own = row_controls(prompt)
+        for config in sampling.controls if own is None else own:
+            files = PictureFiles(Path(str(config.image)), f"control {config.path}")
+            for image in range(sampling.batch_size if config.scale else 0):
+                if (found := files.find(prompt, image)) not in seen:
+                    seen.add(found)
+                    files.open(prompt, image)
+
+
+def row_fields(prompt: Prompt, image: int) -> dict[str, str]:
+    """PNG fields of a picture whose prompt has controls of its own: their settings, and digests of files."""
+    own, told = row_controls(prompt), []
+    usual = {f.name: f.default for f in fields(ControlConfig) if f.name not in ("path", "image")}
+    for config in own or ():
+        found = PictureFiles(Path(str(config.image)), "a control").find(prompt, image)
+        files = [f"{path.name} {_digest(path, _stamp(path))}" for path in (config.path, found)]
+        set_ = [f"{k} {getattr(config, k)}" for k, v in usual.items() if getattr(config, k) != v]
+        told.append(", ".join(files + set_))
+    return {} if own is None else {"controls": "; ".join(told)}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = (locate(path) if path.is_dir() else path).stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, stamp: tuple[int, int]) -> str:
+    return digest(locate(path) if path.is_dir() else path)
 
 
 @dataclass(frozen=True)
 class ControlPictures:
-    """The controls of a call with their pictures, of ``height`` x ``width`` pixels."""
+    """The controls of a call with their pictures, of ``height`` x ``width`` pixels.
+
+    A prompt with controls of its own row has those instead, one with a size of its own pictures of that.
+    """
 
     loaded: LoadedControls
     uses: Sequence[tuple[str, ControlImage]]  # a loaded control's name and its picture
@@ -160,8 +255,15 @@ class ControlPictures:
         images: Sequence[ControlImage],
         size: tuple[int, int],
         batch_size: int,
+        prompts: Iterable[Prompt] = (),
     ) -> ControlPictures | None:
-        """Those of ``images`` that are not switched off; None for none."""
+        """Those of ``images`` and of rows of ``prompts`` that are not switched off; None for none."""
+        made = cls(loaded, cls._acting(loaded, images), *size, batch_size)
+        rows = [made.used(prompt) for prompt in prompts if prompt.row.controls is not None]
+        return made if made.uses or any(rows) else None
+
+    @staticmethod
+    def _acting(loaded: LoadedControls, images: Iterable[ControlImage]) -> list[tuple[str, ControlImage]]:
         uses = []
         for image in images:
             name = loaded.named(image.control)
@@ -173,24 +275,33 @@ class ControlPictures:
                 )
             if image.scale:
                 uses.append((name, image))
-        return cls(loaded, uses, *size, batch_size) if uses else None
+        return uses
+
+    def used(self, prompt: Prompt) -> Sequence[tuple[str, ControlImage]]:
+        """The controls that act on ``prompt``, by name."""
+        own = row_controls(prompt)
+        return self.uses if own is None else self._acting(self.loaded, map(ControlImage.of, own))
 
     def read(self, prompt: Prompt, images: Sequence[int]) -> list[Tensor]:
         """For each use its pictures (n, 3 or 4, height, width) in [-1, 1], preprocessed if they are to be."""
-        return [torch.stack([self._picture(name, use, prompt, i) for i in images]) for name, use in self.uses]
+        return [
+            torch.stack([self._picture(name, use, prompt, i) for i in images])
+            for name, use in self.used(prompt)
+        ]
 
     def _picture(self, name: str, use: ControlImage, prompt: Prompt, image: int) -> Tensor:
         pixels, one = use.open(prompt, image, self.batch_size), self.loaded.loaded[name]
-        if told := fit_message(pixels.rgb.size, self.height, self.width, use.fit):
+        height, width = prompt.row.height or self.height, prompt.row.width or self.width
+        if told := fit_message(pixels.rgb.size, height, width, use.fit):
             log.info("control %s: %s", use.control, told)
-        picture = from_pil(fitted(pixels.rgb, self.height, self.width, use.fit))
+        picture = from_pil(fitted(pixels.rgb, height, width, use.fit))
         if one.control.takes == "inpaint" and not use.preprocess:
             if pixels.alpha is None:
                 raise ControlError(
                     f"control {use.control}: inpaints, so its picture is transparent where it is to be drawn "
                     f"anew, and this one is nowhere"
                 )
-            alpha = from_pil(fitted(pixels.alpha, self.height, self.width, use.fit))[:1]
+            alpha = from_pil(fitted(pixels.alpha, height, width, use.fit))[:1]
             return torch.cat([picture, torch.where(alpha < 0, 1.0, -1.0)])
         if use.preprocess:
             if one.preprocess is None:
@@ -200,10 +311,10 @@ class ControlPictures:
             return one.preprocess(picture, random.Random(f"{prompt.index}/{image}"))
         return picture
 
-    def encode(self, pictures: Sequence[Tensor], device: torch.device) -> Controls:
-        """Inputs of the network of the ``pictures`` that were read."""
+    def encode(self, prompt: Prompt, pictures: Sequence[Tensor], device: torch.device) -> Controls:
+        """Inputs of the network of the ``pictures`` that were read for ``prompt``."""
         out = []
-        for (name, use), given in zip(self.uses, pictures, strict=True):
+        for (name, use), given in zip(self.used(prompt), pictures, strict=True):
             control = self.loaded.loaded[name].control
             value = control.encode(self.loaded.engine.first_stage, given.to(device))
             layers = None if use.layers is None else tuple(map(float, use.layers))

@@ -275,7 +275,8 @@ class Generator:
         """Inputs of the controls for some images of ``prompt``; the team's first rank reads them."""
         if self.offload is not None:
             self.offload.enter("first_stage")
-        return controls.encode(by_first(self.team, partial(controls.read, prompt, images)), self.device)
+        pictures = by_first(self.team, partial(controls.read, prompt, images))
+        return controls.encode(prompt, pictures, self.device)
 
     def save(  # noqa: PLR0913 - all that a folder of pictures depends on
         self,

@@ -170,6 +170,17 @@ def _row(values: Mapping[str, Any], folder: Path, where: str) -> Row:
     controls = take("controls", list, "a list of controls")
     if controls is not None and not all(isinstance(control, dict) for control in controls):
         raise PromptError(f"{where}: controls: expected a list of objects with path and image")
+    controls = (
+        [
+            {
+                k: str(folder / v) if k in ("path", "image") and isinstance(v, str) else v
+                for k, v in one.items()
+            }
+            for one in controls or ()
+        ]
+        if controls is not None
+        else None
+    )
     return Row(
         negative, take("seed", int, "a whole number"), height, width,
         **{key: None if text is None else folder / text for key, text in paths.items()},

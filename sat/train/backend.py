@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from sat.checkpoint.load import shards
 from sat.config.schema import Component, TrainConfig
 from sat.errors import UserError
-from sat.parallel.collectives import mean
 from sat.parallel.launch import Mesh, Runtime
 from sat.parallel.tensor import joined, summed
 from sat.train.optim import Scheduler, group_of, trainable
@@ -113,18 +112,22 @@ class Backend(ABC):
         """``grad_norm/NAME`` of every part, or of ``train.groups`` and the rest, before clipping.
 
         To be asked for between ``backward`` and ``step``; every rank calls it. On ranks that share gradients
-        out, each has the sum of its own shares' squares, and these are added up.
+        out, each has the sum of its own shares' squares, and these are added up; so are those of tensor
+        ranks, which all have what is not split.
         """
         squares: dict[str, Tensor] = {}
         for name, gradient in self._gradients():
             group = group_of(self.objective, name, self.config)
             own = gradient.float().square().sum()
+            if name not in self.split:  # every tensor rank has it
+                own = own / self.mesh.tensor.size
             squares[group] = squares[group] + own if group in squares else own
         names = sorted({group_of(self.objective, name, self.config) for name in self.parameters})
         zero = torch.zeros((), device=self.runtime.device)
         found = torch.stack([squares.get(name, zero) for name in names])
         if self.config.zero > 0:
-            found = mean(found) * self.runtime.world
+            found = summed(found, self.mesh.gradient)
+        found = summed(found, self.mesh.tensor)
         return {f"grad_norm/{name}": value for name, value in zip(names, found.sqrt(), strict=True)}
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:

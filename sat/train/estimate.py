@@ -34,6 +34,8 @@ SUBGROUP = 1_000_000_000
 """Elements that ZeRO 3 steps together at most (``sub_group_size``)."""
 FULL = 4
 """Bytes of a float32."""
+PROCESS = 420_000_000
+"""Bytes of a CPU run's process with its libraries alone (measured with torch 2.13 and DeepSpeed 0.19)."""
 MOST_RANKS = 64
 """Ranks that the search for settings goes up to."""
 LORA = LoraConfig(targets=["attention", "mlp"])
@@ -128,6 +130,11 @@ class Estimate:
         return self.measured.batch * (1 + self.waiting) if self.host else 0
 
     @property
+    def process(self) -> int:
+        """The process with its libraries, which are in the memory that is estimated only on a CPU."""
+        return PROCESS if self.host else 0
+
+    @property
     def optimizer_offloaded(self) -> bool:
         """True if the optimizer steps outside the device's memory."""
         return self.offload.optimizer and self.zero > 0 and not self.host
@@ -167,7 +174,7 @@ class Estimate:
     @property
     def lasting(self) -> int:
         """Memory held throughout."""
-        weights = self.weights.total - self.offloaded_weights
+        weights = self.weights.total - self.offloaded_weights + self.process
         if self.optimizer_offloaded:
             return weights + self.loading
         kept = FULL * self.share if self.offload.optimizer and self.zero else 0  # gradients of the optimizer

@@ -65,7 +65,7 @@ def add_lora(objective: Objective, lora: LoraConfig, seed: int, verify: Verify |
             alpha = lora.effective_alpha(rank)
             layers[part][path] = initial_factors(
                 cast(LinearLike, layer), [rank] * count, [alpha] * count, f"{seed} {name}",
-                base_norms(layer) if lora.dora else None,
+                base_norms(layer) if lora.dora else None, lora.lokr,
             )  # fmt: skip
     for part, module in parts.items():
         attach(module, NAME, layers[part], dropout=lora.dropout)

@@ -28,8 +28,10 @@ def files() -> tuple[Path, ...]:
 
 
 def sources(folder: str = "sat") -> list[Path]:
-    """Python files under a folder of the checkout."""
-    return [path for path in files() if path.suffix == ".py" and path.is_relative_to(ROOT / folder)]
+    """Python files under a folder of the checkout, but for code that goes into folders for diffusers."""
+    left = ROOT / "sat" / "control" / "hub"
+    found = (path for path in files() if path.suffix == ".py" and path.is_relative_to(ROOT / folder))
+    return [path for path in found if not path.is_relative_to(left)]
 
 
 @cache

@@ -142,13 +142,13 @@ def read(runtime: Runtime, folder: Path) -> dict[str, bool]:
     return found
 
 
-def adapters(runtime: Runtime, folder: Path, dora: bool) -> dict[str, Any]:
+def adapters(runtime: Runtime, folder: Path, dora: bool, lokr: int | None = None) -> dict[str, Any]:
     """Factors on a model that is split: its outputs, gradients, the factors read back, and merged."""
     tensor = Mesh(runtime, tensor=runtime.world).tensor
 
     def made(dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
         pair = plus().double(), apply_sharding(plus().double(), family_sharding(type(plus())), tensor)
-        layers = noisy(start(pair[0], dora=dora))
+        layers = noisy(start(pair[0], dora=dora, lokr=lokr))
         for model in pair:
             attach(model, "style", layers, dropout=dropout)
         return pair
@@ -231,7 +231,7 @@ def official(runtime: Runtime, folder: Path) -> dict[str, list[str]]:
 
 # ---------------------------------------------------------------------- training
 
-TRAINING = changed(CONFIG, steps=10, batch_size=2, save_every=5, clip=0.02)
+TRAINING = changed(CONFIG, steps=10, batch_size=2, save_every=5, clip=0.02, group_norms=True)
 """Ten steps of AdamW with eps 1e-4; the clip is below the gradient norm, so it acts at every step."""
 
 
@@ -262,6 +262,7 @@ class Painter(Objective):
 
 
 LORA = LoraConfig(rank=3, alpha=6.0, targets=["attention", "mlp", "adaln"], dropout=0.2, dora=True)
+LOKR = LoraConfig(rank=2, alpha=4.0, targets=["attention", "mlp", "adaln"], dropout=0.2, lokr=4)
 
 
 def trained(
@@ -279,7 +280,8 @@ def trained(
             parameter.data.add_(1.0)  # whatever is not restored shows
         run.resume(Saved(5, resume / "run" / "checkpoints" / "step_00000005"))
     run.fit()
-    norms = [row["grad_norm"] for row in rows(folder / "run")] if runtime.is_main else []
+    written = rows(folder / "run") if runtime.is_main else []
+    norms = [row["grad_norm"] for row in written]
     own = {name: value.clone() for name, value in run.engine.masters()}
     whole = {name: run.engine.joined(name, value).clone() for name, value in own.items()}
     averages = {name: run.engine.joined(name, value).clone() for name, value in run.ema.gather()}  # type: ignore[union-attr]
@@ -288,6 +290,7 @@ def trained(
         "averages": averages,
         "replicated": {name: value for name, value in own.items() if name not in run.engine.split},
         "norms": norms,
+        "by_group": [{k: v for k, v in row.items() if k.startswith("grad_norm/")} for row in written],
     }
 
 
@@ -308,8 +311,11 @@ def trainings(folder: Path, results: dict[str, Any]) -> None:
         work = functools.partial(trained, config=changed(TRAINING, **options), size=size, **extra)
         results[name] = ranks(world, folder / name, work)
 
-    for kind, lora in (("sft", None), ("lora", LORA)):
+    for kind, lora in (("sft", None), ("lora", LORA), ("lokr", LOKR)):
         case(f"{kind}/one", 1, 1, accumulate=2, lora=lora)
+        if kind == "lokr":
+            case("lokr/zero2", 2, 2, accumulate=2, zero=2, lora=lora)
+            continue
         case(f"{kind}/2x2", 4, 2, zero=1, lora=lora)
     case("sft/zero0", 2, 2, accumulate=2)
     case("sft/zero2", 2, 2, accumulate=2, zero=2, activation_checkpointing=True)
@@ -341,6 +347,7 @@ def main(folder: Path) -> None:
     results["read"] = ranks(2, folder / "read", read)
     for dora in (False, True):
         results[f"adapters {dora}"] = ranks(2, folder / f"dora{dora}", functools.partial(adapters, dora=dora))
+    results["adapters lokr"] = ranks(2, folder / "lokr", functools.partial(adapters, dora=False, lokr=4))
     results["official"] = ranks(2, folder / "official", official)
     results["halves"] = ranks(2, folder / "halves", halves)
     results["offloaded"] = ranks(2, folder / "offloaded", offloaded)

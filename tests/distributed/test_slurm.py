@@ -38,7 +38,7 @@ def steps(run: Path) -> list[int]:
 
 
 def unchecked(folder: Path) -> Slurm:
-    """Jobs without the check before the ranks, which one test has already: it imports torch once more."""
+    """Jobs without the check before the ranks, which one job has already: it imports torch once more."""
     programs = folder / "bin"
     programs.mkdir()
     text = f'#!/bin/bash\n[[ " $* " == *" --check-inputs "* ]] || exec {sys.executable} "$@"\n'
@@ -68,7 +68,8 @@ def test_a_job_of_two_nodes_saves_in_time_is_queued_again_and_goes_on(spiece, tm
     (stopped,) = steps(run)
     assert f"asked to stop: saving at step {stopped} of 100000" in said
     assert slurm.requeued == [str(number)]
-    said = end(slurm.job(*words, "--steps", str(stopped + 2), SLURM_RESTART_COUNT="1", **place))
+    again = unchecked(tmp_path).job(*words, "--steps", str(stopped + 2), SLURM_RESTART_COUNT="1", **place)
+    said = end(again)
     assert re.search(rf"resumed from .* at step {stopped} of {stopped + 2}", said), said
     assert steps(run)[-1] == stopped + 2
     told = json.loads((run / "run.json").read_text())

@@ -75,6 +75,19 @@ def test_factors_on_a_split_model_are_those_on_the_whole_one(results: dict[str, 
         assert value["calm"] > 0.01  # the dropout did something
 
 
+def test_kronecker_factors_on_a_split_model_are_those_on_the_whole_one(results: dict[str, Any]) -> None:
+    """w1 is split under columns and rows alike; w2 is whole, and its gradients are those of one process."""
+    for value in values(results, "adapters lokr"):
+        assert value["output"] < 1e-13
+        assert max(value["gradients"].values()) < 1e-12
+        assert any(name.endswith(".w1") for name in value["split"])
+        assert not any(name.endswith((".a", ".b")) for name in value["split"])
+        assert value["extracted"] == 0
+        assert value["merged"] < 1e-13
+        assert value["dropped"]["output"] < 1e-13
+        assert max(value["dropped"]["gradients"].values()) < 1e-12
+
+
 def test_half_precision_has_the_types_of_a_whole_model(results: dict[str, Any]) -> None:
     for value in values(results, "halves"):
         for case in value.values():
@@ -95,6 +108,7 @@ def test_a_split_model_is_the_official_one(results: dict[str, Any]) -> None:
 LAYOUTS = [
     *(("sft", layout) for layout in ("2x2", "zero0", "zero2", "zero3", "joined", "split", "replanned")),
     *(("lora", layout) for layout in ("2x2", "zero2", "zero3", "joined")),
+    ("lokr", "zero2"),
 ]
 """``joined`` and ``split`` go on at step 5 from a checkpoint of 2 tensor ranks on 1, and the other way;
 ``replanned`` on as many, by a plan that leaves adaLN whole."""
@@ -110,6 +124,8 @@ def test_ten_steps_are_those_of_one_process(results: dict[str, Any], kind: str, 
     assert layout in ("joined", "split", "replanned") or found[0]["norms"] == pytest.approx(
         one["norms"], rel=1e-4
     )
+    for row, norm in zip(found[0]["by_group"], found[0]["norms"], strict=True):  # the one group is the model
+        assert row == {"grad_norm/model": pytest.approx(norm, rel=1e-4)}
     for value in found:
         for what in ("weights", "averages"):
             assert value[what].keys() == one[what].keys()
@@ -128,7 +144,9 @@ def test_what_every_rank_holds_stays_the_same_on_all(results: dict[str, Any], ki
         assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("sft", "zero2"), ("sft", "zero3"), ("lora", "zero2")])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("sft", "zero2"), ("sft", "zero3"), ("lora", "zero2"), ("lokr", "zero2")]
+)
 def test_what_is_exported_is_whole(results: dict[str, Any], kind: str, layout: str) -> None:
     one, other = (
         results["folder"] / f"{kind}/{name}/run/checkpoints/step_00000010/native" for name in ("one", layout)

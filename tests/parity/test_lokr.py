@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoKrConfig, get_peft_model
+from peft import LoKrConfig, PeftModel, get_peft_model
+from peft.tuners.lokr.layer import factorization
 from safetensors.torch import save_file
 
-from sat.adapters.factors import AdapterError
-from sat.adapters.files import is_adapter, read
+from sat.adapters.factors import AdapterError, two_factors
+from sat.adapters.files import AdapterInfo, is_adapter, read
 from sat.adapters.lokr import expanded, kron_of
-from sat.adapters.lora import attach, merge
-from tests.parity.test_lora import WHOLE, both, compared
+from sat.adapters.lora import KronFactors, attach, detach, extract, merge
+from sat.adapters.write import write, write_native
+from sat.config.schema import LoraConfig as LoraSection
+from sat.train.lora import NAME, add_lora
+from tests.adapters import adapter, noisy, start
+from tests.parity.test_lora import WHOLE, Holder, both, compared
 from tests.tolerances import F32, F64
 
 
@@ -68,13 +74,67 @@ def test_a_kronecker_product_is_its_low_rank_form(whole: tuple[str, ...]) -> Non
     full = {side: pieces.get(side, pieces.get(f"{side}_a", torch.zeros(1, 1))) for side in shapes}
     full |= {s: pieces[f"{s}_a"] @ pieces[f"{s}_b"] for s in shapes if s not in whole}
     kron = kron_of(pieces, "x")
-    torch.testing.assert_close(
-        kron.up() @ kron.down(), torch.kron(full["w1"], full["w2"]), rtol=F64, atol=F64
-    )
+    pair = kron.pair(1.0)
+    wanted = torch.kron(full["w1"], full["w2"])
+    torch.testing.assert_close(pair.scale * pair.up @ pair.down, wanted, rtol=F64, atol=F64)
     assert kron.rank == (None if len(whole) == 2 else 2)
-    made = expanded({f"x.lokr_{key}": value for key, value in pieces.items()}, {"x": 0.5})
+    made, _ = expanded({f"x.lokr_{key}": value for key, value in pieces.items()}, {"x": 0.5})
     scale = float(made["x.alpha"]) / made["x.lora_A.weight"].shape[0]
     assert scale == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("rank", "factor"), [(3, 4), (3, -1), (64, 8)])
+def test_trained_here_peft_builds_and_reads_it(rank: int, factor: int, tmp_path: Path) -> None:
+    """The layers as they train, the native file, PEFT's folder: one change of the network."""
+    peer, ours = both()
+    plain, _ = compared(peer, ours)
+    section = LoraSection(rank=rank, alpha=2.0 * rank, targets=["attention", "mlp"], lokr=factor)
+    add_lora(Holder(ours), section, seed=0)
+    assert compared(peer, ours)[1] < F32  # nothing is changed at the start
+    factors = [m for m in ours.modules() if isinstance(m, KronFactors)]
+    assert (rank == 64) == all(one.b is None for one in factors)
+    generator = torch.Generator().manual_seed(2)
+    for one in factors:
+        torch.nn.init.normal_(one.w1, std=0.2, generator=generator)
+    layers = extract(ours, NAME)
+    info = AdapterInfo(rank, 2.0 * rank)
+    named = {f"model.{name}": layer for name, layer in layers.items()}
+    (tmp_path / "run").mkdir()
+    write_native(tmp_path / "run" / "adapter.safetensors", named, info)
+    again = read(tmp_path / "run", {"model": ours})
+    write(tmp_path / "peft", again, "peft", {"model": ours})
+    told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert told["peft_type"] == "LOKR"
+    wrapped = PeftModel.from_pretrained(peer, tmp_path / "peft")
+    theirs, difference = compared(wrapped, ours)
+    assert (theirs - plain).abs().max() / plain.std() > 0.1
+    assert difference < F32
+    held = {name: p for name, p in wrapped.named_parameters() if "lokr_" in name}
+    assert held and all(p.any() for p in held.values())
+    detach(ours, NAME)
+    attach(ours, "again", again.of("model"))
+    assert compared(wrapped, ours)[1] < F32
+    merge(ours)
+    assert compared(wrapped, ours)[1] < 10 * F32
+
+
+def test_diffusers_gets_the_lora_of_the_same_change(tmp_path: Path, caplog) -> None:
+    peer, ours = both()
+    layers = noisy(start(ours, lokr=4))
+    attach(ours, "style", layers)
+    write(tmp_path / "out", adapter(layers), "diffusers", {"model": ours})
+    assert "diffusers reads no LoKr: it is written as the LoRA of the same change" in caplog.text
+    peer.load_lora_adapter(
+        tmp_path / "out", weight_name="pytorch_lora_weights.safetensors", prefix="transformer"
+    )
+    assert compared(peer, ours)[1] < F32
+
+
+@pytest.mark.parametrize(
+    ("size", "factor"), [(s, f) for s in (7, 96, 128, 1920, 2560) for f in (-1, 4, 8, 6)]
+)
+def test_sizes_are_factored_as_pefts(size: int, factor: int) -> None:
+    assert two_factors(size, factor) == factorization(size, factor)
 
 
 @pytest.mark.parametrize(("pieces", "words"), [

@@ -25,6 +25,7 @@ from sat.sampling.output import from_pil, read_png_text
 from tests.adapters import trained
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, ROOT, Command, files, pixels
+from tests.unit.test_control_files import written
 
 TOY = ROOT / "tests" / "assets" / "toy"
 HEIGHT, WIDTH = 48, 64
@@ -391,6 +392,100 @@ def test_array_jobs_share_the_rows_and_a_changed_picture_is_drawn_again(
     assert sample(*words, tmp_path / "out", "--resume").code == 0
     again = [path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert again == ["2_the_sun"]
+
+
+def test_rows_have_controls_of_their_own_in_place_of_the_runs(
+    pipe: Pipeline, sample: Command, given, tmp_path: Path
+) -> None:
+    control = written(tmp_path)
+    for name, one in (("a.png", picture(1)), ("b.png", picture(2)), ("c.png", picture(3, 32, 48))):
+        given(one, name)
+    own = {"path": control.name, "image": "b.png", "scale": 0.5, "start": 0.1, "layers": [1, 0.5]}
+    large = {"path": control.name, "image": "c.png"}
+    values: list[object] = [
+        {"prompt": "a cat"},
+        {"prompt": "a dog", "controls": [own, {**own, "image": "a.png", "preprocess": True}]},
+        {"prompt": "the sun", "controls": []},
+        {"prompt": "a lion", "controls": [large], "size": [32, 48]},
+    ]
+    shared = f"sampling.controls=[{{path: {control}, image: {tmp_path / 'a.png'}}}]"
+    words = (shared, "--prompt-file", rows(tmp_path / "x.jsonl", values), "--output-dir")
+    assert sample(*words, tmp_path / "whole").code == 0
+    drawn = sorted((tmp_path / "whole").rglob("000000000.png"))
+
+    def steered(**more: object) -> dict[str, object]:
+        return {"control": control, **more}
+
+    two = {"scale": 0.5, "start": 0.1, "layers": [1.0, 0.5]}
+    both = [steered(image=picture(2), **two), steered(image=picture(1), preprocess=True, **two)]
+    alone = [
+        pipe("a cat", controls=[steered(image=picture(1))]),
+        pipe("a dog", controls=both),
+        pipe("the sun"),
+        pipe("a lion", controls=[steered(image=picture(3, 32, 48))], height=32, width=48),
+    ]
+    for path, one in zip(drawn, alone, strict=True):
+        assert (pixels(path) == np.asarray(one.images[0])).all(), path
+    told = read_png_text(drawn[1])
+    assert told is not None and "scale 0.5" in told["controls"] and "b.png" in told["controls"]
+    for part in (0, 1):  # array jobs, and a changed picture
+        assert sample(*words, tmp_path / "out", f"sampling.share={part}/2", "--resume").code == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("000000000.png")}
+    given(picture(9), "b.png")
+    assert sample(*words, tmp_path / "out", "--resume").code == 0
+    again = [path.parent.name for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert again == ["1_a_dog"]
+
+
+def test_tiles_see_their_part_of_the_controls_picture(pipe: Pipeline, tmp_path: Path, spiece: Path) -> None:
+    """Pictures that differ on the right give latents that differ there alone: no tile in between sees it."""
+    words = [f"conditioning.tokenizer={spiece}", "sampling.tile=8", "sampling.steps=1", "sampling.sizes=null"]
+    tiled = Pipeline.from_config([DEBUG], words, device="cpu", dtype="fp32")
+    control, size = written(tmp_path), {"height": 48, "width": 128}
+    one = np.asarray(picture(1, 48, 128)).copy()
+    two = one.copy()
+    two[:, 104:] = 255 - two[:, 104:]
+    drawn = [
+        tiled("a cat", controls=[{"control": control, "image": Image.fromarray(p)}], **size).latents
+        for p in (one, two)
+    ]
+    moved = (drawn[0] - drawn[1]).abs().amax((0, 1, 2))
+    cells = len(moved)
+    assert moved[-1] > 1e-3 and moved[: cells // 2].max() == 0
+    whole = tiled("a cat", controls=[], **size).latents
+    assert (whole - drawn[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"path": "no.safetensors", "image": "a.png"}, "no.safetensors: no such control"),
+        ({"path": "CONTROL", "image": "no.png"}, "prompt 0: controls.0.image: "),
+        ({"path": "CONTROL"}, "prompt 0: controls.0.image: needs a picture"),
+        ({"path": "CONTROL", "image": "bad.png"}, "bad.png"),
+        ({"path": "CONTROL", "image": "a.png", "scal": 1}, "prompt 0: controls.0.scal: "),
+        ({"path": "CONTROL", "image": "a.png", "scale": "1"}, "prompt 0: controls.0.scale: expected float"),
+        ({"path": "CONTROL", "image": "a.png", "start": 0.9, "end": 0.1}, "0 <= `start` <= `end` <= 1"),
+        ({"path": "a.png", "image": "a.png"}, "a.png"),
+    ],
+)
+def test_a_wrong_control_of_a_row_is_named_before_weights_are_read(
+    sample: Command,
+    given,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: dict[str, object],
+    message: str,
+) -> None:
+    control = written(tmp_path)
+    monkeypatch.setattr("sat.pipeline.build_engine", lambda *a, **k: pytest.fail("weights are read"))
+    given(picture(1), "a.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    values = {**own, "path": str(own["path"]).replace("CONTROL", control.name)}
+    file = rows(tmp_path / "x.jsonl", [{"prompt": "a", "controls": [values]}])
+    done = sample("--prompt-file", file, "--output-dir", tmp_path / "out")
+    assert done.code in (1, 2) and message in done.err and "Traceback" not in done.err, done.err
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,17 @@ def test_start_and_end_are_shares_of_the_noise_range() -> None:
     assert late.acts(0.0) and late.acts(0.5) and not late.acts(0.9)
 
 
+def test_a_tile_sees_its_part_of_a_map_and_features_whole() -> None:
+    latent, pixels, features = draw(2, 4, *SIZE), draw(2, 3, 24, 40), draw(2, 5, 112)
+    at = slice(4, 12), slice(7, 15)
+    for given_, wanted in (
+        (latent, latent[:, :, 4:12, 7:15]),
+        (pixels, pixels[:, :, 8:24, 14:30]),
+        (features, features),
+    ):
+        assert torch.equal(ControlInput("edges", given_, (1.0, 1.0)).cut(at, SIZE).value, wanted)
+
+
 def test_guess_mode_leaves_the_unconditional_half_alone() -> None:
     model, control = DESIGNS["plus"]()
     fill(control, seed=4)

@@ -117,6 +117,15 @@ def test_sets_without_code_points_are_matched_by_any_known_name(packages, tmp_pa
     assert (tmp_path / "out/blob/enraged-face.png").exists()
 
 
+def test_a_set_of_compressed_and_older_names_is_matched_too(packages, tmp_path):
+    """By the label without hyphens, the character's own name, or the few names that are neither."""
+    named = {"redapple": "#ff0000", "heavyblackheart": "#00ff00", "pouting-face": "#0000ff"}
+    pack(packages, STYLES["firefox"].package, icons(named, {}))
+    written = build(tmp_path / "out", packages, ["firefox"], "all", 64)
+    assert (written.trained + written.held_out, written.missing) == ({"firefox": 2}, {"firefox": 1})
+    assert (tmp_path / "out/firefox/red-heart.png").exists()
+
+
 def test_what_was_used_is_recorded_with_licence_and_digest(packages, tmp_path):
     build(tmp_path / "out", packages, ["flat"], "all", 128)
     record = json.loads((tmp_path / "out/sources.json").read_text())
@@ -172,6 +181,13 @@ def test_about_four_percent_and_the_six_named_pairs_are_held_out():
     for label, style in HELD_OUT_PAIRS:
         assert is_held_out(Concept(label, "0", (), 4), style)
     assert len(HELD_OUT_PAIRS) == 6
+
+
+def test_a_style_with_the_outlines_of_another_keeps_its_pairs():
+    concepts = [Concept(f"thing {number}", f"{number:x}", (), 4) for number in range(500)]
+    for style, shapes in (("contrast", "flat"), ("monotone", "emojitwo")):
+        assert [is_held_out(c, style) for c in concepts] == [is_held_out(c, shapes) for c in concepts]
+    assert is_held_out(Concept("rocket", "0", (), 4), "contrast")
 
 
 def test_the_core_list_is_about_130_labels_that_name_the_held_out_ones():

@@ -14,11 +14,11 @@ from sat.apps.emoji.concepts import core_labels
 from sat.apps.evaluate.classifier import Classifier, score, score_folder, wanted
 from sat.apps.evaluate.distances import frechet, statistics
 from sat.apps.evaluate.pictures import collect
-from sat.apps.evaluate.training import Recipe, Strength, augment, train
+from sat.apps.evaluate.training import STRENGTHS, Recipe, Strength, augment, recolour, train
 from sat.cli import evaluate
 from sat.data.records import DataError
 from sat.data.transforms import to_tensor
-from sat.models.vision.classifier import Card, embed, top_shares
+from sat.models.vision.classifier import Card, embed, packed, top_shares
 
 COLOURS = {"red apple": "#e01010", "lime": "#20c020", "blue heart": "#2030e0"}
 CARD = Card(("heart", "red heart", "fire engine"), ("noto", "3d"), 16, 14)
@@ -67,6 +67,58 @@ def test_a_trained_classifier_knows_real_pictures_and_says_how_well(trained):
     expected = embed(model, augment(pixels.repeat(40, 1, 1, 1), Strength(), torch.Generator().manual_seed(1)))
     torch.testing.assert_close(model.real_mean, expected.features.mean(0), rtol=0.2, atol=0.2)
     assert model.real_cov.diagonal().min() >= 0
+
+
+def test_a_judge_of_some_concepts_learns_from_more_and_is_small(data, trained, tmp_path):
+    """Further folders and other concepts are trained on and forgotten; the file has 8 bits a weight."""
+    more = tmp_path / "more"
+    more.mkdir()
+    drawing("#e01010", "plain").rotate(45, fillcolor="white").save(more / "a.png")
+    row = {"file_name": "a.png", "text": "red apple", "concept": "red apple", "style": "turned"}
+    (more / "metadata.jsonl").write_text(json.dumps(row))
+    judged = ("blue heart", "red apple")
+    recipe = Recipe(
+        steps=40, batch_size=10, width=14, judged=judged, often=2.0, bf16=True, eight_bits=True,
+        start=trained, strength=STRENGTHS["strong"],
+    )  # fmt: skip
+    card = train([data, more], tmp_path / "out", recipe, torch.device("cpu"), SILENT)
+    assert (card.concepts, card.styles) == (judged, ("plain", "cross"))
+    assert (card.training["pictures"], card.training["concepts"], card.training["styles"]) == (7, 3, 3)
+    assert card.scores["heldout_top1"] == 1
+    model = Classifier.load(tmp_path / "out")
+    assert model.card == card
+    sizes = [(folder / "classifier.safetensors").stat().st_size for folder in (tmp_path / "out", trained)]
+    assert sizes[0] < 0.8 * sizes[1]
+    with pytest.raises(DataError, match="no picture of 'lime tree', which the classifier is to judge"):
+        train(data, tmp_path / "no", Recipe(judged=("lime tree",)), torch.device("cpu"), SILENT)
+    with pytest.raises(DataError, match="has 14 features, take --width and --stages of it"):
+        train(data, tmp_path / "no", Recipe(start=trained), torch.device("cpu"), SILENT)
+
+
+def test_weights_of_eight_bits_are_within_half_a_step():
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "a": torch.randn(5, 3, 3, 3, generator=generator),
+        "n": torch.ones(4),
+        "real_mean": torch.rand(4),
+    }
+    found = packed(weights, eight_bits=True)
+    step = weights["a"].flatten(1).abs().amax(1) / 127
+    again = found["a"].float() * found["a.scale"][:, None, None, None]
+    assert found["a"].dtype == torch.int8
+    assert ((again - weights["a"]).abs().flatten(1).amax(1) <= 0.5001 * step).all()
+    assert (found["n"].dtype, found["real_mean"].dtype) == (torch.float16, torch.float32)
+
+
+def test_other_colours_leave_white_and_grey_is_without_any():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.ones(8, 3, 4, 4)
+    images[:, :, :2] = torch.tensor([0.4, -0.3, -0.1])[:, None, None]  # colour above, white below
+    out = recolour(images, Strength(colour=0.3), generator)
+    torch.testing.assert_close(out[:, :, 2:], images[:, :, 2:])
+    assert (out[:, :, :2] - images[:, :, :2]).abs().amax((1, 2, 3)).min() > 0.01
+    grey = recolour(images, Strength(grey=1.0), generator)
+    torch.testing.assert_close(grey[:, :1].expand(-1, 3, -1, -1), grey)
 
 
 def test_right_captions_score_higher_than_shuffled_ones(trained):

@@ -14,14 +14,14 @@ LEVEL = Level(1.0, 0.5, 3.0, 1.0, 0.5)
 def test_a_local_denoiser_is_not_changed_by_tiles(size: tuple[int, int]) -> None:
     """Weights add up to one at every cell, each tile is put back where it was taken."""
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    tiled = Tiled(lambda part, level: 2 * part + level.sigma, tile=16)
+    tiled = Tiled(lambda part, level, at: 2 * part + level.sigma, tile=16)
     assert torch.allclose(tiled(x, LEVEL), 2 * x + 0.5, atol=1e-12)
 
 
 def test_no_tile_is_larger_than_asked_and_neighbours_overlap() -> None:
     seen: list[torch.Size] = []
 
-    def denoise(part: Tensor, level: Level) -> Tensor:
+    def denoise(part: Tensor, level: Level, at: object) -> Tensor:
         seen.append(part.shape)
         return part
 
@@ -32,7 +32,7 @@ def test_no_tile_is_larger_than_asked_and_neighbours_overlap() -> None:
 
 def test_the_middle_of_a_tile_counts_more_than_its_border() -> None:
     calls = iter([0.0, 1.0])
-    tiled = Tiled(lambda part, level: torch.full_like(part, next(calls)), tile=16)
+    tiled = Tiled(lambda part, level, at: torch.full_like(part, next(calls)), tile=16)
     row = tiled(torch.zeros(1, 1, 16, 24, dtype=torch.float64), LEVEL)[0, 0, 0]
     assert (row[:8] == 0).all() and (row[16:] == 1).all()
     inside = row[8:16]
@@ -42,4 +42,4 @@ def test_the_middle_of_a_tile_counts_more_than_its_border() -> None:
 def test_a_latent_smaller_than_a_tile_is_seen_whole() -> None:
     assert tile_size((6, 40), 16) == (6, 16)
     x = torch.randn(1, 1, 6, 10)
-    assert torch.allclose(Tiled(lambda part, level: part, tile=16)(x, LEVEL), x)
+    assert torch.allclose(Tiled(lambda part, level, at: part, tile=16)(x, LEVEL), x)

@@ -16,7 +16,7 @@ from sat.cli.train import main, size
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import Experiment, OffloadConfig
-from sat.train.estimate import Estimate, Estimator, find_settings, zero3_offload
+from sat.train.estimate import PROCESS, Estimate, Estimator, find_settings, zero3_offload
 from sat.train.measure import PACKED, largest_size, sections
 from tests.configs import DEBUG, ROOT
 
@@ -148,6 +148,11 @@ def test_gpu_holds_the_whole_gradient_buffer_and_the_cpu_what_is_written() -> No
     assert host.bucket == 2 * host.weights.trained_elements
 
 
+def test_the_process_takes_of_the_memory_on_a_cpu_alone() -> None:
+    host = estimated("parallel.device=cpu")
+    assert host.process == host.lasting - replace(host, host=False).lasting - host.loading == PROCESS
+
+
 def test_whatever_fits_already_needs_no_change() -> None:
     found = find_settings(ESTIMATOR, experiment("parallel.device=cpu"), 1, 10**12)
     assert found.found is found.now
@@ -156,13 +161,14 @@ def test_whatever_fits_already_needs_no_change() -> None:
 
 def test_changes_that_fit_are_estimated_not_guessed() -> None:
     before = experiment("parallel.device=cpu")
-    total = ESTIMATOR.estimate(before, 1).total
-    found = find_settings(ESTIMATOR, before, 1, int(0.6 * total))
+    now = ESTIMATOR.estimate(before, 1)
+    total, budget = now.total, int(now.process + 0.6 * (now.total - now.process))
+    found = find_settings(ESTIMATOR, before, 1, budget)
     assert found.found is not None
     changed = before
     for change in found.found.changes:
         changed = change.apply(changed)
-    assert ESTIMATOR.estimate(changed, 1).total == found.found.total <= int(0.6 * total) < total
+    assert ESTIMATOR.estimate(changed, 1).total == found.found.total <= budget < total
     assert {c.setting.partition("=")[0] for o in found.alone for c in o.changes} == {
         "data.cache", "train.zero", "train.activation_checkpointing", "train.batch_size",
         "LoRA (configs/lora.yaml laid over it)",
@@ -301,6 +307,7 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
         "weights, trained",
         "optimizer state",
         "activations",
+        "process, libraries",
         "ZeRO 3",
         "TFLOP",
         "does not fit",

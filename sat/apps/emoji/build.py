@@ -16,6 +16,7 @@ from typing import Protocol, TypedDict, cast
 import PIL.Image
 
 from sat.apps.emoji.concepts import (
+    FIREFOX_NAMES,
     HELD_OUT_STYLE,
     LABELS,
     STYLES,
@@ -34,7 +35,12 @@ from sat.util.pictures import open_picture
 
 logger = logging.getLogger(__name__)
 
-UNNAMED = ("blob", "emojitwo")  # their packages' chars.json is empty: icons are found by name
+UNNAMED = (
+    "blob",
+    "emojitwo",
+    "firefox",
+    "monotone",
+)  # their packages' chars.json is empty: icons are found by name
 NAMED_BY = ("noto", "twemoji", "flat")  # and these packages know more names than the label
 HELD_OUT_SHARE = 0.04  # of all (concept, style) pairs
 HELD_OUT_PAIRS = frozenset(
@@ -67,8 +73,10 @@ class Written:
 def is_held_out(concept: Concept, style: str) -> bool:
     """True for pairs kept from training: the six named ones and 4 % by a digest of code point and style.
 
-    The digest makes the choice the same for every subset of concepts, styles and sizes.
+    The digest makes the choice the same for every subset of concepts, styles and sizes. A style with the
+    outlines of another keeps the other's pairs.
     """
+    style = (STYLES[style].shapes if style in STYLES else None) or style
     digest = hashlib.sha256(f"{concept.code}/{style}".encode()).digest()
     drawn: bool = int.from_bytes(digest[:8], "big") / 2**64 < HELD_OUT_SHARE
     return drawn or (concept.label, style) in HELD_OUT_PAIRS
@@ -107,6 +115,9 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
             for concept in concepts:
                 # a set without code points knows an icon by the label's slug or by the name in another set
                 names = [concept.slug, *(codes[concept.code] for codes in others if concept.code in codes)]
+                if style == "firefox":
+                    called = FIREFOX_NAMES.get(concept.label, "")
+                    names = [called, *(n.replace("-", "") for n in (*names, concept.character_slug))]
                 icon = drawings[style].find(concept, names)
                 if icon is None:
                     written.missing[style] += 1

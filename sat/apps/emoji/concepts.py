@@ -46,6 +46,7 @@ class Style:
     word: str
     package: Package
     kind: Literal["svg", "webp"] = "svg"
+    shapes: str | None = None  # the style that it takes its outlines from
 
 
 LABELS = Package("emojibase-data", "17.0.0", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase")
@@ -53,7 +54,7 @@ LABELS = Package("emojibase-data", "17.0.0", "MIT", "Miles Johnson", "https://gi
 _NOTO, _FLUENT = "https://github.com/googlefonts/noto-emoji", "https://github.com/microsoft/fluentui-emoji"
 _TWITTER, _TWEMOJI = "Twitter, Inc and other contributors", "https://github.com/jdecked/twemoji"
 _LOBEHUB = "Microsoft Corporation (drawings), LobeHub (packaging)"
-_EMOJITWO = "https://github.com/EmojiTwo/emojitwo"
+_EMOJITWO, _FIREFOX = "https://github.com/EmojiTwo/emojitwo", "https://github.com/mozilla/fxemoji"
 
 STYLES: dict[str, Style] = {
     style.word: style
@@ -67,10 +68,34 @@ STYLES: dict[str, Style] = {
         Style("blob", Package("@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Google Inc", _NOTO)),
         Style("emojitwo", Package("@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiTwo", _EMOJITWO)),
         Style("3d", Package("@lobehub/fluent-emoji-3d", "1.1.0", "MIT", _LOBEHUB, _FLUENT), "webp"),
+        Style("firefox", Package("@iconify-json/fxemoji", "1.2.2", "Apache-2.0", "Mozilla", _FIREFOX)),
+        Style(
+            "contrast",
+            Package(
+                "@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT", "Microsoft Corporation", _FLUENT
+            ),
+            shapes="flat",
+        ),
+        Style(
+            "monotone",
+            Package("@iconify-json/emojione-monotone", "1.2.1", "CC-BY-4.0", "EmojiTwo", _EMOJITWO),
+            shapes="emojitwo",
+        ),
     )
 }
 TRAINING_STYLES = ("noto", "twemoji", "flat", "blob", "emojitwo")
+JUDGE_STYLES = ("firefox", "contrast", "monotone")  # drawn for the classifier alone, so that it knows shapes
 HELD_OUT_STYLE = "3d"  # of all training of the small model: it is what a LoRA learns later
+
+FIREFOX_NAMES: Mapping[str, str] = {  # of icons that are called by neither label nor character
+    "green heart": "heartgreen", "yellow heart": "heartyellow",
+    "purple heart": "heartpurple", "grinning face": "grin", "smiling face with heart-eyes": "hearteyes",
+    "smiling face with sunglasses": "sunglasses", "loudly crying face": "loudlycrying",
+    "dog face": "dog", "cat face": "cat", "tiger face": "tiger", "pig face": "pig", "mouse face": "mouse",
+    "rabbit face": "bunny", "front-facing baby chick": "frontfacingchick", "spouting whale": "spurtingwhale",
+    "evergreen tree": "evergreen", "globe showing Americas": "americasglobe", "wrapped gift": "present",
+    "gem stone": "gem", "sun": "sunrays",
+}  # fmt: skip
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -214,6 +239,11 @@ class Concept:
         """The label as a file name: "red-apple"."""
         return slug(self.label)
 
+    @property
+    def character_slug(self) -> str:
+        """Unicode's name of a single character as a file name, "ear-of-maize"; empty for a sequence."""
+        return "" if "-" in self.code else slug(unicodedata.name(chr(int(self.code, 16)), ""))
+
 
 def slug(label: str) -> str:
     """``label`` in ASCII lower case with hyphens, as Iconify names its icons."""
@@ -257,19 +287,21 @@ def parse_labels(text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def chosen_labels(which: str) -> list[str]:
+    """Labels named by ``which``: "core" or a file of labels; none for "all"."""
+    if which in ("all", "core"):
+        return core_labels() if which == "core" else []
+    path = Path(which)
+    if not path.is_file():
+        raise ValueError(f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line")
+    return parse_labels(path.read_text("utf-8"))
+
+
 def select(concepts: Sequence[Concept], which: str) -> list[Concept]:
     """Concepts named by ``which``: "all", "core" or a file of labels, in which case does not matter."""
     if which == "all":
         return list(concepts)
-    if which == "core":
-        wanted = core_labels()
-    else:
-        path = Path(which)
-        if not path.is_file():
-            raise ValueError(
-                f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line"
-            )
-        wanted = parse_labels(path.read_text("utf-8"))
+    wanted = chosen_labels(which)
     by_label: Mapping[str, Concept] = {concept.label.lower(): concept for concept in concepts}
     unknown = [label for label in wanted if label.lower() not in by_label]
     if unknown:

@@ -30,14 +30,10 @@ ENOUGH = 500  # pictures for a feature distance that says something
 class Classifier(network.Classifier):
     """The network with its two files, ``classifier.safetensors`` and ``classifier.json``."""
 
-    def save(self, folder: Path, card: Card) -> None:
-        """Write the weights in fp16 (statistics in fp32) and ``card`` beside them."""
+    def save(self, folder: Path, card: Card, eight_bits: bool = False) -> None:
+        """Write the weights (:func:`~sat.models.vision.classifier.packed`) and ``card`` beside them."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (value.half() if value.is_floating_point() and not name.startswith("real_") else value)
-            for name, value in self.state_dict().items()
-        }
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS)
+        save_file(network.packed(self.state_dict(), eight_bits), folder / WEIGHTS)
         (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     @classmethod
@@ -49,11 +45,9 @@ class Classifier(network.Classifier):
                 f"{folder}: no {' and no '.join(missing)}; train one with "
                 "'python -m sat.cli.evaluate train-classifier'"
             )
-        raw = json.loads((folder / CARD).read_text("utf-8"))
-        raw |= {name: tuple(raw[name]) for name in ("concepts", "styles")}
-        model = cls(Card(**raw))
-        model.load_state_dict(load_file(folder / WEIGHTS))
-        return model.float().eval()
+        model = cls(Card.of(json.loads((folder / CARD).read_text("utf-8"))))
+        model.take(load_file(folder / WEIGHTS))
+        return model.eval()
 
 
 # -- retrieval: how often the classifier finds in a picture the thing that its caption names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sat.data.buckets import measure_all
 from sat.data.records import HELD_OUT, BadRecord, DataError, Record, RecordSet
 from sat.data.sources import read_source, read_sources
 from sat.data.transforms import Transform, to_tensor
-from sat.models.vision.classifier import Card, Logits, embed, top_shares
+from sat.models.vision.classifier import Card, Logits, embed, packed, top_shares
 
 CHECK_SEED = 1 << 40  # of the augmentations that accuracy is measured on: never one that was trained on
 CHECK_VIEWS = 4  # of every picture
@@ -34,7 +34,9 @@ class Strength:
 
     ``shift``: share of the side; ``scale``: range of the factor; ``turn``: degrees; ``light``: largest change
     of brightness and contrast; ``blur``: share of pictures blurred (by halving and doubling); ``noise``:
-    largest standard deviation, of values in [-1, 1].
+    largest standard deviation, of values in [-1, 1]; ``colour``: largest change of saturation, of the ink of
+    each channel (half as much) and of the logarithm of the gamma; ``grey``: share without colour; ``warp``:
+    largest spread of a smooth displacement, of half the side.
     """
 
     shift: float = 0.08
@@ -43,11 +45,37 @@ class Strength:
     light: float = 0.1
     blur: float = 0.4
     noise: float = 0.08
+    colour: float = 0.0
+    grey: float = 0.0
+    warp: float = 0.0
+
+
+STRENGTHS = {
+    "plain": Strength(),
+    "strong": Strength(scale=(0.65, 1.1), turn=12.0, colour=0.3, grey=0.1, warp=0.05),
+}
+
+
+def recolour(images: Tensor, strength: Strength, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] with other colours; white stays white."""
+    count = len(images)
+
+    def spread(*size: int) -> Tensor:
+        return (torch.rand(*size, generator=generator) * 2 - 1) * strength.colour
+
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+    grey = (images * weights).sum(1, keepdim=True)
+    kept = (torch.rand(count, 1, 1, 1, generator=generator) >= strength.grey).float()
+    x = grey + (images - grey) * (1 + spread(count, 1, 1, 1)) * kept
+    x = 1 - (1 - x) * (1 + 0.5 * spread(count, 3, 1, 1) * kept)
+    return ((x.clamp(-1, 1) + 1) / 2).pow(spread(count, 1, 1, 1).exp()) * 2 - 1
 
 
 def augment(images: Tensor, strength: Strength, generator: torch.Generator) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] placed anew on white, some blurred, with light and noise changed."""
     count = len(images)
+    if strength.colour or strength.grey:
+        images = recolour(images, strength, generator)
 
     def uniform(low: float, high: float, size: tuple[int, ...] = (count,)) -> Tensor:
         return low + (high - low) * torch.rand(size, generator=generator)
@@ -59,6 +87,12 @@ def augment(images: Tensor, strength: Strength, generator: torch.Generator) -> T
     inverse = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
     matrix = torch.cat([inverse, -(inverse @ shift[:, :, None])], 2)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    if strength.warp:  # 4 x 4 random displacements, smooth between
+        coarse = (
+            torch.randn(count, 2, 4, 4, generator=generator) * uniform(0, strength.warp)[:, None, None, None]
+        )
+        smooth = F.interpolate(coarse, images.shape[-2:], mode="bicubic", align_corners=False)
+        grid = grid + smooth.permute(0, 2, 3, 1)
     moved = 1 - F.grid_sample(1 - images, grid, padding_mode="zeros", align_corners=False)  # white is 1
     soft = F.interpolate(F.avg_pool2d(moved, 2), images.shape[-2:], mode="bilinear", align_corners=False)
     blurred = (torch.rand(count, generator=generator) < strength.blur).float()[:, None, None, None]
@@ -72,7 +106,12 @@ def augment(images: Tensor, strength: Strength, generator: torch.Generator) -> T
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of the training. ``width``: features; ``style_weight``: factor of the style's loss."""
+    """Settings of the training. ``width``: features; ``style_weight``: factor of the style's loss.
+
+    ``judged``: concepts that the classifier is for, drawn ``often`` times as often as the others, which help
+    to learn shapes and are forgotten in the end; empty: all. ``bf16``: compute in bfloat16. ``eight_bits``:
+    as the weights are written.
+    """
 
     steps: int = 3000
     batch_size: int = 64
@@ -83,6 +122,12 @@ class Recipe:
     width: int = 112
     seed: int = 0
     strength: Strength = Strength()
+    stages: tuple[int, ...] = ()
+    judged: tuple[str, ...] = ()
+    often: float = 1.0
+    bf16: bool = False
+    eight_bits: bool = False
+    start: Path | None = None  # a classifier to go on from
 
 
 @dataclass(frozen=True)
@@ -121,53 +166,77 @@ def read_labelled(
 
 
 def train(
-    data: Path,
+    data: Path | Sequence[Path],
     out: Path,
     recipe: Recipe,
     device: torch.device,
     report: Callable[[int, Mapping[str, float]], None],
 ) -> Card:
-    """Train on the pictures of ``data`` (a folder with concept and style in its table); write to ``out``.
+    """Train on the pictures of ``data`` (folders with concept and style in their tables); write to ``out``.
 
-    The card's scores: ``augmented_*`` on augmentations of the training pictures that were not trained on,
-    ``heldout_*`` on the drawings in ``heldout.jsonl``, which were not trained on at all. ``report`` is called
-    with the step and running means now and then.
+    The first folder gives the styles of the card, the pairs for its scores and the features' statistics;
+    those after it are trained on alone. The scores: ``augmented_*`` on augmentations of the training pictures
+    that were not trained on, ``heldout_*`` on the drawings in ``heldout.jsonl``, which were not trained on at
+    all, both over the judged concepts. ``report`` is called with the step and running means now and then.
     """
-    found, unseen = read_sources([(data, 1)]), data / HELD_OUT
+    first, *further = [data] if isinstance(data, Path) else list(data)
+    found, unseen = read_sources([(first, 1)]), first / HELD_OUT
+    more = read_sources([(folder, 1) for folder in further]) if further else RecordSet(())
     kept = read_source(unseen) if unseen.is_file() else RecordSet(())
-    records = found.records
-    for line in (*found.told(), *kept.told()):
+    records = found.records + more.records
+    for line in (*found.told(), *more.told(), *kept.told()):
         log.warning("%s", line)
     unlabelled = next((r for r in records if not {"concept", "style"} <= r.labels.keys()), None)
     if unlabelled is not None:
-        raise DataError(f"{data}: {unlabelled.path.name} has no concept and style; a classifier needs both")
-    concepts = tuple(dict.fromkeys(record.labels["concept"] for record in records))
+        raise DataError(f"{first}: {unlabelled.path.name} has no concept and style; a classifier needs both")
+    everything = tuple(dict.fromkeys(record.labels["concept"] for record in records))
+    absent = [concept for concept in recipe.judged if concept not in everything]
+    if absent:
+        raise DataError(f"{first}: no picture of {absent[0]!r}, which the classifier is to judge")
+    judged = recipe.judged or everything
+    concepts = (*judged, *(concept for concept in everything if concept not in set(judged)))
+    own = len(tuple(dict.fromkeys(record.labels["style"] for record in found.records)))
     styles = tuple(dict.fromkeys(record.labels["style"] for record in records))
     seen = measure_all(records[:1])[0]
     if isinstance(seen, BadRecord):
         raise DataError(str(seen))
     size = seen[0]
-    known = read_labelled(records, size, concepts, styles)
-    others = read_labelled(kept.records, size, concepts, styles)
+    learned = read_labelled(records, size, concepts, styles)
+    known = read_labelled(found.records, size, judged, styles)
+    others = read_labelled(kept.records, size, judged, styles)
     torch.manual_seed(recipe.seed)
-    card = Card(concepts, styles, size, recipe.width)
-    model = Classifier(card).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    card = Card(concepts, styles, size, recipe.width, stages=recipe.stages)
+    model = Classifier(card)
+    if recipe.start is not None:
+        other = Classifier.load(recipe.start)
+        if (other.card.width, other.card.stages) != (card.width, card.stages):
+            raise DataError(
+                f"{recipe.start}: has {other.card.width} features, take --width and --stages of it"
+            )
+        model.start(other)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     began = time.perf_counter()
-    _fit(model, known, recipe, report)
+    _fit(model, learned, recipe, report)
+    model.keep(len(judged), own)
+    model.take(packed(model.state_dict(), recipe.eight_bits))  # scores are those of the weights in the file
     scores = measure(model, known, others, recipe.strength)
     mean, covariance = statistics(_checked(model, known, recipe.strength)[0].features)
     model.real_mean.copy_(mean)
     model.real_cov.copy_(covariance)
-    training = {
+    training: dict[str, str | int | float] = {
         "steps": recipe.steps,
         "batch_size": recipe.batch_size,
         "lr": recipe.lr,
         "seed": recipe.seed,
-        "pictures": len(known),
+        "pictures": len(learned),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    card = replace(card, scores=scores, training=training)
-    model.save(out, card)
+    if recipe.start is not None:
+        training["start"] = str(recipe.start)
+    if further or recipe.judged:
+        training["concepts"], training["styles"] = len(concepts), len(styles)
+    card = replace(model.card, scores=scores, training=training)
+    model.save(out, card, recipe.eight_bits)
     return card
 
 
@@ -182,12 +251,19 @@ def _fit(
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     order = torch.empty(0, dtype=torch.long)
+    often = torch.ones(len(known))
+    if recipe.judged:
+        often[known.concept < len(recipe.judged)] = recipe.often
     model.train()
     running: dict[str, float] = {}
     warm = max(1, recipe.steps * 3 // 100)
     for step in range(recipe.steps):
         while len(order) < recipe.batch_size:
-            order = torch.cat([order, torch.randperm(len(known), generator=generator)])
+            if recipe.often == 1:
+                again = torch.randperm(len(known), generator=generator)
+            else:
+                again = torch.multinomial(often, len(known), replacement=True, generator=generator)
+            order = torch.cat([order, again])
         chosen, order = order[: recipe.batch_size], order[recipe.batch_size :]
         images = augment(known.images[chosen], recipe.strength, generator)
         rate = (step + 1) / warm  # up over the first 3 %, then a cosine down to 0
@@ -195,7 +271,9 @@ def _fit(
             rate = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, recipe.steps - warm)))
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * rate
-        out: Logits = model(images.to(device).contiguous(memory_format=torch.channels_last))
+        images = images.to(device).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+            out = Logits(*(value.float() for value in model(images)))
         concept, style = known.concept[chosen].to(device), known.style[chosen].to(device)
         loss = F.cross_entropy(out.concept, concept, label_smoothing=recipe.smoothing)
         loss = loss + recipe.style_weight * F.cross_entropy(out.style, style)

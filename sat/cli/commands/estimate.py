@@ -55,8 +55,9 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
         f"({measured.image_tokens:,} image + {measured.text_tokens} text each), "
         f"{images * flops / 1e12:,.4g} TFLOP ({flops / 1e12:,.4g} an image)"
     )
-    process = "the process with its libraries" if now.host else "the device's context, libraries' workspaces"
-    print(f"not counted: {process}, what the allocator leaves unused, sampling, loaded adapters")
+    left = "" if now.host else "the device's context, libraries' workspaces, "
+    unused = ", on a CPU up to a tenth" if now.host else ""
+    print(f"not counted: {left}what the allocator leaves unused{unused}, sampling, loaded adapters")
     if now.host and (narrow := slow_convolutions(train.autocast or train.dtype)):
         print(narrow)
     if count > readers:
@@ -97,6 +98,7 @@ def _table(now: Estimate) -> Iterator[str]:
     yield row("activations", trace.peak(), f"{_gb(trace.kept)} of them kept for the backward pass")
     if now.host:
         yield row("batches being read", now.loading)
+        yield row("process, libraries", now.process)
     if now.offloaded:
         what = (
             f"masters, optimizer, EMA, weights; {_gb(now.locked)} of it rounding and copies of pinned buffers"

@@ -176,13 +176,27 @@ def train_classifier(args: argparse.Namespace) -> int:
     """Train it; the exit code is 1 where it is too weak."""
     import torch
 
-    from sat.apps.evaluate.training import BELIEVED, Recipe, train
+    from sat.apps.emoji.concepts import chosen_labels
+    from sat.apps.evaluate.training import BELIEVED, STRENGTHS, Recipe, train
     from sat.parallel.launch import keep_freed_memory, pick_device
 
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
-    recipe = Recipe(args.steps, args.batch_size, args.lr, width=args.width, seed=args.seed)
+    recipe = Recipe(
+        args.steps,
+        args.batch_size,
+        args.lr,
+        width=args.width,
+        seed=args.seed,
+        strength=STRENGTHS[args.augment],
+        stages=tuple(args.stages or ()),
+        judged=tuple(chosen_labels(args.concepts)),
+        often=args.often,
+        bf16=args.bf16,
+        eight_bits=args.int8,
+        start=args.start,
+    )
 
     def report(step: int, values: Mapping[str, float]) -> None:
         means = ", ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -242,10 +242,10 @@ def check_rows(sampling: SamplingConfig, prompts: Sequence[Prompt]) -> None:
         own = prompt.row.own("height", "width", "seed")
         if own and sampling.latents is not None:
             raise UsageError(f"prompt {prompt.index} has its own {', '.join(own)}: not with sampling.latents")
-        if "height" in own and sampling.controls:
-            raise UsageError(f"prompt {prompt.index} has its own size: not with sampling.controls")
         if prompt.row.controls is not None:
-            raise UsageError(f"prompt {prompt.index} has its own controls: name them in sampling.controls")
+            from sat.sampling.controls import row_controls  # only where there are any
+
+            row_controls(prompt)
         try:
             replace(sampling, **own)
         except RuleError as error:
@@ -306,6 +306,7 @@ class _Place:
     records: Path
     edits: EditInput | None = None
     factor: int = 1  # that its pictures are larger by than the first stage's
+    controls: Sequence[Path] = ()  # files of controls in rows of the prompts
 
 
 @dataclass(frozen=True)
@@ -330,7 +331,7 @@ class _Session:
             if ending.lock is not None and ending.lock.lost:
                 ending.lock.check()
 
-        controls = self.pipeline.control_pictures(self.pipeline.experiment.sampling)
+        controls = self.pipeline.control_pictures(self.pipeline.experiment.sampling, prompts=prompts)
         return self.pipeline.generator.save(
             self.folder,
             prompts,
@@ -353,7 +354,7 @@ def _open(place: _Place, ranks: _Ranks, prompts: int, *, once: bool = False) -> 
     given = None if latents is None else read_latents(latents)
     if mesh.leads:
         prove_writable(place.pictures)
-    pipeline = Pipeline.open(place.experiment, runtime.device, mesh, once=once)
+    pipeline = Pipeline.open(place.experiment, runtime.device, mesh, once=once, controls=place.controls)
     experiment, engine = pipeline.experiment, pipeline.generator.engine
     sampling = experiment.sampling
     if runtime.device.type == "cpu" and experiment.memory.budget is None:
@@ -395,7 +396,12 @@ def _folder(place: _Place, about: Label) -> OutputFolder:
         regions = Regions(sampling.regions, sampling.fit).fields()
 
     def more(prompt: Prompt, image: int) -> dict[str, str]:
-        return regions if edits is None else {**edits.fields(prompt, image), **regions}
+        own: dict[str, str] = {}
+        if prompt.row.controls is not None:
+            from sat.sampling.controls import row_fields
+
+            own = row_fields(prompt, image)
+        return {**own, **({} if edits is None else edits.fields(prompt, image)), **regions}
 
     return OutputFolder(place.pictures, about, sampling.batch_size, sampling.grid_columns, more)
 
@@ -428,6 +434,12 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
 
     mine = _wanted(places[0].experiment, prompts)
     mine = mine[mesh.data_rank :: mesh.data_ranks]  # by place, as officially
+    if (steered := places[0].experiment.sampling).controls or any(prompt.row.controls for prompt in mine):
+        from sat.sampling.controls import check_pictures, row_files
+
+        if mesh.leads:
+            check_pictures(steered, mine)
+        places[0] = replace(places[0], controls=row_files(mine))
     inputs = _inputs(places[0].experiment)
     if inputs is not None and mesh.leads:  # before anything is loaded
         inputs.check(mine)
@@ -446,7 +458,7 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
     for index, place in enumerate(places):
         if several and runtime.is_main:
             log.info("stage %d of %d: %s", index + 1, len(places), place.records.name)
-        own = _enlarged(mine, place.factor)
+        own = _enlarged(mine, place.factor) if index else mine
         _draw(stages.open(index), prompts, own, result=index + 1 == len(places))
         stages.free()
 
@@ -461,9 +473,8 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
 
 def _enlarged(prompts: Sequence[Prompt], factor: int) -> list[Prompt]:
     """``prompts`` for a stage whose pictures are ``factor`` times larger."""
-    if factor == 1:
-        return list(prompts)
-    return [replace(prompt, row=prompt.row.enlarged(factor)) for prompt in prompts]
+    rows = (replace(prompt.row.enlarged(factor), controls=None) for prompt in prompts)  # of the first alone
+    return [replace(prompt, row=row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def _edits(experiment: Experiment, prompts: Sequence[Prompt]) -> EditInput | None:

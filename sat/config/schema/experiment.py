@@ -390,7 +390,8 @@ class LoraConfig(Section):
 
     ``alpha`` is for layers of ``rank`` (null: equal to it, so that the factors count as they are); layers
     that ``ranks`` gives another rank keep the ratio. ``rslora``: factors count alpha / sqrt(rank) instead
-    (arXiv:2312.03732). ``targets`` are groups of layers
+    (arXiv:2312.03732). ``lokr``: Kronecker factors instead (arXiv:2309.14859), the first of this size or -1:
+    near the square root; ``rank`` is that of the second. ``targets`` are groups of layers
     (``sat/adapters/groups.py``) or shell patterns over ``model.…`` and ``text.…``. ``start`` is an adapter
     to go on from.
     """
@@ -404,6 +405,7 @@ class LoraConfig(Section):
     ranks: dict[str, int] = field(default_factory=dict)
     dora: bool = False
     rslora: bool = False
+    lokr: int | None = None
     start: Annotated[Path | None, MustExist("name an adapter to go on from, or null for a new one")] = None
 
     def effective_alpha(self, rank: int) -> float:
@@ -418,6 +420,11 @@ class LoraConfig(Section):
             yield "alpha", "rslora scales by alpha / sqrt(rank), so say alpha; got null"
         if self.rslora and self.start is not None:
             yield "rslora", "`start` has scales of its own: set it to false"
+        if self.lokr is not None and self.lokr != -1 and self.lokr < 2:
+            yield "lokr", f"expected a size from 2 on, -1 or null, got {self.lokr}"
+        if self.lokr is not None and (self.dora or self.rslora or self.start is not None):
+            other = "dora" if self.dora else "rslora" if self.rslora else "start"
+            yield "lokr", f"Kronecker factors do not go with `{other}`: set one of the two to null or false"
         if not 0 <= self.dropout < 1:
             yield "dropout", f"expected a share of 0 to below 1, got {self.dropout}"
         if not self.targets:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,11 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """Labels and accuracies of a classifier. ``size``: pixels a side that it reads. Accuracies are shares."""
+    """Labels and accuracies of a classifier. ``size``: pixels a side that it reads. Accuracies are shares.
+
+    ``width``: features; ``stages``: channels of the three stages before, by default a quarter, three and five
+    sevenths of ``width``.
+    """
 
     concepts: tuple[str, ...]
     styles: tuple[str, ...]
@@ -29,6 +33,13 @@ class Card:
     width: int
     scores: Mapping[str, float] = field(default_factory=dict)
     training: Mapping[str, str | int | float] = field(default_factory=dict)
+    stages: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Card:
+        """The card of a parsed ``classifier.json``."""
+        lists = {name: tuple(raw[name]) for name in ("concepts", "styles", "stages") if name in raw}
+        return cls(**{**raw, **lists})
 
 
 class _Residual(nn.Module):
@@ -49,7 +60,7 @@ def _conv(inner: int, outer: int, stride: int) -> tuple[nn.Module, nn.Module]:
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] of any size -> :class:`Logits`; about 0.3 M parameters at width 112.
+    """Images (B, 3, H, W) in [-1, 1] of any size -> :class:`Logits`; 0.3 M parameters at width 112.
 
     Four halvings, two residual blocks, the mean over the picture, two linear heads. ``real_mean`` (width) and
     ``real_cov`` (width, width) are the features' statistics on real pictures, for the Fréchet distance.
@@ -62,7 +73,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.card = card
         width = card.width
-        stem, low, middle = max(width // 4, 1), max(width * 3 // 7, 1), max(width * 5 // 7, 1)
+        usual = (max(width // 4, 1), max(width * 3 // 7, 1), max(width * 5 // 7, 1))
+        stem, low, middle = card.stages or usual
         self.body = nn.Sequential(
             *_conv(3, stem, 2), nn.ReLU(),
             *_conv(stem, low, 2), nn.ReLU(), _Residual(low),
@@ -81,6 +93,55 @@ class Classifier(nn.Module):
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
         features = self.body(images).mean(dim=(2, 3))  # (B, width, H / 16, W / 16) -> (B, width)
         return Logits(self.concept(features), self.style(features), features)
+
+    @torch.no_grad()
+    def start(self, other: Classifier) -> None:
+        """Take the body of ``other``, of equal widths, and the rows of its heads for the labels of both."""
+        self.body.load_state_dict(other.body.state_dict())
+        for name in ("concept", "style"):
+            here, there = getattr(self.card, f"{name}s"), getattr(other.card, f"{name}s")
+            own, theirs = getattr(self, name), getattr(other, name)
+            both = [(here.index(label), row) for row, label in enumerate(there) if label in here]
+            to, rows = (list(indices) for indices in zip(*both, strict=True))
+            own.weight[to], own.bias[to] = theirs.weight[rows], theirs.bias[rows]
+
+    def keep(self, concepts: int, styles: int) -> None:
+        """Forget all but the first ``concepts`` and ``styles`` labels."""
+        for head, count in ((self.concept, concepts), (self.style, styles)):
+            head.weight = nn.Parameter(head.weight[:count].detach().clone())
+            head.bias, head.out_features = nn.Parameter(head.bias[:count].detach().clone()), count
+        card = self.card
+        self.card = replace(card, concepts=card.concepts[:concepts], styles=card.styles[:styles])
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load what :func:`packed` wrote, or plain weights; float32 after."""
+        own = {name: value for name, value in tensors.items() if not name.endswith(SCALE)}
+        for name, value in own.items():
+            if value.dtype == torch.int8:
+                own[name] = value.float() * tensors[name + SCALE].float().view(-1, *[1] * (value.ndim - 1))
+        self.load_state_dict(own)
+        self.float()
+
+
+SCALE = ".scale"  # ending of the name of a weight's scales
+
+
+def packed(weights: Mapping[str, Tensor], eight_bits: bool) -> dict[str, Tensor]:
+    """``weights`` in fp16 (statistics in fp32), or matrices in int8 with a scale of each output channel.
+
+    A row w of a weight is stored as round(w / s), s = max |w| / 127.
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if not value.is_floating_point() or name == "real_mean" or (name == "real_cov" and not eight_bits):
+            out[name] = value.contiguous()
+        elif eight_bits and value.ndim > 1 and name != "real_cov":
+            scale = (value.flatten(1).abs().amax(1) / 127).clamp(min=1e-8)
+            rows = value / scale.view(-1, *[1] * (value.ndim - 1))
+            out[name], out[name + SCALE] = rows.round().to(torch.int8).contiguous(), scale
+        else:
+            out[name] = value.half().contiguous()
+    return out
 
 
 def embed(model: Classifier, images: Tensor, batch_size: int = 256) -> Logits:

@@ -236,12 +236,10 @@ def load_features(path: Path) -> nn.Module:
             raise ValueError(
                 f"{path}: no classifier.json; name a folder of the small classifier, or a file of VGG16"
             )
-        raw = json.loads(card.read_text("utf-8"))
-        raw |= {name: tuple(raw[name]) for name in ("concepts", "styles")}
-        classifier = Classifier(Card(**raw))
+        classifier = Classifier(Card.of(json.loads(card.read_text("utf-8"))))
         with open_file(path / "classifier.safetensors") as tensors:
-            classifier.load_state_dict({name: tensors[name] for name in tensors})
-        return ClassifierFeatures(classifier.float())
+            classifier.take({name: tensors[name] for name in tensors})
+        return ClassifierFeatures(classifier)
     network = VGG16Features()
     with open_file(path) as tensors:
         try:
