@@ -15,6 +15,21 @@ class ImageTokens(NamedTuple):
     tokens: Tensor
 
 
+class KeysValues(NamedTuple):
+    """Further keys and values of one ``layer``, (B, H, R, d) each; sequence parallelism shares heads out."""
+
+    k: Tensor
+    v: Tensor
+    layer: int
+
+    def of_heads(self, first: int, count: int, whole: int) -> KeysValues:
+        """``count`` heads from ``first`` on, where these are of all ``whole`` heads; else as they are."""
+        if self.k.shape[1] != whole:
+            return self
+        heads = slice(first, first + count)
+        return KeysValues(self.k[:, heads], self.v[:, heads], self.layer)
+
+
 @dataclass(frozen=True)
 class ControlInput:
     """One picture for the control ``name``, encoded as that control asks, for B images.

@@ -11,30 +11,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sat.checkpoint.format import as_lazy
+from sat.checkpoint.load import load
+from sat.checkpoint.rules import as_ours
+from sat.config.build import without_init
 from sat.control.base import BaseModel, Control, ControlError, transformer_of, weighted, zero
-from sat.control_input import ControlInput
+from sat.control_input import ControlInput, KeysValues
 from sat.first_stage.model import AutoencoderKL
 from sat.mixin import Mixin, wraps
+from sat.mixins.cross_attention import CrossAttention, CrossLayer
+from sat.models.cogview3_unet import CogView3UNet
 from sat.models.vision.classifier import Card, Classifier
-from sat.transformer import Context, TransformerHooks
-from sat.transformer.hooks import Attend, Embed, Layer, Prepare
+from sat.models.vision.tower import TOWER, Sizes, TowerError, VisionTower, from_huggingface, tower_name
+from sat.parallel.tensor import copy_to_ranks
+from sat.transformer import Context, Transformer, TransformerHooks
+from sat.transformer.hooks import Attend, Cross, Embed, Layer, Prepare
 from sat.transformer.transformer import Block, dtype_of
 from sat.transformer.transformer import attend as attention
-
-
-class KeysValues(NamedTuple):
-    """Further keys and values of one layer, (B, H, R, d) each."""
-
-    k: Tensor
-    v: Tensor
 
 
 @dataclass
@@ -83,8 +85,6 @@ class Reference(Control, Mixin):
         """Keys and values of every layer for the latent in ``ctx.image``."""
         (transformer,), (control,) = self._host, ctx.controls
         assert ctx.text is not None and ctx.image is not None, "the network gives both"
-        if type(ctx) is not Context:
-            raise ControlError("references do not go with parallel.sequence: set it to 1")
         collecting = _Collecting()
         alone = replace(
             ctx, text=ctx.text[:, :0], text_mask=None, image=ctx.image.to(self.mark.dtype),
@@ -102,7 +102,7 @@ class Reference(Control, Mixin):
     @wraps("layer")
     def layer(self, inner: Layer, x: Tensor, ctx: Context, layer: int) -> Tensor:
         def own(control: ControlInput) -> object:
-            return control.made if isinstance(control.made, _Collecting) else (control.made[layer], layer)
+            return control.made if isinstance(control.made, _Collecting) else control.made[layer]
 
         return inner(x, ctx.controlled(self.label, own), layer)
 
@@ -113,10 +113,10 @@ class Reference(Control, Mixin):
             if own.name != self.label:
                 continue
             if isinstance(own.made, _Collecting):
-                own.made.layers.append(KeysValues(k, v))
+                own.made.layers.append(KeysValues(k, v, len(own.made.layers)))
                 continue
-            more, layer = own.made
-            weight = own.weight(layer, q)
+            more = cast(KeysValues, own.made)
+            weight = own.weight(more.layer, q)
             mask = ctx.key_mask
             wide = (
                 ctx if mask is None else replace(ctx, key_mask=F.pad(mask, (0, more.k.shape[2]), value=True))
@@ -130,42 +130,65 @@ class Reference(Control, Mixin):
         return inner(q, k, v, ctx) if out is None else out
 
 
-class ImagePrompt(Control, Mixin):
-    """IP-Adapter: image tokens attend to tokens of a frozen image encoder, beside all else they attend to.
+def image_prompt(encoder: str = "checkpoints/tiny_classifier", *, base: BaseModel) -> Control:
+    """The image prompt (IP-Adapter) of a network: of a transformer with joint attention, or of a UNet.
 
-    ``encoder`` is a folder with the small classifier, whose last map gives (B, 16, width) tokens for 64
-    pixels. They are normalised and projected to each layer's keys and values (D each); values start at zero.
-    The result is added to the image tokens' attention before the output projection. The unconditional half
-    of guidance gets zeros for features.
+    ``encoder`` is a folder with a frozen image encoder: the small classifier, whose last map gives 16 tokens
+    for 64 pixels, or a CLIP or SigLIP vision tower as Hugging Face writes it.
+    """
+    kind = UNetImagePrompt if isinstance(base.network, CogView3UNet) else ImagePrompt
+    return kind(encoder, base=base)
+
+
+class _ImagePrompt(Control):
+    """Tokens of a frozen encoder, and a layer norm of them.
+
+    They are projected to each layer's keys and values, which start at zero. The unconditional half of
+    guidance gets zeros for features.
     """
 
-    host = TransformerHooks
     takes = "features"
     blank = True
 
-    def __init__(self, encoder: str = "checkpoints/tiny_classifier", *, base: BaseModel) -> None:
+    def __init__(self, encoder: str, base: BaseModel) -> None:
         super().__init__()
-        whole = transformer_of(base, "an image prompt")
-        self._encoder, dim = encoder, int(getattr(base.network, "dim"))  # noqa: B009
-        self._loaded: tuple[Classifier, ...] = ()  # in a tuple: neither trained nor written
-        width, self.head_dim = _card(Path(encoder)).width, cast(Block, whole.blocks[0]).attn.head_dim
-        self.norm = nn.LayerNorm(width)
-        self.keys = nn.ModuleList(nn.Linear(width, dim, bias=False) for _ in whole.blocks)
-        self.zeros = nn.ModuleList(zero(nn.Linear(width, dim, bias=False)) for _ in whole.blocks)
+        self._encoder = (Encoder(Path(encoder)),)
+        self.width, self._tensor = self._encoder[0].width, base.tensor
+        self.norm = nn.LayerNorm(self.width)
 
     def encode(self, first_stage: AutoencoderKL, pictures: Tensor) -> Tensor:
-        """Tokens (B, cells, width) of the encoder's last map."""
-        if not self._loaded:
-            with torch.device("cpu"):
-                model = Classifier(_card(Path(self._encoder)))
-            model.take(load_file(Path(self._encoder) / "classifier.safetensors"))
-            self._loaded = (model.eval().requires_grad_(False),)
-        (model,), side = self._loaded, self._loaded[0].card.size
-        model.to(pictures.device)
-        small = F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True)
-        with torch.no_grad():
-            tokens: Tensor = rearrange(model.body(small), "b c h w -> b (h w) c")
-        return tokens
+        """Tokens (B, R, width) of the encoder."""
+        return self._encoder[0](pictures)
+
+    def keys_values(
+        self, value: Tensor, keys: nn.Module, values: nn.Module, layer: int, head: int
+    ) -> KeysValues:
+        """This tensor rank's heads of ``head`` outputs each, for the tokens (B, R, width)."""
+        features, tensor = self.norm(value.to(dtype_of(keys))), self._tensor
+
+        def heads(linear: nn.Module) -> Tensor:
+            whole = copy_to_ranks(linear(features), tensor)
+            share: Tensor = whole.chunk(tensor.size, -1)[tensor.rank]
+            out: Tensor = rearrange(share, "b r (h d) -> b h r d", d=head)
+            return out
+
+        return KeysValues(heads(keys), heads(values), layer)
+
+
+class ImagePrompt(_ImagePrompt, Mixin):
+    """IP-Adapter: image tokens attend to tokens of a frozen image encoder, beside all else they attend to.
+
+    The result is added to the image tokens' attention before the output projection.
+    """
+
+    host = TransformerHooks
+
+    def __init__(self, encoder: str = "checkpoints/tiny_classifier", *, base: BaseModel) -> None:
+        super().__init__(encoder, base)
+        whole = transformer_of(base, "an image prompt")
+        dim, self.head_dim = int(getattr(base.network, "dim")), cast(Block, whole.blocks[0]).attn.head_dim  # noqa: B009
+        self.keys = nn.ModuleList(nn.Linear(self.width, dim, bias=False) for _ in whole.blocks)
+        self.zeros = nn.ModuleList(zero(nn.Linear(self.width, dim, bias=False)) for _ in whole.blocks)
 
     def places(self) -> Mapping[str, Mixin]:
         """On the transformer."""
@@ -178,34 +201,156 @@ class ImagePrompt(Control, Mixin):
     @wraps("prepare")
     def prepare(self, inner: Prepare, ctx: Context) -> Context:
         def own(control: ControlInput) -> list[KeysValues]:
-            features = self.norm(control.value.to(dtype_of(self.keys[0])))  # (B, R, width)
-
-            def heads(linear: nn.Module) -> Tensor:
-                made: Tensor = rearrange(linear(features), "b r (h d) -> b h r d", d=self.head_dim)
-                return made
-
-            return [KeysValues(heads(k), heads(v)) for k, v in zip(self.keys, self.zeros, strict=True)]
+            pairs = enumerate(zip(self.keys, self.zeros, strict=True))
+            return [self.keys_values(control.value, k, v, n, self.head_dim) for n, (k, v) in pairs]
 
         return inner(ctx).controlled(self.label, own)
 
     @wraps("layer")
     def layer(self, inner: Layer, x: Tensor, ctx: Context, layer: int) -> Tensor:
-        return inner(x, ctx.controlled(self.label, lambda own: (own.made[layer], layer)), layer)
+        return inner(x, ctx.controlled(self.label, lambda own: own.made[layer]), layer)
 
     @wraps("attend")
     def attend(self, inner: Attend, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         out, image = inner(q, k, v, ctx), sum(ctx.segments[:-1])
         for own in ctx.controls:
             if own.name == self.label:
-                (keys, values), layer = cast("tuple[KeysValues, int]", own.made)
-                if keys.shape[1] != q.shape[1]:
-                    raise ControlError(
-                        "image prompts do not go with parallel.tensor or parallel.sequence: set them to 1"
-                    )
-                added = attention(q[:, :, image:], keys, values)  # (B, H, N, d)
-                added = weighted(added, own.weight(layer, added))
+                more = cast(KeysValues, own.made)
+                added = attention(q[:, :, image:], more.k, more.v)  # (B, H, N, d)
+                added = weighted(added, own.weight(more.layer, added))
                 out = torch.cat([out[:, :, :image], out[:, :, image:] + added], 2)
         return out
+
+
+class UNetImagePrompt(_ImagePrompt):
+    """IP-Adapter of a UNet: every cross-attention reads the picture's tokens too, with the same queries.
+
+    The result is added to the attention to the text before the output projection.
+    """
+
+    def __init__(self, encoder: str = "checkpoints/tiny_classifier", *, base: BaseModel) -> None:
+        super().__init__(encoder, base)
+        self.paths, self.parts, count = list[str](), nn.ModuleList(), 0
+        for path, module in base.network.named_modules():
+            if isinstance(module, Transformer) and "cross" in module.mixins:
+                part = _CrossPrompt(self, cast(CrossAttention, module.mixins["cross"]), count)
+                self.paths.append(path)
+                self.parts.append(part)
+                count += len(part.keys)
+        self.depth = count
+
+    def places(self) -> Mapping[str, Mixin]:
+        """On each transformer with cross-attention."""
+        return dict(zip(self.paths, cast("list[Mixin]", list(self.parts)), strict=True))
+
+    def layers(self) -> int:
+        """The cross-attentions, on the way down, in the middle, and up."""
+        return self.depth
+
+
+class _CrossPrompt(Mixin):
+    """Keys and values of the picture's tokens for the layers of one transformer, from number ``first`` on."""
+
+    host = TransformerHooks
+
+    def __init__(self, control: _ImagePrompt, cross: CrossAttention, first: int) -> None:
+        super().__init__()
+        self._held, self.first = (control, cross), first  # in a tuple: not registered here too
+        layers = [cast(CrossLayer, layer) for layer in cross.layers]
+        dims = [layer.q.out_features for layer in layers]  # whole on each tensor rank
+        self.keys = nn.ModuleList(nn.Linear(control.width, dim, bias=False) for dim in dims)
+        self.zeros = nn.ModuleList(zero(nn.Linear(control.width, dim, bias=False)) for dim in dims)
+
+    @wraps("prepare")
+    def prepare(self, inner: Prepare, ctx: Context) -> Context:
+        control, cross = self._held
+
+        def own(given: ControlInput) -> list[KeysValues]:
+            return [
+                control.keys_values(given.value, k, v, n, cast(CrossLayer, cross.layers[n]).head_dim)
+                for n, (k, v) in enumerate(zip(self.keys, self.zeros, strict=True))
+            ]
+
+        return inner(ctx).controlled(control.label, own)
+
+    @wraps("cross")
+    def cross(self, inner: Cross, x: Tensor, ctx: Context, layer: int) -> Tensor | None:
+        control, cross = self._held
+        out = inner(x, ctx, layer)
+        for own in ctx.controls:
+            if own.name == control.label and out is not None:
+                kv = tuple((one.k, one.v) for one in cast("list[KeysValues]", own.made))
+                # proj(a + s b) = proj(a) + s (proj(b) - bias)
+                seen = inner(x, replace(ctx, text_kv=kv, text_mask=None, controls=()), layer)
+                assert seen is not None, "it is not without the picture"
+                added = seen - cast(CrossLayer, cross.layers[layer]).proj.bias
+                out = out + weighted(added, own.weight(self.first + layer, added))
+        return out
+
+
+class Encoder:
+    """The frozen image encoder in ``folder``: pictures (B, 3, H, W) in [-1, 1] -> tokens (B, R, ``width``).
+
+    Weights are read when the first picture comes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._loaded = folder, cast("Classifier | VisionTower | None", None)
+        self._sizes = _tower_sizes(folder) if (folder / "config.json").is_file() else None
+        self.width = _card(folder).width if self._sizes is None else self._sizes.dim
+
+    def model(self, device: torch.device) -> Classifier | VisionTower:
+        """The encoder, on ``device``."""
+        if self._loaded is None:
+            sizes = self._sizes
+            self._loaded = _classifier(self.folder) if sizes is None else _tower(self.folder, sizes)
+        return self._loaded.to(device)
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        model = self.model(pictures.device)
+        if isinstance(model, VisionTower):
+            return model.tokens(pictures)
+        side = model.card.size
+        small = F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True)
+        return rearrange(model.body(small), "b c h w -> b (h w) c")
+
+
+def _tower_sizes(folder: Path) -> Sizes:
+    """Sizes of the vision tower in ``folder``; only its JSON files are read."""
+    told, colours = json.loads((folder / "config.json").read_text()), folder / "preprocessor_config.json"
+    try:
+        return from_huggingface(told, json.loads(colours.read_text()) if colours.is_file() else None)
+    except TowerError as error:
+        raise ControlError(f"image prompt: {folder}: {error}") from error
+
+
+def _tower(folder: Path, sizes: Sizes) -> VisionTower:
+    """The vision tower in ``folder``, from safetensors as transformers writes them."""
+    files, read = sorted(folder.glob("*.safetensors")), dict[str, Tensor]()
+    if not files:
+        raise ControlError(
+            f"image prompt: {folder} holds no .safetensors: save its model with save_pretrained"
+        )
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for theirs in opened.keys():  # noqa: SIM118 - no mapping
+                if name := tower_name(theirs, sizes):
+                    read[name] = opened.get_tensor(theirs)
+    with torch.device("meta"), without_init():
+        tower = VisionTower(sizes)
+    if not read:
+        raise ControlError(f"image prompt: {folder} holds no tensors of a vision tower")
+    dtype = torch.promote_types(next(iter(read.values())).dtype, torch.float32)
+    load(tower, as_ours(as_lazy(read), TOWER), "model", dtype=dtype)
+    return tower.eval().requires_grad_(False)
+
+
+def _classifier(folder: Path) -> Classifier:
+    with torch.device("cpu"):
+        model = Classifier(_card(folder))
+    model.take(load_file(folder / "classifier.safetensors"))
+    return model.eval().requires_grad_(False)
 
 
 def _card(folder: Path) -> Card:
@@ -213,4 +358,4 @@ def _card(folder: Path) -> Card:
     try:
         return Card.of(json.loads((folder / "classifier.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ControlError(f"image prompt: {folder} holds no classifier ({error})") from error
+        raise ControlError(f"image prompt: {folder} holds no encoder ({error})") from error

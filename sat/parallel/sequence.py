@@ -21,7 +21,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
-from sat.control_input import ImageTokens
+from sat.control_input import ImageTokens, KeysValues
 from sat.mixin import Mixin, wraps
 from sat.parallel.collectives import stacked
 from sat.parallel.launch import Axis
@@ -136,6 +136,16 @@ class SequenceParallel(Mixin):
         pieces = zip(*(part.split(own, 3) for part, *own in zip(parts, *segments, strict=True)), strict=True)
         x = torch.cat([piece for segment in pieces for piece in segment], 3)
         q, k, v = rearrange(x, "h b three l d -> three b h l d")
+        if any(isinstance(own.made, KeysValues) for own in ctx.controls):
+            whole = replace(
+                whole,
+                controls=tuple(
+                    replace(own, made=own.made.of_heads(first, mine, count))
+                    if isinstance(own.made, KeysValues)
+                    else own
+                    for own in ctx.controls
+                ),
+            )
         if whole.bias is not None:
             whole = replace(whole, bias=whole.bias[:, first : first + mine])
         out = inner(q, k, v, whole) if mine else q  # (B, H / S, L, d)

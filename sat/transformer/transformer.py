@@ -108,7 +108,8 @@ class GroupedAttention(Attention):
 class FeedForward(nn.Module):
     """Two-layer MLP with GELU, ``gelu`` its approximation; ``gated`` multiplies by a second projection.
 
-    Plain: down(gelu(up(x))). Gated (GEGLU): down(gelu(gate(x)) * up(x)). ``gelu`` None is SiLU (SwiGLU).
+    Plain: down(gelu(up(x))). Gated (GEGLU): down(gelu(gate(x)) * up(x)). ``gelu`` None is SiLU (SwiGLU),
+    ``quick`` x sigmoid(1.702 x), as in CLIP.
     """
 
     def __init__(self, dim: int, hidden: int, *, gated: bool, bias: bool, gelu: str | None = "tanh") -> None:
@@ -127,6 +128,9 @@ class FeedForward(nn.Module):
         """gelu(linear(x)), (…, hidden)."""
         if self.gelu is None:
             return F.silu(linear(x))
+        if self.gelu == "quick":
+            h: Tensor = linear(x)
+            return h * torch.sigmoid(1.702 * h)
         return F.gelu(linear(x), approximate=self.gelu)
 
 
@@ -172,7 +176,7 @@ class BlockSpec:
     mlp_dim: int | None = None  # None: 4 * dim
     kv_heads: int | None = None  # heads of keys and values; None: as many as of queries, in one projection
     mlp: Literal["gelu", "geglu", "swiglu"] = "gelu"
-    gelu: Literal["tanh", "none"] = "tanh"  # how GELU is approximated
+    gelu: Literal["tanh", "none", "quick"] = "tanh"  # how GELU is approximated
     scale: float | None = None  # of the attention logits; None: 1 / sqrt(head_dim)
 
 

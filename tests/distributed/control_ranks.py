@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,22 @@ LAYOUTS: dict[str, dict[str, int]] = {
 MODELS = {"plus": DEBUG, "unet": ROOT / "configs" / "tiny_base.yaml"}
 DTYPES = ("fp32", "bf16")
 _CONTROLNET, _LIGHT = "sat.control.controlnet.controlnet", "sat.control.light"
+_PROMPT = Component(
+    "sat.control.reference.image_prompt", {"encoder": str(ROOT / "checkpoints" / "tiny_classifier")}
+)
 DESIGNS: dict[str, dict[str, Component]] = {
     "plus": {
         "controlnet": Component(_CONTROLNET, {"blocks": 1}),
         "shared": Component(_CONTROLNET, {"blocks": 2, "share_adaln": True}),
         "blockwise": Component(f"{_LIGHT}.Blockwise", {"hidden": 12}),
         "concat": Component(f"{_LIGHT}.concat"),
+        "image_prompt": _PROMPT,
+        "reference": Component("sat.control.reference.Reference"),
     },
     "unet": {
         "controlnet": Component(_CONTROLNET, {"hint": [4, 6, 8, 10]}),
         "concat": Component(f"{_LIGHT}.concat"),
+        "image_prompt": _PROMPT,
     },
 }
 TRAININGS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {  # ranks, layout, changes
@@ -57,7 +64,10 @@ TRAININGS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {  # ranks, l
     "tensor": (2, {"tensor": 2}, {"accumulate": 2}),
     "sequence": (2, {"sequence": 2}, {"accumulate": 2}),
 }
-TRAINED = {"controlnet": DESIGNS["plus"]["controlnet"], "blockwise": DESIGNS["plus"]["blockwise"]}
+STRONG = {"image_prompt": 0.5, "reference": 2.0}
+"""Designs whose random weights are larger, so that attention to a few more keys is seen."""
+TRAINED = {name: DESIGNS["plus"][name] for name in ("controlnet", "blockwise", "image_prompt")}
+TRAINED_HOW = {name: list(TRAININGS) for name in TRAINED} | {"image_prompt": ["tensor", "sequence"]}
 
 
 def controls(folder: Path) -> None:
@@ -69,7 +79,7 @@ def controls(folder: Path) -> None:
             made = build(design, base=BaseModel(network, experiment.model))
             info = ControlInfo(design, experiment.model)
             write(folder / f"{model}_{name}_new.safetensors", made.state_dict(), info)
-            fill(made, 0.05)
+            fill(made, STRONG.get(name, 0.05))
             write(folder / f"{model}_{name}.safetensors", made.state_dict(), info)
 
 
@@ -128,6 +138,17 @@ class Steered(Numbers):
     sample = staticmethod(_sample)
 
 
+def _prompted(place: int) -> Sample:
+    features = torch.randn(5, 112, generator=torch.Generator().manual_seed(place))
+    return replace(_sample(place), extras={"control": features})
+
+
+class Prompted(Numbers):
+    """The same with features of an image encoder."""
+
+    sample = staticmethod(_prompted)
+
+
 def trained(
     runtime: Runtime, folder: Path, config: TrainConfig, layout: dict[str, int], design: Component
 ) -> dict[str, Any]:
@@ -150,7 +171,8 @@ def trained(
         recompute(objective)
     before = {n: p.detach().clone() for n, p in objective.named_parameters()}
     run = trainer(folder / "run", config, runtime, objective, mesh, plain=True)
-    run.source = Steered(config.batch_size, mesh.data_rank, mesh.data_ranks)
+    source = Prompted if design == _PROMPT else Steered
+    run.source = source(config.batch_size, mesh.data_rank, mesh.data_ranks)
     run.fit()
     with run.engine.unsharded():
         named = {n: p.detach() - before[n] for n, p in objective.named_parameters()}
@@ -181,7 +203,8 @@ def main(folder: Path) -> None:
     )
     for design, component in TRAINED.items():
         case(f"{design}/one", 1, trained, config=config, layout={}, design=component)
-        for how, (world, layout, other) in TRAININGS.items():
+        for how in TRAINED_HOW[design]:
+            world, layout, other = TRAININGS[how]
             changes = changed(config, **{"accumulate": 1, **other})
             case(f"{design}/{how}", world, trained, config=changes, layout=layout, design=component)
     torch.save(results, folder / "results.pt")

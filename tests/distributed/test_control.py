@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.background import Runs
-from tests.distributed.control_ranks import DESIGNS, DTYPES, LAYOUTS, MODELS, TRAINED, TRAININGS
+from tests.distributed.control_ranks import DESIGNS, DTYPES, LAYOUTS, MODELS, STRONG, TRAINED_HOW
 from tests.tolerances import F32
 
 RUNS = Runs("tests.distributed.control_ranks")
@@ -42,8 +42,9 @@ def test_an_untrained_control_is_the_plain_model_to_the_bit(
 ) -> None:
     for found in of_ranks(results, layout, model, dtype):
         apart = {name: one["apart"] for name, one in found.items()}
-        assert all(apart[f"{design}_new"] == 0 for design in DESIGNS[model])
-        assert all(apart[design] > 0.005 for design in DESIGNS[model]), "trained ones do something"
+        assert all(apart[f"{design}_new"] == 0 for design in DESIGNS[model] if design != "reference")
+        least = {design: 5e-4 if design in STRONG else 0.005 for design in DESIGNS[model]}
+        assert all(apart[design] > least[design] for design in DESIGNS[model]), "trained ones do something"
 
 
 @pytest.mark.parametrize(("layout", "model"), [(name, m) for name in list(LAYOUTS)[1:] for m in MODELS])
@@ -55,7 +56,7 @@ def test_every_layout_draws_the_picture_of_one_rank(results: dict[str, Any], lay
             assert apart < 100 * F32, design  # two steps of guidance 5 on values of a few units
 
 
-@pytest.mark.parametrize(("design", "how"), [(d, how) for d in TRAINED for how in TRAININGS])
+@pytest.mark.parametrize(("design", "how"), [(d, how) for d in TRAINED_HOW for how in TRAINED_HOW[d]])
 def test_a_control_trained_on_two_ranks_is_that_of_one(
     results: dict[str, Any], design: str, how: str
 ) -> None:

@@ -16,7 +16,7 @@ from sat.config.schema import Component
 from sat.control.base import BaseModel, Control, ControlError, attach, detach
 from sat.control.controlnet import TransformerControlNet, controlnet
 from sat.control.light import Blockwise, concat
-from sat.control.reference import ImagePrompt, Reference
+from sat.control.reference import ImagePrompt, Reference, image_prompt
 from sat.control_input import ControlInput
 from sat.diffusion.guidance import ClassifierFree
 from sat.kernels.apply import fold
@@ -66,6 +66,7 @@ DESIGNS: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
     "plus, concat": lambda: (b := base(PLUS), concat(base=b)),
     "plus, inpaint": lambda: (b := base(PLUS), concat(inpaint=True, base=b)),
     "plus, image prompt": lambda: (b := base(PLUS), ImagePrompt(CLASSIFIER, base=b)),
+    "unet, image prompt": lambda: (b := base(UNET), image_prompt(CLASSIFIER, base=b)),
     "unet, concat": lambda: (b := base(UNET), concat(base=b)),
     "unet, inpaint": lambda: (b := base(UNET), concat(inpaint=True, base=b)),
 }
