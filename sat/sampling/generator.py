@@ -33,7 +33,6 @@ from sat.util.log import progress, title
 
 if TYPE_CHECKING:
     from sat.config.schema import SamplingConfig
-    from sat.sampling.controls import ControlPictures
     from sat.sampling.edit import EditInput, Given, Regions
 
 
@@ -171,6 +170,18 @@ class SamplingParams:
         )
 
 
+class SteeringPictures(Protocol):
+    """Pictures of trained controls: read by the first rank of a team, and encoded for the network."""
+
+    def read(self, prompt: Prompt, images: Sequence[int]) -> list[Tensor]:
+        """Pictures (n, channels, height, width) for some images of ``prompt``, of each control."""
+        ...
+
+    def encode(self, prompt: Prompt, pictures: Sequence[Tensor], device: torch.device) -> Controls:
+        """Inputs of the network of what was read."""
+        ...
+
+
 @dataclass(frozen=True)
 class Picture:
     """Image number ``index`` of ``prompt``; ``image`` is None on ranks other than the team's first."""
@@ -215,7 +226,7 @@ class Generator:
         params: SamplingParams,
         *,
         inputs: PictureInput | None = None,
-        controls: ControlPictures | None = None,
+        controls: SteeringPictures | None = None,
         edits: EditInput | None = None,
         callback: StepCallback | None = None,
         encoded: Sequence[EncodedPrompt] | None = None,
@@ -271,7 +282,7 @@ class Generator:
                 for index, image, z in zip(part, pictures, latents, strict=True):
                     yield Picture(prompt, index, image, z)
 
-    def _controls(self, controls: ControlPictures, prompt: Prompt, images: Sequence[int]) -> Controls:
+    def _controls(self, controls: SteeringPictures, prompt: Prompt, images: Sequence[int]) -> Controls:
         """Inputs of the controls for some images of ``prompt``; the team's first rank reads them."""
         if self.offload is not None:
             self.offload.enter("first_stage")
@@ -285,7 +296,7 @@ class Generator:
         params: SamplingParams,
         *,
         inputs: PictureInput | None = None,
-        controls: ControlPictures | None = None,
+        controls: SteeringPictures | None = None,
         edits: EditInput | None = None,
         callback: StepCallback | None = None,
         beat: Callable[[str], None] = lambda doing: None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,21 +13,27 @@ from torch import Tensor, nn
 
 from sat.adapters.factors import row_norms, some_norms
 from sat.checkpoint.verify import Verify
-from sat.config.build import build_empty, cast_weights, without_init
+from sat.config.build import build_empty, cast_weights, components, without_init
 from sat.config.check import build
 from sat.config.schema import Experiment, TrainConfig, plain
 from sat.control import files
 from sat.control.base import BaseModel, Control, ControlError, attach
 from sat.control.files import ControlInfo
+from sat.control_input import ControlInput, Controls
 from sat.data.dataset import Encode, MadeExtra
+from sat.data.preprocess import Preprocess
 from sat.data.records import CONTROL
 from sat.engine import DiffusionEngine
 from sat.parallel.launch import ALONE, Axis
 from sat.parallel.sequence import apply_sequence
+from sat.sampling.inputs import PictureFiles
+from sat.sampling.output import from_pil
+from sat.sampling.prompts import Prompt
 from sat.train.objectives import Objective
 from sat.train.objectives.diffusion import DiffusionObjective, TrainedControl
 from sat.train.optim import autocast
 from sat.transformer import Transformer
+from sat.util.pictures import fitted
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +132,56 @@ def add_control(
     if sequence.size > 1 and any(isinstance(module, Transformer) for module in made.modules()):
         apply_sequence(made, sequence)
     attach(objective.network, NAME, made)
-    objective.control = TrainedControl(NAME, made, _encode(made, objective.engine, train), config.dropout)
+    guidance = None
+    if getattr(objective.network, "guidance", None) is not None:
+        guidance = float(getattr(components(experiment).guider, "scale", 1.0))
+        log.info("the model is distilled: the control learns at its guidance strength %g", guidance)
+    encode = _encode(made, objective.engine, train)
+    objective.control = TrainedControl(NAME, made, encode, config.dropout, guidance)
+
+
+@dataclass(frozen=True)
+class SamplePictures:
+    """Pictures that steer the samples of a training, one a prompt, of ``height`` x ``width`` pixels."""
+
+    control: TrainedControl
+    files: PictureFiles
+    preprocess: Preprocess | None
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, objective: Objective, experiment: Experiment) -> SamplePictures | None:
+        """Those of ``adapters.control.samples``; None, and a line in the log, where there are none."""
+        config, size = experiment.adapters.control, experiment.sampling
+        if config is None or not isinstance(objective, DiffusionObjective) or objective.control is None:
+            return None
+        if config.samples is None:
+            log.warning("samples in between are drawn without the control: name adapters.control.samples")
+            return None
+        picture, takes = described(experiment).picture, objective.control.module.takes
+        if picture is None and takes == "inpaint":
+            raise ControlError(
+                "adapters.control.samples: inpainting makes its masks by adapters.control.picture"
+            )
+        made = None if picture is None else build(picture, imports=experiment.imports)
+        files = PictureFiles(config.samples, "adapters.control.samples")
+        return cls(objective.control, files, made, size.height, size.width)
+
+    def read(self, prompt: Prompt, images: Sequence[int]) -> list[Tensor]:
+        """The prompt's picture (n, 3 or 4, height, width) in [-1, 1], for each image."""
+        whole = self.files.open(prompt, 0).rgb
+        picture = from_pil(fitted(whole, self.height, self.width, "crop"))
+        if self.preprocess is not None:
+            picture = self.preprocess(picture, random.Random(prompt.index))
+        return [torch.stack([picture] * len(images))]
+
+    def encode(self, prompt: Prompt, pictures: Sequence[Tensor], device: torch.device) -> Controls:
+        """The network's input."""
+        (picture,) = pictures
+        value = self.control.encode(picture.to(device))
+        blank = bool(getattr(self.control.module, "blank", False))
+        return (ControlInput(self.control.name, value, (1.0,) * len(value), blank=blank),)
 
 
 def empty_pictures(

@@ -15,7 +15,7 @@ from sat.config.schema import Experiment
 from sat.engine import DiffusionEngine
 from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime
-from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams
+from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams, SteeringPictures
 from sat.sampling.inputs import InputFolder
 from sat.sampling.output import grid, safe_name, write_png
 from sat.sampling.prompts import Prompt
@@ -50,6 +50,7 @@ class Pictures:
         )  # fmt: skip
         self.params = SamplingParams.of(experiment.sampling, components(experiment).guider)
         self.inputs: InputFolder | None = None
+        self.controls: SteeringPictures | None = None
         if experiment.sampling.init_image is not None:
             log.warning("sampling.init_image has no effect on the pictures of a training")
         self.mine = range(mesh.data_rank, len(self.prompts), mesh.data_ranks)
@@ -80,7 +81,7 @@ class Pictures:
             prompt = Prompt(index, self.prompts[index])
             params = replace(self.params, seed=self.params.seed + index)
             drawn = self.generator.generate(
-                [(prompt, [0])], params, inputs=self.inputs, encoded=[text],
+                [(prompt, [0])], params, inputs=self.inputs, encoded=[text], controls=self.controls,
                 callback=lambda done, total, _: current().mark(f"drawing samples: step {done} of {total}"),
             )  # fmt: skip
             for picture in drawn:

@@ -74,6 +74,12 @@ def everything(folder: Path, spiece: Path) -> None:
     run("lora", train, kept, lora, "--steps", 1)
     run("both", train, BLOCKWISE, lora, "--steps", 2)
     run("further", train, f"adapters.control={{start: {folder / 'whole'}}}", "--steps", 1, "--lr", "1e-12")
+    distilled = ["model.params.guidance_dim=8", "checkpoint.allow_missing=['guidance.*']"]
+    distilled += ["sampling.guider={target: sat.diffusion.guidance.Embedded, params: {scale: 3.0}}"]
+    drawn = ["train.sample_every=1", "train.sample_prompts=[a, b]", "sampling.steps=2"]
+    pictures = f"adapters.control.samples={ROOT / 'data' / 'emoji_sample' / 'noto'}"
+    run("distilled", train, *distilled, *drawn, pictures, "--steps", 1)
+    run("unsteered", train, *drawn, "--steps", 1)
     run("plan", train, "--plan")
     run("no_pictures", train, "adapters.control.picture=null")
     run("text", train, "train.objective.params.train_text=true")

@@ -92,6 +92,15 @@ def test_training_goes_on_from_a_control(ran: Ran) -> None:
     assert all((one[n] - two[n]).abs().max() < 1e-5 for n in one)
 
 
+def test_a_control_of_a_distilled_model_learns_at_its_strength_and_samples_are_steered(ran: Ran) -> None:
+    assert "the control learns at its guidance strength 3" in good(ran, "distilled")
+    tensors = load_file(native(ran, "distilled", 1) / FILE)
+    assert all(v.any() for n, v in tensors.items() if n.startswith("zeros."))
+    assert read_info(ran.folder / "distilled").base.params["guidance_dim"] == 8
+    assert "samples in between are drawn without the control" in good(ran, "unsteered")
+    assert len(list((ran.folder / "distilled" / "samples").rglob("*.png"))) >= 2
+
+
 def test_a_plan_counts_the_control(ran: Ran) -> None:
     assert "trained" in good(ran, "plan") or "weights" in good(ran, "plan")
 

@@ -34,6 +34,7 @@ from sat.parallel.collectives import barrier, from_main
 from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime, be_patient, keep_freed_memory, launch, ranks_together
 from sat.parallel.sequence import apply_sequence
+from sat.sampling.generator import SteeringPictures
 from sat.sampling.inputs import InputFolder
 from sat.train.backend import build_backend, check_backend
 from sat.train.checkpoints import exporter
@@ -266,6 +267,7 @@ def _train(
         samples = Pictures(experiment, engine, runtime, mesh, learns=learns, known=known)
         if (inputs := InputFolder.of(experiment.sampling, engine.process.input)) is not None:
             samples.enlarge(inputs)
+        samples.controls = _steering(experiment, objective)
     held = sets.held_out
     held_out = validation_batches(items[1], *place, held.groups, pin=runtime.pins) if held else []
     extras = Extras(export, samples, token_counter(engine, objective), held_out)
@@ -293,6 +295,15 @@ def _train(
             with current().long("closing the record"):
                 extras.record.close()
     return trainer.done
+
+
+def _steering(experiment: Experiment, objective: Objective) -> SteeringPictures | None:
+    """The control's pictures for the samples in between; None without any."""
+    if experiment.adapters.control is None:
+        return None
+    from sat.train.control import SamplePictures
+
+    return SamplePictures.of(objective, experiment)
 
 
 def _objective(

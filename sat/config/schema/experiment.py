@@ -463,7 +463,9 @@ class ControlTraining(Section):
     ``design`` builds a new one; ``start`` is one to go on from, whose own design counts. ``train`` false
     keeps it as it is, and the network or its LoRA learns with it on. ``picture`` makes the control's picture
     of each picture whose source names none (``data.sources.N.control``); null: as ``start`` says.
-    ``dropout``: share of pictures that are trained on without their control's.
+    ``dropout``: share of pictures that are trained on without their control's. ``samples``: a picture, or a
+    folder with one for each of ``train.sample_prompts``, that the pictures in between are steered by, made
+    as ``picture`` says.
     """
 
     section = "adapters.control"
@@ -472,6 +474,7 @@ class ControlTraining(Section):
     train: bool = True
     picture: Annotated[Component, Makes("sat.data.preprocess.Preprocess")] | None = None
     dropout: float = 0.0
+    samples: Annotated[Path | None, MustExist("name a picture, or a folder of them")] = None
 
     def _rules(self) -> Broken:
         if self.design is None and self.start is None:

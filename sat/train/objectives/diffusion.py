@@ -26,12 +26,16 @@ from sat.train.objectives.base import Degradation, Objective
 
 @dataclass(frozen=True)
 class TrainedControl:
-    """A control on the network: its pictures' encoding, and the share of pictures that do without it."""
+    """A control on the network: its pictures' encoding, and the share of pictures that do without it.
+
+    ``guidance`` is the strength that a distilled network is told; None: it takes none.
+    """
 
     name: str
     module: nn.Module
     encode: Callable[[Tensor], Tensor]
     dropout: float
+    guidance: float | None = None
 
 
 class DiffusionObjective(Objective):
@@ -178,6 +182,9 @@ class DiffusionObjective(Objective):
         device, strengths = cond.text.device, (1.0,) * len(batch)
         kept = None if kept is None else sent(kept.float(), device)
         own = ControlInput(self.control.name, given.to(device), strengths, kept=kept)
+        if self.control.guidance is not None:
+            strength = torch.full((len(batch),), self.control.guidance, device=device)
+            cond = replace(cond, guidance=strength)
         return replace(cond, controls=(own,))
 
     def weight(self, batch: Batch, latents: Tensor) -> Tensor | None:
