@@ -313,7 +313,8 @@ class Encoder:
             return model.tokens(pictures)
         side = model.card.size
         small = F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True)
-        return rearrange(model.body(small), "b c h w -> b (h w) c")
+        tokens: Tensor = rearrange(model.body(small), "b c h w -> b (h w) c")
+        return tokens
 
 
 def _tower_sizes(folder: Path) -> Sizes:
