@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sat.conditioning.conditioner import Condition, Sizes
+from sat.conditioning.conditioner import Condition, Encoded, Sizes, joined
 from sat.control_input import Controls
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import Sampler, StepCallback
@@ -116,6 +116,16 @@ class EncodedPrompt:
     mask: Tensor | None = None  # (1, T)
     negative: Tensor | None = None  # (1, T, C_text)
     negative_mask: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[EncodedPrompt, int]]) -> EncodedPrompt:
+        """Rows of several prompts, of each as many as said; all have one negative prompt, or none."""
+        if len(parts) == 1:
+            return parts[0][0]
+        one = [Encoded(p.text, p.mask) for p, count in parts for _ in range(count)]
+        against = [Encoded(p.negative, p.negative_mask) for p, count in parts for _ in range(count)
+                   if p.negative is not None]  # fmt: skip
+        return cls(*joined(one), *(joined(against) if against else ()))
 
 
 @dataclass(frozen=True)
@@ -230,8 +240,12 @@ class Generator:
         edits: EditInput | None = None,
         callback: StepCallback | None = None,
         encoded: Sequence[EncodedPrompt] | None = None,
+        together: bool = False,
     ) -> Iterator[Picture]:
         """Pictures of ``requests``, prompts with the numbers of their images, each as soon as it is there.
+
+        ``together``: ``at_once`` counts images of several prompts, which then have one size and one negative
+        prompt, and neither controls nor edits; else only images of one prompt go through the network at once.
 
         Where the text encoder does not stay on the device, all prompts are encoded first; ``encoded`` are
         prompts that have been encoded before. ``inputs`` are the pictures that the process starts from,
@@ -247,7 +261,10 @@ class Generator:
             encoded, shared = every[: len(texts)], params.within(every[len(texts) :])
         elif areas:
             shared = params.within(self.encode(areas))
-        total, done = params.steps * sum(-(-len(images) // self.at_once) for _, images in requests), 0
+        rows = [[(number, i) for i in images] for number, (_, images) in enumerate(requests)]
+        rows = [sum(rows, [])] if together else rows
+        parts = [row[k : k + self.at_once] for row in rows for k in range(0, len(row), self.at_once)]
+        total, done, texts = params.steps * len(parts), 0, dict[int, EncodedPrompt]()
 
         def step(now: int, of: int, preview: Tensor) -> None:
             nonlocal done
@@ -255,32 +272,43 @@ class Generator:
             if callback is not None:
                 callback(done, total, preview)
 
-        for number, (prompt, images) in enumerate(requests):
-            params = shared.of_prompt(prompt)
-            shape = self.engine.latent_shape(params.height, params.width)
+        for part in parts:
+            images: dict[int, list[int]] = {}
+            for number, image in part:
+                images.setdefault(number, []).append(image)
+            prompts = {number: requests[number][0] for number in images}
+            own = {number: shared.of_prompt(prompt) for number, prompt in prompts.items()}
+            number, params = next(iter(own.items()))
+            prompt = prompts[number]
             if encoded is None:
-                (text,) = self.encode([prompt.text], params.negative_prompt)
-            else:
-                text = encoded[number]
-            for start in range(0, len(images), self.at_once):
-                part = images[start : start + self.at_once]
-                low = None if inputs is None else by_first(self.team, partial(inputs.read, prompt, part))
-                given = None
-                if params.latents is not None:
-                    first, count = prompt.index * params.batch_size, len(params.latents)
-                    given = params.latents[[(first + i) % count for i in part]]
-                rng = ImageRng.of(params.seed, part, shape, given)
-                held = () if controls is None else self._controls(controls, prompt, part)
-                edit = None if edits is None else by_first(self.team, partial(edits.read, prompt, part))
-                if edit is not None:
-                    total += self._steps(edit, params) - params.steps
-                latents = self.latents(text, rng, params, step, low, held, edit)
-                drawn = self.images(latents)
-                if edit is not None and drawn:
-                    drawn = edit.finished(drawn)
-                pictures: Sequence[Image.Image | None] = drawn or [None] * len(part)
-                for index, image, z in zip(part, pictures, latents, strict=True):
-                    yield Picture(prompt, index, image, z)
+                texts = {n: texts[n] if n in texts else self._encoded(prompts[n], own[n]) for n in own}
+            text = EncodedPrompt.joined([((encoded or texts)[n], len(images[n])) for n in own])
+            low = None
+            if inputs is not None:
+                read = [partial(inputs.read, prompts[n], images[n]) for n in own]
+                low = torch.cat([by_first(self.team, one) for one in read])
+            given = None
+            if params.latents is not None:
+                count = len(params.latents)
+                places = [prompts[n].index * params.batch_size + i for n, i in part]
+                given = params.latents[[place % count for place in places]]
+            shape = self.engine.latent_shape(params.height, params.width)
+            rng = ImageRng.of(0, [own[n].seed + i for n, i in part], shape, given)
+            held = () if controls is None else self._controls(controls, prompt, images[number])
+            edit = None if edits is None else by_first(self.team, partial(edits.read, prompt, images[number]))
+            if edit is not None:
+                total += self._steps(edit, params) - params.steps
+            latents = self.latents(text, rng, params, step, low, held, edit)
+            drawn = self.images(latents)
+            if edit is not None and drawn:
+                drawn = edit.finished(drawn)
+            pictures: Sequence[Image.Image | None] = drawn or [None] * len(part)
+            for (n, index), picture, z in zip(part, pictures, latents, strict=True):
+                yield Picture(prompts[n], index, picture, z)
+
+    def _encoded(self, prompt: Prompt, params: SamplingParams) -> EncodedPrompt:
+        (text,) = self.encode([prompt.text], params.negative_prompt)
+        return text
 
     def _controls(self, controls: SteeringPictures, prompt: Prompt, images: Sequence[int]) -> Controls:
         """Inputs of the controls for some images of ``prompt``; the team's first rank reads them."""

@@ -93,6 +93,40 @@ def test_pictures_are_the_files_that_sample_py_writes(service, words, tmp_path) 
     assert [p.split("_")[0] for p in service.pictures.newest(9)] == ["3", "2", "2", "1", "1", "0", "0"]
 
 
+def test_requests_that_are_alike_are_drawn_together_and_stay_what_they_are(words, style, tmp_path) -> None:
+    """Base and relay, several prompts, seeds and numbers in one pass: pictures and texts of each alone."""
+    cascade = load_cascade([TOY / "cascade.yaml"], [*words, "sampling.at_once=4"])
+    service = GenerationService(cascade, tmp_path / "web", "toy", adapters=style).open()
+    asked = [
+        GenerationRequest("a cat", 32, 48, 3, 2.5, 5, 2),
+        GenerationRequest("a red dog", 32, 48, 3, 2.5, 9),
+        GenerationRequest("a cat", 32, 48, 3, 2.5, 2**32 - 1),
+    ]
+    jobs = [service.job(request, whole=True) for request in asked]
+    assert len({job.batch.key for job in jobs}) == 1 and [job.batch.most for job in jobs] == [4] * 3
+    passes = []
+    network = service._open(0).pipeline.generator.engine.network
+    handle = network.register_forward_hook(lambda *_: passes.append(1))
+    jobs[0].batch.draw(jobs)
+    handle.remove()
+    assert len(passes) == 3, "one pass a step for all"
+    assert [job.view().step for job in jobs] == [6, 6, 6]
+    for job, request in zip(jobs, asked, strict=True):
+        alone = drawn(service, service.job(request, whole=True))
+        assert len(job.pictures) == len(alone) == request.count
+        for one, other in zip(job.pictures, alone, strict=True):
+            assert settings_of(one) == settings_of(other)
+            ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (one, other))
+            assert abs(ours - theirs).max() <= 1, "products of other shapes round differently"
+    differing = [
+        service.job(GenerationRequest("a cat", 32, 48, 4, 2.5, 5), whole=True),
+        service.job(GenerationRequest("a cat", 32, 48, 3, 2.5, 5, negative_prompt="x"), whole=True),
+        service.job(GenerationRequest("a cat", 32, 48, 3, 2.5, 5)),
+        service.job(GenerationRequest("a cat", 32, 48, 3, 2.5, 5, adapters={"fur": 0.5}), whole=True),
+    ]
+    assert jobs[0].batch.key not in {job.batch.key for job in differing}
+
+
 def test_a_lora_counts_as_much_as_its_strength(service, words, style, tmp_path) -> None:
     def with_fur(**strengths: float) -> Path:
         request = GenerationRequest("a cat", 32, 48, 3, 2.5, 5, adapters=strengths)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
 
 import pytest
 import torch
 
-from sat.apps.web.job_queue import Job, JobQueue, QueueClosedError, QueueFullError
+from sat.apps.web.job_queue import Batch, Job, JobQueue, QueueClosedError, QueueFullError
+from sat.apps.web.request import GenerationRequest
 
 
 @pytest.fixture
@@ -106,3 +107,89 @@ def test_an_error_while_opening_is_raised_where_it_is_opened() -> None:
 
     with pytest.raises(OSError, match="no weights"):
         JobQueue(fail, most=1).open()
+
+
+@pytest.fixture
+def long() -> Iterator[tuple[JobQueue, Event]]:
+    """A queue of 60 whose first job is being drawn until the event is set."""
+    queue, held = JobQueue(lambda: "ready", most=60), Held()
+    queue.open()
+    queue.submit(Job(held, 1), "ann")
+    assert held.begun.wait(5)
+    yield queue, held.go
+    held.go.set()
+    queue.close(5)
+
+
+def test_a_client_with_fifty_jobs_does_not_keep_another_waiting(long) -> None:
+    (queue, go), order = long, list[str]()
+
+    def noted(name: str, steps: int = 1) -> Job:
+        return Job(lambda job: order.append(name) or [Path(name)], steps)
+
+    ann = [queue.submit(noted(f"ann {i}"), "ann") for i in range(50)]
+    bob = [queue.submit(noted(f"bob {i}"), "bob") for i in range(2)]
+    big = [queue.submit(noted("cat", 10), "cat"), queue.submit(noted("cat again", 10), "cat")]
+    assert [queue.ahead(job) for job in (bob[0], big[0], ann[0])] == [1, 2, 3]
+    go.set()
+    assert all(job.wait(5) for job in (*ann, *bob, *big)), "nothing is lost"
+    assert order[:5] == ["bob 0", "cat", "ann 0", "bob 1", "ann 1"]
+    assert order.index("cat again") == order.index("ann 9") + 1, "turns are counted in steps"
+    assert [name for name in order if "ann" in name] == [f"ann {i}" for i in range(50)]
+
+
+def test_a_full_queue_takes_the_first_job_of_another_client(queue) -> None:
+    held = Held()
+    queue.submit(Job(held, 1), "ann")
+    assert held.begun.wait(5)
+    jobs = [queue.submit(quick("x"), "ann") for _ in range(3)]
+    jobs += [queue.submit(quick("x"), client) for client in ("bob", "cat", "dan")]
+    for client in ("ann", "bob", "eve"):  # twice as many wait: the end
+        with pytest.raises(QueueFullError):
+            queue.submit(quick("x"), client)
+    held.go.set()
+    assert all(job.wait(5) for job in jobs)
+
+
+def batched(name: str, groups: list[list[str]], *, key: str = "k", fails: bool = False) -> Job:
+    """A job that is drawn with up to two others of its key."""
+
+    def draw(jobs: Sequence[Job]) -> None:
+        groups.append([NAMES[job] for job in jobs])
+        if fails:
+            raise RuntimeError("together it does not fit")
+        for job in jobs:
+            job.pictures = [Path(NAMES[job])]
+
+    def alone(job: Job) -> list[Path]:
+        groups.append([name])
+        if name == "broken":
+            raise ValueError("broken")
+        return [Path(name)]
+
+    job = Job(alone, 1, Batch(key, 1, 3, REQUEST, draw))
+    NAMES[job] = name
+    return job
+
+
+NAMES: dict[Job, str] = {}
+REQUEST = GenerationRequest("x", 8, 8, 1, None, 0)
+
+
+def test_jobs_that_are_alike_are_drawn_together_as_many_as_fit(long) -> None:
+    (queue, go), groups = long, list[list[str]]()
+    names = ["a", "other", "b", "c", "d"]
+    jobs = [queue.submit(batched(n, groups, key="o" if n == "other" else "k"), "bob") for n in names]
+    go.set()
+    assert all(job.wait(5) for job in jobs)
+    assert groups == [["a", "b", "c"], ["other"], ["d"]]
+    assert [job.pictures[0].name for job in jobs] == names
+
+
+def test_a_cancelled_or_broken_job_does_not_take_those_drawn_with_it_along(long) -> None:
+    (queue, go), groups = long, list[list[str]]()
+    jobs = [queue.submit(batched(name, groups, fails=True), "bob") for name in ("a", "broken", "c")]
+    go.set()
+    assert all(job.wait(5) for job in jobs)
+    assert groups == [["a", "broken", "c"], ["a"], ["broken"], ["c"]]
+    assert [job.view().state for job in jobs] == ["done", "failed", "done"]

@@ -229,7 +229,7 @@ class Actions:
                     count = max(count, 1) * len(axis.values)
             else:
                 job, count = self.service.job(request, whole=whole), request.count
-            self.queue.submit(job)
+            self.queue.submit(job, f"page {mine.name}")
         except _REFUSED as error:
             return [refusal(error, http), gr.skip(), gr.skip()]
         image = request.image or (request.control.image if request.control else None)
@@ -241,11 +241,12 @@ class Actions:
     def enlarge(self, http: gr.Request, known: str, chosen: list[str]) -> list[Any]:
         """(status, timer): as :meth:`draw`, of the chosen pictures enlarged."""
         try:
-            job = self.queue.submit(self.service.enlarging(chosen))
+            mine = self.browser(http, known)
+            job = self.queue.submit(self.service.enlarging(chosen), f"page {mine.name}")
         except _REFUSED as error:
             return [refusal(error, http), gr.skip()]
         words = settings_of(self.service.pictures.at(chosen[0])).prompt
-        return [self._wait(self.browser(http, known), Drawing(job, len(chosen), words), http), _ticking(True)]
+        return [self._wait(mine, Drawing(job, len(chosen), words), http), _ticking(True)]
 
     def vary(self, http: gr.Request, known: str, whole: bool, chosen: list[str], count: Any) -> list[Any]:  # noqa: ANN401
         """(status, timer): pictures like the first chosen one, by its own words and new seeds."""
@@ -257,11 +258,12 @@ class Actions:
             image, number = opened(path), min(self.service.limits.count, max(int(count or 1), 4))
             seed = secrets.randbelow(2**32 - self.service.limits.count)
             request = replace(request, image=image, strength=VARIED, seed=seed, count=number)
-            job = self.queue.submit(self.service.job(request, whole=whole))
+            mine = self.browser(http, known)
+            job = self.queue.submit(self.service.job(request, whole=whole), f"page {mine.name}")
         except _REFUSED as error:
             return [refusal(error, http), gr.skip()]
         drawing = Drawing(job, number, request.prompt, given=image)
-        return [self._wait(self.browser(http, known), drawing, http), _ticking(True)]
+        return [self._wait(mine, drawing, http), _ticking(True)]
 
     def _wait(self, mine: Browser, drawing: Drawing, http: gr.Request) -> str:
         mine.drawings.append(drawing)

@@ -63,7 +63,7 @@ class Body(BaseModel):
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None  # quality of jpeg and webp
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None  # previews on the way, with stream
-    user: str | None = None  # taken and not used
+    user: str | None = None  # whose turn it is: users of one address take turns
     safety_identifier: str | None = None  # the same
     quality: Literal["auto", "standard"] | None = None
     background: Literal["auto", "opaque"] | None = None
@@ -237,7 +237,8 @@ def api_routes(  # noqa: C901 - the handlers are in it
         if body.partial_images and not body.stream:
             raise ApiError(400, "partial_images: only with stream: true", param="partial_images")
         try:
-            job = queue.submit(service.job(request, whole=True))
+            who = body.safety_identifier or body.user or ""
+            job = queue.submit(service.job(request, whole=True), f"{http.client and http.client.host} {who}")
         except (QueueFullError, ValueError, QueueClosedError) as error:
             raise ApiError.of(error) from None
         kind = "image_edit" if request.image is not None else "image_generation"
@@ -252,6 +253,7 @@ def api_routes(  # noqa: C901 - the handlers are in it
                 "created": int(time.time()),
                 "data": data,
                 **shown.facts,
+                "usage": shown.usage(),
                 **({"warnings": notes} if notes else {}),
             }
         )
@@ -407,6 +409,15 @@ class Shown:
         """Its bytes in the wanted format."""
         return in_format(picture, self.format, self.quality)
 
+    def usage(self) -> dict[str, Any]:
+        """Tokens of the prompt that the text encoder reads; pictures are not counted in tokens."""
+        most = self.service.first.conditioning.max_length
+        tokens = min(self.service.tokens(self.request.prompt) or 0, most)
+        return {
+            "input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens,
+            "input_tokens_details": {"text_tokens": tokens, "image_tokens": 0},
+        }  # fmt: skip
+
     async def events(self, job: Job, queue: JobQueue, http: Request) -> AsyncIterator[str]:
         """Server-sent events: ``partial_images`` previews, then each finished picture."""
         wanted, sent = self.body.partial_images or 0, 0
@@ -423,13 +434,8 @@ class Shown:
                         yield self._event("partial_image", large, {"partial_image_index": sent})
                         sent += 1
             over.result()
-            tokens = self.service.tokens(self.request.prompt) or 0
-            usage = {
-                "input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens,
-                "input_tokens_details": {"text_tokens": tokens, "image_tokens": 0},
-            }  # fmt: skip
             for index, path in enumerate(job.pictures):
-                more = {"usage": usage, "seed": self.request.seed + index}
+                more = {"usage": self.usage(), "seed": self.request.seed + index}
                 yield self._event("completed", path, more)
         except ApiError as error:  # the status was sent already
             body = bytes(error.response().body).decode()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Event, Thread
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+from sat.apps.web.request import GenerationRequest
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,19 @@ class CancelledError(Exception):
     """Raised inside a job that was cancelled."""
 
 
+class Batch(NamedTuple):
+    """Drawing of one job together with others of equal ``key``: ``most`` pictures at once, it has ``count``.
+
+    ``draw(jobs)`` sets the pictures of each job.
+    """
+
+    key: Hashable
+    count: int
+    most: int
+    request: GenerationRequest
+    draw: Callable[[Sequence[Job]], None]
+
+
 @dataclass(frozen=True)
 class View:
     """Progress of a job. ``latents`` (b, C, h, w): the pictures as predicted at the last step."""
@@ -43,8 +58,9 @@ class View:
 class Job:
     """One request in the queue. The drawing thread calls :meth:`step`; other threads watch and may cancel."""
 
-    def __init__(self, work: Callable[[Job], list[Path]], steps: int) -> None:
-        self.work = work
+    def __init__(self, work: Callable[[Job], list[Path]], steps: int, batch: Batch | None = None) -> None:
+        self.work, self.batch = work, batch
+        self.begins = 0.0  # place in the queue, in steps of all clients
         self.pictures: list[Path] = []
         self.expected: list[Path] = []  # files of the last stage begun, each there once its picture is
         self.kept: list[Path] = []  # of them, those finished by earlier runs of this job
@@ -59,6 +75,11 @@ class Job:
     def view(self) -> View:
         """Its progress."""
         return View(self._state, self._done, self._steps, latents=self._latents)
+
+    @property
+    def steps(self) -> int:
+        """Steps that are expected of it."""
+        return self._steps
 
     @property
     def is_over(self) -> bool:
@@ -94,8 +115,8 @@ class Job:
             raise CancelledError
 
     def start(self) -> None:
-        """Mark it as being drawn."""
-        self._state = "drawing"
+        """Mark it as being drawn, from its first step on."""
+        self._state, self._done = "drawing", 0
 
     def end(self, state: State, error: BaseException | None = None) -> None:
         """Mark it as over."""
@@ -105,8 +126,12 @@ class Job:
 
 
 class JobQueue:
-    """At most ``most`` waiting jobs, and the thread that runs one after the other.
+    """At most ``most`` waiting jobs, and the thread that runs them.
 
+    Clients take turns by the steps that they ask for (start-time fair queuing, Goyal, Vin and Cheng 1996): a
+    job begins, on a clock of steps, where its client's last one ends, or now; the earliest is next. A client
+    with nothing in the queue may add a job beyond ``most``, up to twice that. Jobs of one
+    :class:`Batch` key are drawn together, also from behind, as far as their pictures go through at once.
     ``prepare`` runs first, on that thread, to which a model and a device's context belong.
     """
 
@@ -116,8 +141,10 @@ class JobQueue:
         self._ready: object = None
         self._failed: BaseException | None = None
         self._opened = Event()
-        self._waiting: deque[Job] = deque()
-        self._current: Job | None = None
+        self._waiting: list[Job] = []  # in the order of arrival
+        self._clock, self._ends = 0.0, dict[str, float]()  # of all, and of each client's last job
+        self._clients: dict[Job, str] = {}  # of the jobs that wait
+        self._current: list[Job] = []
         self._closing = False
         self.ended: Counter[State] = Counter()  # jobs by how they ended
         self.pictures, self.seconds = 0, 0.0  # drawn so far, and the time of it
@@ -133,16 +160,20 @@ class JobQueue:
             raise self._failed
         return self._ready
 
-    def submit(self, job: Job) -> Job:
-        """Append ``job``; :class:`QueueFullError` if too many wait, :class:`QueueClosedError` at the end."""
+    def submit(self, job: Job, client: str = "") -> Job:
+        """Append ``job`` of a client; :class:`QueueFullError`, and :class:`QueueClosedError` at the end."""
         with self._change:
             if self._closing:
                 raise QueueClosedError("the server is closing")
-            if len(self._waiting) >= self.most:
+            new = client not in self._clients.values()
+            if len(self._waiting) >= (2 * self.most if new else self.most):
                 raise QueueFullError(
                     f"{len(self._waiting)} pictures are waiting already: try again in a moment"
                 )
+            job.begins = max(self._clock, self._ends.get(client, 0.0))
+            self._ends[client] = job.begins + max(1, job.steps)
             self._waiting.append(job)
+            self._clients[job] = client
             self._change.notify()
         return job
 
@@ -151,7 +182,7 @@ class JobQueue:
         job.cancel()
         with self._change:
             if job in self._waiting:
-                self._waiting.remove(job)
+                self._take(job)
                 self.ended["cancelled"] += 1
                 job.end("cancelled")
 
@@ -160,7 +191,7 @@ class JobQueue:
         with self._change:
             if job not in self._waiting:
                 return 0
-            return self._waiting.index(job) + (self._current is not None)
+            return sorted(self._waiting, key=_order).index(job) + len(self._current)
 
     @property
     def length(self) -> int:
@@ -170,7 +201,7 @@ class JobQueue:
     @property
     def is_busy(self) -> bool:
         """True while a job is being drawn."""
-        return self._current is not None
+        return bool(self._current)
 
     @property
     def is_alive(self) -> bool:
@@ -186,7 +217,7 @@ class JobQueue:
         """Cancel everything; wait for the drawing thread to stop, but not longer: a step may be long."""
         with self._change:
             self._closing = True
-            left = [*self._waiting, *([self._current] if self._current else [])]
+            left = [*self._waiting, *self._current]
             self._change.notify()
         for job in left:
             self.cancel(job)
@@ -203,25 +234,60 @@ class JobQueue:
             self._opened.set()
         while True:
             with self._change:
-                self._current = None
+                self._current = []
                 while not self._waiting and not self._closing:
                     self._change.wait()
                 if self._closing:
                     return
-                job = self._current = self._waiting.popleft()
-            job.start()
+                self._current = self._next()
             began = time.monotonic()
-            state: State = "done"
-            failure: BaseException | None = None
-            try:
-                job.check()
-                job.pictures = job.work(job)
-            except CancelledError:
-                state = "cancelled"
-            except BaseException as error:  # it ends this job alone
-                log.debug("a job failed", exc_info=True)
-                state, failure = "failed", error
-            self.ended[state] += 1
-            self.pictures += len(job.pictures)
+            for job in self._current:
+                job.start()
+            if len(self._current) > 1 and self._current[0].batch is not None:
+                try:
+                    self._current[0].batch.draw(self._current)
+                except BaseException:  # whose error it is shows when each is drawn by itself
+                    log.debug("jobs failed together", exc_info=True)
+                    for job in self._current:
+                        job.start()
+            for job in self._current:
+                self._finish(job)
             self.seconds += time.monotonic() - began
-            job.end(state, failure)
+
+    def _finish(self, job: Job) -> None:
+        """Draw ``job`` unless its pictures are there, and end it."""
+        state: State = "done"
+        failure: BaseException | None = None
+        try:
+            job.check()
+            job.pictures = job.pictures or job.work(job)
+        except CancelledError:
+            state = "cancelled"
+        except BaseException as error:  # it ends this job alone
+            log.debug("a job failed", exc_info=True)
+            state, failure = "failed", error
+        self.ended[state] += 1
+        self.pictures += len(job.pictures)
+        job.end(state, failure)
+
+    def _next(self) -> list[Job]:
+        """Take the job whose turn it is, and those that are drawn together with it."""
+        first, *others = sorted(self._waiting, key=_order)
+        self._clock = first.begins
+        self._ends = {client: end for client, end in self._ends.items() if end > self._clock}
+        taken, left = [first], 0 if first.batch is None else first.batch.most - first.batch.count
+        for job in others:
+            if first.batch and job.batch and job.batch.key == first.batch.key and job.batch.count <= left:
+                taken.append(job)
+                left -= job.batch.count
+        for job in taken:
+            self._take(job)
+        return taken
+
+    def _take(self, job: Job) -> None:
+        self._waiting.remove(job)
+        del self._clients[job]
+
+
+def _order(job: Job) -> float:
+    return job.begins

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from sat.adapters.files import is_adapter
 from sat.adapters.merge import AdapterRef, adapter_name, load_adapters
 from sat.apps.web.grid import changed
-from sat.apps.web.job_queue import Job
+from sat.apps.web.job_queue import Batch, CancelledError, Job
 from sat.apps.web.preview import ControlEntry, LatentPreview
 from sat.apps.web.request import GenerationRequest, Limits, Pictures, RequestError, Settings, settings_of
 from sat.checkpoint import digest
@@ -51,7 +53,7 @@ from sat.sampling.output import (
     read_png_text,
     write_png,
 )
-from sat.sampling.prompts import Prompt, PromptError, check_text
+from sat.sampling.prompts import Prompt, PromptError, Row, check_text
 from sat.util.pictures import open_picture
 
 if TYPE_CHECKING:
@@ -292,7 +294,67 @@ class GenerationService:
 
     def job(self, request: GenerationRequest, *, whole: bool = False) -> Job:
         """The drawing of ``request``; ``whole``: through all stages, as ``sample.py`` does."""
-        return Job(*self._drawing([request], whole=whole))
+        work, steps = self._drawing([request], whole=whole)
+        last = len(self.stages) if whole else 1
+        most = min(stage.sampling.at_once for stage in self.stages[:last])
+        if most == 1 or request.image is not None or request.control is not None:
+            return Job(work, steps)
+        alike = replace(request, prompt="", seed=0, count=1)
+        key = (whole, repr(replace(alike, adapters=dict(sorted(request.adapters.items())))))
+        return Job(work, steps, Batch(key, request.count, most, request, partial(self._draw_alike, last)))
+
+    def _draw_alike(self, last: int, jobs: Sequence[Job]) -> None:
+        """Draw jobs whose requests differ in prompt, seed and number alone, all their pictures at once."""
+        requests = [job.batch.request for job in jobs if job.batch is not None]
+        paths: list[list[Path]] = []
+        for index in range(last):
+            own = requests if not index else [self._enlarged(index, request) for request in requests]
+            before, paths = paths, self._draw_together(index, own, paths, jobs)
+            for job, large, small in zip(jobs, paths, before, strict=False):
+                job.origins.update((a, job.origins.get(b, b)) for a, b in zip(large, small, strict=True))
+        for job, made in zip(jobs, paths, strict=True):
+            job.pictures = made
+
+    def _draw_together(
+        self,
+        index: int,
+        requests: Sequence[GenerationRequest],
+        inputs: Sequence[Sequence[Path]],
+        jobs: Sequence[Job],
+    ) -> list[list[Path]]:
+        """The pictures of stage ``index``, of each request a list."""
+        set_up = [self._set_up(index, request) for request in requests]
+        now, first = set_up[0][0], set_up[0][1].next_index()
+        prompts = [Prompt(first + k, request.prompt.strip()) for k, request in enumerate(requests)]
+        counts, wanted, given = [r.count for r in requests], now.pipeline.generator.engine.process.input, None
+        if inputs and wanted is not None:
+            most = max(counts)
+            files = [path for own in inputs for path in (*own, *[own[-1]] * (most - len(own)))]
+            given = InputList(*wanted.size(requests[0].height, requests[0].width), files, most, first=first)
+        for job, prompt, (_, folder, *_) in zip(jobs, prompts, set_up, strict=True):
+            job.expected = [folder.image_path(prompt, image) for image in range(folder.batch_size)]
+
+        def step(done: int, of: int, latents: Tensor) -> None:
+            parts = latents.split(counts) if len(latents) == sum(counts) else [latents] * len(jobs)
+            for job, part in zip(jobs, parts, strict=True):
+                with suppress(CancelledError):  # the others go on
+                    job.step(done, of, part)
+            if all(job.is_unwanted for job in jobs):
+                raise CancelledError
+
+        seeds = [replace(p, row=Row(seed=r.seed)) for p, r in zip(prompts, requests, strict=True)]
+        images = [(prompt, range(count)) for prompt, count in zip(seeds, counts, strict=True)]
+        drawn = now.pipeline.generator.generate(
+            images, set_up[0][2], inputs=given, callback=step, together=True
+        )
+        for picture in drawn:
+            place = picture.prompt.index - first
+            if picture.image is not None:
+                set_up[place][1].write_image(prompts[place], picture.index, picture.image)
+        return [
+            folder.finish(prompt)[: folder.batch_size]
+            for prompt, (_, folder, *_) in zip(prompts, set_up, strict=True)
+        ]
 
     def grid(self, request: GenerationRequest, axes: Sequence[GridAxis], *, whole: bool = False) -> Job:
         """A picture for each pair of values of one or two ``axes`` (downwards, to the right), and a sheet.
@@ -444,8 +506,37 @@ class GenerationService:
         last: bool = True,
     ) -> list[Path]:
         """The pictures of stage ``index``, numbered after all others in the folder."""
-        now = self._adapted(index, [name for name, value in request.adapters.items() if value])
+        now, folder, params, held = self._set_up(index, request)
         generator = now.pipeline.generator
+        prompt = Prompt(folder.next_index(), request.prompt.strip())
+        edits = self._edits(index, request, prompt)
+        if edits is not None:
+            edits = replace(edits, puts_back=last)
+            told, changed_by = folder.more, edits.fields
+            folder = replace(folder, more=lambda p, i: {**changed_by(p, i), **told(p, i)})
+        given, wanted = None, generator.engine.process.input
+        if inputs is not None and wanted is not None:
+            size = wanted.size(params.height, params.width)
+            given = InputList(*size, inputs, request.count, first=prompt.index)
+        job.expected = [*job.kept, *(folder.image_path(prompt, image) for image in range(request.count))]
+        planned = request.steps * -(-request.count // generator.at_once)
+
+        def step(done: int, of: int, latents: Tensor) -> None:
+            nonlocal planned
+            job.correct(of - planned)
+            planned = of
+            job.step(done, of, latents)
+
+        written = generator.save(
+            folder, [prompt], params, inputs=given, controls=held, edits=edits, callback=step
+        )
+        return written[: request.count]  # without the sheet
+
+    def _set_up(
+        self, index: int, request: GenerationRequest
+    ) -> tuple[_Open, OutputFolder, SamplingParams, ControlPictures | None]:
+        """Stage ``index`` with adapters and sampler of ``request``, its folder, parameters and control."""
+        now = self._adapted(index, [name for name, value in request.adapters.items() if value])
         for name, own in now.attached.items():
             now.pipeline.set_strength(own, request.adapters.get(name, 0.0))
 
@@ -464,32 +555,10 @@ class GenerationService:
         about = label(experiment, weights=self._weights(index, experiment))
         folder = OutputFolder(self.pictures.root, about, request.count, sampling.grid_columns)
         prove_writable(folder.root)
-        prompt = Prompt(folder.next_index(), request.prompt.strip())
-        edits = self._edits(index, request, prompt)
-        if edits is not None:
-            edits = replace(edits, puts_back=last)
-        told = self._fields(request)
-        folder = replace(folder, more=lambda p, i: {**({} if edits is None else edits.fields(p, i)), **told})
-        given, wanted = None, generator.engine.process.input
-        if inputs is not None and wanted is not None:
-            size = wanted.size(sampling.height, sampling.width)
-            given = InputList(*size, inputs, request.count, first=prompt.index)
-        made = components(experiment)
-        generator.sampler = made.sampler
-        params = SamplingParams.of(sampling, made.guider)
-        job.expected = [*job.kept, *(folder.image_path(prompt, image) for image in range(request.count))]
-        planned = request.steps * -(-request.count // generator.at_once)
-
-        def step(done: int, of: int, latents: Tensor) -> None:
-            nonlocal planned
-            job.correct(of - planned)
-            planned = of
-            job.step(done, of, latents)
-
-        written = generator.save(
-            folder, [prompt], params, inputs=given, controls=held, edits=edits, callback=step
-        )
-        return written[: request.count]  # without the sheet
+        told, made = self._fields(request), components(experiment)
+        now.pipeline.generator.sampler = made.sampler
+        folder = replace(folder, more=lambda *_: told)
+        return now, folder, SamplingParams.of(sampling, made.guider), held
 
     def _control(
         self, pipeline: Pipeline, request: GenerationRequest, sampling: SamplingConfig
