@@ -566,8 +566,10 @@ class Checker:
         known, hints = {f.name: f for f in fields(Experiment)}, field_hints(Experiment)
         for name in tree:
             if name not in known:
-                near = hint(name, known)
-                self.report((name,), f"no such section{near} (there are {', '.join(known)})")
+                what = f"no such section{hint(name, known)} (there are {', '.join(known)})"
+                if name == "cascade":
+                    what = "sample, evaluate and web draw with cascades; name the config of one stage here"
+                self.report((name,), what)
         values = {n: self.check(hints[n], tree[n], (n,)) for n in known if n in tree}
         for name, f in known.items():
             if name not in tree and f.default is MISSING and f.default_factory is MISSING:
@@ -645,7 +647,7 @@ class Checker:
             if (found := find(first, mark.folder)) is not None:
                 return found.with_name(Path(given).name)
             given = str(first)
-        self.missing.append(Problem(str(mark), dotted(key), f"there is no {given!r}; {note.advice}"))
+        self.missing.append(Problem(str(mark), dotted(key), f"there is no {given!r}; {note.about(given)}"))
         return Path(given)
 
 

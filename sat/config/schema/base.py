@@ -41,6 +41,11 @@ class MustExist:
     advice: str
     ranges: bool = False  # ``a-{00..12}.tar`` stands for many files
 
+    def about(self, given: str) -> str:
+        """What to do when ``given`` is missing; of official weights, also where they are downloaded."""
+        places = PUBLISHED.get(Path(given).name) if self.advice == WEIGHTS else None
+        return f"download {places}; {self.advice}" if places else self.advice
+
 
 class RuleError(UserError, ValueError):
     """Broken cross-field rules of one section, as (field, what is wrong) pairs."""
@@ -143,6 +148,21 @@ class ParallelConfig(Section):
 
 
 WEIGHTS = "see docs/checkpoints.md for where weights come from, or name another folder"
+_CLOUD = "https://cloud.tsinghua.edu.cn/d"
+_SAT = (
+    f"{{}} (network), {_CLOUD}/c8b9497fc5124d71818a (autoencoder) and text_encoder and tokenizer of "
+    "https://huggingface.co/THUDM/CogVideoX-2b, and put them together with convert.py"
+)
+PUBLISHED = {
+    "plus": "https://huggingface.co/THUDM/CogView3-Plus-3B (or ZhipuAI/CogView3-Plus-3B on modelscope.cn or "
+    "wisemodel.cn) and name its folder here",
+    "cogview4": "https://huggingface.co/THUDM/CogView4-6B and name its folder here",
+    "base": _SAT.format(f"{_CLOUD}/242b66daf4424fa99bf0"),
+    "relay": _SAT.format(f"{_CLOUD}/134951acced949c1a9e1"),
+    "base_distill": _SAT.format(f"{_CLOUD}/d10032a94db647f5aa0e"),
+    "relay_distill": _SAT.format(f"{_CLOUD}/4d50ec092c64418f8418"),
+}
+"""Addresses of the official weights, by the folder that the configs name."""
 
 
 @dataclass(frozen=True)
