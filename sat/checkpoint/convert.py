@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sat.checkpoint.files import VOCABULARY, refuse_occupied
+from sat.checkpoint.files import SAFETENSORS, TORCH, VOCABULARY, refuse_occupied
 from sat.checkpoint.format import PARTS, CheckpointError, LazyStateDict, Part, TensorInfo, View
 from sat.checkpoint.formats import cogview4, detect, open_part
 from sat.checkpoint.formats.diffusers import AUTOENCODER, PLUS, SCHEDULE, T5, V, size_component
 from sat.checkpoint.load import Computes, match
 from sat.checkpoint.rules import Matched
 from sat.checkpoint.save import WRITERS, Options
-from sat.checkpoint.verify import DIGESTS, records, verify_file
+from sat.checkpoint.verify import DIGESTS, CheckpointPathError, records, verify_file
 
 #: Builds the network that a component (``target`` and ``params``) describes; on the meta device where it can.
 Build = Callable[[Mapping[str, Any]], nn.Module]
@@ -215,7 +215,12 @@ def _parts(sources: Sources, allow_pickle: bool) -> list[Part]:
     if not held and not own:
         held = list(sources.only) if len(sources.only) == 1 else []
         if not held:
-            raise CheckpointError(f"{sources.path}: does not say which part it holds; name it with --only")
+            if sources.path.is_file() and sources.path.suffix not in (*SAFETENSORS, *TORCH):
+                kinds = ", ".join((*SAFETENSORS, *TORCH))
+                raise CheckpointPathError(f"{sources.path}: is no file of weights ({kinds})")
+            raise CheckpointPathError(
+                f"{sources.path}: does not say which part it holds; give --only model (first_stage, text)"
+            )
     return [part for part in PARTS if part in sources.only and (part in held or part in own)]
 
 

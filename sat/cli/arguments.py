@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, get_args
 
@@ -153,10 +154,9 @@ def parse(
     ``small`` the one of the small model that ships: it stands in, with a line, where there is no --base.
     """
     args = reader.parse_intermixed_args(argv)
-    if args.base is None and small is not None:
+    stands_in = args.base is None and small is not None
+    if stands_in:
         args.base = [small]
-        if args.verbosity >= 0:
-            print(f"no --base, so the small model of {small} draws", file=sys.stderr)
     sort_overrides(args)
     for item in args.overrides:
         if not _OVERRIDE.match(item):
@@ -166,7 +166,31 @@ def parse(
             reader.error(f"unexpected argument {item!r}: expected section.key=value, or --base {item}")
     if not args.base:
         reader.error(f"--base is needed: config files, such as {example}")
+    if stands_in and args.verbosity >= 0:
+        print(f"no --base, so the small model of {small} draws", file=sys.stderr)
     return args
+
+
+def output_file(path: Path, option: str, kinds: Collection[str] = ()) -> None:
+    """Make the folder of a file that a command will write, before its work; UsageError where that cannot be.
+
+    ``kinds``: endings of the formats it can have.
+    """
+    if kinds and path.suffix.lower() not in kinds:
+        raise UsageError(f"{option} {path}: expected a file that ends in {', '.join(kinds)}")
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: is a folder; name a file")
+    output_folder(path.parent, option)
+
+
+def output_folder(path: Path, option: str) -> None:
+    """Make a folder that a command will write into; UsageError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot make the folder {path}: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"{option}: cannot write to the folder {path}")
 
 
 def sort_overrides(args: argparse.Namespace) -> None:

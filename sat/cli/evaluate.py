@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line; nothing heavy is imported to parse it."""
     top = _Parser.of("python -m sat.cli.evaluate", DESCRIPTION)
     top.usage = "%(prog)s [COMMAND] [options]"
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser, prog=top.prog
+    )
     add = commands.add_parser(RUN, help="draw and score pictures (without a command)").add_argument
     add("--base", nargs="+", action="extend", metavar="YAML", help="config files of the model that draws")
     prompts = "one a line, or .csv, .tsv, .jsonl, .json with categories, or DPG-Bench's folder of .txt"

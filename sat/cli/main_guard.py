@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import shlex
 import signal
@@ -17,6 +18,8 @@ from sat.errors import LostRankError, ReportedError, UserError
 from sat.util.ending import FAILED, INTERRUPTED, STOPPED_EARLY, begin, rank, tell
 from sat.util.log import describe
 
+PATH_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EROFS}
+"""Errors whose line says all there is to know: a path and why it cannot be used."""
 _DEAF = 30.0
 """Seconds after a command's end in which a late signal no longer changes its exit code."""
 
@@ -76,6 +79,7 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
         mistake = isinstance(error, UserError) and code != FAILED
         if rank() == 0 or (own and not mistake):
             known = isinstance(error, (UserError, LostRankError))
+            known = known or getattr(error, "errno", None) in PATH_ERRORS
             shows = "" if debug or known else " (--debug shows where)"
             tell(f"error: {reason}{shows}")
     finally:

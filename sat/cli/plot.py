@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sat.cli.arguments import Parser, add_messages, sort_overrides
+from sat.cli.arguments import Parser, add_messages, output_file, sort_overrides
 from sat.cli.main_guard import UsageError, guard
 from sat.util import log as logs
 from sat.util.host import install, prepare_threads
 
 RUNS = "runs"
+KINDS = (".png", ".svg", ".pdf", ".html")
 DESCRIPTION = """\
 Plot training runs; without a command the words are folders of runs.
 
@@ -22,6 +23,7 @@ Plot training runs; without a command the words are folders of runs.
   python -m sat.cli.plot steps --base configs/tiny.yaml --prompt "a red apple" --out steps.png
   python -m sat.cli.plot attention --base configs/tiny.yaml --prompt "a red apple" --out words.png
   python -m sat.cli.plot data data/emoji_sample --out data.png
+  python -m sat.cli.plot memory --base configs/plus.yaml --out memory.png
   python -m sat.cli.plot benchmarks benchmarks/results/amd-epyc/performance.json --out speed.png
 
 FILE.html has the same as a page of its own, with a table of the last values.
@@ -34,7 +36,11 @@ class _Parser(Parser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         (commands,) = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        if words and not {*words[:2]} & {*commands.choices, "-h", "--help", "--version"}:
+        options = {word for word in words if word.startswith("-")}
+        alone = RUNS in words and len(words) == 1 + len(options) and not options & {"-h", "--help"}
+        folder = alone and Path(RUNS).is_dir()  # it is called as the command
+        named = {*words[:2]} & {*commands.choices, "-h", "--help", "--version"}
+        if folder or (words and not named):
             words.insert(0, RUNS)
         return super().parse_known_args(words, namespace)
 
@@ -43,11 +49,14 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = _Parser.of("python -m sat.cli.plot", DESCRIPTION)
     top.usage = "%(prog)s [COMMAND] [options]"
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser, prog=top.prog
+    )
     add = commands.add_parser(
         RUNS, help="loss, held-out loss by noise level, rate, gradient, speed"
     ).add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of trainings, or metrics.jsonl files")
+    what = "folders of one or several trainings, or metrics.jsonl files"
+    add("runs", nargs="+", type=Path, metavar="RUN", help=what)
     add("--out", type=Path, metavar="FILE", help="png, svg, pdf or html (RUN/plot.png and RUN/plot.html)")
     add("--smooth", type=float, default=0.0, metavar="S", help="averaging of the loss, 0 to 1 (0, none)")
 
@@ -75,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     add("--pictures", type=int, default=32, metavar="N", help="pictures on the contact sheet (32)")
     add("--out", type=Path, required=True, metavar="FILE", help="png, svg, pdf or html")
 
+    add = commands.add_parser("memory", help="memory of sampling by resolution, estimated").add_argument
+    add("--base", nargs="+", action="extend", required=True, metavar="YAML", help=model)
+    add("--sides", type=int, nargs="+", metavar="PIXELS", help="sides of square pictures (those allowed)")
+    add("--out", type=Path, required=True, metavar="FILE", help="png, svg, pdf or html")
+    add("overrides", nargs="*", metavar="section.key=value", help="config keys to set")
+
     add = commands.add_parser("benchmarks", help="bars of the tables of a result file").add_argument
     add("files", nargs="+", type=Path, metavar="JSON", help="benchmarks/results/<machine>/performance.json")
     add("--out", type=Path, required=True, metavar="FILE", help="png, svg, pdf or html")
@@ -91,6 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(args, "base"):
             sort_overrides(args)
             prepare_threads()
+        if args.out is not None:
+            strip = (".png", ".jpg", ".jpeg", ".webp")
+            output_file(args.out, "--out", strip if args.command == "steps" else KINDS)
+        if getattr(args, "pictures", 1) < 1:
+            raise UsageError(f"--pictures {args.pictures}: expected at least 1")
         if args.command != "steps" and find_spec("matplotlib") is None:
             raise UsageError(f"plots need matplotlib: {install('plot')}")
         from sat.cli.commands.plot import COMMANDS

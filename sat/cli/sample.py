@@ -129,7 +129,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The parsed arguments."""
     options = parser()
     args = parse(options, argv, "configs/tiny.yaml", small="configs/tiny.yaml")
-    args.overrides += [item for item in args.grid or [] if not _AXIS.fullmatch(item)]  # that stand behind it
+    behind = [item for item in args.grid or [] if not _AXIS.fullmatch(item)]  # overrides that stand behind it
+    for item in behind:
+        if not re.match(r"\w+\.[\w.]+=", item):
+            options.error(f"--grid {item}: expected KEY=VALUE,VALUE or KEY=A..B: guidance=1,3,5 seed=0..3")
+    args.overrides += behind
     args.grid = [item for item in args.grid or [] if _AXIS.fullmatch(item)]
     if args.prompt and args.prompt_file:
         options.error("--prompt and --prompt-file exclude each other")

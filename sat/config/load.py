@@ -140,7 +140,11 @@ def dump(experiment: Experiment) -> str:
 def read_base(base: str | Path) -> Source:
     """The YAML file ``base``, from the current folder or from the project's."""
     path = find(base)
-    if path is None or path.is_dir():
+    if path is not None and path.is_dir():
+        raise ConfigError.of(
+            "", str(base), "is a folder; --base wants config files, such as configs/tiny.yaml"
+        )
+    if path is None:
         home = SHIPPED if SHIPPED.is_dir() else HOME
         near = hint(str(base), (f"configs/{p.name}" for p in (home / "configs").glob("*.yaml")))
         raise ConfigError.of("", str(base), f"there is no such config{near}")
@@ -222,14 +226,14 @@ class _Layers:
         if not self._settable(key):
             known = {dotted(k) for k in (*_keys(OmegaConf.to_container(self.config)), *self.marks)} - {""}
             what = f"{dotted(key)!r} names no key of {self.files}{hint(dotted(key), sorted(known))}"
-            self.problems.append(Problem("override", "", what))
+            self.problems.append(Problem(str(mark), "", what))
             return
         spellings = {written, self.typed.setdefault(key, written)}
         if len(spellings) > 1:
             (earlier,) = spellings - {key}
             self.problems.append(Problem("override", dotted(earlier), _twice(dotted(key))))
         value = plain(value)
-        marks = {(*key, *inner): Mark("override") for inner in _keys(value)} | {key: mark}
+        marks = {(*key, *inner): Mark(str(mark)) for inner in _keys(value)} | {key: mark}
         node, split = self.config, len(key)
         for end, name in enumerate(key):
             if isinstance(node, ListConfig):  # replaced as a whole, so one item is changed in a copy

@@ -31,12 +31,16 @@ CONTROL = "control"  # the extra picture that a trained control sees
 MASK = "mask"  # the extra picture that weighs a picture's places; one channel
 
 
-class DataError(RuntimeError):
+class DataError(UserError, RuntimeError):
     """The data cannot be used: too much of it is bad, or there is none."""
 
+    exit_code = 1
 
-class DataPathError(UserError, DataError):
+
+class DataPathError(DataError):
     """A path that holds no data: the user named the wrong one."""
+
+    exit_code = 2
 
 
 class Inside(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -38,6 +39,8 @@ class ClassifierFree:
     def __init__(self, scale: float = 5.0, rescale: float = 0.0) -> None:
         if not 0 <= rescale <= 1:
             raise ValueError(f"guidance rescale is {rescale:g}, expected 0 to 1")
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance scale is {scale}, expected a finite number")
         self.scale, self.rescale = scale, rescale
 
     def rows(self, cond: Condition, uncond: Condition) -> Condition:
@@ -93,6 +96,8 @@ class Embedded:
     """
 
     def __init__(self, scale: float = 7.5) -> None:
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance scale is {scale}, expected a finite number")
         self.scale = scale
 
     def rows(self, cond: Condition, uncond: Condition) -> Condition:

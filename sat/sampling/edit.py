@@ -186,7 +186,8 @@ class EditInput:
             if lone or sampling.outpaint is not None:
                 key = "strength" if lone else "outpaint"
                 raise InputError(
-                    f"sampling.{key} is for a picture to change: name one in sampling.init_image"
+                    f"sampling.{key} is for a picture to change: name one in sampling.init_image "
+                    "(--init-image)"
                 )
             return None
         return cls(sampling, pictures)

@@ -26,6 +26,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from sat.config.record import Label
+from sat.errors import UserError
 from sat.sampling.prompts import NO_ROW, Prompt
 from sat.util import host
 from sat.util.pictures import LARGEST_FILE, PictureError, open_picture
@@ -45,8 +46,10 @@ IMAGE = re.compile(r"\d{9}\.png")
 """Names of the pictures in a prompt's folder."""
 
 
-class OutputError(OSError):
+class OutputError(UserError, OSError):
     """The output folder cannot be used."""
+
+    exit_code = 1
 
 
 def safe_name(text: str) -> str:

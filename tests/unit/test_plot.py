@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 from pathlib import Path
 
@@ -203,3 +204,23 @@ def test_a_grid_of_a_cascade_is_refused(capsys) -> None:
         main(["--base", str(ROOT / "configs/tiny_cascade.yaml"), "--prompt", "x", "--grid", "seed=0,1"]) == 2
     )
     assert "--grid draws given prompts with one model" in capsys.readouterr().err
+
+
+def test_memory_grows_with_the_side_and_a_wrong_one_is_refused(drawn, tmp_path, caplog, capsys) -> None:
+    words = ["memory", "--base", str(DEBUG), "--sides", "32", "64", "--out", str(tmp_path / "m.html")]
+    with caplog.at_level(logging.INFO):
+        assert plot.main(words) == 0
+    page = (tmp_path / "m.html").read_text()
+    rows = re.findall(r"<tr><td>(\d+)</td>((?:<td>[\d.]+</td>){3})</tr>", page)
+    assert [side for side, _ in rows] == ["32", "64"] and "memory of sampling" in page
+    assert plot.main([*words[:4], "33", *words[-2:]]) == 2
+    assert "33 x 33 is not possible" in capsys.readouterr().err
+
+
+def test_a_folder_called_runs_stands_for_the_runs_in_it(drawn, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("a", "b"):
+        run(tmp_path / "runs" / name, ROWS)
+    assert plot.main(["runs"]) == 0
+    assert "<td>runs/b</td>" in (tmp_path / "runs" / "plot.html").read_text()

@@ -96,6 +96,8 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
             f"--styles {','.join(styles)!r}: {HELD_OUT_STYLE!r} is held out from the training of the small "
             "model, write it to a folder of its own"
         )
+    if which not in ("all", "core") and not Path(which).is_file():
+        raise StyleError(f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line")
     named = NAMED_BY if any(style in UNNAMED for style in styles) else ()
     with ExitStack() as stack:
         archives = {

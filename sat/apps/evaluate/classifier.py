@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sat.apps.evaluate.distances import frechet, frechet_of_many, kernel_distance, statistics
 from sat.apps.evaluate.pictures import Opened, collect, pictures_below
-from sat.data.records import HELD_OUT, TABLE, DataError
+from sat.data.records import HELD_OUT, TABLE, DataError, DataPathError
 from sat.data.transforms import to_tensor
 from sat.models.vision import classifier as network
 from sat.models.vision.classifier import Card, embed, top_shares
@@ -41,7 +41,7 @@ class Classifier(network.Classifier):
         """The classifier saved in ``folder``, float32, in evaluation mode."""
         missing = [name for name in (WEIGHTS, CARD) if not (folder / name).is_file()]
         if missing:
-            raise ValueError(
+            raise DataPathError(
                 f"{folder}: no {' and no '.join(missing)}; train one with "
                 "'python -m sat.cli.evaluate train-classifier'"
             )

@@ -254,7 +254,7 @@ def collect(  # noqa: C901 - three places that captions come from
     """
     if not images.is_dir():
         raise DataPathError(f"{images}: no such folder of images")
-    found: list[tuple[Path, str]] = []
+    found, unnamed = list[tuple[Path, str]](), list[Path]()
     if captions is None:
         for path in (path for path in files_below(images) if path.suffix == ".png" and path.name != GRID):
             try:
@@ -265,7 +265,10 @@ def collect(  # noqa: C901 - three places that captions come from
             if isinstance(prompt, str):
                 found.append((path, prompt))
             else:
-                log.warning("left out %s: it names no prompt in its PNG text", path)
+                unnamed.append(path)
+        if unnamed:
+            what = "%d PNG files name no prompt in their text, such as %s: left out; --captions gives some"
+            log.warning(what, len(unnamed), unnamed[0])
     elif captions.suffix == ".jsonl":
         try:
             lines = decoded(read_bounded(captions, MOST_BYTES)).splitlines()

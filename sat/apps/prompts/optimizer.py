@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 from sat.apps.prompts.writing import AnswerError, Message, Words, messages, read_answer
+from sat.errors import UserError
 from sat.util.host import install, write_text
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ AT_ONCE = 4
 """Prompts that are rewritten at the same time."""
 
 
-class OptimizerError(RuntimeError):
+class OptimizerError(UserError, RuntimeError):
     """A prompt could not be rewritten."""
+
+    exit_code = 1
 
 
 class UnusableServerError(OptimizerError):
@@ -85,8 +88,9 @@ class Endpoint:
         except ValueError as error:
             raise UnusableServerError(f"the server's address cannot be read: {error}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
+            given = (self.url or "").rpartition("@")[2]
             raise UnusableServerError(
-                f"the server's address is {self.shown!r}: expected http://HOST or https://HOST/v1"
+                f"the server's address is {given!r}: expected http://HOST or https://HOST/v1"
             )
         if parts.username or parts.password:
             raise UnusableServerError("the server's address holds a user or password: give a key instead")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from sat.cli import sample
-from sat.cli.arguments import Setting, checked_device
+from sat.cli.arguments import Setting, checked_device, output_file, output_folder
 from sat.cli.main_guard import UsageError
 from sat.util import log as logs
 from sat.util.ending import FAILED
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
 
     is_main = os.environ.get("RANK", "0") == "0"
     logs.setup(0 if is_main else 1, debug=args.debug, verbosity=args.verbosity)
+    for path in (args.images, args.real, *args.compare):
+        if path is not None and not path.is_dir():
+            raise UsageError(f"{path}: no such folder of images")
     if (args.prompts is None) == (args.prompt is None):
         raise UsageError("give the prompts: --prompts FILE, or --prompt TEXT once or several times")
     for index, text in enumerate(args.prompt or []):
@@ -53,6 +57,8 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
     for name, value in (("--at-once", args.at_once), ("--report-prompts", args.report_prompts)):
         if value < 1:
             raise UsageError(f"{name} {value}: expected at least 1")
+    if not args.check:
+        output_folder(args.out, "--out")
     device = pick_device(checked_device(args.device))
     config = MetricConfig(device, args.metric_weights, args.classifier, args.real, args.at_once)
     metrics, lacking = _metrics(args.scores, config, prompts)
@@ -180,8 +186,14 @@ def train_classifier(args: argparse.Namespace) -> int:
     from sat.apps.evaluate.training import BELIEVED, STRENGTHS, Recipe, train
     from sat.parallel.launch import keep_freed_memory, pick_device
 
+    for name in ("steps", "batch_size", "width"):
+        if (value := getattr(args, name)) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not (args.lr > 0 and math.isfinite(args.lr)):
+        raise UsageError(f"--lr {args.lr:g}: expected a number above 0")
+    output_folder(args.out, "--out")
     if args.threads:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(max(1, args.threads))
     keep_freed_memory()
     recipe = Recipe(
         args.steps,
@@ -218,6 +230,8 @@ def retrieval(args: argparse.Namespace) -> int:
     from sat.apps.evaluate.classifier import Classifier, score_folder
     from sat.apps.evaluate.training import BELIEVED
 
+    if args.json is not None:
+        output_file(args.json, "--json")
     classifier = Classifier.load(args.classifier)
     scores = score_folder(args.images, args.captions, classifier)
     if args.list:
@@ -272,6 +286,10 @@ def sheet(args: argparse.Namespace) -> int:
     from sat.apps.evaluate.pictures import Opened, collect
     from sat.sampling.output import grid, write_png
 
+    output_file(args.out, "--out", (".png",))
+    for name, most in (("columns", 1000), ("scale", 64)):
+        if not 1 <= (value := getattr(args, name)) <= most:
+            raise UsageError(f"--{name} {value}: expected 1 to {most}")
     pictures = list(Opened([path for path, _ in collect(args.images, args.captions)]))
     made = grid(pictures, columns=args.columns)
     size = (made.width * args.scale, made.height * args.scale)

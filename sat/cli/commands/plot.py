@@ -12,10 +12,13 @@ import math
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sat.cli.arguments import Setting
 from sat.cli.main_guard import UsageError
+from sat.config.load import load_full
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sat.pipeline import Pipeline
+    from sat.sampling.output import GridAxis
     from sat.sampling.prompts import Prompt
     from sat.transformer.hooks import Attend, Context
 
@@ -87,7 +91,11 @@ def runs(args: argparse.Namespace) -> list[Path]:
     """Curves of the runs beside each other, a colour each; the files written."""
     if not 0 <= args.smooth < 1:
         raise UsageError(f"--smooth {args.smooth:g}: expected at least 0, and less than 1")
-    tables = {str(run): read_rows(run) for run in args.runs}
+    found: list[Path] = []
+    for run in args.runs:  # a folder of runs stands for all of them
+        inside = [] if (run / METRICS).is_file() else sorted(path.parent for path in run.glob(f"*/{METRICS}"))
+        found += inside or [run]
+    tables = {str(run): read_rows(run) for run in found}
     levels = sorted(
         {name for rows in tables.values() for row in rows for name in row if LEVEL.fullmatch(name)},
         key=lambda name: float(name.removeprefix(BY_LEVEL)),
@@ -158,8 +166,6 @@ def _write(figure: Figure, out: Path, title: str, table: Sequence[Sequence[str]]
     """Write ``figure`` to ``out``: an image by its suffix, or a page with the drawing and ``table`` in it."""
     from sat.util.host import write_text
 
-    if out.suffix.lower() not in (".png", ".svg", ".pdf", ".html"):
-        raise UsageError(f"--out {out}: expected a name ending in .png, .svg, .pdf or .html")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix.lower() != ".html":
         figure.savefig(out, dpi=120)
@@ -211,7 +217,6 @@ def steps(args: argparse.Namespace) -> list[Path]:
     strip = Image.new("RGB", (len(pictures) * (width + 2) - 2, height), "white")
     for place, picture in enumerate(pictures):
         strip.paste(picture, (place * (width + 2), 0))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     strip.save(args.out)
     log.info("steps %s of %d", ", ".join(map(str, sorted(seen))), pipe.experiment.sampling.steps)
     return [args.out]
@@ -272,8 +277,33 @@ def attention(args: argparse.Namespace) -> list[Path]:
 
 PER_PICTURE = ("seed", "guidance", "steps", "height", "width", "strength")
 """Axes of a grid that need no other model: arguments of :class:`Pipeline`'s call."""
-KEYS = {"lora": "adapters.load.0.strength", "control": "sampling.controls.0.scale"}
+KEYS = {
+    "lora": "adapters.load.0.strength",
+    "control": "sampling.controls.0.scale",
+    "guidance": "sampling.guider.params.scale",
+} | {name: f"sampling.{name}" for name in PER_PICTURE if name != "guidance"}
 """Axes of a grid that stand for a key of the config."""
+CELLS = 400
+"""Pictures of a grid at most."""
+
+
+def _axis(text: str, args: argparse.Namespace, given: Sequence[tuple[str, object]]) -> GridAxis:
+    """The axis ``text`` of ``--grid``, if the config takes its values (of numbers, the ends); else an error."""
+    from sat.sampling.output import GridAxis
+
+    ends = re.fullmatch(r".*=(\d+)\.\.(\d+)", text)
+    if ends is not None and not int(ends[1]) <= int(ends[2]) < int(ends[1]) + CELLS:
+        raise UsageError(f"--grid {text}: expected the lower end first, and at most {CELLS} values")
+    axis, words = GridAxis.of(text), {"lora": args.lora, "control": args.control}
+    if axis.name in words and not words[axis.name]:
+        raise UsageError(f"--grid {axis.name}: strengths of --{axis.name}, of which there is none")
+    numbers = [value for value in axis.values if not isinstance(value, str)]
+    if axis.name in KEYS and len(numbers) < len(axis.values):
+        raise UsageError(f"--grid {axis.name}: expected numbers, got {', '.join(map(str, axis.values))}")
+    key = KEYS.get(axis.name, axis.name)
+    for value in {min(numbers), max(numbers)} if len(numbers) == len(axis.values) else axis.values:
+        load_full(args.base, [*args.overrides, *given, Setting(key, value, "--grid")])
+    return axis
 
 
 def grid(args: argparse.Namespace, settings: Sequence[tuple[str, object]], prompts: Sequence[Prompt]) -> int:
@@ -283,21 +313,32 @@ def grid(args: argparse.Namespace, settings: Sequence[tuple[str, object]], promp
     of the config, and each of their values loads one.
     """
     from sat.pipeline import Pipeline
-    from sat.sampling.output import GridAxis, folder_name, labelled_grid, run_folder, write_png
+    from sat.sampling.output import (
+        GridAxis,
+        folder_name,
+        labelled_grid,
+        prove_writable,
+        run_folder,
+        write_png,
+    )
 
-    axes = [GridAxis.of(text) for text in args.grid]
-    if len(axes) > 2 or not all(axis.name and axis.values for axis in axes):
+    given = [*settings, ("sampling.batch_size", 1)]
+    axes = [_axis(text, args, given) for text in args.grid]
+    if not 1 <= len(axes) <= 2:
         raise UsageError("--grid: expected one or two of KEY=VALUE,VALUE,… such as guidance=1,3,5 seed=0..3")
+    if (count := math.prod(len(axis.values) for axis in axes)) > CELLS:
+        raise UsageError(f"--grid: {count} pictures on a sheet: expected at most {CELLS}")
     down, right = axes if len(axes) == 2 else (GridAxis("", [""]), axes[0])
     root = Path(args.output_dir or "outputs/grid")
     cells: dict[tuple[int, int, int], Image.Image] = {}
     root = root if args.overwrite else run_folder(root, "", join=False)[0]
+    prove_writable(root)
     loaded: tuple[object, Pipeline | None] = None, None
     for i, j in itertools.product(range(len(down.values)), range(len(right.values))):
         chosen = {axis.name: axis.values[k] for axis, k in ((down, i), (right, j)) if axis.name}
         keys = [(KEYS.get(name, name), value) for name, value in chosen.items() if name not in PER_PICTURE]
         if loaded[1] is None or loaded[0] != keys:
-            loaded = keys, Pipeline.from_config(args.base, [*args.overrides, *settings, *keys])
+            loaded = keys, Pipeline.from_config(args.base, [*args.overrides, *given, *keys])
         pipe = loaded[1]
         own: dict[str, Any] = {name: value for name, value in chosen.items() if name in PER_PICTURE}
         assert pipe is not None, "just loaded"
@@ -356,6 +397,41 @@ def data(args: argparse.Namespace) -> list[Path]:
     return [_write(figure, args.out, "Data", table)]
 
 
+def memory(args: argparse.Namespace) -> list[Path]:
+    """Estimated memory of each stage of sampling on a GPU, of square pictures; nothing is loaded."""
+    from sat.config.settle import settle_dtype
+    from sat.estimate.budget import STAGES, SamplingEstimator
+
+    experiment = settle_dtype(load_full(args.base, args.overrides).experiment, None)
+    sampling = experiment.sampling
+    sizes = sampling.sizes
+    usual = [side for side in (256, 512, 768, 1024, 1280, 1440, 2048) if sizes.allows(side, side)]
+    sides = args.sides or usual or [sampling.height]
+    for side in sides:
+        sizes.check(side, side)
+    estimator = SamplingEstimator(host=False)
+    peaks = [
+        estimator.peaks(replace(experiment, sampling=replace(sampling, height=side, width=side)))
+        for side in sides
+    ]
+    figure, (axis,) = _figure(1, 6.5, 4.0)
+    table = [["side", *STAGES]]
+    for number, stage in enumerate(STAGES):
+        places = [k + 0.27 * (number - 1) for k in range(len(sides))]
+        axis.bar(places, [getattr(peak, stage) / 1e9 for peak in peaks], 0.25, label=stage)
+    axis.set_xticks(range(len(sides)), [str(side) for side in sides])
+    axis.set(title="memory of sampling on a GPU, estimated", xlabel="side in pixels", ylabel="GB")
+    axis.legend()
+    axis.grid(alpha=0.3, axis="y")
+    table += [
+        [str(side), *(f"{getattr(peak, stage) / 1e9:.2f}" for stage in STAGES)]
+        for side, peak in zip(sides, peaks, strict=True)
+    ]
+    for row in table:
+        log.info("%s", "  ".join(f"{cell:>10}" for cell in row))
+    return [_write(figure, args.out, "Memory", table)]
+
+
 def benchmarks(args: argparse.Namespace) -> list[Path]:
     """Times of each table of the result files as bars, relative to the table's first row."""
     found: list[tuple[str, list[tuple[str, float]]]] = []
@@ -391,4 +467,11 @@ def _tables(file: Path) -> Iterator[tuple[str, list[tuple[str, float]]]]:
         raise UsageError(f"{file}: not a result file of benchmarks/run.py ({error})") from error
 
 
-COMMANDS = {"runs": runs, "steps": steps, "attention": attention, "data": data, "benchmarks": benchmarks}
+COMMANDS = {
+    "runs": runs,
+    "steps": steps,
+    "attention": attention,
+    "data": data,
+    "memory": memory,
+    "benchmarks": benchmarks,
+}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 
-from sat.cli.arguments import sort_overrides
+from sat.cli.arguments import output_file, output_folder, sort_overrides
 from sat.cli.main_guard import UsageError
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ def emoji(args: argparse.Namespace) -> int:
     from sat.apps.emoji.build import build
 
     styles = [style.strip() for style in args.styles.split(",") if style.strip()]
+    output_folder(args.out, "--out")
     packages = args.packages if args.packages is not None else args.out / "packages"
     written = build(args.out, packages, styles, args.concepts, args.size)
     for failure in written.failed:
@@ -35,7 +37,14 @@ def tokenizer(args: argparse.Namespace) -> int:
     """Train a sentencepiece vocabulary; the exit code."""
     from sat.data.sources import captions_of, train_vocabulary
 
-    pieces = train_vocabulary(captions_of(args.captions), args.out, args.vocab, args.words)
+    output_file(args.out, "--out")
+    try:
+        pieces = train_vocabulary(captions_of(args.captions), args.out, args.vocab, args.words)
+    except RuntimeError as error:
+        smaller = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+        if smaller is None:
+            raise
+        raise UsageError(f"--vocab {args.vocab}: the captions need at least {smaller[1]}") from error
     print(f"{args.out}: {pieces} pieces")
     return 0
 
@@ -51,6 +60,11 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
     from sat.data.sources import Source
     from sat.data.survey import bucket_table, contact_sheet, duplicates, survey
 
+    for name in ("height", "width", "batch", "max_length", "sheet_limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if args.sheet is not None:
+        output_file(args.sheet, "--sheet", (".png", ".jpg", ".jpeg", ".webp"))
     sources = [Source(path, caption=args.caption) for path in args.sources]
     vocabulary, limit = args.tokenizer, args.max_length
     height = args.height if args.height is not None else args.width
@@ -87,7 +101,10 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
 
         if not vocabulary.is_file():
             raise UsageError(f"--tokenizer {vocabulary}: no such file")
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
+        try:
+            pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
+        except RuntimeError as error:
+            raise UsageError(f"{vocabulary}: is no sentencepiece model (spiece.model)") from error
         most = limit or 224
 
         def too_long(caption: str) -> bool:  # with its end token
@@ -106,7 +123,6 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
         print("\n".join(table))
     shown = [record for one in surveys for record in one.readable][: args.sheet_limit]
     if args.sheet is not None and shown:
-        args.sheet.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)
         print(f"{args.sheet}: {len(shown)} pictures")
     for one in surveys:
@@ -130,6 +146,8 @@ def cache(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise UsageError(f"--batch-size {args.batch_size}: expected at least 1")
     logs.setup(debug=args.debug, verbosity=args.verbosity)
+    if args.cache is not None:
+        output_folder(args.cache, "--cache")
     settings = [] if args.cache is None else [("data.cache", str(args.cache))]
     loaded = load_full(args.base, [*args.overrides, *settings])
     experiment = loaded.experiment
@@ -170,6 +188,9 @@ def prior(args: argparse.Namespace) -> int:
         raise UsageError("--base is needed: the config files of the model, such as configs/plus.yaml")
     if args.count < 1:
         raise UsageError(f"--count {args.count}: expected at least 1")
+    if empty := [text for text in args.prompt if not text.strip()]:
+        raise UsageError(f"--prompt {empty[0]!r}: is empty; name the class, such as 'a fox'")
+    output_folder(args.out, "--out")
     loaded = load_full(args.base, args.overrides)
     if missing := [one for one in loaded.missing if not one.key.startswith("data.")]:
         raise ConfigError(missing)

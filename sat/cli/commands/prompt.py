@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sat.apps.prompts.optimizer import Cache, Endpoint, OptimizerError, PromptOptimizer
+from sat.cli.arguments import output_file
 from sat.cli.main_guard import UsageError
 from sat.sampling.prompts import Prompt, check_text, read_prompt_file
 from sat.util import log as logs
@@ -43,6 +44,8 @@ def work(args: argparse.Namespace) -> int:
 
         first = load_cascade(args.base, list(args.overrides)).stages[0].experiment
         tokenizer = find_tokenizer(first.conditioning, first.checkpoint)
+    if args.output is not None:
+        output_file(args.output, "--output")
     optimizer = PromptOptimizer(endpoint, tokenizer, cache)
     if args.dry_run:
         requests = [{"model": endpoint.model, "messages": optimizer.messages(prompt)} for prompt in prompts]

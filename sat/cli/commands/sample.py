@@ -24,12 +24,13 @@ from sat.config.schema import Experiment, RuleError, SamplingConfig
 from sat.config.schema.base import parse_share
 from sat.config.settle import as_recorded, settle_dtype
 from sat.config.yaml_source import ConfigError
+from sat.diffusion.guidance import Embedded, Unguided
 from sat.estimate.budget import apply_budget
 from sat.parallel.collectives import by_first, from_main
 from sat.parallel.heartbeat import current
 from sat.parallel.launch import Mesh, Runtime, keep_freed_memory, launch, pick_device, ranks_together
 from sat.pipeline import Pipeline, StageLoader, keep_text_encoder
-from sat.sampling.generator import SamplingParams
+from sat.sampling.generator import SamplingParams, strength
 from sat.sampling.inputs import InputFolder, PictureFiles, checked_latents, read_latents
 from sat.sampling.output import BEGAN, STAGES, OutputFolder, folder_name, prove_writable, run_folder
 from sat.sampling.prompts import (
@@ -139,9 +140,14 @@ def _warn(cascade: Cascade, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if not prompt.text.strip():
             log.warning("prompt %d is empty: its pictures are drawn without one", prompt.index)
-    scale = cascade.stages[0].experiment.sampling.guider.params.get("scale", 1)
-    if isinstance(scale, float) and scale < 0:
+    sampling = cascade.stages[0].experiment.sampling
+    guider = components(cascade.stages[0].experiment).guider
+    scale = strength(guider)
+    if scale is not None and scale < 0:
         log.warning("guidance %g draws away from the prompt: 1 is none, usual are 2 to 8", scale)
+    against = sampling.negative_prompt or any(prompt.row.own("negative_prompt") for prompt in prompts)
+    if against and (isinstance(guider, (Embedded, Unguided)) or scale == 1):
+        log.warning("the negative prompt has no effect: this run guides by no second evaluation (--guidance)")
 
 
 def _placed(cascade: Cascade, prompts: Sequence[Prompt] | None, *, overwrite: bool) -> Cascade:
