@@ -219,7 +219,7 @@ def _parts(sources: Sources, allow_pickle: bool) -> list[Part]:
                 kinds = ", ".join((*SAFETENSORS, *TORCH))
                 raise CheckpointPathError(f"{sources.path}: is no file of weights ({kinds})")
             raise CheckpointPathError(
-                f"{sources.path}: does not say which part it holds; give --only model (first_stage, text)"
+                f"{sources.path}: does not say which part it holds; name it with --only model (or another)"
             )
     return [part for part in PARTS if part in sources.only and (part in held or part in own)]
 
