@@ -40,7 +40,7 @@ MISTAKES = [
     ("sample --prompt x --grid nothing=1,2", 2, "--grid: 'nothing' names no key"),
     (f"train {LORA} --output-dir file", 1, "file: File exists"),
     ("convert file out --to native", 2, "file: is no file of weights"),
-    ("convert x.safetensors out --to native", 2, "does not say which part it holds; name it with --only model"),
+    ("convert x.safetensors out --to native", 2, "does not say which part it holds; name it with --only"),
     ("prepare inspect empty", 2, "no pair of picture and caption that can be used"),
     (f"prepare inspect {EMOJI} --height -3", 2, "--height -3: expected at least 1"),
     (f"prepare inspect {EMOJI} --sheet a.xyz", 2, "--sheet a.xyz: expected a file that ends in .png"),

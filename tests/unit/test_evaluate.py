@@ -307,7 +307,7 @@ def test_what_cannot_be_judged_is_one_line(trained, tmp_path, capsys, arguments,
 
 
 def test_a_missing_classifier_says_how_to_make_one(tmp_path, capsys):
-    assert evaluate.main(["retrieval", "--images", str(tmp_path), "--classifier", str(tmp_path / "c")]) == 1
+    assert evaluate.main(["retrieval", "--images", str(tmp_path), "--classifier", str(tmp_path / "c")]) == 2
     assert "sat.cli.evaluate train-classifier" in capsys.readouterr().err
 
 

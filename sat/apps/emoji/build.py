@@ -24,6 +24,7 @@ from sat.apps.emoji.concepts import (
     Concept,
     PackageError,
     captions,
+    chosen_labels,
     code_points,
     fetch,
     read_concepts,
@@ -96,8 +97,7 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
             f"--styles {','.join(styles)!r}: {HELD_OUT_STYLE!r} is held out from the training of the small "
             "model, write it to a folder of its own"
         )
-    if which not in ("all", "core") and not Path(which).is_file():
-        raise StyleError(f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line")
+    chosen_labels(which)  # before packages are fetched
     named = NAMED_BY if any(style in UNNAMED for style in styles) else ()
     with ExitStack() as stack:
         archives = {

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, TypedDict, cast
 
+from sat.errors import UserError
+
 
 class PackageError(RuntimeError):
     """A package could not be fetched or does not hold what is expected."""
@@ -287,13 +289,17 @@ def parse_labels(text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+class ConceptError(UserError, ValueError):
+    """A list of concepts that is not there, or names some that do not exist."""
+
+
 def chosen_labels(which: str) -> list[str]:
     """Labels named by ``which``: "core" or a file of labels; none for "all"."""
     if which in ("all", "core"):
         return core_labels() if which == "core" else []
     path = Path(which)
     if not path.is_file():
-        raise ValueError(f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line")
+        raise ConceptError(f"--concepts {which!r}: expected 'all', 'core' or a file with one label per line")
     return parse_labels(path.read_text("utf-8"))
 
 
@@ -309,5 +315,5 @@ def select(concepts: Sequence[Concept], which: str) -> list[Concept]:
         for label in unknown:
             near = difflib.get_close_matches(label.lower(), list(by_label), n=1)
             shown.append(f"{label!r} (did you mean {near[0]!r}?)" if near else repr(label))
-        raise ValueError(f"unknown concept {', '.join(shown)}")
+        raise ConceptError(f"unknown concept {', '.join(shown)}")
     return [by_label[label.lower()] for label in dict.fromkeys(wanted)]

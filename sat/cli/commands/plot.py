@@ -288,7 +288,7 @@ CELLS = 400
 
 
 def _axis(text: str, args: argparse.Namespace, given: Sequence[tuple[str, object]]) -> GridAxis:
-    """The axis ``text`` of ``--grid``, if the config takes its values (of numbers, the ends); else an error."""
+    """The axis ``text`` of ``--grid``, if the config takes its values; of numbers, the ends."""
     from sat.sampling.output import GridAxis
 
     ends = re.fullmatch(r".*=(\d+)\.\.(\d+)", text)
