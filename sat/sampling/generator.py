@@ -264,7 +264,7 @@ class Generator:
         rows = [[(number, i) for i in images] for number, (_, images) in enumerate(requests)]
         rows = [sum(rows, [])] if together else rows
         parts = [row[k : k + self.at_once] for row in rows for k in range(0, len(row), self.at_once)]
-        total, done, texts = params.steps * len(parts), 0, dict[int, EncodedPrompt]()
+        total, done, held_texts = params.steps * len(parts), 0, dict[int, EncodedPrompt]()
 
         def step(now: int, of: int, preview: Tensor) -> None:
             nonlocal done
@@ -281,8 +281,8 @@ class Generator:
             number, params = next(iter(own.items()))
             prompt = prompts[number]
             if encoded is None:
-                texts = {n: texts[n] if n in texts else self._encoded(prompts[n], own[n]) for n in own}
-            text = EncodedPrompt.joined([((encoded or texts)[n], len(images[n])) for n in own])
+                held_texts = {n: held_texts.get(n) or self._encoded(prompts[n], own[n]) for n in own}
+            text = EncodedPrompt.joined([((encoded or held_texts)[n], len(images[n])) for n in own])
             low = None
             if inputs is not None:
                 read = [partial(inputs.read, prompts[n], images[n]) for n in own]

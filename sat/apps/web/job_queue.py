@@ -33,13 +33,13 @@ class CancelledError(Exception):
 
 
 class Batch(NamedTuple):
-    """Drawing of one job together with others of equal ``key``: ``most`` pictures at once, it has ``count``.
+    """Drawing of one job together with others of equal ``key``: ``most`` pictures at once, it has ``images``.
 
     ``draw(jobs)`` sets the pictures of each job.
     """
 
     key: Hashable
-    count: int
+    images: int
     most: int
     request: GenerationRequest
     draw: Callable[[Sequence[Job]], None]
@@ -275,11 +275,11 @@ class JobQueue:
         first, *others = sorted(self._waiting, key=_order)
         self._clock = first.begins
         self._ends = {client: end for client, end in self._ends.items() if end > self._clock}
-        taken, left = [first], 0 if first.batch is None else first.batch.most - first.batch.count
+        taken, left = [first], 0 if first.batch is None else first.batch.most - first.batch.images
         for job in others:
-            if first.batch and job.batch and job.batch.key == first.batch.key and job.batch.count <= left:
+            if first.batch and job.batch and job.batch.key == first.batch.key and job.batch.images <= left:
                 taken.append(job)
-                left -= job.batch.count
+                left -= job.batch.images
         for job in taken:
             self._take(job)
         return taken

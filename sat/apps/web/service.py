@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -335,7 +336,7 @@ class GenerationService:
             job.expected = [folder.image_path(prompt, image) for image in range(folder.batch_size)]
 
         def step(done: int, of: int, latents: Tensor) -> None:
-            parts = latents.split(counts) if len(latents) == sum(counts) else [latents] * len(jobs)
+            parts = torch.split(latents, counts) if len(latents) == sum(counts) else [latents] * len(jobs)
             for job, part in zip(jobs, parts, strict=True):
                 with suppress(CancelledError):  # the others go on
                     job.step(done, of, part)
@@ -512,8 +513,8 @@ class GenerationService:
         edits = self._edits(index, request, prompt)
         if edits is not None:
             edits = replace(edits, puts_back=last)
-            told, changed_by = folder.more, edits.fields
-            folder = replace(folder, more=lambda p, i: {**changed_by(p, i), **told(p, i)})
+            told, fields = self._fields(request), edits.fields
+            folder = replace(folder, more=lambda p, i: {**fields(p, i), **told})
         given, wanted = None, generator.engine.process.input
         if inputs is not None and wanted is not None:
             size = wanted.size(params.height, params.width)
