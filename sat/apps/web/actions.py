@@ -122,7 +122,7 @@ class Actions:
         try:
             return uploaded(source.read_bytes() if isinstance(source, Path) else source, what)
         except (ApiError, OSError) as error:
-            why = describe(error).removeprefix(f"{what}: ")
+            why = (str(error) if isinstance(error, ApiError) else describe(error)).removeprefix(f"{what}: ")
             raise RequestError(f"the {what} cannot be read: {why}") from None
 
     def _painted(self, paint: Parts | None) -> tuple[Image.Image, Image.Image | None]:
@@ -404,12 +404,17 @@ class Actions:
 
     # -- pictures given by a person
 
-    def keep_upload(self, http: gr.Request, known: str, path: Path | None, kind: str) -> None:
-        """Remember the picture of a tab for a page that is loaded anew."""
+    def keep_upload(self, http: gr.Request, known: str, path: Path | None, kind: str) -> Any:  # noqa: ANN401
+        """Remember the picture of a tab for a page that is loaded anew; status if it cannot be read."""
         uploads = self.browser(http, known).uploads
         uploads.pop(kind, None)
-        if path is not None:
-            uploads[kind] = path
+        try:
+            if path is not None:
+                self._opened(path)
+                uploads[kind] = path
+        except RequestError as error:
+            return refusal(error, http)
+        return gr.skip()
 
     def sees(
         self, http: gr.Request, path: Path | None, name: str, plain: bool, width: Any, height: Any

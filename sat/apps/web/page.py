@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from abc import ABCMeta
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +41,36 @@ def t(text: str) -> Any:  # noqa: ANN401
     return i18n(text)
 
 
-def as_sent(component: Any) -> Any:  # noqa: ANN401
-    """``component``, a picture, whose value is its file: our own reader opens it, Gradio's any format."""
-
-    def preprocess(payload: Any) -> Path | None:  # noqa: ANN401
-        return None if payload is None or payload.path is None else Path(payload.path)
-
-    component.preprocess = preprocess  # of this one; a class of its own would get a stub file beside it
-    return component
+def _picture(_: Any, payload: Any) -> Path | None:  # noqa: ANN401
+    """The file of a picture as it was sent: our own reader opens it, Gradio's any format."""
+    return None if payload is None or payload.path is None else Path(payload.path)
 
 
-def as_painted(component: Any) -> Any:  # noqa: ANN401
-    """``component``, an editor, whose value is the picture as it was sent and what was painted."""
+def _painted(self: Any, payload: Any) -> Parts | None:  # noqa: ANN401
+    """The picture of an editor as it was sent, and what was painted."""
 
     def source(one: Any) -> Path | bytes | None:  # noqa: ANN401
         return one if one is None or isinstance(one, bytes) else Path(one.path)
 
-    def preprocess(payload: Any) -> Parts | None:  # noqa: ANN401
-        sent = payload
-        if payload is not None and payload.id is not None:  # the parts came before the event
-            sent = component.blob_storage.pop(payload.id, None)
-        if sent is None:
-            return None
-        layers = [found for layer in sent.layers or [] if (found := source(layer)) is not None]
-        return Parts(source(sent.background), layers)
+    sent = payload
+    if payload is not None and payload.id is not None:  # the parts came before the event
+        sent = self.blob_storage.pop(payload.id, None)
+    if sent is None:
+        return None
+    layers = [found for layer in sent.layers or [] if (found := source(layer)) is not None]
+    return Parts(source(sent.background), layers)
 
-    component.preprocess = preprocess
-    return component
+
+def _component(base: Any, preprocess: Any) -> Any:  # noqa: ANN401
+    """``base`` whose value is what ``preprocess`` makes of what was sent.
+
+    Not by a class statement, at which Gradio writes a stub file beside the source.
+    """
+    own = {"preprocess": preprocess, "is_template": True, "__module__": __name__}
+    return ABCMeta.__new__(type(base), base.__name__, (base,), own)
+
+
+Upload, Paint = _component(gr.Image, _picture), _component(gr.ImageEditor, _painted)
 
 
 def page(
@@ -148,7 +152,7 @@ def page(
 
         for kind in ("image", "control"):
             gr.on([given[kind].upload, given[kind].clear], actions.keep_upload,
-                  [browser, given[kind], gr.State(kind)], None, **ONCE)  # fmt: skip
+                  [browser, given[kind], gr.State(kind)], [status], **ONCE)  # fmt: skip
         if service.controls:
             sees = [given["control"], form["control"], form["plain"], *size]
             gr.on([one.change for one in sees], actions.sees, sees, [seen, status], **ONCE)
@@ -211,7 +215,7 @@ def _tabs(service: GenerationService, form: Form) -> tuple[Any, Any, dict[str, A
                     elem_id="examples",
                 )  # fmt: skip
         with gr.Tab(t("Image"), id="image") as image:
-            given["image"] = as_sent(gr.Image(label=t("Picture to change"), elem_id="change", **picture))
+            given["image"] = Upload(label=t("Picture to change"), elem_id="change", **picture)
             form["strength"] = gr.Slider(
                 0, 1, STRENGTH, step=0.05, label=t("Strength"), elem_id="strength",
                 info=t("0 keeps the picture, 1 draws another"),
@@ -219,13 +223,12 @@ def _tabs(service: GenerationService, form: Form) -> tuple[Any, Any, dict[str, A
         with gr.Tab(t("Inpaint"), id="inpaint") as inpaint:
             size = max(2, min(sampling.height, sampling.width) // 8)
             gr.HTML(t("Paint over what is to be drawn anew."), elem_classes="hint", padding=False)
-            editor = gr.ImageEditor(
+            given["inpaint"] = Paint(
                 label=t("Picture to paint on"), elem_id="paint", height=380,
                 sources=["upload", "clipboard"], transforms=(), layers=False, buttons=[], format="png",
                 placeholder=t("Drop an image file here to upload"),
                 brush=gr.Brush(default_size=size, colors=["#e11d48"], color_mode="fixed"),
             )  # fmt: skip
-            given["inpaint"] = as_painted(editor)
             mask_file = gr.UploadButton(
                 t("Mask from a file (white is drawn anew)"), file_types=["image"], type="filepath", size="sm",
                 elem_id="mask_file",
@@ -240,9 +243,7 @@ def _tabs(service: GenerationService, form: Form) -> tuple[Any, Any, dict[str, A
                 names, value=names[0] if names else None, label=t("Control network"), visible=len(names) > 1,
                 elem_id="control_name",
             )  # fmt: skip
-            given["control"] = as_sent(
-                gr.Image(label=t("Picture for the control"), elem_id="steer", **picture)
-            )
+            given["control"] = Upload(label=t("Picture for the control"), elem_id="steer", **picture)
             seen = gr.HTML("", elem_id="sees", padding=False)
             entry = service.controls[names[0]].config if names else None
             form["plain"] = gr.Checkbox(
