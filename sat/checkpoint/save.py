@@ -55,7 +55,7 @@ class Options:
     """Options of a writer. ``dtype`` None keeps each tensor's; ``advance`` is called with the bytes done.
 
     ``ranks``: model-parallel ranks that an official engine file is split over. ``finite`` refuses values that
-    are not.
+    are not. ``control`` is the weight of a concatenated control, with which diffusers has CogView4-Control.
     """
 
     dtype: torch.dtype | None = None
@@ -63,6 +63,7 @@ class Options:
     ranks: int = 1
     advance: Callable[[int], None] | None = None
     finite: bool = False
+    control: Tensor | None = None
 
 
 def save_native(
@@ -151,7 +152,7 @@ def save_diffusers(
     tokenizer: Path | None = None,
     options: Options | None = None,
 ) -> Path:
-    """Write a folder that diffusers' ``CogView3PlusPipeline`` or ``CogView4Pipeline`` opens."""
+    """Write a folder that diffusers' pipeline of CogView3-Plus, CogView4 or CogView4-Control opens."""
     options = options or Options()
     process = (config.get("diffusion") or {}).get("process") or {}
     if mixins := (process.get("params") or {}).get("mixins"):
@@ -162,8 +163,15 @@ def save_diffusers(
     fourth = (config.get("model") or {}).get("target") == cogview4.COGVIEW4
     images: tuple[Part, ...] = ("model", "first_stage")
     theirs = {part: _theirs(parts[part], part, "DIFFUSERS", config) for part in images if part in parts}
+    if (control := options.control) is not None:
+        if not fourth or "model" not in theirs:
+            raise CheckpointError("only a CogView4 network is written together with a control")
+        theirs["model"] = cogview4.widened(theirs["model"], control)
+    params = _params(config, "model")
     configs = {
-        "model": (cogview4.transformer_config if fourth else transformer_config)(_params(config, "model")),
+        "model": cogview4.transformer_config(params, control=control is not None)
+        if fourth
+        else transformer_config(params),
         "first_stage": vae_config(_params(config, "first_stage")),
     }
     scheduler = (cogview4.scheduler_config if fourth else scheduler_config)(config.get("diffusion", {}))
@@ -185,7 +193,8 @@ def save_diffusers(
                 write_json(place / "tokenizer" / "tokenizer_config.json", _tokenizer_config(config, kind))
         (place / "scheduler").mkdir()
         write_json(place / "scheduler" / "scheduler_config.json", scheduler)
-        write_json(place / "model_index.json", cogview4.model_index(kind) if fourth else model_index())
+        index = cogview4.model_index(kind, control=control is not None) if fourth else model_index()
+        write_json(place / "model_index.json", index)
     return Path(folder)
 
 

@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--text", type=Path, metavar="PATH", help="text encoder, where SRC does not hold it")
     tokenizer = "spiece.model, where none lies beside the text encoder"
     top.add_argument("--tokenizer", type=Path, metavar="PATH", help=tokenizer)
+    control = "control of further channels to write with a CogView4, --to diffusers (CogView4-Control)"
+    top.add_argument("--control", type=Path, metavar="PATH", help=control)
     only = "parts to convert (all there are)"
     top.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS), help=only)
     carrier = "the model that a control of CogView3-Plus is written with"
@@ -135,10 +137,12 @@ def _convert(args: argparse.Namespace) -> int:
     from sat.adapters.files import is_adapter
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
+    from sat.checkpoint.formats.cogview4 import control_folder
     from sat.config.build import build_empty
     from sat.config.load import load
     from sat.config.schema import Component, plain
     from sat.control.files import is_control
+    from sat.control.peers import write_published
 
     experiment = load(args.base) if args.base else None
     config: Mapping[str, Any] | None = None if experiment is None else plain(experiment)
@@ -184,21 +188,42 @@ def _convert(args: argparse.Namespace) -> int:
             stack.callback(bar.close)
             return lambda nbytes: bar.update(nbytes)
 
+        dtype = DTYPES[args.dtype] if args.dtype else None
         done = convert(
             sources,
             args.dst,
             args.to,
             build,
             config=config,
-            options=Options(DTYPES[args.dtype] if args.dtype else None, most, ranks),
+            options=Options(dtype, most, ranks, control=_beside(args)),
             allow_pickle=args.allow_pickle,
             progress=progress,
         )
+    if args.to == "native" and (published := control_folder(args.src)) and "model" in done.tensors:
+        write_published(published, args.dst / "control", dtype)
+        done.notes.append(f"its control is written beside it: --control {args.dst / 'control'}:IMAGE")
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     parts = ", ".join(f"{part} {count} tensors" for part, count in done.tensors.items())
     print(f"{done.path}: {args.to}, {parts}, {done.nbytes / 1e9:.2f} GB read")
     return 0
+
+
+def _beside(args: argparse.Namespace) -> Any:
+    """The weight of the control to write with the network: the one named, or SRC's own where it has one."""
+    from sat.checkpoint.formats.cogview4 import control_folder
+    from sat.control.peers import concatenated
+
+    if args.control is not None and args.to != "diffusers":
+        raise UsageError(f"--control is for --to diffusers: as {args.to} a control is a file of its own")
+    source = args.control or control_folder(args.src)
+    if source is None or "model" not in args.only or args.to == "native":
+        return None
+    if args.to == "sat":
+        raise UsageError(
+            f"{args.src}: official files have no place for its control's picture: write it --to native first"
+        )
+    return concatenated(source)
 
 
 def _of_run(sources: Sources, decay: float | None) -> Sources:

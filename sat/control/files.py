@@ -21,19 +21,23 @@ from torch import Tensor, nn
 
 from sat.adapters.factors import LinearLike, row_norms, some_norms, telling
 from sat.adapters.merge import compare_norms
-from sat.checkpoint.files import open_file
-from sat.checkpoint.format import SEAL, CheckpointError, TensorInfo, seal, write_safetensors
+from sat.checkpoint.files import open_file, open_folder
+from sat.checkpoint.format import SEAL, CheckpointError, LazyStateDict, TensorInfo, seal, write_safetensors
+from sat.checkpoint.formats import cogview4
 from sat.checkpoint.load import load
+from sat.checkpoint.rules import KeyMap, Mapped, Source
 from sat.checkpoint.verify import Verify
 from sat.config.build import without_init
 from sat.config.check import build, resolve, signature
 from sat.config.schema import Component, plain
 from sat.control.base import BaseModel, Control, ControlError
+from sat.keys import Rename
 from sat.transformer.transformer import Attention
 
 KIND = "cogview3-control"
 FILE = "control.safetensors"
 _NAMES_ONLY = Verify("manifest")
+_CONTROL = Rename(cogview4.FIRST, "zeros.weight")
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +70,14 @@ class _Header(Record):
 
 
 def locate(path: Path) -> Path:
-    """The control's file: ``path`` itself, of a folder the one in it, or of a training run the newest."""
+    """The control's file: ``path`` itself, of a folder the one in it, or of a training run the newest.
+
+    Of diffusers' CogView4-Control the transformer's folder, half of whose first layer is the control.
+    """
     if path.exists() and not path.is_dir():
         return path
+    if published := cogview4.control_folder(path):
+        return published
     if not path.is_dir():
         raise ControlError(f"{path}: no such control file or folder")
     for folder in (path, path / "native"):
@@ -81,7 +90,9 @@ def locate(path: Path) -> Path:
 
 
 def is_control(path: Path) -> bool:
-    """True if ``path`` holds a control: a file, its folder, or the folder of the run that trained it."""
+    """True if ``path`` holds a control alone: a file, its folder, or that of the run that trained it."""
+    if cogview4.control_folder(path):
+        return False
     try:
         with open_file(locate(path), verify=_NAMES_ONLY) as opened:
             return getattr(opened, "metadata", {}).get("kind") == KIND
@@ -92,6 +103,9 @@ def is_control(path: Path) -> bool:
 def read_info(path: Path) -> ControlInfo:
     """The description in the header of a control file; no weights are read."""
     file = locate(path)
+    if file.is_dir():
+        base = cogview4.model(file / "config.json")
+        return ControlInfo(Component("sat.control.light.concat", {}), Component(**base))
     with open_file(file, verify=_NAMES_ONLY) as opened:
         metadata: Mapping[str, str] = getattr(opened, "metadata", {})
     if metadata.get("kind") != KIND:
@@ -142,11 +156,21 @@ def read(path: Path, base: BaseModel, verify: Verify | None = None) -> tuple[Con
     here = next(iter(base.network.parameters()))
     with torch.device("meta"), without_init():
         control: Control = build(info.control, imports=_allowed(info, base.imports, file), base=base)
-    with open_file(file, verify=verify or Verify()) as tensors:
+    with opened(file, verify or Verify()) as tensors:
         if not here.is_meta:
             load(control, tensors, "model", device=here.device, dtype=here.dtype)
     compare_norms(str(path), info.norms, base.network)
     return control, info
+
+
+def opened(file: Path, verify: Verify) -> LazyStateDict:
+    """Tensors of a control by the names of its modules."""
+    if not file.is_dir():
+        return open_file(file, verify=verify)
+    theirs = open_folder(file, verify=verify)
+    half = theirs.info(cogview4.FIRST).shape[1] // 2
+    changed = cogview4.FirstLayer(theirs, half, lambda weight: weight[:, half:].contiguous())
+    return Mapped(changed, KeyMap({"zeros.weight": Source((cogview4.FIRST,), _CONTROL)}), write=False)
 
 
 def _allowed(info: ControlInfo, imports: Collection[str], file: Path) -> Collection[str]:

@@ -128,13 +128,12 @@ class TransformerConcat(_Concat, Mixin):
 
     @wraps("position")
     def position(self, inner: Position, ctx: Context) -> Tensor | None:
-        table, image = inner(ctx), ctx.grid.h * ctx.grid.w
+        table, text = inner(ctx), sum(ctx.segments[:-1])
         for own in ctx.controls:
             if own.name == self.label:
                 tokens = self.zeros(patches(own.value, self.patch).to(dtype_of(self.zeros)))
                 tokens = weighted(tokens, own.weight(0, tokens))  # (B, N, D)
-                front = 0 if table is None else table.shape[1] - image  # text has no position
-                tokens = F.pad(tokens, (0, 0, front, 0))
+                tokens = F.pad(tokens, (0, 0, text, 0))  # text gets none
                 table = tokens if table is None else table + tokens
         return table
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sat.checkpoint.convert import Build, Sources, convert
 from sat.checkpoint.files import atomic_folder, open_file
@@ -26,7 +27,7 @@ from sat.config.check import build, resolve, signature
 from sat.config.schema import Component, plain
 from sat.control.base import BaseModel, Control, ControlError
 from sat.control.controlnet import TransformerControlNet, UNetControlNet
-from sat.control.files import ControlInfo, check_fits, locate, read_info
+from sat.control.files import FILE, ControlInfo, check_fits, locate, opened, read_info, write
 from sat.control.light import Blockwise, TransformerConcat
 from sat.keys import Fuse, Rename, Rule, Rules, Split
 from sat.models.cogview3_plus.keys import DIFFUSERS
@@ -133,6 +134,32 @@ def without_weights(info: ControlInfo, imports: Collection[str] = ()) -> Control
     with torch.device("meta"), without_init():
         made: Control = build(info.control, imports=imports, base=base)
     return made
+
+
+# -- CogView4-Control: the network with a control of further channels
+
+
+def concatenated(path: Path) -> Tensor:
+    """The weight (D, C p p) of a control of further channels at ``path``, for CogView4-Control."""
+    info = read_info(path)
+    kind, base = info.control.target.rpartition(".")[2], info.base.target.rpartition(".")[2]
+    if (
+        base != "CogView4"
+        or kind not in ("concat", "TransformerConcat")
+        or info.control.params.get("inpaint")
+    ):
+        raise ControlError(
+            f"{path}: is {kind} of {base}; CogView4-Control of diffusers has `concat` of one picture"
+        )
+    with opened(locate(path), Verify()) as tensors:
+        weight = tensors["zeros.weight"].clone()
+        tensors.verified()
+    return weight
+
+
+def write_published(path: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The control of diffusers' CogView4-Control at ``path`` as a file of ours in ``folder``."""
+    write(folder / FILE, {"zeros.weight": concatenated(path)}, read_info(path), dtype)
 
 
 def _config(params: dict[str, Any]) -> dict[str, Any]:

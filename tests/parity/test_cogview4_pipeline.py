@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from diffusers import CogView4Pipeline
+from diffusers import CogView4ControlPipeline, CogView4Pipeline
+from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sat.checkpoint import CheckpointError, detect, open_part, save_diffusers, save_native
 from sat.checkpoint.format import Part
-from sat.checkpoint.save import save_sat
+from sat.checkpoint.save import Options, save_sat
 from sat.cli.convert import main as convert_main
 from sat.config.check import build
 from sat.config.schema import Component
+from sat.control.files import read_info
 from sat.pipeline import Pipeline
 from tests.checkpoints import CONFIG, tokenizer
 from tests.small import fill
@@ -163,7 +166,7 @@ def test_sat_and_megatron_names_are_read_back(folders: tuple[Path, Path], tmp_pa
 @pytest.mark.parametrize(
     ("place", "key", "value", "message"),
     [
-        ("transformer/config.json", "out_channels", 2, "a CogView4-Control network"),
+        ("transformer/config.json", "out_channels", 3, "neither out_channels 3 nor twice as many"),
         ("scheduler/scheduler_config.json", "time_shift_type", "exponential", "only 'linear' is supported"),
         ("transformer/config.json", "rope_axes_dim", [4], "expected two positive whole numbers"),
         ("model_index.json", "_class_name", "FluxPipeline", "CogView4Pipeline can be read"),
@@ -180,6 +183,69 @@ def test_other_folders_are_refused(
     (tmp_path / place).write_text(json.dumps({**content, key: value}))
     with pytest.raises(CheckpointError, match=message):
         detect(tmp_path).config(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CogView4-Control of random weights, whose autoencoder has next to no randomness, as ours has none."""
+    folder, weights = tmp_path_factory.mktemp("control"), tensors()
+    weights["first_stage"] = {name: value.clone() for name, value in weights["first_stage"].items()}
+    rows = slice(MODEL["channels"], None)  # the posterior's logarithm of the variance
+    weights["first_stage"]["encoder.head.weight"][rows] = 0
+    weights["first_stage"]["encoder.head.bias"][rows] = -30
+    g = torch.Generator().manual_seed(5)
+    weight = 0.3 * torch.randn(MODEL["dim"], 4 * MODEL["channels"], generator=g)
+    options = Options(control=weight)
+    return save_diffusers(
+        folder / "theirs", weights, FOURTH, tokenizer=tokenizer(folder / "s.model"), options=options
+    )
+
+
+def test_a_control_pipelines_picture_is_the_same(control: Path, tmp_path: Path) -> None:
+    theirs = CogView4ControlPipeline.from_pretrained(control)
+    assert theirs.transformer.config.in_channels == 2 * MODEL["channels"]
+    theirs.set_progress_bar_config(disable=True)
+    ours = opened(control)
+    noise = torch.randn(1, *ours.generator.engine.latent_shape(HEIGHT, WIDTH), generator=torch.manual_seed(3))
+    pixels = torch.randint(0, 255, (HEIGHT, WIDTH, 3), generator=torch.manual_seed(4), dtype=torch.uint8)
+    image = Image.fromarray(pixels.numpy())
+    picture = theirs(
+        PROMPT, control_image=image, height=HEIGHT, width=WIDTH, num_inference_steps=STEPS,
+        max_sequence_length=64, guidance_scale=GUIDANCE, latents=noise.clone(), output_type="pt",
+    ).images  # fmt: skip
+    drawn = {"steps": STEPS, "guidance": GUIDANCE, "latents": noise}
+    out = ours([PROMPT], controls=[{"control": control, "image": image}], **drawn)
+    without = ours([PROMPT], **drawn)
+    decode = ours.generator.engine.decode
+    assert (picture - decode(out.latents)).abs().max() < 1e-3
+    assert (picture - decode(without.latents)).abs().max() > 0.05
+
+
+def test_a_control_folder_goes_to_native_and_back(control: Path, tmp_path: Path) -> None:
+    native, back = tmp_path / "native", tmp_path / "back"
+    assert convert_main([str(control), str(native), "--to", "native"]) == 0
+    assert read_info(native / "control").base.params["channels"] == MODEL["channels"]
+    words = ["--to", "diffusers", "--control", str(native / "control")]
+    assert convert_main([str(native), str(back), *words]) == 0
+    assert convert_main([str(control), str(tmp_path / "again"), "--to", "diffusers"]) == 0
+    for made in (back, tmp_path / "again"):
+        for part in ("transformer", "vae"):
+            name = f"{part}/diffusion_pytorch_model.safetensors"
+            before, after = (load_file(folder / name) for folder in (control, made))
+            assert set(before) == set(after)
+            assert all(torch.equal(before[key], after[key]) for key in before), part
+        for name in ("model_index.json", "transformer/config.json"):
+            assert json.loads((made / name).read_text()) == json.loads((control / name).read_text())
+
+
+def test_a_control_is_not_written_where_it_has_no_place(
+    control: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_main([str(control), str(tmp_path / "a"), "--to", "sat"]) == 2
+    assert "no place for its control's picture" in capsys.readouterr().err
+    words = ["--to", "native", "--control", str(control)]
+    assert convert_main([str(folders[1]), str(tmp_path / "b"), *words]) == 2
+    assert "--control is for --to diffusers" in capsys.readouterr().err
 
 
 def test_what_diffusers_has_no_place_for_is_not_written(tmp_path: Path) -> None:

@@ -5,14 +5,22 @@ Source: the config.json files that diffusers and transformers write (tests/parit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sat.checkpoint.format import CheckpointError, whole_number
-from sat.checkpoint.verify import read_json
+import torch
+from torch import Tensor
+
+from sat.checkpoint.files import open_folder
+from sat.checkpoint.format import CheckpointError, LazyStateDict, TensorInfo, View, whole_number
+from sat.checkpoint.verify import Verify, read_json
 
 PIPELINE, TRANSFORMER = "CogView4Pipeline", "CogView4Transformer2DModel"
+CONTROL_PIPELINE = "CogView4ControlPipeline"
+FIRST = "patch_embed.proj.weight"
+"""diffusers' name of the layer that sees the noisy latent and, in CogView4-Control, a picture's behind it."""
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 COGVIEW4 = "sat.models.cogview4.CogView4"
 GLM = "sat.models.glm.GLMEncoder"
@@ -21,17 +29,19 @@ FLOW = "sat.diffusion.prediction.Flow"
 TOKENS = 1024
 """The longest text of the published pipeline, which its files do not say."""
 
+log = logging.getLogger(__name__)
+
 
 def model(file: Path) -> dict[str, Any]:
     """Our network for a transformer's config.json; class defaults of diffusers, which are Plus's, apply."""
     config = read_json(file)
     heads = whole_number(file, config, "num_attention_heads", 64)
-    channels = whole_number(file, config, "in_channels", 16)
-    out = config.get("out_channels", channels)
-    if out != channels:
+    inputs = whole_number(file, config, "in_channels", 16)
+    channels = config.get("out_channels") or inputs
+    if inputs not in (channels, 2 * channels):  # twice: CogView4-Control
         raise CheckpointError(
-            f"{file}: out_channels {out} differs from in_channels {channels}: a CogView4-Control network "
-            f"takes a second picture beside the noise, and is not read as a network of its own"
+            f"{file}: in_channels {inputs} is neither out_channels {channels} nor twice as many, as for a "
+            f"control's picture"
         )
     size = config.get("rope_axes_dim", [256, 256])
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
@@ -48,6 +58,52 @@ def model(file: Path) -> dict[str, Any]:
         "rope_size": size,
     }
     return {"target": COGVIEW4, "params": params}
+
+
+def control_folder(path: Path) -> Path | None:
+    """The transformer's folder of the CogView4-Control at ``path``, pipeline or transformer; else None."""
+    for folder in (path / "transformer", path):
+        config = read_json(file) if (file := folder / "config.json").is_file() else {}
+        inputs, out = config.get("in_channels"), config.get("out_channels")
+        if config.get("_class_name") == TRANSFORMER and inputs and out and inputs == 2 * out:
+            return folder
+    return None
+
+
+def open_transformer(folder: Path, *, allow_pickle: bool, verify: Verify) -> LazyStateDict:
+    """The network's tensors; of CogView4-Control without the columns that see the control's picture."""
+    found = open_folder(folder, allow_pickle=allow_pickle, verify=verify)
+    if control_folder(folder) != folder:
+        return found
+    log.info(
+        "%s: CogView4-Control; its picture is given by --control %s:IMAGE, and none is without",
+        folder,
+        folder,
+    )
+    half = found.info(FIRST).shape[1] // 2
+    return FirstLayer(found, half, lambda weight: weight[:, :half].contiguous())
+
+
+class FirstLayer(View):
+    """Tensors of diffusers' network, but of its first layer the ``change`` of it, ``columns`` wide."""
+
+    def __init__(self, inner: LazyStateDict, columns: int, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(inner)
+        self._columns, self._change = columns, change
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape and dtype of ``key``."""
+        found = self.inner.info(key)
+        return TensorInfo((found.shape[0], self._columns), found.dtype) if key == FIRST else found
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._change(self.inner[key]) if key == FIRST else self.inner[key]
+
+
+def widened(network: LazyStateDict, control: Tensor) -> FirstLayer:
+    """CogView4-Control of a ``network`` under diffusers' names and the weight of a concatenated control."""
+    columns = network.info(FIRST).shape[1] + control.shape[1]
+    return FirstLayer(network, columns, lambda weight: torch.cat([weight, control.to(weight.dtype)], 1))
 
 
 def diffusion(file: Path) -> dict[str, Any]:
@@ -76,8 +132,11 @@ def conditioning(tokenizer_config: Path) -> dict[str, Any]:
 # -- ours -> theirs
 
 
-def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of ``CogView4Transformer2DModel``; absent parameters are those of the 6 B model."""
+def transformer_config(params: Mapping[str, Any], *, control: bool = False) -> dict[str, Any]:
+    """config.json of ``CogView4Transformer2DModel``; absent parameters are those of the 6 B model.
+
+    ``control``: of CogView4-Control, which takes a picture's latent beside the noisy one.
+    """
     if params.get("mixins") or params.get("guidance_dim") is not None:
         what = f"the mixins {sorted(params['mixins'])}" if params.get("mixins") else "a guidance strength"
         raise CheckpointError(f"diffusers' CogView4 has no place for {what}; write it as native or SAT")
@@ -91,7 +150,7 @@ def transformer_config(params: Mapping[str, Any]) -> dict[str, Any]:
         "_class_name": TRANSFORMER,
         "_diffusers_version": "0.33.0",
         "patch_size": params.get("patch", 2),
-        "in_channels": channels,
+        "in_channels": channels * (1 + control),
         "out_channels": channels,
         "num_layers": params.get("depth", 28),
         "attention_head_dim": dim // heads,
@@ -140,11 +199,11 @@ def tokenizer_config(kind: str, max_length: int) -> dict[str, Any]:
     return {"tokenizer_class": "T5Tokenizer", **special, "extra_ids": 100, "legacy": True, **common}
 
 
-def model_index(kind: str | None) -> dict[str, Any]:
-    """model_index.json of ``CogView4Pipeline`` with a tokenizer of ``kind``."""
+def model_index(kind: str | None, *, control: bool = False) -> dict[str, Any]:
+    """model_index.json of ``CogView4Pipeline``, or of its ``control``, with a tokenizer of ``kind``."""
     tokenizer = "T5Tokenizer" if kind == ".model" else "PreTrainedTokenizerFast"
     return {
-        "_class_name": PIPELINE,
+        "_class_name": CONTROL_PIPELINE if control else PIPELINE,
         "_diffusers_version": "0.33.0",
         "scheduler": ["diffusers", SCHEDULER],
         "text_encoder": ["transformers", "GlmModel"],

@@ -61,12 +61,14 @@ class DiffusersPipeline:
         self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
     ) -> LazyStateDict:
         """The tensors under diffusers' (text encoder: Hugging Face) names."""
-        return open_folder(self.locate(path, part), allow_pickle=allow_pickle, verify=verify)
+        reader = cogview4.open_transformer if part == "model" else open_folder
+        return reader(self.locate(path, part), allow_pickle=allow_pickle, verify=verify)
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """The sections that the component configs give."""
         name = read_json(path / "model_index.json").get("_class_name")
-        if name not in (PIPELINE, cogview4.PIPELINE):
+        fourth = name in (cogview4.PIPELINE, cogview4.CONTROL_PIPELINE)
+        if name != PIPELINE and not fourth:
             known = f"{PIPELINE} and {cogview4.PIPELINE}"
             raise CheckpointError(f"{path}: is a diffusers {name}, only {known} can be read")
         config: dict[str, Any] = {}
@@ -81,7 +83,7 @@ class DiffusersPipeline:
             if "model" in config:
                 config["conditioning"]["size"] = size_component(config["model"]["params"]["size_dim"])
             said = path / "tokenizer" / "tokenizer_config.json"
-            if name == cogview4.PIPELINE:
+            if fourth:
                 config["conditioning"] |= cogview4.conditioning(said)
             elif "model" in config:
                 config["model"]["params"]["text_len"] = _tokens(said)
@@ -117,7 +119,8 @@ class DiffusersComponent:
         self, path: Path, part: Part, *, allow_pickle: bool = False, verify: Verify = _FULL
     ) -> LazyStateDict:
         """The tensors under diffusers' names."""
-        return open_folder(self.locate(path, part), allow_pickle=allow_pickle, verify=verify)
+        reader = cogview4.open_transformer if part == "model" else open_folder
+        return reader(self.locate(path, part), allow_pickle=allow_pickle, verify=verify)
 
     def config(self, path: Path) -> Mapping[str, Any]:
         """The one section it gives."""
