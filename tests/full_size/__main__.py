@@ -1,4 +1,4 @@
-"""Runs a member through its stages: ``python -m tests.full_size plus`` (or base, relay, t5).
+"""Runs a member through its stages: ``python -m tests.full_size plus`` (or base, relay, t5, cogview4).
 
 Each stage is a process of its own, whose time and peak memory are kept in FOLDER/MEMBER/done.json; the same
 command goes on behind the last stage that is done. At the end the table of docs/memory.md is printed. Random
@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.full_size.stages import MEMBERS, ROOT, Choice, Stage, workspace
+from tests.full_size.stages import DEPTHS, MEMBERS, ROOT, Choice, Stage, workspace
 
 _FAST_BF16 = ("avx512_bf16", "amx_bf16", " bf16")
 
@@ -36,14 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     reader.add_argument("--small", action="store_true", help="the same at small sizes, in this process")
     reader.add_argument("--dtype", choices=("fp32", "bf16"), help="of sampling and training (by processor)")
-    depth = "blocks of T5-XXL beside a network (1); 24 is all, and 17 GB more on disk"
+    depth = "blocks of the text encoder: of T5-XXL beside a network 1, where 24 take 17 GB more on disk"
     reader.add_argument("--text-depth", type=int, help=depth)
     reader.add_argument("--until", metavar="STAGE", help="the last stage to run")
     args = reader.parse_args(argv)
-    whole = args.member == "t5"
-    choice = Choice(
-        args.member, args.small, args.dtype or native_dtype(), args.text_depth or (24 if whole else 1)
-    )
+    depth = args.text_depth or DEPTHS.get(args.member, 1)
+    choice = Choice(args.member, args.small, args.dtype or native_dtype(), depth)
     folder = (args.folder / args.member).absolute()
     workspace(folder, choice)
     done = Done(folder / "done.json")

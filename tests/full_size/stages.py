@@ -44,6 +44,25 @@ SMALL: dict[str, dict[str, Any]] = {
         "first_stage": {"params": _IMAGES},
         "sampling": {"sizes": {"min": 32}},
     },
+    "cogview4": {
+        "model": {
+            "params": {
+                "dim": 32, "heads": 4, "depth": 2, "text_dim": 24, "emb_dim": 16, "size_dim": 48,
+            }
+        },
+        "conditioning": {
+            "text": {
+                "params": {
+                    "dim": 24, "heads": 3, "kv_heads": 1, "head_dim": 8, "mlp_dim": 32, "depth": 2,
+                    "vocab": 2048,
+                }
+            },
+            "size": {"params": {"dim": 8}},
+            "max_length": 16,
+        },
+        "first_stage": {"params": _IMAGES},
+        "sampling": {"sizes": {"min": 32}},
+    },
     "base": _SMALL_UNET,
     "relay": _SMALL_UNET,
 }  # fmt: skip
@@ -60,7 +79,7 @@ class Stage(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Choices of the command line. ``dtype``: of sampling and training; ``depth``: blocks of T5 kept."""
+    """Choices of the command line. ``dtype``: of sampling and training; ``depth``: text blocks kept."""
 
     member: str
     small: bool
@@ -124,7 +143,22 @@ def t5(choice: Choice) -> list[Stage]:
     ]
 
 
-MEMBERS = {"plus": plus, "base": unet, "relay": unet, "t5": t5}
+def cogview4(choice: Choice) -> list[Stage]:
+    """CogView4, 6 B, and its GLM: each part quantised as it is read, then one after the other."""
+    folder = "weights/CogView4-6B"
+    return [
+        Stage("write", [WORK, "write", "cogview4"], folder),
+        Stage("load int8", [WORK, "load", "cogview4", "model", folder, "int8"]),
+        Stage("load int4", [WORK, "load", "cogview4", "model", folder, "int4"]),
+        Stage("load GLM in int8", [WORK, "load", "cogview4", "text", folder, "int8"]),
+        Stage("GLM and then the network, int8", [WORK, "turns", "cogview4", folder, "int8"]),
+        Stage("compare diffusers", [WORK, "check", "cogview4", folder]),
+    ]
+
+
+MEMBERS = {"plus": plus, "base": unet, "relay": unet, "t5": t5, "cogview4": cogview4}
+DEPTHS = {"t5": 24, "cogview4": 39}
+"""Blocks of the text encoder where none are named: all that are loaded; elsewhere 1 of T5-XXL."""
 
 
 def _kinds(choice: Choice) -> list[str]:

@@ -22,7 +22,7 @@ from sat.checkpoint.format import ENGINE_PREFIXES, PARTS, LazyStateDict, Part, T
 from sat.checkpoint.formats.sat import SIDECAR
 from sat.checkpoint.load import Computes, match, wanted
 from sat.checkpoint.rules import as_theirs, family_rules
-from sat.checkpoint.save import Options, save_sat, write_shards
+from sat.checkpoint.save import Options, save_diffusers, save_sat, write_shards
 from sat.checkpoint.verify import DIGESTS
 from sat.conditioning.conditioner import Condition, SizeConditioner, Sizes
 from sat.config.build import build_empty, quantizers
@@ -32,6 +32,7 @@ from sat.kernels.packed import PackedLinear
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.t5 import T5Encoder
 from sat.transformer import Context
+from sat.util.host import trim_heap
 from tests.checkpoints import spec
 from tests.full_size.stages import ROOT
 from tests.tolerances import BF16
@@ -103,7 +104,7 @@ def empty(config: Experiment, part: Part) -> nn.Module:
 def weights(member: str, config: Experiment) -> dict[Part, Random]:
     """Every part in the type it is published in; T5-XXL in bf16, for the disk's sake."""
     types: dict[Part, torch.dtype] = {
-        "model": torch.bfloat16 if member == "plus" else torch.float16,
+        "model": torch.bfloat16 if member in ("plus", "cogview4") else torch.float16,
         "first_stage": torch.float32,
         "text": torch.bfloat16,
     }
@@ -113,6 +114,13 @@ def weights(member: str, config: Experiment) -> dict[Part, Random]:
 def write(member: str, *only: str) -> dict[str, Any]:
     """The official files of a member, names and shapes as published; without what our writer adds."""
     config, place = experiment(member), Path("weights")
+    if member == "cogview4":
+        shutil.rmtree(place, ignore_errors=True)
+        whole = weights(member, config)
+        save_diffusers(place / "CogView4-6B", whole, plain(config), tokenizer=TOKENIZER)
+        return {
+            "written_gb": gb(sum(info.nbytes for part in whole.values() for info in part.infos().values()))
+        }
     parts = {part: found for part, found in weights(member, config).items() if not only or part in only}
     if config.model.params.get("depth") == 30 or config.model.params.get("width") == 320:
         for part, name in {
@@ -156,16 +164,40 @@ def check(member: str, path: str) -> dict[str, Any]:
     return {"tensors": count}
 
 
-def load_part(member: str, part: Part, path: str, kind: str) -> dict[str, Any]:
-    """Loads a part in a type, or quantised as it is read: what the model takes, and the process above it."""
+def opened(member: str, part: Part, path: str, kind: str) -> nn.Module:
+    """The network of a part with its weights, in a type or quantised as it is read."""
     module = empty(experiment(member), part)
     quantizer = None
     if kind in ("int8", "int4"):
         role = {"model": "network", "text": "text_encoder"}[part]
         (quantizer,) = quantizers(QuantizeConfig(**{role: kind})).values()
-    before = resident("VmHWM")
     load(module, path, part, dtype=DTYPES.get(kind, torch.bfloat16), replacing=quantizer)
-    return held(module, before)
+    return module
+
+
+def load_part(member: str, part: Part, path: str, kind: str) -> dict[str, Any]:
+    """Loads a part in a type, or quantised as it is read: what the model takes, and the process above it."""
+    before = resident("VmHWM")
+    return held(opened(member, part, path, kind), before)
+
+
+@torch.inference_mode()
+def turns(member: str, path: str, kind: str) -> dict[str, Any]:
+    """The text encoder reads a prompt and goes; then the network takes a step at 512 x 512 with its output."""
+    config = experiment(member)
+    g = torch.Generator().manual_seed(0)
+    text = opened(member, "text", path, kind)
+    hidden = text(torch.randint(3, text.vocab, (1, 16), generator=g))  # (1, 16, D)
+    read = {"text_gb": held(text, 0)["model_gb"], "text_peak_gb": gb(resident("VmHWM"))}
+    del text
+    trim_heap()
+    network, side = opened(member, "model", path, kind), 8 if config.model.params["dim"] < 100 else 64
+    vector = SizeConditioner(config.model.params["size_dim"] // 6)(*Sizes.uncropped(8 * side, 8 * side, 1))
+    prepared = network.prepare(Condition(hidden, vector.to(hidden.dtype)), (side, side))
+    x = torch.randn(1, config.model.params["channels"], side, side, generator=g).to(hidden.dtype)
+    out = network(x, torch.tensor([500.0]), prepared)
+    assert hidden.isfinite().all() and out.isfinite().all() and out.float().std() > 0.1
+    return {**read, **held(network, 0)}
 
 
 def open_pipeline(member: str, path: str, kind: str) -> dict[str, Any]:
@@ -315,7 +347,7 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
 
 WORK: dict[str, Callable[..., dict[str, Any]]] = {
     "write": write, "check": check, "load": load_part, "open": open_pipeline, "parity": parity,
-    "blocks": blocks,
+    "blocks": blocks, "turns": turns,
 }  # fmt: skip
 
 

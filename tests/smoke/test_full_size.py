@@ -28,6 +28,12 @@ def test_every_stage_of_the_plus_member_runs_and_none_runs_twice(
     assert re.search(r"^\| a LoRA step \| \d", capsys.readouterr().out, re.MULTILINE)
 
 
+def test_every_stage_of_the_cogview4_member_runs(tmp_path: Path) -> None:
+    assert main(["cogview4", "--small", "--folder", str(tmp_path), "--dtype", "fp32"]) == 0
+    done = json.loads((tmp_path / "cogview4" / "done.json").read_text())
+    assert list(done) == [s.name for s in MEMBERS["cogview4"](Choice("cogview4", True, "fp32", 39))]
+
+
 def test_a_failed_stage_ends_the_run_and_is_not_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
