@@ -183,7 +183,7 @@ def load_part(member: str, part: Part, path: str, kind: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def turns(member: str, path: str, kind: str) -> dict[str, Any]:
-    """The text encoder reads a prompt and goes; then the network takes a step at 512 x 512 with its output."""
+    """The text encoder reads a prompt and goes; then the network takes a step at 512 x 512."""
     config = experiment(member)
     g = torch.Generator().manual_seed(0)
     text = opened(member, "text", path, kind)
