@@ -149,7 +149,6 @@ def cogview4(choice: Choice) -> list[Stage]:
     return [
         Stage("write", [WORK, "write", "cogview4"], folder),
         Stage("load int8", [WORK, "load", "cogview4", "model", folder, "int8"]),
-        Stage("load int4", [WORK, "load", "cogview4", "model", folder, "int4"]),
         Stage("load GLM in int8", [WORK, "load", "cogview4", "text", folder, "int8"]),
         Stage("GLM and then the network, int8", [WORK, "turns", "cogview4", folder, "int8"]),
         Stage("compare diffusers", [WORK, "check", "cogview4", folder]),

@@ -22,6 +22,7 @@ from sat.diffusion.guidance import ClassifierFree
 from sat.kernels.apply import fold
 from sat.models.cogview3_plus import CogView3Plus
 from sat.models.cogview3_unet import CogView3UNet
+from sat.models.cogview4 import CogView4
 from tests.configs import ROOT
 from tests.small import condition, fill
 from tests.tolerances import EXACT
@@ -40,6 +41,13 @@ UNET = Component(
         "head_dim": 8, "text_dim": 16, "text_len": 7, "size_dim": 48, "groups": 8,
     },
 )  # fmt: skip
+FOURTH = Component(
+    "sat.models.cogview4.CogView4",
+    {
+        "dim": 32, "heads": 4, "depth": 2, "channels": 4, "patch": 2, "text_dim": 16, "emb_dim": 24,
+        "size_dim": 48, "rope_size": (16, 16),
+    },
+)  # fmt: skip
 SIZE = (12, 20)
 T = torch.tensor([900.0, 30.0])
 HINT = (4, 6)
@@ -52,7 +60,8 @@ def draw(*shape: int, seed: int = 2) -> Tensor:
 
 def base(component: Component, **params: object) -> BaseModel:
     component = replace(component, params={**component.params, **params})
-    kind: Callable[..., nn.Module] = CogView3Plus if "Plus" in component.target else CogView3UNet
+    kinds: tuple[Callable[..., nn.Module], ...] = (CogView3Plus, CogView3UNet, CogView4)
+    (kind,) = (kind for kind in kinds if component.target.endswith(kind.__name__))  # type: ignore[attr-defined]
     network = kind(**component.params)
     fill(network)
     return BaseModel(network.eval(), component)
@@ -67,12 +76,18 @@ DESIGNS: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
     "plus, inpaint": lambda: (b := base(PLUS), concat(inpaint=True, base=b)),
     "plus, image prompt": lambda: (b := base(PLUS), ImagePrompt(CLASSIFIER, base=b)),
     "unet, image prompt": lambda: (b := base(UNET), image_prompt(CLASSIFIER, base=b)),
+    "cogview4": lambda: (b := base(FOURTH), controlnet(1, base=b)),
+    "cogview4, block-wise": lambda: (b := base(FOURTH), Blockwise(12, base=b)),
+    "cogview4, concat": lambda: (b := base(FOURTH), concat(base=b)),
+    "cogview4, inpaint": lambda: (b := base(FOURTH), concat(inpaint=True, base=b)),
+    "cogview4, image prompt": lambda: (b := base(FOURTH), ImagePrompt(CLASSIFIER, base=b)),
     "unet, concat": lambda: (b := base(UNET), concat(base=b)),
     "unet, inpaint": lambda: (b := base(UNET), concat(inpaint=True, base=b)),
 }
 """Networks with a control that is not attached yet."""
 REFERENCE: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
-    "plus, reference": lambda: (b := base(PLUS), Reference(base=b))
+    "plus, reference": lambda: (b := base(PLUS), Reference(base=b)),
+    "cogview4, reference": lambda: (b := base(FOURTH), Reference(base=b)),
 }
 """The same, of one that makes no claim about its untrained state."""
 
