@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from sat import CascadePipeline, Pipeline
 from sat.apps.evaluate.classifier import Classifier, score
 from tests.configs import ROOT
+from tests.training import rows
 
 WEIGHTS = ROOT / "checkpoints"
 PROMPTS = ["red apple", "lion", "rocket", "star"]
@@ -29,6 +32,40 @@ def test_the_classifier_finds_in_cogview4s_pictures_what_was_asked_for() -> None
     out = draw(PROMPTS, seed=0, steps=12)
     found = score(out.images, PROMPTS, Classifier.load(WEIGHTS / "tiny_classifier"))
     assert not found.unknown and found.top1 >= 3 / 4, found.as_dict()
+
+
+def test_a_budget_makes_its_weights_integers_and_it_draws_the_same_thing() -> None:
+    words = ["memory.budget=19MB", "sampling.dtype=fp32"]
+    draw = Pipeline.from_config(ROOT / "configs" / "tiny_cogview4.yaml", words, device="cpu")
+    assert draw.experiment.memory.quantize.network == "int8"
+    found = score(
+        draw(["star"], seed=0, steps=12).images, ["star"], Classifier.load(WEIGHTS / "tiny_classifier")
+    )
+    assert found.top1 == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_from_a_cache_as_one_does(tmp_path: Path) -> None:
+    """Text frozen and cached, the encoded empty prompt of dropped captions with it."""
+    train = [
+        "train.py", "--base", "configs/tiny_cogview4.yaml", "configs/sft.yaml", "parallel.device=cpu",
+        "data.sources.0.path=data/emoji_sample", "data.height=64", "data.width=64", "data.workers=0",
+        f"data.cache={tmp_path}/cache", "train.steps=2", "train.accumulate=1", "train.dtype=fp32",
+        "train.objective.params.caption_dropout=0.5", "train.lr=1e-3", "train.warmup=0", "train.zero=1",
+        "train.wandb=disabled", "train.activation_checkpointing=false", "train.log_every=1",
+    ]  # fmt: skip
+    losses = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        words = ["--standalone", f"--nproc_per_node={ranks}", *train, f"train.batch_size={4 // ranks}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *words, "--output-dir", str(out)],
+            cwd=ROOT, text=True, capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in rows(out) if "loss" in row])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def size(*folders: Path) -> int:
