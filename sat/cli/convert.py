@@ -41,7 +41,8 @@ If SRC is a LoRA (a file, its folder, or the folder of the run that trained it),
 (adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
 If SRC is a ControlNet of a UNet, DST is a folder for diffusers' ControlNetModel.from_pretrained. If it is a
 control of CogView3-Plus, DST has the model of --model too, and code of its own, for
-DiffusionPipeline.from_pretrained(DST, trust_remote_code=True).
+DiffusionPipeline.from_pretrained(DST, trust_remote_code=True). A control of further channels of CogView4
+becomes, with --model, a folder for CogView4ControlPipeline.
 If SRC is the folder of any other training, its newest whole checkpoint is read, and the parts that were not
 trained from where the training read them.
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
@@ -66,11 +67,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--text", type=Path, metavar="PATH", help="text encoder, where SRC does not hold it")
     tokenizer = "spiece.model, where none lies beside the text encoder"
     top.add_argument("--tokenizer", type=Path, metavar="PATH", help=tokenizer)
-    control = "control of further channels to write with a CogView4, --to diffusers (CogView4-Control)"
-    top.add_argument("--control", type=Path, metavar="PATH", help=control)
     only = "parts to convert (all there are)"
     top.add_argument("--only", nargs="+", choices=_PARTS, default=list(_PARTS), help=only)
-    carrier = "the model that a control of CogView3-Plus is written with"
+    carrier = "the model that a control of CogView3-Plus or CogView4 is written with"
     top.add_argument("--model", type=Path, metavar="PATH", help=carrier)
     merge = "fold an adapter into the weights; repeat for several"
     top.add_argument("--merge-lora", action="append", default=[], metavar="PATH[:STRENGTH]", help=merge)
@@ -137,12 +136,10 @@ def _convert(args: argparse.Namespace) -> int:
     from sat.adapters.files import is_adapter
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
-    from sat.checkpoint.formats.cogview4 import control_folder
     from sat.config.build import build_empty
     from sat.config.load import load
     from sat.config.schema import Component, plain
     from sat.control.files import is_control
-    from sat.control.peers import write_published
 
     experiment = load(args.base) if args.base else None
     config: Mapping[str, Any] | None = None if experiment is None else plain(experiment)
@@ -195,28 +192,35 @@ def _convert(args: argparse.Namespace) -> int:
             args.to,
             build,
             config=config,
-            options=Options(dtype, most, ranks, control=_beside(args)),
+            options=Options(dtype, most, ranks, control=_own_control(args)),
             allow_pickle=args.allow_pickle,
             progress=progress,
         )
-    if args.to == "native" and (published := control_folder(args.src)) and "model" in done.tensors:
-        write_published(published, args.dst / "control", dtype)
-        done.notes.append(f"its control is written beside it: --control {args.dst / 'control'}:IMAGE")
-    for note in done.notes:
+    for note in [*done.notes, *_control_beside(args, dtype)]:
         print(f"note: {note}", file=sys.stderr)
     parts = ", ".join(f"{part} {count} tensors" for part, count in done.tensors.items())
     print(f"{done.path}: {args.to}, {parts}, {done.nbytes / 1e9:.2f} GB read")
     return 0
 
 
-def _beside(args: argparse.Namespace) -> Any:
-    """The weight of the control to write with the network: the one named, or SRC's own where it has one."""
+def _control_beside(args: argparse.Namespace, dtype: Any) -> list[str]:
+    """Write the control in SRC, a CogView4-Control, into DST; a note that says so, none for anything else."""
+    from sat.checkpoint.formats.cogview4 import control_folder
+    from sat.control.peers import write_published
+
+    published = control_folder(args.src)
+    if published is None or args.to != "native" or "model" not in args.only:
+        return []
+    write_published(published, args.dst / "control", dtype)
+    return [f"its control is written beside it: --control {args.dst / 'control'}:IMAGE"]
+
+
+def _own_control(args: argparse.Namespace) -> Any:
+    """The weight of the control in SRC, a CogView4-Control, to write into one; None for anything else."""
     from sat.checkpoint.formats.cogview4 import control_folder
     from sat.control.peers import concatenated
 
-    if args.control is not None and args.to != "diffusers":
-        raise UsageError(f"--control is for --to diffusers: as {args.to} a control is a file of its own")
-    source = args.control or control_folder(args.src)
+    source = control_folder(args.src)
     if source is None or "model" not in args.only or args.to == "native":
         return None
     if args.to == "sat":
@@ -292,21 +296,28 @@ def _refuse_other_base(adapter: Path, components: Mapping[str, Any], imports: Se
 def _convert_control(
     args: argparse.Namespace, build: Callable[[Mapping[str, Any]], Any], imports: Sequence[str], most: int
 ) -> int:
-    """A UNet's ControlNet as a folder for diffusers; a control of CogView3-Plus as one with its model."""
+    """A UNet's ControlNet as a folder for diffusers; a control of a transformer as one with its model."""
     from sat.checkpoint import DTYPES, Options
-    from sat.checkpoint.convert import Sources
+    from sat.checkpoint.convert import Sources, convert
     from sat.control.files import read_info
-    from sat.control.peers import write_controlnet, write_pipeline
+    from sat.control.peers import concatenated, write_controlnet, write_pipeline
 
     if args.to != "diffusers":
         raise UsageError(f"{args.src} is a control, which is written --to diffusers alone, not {args.to}")
-    plus = read_info(args.src).base.target.endswith(".CogView3Plus")
-    if plus != (args.model is not None):
-        advice = "name the model that it is written with, --model PATH" if plus else "leave out --model"
-        raise UsageError(f"{args.src}: is a control of {'CogView3-Plus' if plus else 'a UNet'}: {advice}")
-    if plus:
+    base = read_info(args.src).base.target.rpartition(".")[2]
+    beside = {"CogView3Plus": "CogView3-Plus", "CogView4": "CogView4"}.get(base)
+    if (beside is None) != (args.model is None):
+        advice = "name the model that it is written with, --model PATH" if beside else "leave out --model"
+        raise UsageError(f"{args.src}: is a control of {beside or 'a UNet'}: {advice}")
+    if args.model is not None:
         dtype = DTYPES[args.dtype] if args.dtype else None
-        own = Sources(args.model, args.first_stage, args.text, args.tokenizer)
+        change = _changing(args.merge_lora, 1, imports) if base == "CogView4" else None
+        own = Sources(args.model, args.first_stage, args.text, args.tokenizer, change=change)
+        if base == "CogView4":
+            options = Options(dtype, most, control=concatenated(args.src))
+            done = convert(_of_run(own, None), args.dst, args.to, build, options=options)
+            print(f"{args.dst}: CogView4ControlPipeline, model {done.tensors['model']} tensors")
+            return 0
         count = write_pipeline(args.src, _of_run(own, None), args.dst, build, imports, Options(dtype, most))
         print(f"{args.dst}: CogView3PlusControlPipeline with a control of {count} tensors")
         print(f'DiffusionPipeline.from_pretrained("{args.dst}", trust_remote_code=True) opens it')

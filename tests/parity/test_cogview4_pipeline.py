@@ -225,8 +225,8 @@ def test_a_control_folder_goes_to_native_and_back(control: Path, tmp_path: Path)
     native, back = tmp_path / "native", tmp_path / "back"
     assert convert_main([str(control), str(native), "--to", "native"]) == 0
     assert read_info(native / "control").base.params["channels"] == MODEL["channels"]
-    words = ["--to", "diffusers", "--control", str(native / "control")]
-    assert convert_main([str(native), str(back), *words]) == 0
+    words = ["--to", "diffusers", "--model", str(native)]
+    assert convert_main([str(native / "control"), str(back), *words]) == 0
     assert convert_main([str(control), str(tmp_path / "again"), "--to", "diffusers"]) == 0
     for made in (back, tmp_path / "again"):
         for part in ("transformer", "vae"):
@@ -239,13 +239,14 @@ def test_a_control_folder_goes_to_native_and_back(control: Path, tmp_path: Path)
 
 
 def test_a_control_is_not_written_where_it_has_no_place(
-    control: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    control: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert_main([str(control), str(tmp_path / "a"), "--to", "sat"]) == 2
     assert "no place for its control's picture" in capsys.readouterr().err
-    words = ["--to", "native", "--control", str(control)]
-    assert convert_main([str(folders[1]), str(tmp_path / "b"), *words]) == 2
-    assert "--control is for --to diffusers" in capsys.readouterr().err
+    assert convert_main([str(control), str(tmp_path / "n"), "--to", "native"]) == 0
+    words = ["--to", "diffusers"]
+    assert convert_main([str(tmp_path / "n" / "control"), str(tmp_path / "b"), *words]) == 2
+    assert "is a control of CogView4: name the model" in capsys.readouterr().err
 
 
 def test_what_diffusers_has_no_place_for_is_not_written(tmp_path: Path) -> None:
