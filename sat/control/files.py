@@ -104,8 +104,8 @@ def read_info(path: Path) -> ControlInfo:
     """The description in the header of a control file; no weights are read."""
     file = locate(path)
     if file.is_dir():
-        base = cogview4.model(file / "config.json")
-        return ControlInfo(Component("sat.control.light.concat", {}), Component(**base))
+        network = Component(**cogview4.model(file / "config.json"))
+        return ControlInfo(Component("sat.control.light.concat", {}), network)
     with open_file(file, verify=_NAMES_ONLY) as opened:
         metadata: Mapping[str, str] = getattr(opened, "metadata", {})
     if metadata.get("kind") != KIND:
