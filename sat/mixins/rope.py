@@ -11,9 +11,12 @@ from sat.mixin import Mixin, replaces, wraps
 from sat.transformer.hooks import Context, Grid, Prepare, TransformerHooks
 
 
-def rotary_angles(grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000.0) -> Tensor:
+def rotary_angles(
+    grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000.0, device: torch.device | None = None
+) -> Tensor:
     """(N, d) float32 angles: the first half of the pairs turns with the row, the second with the column.
 
+    They are made on ``device``: a copy to it would wait for what runs there, at each training step.
     Positions are scaled to the ``base`` grid (``row * base.h / grid.h``, rounded down), so that every size
     spans the positions seen in training. The angle of pair k is shared by channels k and k + d / 2. Source:
     CogView4 as published in diffusers (checked in ``tests/parity/test_cogview3_plus.py``).
@@ -21,9 +24,9 @@ def rotary_angles(grid: Grid, head_dim: int, *, base: Grid, theta: float = 10000
     if head_dim % 4:
         raise ValueError(f"2-D rotary embedding needs a head size that is a multiple of 4, got {head_dim}")
     half = head_dim // 2
-    freqs = theta ** (-torch.arange(0, half, 2, dtype=torch.float32)[: half // 2] / half)
-    rows = torch.arange(grid.h) * base.h // grid.h
-    columns = torch.arange(grid.w) * base.w // grid.w
+    freqs = theta ** (-torch.arange(0, half, 2, dtype=torch.float32, device=device)[: half // 2] / half)
+    rows = torch.arange(grid.h, device=device) * base.h // grid.h
+    columns = torch.arange(grid.w, device=device) * base.w // grid.w
     by_row = torch.outer(rows.float(), freqs)[:, None].expand(-1, grid.w, -1)
     by_column = torch.outer(columns.float(), freqs)[None].expand(grid.h, -1, -1)
     angles = torch.cat([by_row, by_column], 2).reshape(grid.h * grid.w, half)
@@ -49,8 +52,9 @@ class RoPE(Mixin):
     def prepare(self, inner: Prepare, ctx: Context) -> Context:
         ctx = inner(ctx)
         assert ctx.tokens is not None, "rotary embedding follows the patch embedding"
-        angles = rotary_angles(ctx.grid, self.head_dim, base=self.base, theta=self.theta)  # (N, d)
-        angles = angles.to(ctx.tokens.device)
+        angles = rotary_angles(  # (N, d)
+            ctx.grid, self.head_dim, base=self.base, theta=self.theta, device=ctx.tokens.device
+        )
         return replace(ctx, rotary=(angles.cos(), angles.sin()))
 
     @replaces("rotate_qk")
