@@ -63,6 +63,8 @@ class Replaces(Protocol):
         ...
 
 
+TRIM = 1 << 27
+"""Bytes that are read before what was freed on the way goes back to the system."""
 GUIDANCE = "guidance.weight"
 """Tensor of distilled weights only."""
 
@@ -294,7 +296,7 @@ class _Target:
 
         With ``finite``, parameters whose values are not are refused.
         """
-        overflow = Overflow()
+        overflow, freed = Overflow(), 0
         for name in view:
             path, _, local = name.rpartition(".")
             owner = self._module.get_submodule(path)
@@ -307,10 +309,14 @@ class _Target:
             fresh, tensor = cast.dtype != tensor.dtype, cast
             fresh |= replacing is not None and replacing.replaces(self._module, name)
             self._place(owner, local, old, tensor, fresh=fresh)
+            freed += tensor.nbytes
             del tensor, cast  # with the window on the file, before more is made of the values
             if replacing is not None:
                 replacing.placed(self._module, name)
             view.release(name)
+            if freed > TRIM:  # glibc's holes of one aligned tensor are too small for the next
+                trim_heap()
+                freed = 0
         overflow.check(view.source)
 
     def finish(self, missing: Sequence[str]) -> None:
