@@ -318,12 +318,20 @@ def test_the_form_comes_before_the_pictures_and_the_status_is_live(page) -> None
 
 
 def test_closing_the_page_cancels_too(server, chromium) -> None:
+    pytest.importorskip("prometheus_client", reason="it tells how jobs ended")
+
+    def cancelled() -> float:
+        told = httpx.get(f"{server.url}/metrics", headers=HEADERS, timeout=60).text
+        return float(next(line for line in told.splitlines() if 'state="cancelled"' in line).split()[-1])
+
+    before = cancelled()
     with visiting(chromium, server.url) as page:
         page.fill("#prompt textarea", "a red apple")
         page.fill("#steps input[type=number]", "200")
         page.fill("#count input", "8")
         page.click("#draw")
         page.wait_for_selector("#canvas img.live")
+    until(lambda: cancelled() == before + 1, 30)
     until(lambda: not health(server)["drawing"], 30)
 
 
