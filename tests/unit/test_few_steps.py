@@ -11,14 +11,18 @@ import pytest
 
 from sat.adapters.files import Distilled, distilled, read
 from sat.adapters.write import write, write_native
+from sat.apps.evaluate.classifier import Classifier, score
 from sat.config.build import build_empty
 from sat.config.few_steps import FewStepError, settle_few_steps
 from sat.config.load import load, load_full
 from sat.config.schema import Experiment, LoadConfig, RuleError
 from sat.config.yaml_source import ConfigError
+from sat.pipeline import Pipeline
 from tests.adapters import about, adapter, noisy, start
+from tests.configs import ROOT
 
 TINY = "configs/tiny.yaml"
+TURBO_FILE = "checkpoints/tiny_turbo"
 LEVELS = {"1": [999.0], "2": [999.0, 499.0], "4": [999.0, 749.0, 499.0, 249.0]}
 TURBO = Distilled(method="dmd2", steps=[1, 2, 4], levels=LEVELS, guidance=3.0)
 GUIDED = Distilled(method="rcm", steps=[2, 1], levels={}, guidance=[1.0, 5.0])
@@ -107,6 +111,21 @@ def test_a_learned_range_of_guidance_is_an_input(plain: Experiment, files: Path)
     wide = replace(guided.sampling, guider=replace(guided.sampling.guider, params={"scale": 9.0}))
     with pytest.raises(FewStepError, match="learned strengths of 1 to 5"):
         settle_few_steps(replace(guided, sampling=wide), lambda key: key[-1] == "scale")
+
+
+def test_the_file_that_ships_draws_what_is_asked_for_in_one_step(plain: Experiment) -> None:
+    """Five captions; docs/distill.md has the scores of all lists."""
+    captions = ["a red apple", "a blue heart", "lion, noto style", "a pizza", "rocket, twemoji style"]
+    pipe = Pipeline.from_config(ROOT / TINY, [f"adapters.load=[{{path: {ROOT / TURBO_FILE}}}]"], device="cpu")
+    assert pipe.experiment.sampling.steps == 1
+    sizes = [p.numel() for p in pipe.generator.engine.network.parameters()]
+    found = read(ROOT / TURBO_FILE, {"model": build_empty(plain.model, plain.imports)})
+    factors = sum(p.down.numel() + p.up.numel() for layer in found.layers.values() for p in layer.parts if p)
+    assert factors <= 0.05 * (sum(sizes) - factors)
+    judge = Classifier.load(ROOT / "checkpoints/tiny_classifier")
+    assert score(pipe(captions, seed=0).images, captions, judge).top1 >= 0.8
+    with pytest.raises(RuleError, match="distilled to 1, 2, 3, 4 steps, got 8"):
+        pipe("a red apple", steps=8)
 
 
 def test_the_spacing_follows_the_levels_of_training(plain: Experiment, files: Path) -> None:
