@@ -43,6 +43,7 @@ RUNS = {
     ],
     "roles": [  # student, critic and teacher
         "configs/tiny.yaml", "configs/matching.yaml", "adapters.lora=null", "train.batch_size=48",
+        "train.steps=3",
         "train.accumulate=1", "train.dtype=fp32", "train.zero=0", "train.objective.params.steps=1",
         "train.objective.params.student_every=2", "train.activation_checkpointing=false", "data.height=64",
         "data.width=64",
