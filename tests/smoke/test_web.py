@@ -8,15 +8,12 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterator
-from os import environ
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, PngImagePlugin
 
 from tests.browser import DESKTOP, PHONE, browser, outside, visiting
-from tests.sampling import ROOT
 from tests.web import TOKEN, Server, serving
 
 pytest.importorskip("gradio", reason="the web page is an extra")
@@ -279,42 +276,6 @@ def test_words_that_do_not_arrive_are_told_beside_the_prompt_and_with_the_pictur
     page.wait_for_function("document.querySelector('#tokens').innerText.includes('does not know')")
     page.click("#draw")
     assert "does not know" in said(page, "Done: 1 picture.")
-
-
-AXE = next(
-    filter(Path.is_file, (ROOT / "node_modules/axe-core/axe.min.js", Path(environ.get("AXE", "-")))), None
-)
-
-
-@pytest.mark.skipif(AXE is None, reason="npm install axe-core, or its file in AXE")
-@pytest.mark.parametrize("screen", [DESKTOP, PHONE])
-def test_axe_finds_nothing_at_rest_and_while_drawing(server, chromium, screen) -> None:
-    def violations(page: Any) -> list[Any]:
-        page.evaluate(AXE.read_text())
-        return page.evaluate(
-            "axe.run().then(found => found.violations.map(one => [one.id, one.nodes[0].html]))"
-        )
-
-    with visiting(chromium, server.url, screen) as page:
-        page.wait_for_selector("#draw")
-        page.wait_for_timeout(1000)
-        assert violations(page) == []
-        page.fill("#prompt textarea", "a red apple")
-        page.fill("#steps input[type=number]", "200")
-        page.click("#draw")
-        page.wait_for_selector("#canvas img.live")
-        assert violations(page) == []
-        page.keyboard.press("Escape")
-
-
-def test_the_form_comes_before_the_pictures_and_the_status_is_live(page) -> None:
-    page.wait_for_selector("#status[role=status]", state="attached")
-    assert len(page.query_selector_all("h1")) == 1
-    order = page.evaluate(
-        "['prompt', 'seed', 'steps', 'canvas', 'gallery'].map(id => document.getElementById(id))"
-        ".every((one, i, all) => !i || all[i - 1].compareDocumentPosition(one) & 4)"
-    )
-    assert order
 
 
 def test_closing_the_page_cancels_too(server, chromium) -> None:

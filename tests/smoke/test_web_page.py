@@ -228,8 +228,6 @@ def test_a_control_shows_what_it_sees_and_steers(server, page) -> None:
 
 def test_a_grid_is_a_sheet_and_its_pictures(server, page) -> None:
     page.click("#grid button >> nth=0")
-    page.click("#grid_draw")
-    said(page, "The prompt is empty")
     page.fill("#prompt textarea", "red apple")
     page.click("#grid_draw")
     said(page, "Choose a setting for the grid")

@@ -11,38 +11,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Timer
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageChops
+from PIL import Image
 
 from sat.apps.prompts.optimizer import OptimizerError, PromptOptimizer
-from sat.apps.web.api import ApiError, Links, uploaded
+from sat.apps.web.api import Links
 from sat.apps.web.browsers import Browser, Drawing, History
-from sat.apps.web.grid import parse
+from sat.apps.web.form import CUT, Form, Parts, editor
+from sat.apps.web.grid import AXES, parse
 from sat.apps.web.job_queue import JobQueue, QueueClosedError, QueueFullError
 from sat.apps.web.markup import Markup, capital, data_url, refusal, said, say
-from sat.apps.web.request import ControlUse, GenerationRequest, RequestError, settings_of
+from sat.apps.web.request import GenerationRequest, RequestError, settings_of
 from sat.apps.web.service import GenerationService, fitted
 from sat.sampling.output import opened
-from sat.util.log import describe
-from sat.util.pictures import with_alpha
 
 log = logging.getLogger(__name__)
 
 GALLERY = 24  # pictures
 TICK = 0.3  # seconds between looks at a job
 VARIED = 0.6  # strength of variations
-CUT = [0] * 128 + [255] * 128  # a mask's values, cut at half
+_COMPARED = 1024  # pixels of a given picture that is kept to be compared with
+_BROWSERS = 256  # whose state is kept
 _KEPT = 1 << 22  # pixels of a painted picture that a page loaded anew finds again
 _REFUSED = (ValueError, QueueFullError, QueueClosedError)
-
-
-class Parts(NamedTuple):
-    """A painted picture as the editor sends it: files, or the bytes of PNG files."""
-
-    background: Path | bytes | None
-    layers: Sequence[Path | bytes]
 
 
 class Actions:
@@ -62,7 +55,7 @@ class Actions:
         grace: float,
     ) -> None:
         self.service, self.queue, self.optimizer = service, queue, optimizer
-        self.markup = Markup(service, links)
+        self.markup, self.form = Markup(service, links), Form(service)
         self.names, self.grace = list(names), grace
         self.history = History(service.pictures.root / ".history.json")
         self._browsers: dict[str, Browser] = {}  # by their own names
@@ -70,80 +63,6 @@ class Actions:
         self._left: set[str] = set()  # pages that were closed, until they ask again
 
     # -- the form
-
-    def request(self, v: Mapping[str, Any], *given: Any) -> GenerationRequest:  # noqa: ANN401
-        """The form as a request; :class:`RequestError` for a field left empty or typed wrong."""
-        service = self.service
-        seed = secrets.randbelow(2**32 - service.limits.count) if v["new_seed"] else v["seed"]
-        prompt, style = (v["prompt"] or "").strip(), service.page.styles.get(v["style"] or "")
-        if prompt and style is not None:
-            prompt = style.replace("{prompt}", prompt)
-        strengths = {name: float(v[f"lora {name}"] or 0) for name in service.adapters}
-        request = GenerationRequest(
-            prompt,
-            _whole(v["height"], "height"),
-            _whole(v["width"], "width"),
-            _whole(v["steps"], "steps"),
-            None if service.guidance is None else float(v["guidance"]),
-            _whole(seed, "seed"),
-            _whole(v["count"], "pictures"),
-            (v["negative"] or "").strip(),
-            {name: value for name, value in strengths.items() if value},
-            sampler="" if v["sampler"] == service.sampler else v["sampler"] or "",
-        )
-        change, paint, control = given or (None, None, None)
-        if v["mode"] == "image":
-            if change is None:
-                raise RequestError("give a picture to change first")
-            return replace(request, image=self._opened(change), strength=float(v["strength"]))
-        if v["mode"] == "inpaint":
-            image, mask = self._painted(paint)
-            return replace(request, image=image, mask=mask, strength=float(v["inpaint_strength"]))
-        if v["mode"] == "control":
-            if control is None:
-                raise RequestError("give a picture for the control first")
-            plain = bool(v["plain"]) and self._makes(v["control"])
-            use = ControlUse(
-                v["control"] or "", self._opened(control), float(v["scale"]), float(v["start"]),
-                float(v["end"]), plain,
-            )  # fmt: skip
-            return replace(request, control=use)
-        return request
-
-    def _makes(self, name: str | None) -> bool:
-        """True if the control makes its picture of a plain one."""
-        entry = self.service.controls.get(name or "")
-        return entry is not None and entry.info.picture is not None
-
-    def _opened(self, source: Path | bytes, what: str = "picture") -> Image.Image:
-        """An uploaded picture, decoded whole; files lie in the output folder."""
-        if isinstance(source, Path) and not source.resolve().is_relative_to(self.service.pictures.root):
-            raise RequestError("this file was not uploaded")
-        try:
-            return uploaded(source.read_bytes() if isinstance(source, Path) else source, what)
-        except (ApiError, OSError) as error:
-            why = (str(error) if isinstance(error, ApiError) else describe(error)).removeprefix(f"{what}: ")
-            raise RequestError(f"the {what} cannot be read: {why}") from None
-
-    def _painted(self, paint: Parts | None) -> tuple[Image.Image, Image.Image | None]:
-        """The picture and its mask (L, white where painted); None if its transparent parts are the mask."""
-        if paint is None or paint.background is None:
-            raise RequestError("give a picture to paint on first")
-        image = self._opened(paint.background)
-        mask = Image.new("L", image.size, 0)
-        for source in paint.layers:
-            layer = self._opened(source, "mask")
-            if layer.size != image.size:
-                sizes = (f"{one.width} x {one.height}" for one in (layer, image))
-                text = "the mask is {}, the picture {} (width x height): they must be alike"
-                raise RequestError(text.format(*sizes))
-            alpha = layer.convert("RGBA").getchannel("A")
-            mask = ImageChops.lighter(mask, alpha.point(CUT))
-        if mask.getbbox() is not None:
-            return image, mask
-        if with_alpha(image).alpha is not None:
-            return image, None
-        raise RequestError("no mask is painted: paint over what is to be drawn anew")
 
     def notices(self, request: GenerationRequest) -> list[str]:
         """Sentences about words of a request that have no effect."""
@@ -215,7 +134,7 @@ class Actions:
     ) -> list[Any]:  # fmt: skip
         mine = self.browser(http, known)
         try:
-            request, count = self.request(v, *given), 0
+            request, count = self.form.request(v, *given), 0
             if grid:
                 named = [(v[f"{axis}_name"], v[f"{axis}_values"]) for axis in ("down", "right")]
                 names = [name for name, _ in named if name]
@@ -314,11 +233,14 @@ class Actions:
         files = job.pictures or [path for path in job.expected if path.is_file()]
         names = [pictures.name(path) for path in files]
         self.history.add(mine.name, names)
+        given = drawing.given and drawing.given.convert("RGB")
+        if given is not None:
+            given.thumbnail((_COMPARED, _COMPARED))
         for path, name in zip(files, names, strict=True):
             if path in job.origins:
                 mine.before[name] = "before it was enlarged", job.origins[path]
-            if drawing.given is not None:
-                mine.before[name] = "the given picture", drawing.given
+            if given is not None:
+                mine.before[name] = "the given picture", given
         for name in list(mine.before)[: -2 * GALLERY]:
             del mine.before[name]
         if files and "grid" in settings_of(files[0]).more:
@@ -337,6 +259,11 @@ class Actions:
         session = str(http.session_hash)
         self._left.discard(session)
         name = self._sessions.setdefault(session, known or secrets.token_urlsafe(12))
+        if name not in self._browsers:
+            here = set(self._sessions.values())
+            for old, mine in list(self._browsers.items()):
+                if len(self._browsers) >= _BROWSERS and old not in here and not mine.drawings:
+                    self._browsers.pop(old, None)
         return self._browsers.setdefault(name, Browser(name))
 
     def left(self, http: gr.Request) -> None:
@@ -382,13 +309,19 @@ class Actions:
         given = [gr.skip(), gr.skip()]
         for place, tab in enumerate(("image", "control")):
             with contextlib.suppress(ValueError, KeyError):  # damaged, or deleted since
-                given[place] = self._opened(mine.uploads[tab])
-        paint = gr.skip() if mine.painted is None else _editor(*mine.painted)
+                given[place] = self.form.opened(mine.uploads[tab])
+        paint = gr.skip() if mine.painted is None else editor(*mine.painted)
         return [mine.name, status, *shown, gallery, names, timer, given[0], paint, given[1], *fields]
 
     def _fits(self, v: Mapping[str, Any]) -> bool:
         try:
-            known = v["sampler"] in self.service.samplers and v["control"] in (*self.service.controls, None)
+            axes = {"", *AXES, *self.service.adapters}
+            known = (  # by another model at the same address, perhaps not
+                v["sampler"] in self.service.samplers
+                and v["control"] in (*self.service.controls, None)
+                and v["style"] in ("", *self.service.page.styles)
+                and {v["right_name"], v["down_name"]} <= axes
+            )
             return known and self.service.sizes.allows(int(v["height"]), int(v["width"]))
         except (TypeError, ValueError):
             return False
@@ -410,7 +343,7 @@ class Actions:
         uploads.pop(kind, None)
         try:
             if path is not None:
-                self._opened(path)
+                self.form.opened(path)
                 uploads[kind] = path
         except RequestError as error:
             return refusal(error, http)
@@ -420,10 +353,10 @@ class Actions:
         self, http: gr.Request, path: Path | None, name: str, plain: bool, width: Any, height: Any
     ) -> list[Any]:  # noqa: ANN401
         """(figure, status): the picture that the control gets of a plain one."""
-        if path is None or not plain or not self._makes(name):
+        if path is None or not plain or not self.form.makes(name):
             return ["", gr.skip()]
         try:
-            made = self.service.control_picture(name, self._opened(path), int(height), int(width))
+            made = self.service.control_picture(name, self.form.opened(path), int(height), int(width))
         except ValueError as error:
             return ["", refusal(error, http)]
         words, data = say("What the control sees", http), made and data_url(made, "PNG")
@@ -435,7 +368,10 @@ class Actions:
         try:
             if paint is None or paint.background is None:
                 raise RequestError("give a picture to paint on first")
-            image, mask = self._opened(paint.background), self._opened(Path(path), "mask").convert("L")
+            image, mask = (
+                self.form.opened(paint.background),
+                self.form.opened(Path(path), "mask").convert("L"),
+            )
             if mask.size != image.size:
                 sizes = (f"{one.width} x {one.height}" for one in (mask, image))
                 text = "the mask is {}, the picture {} (width x height): they must be alike"
@@ -445,7 +381,7 @@ class Actions:
                 raise RequestError("the mask is nowhere white: white is what is drawn anew")
         except ValueError as error:
             return [gr.skip(), refusal(error, http)]
-        return [_editor(image, mask), gr.skip()]
+        return [editor(image, mask), gr.skip()]
 
     def send(self, http: gr.Request, known: str, chosen: list[str], tab: str) -> list[Any]:
         """(tabs, mode, picture of the tab, status): the chosen picture as what is changed or steers."""
@@ -457,7 +393,7 @@ class Actions:
         image: Any = opened(path)
         self.browser(http, known).uploads[tab] = path
         status = said(f"The picture is set: {tab.capitalize()}.", http)
-        return [gr.Tabs(selected=tab), tab, _editor(image) if tab == "inpaint" else image, status]
+        return [gr.Tabs(selected=tab), tab, editor(image) if tab == "inpaint" else image, status]
 
     # -- pictures that were drawn
 
@@ -588,22 +524,6 @@ class Actions:
             left = f", about {f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.0f} min'} left"
         which = f" picture {min(done + 1, drawing.count)} of {drawing.count}," if drawing.count > 1 else ""
         return said(f"Drawing:{which} step {view.step} of {view.steps}{left}.", http, queued)
-
-
-def _whole(value: Any, name: str) -> int:  # noqa: ANN401
-    if value is None or float(value) != int(value):
-        raise RequestError(f"{name}: expected a whole number, got {'nothing' if value is None else value}")
-    return int(value)
-
-
-def _editor(image: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
-    """The editor's value: a picture, painted where ``mask`` (L) is white."""
-    layers = []
-    if mask is not None:
-        paint = Image.new("RGBA", image.size, "#e11d48")
-        paint.putalpha(mask)
-        layers.append(paint)
-    return {"background": image, "layers": layers, "composite": image}
 
 
 def _ticking(active: bool) -> Any:  # noqa: ANN401

@@ -10,9 +10,10 @@ from typing import Any
 import gradio as gr
 
 from sat.apps.prompts.optimizer import PromptOptimizer
-from sat.apps.web.actions import TICK, Actions, Parts
+from sat.apps.web.actions import TICK, Actions
 from sat.apps.web.api import Links
 from sat.apps.web.appearance import COPY, OTHER_LANGUAGE, OTHER_THEME
+from sat.apps.web.form import PAINT, Parts
 from sat.apps.web.grid import AXES
 from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.service import GenerationService
@@ -21,10 +22,10 @@ from sat.config.record import model_name
 from sat.sampling.edit import STRENGTH
 from sat.sampling.prompts import read_prompt_file
 
-Form = dict[str, Any]
+Fields = dict[str, Any]
 """The fields of a request by name, in the order of their values."""
 
-ASPECTS = ("1:1", "4:3", "3:4", "16:9", "9:16")
+ASPECTS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16")
 """Shapes with a button each, width to height."""
 
 ONCE: dict[str, Any] = {
@@ -77,7 +78,7 @@ def page(
     service: GenerationService, queue: JobQueue, links: Links, optimizer: PromptOptimizer, grace: float
 ) -> Any:  # noqa: ANN401
     """The Gradio blocks."""
-    form: Form = {}
+    form: Fields = {}
     cascade = len(service.stages) > 1
     with gr.Blocks(title=service.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         with gr.Row(elem_id="head"):
@@ -194,7 +195,7 @@ def _title(service: GenerationService) -> str:
     return f"{names}, {made.width * service.scale} x {made.height * service.scale}"
 
 
-def _tabs(service: GenerationService, form: Form) -> tuple[Any, Any, dict[str, Any], Any, Any]:
+def _tabs(service: GenerationService, form: Fields) -> tuple[Any, Any, dict[str, Any], Any, Any]:
     """The ways to begin a picture: the tabs, examples, pictures by tab, the control's own, a mask's file."""
     about, sampling, given = service.page, service.first.sampling, dict[str, Any]()
     example = None
@@ -227,7 +228,7 @@ def _tabs(service: GenerationService, form: Form) -> tuple[Any, Any, dict[str, A
                 label=t("Picture to paint on"), elem_id="paint", height=380,
                 sources=["upload", "clipboard"], transforms=(), layers=False, buttons=[], format="png",
                 placeholder=t("Drop an image file here to upload"),
-                brush=gr.Brush(default_size=size, colors=["#e11d48"], color_mode="fixed"),
+                brush=gr.Brush(default_size=size, colors=[PAINT], color_mode="fixed"),
             )  # fmt: skip
             mask_file = gr.UploadButton(
                 t("Mask from a file (white is drawn anew)"), file_types=["image"], type="filepath", size="sm",
@@ -280,11 +281,11 @@ def _shapes(service: GenerationService) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _settings(service: GenerationService, form: Form) -> tuple[list[Any], Any, Any, Any, Any, Any]:
+def _settings(service: GenerationService, form: Fields) -> tuple[list[Any], Any, Any, Any, Any, Any]:
     """The other fields; buttons: shapes with their sizes, swap, dice, keep, the grid's, and a PNG file's."""
     sampling, most, sizes, strength = service.first.sampling, service.limits, service.sizes, service.guidance
     shapes = _shapes(service)
-    with gr.Row(visible=len(shapes) > 1, elem_id="shapes"):
+    with gr.Row(visible=len(sizes.sides()) > 1, elem_id="shapes"):
         buttons = [(gr.Button(name, size="sm", min_width=48), size) for name, size in shapes.items()]
         swap = gr.Button(t("Swap"), size="sm", min_width=64, elem_id="swap")
     with gr.Row():
