@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (reason := overwritten()) is not None:
         print(f"error: {reason}", file=sys.stderr)
         return 1
+    if words[:1] == ["help"] and len(words) == 2 and words[1] in COMMANDS:
+        words = [words[1], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         lines = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
         print(HELP.format(commands=lines))

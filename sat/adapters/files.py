@@ -447,6 +447,8 @@ class Header(BaseModel):
 
 def _header(file: Path, metadata: Mapping[str, str]) -> Header | None:
     """Our own part of the header, or None."""
+    if metadata.get("kind") == "cogview3-control":
+        raise AdapterError(f"{file}: is a control, not an adapter: --control FILE:IMAGE (sampling.controls)")
     if metadata.get("adapter") != KIND:
         return None
     if metadata.get("version") != "1":

@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out is not None:
             strip = (".png", ".jpg", ".jpeg", ".webp")
             output_file(args.out, "--out", strip if args.command == "steps" else KINDS)
+        if not getattr(args, "prompt", "x").strip():
+            raise UsageError("--prompt: is empty; say what to draw")
         if getattr(args, "pictures", 1) < 1:
             raise UsageError(f"--pictures {args.pictures}: expected at least 1")
         if args.command != "steps" and find_spec("matplotlib") is None:

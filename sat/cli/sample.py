@@ -149,6 +149,8 @@ def given(args: argparse.Namespace) -> list[Setting]:
     for index, prompt in enumerate(args.prompt or []):
         check_text(prompt, f"prompt {index}")
     check_text(args.negative_prompt or "", "the negative prompt")
+    if args.output_dir is not None and not args.output_dir.strip():
+        raise UsageError("--output-dir: is empty; name a folder, or . for this one")
     out = settings(args, _OPTIONS)
     if args.prompt:
         out += [

@@ -641,6 +641,9 @@ class Checker:
 
     def _find(self, given: str, note: MustExist, key: Key) -> Path:
         mark = where(self.marks, key)
+        if not given.strip():
+            self.report(key, "the path is empty; name one, or null where there may be none")
+            return Path(given)
         if (found := find(given, mark.folder)) is not None:
             return found
         if note.ranges and (first := expand(Path(given))[0]) != Path(given):

@@ -142,7 +142,7 @@ def read_base(base: str | Path) -> Source:
     path = find(base)
     if path is not None and path.is_dir():
         raise ConfigError.of(
-            "", str(base), "is a folder; --base wants config files, such as configs/tiny.yaml"
+            "", str(base) or "''", "is a folder; --base wants config files, such as configs/tiny.yaml"
         )
     if path is None:
         home = SHIPPED if SHIPPED.is_dir() else HOME

@@ -108,6 +108,8 @@ def read_info(path: Path) -> ControlInfo:
         return ControlInfo(Component("sat.control.light.concat", {}), network)
     with open_file(file, verify=_NAMES_ONLY) as opened:
         metadata: Mapping[str, str] = getattr(opened, "metadata", {})
+    if "adapter" in metadata:
+        raise ControlError(f"{file}: is an adapter, not a control: give it by --lora (adapters.load)")
     if metadata.get("kind") != KIND:
         raise ControlError(
             f"{file}: is no control file of this project: its header names no control (kind {KIND})"

@@ -77,8 +77,9 @@ class Ending:
             with contextlib.suppress(OSError):
                 write_text(self.folder / self.name, json.dumps(facts, ensure_ascii=False) + "\n")
         if code and (path := os.environ.get("TORCHELASTIC_ERROR_FILE")):
-            extra = {"py_callstack": "", "timestamp": str(int(time.time())), "code": code}
-            message = {"message": f"{line} (exit code {code})", "errorCode": code, "extraInfo": extra}
+            told = f"{line} (exit code {code})"  # torchrun's last lines have what stands for the traceback
+            extra = {"py_callstack": told, "timestamp": str(int(time.time())), "code": code}
+            message = {"message": told, "errorCode": code, "extraInfo": extra}
             with contextlib.suppress(OSError):
                 write_text(Path(path), json.dumps({"message": message}))
 

@@ -16,6 +16,7 @@ from tests.configs import ROOT
 TINY = f"--base {ROOT / 'configs/tiny.yaml'}"
 LORA = f"{TINY} {ROOT / 'configs/lora.yaml'} {ROOT / 'configs/tiny_lora.yaml'}"
 CASCADE = f"--base {ROOT / 'configs/tiny_cascade.yaml'}"
+EDGES = ROOT / "checkpoints" / "tiny_control" / "edges.safetensors"
 EMOJI = ROOT / "data" / "emoji_sample"
 MISTAKES = [
     ("sample --prompt a red apple", 2, "unexpected argument 'red': put the prompt in quotes"),
@@ -31,6 +32,9 @@ MISTAKES = [
     ("sample --prompt x --strength 0.5", 2, "name one in sampling.init_image"),
     ("sample --prompt x --guidance nan", 2, "guidance scale is nan, expected a finite number"),
     ("sample --prompt x --output-dir file", 1, "cannot write to output folder file: File exists"),
+    (f"sample --prompt x --lora {EDGES}", 2, "is a control, not an adapter: --control FILE:IMAGE"),
+    ("sample --prompt x --output-dir ''", 2, "--output-dir: is empty"),
+    ("sample --prompt x --init-image ''", 2, "--init-image: sampling.init_image: the path is empty"),
     ("sample --prompt x --grid guidance", 2, "--grid guidance: expected KEY=VALUE,VALUE or KEY=A..B"),
     ("sample --prompt x --grid guidance=a,b", 2, "--grid guidance: expected numbers, got a, b"),
     ("sample --prompt x --grid seed=3..1", 2, "--grid seed=3..1: expected the lower end first"),
@@ -58,6 +62,7 @@ MISTAKES = [
     ("evaluate sheet --images one --out s.xyz", 2, "--out s.xyz: expected a file that ends in .png"),
     ("evaluate sheet --images one --out s.png --columns 0", 2, "--columns 0: expected 1 to 1000"),
     (f"evaluate train-classifier --data {EMOJI} --out c --lr nan", 2, "--lr nan: expected a number above 0"),
+    (f"plot attention {TINY} --prompt '' --out s.png", 2, "--prompt: is empty"),
     ("plot runs", 2, "plot runs: error: the following arguments are required: RUN"),
     (f"plot steps {TINY} --prompt x --out s.xyz", 2, "--out s.xyz: expected a file that ends in .png"),
     (f"plot steps {CASCADE} --prompt x --out s.png", 2, "name the config of one stage here"),

@@ -67,6 +67,7 @@ def said(command: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.timeout(900)  # a training on a busy machine
 @pytest.mark.parametrize("step", STEPS, ids=str)
 def test_a_command_prints_what_the_page_shows(step: Step, checkout: Path) -> None:
     """Lines of the page are in the output in this order; ``…`` is the rest of a line, or lines."""

@@ -129,6 +129,7 @@ def test_the_end_stands_in_the_folder_and_in_torchs_error_file(tmp_path, monkeyp
         if code:
             told = json.loads(error_file.read_text())["message"]
             assert told["message"] == f"{ended['reason']} (exit code {code})"
+            assert told["extraInfo"]["py_callstack"] == told["message"], "torchrun's last lines"
             assert (told["extraInfo"]["code"], told["extraInfo"]["timestamp"].isdigit()) == (code, True)
         return ended
 

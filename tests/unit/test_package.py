@@ -89,6 +89,9 @@ def test_help_says_the_command_as_it_was_typed(name, monkeypatch, capsys) -> Non
         command.main()
     out = capsys.readouterr().out
     assert stop.value.code == 0 and out.startswith(f"usage: cogview3 {name} ")
+    with pytest.raises(SystemExit):
+        command.main(["help", name])
+    assert capsys.readouterr().out == out
     assert not re.search(r"python |\w+\.py\b", out)
 
 

@@ -31,6 +31,7 @@ from sat.apps.web.api import (
 )
 from sat.apps.web.job_queue import JobQueue
 from sat.apps.web.service import GenerationService
+from sat.errors import UserError
 from sat.util.log import describe
 
 log = logging.getLogger(__name__)
@@ -263,6 +264,12 @@ async def _small(scope: Scope, receive: Receive, wanted: str, most: int) -> tupl
     return None, again
 
 
+class ListenError(UserError, OSError):
+    """The address is in use, or not one of this machine."""
+
+    exit_code = 1
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; an error that names the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -270,7 +277,7 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         why = error.strerror or error
-        raise OSError(f"cannot listen on {host}, port {port}: {why}; --port names another") from None
+        raise ListenError(f"cannot listen on {host}, port {port}: {why}; --port names another") from None
 
 
 def share(host: str, port: int) -> str:
