@@ -63,6 +63,7 @@ MISTAKES = [
     ("evaluate sheet --images one --out s.png --columns 0", 2, "--columns 0: expected 1 to 1000"),
     (f"evaluate train-classifier --data {EMOJI} --out c --lr nan", 2, "--lr nan: expected a number above 0"),
     (f"plot attention {TINY} --prompt '' --out s.png", 2, "--prompt: is empty"),
+    ("plot one --out x.gif", 2, "--out x.gif: expected a file that ends in .png, .svg, .pdf, .html"),
     ("plot runs", 2, "plot runs: error: the following arguments are required: RUN"),
     (f"plot steps {TINY} --prompt x --out s.xyz", 2, "--out s.xyz: expected a file that ends in .png"),
     (f"plot steps {CASCADE} --prompt x --out s.png", 2, "name the config of one stage here"),

@@ -87,7 +87,6 @@ def test_smoothing_averages_with_falling_weights(tmp_path) -> None:
         (["gone"], "gone/metrics.jsonl: no such file|gone: no such file"),
         (["empty"], "no rows yet"),
         (["a", "--smooth", "1"], "expected at least 0, and less than 1"),
-        (["a", "--out", "x.gif"], r"ending in .png, .svg, .pdf or .html"),
     ],
 )
 def test_what_cannot_be_plotted_is_told(drawn, tmp_path, monkeypatch, words, message) -> None:
