@@ -216,6 +216,8 @@ class Estimate:
         if self.host:
             saving = (0 if self.zero == 0 else FULL * elements) + FULL * elements * self.averages
             found.append(Phase("saving", saving))
+            if self.measured.drawn:  # instead of what lasts; the process is there all the time
+                found.append(Phase("drawing weights", self.measured.drawn + self.process - self.lasting))
         return found
 
     @property

@@ -67,6 +67,7 @@ class Measured:
     size: tuple[int, int]  # pixels
     image_tokens: int  # of one image: patches, or latent cells of a network without patches
     text_tokens: int
+    drawn: int = 0  # most bytes while weights without a file are drawn: in float32, then cast
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def measure(experiment: Experiment) -> Measured:
     ledger = Ledger(blocked=on_host(experiment))
     with fake_group(tensor=parallel.tensor, sequence=parallel.sequence) as mesh:
         engine = build_shapes(experiment, dtype, ledger.without_data(), spare)
+        drawn = ledger.peak if experiment.checkpoint.source("model") is None else 0
         engine.conditioner.tokenizer = _AnyText(experiment.conditioning.max_length)
         with ledger.without_data():
             parts: dict[Part, nn.Module] = {"model": engine.network, "text": engine.conditioner.text}
@@ -153,7 +155,7 @@ def measure(experiment: Experiment) -> Measured:
     _, h, w = engine.latent_shape(*size)
     image_tokens = h * w // cast(int, getattr(engine.network, "patch", 1)) ** 2
     text_tokens = experiment.conditioning.max_length if "model" in objective.parts() else 0
-    return Measured(weights, found, data_bytes, size, image_tokens, text_tokens)
+    return Measured(weights, found, data_bytes, size, image_tokens, text_tokens, drawn)
 
 
 def _objective(

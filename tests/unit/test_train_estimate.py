@@ -153,6 +153,14 @@ def test_the_process_takes_of_the_memory_on_a_cpu_alone() -> None:
     assert host.process == host.lasting - replace(host, host=False).lasting - host.loading == PROCESS
 
 
+def test_weights_without_a_file_are_drawn_in_float32_first() -> None:
+    host = estimated("parallel.device=cpu")
+    (drawing,) = [phase for phase in host.phases if phase.name == "drawing weights"]
+    assert host.lasting + drawing.extra == host.process + host.measured.drawn
+    assert 4 * host.weights.trained_elements < host.measured.drawn < 5 * host.weights.total
+    assert "drawing weights" not in [phase.name for phase in replace(host, host=False).phases]
+
+
 def test_whatever_fits_already_needs_no_change() -> None:
     found = find_settings(ESTIMATOR, experiment("parallel.device=cpu"), 1, 10**12)
     assert found.found is found.now
