@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,6 +52,16 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
+    def dropped(what: sys.UnraisableHookArgs) -> None:
+        if ending.sealed or not isinstance(what.exc_value, KeyboardInterrupt):
+            shown(what)
+            return
+        number = signal.Signals[str(what.exc_value) or "SIGINT"]  # came in a finalizer: once more, outside
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    shown, sys.unraisablehook = sys.unraisablehook, dropped
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us keeps the signal
         signal.signal(signal.SIGTERM, stop)
         if signal.getsignal(signal.SIGUSR1) is not signal.SIG_IGN:  # it may be ignored on purpose
@@ -84,6 +95,7 @@ def guard(work: Callable[[], int], *, debug: bool = False, on_stop: str = "") ->
             tell(f"error: {reason}{shows}")
     finally:
         ending.seal()
+        sys.unraisablehook = shown
     ending.write(code, reason, own=own)
     if code in (STOPPED_EARLY, INTERRUPTED) and ending.folder and os.environ.get("SAT_QUIET_STOP"):
         return 0  # the SLURM scripts read ended.json; torchrun would print a traceback for a normal stop

@@ -46,6 +46,30 @@ def test_an_error_is_one_line_and_a_code(capsys, error: BaseException, code: int
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_comes_in_a_finalizer_is_not_lost(capsys, number: int) -> None:
+    """What is raised there is dropped by the interpreter."""
+
+    class Told:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+            time.sleep(0.01)
+
+    def work() -> int:
+        told = Told()
+        del told
+        time.sleep(20)
+        return 0
+
+    before, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    try:
+        assert guard(work) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}\n"
+    assert sys.unraisablehook is hook
+
+
 def test_the_exit_code_of_the_work_is_kept() -> None:
     assert guard(lambda: 0) == 0
     assert guard(lambda: 3) == 3
