@@ -2,6 +2,8 @@
 
 ``python benchmarks/control_scores.py --base configs/tiny.yaml --control FILE --data PAIRS.jsonl``
 
+Several controls act each alone and all together.
+
 F1 of outlines counts a pixel as found within one pixel. The autoencoder's own round trip of the real picture
 is the most that can be hoped for. The object is found by the small classifier where it knows the caption.
 """
@@ -13,6 +15,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,23 +46,35 @@ def main() -> None:
     """Draw with and without the control, and print a table."""
     reader = argparse.ArgumentParser(description=__doc__)
     reader.add_argument("--base", nargs="+", required=True)
-    reader.add_argument("--control", type=Path, required=True)
+    reader.add_argument("--control", type=Path, nargs="+", required=True)
     reader.add_argument("--data", type=Path, required=True, help="a .jsonl of pictures with captions")
     reader.add_argument("--count", type=int, default=32)
     reader.add_argument("--steps", type=int, default=50)
     reader.add_argument("--scale", type=float, default=1.0)
+    reader.add_argument("--guess", action="store_true", help="only the half with the prompt gets the picture")
+    reader.add_argument("--outside", action="store_true", help="objects that the classifier does not know")
+    reader.add_argument("--at-once", type=int, default=1)
     reader.add_argument("--sheet", type=Path, help="a picture of outlines, real, plain and steered ones")
     args = reader.parse_args()
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
+    judge = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
+
+    def caption(row: dict[str, Any]) -> str:
+        return str(row["text"] if isinstance(row["text"], str) else row["text"][0])
+
+    if args.outside:
+        rows = [row for row in rows if wanted(caption(row), judge.card) is None]
     rows = random.Random(0).sample(rows, min(args.count, len(rows)))
-    captions = [row["text"] if isinstance(row["text"], str) else row["text"][0] for row in rows]
+    captions = [caption(row) for row in rows]
     real = [Image.open(args.data.parent / row["file_name"]).convert("RGB") for row in rows]
-    pipe = Pipeline.from_config(args.base, [f"sampling.steps={args.steps}", "sampling.at_once=1"])
-    own = {"control": args.control, "image": real, "scale": args.scale, "preprocess": True}
-    drawn = {
-        "without": pipe(captions, seed=1, controls=[]).images,
-        "with": pipe(captions, seed=1, controls=[own]).images,
-    }
+    words = [f"sampling.steps={args.steps}", f"sampling.at_once={args.at_once}"]
+    pipe = Pipeline.from_config(args.base, words)
+    shared = {"image": real, "scale": args.scale, "preprocess": True, "guess": args.guess}
+    each = [{"control": file, **shared} for file in args.control]
+    drawn = {"without": pipe(captions, seed=1, controls=[]).images}
+    if len(each) > 1:
+        drawn |= {f"{one['control']}": pipe(captions, seed=1, controls=[one]).images for one in each}
+    drawn["with"] = pipe(captions, seed=1, controls=each).images
     stage = pipe.generator.engine.first_stage
     with torch.no_grad():
         images = torch.stack([from_pil(one) for one in real])
@@ -69,7 +84,6 @@ def main() -> None:
         ]
     edges = Edges()
     asked = [edges.edges(one) for one in images]
-    judge = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
     told = [wanted(caption, judge.card) for caption in captions]
     named = [None if one is None else judge.card.concepts.index(one.concept) for one in told]
     for kind, pictures in drawn.items():
