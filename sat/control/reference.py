@@ -232,7 +232,8 @@ class UNetImagePrompt(_ImagePrompt):
         super().__init__(encoder, base)
         self.paths, self.parts, count = list[str](), nn.ModuleList(), 0
         for path, module in base.network.named_modules():
-            if isinstance(module, Transformer) and "cross" in module.mixins:
+            own = "mixins" not in path.split(".")  # and no other control's
+            if own and isinstance(module, Transformer) and "cross" in module.mixins:
                 part = _CrossPrompt(self, cast(CrossAttention, module.mixins["cross"]), count)
                 self.paths.append(path)
                 self.parts.append(part)

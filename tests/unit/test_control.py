@@ -225,6 +225,13 @@ def test_several_controls_add_up_in_any_order() -> None:
     assert (pair - run(model.network, replace(cond, controls=(a,)))).abs().max() > 0.01, "two of one control"
 
 
+def test_an_image_prompt_leaves_out_the_cross_attentions_of_other_controls() -> None:
+    model, side = DESIGNS["unet"]()
+    alone = image_prompt(CLASSIFIER, base=model).state_dict()
+    attach(model.network, "edges", side)
+    assert image_prompt(CLASSIFIER, base=model).state_dict().keys() == alone.keys()
+
+
 def test_weights_of_layers_choose_where_a_control_acts() -> None:
     model, control = DESIGNS["plus"]()
     fill(control, seed=4)
