@@ -52,7 +52,7 @@ button[role=tab].selected {color: #4338ca !important}
 #canvas img {width: min(100%, 512px); display: block; margin: 0 auto 8px; border-radius: 8px}
 #canvas img.sheet {width: auto; max-width: 100%; border-radius: 0}
 #canvas .row {display: flex; flex-wrap: wrap; gap: 8px; justify-content: center}
-#canvas .row a {flex: 0 1 240px} #canvas .row img {width: 100%}
+#canvas .row a {flex: 0 1 min(240px, 46%)} #canvas .row img {width: 100%}
 #canvas .empty {border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 48px 16px;
   text-align: center; color: var(--body-text-color-subdued)}
 #canvas .bar {height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden;
