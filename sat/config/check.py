@@ -593,7 +593,7 @@ class Checker:
                 return INVALID if told else made
             again, before = False, {fault.key for fault in told}
             for fault in faults:
-                if fault.kind == "type" and self._take_text(value, fault.key, key, typed):
+                if fault.kind == "type" and self._take_text(value, fault, key, typed):
                     again = True
                     continue
                 if fault.what and fault not in told and not (fault.kind == "rule" and fault.key in before):
@@ -604,11 +604,14 @@ class Checker:
             if not again:
                 return INVALID
 
-    def _take_text(self, value: Any, key: Key, above: Key, tried: dict[Key, Any]) -> bool:
+    def _take_text(self, value: Any, fault: Fault, above: Key, tried: dict[Key, Any]) -> bool:
         """Text typed as an override stays text where text is wanted; True where there is one more try."""
+        key = fault.key
         mark = self.marks.get((*above, *key))
         if mark is None or mark.raw is None or not key:
             return False
+        if not mark.raw.strip() and fault.what.startswith("expected path"):
+            return False  # empty, it would be the current folder
         node, name = value, key[-1]
         for part in key[:-1]:
             node = node[int(part)] if isinstance(node, list) else node[part]

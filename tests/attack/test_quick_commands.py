@@ -35,6 +35,7 @@ MISTAKES = [
     (f"sample --prompt x --lora {EDGES}", 2, "is a control, not an adapter: --control FILE:IMAGE"),
     ("sample --prompt x --output-dir ''", 2, "--output-dir: is empty"),
     ("sample --prompt x --init-image ''", 2, "--init-image: sampling.init_image: the path is empty"),
+    (f"train {LORA} data.sources.0.path=", 2, "data.sources.0.path: expected path, got null"),
     ("sample --prompt x --grid guidance", 2, "--grid guidance: expected KEY=VALUE,VALUE or KEY=A..B"),
     ("sample --prompt x --grid guidance=a,b", 2, "--grid guidance: expected numbers, got a, b"),
     ("sample --prompt x --grid seed=3..1", 2, "--grid seed=3..1: expected the lower end first"),
