@@ -189,6 +189,11 @@ def _data(e: Experiment, objects: Objects) -> Broken:
 def _drawing(e: Experiment, objects: Objects) -> Broken:  # noqa: C901
     """The schedule must have the steps; guidance, step cache and ranks must suit the network."""
     process, schedule = objects.get(("diffusion", "process")), objects.get(("diffusion", "schedule"))
+    if e.sampling.back_projections and process is not None and process.input is None:
+        what = (
+            "is for a model that enlarges pictures (relay), and this one draws from noise alone: set it to 0"
+        )
+        yield ("sampling", "back_projections"), what
     if process is not None and schedule is not None:
         try:
             process.hooks.levels(schedule, e.sampling.steps)

@@ -38,6 +38,16 @@ class ProcessInput:
         """(B, 3, H, W) -> (B, 3, H / factor, W / factor), bilinear: the given picture, for training."""
         return F.interpolate(image, scale_factor=1 / self.factor, mode="bilinear", align_corners=False)
 
+    def consistent(self, drawn: Tensor, given: Tensor, rounds: int) -> Tensor:
+        """``drawn`` (B, 3, H, W) in [0, 1], changed so that it shrinks to ``given`` (B, 3, h, w), nearly.
+
+        Each round adds what is missing, enlarged. Source: iterative back-projection, Irani and Peleg, 1991.
+        """
+        for _ in range(rounds):
+            missing, factor = given - self.shrink(drawn), float(self.factor)
+            drawn = drawn + F.interpolate(missing, scale_factor=factor, mode="bicubic", align_corners=False)
+        return drawn.clamp(0, 1)
+
 
 @dataclass(frozen=True)
 class ProcessContext:

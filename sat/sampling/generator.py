@@ -147,6 +147,7 @@ class SamplingParams:
     batch_size: int = 1  # images a prompt
     latents: Tensor | None = None  # (n, C, h, w) unit noise
     regions: Regions | None = None  # prompts for parts of the picture
+    back_projections: int = 0  # rounds that bring an enlarged picture back to the given one
 
     def within(self, encoded: Sequence[EncodedPrompt]) -> SamplingParams:
         """These parameters with the prompts of regions encoded."""
@@ -177,6 +178,7 @@ class SamplingParams:
             s.batch_size,
             latents,
             regions,
+            s.back_projections,
         )
 
 
@@ -299,7 +301,7 @@ class Generator:
             if edit is not None:
                 total += self._steps(edit, params) - params.steps
             latents = self.latents(text, rng, params, step, low, held, edit)
-            drawn = self.images(latents)
+            drawn = self.images(latents, low, params.back_projections)
             if edit is not None and drawn:
                 drawn = edit.finished(drawn)
             pictures: Sequence[Image.Image | None] = drawn or [None] * len(part)
@@ -485,8 +487,12 @@ class Generator:
         schedule = sized(self.engine.schedule, size)
         return len(given.around(process, schedule, params.steps).hooks.levels(schedule, params.steps)) - 1
 
-    def images(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first."""
+    def images(self, latents: Tensor, low: Tensor | None = None, rounds: int = 0) -> list[Image.Image]:
+        """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first.
+
+        ``low`` (B, 3, H / factor, W / factor) in [-1, 1]: the pictures that the process started from, onto
+        which ``rounds`` of back-projection bring them.
+        """
         if self.team.rank and self.decode_tile is None:
             return []
         if self.offload is not None:
@@ -501,6 +507,8 @@ class Generator:
             raise NonFiniteError(
                 f"the decoded image is not finite ({name} first stage): try sampling.dtype=bf16 or fp32"
             )
+        if rounds and low is not None and (wanted := self.engine.process.input) is not None:
+            pixels = wanted.consistent(pixels, (low.to(pixels.device) + 1) / 2, rounds)
         return [to_pil(image) for image in pixels]
 
     def _share_tiles(self, jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:

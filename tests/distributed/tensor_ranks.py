@@ -315,6 +315,7 @@ def trainings(folder: Path, results: dict[str, Any]) -> None:
         case(f"{kind}/one", 1, 1, accumulate=2, lora=lora)
         if kind == "lokr":
             case("lokr/zero2", 2, 2, accumulate=2, zero=2, lora=lora)
+            case("lokr/zero3", 2, 2, accumulate=2, zero=3, lora=lora)
             continue
         case(f"{kind}/2x2", 4, 2, zero=1, lora=lora)
     case("sft/zero0", 2, 2, accumulate=2)

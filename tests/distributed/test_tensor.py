@@ -108,7 +108,7 @@ def test_a_split_model_is_the_official_one(results: dict[str, Any]) -> None:
 LAYOUTS = [
     *(("sft", layout) for layout in ("2x2", "zero0", "zero2", "zero3", "joined", "split", "replanned")),
     *(("lora", layout) for layout in ("2x2", "zero2", "zero3", "joined")),
-    ("lokr", "zero2"),
+    *(("lokr", layout) for layout in ("zero2", "zero3")),
 ]
 """``joined`` and ``split`` go on at step 5 from a checkpoint of 2 tensor ranks on 1, and the other way;
 ``replanned`` on as many, by a plan that leaves adaLN whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from sat.diffusion.samplers import DDIM, Trajectory
 from sat.diffusion.schedule import CLEAN, Discrete, Level, Schedule, ZeroSNR
 from sat.mixin import HookConflictError, Mixin
 from sat.mixins.relay import RelayNoise, steps_of_whole
+from sat.pipeline import Pipeline
+from sat.sampling.output import from_pil, to_pil
 from tests.diffusion import drawing
 from tests.tolerances import EXACT, F32, F64
 
+ROOT = Path(__file__).parents[2]
 SHAPE = (2, 3, 4, 5)
 
 
@@ -281,3 +285,31 @@ def test_a_flat_image_survives_shrinking_and_enlarging() -> None:
     assert given.size(8, 12) == (4, 6)
     assert given.shrink(image).shape == (2, 3, 4, 6) and given.enlarge(image).shape == (2, 3, 16, 24)
     assert (given.enlarge(given.shrink(image)) - image).abs().max() < F32
+
+
+def test_back_projection_takes_a_picture_to_those_that_shrink_to_the_given_one() -> None:
+    """What is missing falls with each round; detail that shrinking does not see stays."""
+    generator = torch.Generator().manual_seed(0)
+    given = torch.nn.functional.avg_pool2d(torch.rand(2, 3, 12, 16, generator=generator), 3, 1, 1)
+    stripes = 0.1 * (1 - 2 * (torch.arange(32) % 2)).expand(2, 3, 24, 32)
+    drawn = 0.25 + 0.5 * ProcessInput("low_res", 2).enlarge(given) + stripes
+    one = ProcessInput("low_res", 2)
+    left = [(one.shrink(one.consistent(drawn, given, n)) - given).abs().mean() for n in (0, 1, 3)]
+    assert left[1] < 0.3 * left[0] and left[2] < 0.5 * left[1]
+    steps = one.consistent(drawn, given, 3).diff(dim=-1)[..., ::2]  # within a cell of the given picture
+    assert steps.mean().item() == pytest.approx(-0.2, abs=0.02)
+
+
+def test_a_pipeline_projects_back_onto_the_picture_it_enlarges() -> None:
+    small = to_pil(0.2 + 0.6 * torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    common = ["sampling.steps=1", "sampling.guider={target: sat.diffusion.guidance.Unguided}"]
+    made = {}
+    for rounds in (0, 2):
+        key = f"sampling.back_projections={rounds}"
+        pipeline = Pipeline.from_config(ROOT / "configs/tiny_relay.yaml", [*common, key], device="cpu")
+        made[rounds] = pipeline(["a red apple"], seed=0, images=[small]).images[0]
+    plain, given = ((from_pil(p)[None] + 1) / 2 for p in (made[0], small))
+    expected = ProcessInput("low_res", 2).consistent(plain, given, 2)
+    got = (from_pil(made[2])[None] + 1) / 2
+    assert (got - expected).abs().max() < 2 / 255  # the plain one is of bytes
+    assert (got - plain).abs().max() > 0.1

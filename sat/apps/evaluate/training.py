@@ -36,7 +36,7 @@ class Strength:
     of brightness and contrast; ``blur``: share of pictures blurred (by halving and doubling); ``noise``:
     largest standard deviation, of values in [-1, 1]; ``colour``: largest change of saturation, of the ink of
     each channel (half as much) and of the logarithm of the gamma; ``grey``: share without colour; ``warp``:
-    largest spread of a smooth displacement, of half the side.
+    largest spread of a smooth displacement, of half the side; ``mirror``: share of pictures mirrored.
     """
 
     shift: float = 0.08
@@ -48,11 +48,12 @@ class Strength:
     colour: float = 0.0
     grey: float = 0.0
     warp: float = 0.0
+    mirror: float = 0.0
 
 
 STRENGTHS = {
     "plain": Strength(),
-    "strong": Strength(scale=(0.65, 1.1), turn=12.0, colour=0.3, grey=0.1, warp=0.05),
+    "strong": Strength(shift=0.1, scale=(0.6, 1.15), turn=25.0, colour=0.4, grey=0.15, warp=0.06, mirror=0.5),
 }
 
 
@@ -93,6 +94,9 @@ def augment(images: Tensor, strength: Strength, generator: torch.Generator) -> T
         )
         smooth = F.interpolate(coarse, images.shape[-2:], mode="bicubic", align_corners=False)
         grid = grid + smooth.permute(0, 2, 3, 1)
+    if strength.mirror:
+        sign = torch.where(torch.rand(count, generator=generator) < strength.mirror, -1.0, 1.0)
+        grid = grid * torch.stack([sign, torch.ones(count)], 1)[:, None, None, :]
     moved = 1 - F.grid_sample(1 - images, grid, padding_mode="zeros", align_corners=False)  # white is 1
     soft = F.interpolate(F.avg_pool2d(moved, 2), images.shape[-2:], mode="bilinear", align_corners=False)
     blurred = (torch.rand(count, generator=generator) < strength.blur).float()[:, None, None, None]

@@ -462,7 +462,8 @@ class InpaintConfig(Section):
 class SamplingConfig(Section):
     """Prompts and settings of pictures. ``batch_size`` is images per prompt; image ``i`` uses ``seed + i``.
 
-    ``input_dir`` is an earlier run's output folder, whose pictures relay enlarges. ``tile`` (latent cells)
+    ``input_dir`` is an earlier run's output folder, whose pictures relay enlarges; ``back_projections``
+    rounds bring the enlarged ones back to what they shrink to (docs/sampling.md). ``tile`` (latent cells)
     denoises larger pictures by overlapping squares of that side.
     ``at_once`` images go through the network together: with 1, a picture does not depend on how many are
     asked for, to the last bit; with more, large devices are used better.
@@ -511,6 +512,7 @@ class SamplingConfig(Section):
     input_dir: Annotated[
         Path | None, MustExist("name the output folder of a base model's run, which relay enlarges")
     ] = None
+    back_projections: int = 0
     init_image: Annotated[Path | None, MustExist("name a picture, or a folder of them, to change")] = None
     mask: Annotated[Path | None, MustExist("name a picture that is white where to draw anew")] = None
     strength_map: Annotated[Path | None, MustExist("name a grey picture of each place's strength")] = None
@@ -540,6 +542,8 @@ class SamplingConfig(Section):
             yield "steps", f"the weights were distilled to {counts} steps, got {self.steps}"
         if not 0 <= self.seed <= 2**32 - self.batch_size:
             yield "seed", f"expected 0 to 2^32 - `batch_size` (image i uses seed + i), got {self.seed}"
+        if not 0 <= self.back_projections <= 100:
+            yield "back_projections", f"expected 0 to 100 rounds, got {self.back_projections}"
         if self.tile is not None and self.tile < 8:
             yield "tile", f"expected at least 8 latent cells, got {self.tile}"
         if self.strength is not None and not 0 <= self.strength <= 1:
