@@ -1,6 +1,6 @@
 """The paper's table at desk scale: base and what enlarges it, undistilled and distilled, in one run.
 
-    python benchmarks/bench_cascade.py [--runs runs] [--per-prompt 4] [--sheets OUT]
+    python benchmarks/bench_cascade.py [--runs runs] [--per-prompt 4] [--sheets OUT] [--enlarge-only]
 
 Every row draws the 128 training captions (``configs/tiny_train_prompts.txt``), ``--per-prompt`` pictures
 each, to 128 pixels, and is scored by the small classifier: retrieval top-1 and top-5, feature distance of the
@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -207,23 +207,40 @@ class Enlarged:
     psnr_held_out: float
 
 
-def enlarge(drawn: Sequence[Drawn]) -> list[Enlarged]:
-    """The second table: bicubic interpolation and every second stage, over real pictures."""
+UNGUIDED = "sampling.guider={target: sat.diffusion.guidance.Unguided}"
+ALONE = "sampling.back_projections=0"
+TRIALS = {
+    "relay 12, not projected back": Stage("configs/tiny_relay.yaml", (ALONE,)),
+    "the same, no guidance": Stage("configs/tiny_relay.yaml", (ALONE, UNGUIDED)),
+    "the same, no guidance, 1 step": Stage("configs/tiny_relay.yaml", (ALONE, UNGUIDED, "sampling.steps=1")),
+    "relay distilled, 1, not projected back": Stage("configs/tiny_relay_distill.yaml", (ALONE,)),
+}
+"""Second stages of the second table alone: where relay loses what it was given."""
+SECOND = {"relay 12": "tiny_relay", "relay distilled, 1": "tiny_relay_distill"}
+"""Those that ship, by their config."""
+
+
+def enlarge(stages: Mapping[str, Pipeline]) -> list[Enlarged]:
+    """The second table: bicubic interpolation and ``stages``, over real pictures."""
     classifier = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
     sets = [_pairs(REAL / "metadata.jsonl", 6), _pairs(REAL / "heldout.jsonl", 1)]
-    first_stage = drawn[0].base.generator.engine.first_stage
+    first_stage = next(iter(stages.values())).generator.engine.first_stage
     lows = [_as_drawn(first_stage, [picture for _, picture in pairs]) for pairs in sets]
     bicubic = [[low.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for low in some] for some in lows]
-    made = {"bicubic": bicubic}
-    for one in drawn:
-        if one.relay is not None:
-            made[one.row.name.partition("+ ")[2]] = [
-                [
-                    one.relay([caption], seed=0, images=[low]).images[0]
-                    for (caption, _), low in zip(pairs, some, strict=True)
-                ]
-                for pairs, some in zip(sets, lows, strict=True)
+    given = ProcessInput("low_res", 2)
+    projected = [
+        [_projected(given, large, low) for large, low in zip(*both, strict=True)]
+        for both in zip(bicubic, lows, strict=True)
+    ]
+    made = {"bicubic": bicubic, "bicubic, projected back": projected}
+    for name, relay in stages.items():
+        made[name] = [
+            [
+                relay([caption], seed=0, images=[low]).images[0]
+                for (caption, _), low in zip(pairs, some, strict=True)
             ]
+            for pairs, some in zip(sets, lows, strict=True)
+        ]
     out = []
     for name, by_set in made.items():
         numbers: list[float] = []
@@ -237,6 +254,12 @@ def enlarge(drawn: Sequence[Drawn]) -> list[Enlarged]:
             ]
         out.append(Enlarged(name, *numbers))
     return out
+
+
+def _projected(given: ProcessInput, large: Image.Image, low: Image.Image) -> Image.Image:
+    """``large`` after one round of back-projection onto ``low``."""
+    one, other = ((from_pil(picture)[None] + 1) / 2 for picture in (large, low))
+    return to_pil(given.consistent(one, other, 1)[0])
 
 
 def _pairs(table: Path, every: int) -> list[tuple[str, Image.Image]]:
@@ -303,9 +326,15 @@ def main() -> int:
     reader.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the rounds' checkpoints lie")
     reader.add_argument("--per-prompt", type=int, default=4)
     reader.add_argument("--repeats", type=int, default=9, help="timed pictures a row")
+    reader.add_argument("--enlarge-only", action="store_true", help="print the second table alone")
     reader.add_argument("--sheets", type=Path, help="folder for a sheet of the first 32 pictures of each row")
     args = reader.parse_args()
     torch.set_num_threads(2)
+    trials = {name: load(stage) for name, stage in TRIALS.items()}
+    if args.enlarge_only:
+        seconds = {name: load(Stage(f"configs/{config}.yaml")) for name, config in SECOND.items()}
+        print(enlarged_table(enlarge(seconds | trials)))
+        return 0
     prompts = read_prompt_file(PROMPTS)
     drawn, results = [], []
     for row in rows(args.runs):
@@ -327,7 +356,8 @@ def main() -> int:
             name = "".join(c if c.isalnum() else "_" for c in result.name)
             write_png(args.sheets / f"{name}.png", grid(first[:32], columns=8))
     print(table(results))
-    enlarged = enlarge(drawn)
+    seconds = {one.row.name.partition("+ ")[2]: one.relay for one in drawn if one.relay is not None}
+    enlarged = enlarge(seconds | trials)
     print("\n" + enlarged_table(enlarged))
     out = results_folder() / "cascade.json"
     settings = {"prompts": len(prompts), "per_prompt": args.per_prompt, "repeats": args.repeats, "threads": 2}

@@ -13,7 +13,7 @@ from sat.cli.main_guard import guard, refuse_tasks
 from sat.util import log as logs
 from sat.util.host import prepare_threads
 
-CLASSIFIER = Path("checkpoints/tiny_classifier")
+CLASSIFIER = Path("checkpoints/tiny_judge")
 WEIGHTS = Path("weights/judges")
 VOTES = Path("preference.jsonl")
 RUN = "run"
@@ -119,7 +119,12 @@ def _add_small(commands: Any) -> None:
     add("--out", type=Path, default=CLASSIFIER, help=f"folder to write ({CLASSIFIER})")
     add("--concepts", default="all", help="judge these, trained on all: all, core or a file of labels (all)")
     add("--often", type=float, default=1.0, help="draw those as many times as often as others (1)")
-    add("--augment", default="plain", choices=("plain", "strong"), help="strength of augmentation (plain)")
+    add(
+        "--augment",
+        default="plain",
+        choices=("plain", "strong", "hard"),
+        help="strength of augmentation (plain)",
+    )
     add("--steps", type=int, default=3000)
     add("--batch-size", type=int, default=64)
     add("--lr", type=float, default=3e-3)

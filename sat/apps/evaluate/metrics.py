@@ -64,7 +64,7 @@ class MetricConfig:
 
     device: torch.device
     weights: Path = Path("weights/judges")
-    classifier: Path = Path("checkpoints/tiny_classifier")
+    classifier: Path = Path("checkpoints/tiny_judge")
     real: Path | None = None
     batch_size: int = 32
 

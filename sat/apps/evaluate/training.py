@@ -53,7 +53,8 @@ class Strength:
 
 STRENGTHS = {
     "plain": Strength(),
-    "strong": Strength(shift=0.1, scale=(0.6, 1.15), turn=25.0, colour=0.4, grey=0.15, warp=0.06, mirror=0.5),
+    "strong": Strength(scale=(0.65, 1.1), turn=12.0, colour=0.3, grey=0.1, warp=0.05),
+    "hard": Strength(shift=0.1, scale=(0.6, 1.15), turn=25.0, colour=0.4, grey=0.15, warp=0.06, mirror=0.5),
 }
 
 
