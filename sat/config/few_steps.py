@@ -71,8 +71,9 @@ def settle_few_steps(
     experiment = _levelled(experiment, few, name)
     sampler = sampling.sampler
     if not typed(("sampling", "sampler")):
-        target = _SAMPLERS + ("DDIM" if few.method == "progressive" else "Renoise")
-        sampler = sampler if sampler.target == target else Component(target)
+        wanted = ("DDIM", "Euler") if few.method == "progressive" else ("Renoise",)  # Euler is DDIM's path
+        if sampler.target not in (_SAMPLERS + one for one in wanted):
+            sampler = Component(_SAMPLERS + wanted[0])
     guider = _guider(experiment, few, name, typed)
     made = replace(sampling, steps=steps, sampler=sampler, guider=guider, trained_steps=allowed)
     told = []

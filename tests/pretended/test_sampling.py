@@ -36,7 +36,7 @@ CONFIGS = {
 def sample(
     watch: Watch, name: str, *settings: str, plant: Callable[[Tensor], object] | None = None
 ) -> Pipeline:
-    """Three watched steps of a small model, or its only one; ``plant`` is done in each of its passes."""
+    """Three watched steps of a small model, or those it is for; ``plant`` is done in each of its passes."""
     words = [*CONFIGS[name].split(), *settings]
     bases = [str(ROOT / "configs" / word) for word in words if "=" not in word]
     pipe = Pipeline.from_config(bases, [word for word in words if "=" in word], device=GPU)
@@ -45,7 +45,8 @@ def sample(
     assert not left or any(word.startswith("memory.") for word in settings), f"left on the CPU: {left[:3]}"
 
     process = engine.process.input
-    steps = 1 if name == "tiny_sr" else 3
+    trained = pipe.experiment.sampling.trained_steps  # of distilled weights
+    steps = 1 if name == "tiny_sr" else trained[0] if trained else 3
 
     def first(module: nn.Module, given: tuple[Tensor, ...]) -> None:
         if not watch.loop and watch.step < 0:

@@ -144,6 +144,15 @@ def test_a_distilled_folder_says_it_in_its_manifest(plain: Experiment, tmp_path:
         load([TINY], [f"checkpoint.model={tmp_path}", "sampling.steps=8"])
 
 
+@pytest.mark.parametrize(("name", "steps"), [("tiny_base_distill", 4), ("tiny_relay_distill", 1)])
+def test_the_distilled_folders_that_ship_refuse_other_steps(name: str, steps: int) -> None:
+    config = ROOT / "configs" / f"{name}.yaml"
+    loaded = load_full([config])
+    assert loaded.experiment.sampling.trained_steps == [steps] and not loaded.notices
+    with pytest.raises(ConfigError, match=f"distilled .progressive. to {steps} step"):
+        load([config], ["sampling.steps=8"])
+
+
 @pytest.mark.parametrize("layout", ["peft", "diffusers"])
 def test_other_layouts_carry_it(layout: str, plain: Experiment, files: Path, tmp_path: Path) -> None:
     network = build_empty(plain.model, plain.imports)
