@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,20 @@ def test_a_grid_is_a_sheet_of_pictures_that_are_drawn_alone_too(service) -> None
     assert set(job.origins) == set(cells)
     with pytest.raises(RequestError, match="the grid has 64 pictures, more than 36"):
         service.grid(REQUEST, [GridAxis("seed", list(range(8))), GridAxis("steps", list(range(1, 9)))])
+
+
+def test_a_few_step_lora_sets_steps_and_refuses_others(tmp_path) -> None:
+    shutil.copytree(ROOT / "checkpoints" / "tiny_turbo", tmp_path / "loras" / "turbo")
+    cascade = load_cascade([ROOT / "configs" / "tiny.yaml"], ["parallel.device=cpu"])
+    service = GenerationService(cascade, tmp_path / "web", "tiny", adapters=tmp_path / "loras").open()
+    usual = GenerationRequest("a red apple", 64, 64, 50, 3.0, 0, adapters={"turbo": 1.0})
+    for steps, made in ((50, 1), (2, 2)):  # what nobody chose, and a choice
+        (path,) = drawn(service, service.job(replace(usual, steps=steps)))
+        assert settings_of(path).steps == made
+    with pytest.raises(RequestError, match=r"was distilled \(consistency\) to 1, 2, 3 or 4 steps"):
+        service.job(replace(usual, steps=8))
+    with pytest.raises(RequestError, match="guidance 3 is in the weights"):
+        service.job(replace(usual, guidance=5.0))
 
 
 def test_the_control_that_ships_is_offered_and_draws_as_from_python(tmp_path) -> None:
