@@ -229,6 +229,24 @@ def test_a_picture_is_drawn_enlarged_and_its_settings_come_back(server, page) ->
     assert not page.is_checked("#anew input")
 
 
+def test_a_whole_cascade_is_the_default_and_several_pictures_are_enlarged_at_once(page) -> None:
+    assert page.is_checked("#whole input")
+    page.fill("#prompt textarea", "a green apple")
+    page.fill("#steps input[type=number]", "2")
+    page.fill("#count input", "2")
+    page.click("#draw")
+    said(page, "Done: 2 pictures.")
+    assert "128 x 128" in page.inner_text("#facts")
+    page.uncheck("#whole input")
+    page.click("#draw")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('64 x 64')")
+    page.click("#enlarge")
+    page.wait_for_function("document.querySelector('#facts').innerText.includes('128 x 128')")
+    assert len(page.query_selector_all("#canvas img[alt='a green apple']")) == 2
+    page.click("#compare")
+    said(page, "Left: before it was enlarged. Right: the picture.")
+
+
 def test_drawing_can_be_cancelled(server, page) -> None:
     page.fill("#prompt textarea", "a red apple")
     page.fill("#steps input[type=number]", "200")
