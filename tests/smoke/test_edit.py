@@ -19,8 +19,10 @@ import sat
 from benchmarks import bench_edit
 from sat.apps.evaluate.classifier import Classifier
 from sat.config.schema import RegionConfig, RegionsConfig
+from sat.control_input import ControlInput
 from sat.pipeline import Pipeline
 from sat.sampling.edit import inner_ramp
+from sat.sampling.generator import ImageRng, SamplingParams
 from sat.sampling.output import from_pil, read_png_text
 from tests.adapters import trained
 from tests.checkpoints import tokenizer
@@ -438,23 +440,27 @@ def test_rows_have_controls_of_their_own_in_place_of_the_runs(
     assert again == ["1_a_dog"]
 
 
-def test_tiles_see_their_part_of_the_controls_picture(pipe: Pipeline, tmp_path: Path, spiece: Path) -> None:
-    """Pictures that differ on the right give latents that differ there alone: no tile in between sees it."""
-    words = [f"conditioning.tokenizer={spiece}", "sampling.tile=8", "sampling.steps=1", "sampling.sizes=null"]
+def test_tiles_see_their_part_of_the_controls_picture(tmp_path: Path, spiece: Path) -> None:
+    """Values that differ on the right give latents that differ there alone: no tile in between sees it."""
+    wide = ["model.params.table_size=[12,12]"]
+    wide += ["sampling.sizes={min: 16, max: 128, multiple: 16, max_area: 16384}"]
+    words = [f"conditioning.tokenizer={spiece}", "sampling.tile=8", "sampling.steps=1", *wide]
+    words += ["sampling.height=48", "sampling.width=128"]
     tiled = Pipeline.from_config([DEBUG], words, device="cpu", dtype="fp32")
-    control, size = written(tmp_path), {"height": 48, "width": 128}
-    one = np.asarray(picture(1, 48, 128)).copy()
-    two = one.copy()
-    two[:, 104:] = 255 - two[:, 104:]
-    drawn = [
-        tiled("a cat", controls=[{"control": control, "image": Image.fromarray(p)}], **size).latents
-        for p in (one, two)
-    ]
-    moved = (drawn[0] - drawn[1]).abs().amax((0, 1, 2))
-    cells = len(moved)
-    assert moved[-1] > 1e-3 and moved[: cells // 2].max() == 0
-    whole = tiled("a cat", controls=[], **size).latents
-    assert (whole - drawn[0]).abs().max() > 1e-3
+    name, generator = tiled.controls.load(written(tmp_path, *wide)), tiled.generator
+    params = SamplingParams.of(tiled.experiment.sampling, tiled.guider)
+    (encoded,), shape = generator.encode(["a cat"]), generator.engine.latent_shape(48, 128)
+    one = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    two = one.clone()
+    two[..., 13:] = 0
+
+    def drawn(*values: torch.Tensor) -> torch.Tensor:
+        controls = tuple(ControlInput(name, value, (1.0,)) for value in values)
+        return generator.latents(encoded, ImageRng.of(7, [0], shape), params, controls=controls)
+
+    moved = (drawn(one) - drawn(two)).abs().amax((0, 1, 2))
+    assert moved[-1] > 1e-3 and moved[:8].max() == 0
+    assert (drawn() - drawn(one)).abs().amax((0, 1, 2)).min() > 1e-3, "it acts everywhere"
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from tests.small import fill
 TARGET = "sat.control.controlnet.controlnet"
 
 
-def written(folder: Path) -> Path:
+def written(folder: Path, *overrides: str) -> Path:
     """A control of the debug model, with random weights."""
-    experiment = load([DEBUG])
+    experiment = load([DEBUG], overrides)
     network = build_engine(experiment, device="cpu", dtype=torch.float32).network
     made = controlnet(1, base=BaseModel(network, experiment.model))
     fill(made, 0.1)
