@@ -105,7 +105,10 @@ def read_info(path: Path) -> ControlInfo:
     file = locate(path)
     if file.is_dir():
         network = Component(**cogview4.model(file / "config.json"))
-        return ControlInfo(Component("sat.control.light.concat", {}), network)
+        with open_folder(file, verify=_NAMES_ONLY) as theirs:
+            own = theirs[cogview4.FIRST].chunk(2, 1)[0]  # of the network that it was trained with
+            norms = {"transformer.mixins.patch_embed.proj": some_norms(row_norms(own))}
+        return ControlInfo(Component("sat.control.light.concat", {}), network, norms=norms)
     with open_file(file, verify=_NAMES_ONLY) as opened:
         metadata: Mapping[str, str] = getattr(opened, "metadata", {})
     if "adapter" in metadata:

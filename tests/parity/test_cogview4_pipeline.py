@@ -201,7 +201,7 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_a_control_pipelines_picture_is_the_same(control: Path, tmp_path: Path) -> None:
+def test_a_control_pipelines_picture_is_the_same(control: Path, caplog: pytest.LogCaptureFixture) -> None:
     theirs = CogView4ControlPipeline.from_pretrained(control)
     assert theirs.transformer.config.in_channels == 2 * MODEL["channels"]
     theirs.set_progress_bar_config(disable=True)
@@ -214,11 +214,25 @@ def test_a_control_pipelines_picture_is_the_same(control: Path, tmp_path: Path) 
         max_sequence_length=64, guidance_scale=GUIDANCE, latents=noise.clone(), output_type="pt",
     ).images  # fmt: skip
     drawn = {"steps": STEPS, "guidance": GUIDANCE, "latents": noise}
-    out = ours([PROMPT], controls=[{"control": control, "image": image}], **drawn)
+    with caplog.at_level("WARNING"):
+        out = ours([PROMPT], controls=[{"control": control, "image": image}], **drawn)
+    assert not caplog.records
     without = ours([PROMPT], **drawn)
     decode = ours.generator.engine.decode
     assert (picture - decode(out.latents)).abs().max() < 1e-3
     assert (picture - decode(without.latents)).abs().max() > 0.05
+
+
+def test_a_control_of_another_network_is_told(
+    control: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = tensors()
+    weights["model"]["transformer.mixins.patch_embed.proj.weight"] *= 1.1
+    other = opened(
+        save_native(tmp_path / "other", weights, FOURTH, tokenizer=tokenizer(tmp_path / "s.model"))
+    )
+    other.controls.load(control)
+    assert "was trained on other weights of the same shapes" in caplog.text
 
 
 def test_a_control_folder_goes_to_native_and_back(control: Path, tmp_path: Path) -> None:
