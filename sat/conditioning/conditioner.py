@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -359,6 +360,7 @@ class Conditioner(nn.Module):
     def free_text_encoder(self) -> None:
         """Give the text encoder's memory back for good; encoding raises from then on."""
         self.text = FreedEncoder()
+        gc.collect()  # modules and their hooks hold each other
 
     def _hidden(self, captions: Sequence[str], device: torch.device | None) -> Encoded:
         """Hidden states (B, T, C_text) in one pass."""

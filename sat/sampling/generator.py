@@ -29,6 +29,7 @@ from sat.parallel.launch import ALONE, Axis
 from sat.sampling.inputs import PictureInput
 from sat.sampling.output import OutputFolder, to_pil
 from sat.sampling.prompts import NO_ROW, Prompt
+from sat.util.host import trim_heap
 from sat.util.log import progress, title
 
 if TYPE_CHECKING:
@@ -394,6 +395,7 @@ class Generator:
             encoded.append(EncodedPrompt(*encode(text), *against))
         if self.text_memory == "free":
             self.engine.conditioner.free_text_encoder()
+            trim_heap()
         return encoded
 
     def condition(

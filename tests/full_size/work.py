@@ -190,6 +190,7 @@ def turns(member: str, path: str, kind: str) -> dict[str, Any]:
     hidden = text(torch.randint(3, text.vocab, (1, 16), generator=g))  # (1, 16, D)
     read = {"text_gb": held(text, 0)["model_gb"], "text_peak_gb": gb(resident("VmHWM"))}
     del text
+    gc.collect()  # hooks and modules hold each other
     trim_heap()
     network, side = opened(member, "model", path, kind), 8 if config.model.params["dim"] < 100 else 64
     vector = SizeConditioner(config.model.params["size_dim"] // 6)(*Sizes.uncropped(8 * side, 8 * side, 1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,17 @@ def test_cached_text_of_different_lengths_makes_one_batch() -> None:
 
 
 @torch.no_grad()
+def test_a_freed_text_encoder_is_gone_at_once(vocabulary: Path) -> None:
+    made = conditioner(vocabulary)
+    seen = weakref.ref(made.text)
+    gc.disable()
+    try:
+        made.free_text_encoder()
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
 def test_guidance_of_two_lengths_in_one_pass_equals_two_passes() -> None:
     network = CogView4(
         dim=32, heads=4, depth=2, channels=4, text_dim=16, emb_dim=24, size_dim=48, rope_size=(8, 8)
