@@ -198,7 +198,7 @@ def turns(member: str, path: str, kind: str) -> dict[str, Any]:
     x = torch.randn(1, config.model.params["channels"], side, side, generator=g).to(hidden.dtype)
     out = network(x, torch.tensor([500.0]), prepared)
     assert hidden.isfinite().all() and out.isfinite().all() and out.float().std() > 0.1
-    return {**read, **held(network, 0)}
+    return {**read, "model_gb": held(network, 0)["model_gb"]}
 
 
 def open_pipeline(member: str, path: str, kind: str) -> dict[str, Any]:
