@@ -353,7 +353,8 @@ def _convert_adapter(
         config=config,
         dtype=DTYPES[args.dtype] if args.dtype else None,
     )
-    if args.to == "diffusers":
+    target = str(adapter.info.base.get("model", {}).get("target"))
+    if args.to == "diffusers" and not target.endswith(".CogView4"):  # whose pipeline does
         print(
             "note: diffusers' CogView3PlusPipeline loads no LoRA files; PEFT does: --to peft", file=sys.stderr
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,12 @@ from torch import nn
 from sat.adapters.files import read
 from sat.adapters.lora import attach, detach
 from sat.adapters.write import write
+from sat.cli.convert import main as convert
+from sat.config.load import load
+from sat.config.schema import plain
 from sat.models.cogview4 import CogView4
 from tests.adapters import adapter, noisy, start
+from tests.configs import ROOT
 from tests.parity.test_cogview4 import inputs, pair
 from tests.tolerances import F32
 
@@ -77,3 +82,15 @@ def test_from_here_to_diffusers_and_back_changes_nothing(tmp_path: Path) -> None
         attach(ours, "style", back)
         second = ours(x.float(), t.float(), ours.prepare(cond, (12, 20)))
     assert (first - second).abs().max() < F32
+
+
+def test_convert_says_nothing_of_peft_for_a_pipeline_that_loads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load([ROOT / "configs" / "tiny_cogview4.yaml"]).model
+    small = CogView4(**model.params)
+    made = adapter(noisy(start(small)))
+    made = replace(made, info=replace(made.info, base={"model": plain(model)}))
+    write(tmp_path / "own", made, "native", {"model": small})
+    assert convert([str(tmp_path / "own"), str(tmp_path / "theirs"), "--to", "diffusers"]) == 0
+    assert "CogView3PlusPipeline" not in capsys.readouterr().err
