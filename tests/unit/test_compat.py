@@ -17,6 +17,7 @@ import torch
 
 from sat import compat
 from sat.config.load import load_full
+from sat.config.schema import Experiment
 from sat.config.yaml_source import ConfigError
 from tests.architecture.test_pages import module
 from tests.architecture.tree import ROOT
@@ -71,10 +72,15 @@ def test_the_page_of_moved_names_is_current() -> None:
 # -- configs and files
 
 
+def as_before(experiment: Experiment) -> Experiment:
+    """``experiment`` without what came later: words of the page, back-projections of the small relays."""
+    return replace(experiment, page=None, sampling=replace(experiment.sampling, back_projections=0))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_of_before_is_the_config_of_now(name: str) -> None:
     old, new = load_full([BEFORE / "configs" / name]), load_full([ROOT / "configs" / name])
-    assert old.experiment == replace(new.experiment, page=None), "but for the page's words, which came later"
+    assert old.experiment == as_before(new.experiment)
     said = "\n".join(map(str, old.notices))
     if "sat.diffusion.parameterisation" in (BEFORE / "configs" / name).read_text():
         assert re.search(rf"{name}:\d+.*parameterisation.*prediction", said), said
@@ -88,8 +94,7 @@ def test_a_config_of_before_laid_over_a_model_is_that_of_now(name: str) -> None:
     found: list[object] = []
     for folder in (BEFORE / "configs", ROOT / "configs"):
         try:
-            experiment = load_full([folder / family, folder / name]).experiment
-            found.append(replace(experiment, page=None))  # words of the page came later
+            found.append(as_before(load_full([folder / family, folder / name]).experiment))
         except ConfigError as error:
             found.append([(problem.key, problem.what) for problem in error.problems])
     assert found[0] == found[1]
