@@ -68,6 +68,10 @@ def settle_few_steps(
     steps = sampling.steps if sampling.steps in allowed else few.steps[0]
     if steps != sampling.steps and typed(("sampling", "steps")):
         raise FewStepError(("sampling", "steps"), f"{sampling.steps}: {name} {_for(few)}")
+    takes = experiment.model.params.get("guidance_dim") is not None
+    if key[0] != "adapters" and isinstance(few.guidance, list) and not takes:
+        what = f"null, and {name} takes guidance as an input: these are distilled weights: use a distilled"
+        raise FewStepError(("model", "params", "guidance_dim"), f"{what} model's config")
     experiment = _levelled(experiment, few, name)
     sampler = sampling.sampler
     if not typed(("sampling", "sampler")):

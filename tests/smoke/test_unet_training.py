@@ -169,6 +169,6 @@ def test_distilled_weights_sample_with_a_distilled_config_and_no_other(
     code, said = sample(distilled, "a", *takes)
     assert code == 0, said
     code, said = sample(distilled, "b")
-    assert code == 1 and "these are distilled weights: use a distilled model's config" in said
+    assert code == 2 and "these are distilled weights: use a distilled model's config" in said
     code, said = sample(plain, "c", *takes)
     assert code == 1 and "these weights are not distilled: use the undistilled model's config" in said
