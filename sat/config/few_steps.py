@@ -39,7 +39,7 @@ class FewStepError(UserError, ValueError):
 
 
 class _Source(NamedTuple):
-    """What says how it is sampled, and at which key the config names it."""
+    """A file that says how it is sampled, and the key that names it in the config."""
 
     key: Key
     path: Path

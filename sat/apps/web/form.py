@@ -28,7 +28,7 @@ class Parts(NamedTuple):
 
 
 class Form:
-    """What a person filled in, for one service."""
+    """The form as a person filled it in, for one service."""
 
     def __init__(self, service: GenerationService) -> None:
         self.service = service

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from abc import ABCMeta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -79,61 +80,31 @@ def page(
 ) -> Any:  # noqa: ANN401
     """The Gradio blocks."""
     form: Fields = {}
-    cascade = len(service.stages) > 1
     with gr.Blocks(title=service.name, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        with gr.Row(elem_id="head"):
-            gr.HTML(f"<h1>{html.escape(_title(service))}</h1>", elem_id="title", padding=False)
-            other = gr.Button(t("中文"), size="sm", elem_id="language")
-            light = gr.Button(t("Light or dark"), size="sm", elem_id="theme")
+        _head(service)
         with gr.Row(equal_height=False, elem_id="layout"):
             with gr.Column(elem_id="top"):  # on a phone: what to draw, the picture, the settings
-                form["prompt"] = prompt = gr.Textbox(
-                    label=t("Prompt"), lines=3, max_lines=8, max_length=service.limits.prompt,
-                    elem_id="prompt", placeholder=t("a red apple"),
-                )  # fmt: skip
-                tokens = gr.HTML("", elem_id="tokens", padding=False)
-                with gr.Row():
-                    draw = gr.Button(t("Draw"), variant="primary", elem_id="draw", min_width=80)
-                    cancel = gr.Button(t("Cancel"), elem_id="cancel", min_width=80)
-                    enhance = gr.Button(t("Enhance"), elem_id="enhance", min_width=80)
-                status = gr.HTML("", elem_id="status", padding=False)
+                prompt, tokens, draw, cancel, enhance, status = _ask(service, form)
                 tabs, example, given, seen, mask_file = _tabs(service, form)
             with gr.Column(elem_id="settings"):
                 gr.HTML(t("<h2>Settings</h2>"), elem_classes="heading", padding=False)
-                shapes, swap, dice, keep, draw_grid, upload = _settings(service, form)
-                whole = gr.Checkbox(
-                    True, label=t("Enlarge at once, by all stages"), visible=cascade, elem_id="whole"
-                )
+                shapes, swap, dice, keep, draw_grid, upload, whole = _settings(service, form)
             with gr.Column(elem_id="right"):
-                gr.HTML(t("<h2>Pictures</h2>"), elem_classes="heading", padding=False)
-                canvas = gr.HTML("", elem_id="canvas", padding=False)
-                slider = gr.ImageSlider(
-                    label=t("Before and after"), visible=False, interactive=False, buttons=[], format="png",
-                    elem_id="slider",
-                )  # fmt: skip
-                doing = _buttons(cascade, bool(service.controls))
-                with gr.Column(visible=False, elem_id="ask") as ask:
-                    asked = gr.HTML("", padding=False)
-                    with gr.Row():
-                        really = gr.Button(t("Really delete"), size="sm", elem_id="delete_yes")
-                        spare = gr.Button(t("Keep it"), size="sm", elem_id="delete_no")
-                facts = gr.HTML("", elem_id="facts", padding=False)
-                gallery = gr.Gallery(
-                    label=t("Pictures"), show_label=False, columns=6, allow_preview=False, object_fit="cover",
-                    buttons=[], interactive=False, format="png", elem_id="gallery",
-                )  # fmt: skip
+                right = _shown(service)
+                doing, gallery, ask = right.doing, right.gallery, right.ask
         names, chosen, timer = gr.State([]), gr.State([]), gr.Timer(TICK, active=False)
         browser = gr.BrowserState("", storage_key="cogview3", secret="cogview3")
         saved = gr.BrowserState([], storage_key="cogview3-form", secret="cogview3")
         actions = Actions(service, queue, links, optimizer, list(form), grace)
-        fields, shown, mode = list(form.values()), [canvas, chosen, facts], form["mode"]
+        fields, shown, mode = list(form.values()), [right.canvas, chosen, right.facts], form["mode"]
         pictures = [given["image"], given["inpaint"], given["control"]]
 
         everything = [browser, whole, *pictures, *fields]
         gr.on([draw.click, prompt.submit], actions.draw, everything, [status, form["seed"], timer],
               trigger_mode="multiple", **ONCE)  # fmt: skip
         draw_grid.click(actions.draw_grid, everything, [status, form["seed"], timer], **ONCE)
-        timer.tick(actions.tick, [browser], [canvas, status, gallery, names, chosen, facts, timer], **ONCE)
+        ticked = [right.canvas, status, gallery, names, chosen, right.facts, timer]
+        timer.tick(actions.tick, [browser], ticked, **ONCE)
         cancel.click(actions.cancel, [browser], None, **ONCE)
         enhance.click(actions.enhance, [prompt], [prompt, status], **ONCE)
         counted = [prompt, form["negative"], form["guidance"], form["style"]]
@@ -161,22 +132,18 @@ def page(
 
         gallery.select(actions.choose, [browser, names], shown, **ONCE)
         doing["enlarge"].click(actions.enlarge, [browser, chosen], [status, timer], **ONCE)
-        doing["vary"].click(
-            actions.vary, [browser, whole, chosen, form["count"]], [status, timer], **ONCE
-        )  # fmt: skip
+        varied = [browser, whole, chosen, form["count"]]
+        doing["vary"].click(actions.vary, varied, [status, timer], **ONCE)
         doing["reuse"].click(actions.reuse, [chosen], filled, **ONCE)
         for tab in ("image", "inpaint", "control"):
             doing[tab].click(actions.send, [browser, chosen, gr.State(tab)],
                              [tabs, mode, given[tab], status], **ONCE)  # fmt: skip
-        doing["compare"].click(actions.compare, [browser, chosen], [slider, status], **ONCE)
-        chosen.change(lambda: gr.update(visible=False), None, [slider], **ONCE)
+        doing["compare"].click(actions.compare, [browser, chosen], [right.slider, status], **ONCE)
+        chosen.change(lambda: gr.update(visible=False), None, [right.slider], **ONCE)
         doing["copy"].click(None, None, [status], js=COPY, show_progress="hidden")
-        doing["delete"].click(actions.ask, [chosen], [ask, asked, status], **ONCE)
-        spare.click(lambda: gr.update(visible=False), None, [ask], **ONCE)
-        really.click(actions.delete, [browser, chosen], [ask, *shown, gallery, names, status], **ONCE)
+        doing["delete"].click(actions.ask, [chosen], [ask, right.asked, status], **ONCE)
+        right.really.click(actions.delete, [browser, chosen], [ask, *shown, gallery, names, status], **ONCE)
 
-        other.click(None, None, None, js=OTHER_LANGUAGE)
-        light.click(None, None, None, js=OTHER_THEME)
         gr.on([field.change for field in fields], None, fields, [saved], js="(...values) => [values]",
               show_progress="hidden")  # fmt: skip
         loaded = [browser, status, *shown, gallery, names, timer, *pictures, *fields]
@@ -193,6 +160,56 @@ def _title(service: GenerationService) -> str:
     """The models and the size of their pictures."""
     names, made = " + ".join(map(model_name, service.stages)), service.first.sampling
     return f"{names}, {made.width * service.scale} x {made.height * service.scale}"
+
+
+def _head(service: GenerationService) -> None:
+    """The title, and the buttons of language and theme, which the browser obeys by itself."""
+    with gr.Row(elem_id="head"):
+        gr.HTML(f"<h1>{html.escape(_title(service))}</h1>", elem_id="title", padding=False)
+        other = gr.Button(t("中文"), size="sm", elem_id="language")
+        light = gr.Button(t("Light or dark"), size="sm", elem_id="theme")
+    other.click(None, None, None, js=OTHER_LANGUAGE)
+    light.click(None, None, None, js=OTHER_THEME)
+
+
+def _ask(service: GenerationService, form: Fields) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """The prompt, its tokens, the buttons Draw, Cancel and Enhance, and the status line."""
+    form["prompt"] = prompt = gr.Textbox(
+        label=t("Prompt"), lines=3, max_lines=8, max_length=service.limits.prompt,
+        elem_id="prompt", placeholder=t("a red apple"),
+    )  # fmt: skip
+    tokens = gr.HTML("", elem_id="tokens", padding=False)
+    with gr.Row():
+        draw = gr.Button(t("Draw"), variant="primary", elem_id="draw", min_width=80)
+        cancel = gr.Button(t("Cancel"), elem_id="cancel", min_width=80)
+        enhance = gr.Button(t("Enhance"), elem_id="enhance", min_width=80)
+    return prompt, tokens, draw, cancel, enhance, gr.HTML("", elem_id="status", padding=False)
+
+
+def _shown(service: GenerationService) -> SimpleNamespace:
+    """The pictures: the large one, its buttons and facts, and the gallery of all."""
+    gr.HTML(t("<h2>Pictures</h2>"), elem_classes="heading", padding=False)
+    canvas = gr.HTML("", elem_id="canvas", padding=False)
+    slider = gr.ImageSlider(
+        label=t("Before and after"), visible=False, interactive=False, buttons=[], format="png",
+        elem_id="slider",
+    )  # fmt: skip
+    doing = _buttons(len(service.stages) > 1, bool(service.controls))
+    with gr.Column(visible=False, elem_id="ask") as ask:
+        asked = gr.HTML("", padding=False)
+        with gr.Row():
+            really = gr.Button(t("Really delete"), size="sm", elem_id="delete_yes")
+            spare = gr.Button(t("Keep it"), size="sm", elem_id="delete_no")
+    spare.click(lambda: gr.update(visible=False), None, [ask], **ONCE)
+    facts = gr.HTML("", elem_id="facts", padding=False)
+    gallery = gr.Gallery(
+        label=t("Pictures"), show_label=False, columns=6, allow_preview=False, object_fit="cover",
+        buttons=[], interactive=False, format="png", elem_id="gallery",
+    )  # fmt: skip
+    return SimpleNamespace(
+        canvas=canvas, slider=slider, doing=doing, ask=ask, asked=asked, really=really,
+        facts=facts, gallery=gallery,
+    )  # fmt: skip
 
 
 def _tabs(service: GenerationService, form: Fields) -> tuple[Any, Any, dict[str, Any], Any, Any]:
@@ -281,8 +298,8 @@ def _shapes(service: GenerationService) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _settings(service: GenerationService, form: Fields) -> tuple[list[Any], Any, Any, Any, Any, Any]:
-    """The other fields; buttons: shapes with their sizes, swap, dice, keep, the grid's, and a PNG file's."""
+def _settings(service: GenerationService, form: Fields) -> tuple[list[Any], Any, Any, Any, Any, Any, Any]:
+    """The other fields; shapes with their sizes, swap, dice, keep, the grid's, a PNG file's, all stages."""
     sampling, most, sizes, strength = service.first.sampling, service.limits, service.sizes, service.guidance
     shapes = _shapes(service)
     with gr.Row(visible=len(sizes.sides()) > 1, elem_id="shapes"):
@@ -350,11 +367,13 @@ def _settings(service: GenerationService, form: Fields) -> tuple[list[Any], Any,
     upload = gr.UploadButton(
         t("Settings from a PNG"), file_types=[".png"], type="filepath", size="sm", elem_id="upload"
     )
-    return buttons, swap, dice, keep, draw_grid, upload
+    cascade = len(service.stages) > 1
+    whole = gr.Checkbox(True, label=t("Enlarge at once, by all stages"), visible=cascade, elem_id="whole")
+    return buttons, swap, dice, keep, draw_grid, upload, whole
 
 
 def _buttons(cascade: bool, controls: bool) -> dict[str, Any]:
-    """What can be done with the pictures that are shown."""
+    """The buttons for what is done with the pictures that are shown, by name."""
     with gr.Row(elem_id="doing"):
         words = {
             "reuse": "Use its settings", "enlarge": "Enlarge it", "vary": "Variations", "image": "Change it",

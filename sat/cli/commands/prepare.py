@@ -66,10 +66,9 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
     if args.sheet is not None:
         output_file(args.sheet, "--sheet", (".png", ".jpg", ".jpeg", ".webp"))
     sources = [Source(path, caption=args.caption) for path in args.sources]
-    vocabulary, limit = args.tokenizer, args.max_length
+    vocabulary, limit, batch = args.tokenizer, args.max_length, args.batch
     height = args.height if args.height is not None else args.width
     width = args.width if args.width is not None else args.height
-    batch = args.batch
     try:
         rule = None if args.area is None else BucketRule(tuple(args.area), args.step, args.max_ratio)
     except ValueError as error:
@@ -119,8 +118,8 @@ def inspect(args: argparse.Namespace) -> int:  # noqa: C901 - options, then the 
     print("\n".join(duplicates(surveys) or ["no duplicates"]))
     if rule is not None:
         sizes = [picture.size for one in surveys for picture in one.pictures]
-        table = bucket_table(Buckets.of(sizes, rule), batch or 1, sizes) if sizes else ["no buckets"]
-        print("\n".join(table))
+        found = bucket_table(Buckets.of(sizes, rule), batch or 1, sizes) if sizes else ["no buckets"]
+        print("\n".join(found))
     shown = [record for one in surveys for record in one.readable][: args.sheet_limit]
     if args.sheet is not None and shown:
         contact_sheet(shown, min(16, len(shown)), height or 64, width or 64).save(args.sheet)

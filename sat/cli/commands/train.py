@@ -279,10 +279,9 @@ def _train(
     if runtime.is_main:
         extras.record = _record(experiment, train, weights, engine, runtime, trainer)
     be_patient()  # DeepSpeed has made groups
-    count = sum(math.prod(shape) for shape in trained.whole_shapes.values())
     log.info(
-        "%s: %.2f M trained parameters, %d images an epoch, on %s%s",
-        type(objective).__name__, count / 1e6, len(sets.train), runtime.device.type,
+        "%s: %.2f M trained parameters, %d images an epoch, on %s%s", type(objective).__name__,
+        sum(map(math.prod, trained.whole_shapes.values())) / 1e6, len(sets.train), runtime.device.type,
         f", {runtime.world} ranks ({mesh})" if runtime.world > 1 else "",
     )  # fmt: skip
     if train.allocator and runtime.device.type == "cpu" and keep_freed_memory():  # after loading's own

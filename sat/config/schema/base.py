@@ -42,7 +42,7 @@ class MustExist:
     ranges: bool = False  # ``a-{00..12}.tar`` stands for many files
 
     def about(self, given: str) -> str:
-        """What to do when ``given`` is missing; of official weights, also where they are downloaded."""
+        """Advice for when ``given`` is missing; of official weights, also where they are downloaded."""
         places = PUBLISHED.get(Path(given).name) if self.advice == WEIGHTS else None
         return f"download {places}; {self.advice}" if places else self.advice
 
