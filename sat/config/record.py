@@ -66,7 +66,7 @@ _UNSEEN = frozenset(
     }
 )
 """Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""
-_LATER = frozenset({"controls"})
+_LATER = frozenset({"controls", "back_projections", "trained_steps"})
 """Keys that came after 0.1: left out where they are empty, so that pictures of before count as finished."""
 
 
