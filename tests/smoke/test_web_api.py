@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
+import subprocess
 from collections.abc import Iterator
+from os import environ
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.sampling import ROOT
 from tests.web import TOKEN, Server, serving
 
 pytest.importorskip("gradio", reason="the web page is an extra")
@@ -21,6 +26,8 @@ openai = pytest.importorskip("openai", reason="the official client tries the API
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 SEED = {"seed": 7}
+_CLIENTS = (ROOT / "node_modules/openai/index.mjs", Path(environ.get("OPENAI_JS", "-")))
+JAVASCRIPT = next(filter(Path.is_file, _CLIENTS), None) if shutil.which("node") else None
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +195,19 @@ def test_metrics_count_what_was_drawn(server, images) -> None:
     before = drawn()
     images.generate(prompt="a red apple", n=2)
     assert drawn() == before + 2
+
+
+@pytest.mark.skipif(JAVASCRIPT is None, reason="npm install openai, or its index.mjs in OPENAI_JS")
+def test_the_javascript_client_gets_the_same(server, images) -> None:
+    words = ["node", ROOT / "tests/smoke/openai_client.mjs", JAVASCRIPT, server.url, TOKEN]
+    said = json.loads(subprocess.run(words, check=True, capture_output=True, timeout=300).stdout)
+    made = images.generate(prompt="a red apple", response_format="b64_json", extra_body=SEED).data[0]
+    here = Image.open(io.BytesIO(base64.b64decode(said["made"])))
+    assert np.array_equal(np.asarray(here), np.asarray(opened(made)))
+    assert (said["model"], said["edited"], said["varied"]) == ("tiny_cascade", 2, 2)
+    previews = said["stream"], said["edits"]
+    assert [kinds[-1] for kinds in previews] == ["image_generation.completed", "image_edit.completed"]
+    assert [set(kinds[:-1]) for kinds in previews] == [
+        {"image_generation.partial_image"}, {"image_edit.partial_image"}
+    ]  # fmt: skip
+    assert said["style"] == [400, "style"] and said["broken"] == [400, "image"]
