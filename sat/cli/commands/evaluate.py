@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
 
     is_main = os.environ.get("RANK", "0") == "0"
     logs.setup(0 if is_main else 1, debug=args.debug, verbosity=args.verbosity)
+    for path in (args.images, args.real, *args.compare):
+        if path is not None and not path.is_dir():
+            raise UsageError(f"{path}: no such folder of images")
     if (args.prompts is None) == (args.prompt is None):
         raise UsageError("give the prompts: --prompts FILE, or --prompt TEXT once or several times")
     for index, text in enumerate(args.prompt or []):
@@ -59,9 +62,6 @@ def run(args: argparse.Namespace) -> int:  # noqa: C901 - the checks in the orde
     metrics, lacking = _metrics(args.scores, config, prompts)
     if lacking and not args.check:
         raise UsageError("\n".join(lacking))
-    for path in (args.images, args.real, *args.compare):
-        if path is not None and not path.is_dir():
-            raise UsageError(f"{path}: no such folder of images")
     existing = [path for path in (args.images, *args.compare) if path is not None]
     open_folders(existing, prompts)  # pictures that are missing there are reported before anything is drawn
     if not (args.base or args.check):  # drawing checks its own
