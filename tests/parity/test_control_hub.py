@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
-from sat.checkpoint import save_native
 from sat.cli.convert import main as convert
 from sat.config.schema import Component
 from sat.control.base import BaseModel
@@ -24,8 +22,7 @@ from sat.control.files import ControlInfo, fingerprint, write
 from sat.control.light import Blockwise, concat
 from sat.control.reference import Reference
 from sat.pipeline import Pipeline
-from tests.checkpoints import CONFIG, tensors, tokenizer
-from tests.parity.test_end_to_end import GUIDANCE, HEIGHT, PROMPT, STEPS, WIDTH
+from tests.parity.test_end_to_end import GUIDANCE, HEIGHT, PROMPT, STEPS, WIDTH, our_pipeline
 from tests.small import fill
 
 KINDS: dict[str, tuple[str, dict[str, object], Callable[..., torch.nn.Module]]] = {
@@ -78,20 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(root: Path) -> Pipeline:
-    spiece = tokenizer(root / "spiece.model")
-    save_native(root / "ours", tensors(), CONFIG, tokenizer=spiece)
-    (root / "base.yaml").write_text(yaml.safe_dump(CONFIG))
-    extra = [
-        "model.params.double_norm=false",
-        "checkpoint.allow_config=[model.params.double_norm]",
-        "diffusion.schedule.params.rescale=before_spacing",
-        "diffusion.schedule.params.quantise=false",
-        "sampling.sizes={min: 16, max: 64, multiple: 16, max_area: 4096}",
-        f"sampling.height={HEIGHT}",
-        f"sampling.width={WIDTH}",
-        f"checkpoint.path={root / 'ours'}",
-    ]
-    return Pipeline.from_config([root / "base.yaml"], extra, device="cpu", dtype="fp32")
+    return our_pipeline(root)
 
 
 def control(folder: Path, ours: Pipeline, kind: str) -> Path:

@@ -21,6 +21,24 @@ HEIGHT, WIDTH, GUIDANCE = 32, 48, 3.0
 STEPS = 10  # the peer rounds timesteps where the original truncates: equal for counts that divide 1000
 
 
+def our_pipeline(root: Path) -> Pipeline:
+    """The toy Plus, saved in ``root`` and opened with diffusers' norms and schedule."""
+    save_native(root / "ours", tensors(), CONFIG, tokenizer=tokenizer(root / "spiece.model"))
+    base = root / "base.yaml"
+    base.write_text(yaml.safe_dump(CONFIG))
+    extra = [
+        "model.params.double_norm=false",
+        "checkpoint.allow_config=[model.params.double_norm]",
+        "diffusion.schedule.params.rescale=before_spacing",
+        "diffusion.schedule.params.quantise=false",
+        "sampling.sizes={min: 16, max: 64, multiple: 16, max_area: 4096}",
+        f"sampling.height={HEIGHT}",
+        f"sampling.width={WIDTH}",
+        f"checkpoint.path={root / 'ours'}",
+    ]
+    return Pipeline.from_config([base], extra, device="cpu", dtype="fp32")
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[CogView3PlusPipeline, Pipeline]:
     """The same random weights as a diffusers folder in their pipeline and as a native one in ours.
@@ -32,21 +50,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[CogView3PlusPipeline
     theirs = CogView3PlusPipeline.from_pretrained(
         save_diffusers(root / "theirs", weights, CONFIG, tokenizer=spiece)
     )
-    save_native(root / "ours", weights, CONFIG, tokenizer=spiece)
-    extra = [
-        "model.params.double_norm=false",
-        "checkpoint.allow_config=[model.params.double_norm]",
-        "diffusion.schedule.params.rescale=before_spacing",
-        "diffusion.schedule.params.quantise=false",
-        "sampling.sizes={min: 16, max: 64, multiple: 16, max_area: 4096}",
-        f"sampling.height={HEIGHT}",
-        f"sampling.width={WIDTH}",
-        f"checkpoint.path={root / 'ours'}",
-    ]
-    base = root / "base.yaml"
-    base.write_text(yaml.safe_dump(CONFIG))
     theirs.set_progress_bar_config(disable=True)
-    return theirs, Pipeline.from_config([base], extra, device="cpu", dtype="fp32")
+    return theirs, our_pipeline(root)
 
 
 def both(pair: tuple[CogView3PlusPipeline, Pipeline], negative: str | None) -> tuple[Tensor, Tensor]:

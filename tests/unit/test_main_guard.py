@@ -48,7 +48,7 @@ def test_an_error_is_one_line_and_a_code(capsys, error: BaseException, code: int
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_that_comes_in_a_finalizer_is_not_lost(capsys, number: int) -> None:
-    """What is raised there is dropped by the interpreter."""
+    """The interpreter drops an exception that is raised there."""
 
     class Told:
         def __del__(self) -> None:

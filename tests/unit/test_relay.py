@@ -288,7 +288,7 @@ def test_a_flat_image_survives_shrinking_and_enlarging() -> None:
 
 
 def test_back_projection_takes_a_picture_to_those_that_shrink_to_the_given_one() -> None:
-    """What is missing falls with each round; detail that shrinking does not see stays."""
+    """The missing part falls with each round; detail that shrinking does not see stays."""
     generator = torch.Generator().manual_seed(0)
     given = torch.nn.functional.avg_pool2d(torch.rand(2, 3, 12, 16, generator=generator), 3, 1, 1)
     stripes = 0.1 * (1 - 2 * (torch.arange(32) % 2)).expand(2, 3, 24, 32)
