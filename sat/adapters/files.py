@@ -411,7 +411,8 @@ class Distilled(BaseModel):
 
     ``steps`` are the numbers of steps that they were trained for, the usual first; ``levels`` the timesteps
     that the network sees at each. ``guidance`` is the strength in the weights, or the smallest and largest of
-    one that the network takes as an input.
+    one that the network takes as an input. ``prediction`` is their own in place of the config's
+    (:class:`sat.diffusion.prediction.Preconditioned`).
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -419,6 +420,7 @@ class Distilled(BaseModel):
     steps: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)]
     levels: dict[str, list[_Finite]]
     guidance: _Strength | Annotated[list[_Strength], Field(min_length=2, max_length=2)]
+    prediction: Literal["x0", "v"] | None = None
 
 
 class Header(BaseModel):

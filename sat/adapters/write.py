@@ -198,7 +198,9 @@ def _header(layout: str, info: AdapterInfo, layers: Mapping[str, Any]) -> dict[s
         "dora": json.dumps(info.dora),
         "layers": json.dumps(layers),
         "base": json.dumps(base),
-        **({} if info.distilled is None else {"distilled": info.distilled.model_dump_json()}),
+        **(
+            {} if info.distilled is None else {"distilled": info.distilled.model_dump_json(exclude_none=True)}
+        ),
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 from sat.adapters.factors import AdapterError
 from sat.adapters.files import Distilled, distilled
@@ -20,7 +20,7 @@ from sat.checkpoint.format import CheckpointError
 from sat.checkpoint.formats import Native, detect
 from sat.config.build import components
 from sat.config.check import resolve, signature
-from sat.config.schema import Component, Experiment
+from sat.config.schema import Component, Experiment, plain
 from sat.config.yaml_source import Key
 from sat.errors import UserError
 
@@ -28,6 +28,7 @@ SECTION = "distilled"
 """Key of a manifest's config that holds it."""
 _GUIDANCE = "sat.diffusion.guidance."
 _SAMPLERS = "sat.diffusion.samplers."
+PRECONDITIONED = "sat.diffusion.prediction.Preconditioned"
 
 
 class FewStepError(UserError, ValueError):
@@ -72,7 +73,7 @@ def settle_few_steps(
     if key[0] != "adapters" and isinstance(few.guidance, list) and not takes:
         what = f"null, and {name} takes guidance as an input: these are distilled weights: use a distilled"
         raise FewStepError(("model", "params", "guidance_dim"), f"{what} model's config")
-    experiment = _levelled(experiment, few, name)
+    experiment = predicted(_levelled(experiment, few, name), few)
     sampler = sampling.sampler
     if not typed(("sampling", "sampler")):
         wanted = ("DDIM", "Euler") if few.method == "progressive" else ("Renoise",)  # Euler is DDIM's path
@@ -92,6 +93,32 @@ def settle_few_steps(
     if strength != 1:
         told.append(f"{name} is at strength {strength:g}: few steps were learned for strength 1")
     return replace(experiment, sampling=made), told
+
+
+def settle_prediction(experiment: Experiment) -> Experiment:
+    """``experiment`` with the prediction of its distilled weights, for a training over them."""
+    for source in (*_of_adapters(experiment), *_of_folder(experiment)):
+        experiment = predicted(experiment, source.few)
+    return experiment
+
+
+def predicted(experiment: Experiment, few: Distilled) -> Experiment:
+    """``experiment`` with the prediction of ``few`` in place of its own."""
+    diffusion = experiment.diffusion
+    if few.prediction is None or diffusion.prediction.target == PRECONDITIONED:
+        return experiment
+    prediction = Component(PRECONDITIONED, {"base": plain(diffusion.prediction), "to": few.prediction})
+    return replace(experiment, diffusion=replace(diffusion, prediction=prediction))
+
+
+def prediction_of_weights(experiment: Experiment) -> dict[str, Any]:
+    """The prediction in the config of the model's folder: without that of an adapter, which is beside it."""
+    prediction = plain(experiment.diffusion.prediction)
+    beside = any(source.few.prediction is not None for source in _of_adapters(experiment))
+    return cast(
+        "dict[str, Any]",
+        prediction["params"]["base"] if beside and prediction["target"] == PRECONDITIONED else prediction,
+    )
 
 
 def _for(few: Distilled) -> str:

@@ -71,7 +71,8 @@ def load_full(  # noqa: C901 - one check after another
 ) -> Loaded:
     """As :func:`load`, with the missing inputs and notices beside the experiment instead of in the log.
 
-    Unless it ``samples``, weights that were distilled to few steps are taken as any others.
+    Unless it ``samples``, weights that were distilled to few steps are taken as any others, in their own
+    prediction.
     """
     if not bases:
         raise ConfigError.of("", "", "no config is named; give at least one: --base configs/tiny.yaml")
@@ -95,8 +96,8 @@ def load_full(  # noqa: C901 - one check after another
     experiment = checker.experiment(tree)
     told = {problem.key for problem in problems}
     problems += [problem for problem in checker.problems if problem.key not in told]
-    if samples and not problems:
-        experiment = _few_steps(experiment, layers)
+    if not problems:
+        experiment = _few_steps(experiment, layers, samples=samples)
     if not problems:
         from sat.config.constraints import constraints  # which imports torch
 
@@ -116,9 +117,12 @@ def load_full(  # noqa: C901 - one check after another
     return Loaded(experiment, checker.missing, list(dict.fromkeys(notices)))
 
 
-def _few_steps(experiment: Experiment, layers: _Layers) -> Experiment:
+def _few_steps(experiment: Experiment, layers: _Layers, *, samples: bool) -> Experiment:
     """``experiment`` sampled as its distilled weights are meant; what was typed for this call may not fit."""
-    from sat.config.few_steps import FewStepError, settle_few_steps
+    from sat.config.few_steps import FewStepError, settle_few_steps, settle_prediction
+
+    if not samples:
+        return settle_prediction(experiment)
 
     def typed(key: Key) -> bool:
         held = (mark for at, mark in layers.marks.items() if at[: len(key)] == key)

@@ -31,6 +31,7 @@ from sat.checkpoint.formats.diffusers import FOLDERS, DiffusersPipeline
 from sat.checkpoint.verify import read_json
 from sat.config.build import components
 from sat.config.check import TargetError, resolve, signature
+from sat.config.few_steps import prediction_of_weights
 from sat.config.load import dump
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.config.settle import CHOICES
@@ -355,6 +356,7 @@ def differences(  # noqa: C901 - one comparison a folder, from its format to its
     Keys that ``checkpoint.allow_config`` names are left out, and so are folders that carry no config.
     """
     ours = plain(experiment)
+    ours["diffusion"]["prediction"] = prediction_of_weights(experiment)
     text = weights.source("text")
     if experiment.conditioning.tokenizer is None and text is not None and text.is_dir():
         with suppress(CheckpointError):

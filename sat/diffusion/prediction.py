@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -125,6 +125,42 @@ class FlowFromV:
 
     def gain(self, level: Level) -> Scalar:
         return (level.net_sigma / _norm(level)) ** 2
+
+
+class Preconditioned:
+    """Another prediction by a network that was trained for ``base``: x0 = c_skip x_t + c_out F.
+
+    The input stays; the output F becomes, with n = sqrt(alpha^2 + sigma^2),
+
+        ``x0``: c_skip = 0, c_out = 1
+        ``v``:  c_skip = alpha / n^2, c_out = -sigma / n     (F is v of x_t / n)
+
+    At the noisiest level c_skip is (nearly) 0, so the picture is all that the network adds. For ``Eps`` and
+    ``Flow`` x0 is there what is left of x_t without the network's copy of the noise, times up to 1 / alpha:
+    the error of that copy is speckle in a picture of one step. F is no affine function of the base's output
+    with bounded factors, so weights learn it by a short regression. ``v`` has EDM's c_skip and c_out for data
+    of unit variance. Source: arXiv:2206.00364, table 1; arXiv:2202.00512, appendix D.
+    """
+
+    def __init__(self, base: Prediction, to: Literal["x0", "v"]) -> None:
+        self.base, self.to = base, to
+
+    def scale_in(self, x: Tensor, level: Level) -> Tensor:
+        return self.base.scale_in(x, level)
+
+    def to_x0(self, out: Tensor, x: Tensor, level: Level) -> Tensor:
+        if self.to == "x0":
+            return out
+        n = _norm(level)
+        return (level.net_alpha * (x / n) - level.net_sigma * out) / n
+
+    def target(self, x0: Tensor, eps: Tensor, level: Level) -> Tensor:
+        if self.to == "x0":
+            return x0
+        return (level.net_alpha * eps - level.net_sigma * x0) / _norm(level)
+
+    def gain(self, level: Level) -> Scalar:
+        return 1.0 if self.to == "x0" else (level.net_sigma / _norm(level)) ** 2
 
 
 def _norm(level: Level) -> Scalar:

@@ -21,7 +21,7 @@ from sat.checkpoint.format import DTYPES, PARTS, CheckpointError, InMemory, Part
 from sat.checkpoint.formats import detect, digest
 from sat.checkpoint.save import Options, save_native
 from sat.checkpoint.verify import Written
-from sat.config.few_steps import SECTION
+from sat.config.few_steps import SECTION, predicted
 from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
 from sat.engine import DiffusionEngine
@@ -290,7 +290,8 @@ def exporter(
     described = ("model", "diffusion", "conditioning", "first_stage")
     sections = {name: plain(getattr(experiment, name)) for name in described}
     if (distilled := _distilled(experiment, engine, objective)) is not None:
-        sections[SECTION] = distilled.model_dump()
+        sections[SECTION] = distilled.model_dump(exclude_none=True)
+        sections["diffusion"] = plain(predicted(experiment, distilled).diffusion)
     vocabulary = engine.conditioner.tokenizer
     return ModelExport(objective, sections, None if vocabulary is None else vocabulary.path, dtype)
 
@@ -303,7 +304,9 @@ def _distilled(experiment: Experiment, engine: DiffusionEngine, objective: Objec
     steps = sorted(few.steps, key=lambda count: (count != usual, count))
     levels = {str(n): [float(at.timestep) for at in hooks.levels(engine.schedule, n)[:-1]] for n in steps}
     guidance = few.guidance if isinstance(few.guidance, float | int) else list(few.guidance)
-    return Distilled(method=few.method, steps=steps, levels=levels, guidance=guidance)
+    return Distilled(
+        method=few.method, steps=steps, levels=levels, guidance=guidance, prediction=few.prediction
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from sat.diffusion.distillation import (
     tangent,
 )
 from sat.diffusion.loss import AngleWeighting
-from sat.diffusion.prediction import Denoiser, V
+from sat.diffusion.prediction import Denoiser, Eps, Flow, Preconditioned, Prediction, V
 from sat.diffusion.process import Process, ProcessContext
 from sat.diffusion.samplers import Renoise
 from sat.diffusion.schedule import CLEAN, Discrete, FlowMatching, Level, Schedule, ZeroSNR
@@ -198,3 +199,51 @@ def test_the_exact_derivative_of_a_network_is_the_limit_of_differences() -> None
     torch.testing.assert_close(found, x0)
     assert (change - expected).norm() < 0.05 * expected.norm()
     assert expected.norm() > 1
+
+
+OWN: dict[str, tuple[Prediction, Schedule]] = {
+    "exploding eps": (Eps(), Discrete()), "zero-SNR v": (V(), ZeroSNR()), "flow": (Flow(), FlowMatching())
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["x0", "v"])
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize(("base", "schedule"), OWN.values(), ids=OWN)
+def test_a_student_of_another_prediction_has_its_bases_x0_and_input(
+    base: Prediction, schedule: Schedule, process: Process, to: Literal["x0", "v"]
+) -> None:
+    """The right output, also of noise that relay's picture is part of, gives x0 back at every level."""
+    own, make = Preconditioned(base, to), drawn()
+    x0, eps, ctx = make(), make(), ProcessContext(make())
+    for level in process.hooks.levels(schedule, 10)[:-1]:
+        level = level._replace(net_alpha=level.alpha, net_sigma=level.sigma)  # of the official table: rounded
+        x = process.noise(x0, eps, level, ctx)
+        out = own.target(x0, process.noise_seen(x0, eps, level, ctx), level)
+        torch.testing.assert_close(own.to_x0(out, x, level), x0, atol=1e-11, rtol=1e-11)
+        assert torch.equal(own.scale_in(x, level), base.scale_in(x, level))
+        off = own.to_x0(out + 1, x, level) - own.to_x0(out, x, level)
+        assert float(off.square().mean()) == pytest.approx(float(own.gain(level)), rel=1e-9)
+
+
+@pytest.mark.parametrize(("base", "schedule"), OWN.values(), ids=OWN)
+def test_the_picture_is_all_that_such_a_student_adds_to_noise(base: Prediction, schedule: Schedule) -> None:
+    """c_skip = alpha / n^2 and c_out = -sigma / n: EDM's for unit variance, V's on a preserving schedule."""
+    for level in schedule.levels(10)[:-1]:
+        level = level._replace(net_alpha=level.alpha, net_sigma=level.sigma)
+        one, none = torch.ones(SHAPE, dtype=torch.float64), torch.zeros(SHAPE, dtype=torch.float64)
+        own = Preconditioned(base, "v")
+        r = level.scaled_sigma if level.alpha else math.inf  # sigma / alpha
+        c_skip, c_out = (float(own.to_x0(*pair, level).mean()) for pair in ((none, one), (one, none)))
+        assert c_out == pytest.approx(-1 / math.hypot(1, 1 / r) if level.alpha else -1)
+        assert c_skip * level.alpha == pytest.approx(1 / (1 + r**2), abs=1e-12)
+        if isinstance(base, V):
+            torch.testing.assert_close(own.to_x0(one, 2 * one, level), base.to_x0(one, 2 * one, level))
+    noisiest = schedule.levels(1)[0]
+    eps, still = drawn()(), drawn(5)()
+    skipped = Preconditioned(base, "v").to_x0(torch.zeros_like(eps), noisiest.sigma * eps, noisiest)
+    assert skipped.abs().max() <= 0.07 * eps.abs().max()  # none of the noise
+    wrong = base.target(still, eps, noisiest) + 0.01 * eps  # a copy of the noise that is 1 percent off
+    speckle = base.to_x0(wrong, noisiest.alpha * still + noisiest.sigma * eps, noisiest) - still
+    assert float(speckle.std()) == pytest.approx(
+        0.01 * float(base.gain(noisiest)) ** 0.5 * float(eps.std()), rel=1e-6
+    )

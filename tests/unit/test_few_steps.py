@@ -12,8 +12,9 @@ import pytest
 from sat.adapters.files import Distilled, distilled, read
 from sat.adapters.write import write, write_native
 from sat.apps.evaluate.classifier import Classifier, score
-from sat.config.build import build_empty
-from sat.config.few_steps import FewStepError, settle_few_steps
+from sat.config import schema
+from sat.config.build import build_empty, components
+from sat.config.few_steps import FewStepError, predicted, settle_few_steps
 from sat.config.load import load, load_full
 from sat.config.schema import Experiment, LoadConfig, RuleError
 from sat.config.yaml_source import ConfigError
@@ -25,6 +26,7 @@ TINY = "configs/tiny.yaml"
 TURBO_FILE = "checkpoints/tiny_turbo"
 LEVELS = {"1": [999.0], "2": [999.0, 499.0], "4": [999.0, 749.0, 499.0, 249.0]}
 TURBO = Distilled(method="dmd2", steps=[1, 2, 4], levels=LEVELS, guidance=3.0)
+TURBO_V = TURBO.model_copy(update={"prediction": "v"})
 GUIDED = Distilled(method="rcm", steps=[2, 1], levels={}, guidance=[1.0, 5.0])
 LEADING = Distilled(method="dmd2", steps=[4], levels={"4": [750.0, 500.0, 250.0, 0.0]}, guidance=3.0)
 
@@ -142,6 +144,35 @@ def test_a_distilled_folder_says_it_in_its_manifest(plain: Experiment, tmp_path:
     assert any("distilled (dmd2) to 1, 2 or 4 steps" in line for line in loaded.notices)
     with pytest.raises(ConfigError, match="to 1, 2 or 4 steps"):
         load([TINY], [f"checkpoint.model={tmp_path}", "sampling.steps=8"])
+
+
+def test_a_students_own_prediction_comes_from_its_file_for_pictures_and_trainings(
+    plain: Experiment, files: Path
+) -> None:
+    name = "turbo_v.safetensors"
+    found = read(files / "turbo.safetensors", {"model": build_empty(plain.model, plain.imports)})
+    write_native(files / name, found.layers, replace(found.info, distilled=TURBO_V))
+    assert distilled(files / name) == TURBO_V
+    turbo = [f"adapters.load=[{{path: {files / name}}}]"]
+    for loaded in (load_full([TINY], turbo), load_full([TINY], turbo, samples=False)):
+        made = loaded.experiment.diffusion.prediction
+        assert (made.target, made.params["to"]) == ("sat.diffusion.prediction.Preconditioned", "v")
+        assert made.params["base"] == schema.plain(plain.diffusion.prediction)
+        again = settle_few_steps(loaded.experiment)[0]  # as a recorded config is read once more
+        assert again.diffusion.prediction == made
+        assert type(components(again).prediction.base).__name__ == "V"  # type: ignore[attr-defined]
+
+
+def test_a_folder_of_another_prediction_is_drawn_and_trained_in_it(tmp_path: Path) -> None:
+    manifest = json.loads(Path("checkpoints/tiny/manifest.json").read_text())
+    manifest["config"]["distilled"] = TURBO_V.model_dump()
+    before = load([TINY])
+    after = predicted(before, TURBO_V)
+    manifest["config"]["diffusion"] = schema.plain(after.diffusion)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for samples in (True, False):
+        loaded = load_full([TINY], [f"checkpoint.model={tmp_path}"], samples=samples)
+        assert loaded.experiment.diffusion.prediction == after.diffusion.prediction
 
 
 @pytest.mark.parametrize(("name", "steps"), [("tiny_base_distill", 4), ("tiny_relay_distill", 1)])

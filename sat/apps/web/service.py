@@ -259,7 +259,7 @@ class GenerationService:
                     log.info("%s", line)
         except (FewStepError, RuleError) as error:
             raise RequestError(str(error)) from error
-        if made.diffusion != stage.diffusion:
+        if replace(made.diffusion, prediction=stage.diffusion.prediction) != stage.diffusion:
             raise RequestError("this LoRA was distilled at levels that the loaded schedule does not visit")
         return made
 
@@ -558,6 +558,7 @@ class GenerationService:
         prove_writable(folder.root)
         told, made = self._fields(request), components(experiment)
         now.pipeline.generator.sampler = made.sampler
+        now.pipeline.generator.engine.prediction = made.prediction  # that of a few-step LoRA may be its own
         folder = replace(folder, more=lambda *_: told)
         return now, folder, SamplingParams.of(sampling, made.guider), held
 

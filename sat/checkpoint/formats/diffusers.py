@@ -352,6 +352,8 @@ def scheduler_config(diffusion: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"diffusers' CogView3-Plus needs the ZeroSNR schedule, the config has {schedule['target']}"
         )
+    if (prediction := diffusion.get("prediction") or {"target": V})["target"] != V:
+        raise CheckpointError(f"diffusers' CogView3-Plus predicts v, the config has {prediction['target']}")
     params = schedule.get("params") or {}
     return {
         "_class_name": SCHEDULER,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,13 @@ class FewSteps(NamedTuple):
     """Sampling that a distilled network is for: numbers of steps, and the guidance it has learned.
 
     ``guidance`` is one strength that is in its weights, or the smallest and largest of an input.
+    ``prediction`` is its own; None: that of the model it was made from.
     """
 
     method: str
     steps: tuple[int, ...]
     guidance: float | tuple[float, float]
+    prediction: Literal["x0", "v"] | None = None
 
 
 class Degradation(NamedTuple):

@@ -23,7 +23,7 @@ from sat.diffusion.distillation import (
 )
 from sat.diffusion.draws import Draws, GeneratorDraws
 from sat.diffusion.loss import AngleWeighting, DenoisingLoss, Weighting
-from sat.diffusion.prediction import Denoiser, Network
+from sat.diffusion.prediction import Denoiser, Network, Preconditioned
 from sat.diffusion.process import ProcessContext
 from sat.diffusion.schedule import Level, sized
 from sat.embeddings import sent
@@ -56,6 +56,10 @@ class Consistency(DiffusionObjective):
     ``derivative``: ``difference`` takes one more prediction, nearer on the teacher's path by an angle of
     ``gap`` (atan of noise over signal); ``jvp`` is exact, by torch's plain attention (``train.attention``
     torch; packed frozen weights have no forward derivative). Works over any process, schedule and prediction.
+
+    ``prediction``: ``v`` or ``x0`` is the student's own in place of its base's, for one step from a base that
+    predicts eps or flow (:class:`~sat.diffusion.prediction.Preconditioned`). Its weights learn that in the
+    first ``regression`` steps, in which its x0 follows the guided teacher's alone; ``warmup`` comes after.
     Source: sCM, arXiv:2410.11081; the difference along the teacher is rCM's, arXiv:2510.08431.
     """
 
@@ -72,6 +76,8 @@ class Consistency(DiffusionObjective):
         weighting: Weighting | None = None,
         low_from: Literal["image", "first_stage"] = "image",
         steps: int = 4,
+        prediction: Literal["base", "x0", "v"] = "base",
+        regression: int = 0,
         *,
         engine: DiffusionEngine,
     ) -> None:
@@ -90,10 +96,19 @@ class Consistency(DiffusionObjective):
                 f"consistency: terminal {terminal:g}, gap {gap:g}, warmup {warmup} and steps {steps}: "
                 "expected a share of 0 to 1, an angle above 0 and below 0.5, and two numbers of steps"
             )
+        if regression < 0 or (prediction == "base") != (regression == 0):
+            raise ValueError(
+                f"consistency: prediction {prediction} and regression {regression}: a student in another "
+                "prediction than its base's learns it in the first `regression` steps, and only such a one"
+            )
         if engine.denoising_loss.kind != "l2":
             raise ValueError("consistency has squared errors: leave kind out of diffusion.loss.params")
         self.terminal, self.warmup, self.gap, self.derivative = terminal, warmup, gap, derivative
-        self.method, self.steps = "consistency", steps
+        self.method, self.steps, self.regression = "consistency", steps, regression
+        self.prediction: Literal["x0", "v"] | None = None if prediction == "base" else prediction
+        self._base = engine.prediction  # the teacher's, and the critic's
+        if self.prediction is not None:
+            engine.prediction = Preconditioned(self._base, self.prediction)  # the student's, also for samples
         self.loss = DenoisingLoss(weighting or AngleWeighting())
         self._adapter: str | None = None
         self._teacher: tuple[nn.Module, ...] = ()  # out of the module tree: neither trained nor saved
@@ -108,7 +123,7 @@ class Consistency(DiffusionObjective):
         """Any number up to ``steps``."""
         smallest, largest = self.guidance
         strength = (smallest, largest) if self.embeds else smallest
-        return FewSteps(self.method, tuple(range(1, self.steps + 1)), strength)
+        return FewSteps(self.method, tuple(range(1, self.steps + 1)), strength, self.prediction)
 
     def beside(self) -> Sequence[nn.Module]:
         """The teacher, where it is a copy."""
@@ -151,6 +166,8 @@ class Consistency(DiffusionObjective):
         level, nearer = here.at(place), near.at(place)  # fields (B, 1, 1, 1)
         x = process.noise(given.clean, eps, level, ctx)  # (B, C, h, w)
         teacher = self.teacher(x, level, given)
+        if self.step < self.regression and self.training:
+            return self._regression(x, teacher, level, given)
         x_near = process.step(x, teacher, level, nearer, ctx)  # on the teacher's path
 
         prepared = denoiser.network.prepare(given.seen, size)
@@ -162,13 +179,25 @@ class Consistency(DiffusionObjective):
                 change = self._exact(x, x_near, level, nearer, given)
             else:
                 change = (x0 - denoiser(x_near, nearer, prepared)) / h  # dx0/dt
-            warm = min(1.0, self.step / self.warmup) if self.warmup and self.training else 1.0
+            done = self.step - self.regression
+            warm = min(1.0, done / self.warmup) if self.warmup and self.training else 1.0
             g = tangent(x0, teacher, change, level, warm)
             target = consistency_target(x0, g, level)
-            target_eps = (x - level.alpha * target) / level.sigma  # x = alpha x0 + sigma eps
-        wanted = denoiser.prediction.target(target, target_eps, level)
-        loss = self.loss.error(out, wanted, level, denoiser).mean()
-        return {"loss": loss, "tangent": g.square().mean().sqrt()}
+        return {"loss": self._error(out, target, x, level), "tangent": g.square().mean().sqrt()}
+
+    def _error(self, out: Tensor, target: Tensor, x: Tensor, level: Level) -> Tensor:
+        """Weighted squared error of the student's output ``out`` from that of the x0 ``target``."""
+        denoiser, eps = self.engine.denoiser, (x - level.alpha * target) / level.sigma
+        wanted = denoiser.prediction.target(target, eps, level)  # x = alpha target + sigma eps
+        return self.loss.error(out, wanted, level, denoiser).mean()
+
+    def _regression(self, x: Tensor, teacher: Tensor, level: Level, given: Given) -> dict[str, Tensor]:
+        """``loss`` of a student that learns its prediction: the teacher's x0 is the target as it is."""
+        denoiser = self.engine.denoiser
+        out = denoiser.output(x, level, denoiser.network.prepare(given.seen, (x.shape[2], x.shape[3])))
+        with torch.no_grad():
+            apart = (denoiser.prediction.to_x0(out, x, level) - teacher).square().mean().sqrt()
+        return {"loss": self._error(out, teacher, x, level), "tangent": apart}
 
     def _exact(self, x: Tensor, x_near: Tensor, level: Level, nearer: Level, given: Given) -> Tensor:
         """dx0/dt (B, C, h, w) by torch's forward derivative, along the way from ``nearer``."""
@@ -200,7 +229,7 @@ class Consistency(DiffusionObjective):
         network = self._teacher[0] if self._teacher else self.network
         off = strengths(network, {self._adapter: 0.0}) if self._adapter else nullcontext()
         with off:
-            teacher = Denoiser(cast(Network, network), self.engine.prediction)
+            teacher = Denoiser(cast(Network, network), self._base)
             rows = Condition.cat([given.cond.null(), given.cond])
             prepared = teacher.network.prepare(rows, (x.shape[2], x.shape[3]))
             twice = Level(*(torch.cat([field, field]) for field in level))  # type: ignore[list-item]

@@ -32,6 +32,8 @@ class Distillation(DiffusionObjective):
     number of sampling steps that the student is for; ``progressive`` has ``rounds`` of them, from
     ``teacher_steps``. Of ``consistency`` and ``rcm``: the share ``terminal`` of pictures at the noisiest
     level, the steps ``warmup`` over which the ``derivative`` through the network comes in, and its ``gap``.
+    Of all three: ``prediction`` ``x0`` or ``v`` in place of the base's, learned in the first ``regression``
+    steps, for one clean step from a base that predicts eps or flow.
     Of ``dmd2`` and ``rcm``: one step in ``student_every`` is the student's, and levels are drawn within the
     shares ``between`` of the timesteps. Of ``rcm``: ``consistency_weight``, and ``alone``, first steps
     without the critic. Any process, schedule and prediction. docs/distill.md has the choice between them.
@@ -53,6 +55,8 @@ class Distillation(DiffusionObjective):
         warmup: int | None = None,
         gap: float | None = None,
         derivative: Literal["difference", "jvp"] | None = None,
+        prediction: Literal["base", "x0", "v"] | None = None,
+        regression: int | None = None,
         student_every: int | None = None,
         between: tuple[float, float] | None = None,
         consistency_weight: float | None = None,

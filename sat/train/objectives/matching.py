@@ -33,7 +33,7 @@ class Matching(Consistency):
     predictions of that: the guided teacher's, and the critic's, which learns to denoise the student's
     pictures. Levels of both are drawn within ``between``, shares of the timesteps. ``method`` ``rcm`` adds
     ``consistency_weight`` times the consistency loss to the student's, which alone is trained in the first
-    ``alone`` steps; ``dmd2`` has none.
+    ``alone`` steps (after those of ``regression``); ``dmd2`` has none.
 
     Full weights: teacher and critic are copies. Factors (``adapters.lora``): student and critic are two sets
     of them on one frozen network, which without them is the teacher. The critic is kept in checkpoints and
@@ -47,6 +47,8 @@ class Matching(Consistency):
         self,
         method: Literal["dmd2", "rcm"] = "dmd2",
         steps: int = 1,
+        prediction: Literal["base", "x0", "v"] = "base",
+        regression: int = 0,
         student_every: int = 5,
         between: tuple[float, float] = (0.02, 0.98),
         consistency_weight: float = 100.0,
@@ -60,7 +62,10 @@ class Matching(Consistency):
         *,
         engine: DiffusionEngine,
     ) -> None:
-        super().__init__(guidance, terminal, warmup, gap, derivative, None, low_from, steps, engine=engine)
+        super().__init__(
+            guidance, terminal, warmup, gap, derivative, None, low_from, steps, prediction, regression,
+            engine=engine,
+        )  # fmt: skip
         if method == "dmd2" and (alone or consistency_weight != 100.0):
             raise ValueError("matching: consistency_weight and alone are of method rcm")
         if steps < 1 or student_every < 1 or alone < 0 or not 0 <= between[0] < between[1] <= 1:
@@ -105,10 +110,12 @@ class Matching(Consistency):
 
     def turns(self) -> Sequence[int]:
         """The student's first step beside the critic, which follows, and the critic's first."""
-        return (self.alone, self.alone + 1) if self.student_every > 1 else (self.alone,)
+        first = self.regression + self.alone
+        return (first, first + 1) if self.student_every > 1 else (first,)
 
     def _students_turn(self) -> bool:
-        return self.step < self.alone or (self.step - self.alone) % self.student_every == 0
+        beside = self.step - self.regression - self.alone  # steps with the critic
+        return beside < 0 or beside % self.student_every == 0
 
     def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Those of consistency, noise of each step of the student, and a level and noise to look from."""
@@ -130,10 +137,10 @@ class Matching(Consistency):
             loss, accuracy = self.critics(given)
             return {"loss": loss, "critic": loss.detach(), "critic_accuracy": accuracy}
         losses: dict[str, Tensor] = {}
-        if self.method == "rcm":
+        if self.method == "rcm" or self.step < self.regression:
             found = self.consistency(given)
             losses = {"consistency": found["loss"], "tangent": found["tangent"]}
-            if self.step < self.alone:
+            if self.step < self.regression + self.alone:
                 loss = self.consistency_weight * found["loss"]
                 return {"loss": loss, **_detached({"student": loss, **losses})}
         losses["matching"] = self.matching(given)
@@ -199,7 +206,7 @@ class Matching(Consistency):
 
     def _critic(self) -> Denoiser:
         network = self.network if self.critic is None else self.critic
-        return Denoiser(cast(Network, network), self.engine.prediction)
+        return Denoiser(cast(Network, network), self._base)
 
     def _as_critic(self) -> Any:
         """The network with the critic's factors in place of the student's, where they share one."""

@@ -1,0 +1,95 @@
+"""Few-step students in training: prediction and weights of each role, and what it learns from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sat.config.build import build_engine
+from sat.config.load import load
+from sat.config.schema import LoraConfig
+from sat.data.batch import Batch
+from sat.diffusion.prediction import Eps, Preconditioned
+from sat.engine import DiffusionEngine
+from sat.train.lora import NAME, add_lora
+from sat.train.objectives.consistency import Consistency
+from sat.train.objectives.distillation import Distillation
+from tests.configs import DEBUG
+
+LORA = LoraConfig(rank=3, targets=["attention", "mlp"])
+
+
+def engine(*settings: str) -> DiffusionEngine:
+    """The toy Plus as a network of noise on the exploding schedule of Base."""
+    torch.manual_seed(0)
+    predicts = "diffusion.prediction={target: sat.diffusion.prediction.Eps}"
+    schedule = "diffusion.schedule={target: sat.diffusion.schedule.Discrete}"
+    experiment = load([DEBUG], ["conditioning.tokenizer=null", predicts, schedule, *settings])
+    return build_engine(experiment, device="cpu", dtype=torch.float32)
+
+
+def batch(count: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    size = torch.tensor([[48, 64]]).expand(count, 2)
+    return Batch(
+        ["a red apple"] * count, size, torch.zeros_like(size), size,
+        text=torch.randn(count, 8, 24, generator=generator),
+        latent_moments=torch.randn(count, 8, 6, 8, generator=generator),
+    )  # fmt: skip
+
+
+def student(lora: bool, method: str = "consistency", **params: Any) -> Consistency:
+    """An objective as ``train.py`` makes it."""
+    objective = Distillation(method=method, guidance=3.0, engine=engine(), **params)
+    assert isinstance(objective, Consistency)
+    if lora:
+        add_lora(objective, LORA, 0)
+    objective.begin(NAME if lora else None)
+    return objective.train()
+
+
+def test_a_student_of_another_prediction_leaves_its_teacher_as_it_was() -> None:
+    for lora in (True, False):
+        plain, own = student(lora), student(lora, prediction="v", regression=5)
+        here, there = plain.given(batch(), torch.Generator()), own.given(batch(), torch.Generator())
+        level = plain._levels_of((6, 8))[0].at(torch.tensor([999, 500, 10]))
+        x = torch.randn(3, 4, 6, 8)
+        assert torch.equal(plain.teacher(x, level, here), own.teacher(x, level, there))
+        assert isinstance(own.engine.prediction, Preconditioned) and isinstance(own._base, Eps)
+        assert own.few_steps().prediction == "v" and plain.few_steps().prediction is None
+
+
+def test_a_student_learns_its_prediction_in_the_first_steps() -> None:
+    """Its x0 at the noisiest level, where the base divides by a signal of 0.07, comes near the teacher's."""
+    objective = student(lora=False, prediction="v", regression=60, terminal=1.0)
+    optimizer = torch.optim.Adam((p for p in objective.parameters() if p.requires_grad), 3e-3)
+    apart = []
+    for objective.step in range(60):
+        losses = objective(batch(), torch.Generator().manual_seed(objective.step))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        apart.append(float(losses["tangent"]))
+    assert apart[-1] < 0.5 * apart[0], apart
+    assert set(losses) == {"loss", "tangent"}
+
+
+@pytest.mark.parametrize(("method", "alone"), [("dmd2", {}), ("rcm", {"alone": 2})])
+def test_the_critic_comes_in_after_regression(method: str, alone: dict[str, int]) -> None:
+    made = student(True, method, prediction="x0", regression=3, student_every=2, **alone)
+    turns = []
+    for made.step in range(8):
+        turns.append(made.turn())
+    first = 3 + sum(alone.values())
+    assert turns == (["student"] * first + ["student", "critic"] * 4)[:8]
+    assert list(made.turns()) == [first, first + 1]
+    made.step = 0
+    assert "consistency" in made(batch(), torch.Generator()) and "matching" not in made(batch())
+
+
+@pytest.mark.parametrize("params", [{"prediction": "v"}, {"regression": 5}])
+def test_another_prediction_and_its_regression_go_together(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="learns it in the first `regression` steps, and only such a one"):
+        student(True, **params)
