@@ -69,7 +69,8 @@ class Sources:
     """Paths of the parts. ``path`` holds all, or those that the other fields do not name.
 
     ``change`` maps the parts on the way, for instance folding adapters into their weights.
-    ``allow_unexpected`` are shell patterns over names in the files that are left out.
+    ``allow_unexpected`` are shell patterns over names in the files that are left out. ``lay`` changes the
+    config sections that are written, as what ``change`` folds in asks for.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Sources:
     model: Path | None = None
     change: Callable[[dict[Part, LazyStateDict]], dict[Part, LazyStateDict]] | None = None
     allow_unexpected: Sequence[str] = ()
+    lay: Callable[[dict[str, Any]], dict[str, Any]] = lambda sections: sections
 
     def of(self, part: Part) -> Path:
         """Path of ``part``."""
@@ -194,7 +196,8 @@ def convert(
         advance = progress(total) if progress is not None else None
         tokenizer, notes = _tokenizer(sources, parts, to)
         options = replace(options, advance=advance, finite=True)
-        WRITERS[to](destination, parts, _finished(sections), tokenizer=tokenizer, options=options)
+        sections = sources.lay(_finished(sections))
+        WRITERS[to](destination, parts, sections, tokenizer=tokenizer, options=options)
         return Converted(destination, {part: len(tensors) for part, tensors in parts.items()}, total, notes)
 
 

@@ -173,6 +173,7 @@ def _convert(args: argparse.Namespace) -> int:
             tuple(args.only),
             change=_changing(args.merge_lora, ranks, imports),
             allow_unexpected=() if experiment is None else experiment.checkpoint.allow_unexpected,
+            lay=_distilling(args.merge_lora, args.to),
         ),  # fmt: skip
         args.average,
     )
@@ -282,6 +283,42 @@ def _changing(wanted: list[str], ranks: int, imports: Sequence[str]) -> Callable
         return folded(parts, refs) if refs else parts
 
     return change
+
+
+def _distilling(wanted: list[str], to: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The change of the config sections: merged few-step adapters say there what they are for."""
+    from sat.config.few_steps import SECTION, few_steps_of, preconditioned
+
+    refs = [lora(text) for text in wanted]
+    found = [(path, strength, few) for path, strength in refs if strength and (few := few_steps_of(path))]
+    if len(found) > 1:
+        raise UsageError(
+            f"{found[0][0]} and {found[1][0]} are both distilled to few steps: merge one of them"
+        )
+
+    def lay(sections: dict[str, Any]) -> dict[str, Any]:
+        for path, strength, few in found:
+            if SECTION in sections:
+                raise UsageError(f"the checkpoint is distilled already, and {path} is for plain weights")
+            sections = {**sections, SECTION: few.model_dump(exclude_none=True)}
+            if few.prediction is not None:
+                diffusion, own = sections["diffusion"], few.prediction
+                sections["diffusion"] = {
+                    **diffusion,
+                    "prediction": preconditioned(diffusion["prediction"], own),
+                }
+            if strength != 1:
+                print(
+                    f"note: {path} is merged at {strength:g}: few steps were learned for 1", file=sys.stderr
+                )
+        if (held := sections.get(SECTION)) is not None and to != "native":
+            counts, given = " or ".join(map(str, sorted(held["steps"]))), held["guidance"]
+            said = "as an input" if isinstance(given, list) else f"{given:g} in the weights"
+            told = f"distilled to {counts} steps, guidance {said}"
+            print(f"note: {to} has no place for how these weights are sampled: {told}", file=sys.stderr)
+        return sections
+
+    return lay
 
 
 def _refuse_other_base(adapter: Path, components: Mapping[str, Any], imports: Sequence[str]) -> None:

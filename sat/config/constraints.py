@@ -304,9 +304,14 @@ def _adapters(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one ru
         rounds = resolve(e.train.objective.target, e.imports).rounds(e.train.objective.params)
     except ValueError:
         return  # said with the objective itself
-    if rounds:
-        what = "distillation gives the network a new input, which low-rank factors cannot: set it to null"
-        yield ("adapters", "lora"), what
+    if rounds and not isinstance(e.train.objective.params.get("guidance"), (int, float)):
+        what = (
+            "a pair of guidance strengths is a new input of the network, which low-rank factors cannot add: "
+        )
+        yield (
+            ("train", "objective", "params", "guidance"),
+            f"{what}give one strength, which is folded in, or train whole weights (adapters.lora=null)",
+        )
 
 
 def _control(e: Experiment, objects: Objects) -> Broken:

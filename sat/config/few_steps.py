@@ -7,7 +7,7 @@ Commands, :class:`sat.pipeline.Pipeline` and the page come through :func:`settle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -107,8 +107,13 @@ def predicted(experiment: Experiment, few: Distilled) -> Experiment:
     diffusion = experiment.diffusion
     if few.prediction is None or diffusion.prediction.target == PRECONDITIONED:
         return experiment
-    prediction = Component(PRECONDITIONED, {"base": plain(diffusion.prediction), "to": few.prediction})
+    prediction = Component(**preconditioned(plain(diffusion.prediction), few.prediction))
     return replace(experiment, diffusion=replace(diffusion, prediction=prediction))
+
+
+def preconditioned(base: Mapping[str, Any], to: str) -> dict[str, Any]:
+    """The component of a student's own prediction over that of its ``base``."""
+    return {"target": PRECONDITIONED, "params": {"base": base, "to": to}}
 
 
 def prediction_of_weights(experiment: Experiment) -> dict[str, Any]:
@@ -129,9 +134,15 @@ def _for(few: Distilled) -> str:
 
 def _of_adapters(experiment: Experiment) -> Iterator[_Source]:
     for i, item in enumerate(experiment.adapters.load):
-        with suppress(CheckpointError, AdapterError, OSError):  # told when it is read
-            if item.strength and (few := distilled(item.path)) is not None:
-                yield _Source(("adapters", "load", str(i), "path"), item.path, few, item.strength)
+        if item.strength and (few := few_steps_of(item.path)) is not None:
+            yield _Source(("adapters", "load", str(i), "path"), item.path, few, item.strength)
+
+
+def few_steps_of(adapter: Path) -> Distilled | None:
+    """Sampling that the file ``adapter`` is for, if only few steps; a damaged one is told when it is read."""
+    with suppress(CheckpointError, AdapterError, OSError):
+        return distilled(adapter)
+    return None
 
 
 def _of_folder(experiment: Experiment) -> Iterator[_Source]:

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
+from sat.adapters.lora import adapted
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import LoraConfig
 from sat.data.batch import Batch
 from sat.diffusion.prediction import Eps, Preconditioned
+from sat.diffusion.process import ProcessContext
 from sat.engine import DiffusionEngine
 from sat.train.lora import NAME, add_lora
-from sat.train.objectives.consistency import Consistency
 from sat.train.objectives.distillation import Distillation
+from sat.train.objectives.progressive import TEACHER
 from tests.configs import DEBUG
 
 LORA = LoraConfig(rank=3, targets=["attention", "mlp"])
@@ -40,10 +42,9 @@ def batch(count: int = 3) -> Batch:
     )  # fmt: skip
 
 
-def student(lora: bool, method: str = "consistency", **params: Any) -> Consistency:
+def student(lora: bool, method: str = "consistency", **params: Any) -> Any:
     """An objective as ``train.py`` makes it."""
-    objective = Distillation(method=method, guidance=3.0, engine=engine(), **params)
-    assert isinstance(objective, Consistency)
+    objective = Distillation(method=method, **{"guidance": 3.0, "engine": engine(), **params})
     if lora:
         add_lora(objective, LORA, 0)
     objective.begin(NAME if lora else None)
@@ -93,3 +94,50 @@ def test_the_critic_comes_in_after_regression(method: str, alone: dict[str, int]
 def test_another_prediction_and_its_regression_go_together(params: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="learns it in the first `regression` steps, and only such a one"):
         student(True, **params)
+
+
+ROUNDS = {"teacher_steps": 8, "rounds": (4, 2), "guidance": 3.0}
+
+
+def test_a_folded_strength_is_the_teachers_in_the_first_round_of_factors() -> None:
+    """Factors that are zero at first: the student's target is what two guided steps of the base reach."""
+    made, whole = (student(lora, "progressive", **ROUNDS) for lora in (True, False))
+    assert not made.beside() and len(whole.beside()) == 1
+    losses = [o(batch(), torch.Generator().manual_seed(3))["loss"] for o in (made, whole)]
+    torch.testing.assert_close(*losses)
+    losses[0].backward()
+    learn = {name for name, p in made.named_parameters() if p.grad is not None}
+    assert learn and all(f".factors.{NAME}." in name for name in learn)
+    assert made.few_steps().guidance == 3.0 and made.few_steps().steps == (4,)
+
+
+def test_the_second_rounds_teacher_has_the_factors_of_the_first() -> None:
+    """It stays as it began, unguided, while the student's factors learn."""
+    made = student(True, "progressive", **ROUNDS)
+    factors = {n: p for n, p in made.named_parameters() if p.requires_grad}
+    filled = torch.Generator().manual_seed(4)
+    for p in factors.values():
+        p.data = 0.1 * torch.randn(p.shape, generator=filled)
+    second = student(True, "progressive", **ROUNDS, round=1)
+    for layer, before in zip(adapted(second.network), adapted(made.network), strict=True):
+        for name in (NAME, TEACHER):
+            layer[1].named(name).load_state_dict(before[1].named(NAME).state_dict())
+    x, cond = torch.randn(3, 4, 6, 8), made.condition(batch(), torch.device("cpu"))
+    place, strength = torch.tensor([0, 1, 1]), torch.full((3,), 3.0)
+
+    def arrived() -> torch.Tensor:
+        return second._two_steps(x, place, cond, strength, ProcessContext())  # type: ignore[no-any-return]
+
+    denoiser, process = made.engine.denoiser, made.engine.process
+    (levels, middles), prepared = second._levels_of((6, 8)), made.network.prepare(cond, (6, 8))
+    level, middle, end = levels.at(place), middles.at(place), levels.at(place + 1)
+    with torch.no_grad():
+        expected = process.step(x, denoiser(x, level, prepared), level, middle, ProcessContext())
+        expected = process.step(expected, denoiser(expected, middle, prepared), middle, end, ProcessContext())
+    torch.testing.assert_close(arrived(), expected)
+    for _, layer in adapted(second.network):
+        for p in layer.named(NAME).parameters():
+            torch.nn.init.zeros_(p)
+    torch.testing.assert_close(arrived(), expected)
+    assert not any(p.requires_grad for n, p in second.named_parameters() if f".{TEACHER}." in n)
+    assert second.few_steps().steps == (2,)

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from sat.adapters.files import Distilled, distilled, read
 from sat.adapters.write import write, write_native
 from sat.apps.evaluate.classifier import Classifier, score
+from sat.cli.convert import main as convert
 from sat.config import schema
 from sat.config.build import build_empty, components
 from sat.config.few_steps import FewStepError, predicted, settle_few_steps
@@ -128,6 +131,44 @@ def test_the_file_that_ships_draws_what_is_asked_for_in_one_step(plain: Experime
     assert score(pipe(captions, seed=0).images, captions, judge).top1 >= 0.8
     with pytest.raises(RuleError, match="distilled to 1, 2, 3, 4 steps, got 8"):
         pipe("a red apple", steps=8)
+
+
+def picture(*settings: str) -> torch.Tensor:
+    """A latent of "a red apple" of the small model, in float32."""
+    pipe = Pipeline.from_config(ROOT / TINY, list(settings), device="cpu", dtype="fp32")
+    return torch.from_numpy(np.asarray(pipe("a red apple", seed=1).images[0], dtype=np.float32))
+
+
+def test_a_turbo_file_and_a_style_at_its_strength_act_together(files: Path, plain: Experiment) -> None:
+    """As the network with both changes in its weights; alone, each gives another picture."""
+    style, turbo = f"{{path: {files / 'style.safetensors'}, strength: 0.8}}", f"{{path: {ROOT / TURBO_FILE}}}"
+    both = picture(f"adapters.load=[{style}, {turbo}]")
+    alone = picture(f"adapters.load=[{turbo}]")
+    merged = picture(f"adapters.load=[{style}, {turbo}]", "adapters.merge=true")
+    assert (both - alone).abs().mean() > 1 and (both - merged).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("own", [None, "v"])
+def test_a_merged_turbo_file_says_in_the_folder_what_it_is_for(
+    own: str | None, files: Path, plain: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turbo, style = ROOT / TURBO_FILE, files / "style.safetensors"
+    if own is not None:
+        found = read(turbo, {"model": build_empty(plain.model, plain.imports)})
+        few = found.info.distilled.model_copy(update={"prediction": own})  # type: ignore[union-attr]
+        turbo = files / "own.safetensors"
+        write_native(turbo, found.layers, replace(found.info, distilled=few))
+    words = [str(ROOT / "checkpoints/tiny"), str(tmp_path / "out"), "--to", "native", "--only", "model"]
+    assert convert([*words, "--merge-lora", str(turbo), "--merge-lora", f"{style}:0.8"]) == 0
+    merged = [f"checkpoint.model={tmp_path / 'out'}"]
+    loaded = load_full([ROOT / TINY], merged)
+    assert loaded.experiment.sampling.trained_steps == [1, 2, 3, 4]
+    assert (loaded.experiment.diffusion.prediction.target[-14:] == "Preconditioned") == (own is not None)
+    both = f"adapters.load=[{{path: {style}, strength: 0.8}}, {{path: {turbo}}}]"
+    assert (picture(*merged) - picture(both)).abs().mean() < 0.1
+    again = [str(tmp_path / "out"), str(tmp_path / "twice"), "--to", "native", "--merge-lora", str(turbo)]
+    assert convert(again) == 2
+    assert "the checkpoint is distilled already" in capsys.readouterr().err
 
 
 def test_the_spacing_follows_the_levels_of_training(plain: Experiment, files: Path) -> None:

@@ -74,14 +74,14 @@ def test_mistakes_are_named(overrides: list[str], said: str) -> None:
     assert any(said in line for line in lines), lines
 
 
-def test_distillation_is_no_training_of_factors() -> None:
+def test_rounds_with_a_pair_of_strengths_are_no_training_of_factors() -> None:
     over = [
         "data.height=32", "data.width=48", "model.params.guidance_dim=16",
         "sampling.guider={target: sat.diffusion.guidance.Embedded, params: {scale: 2.0}}",
         "train.objective={target: sat.train.objectives.distillation.Distillation, params: "
         "{teacher_steps: 8, rounds: [4, 2]}}",
     ]  # fmt: skip
-    assert any("distillation gives the network a new input" in line for line in refused(BASES, over))
+    assert any("a pair of guidance strengths is a new input" in line for line in refused(BASES, over))
 
 
 def test_whole_weights_are_not_trained_under_loaded_adapters(tmp_path: Path) -> None:

@@ -115,8 +115,10 @@ def work(args: argparse.Namespace, settings: Sequence[tuple[str, object]]) -> in
             whole = _train_rounds(experiment, train, data, runtime)
             runtime.finish()
         if whole and runtime.is_main:
-            uses = f"--lora {folder}" if experiment.adapters.lora is not None else f"checkpoint.path={folder}"
-            if "model" in resolve(train.objective.target, experiment.imports).needs(train.objective.params):
+            kind, params = resolve(train.objective.target, experiment.imports), train.objective.params
+            done = folder / rounds[-1].name if (rounds := kind.rounds(params)) else folder
+            uses = f"--lora {done}" if experiment.adapters.lora is not None else f"checkpoint.path={done}"
+            if "model" in kind.needs(params):
                 what = f"python sample.py --base {args.base[0]} {uses} --prompt ..."
                 log.info("next: %s", spoken(what))
     return 0 if whole else STOPPED_EARLY
@@ -183,7 +185,7 @@ def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, 
 
     True if the last step was done.
     """
-    weights = train.init_from or experiment.checkpoint
+    weights, lora = train.init_from or experiment.checkpoint, experiment.adapters.lora
     rounds = resolve(train.objective.target, experiment.imports).rounds(train.objective.params)
     if not rounds:
         return _train(experiment, train, data, weights, runtime)
@@ -203,6 +205,7 @@ def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, 
         part = replace(
             experiment,
             train=own,
+            adapters=replace(experiment.adapters, lora=lora),
             output=replace(experiment.output, dir=folder.root, resume=there),
             sampling=replace(experiment.sampling, steps=stage.steps),
         )
@@ -210,7 +213,10 @@ def _train_rounds(experiment: Experiment, train: TrainConfig, data: DataConfig, 
             return False
         runtime.free_memory()
         last = from_main(folder.saved()[-1].path if runtime.is_main else None)
-        weights = replace(weights, model=last / NATIVE, allow_missing=[])
+        if lora is None:
+            weights = replace(weights, model=last / NATIVE, allow_missing=[])
+        else:
+            lora = replace(lora, start=last / NATIVE)
     return True
 
 

@@ -25,10 +25,10 @@ class Distillation(DiffusionObjective):
     ``progressive``: rounds, in each of which the student takes one step for two of its teacher's.
     ``consistency`` (sCM): in one training the student's x0 becomes the same at every level of the teacher's
     path. ``dmd2``: a student and a critic learn in turn, until the student's pictures have the teacher's
-    scores. ``rcm``: both at once. All but the first train whole weights or factors (``adapters.lora``).
+    scores. ``rcm``: both at once. All train whole weights or factors (``adapters.lora``).
 
     ``guidance`` is the teacher's strength: one is folded into the student, a pair is drawn between and
-    becomes an input (``guidance_dim`` of the model; always for ``progressive``). ``steps`` is the largest
+    becomes an input (``guidance_dim`` of the model). ``steps`` is the largest
     number of sampling steps that the student is for; ``progressive`` has ``rounds`` of them, from
     ``teacher_steps``. Of ``consistency`` and ``rcm``: the share ``terminal`` of pictures at the noisiest
     level, the steps ``warmup`` over which the ``derivative`` through the network comes in, and its ``gap``.

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sat.adapters.lora import adapted, strengths
 from sat.conditioning.conditioner import Condition
 from sat.data.batch import Batch
 from sat.diffusion.distillation import SMALLEST_GAIN, LevelTable, step_gain, student_target
@@ -22,16 +23,20 @@ from sat.engine import DiffusionEngine
 from sat.train.objectives.base import FewSteps, Round
 from sat.train.objectives.diffusion import DiffusionObjective
 
+TEACHER = "teacher"
+"""Name of the factors that a round began with."""
+
 
 class Progressive(DiffusionObjective):
     """One round: the student of ``rounds[round]`` steps learns to arrive where two teacher steps do.
 
     ``teacher_steps`` are those of the undistilled model, ``rounds`` the students' steps, each at least half
-    of those before. The teacher is the network as the round begins. In the first round it is guided:
-    strengths are drawn from ``guidance`` (smallest, largest) and both teacher and student see the same, the
-    student as an input (``guidance_dim`` of the model); from the second on the teacher takes it as an input
-    too. Noise levels are exactly those that the student samples with. For plain diffusion and relay, any
-    schedule, prediction and network.
+    of those before. The teacher is the network as the round begins: a copy of it, or with factors
+    (``adapters.lora``) the same network, with those that the round began with. In the first round it is
+    guided. One strength ``guidance`` is folded into the student; of a pair (smallest, largest) strengths are
+    drawn, which the student sees as an input (``guidance_dim`` of the model, which factors cannot add), and
+    from the second round on the teacher too. Noise levels are exactly those that the student samples with.
+    For plain diffusion and relay, any schedule, prediction and network.
 
     Source: arXiv:2202.00512, algorithm 2; arXiv:2210.03142; CogView3, arXiv:2403.05121, section 3.4.
     """
@@ -43,7 +48,7 @@ class Progressive(DiffusionObjective):
         self,
         teacher_steps: int = 50,
         rounds: Sequence[int] = (25, 16, 8, 4),
-        guidance: tuple[float, float] = (1.0, 8.0),
+        guidance: float | tuple[float, float] = (1.0, 8.0),
         weighting: Weighting | None = None,
         low_from: Literal["image", "first_stage"] = "image",
         round: int = 0,
@@ -54,10 +59,11 @@ class Progressive(DiffusionObjective):
         _check(teacher_steps, rounds, guidance)
         if not 0 <= round < len(rounds):
             raise ValueError(f"distillation: round is {round}, expected 0 to {len(rounds) - 1}")
-        if getattr(engine.network, "guidance", None) is None:
+        self.embeds, self.guidance = pair(guidance)
+        if self.embeds and getattr(engine.network, "guidance", None) is None:
             raise ValueError(
-                "distillation embeds the guidance strength: set model.params.guidance_dim, as "
-                "configs/distill.yaml does"
+                "distillation embeds a pair of guidance strengths: set model.params.guidance_dim, as "
+                "configs/distill.yaml does, or give one strength, which is folded in"
             )
         whole = engine.denoising_loss
         if whole.kind != "l2" or whole.timesteps is not None or whole.stratified:
@@ -67,10 +73,9 @@ class Progressive(DiffusionObjective):
             )
         self.steps = rounds[round]
         self.guided = round == 0
-        self.guidance = guidance
         self.loss = DenoisingLoss(weighting or TruncatedSNR())
-        # Out of the module tree, like the engine: neither trained nor saved.
-        self._teacher = (copy.deepcopy(engine.network).requires_grad_(False),)
+        self._round, self._adapter = round, cast("str | None", None)
+        self._teacher: tuple[nn.Module, ...] = ()  # out of the module tree: neither trained nor saved
         levels = engine.process.hooks.levels(engine.schedule, self.steps)
         for level, next_level in zip(levels, levels[1:], strict=False):
             if abs(step_gain(engine.process, level, next_level)) < SMALLEST_GAIN:
@@ -88,9 +93,19 @@ class Progressive(DiffusionObjective):
             self._tables[size] = LevelTable(levels), LevelTable(middles)
         return self._tables[size]
 
+    def begin(self, adapter: str | None) -> None:
+        """Make the teacher: a copy, the network without factors, or with those of the round before."""
+        self._adapter = adapter
+        if adapter is None:
+            self._teacher = (copy.deepcopy(self.engine.network).requires_grad_(False),)
+        for _, layer in adapted(self.network) if adapter is not None and self._round else ():
+            if adapter in layer.strengths:
+                layer.add(TEACHER, layer.layer(adapter), 0.0, 0.0)
+                layer.named(TEACHER).requires_grad_(False)
+
     def few_steps(self) -> FewSteps:
         """The round's number alone."""
-        return FewSteps("progressive", (self.steps,), self.guidance)
+        return FewSteps("progressive", (self.steps,), self.guidance if self.embeds else self.guidance[0])
 
     @classmethod
     def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
@@ -100,7 +115,7 @@ class Progressive(DiffusionObjective):
         return [Round(f"steps_{count}", {"round": i}, count) for i, count in enumerate(steps)]
 
     def beside(self) -> Sequence[nn.Module]:
-        """The teacher."""
+        """The teacher, where it is a copy."""
         return self._teacher
 
     def draws(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -132,7 +147,8 @@ class Progressive(DiffusionObjective):
         arrived = self._two_steps(x, place, cond, strength, ctx)
         target_x0 = student_target(process, x, arrived, level, next_level, ctx).float()
 
-        prepared = denoiser.network.prepare(cond.guided(strength), _size(x))
+        seen = cond.guided(strength) if self.embeds else cond
+        prepared = denoiser.network.prepare(seen, _size(x))
         out = denoiser.output(x, level, prepared)
         target_eps = (x - level.alpha * target_x0) / level.sigma  # x = alpha x0 + sigma eps
         target = denoiser.prediction.target(target_x0, target_eps, level)
@@ -147,14 +163,12 @@ class Progressive(DiffusionObjective):
         self, x: Tensor, place: Tensor, cond: Condition, strength: Tensor, ctx: ProcessContext
     ) -> Tensor:
         """The teacher's x (B, C, h, w) after the student's step ``place`` (B,), through the middle level."""
-        process = self.engine.process
-        teacher = Denoiser(cast(Network, self._teacher[0]), self.engine.prediction)
-        rows = (
-            Condition.cat([self.engine.conditioner.null(cond), cond])
-            if self.guided
-            else cond.guided(strength)
-        )
-        prepared = teacher.network.prepare(rows, _size(x))
+        process, network = self.engine.process, self._teacher[0] if self._teacher else self.network
+        teacher, rows = Denoiser(cast(Network, network), self.engine.prediction), cond
+        if self.guided:
+            rows = Condition.cat([self.engine.conditioner.null(cond), cond])
+        elif self.embeds:
+            rows = cond.guided(strength)
 
         def predict(x: Tensor, level: Level) -> Tensor:
             if not self.guided:
@@ -165,11 +179,21 @@ class Progressive(DiffusionObjective):
 
         levels, middles = self._levels_of(_size(x))
         level, middle, next_level = levels.at(place), middles.at(place), levels.at(place + 1)
-        x = process.step(x, predict(x, level), level, middle, ctx)
-        return process.step(x, predict(x, middle), middle, next_level, ctx)
+        own = {self._adapter: 0.0, TEACHER: 1.0} if self._adapter else {}
+        with strengths(network, own):
+            prepared = teacher.network.prepare(rows, _size(x))
+            x = process.step(x, predict(x, level), level, middle, ctx)
+            return process.step(x, predict(x, middle), middle, next_level, ctx)
 
 
-def _check(teacher_steps: int, rounds: Sequence[int], guidance: Sequence[float]) -> None:
+def pair(guidance: float | Sequence[float]) -> tuple[bool, tuple[float, float]]:
+    """True for strengths to draw from, and the smallest and largest of them."""
+    if isinstance(guidance, (int, float)):
+        return False, (guidance, guidance)
+    return True, (guidance[0], guidance[1])
+
+
+def _check(teacher_steps: int, rounds: Sequence[int], guidance: float | Sequence[float]) -> None:
     before = teacher_steps
     if not rounds:
         raise ValueError(
@@ -182,8 +206,11 @@ def _check(teacher_steps: int, rounds: Sequence[int], guidance: Sequence[float])
                 f"{before - 1}: a student takes one step where its teacher takes at most two"
             )
         before = steps
-    if not 0 <= guidance[0] <= guidance[1]:
-        raise ValueError(f"distillation: guidance is {list(guidance)}, expected 0 <= smallest <= largest")
+    smallest, largest = pair(guidance)[1]
+    if not 0 <= smallest <= largest:
+        raise ValueError(
+            f"distillation: guidance is {[smallest, largest]}, expected 0 <= smallest <= largest"
+        )
 
 
 def _size(x: Tensor) -> tuple[int, int]:
