@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -20,10 +21,13 @@ from sat.parallel.launch import ALONE, Axis
 from sat.parallel.tensor import apply_sharding
 from sat.sharding import Sharding, family_sharding
 from sat.transformer import Transformer
+from sat.transformer.hooks import Grid
 
 Takes = Literal["latent", "pixels", "inpaint", "features"]
 """Encodings of a control's picture: its latent, the picture itself, the latent of all outside a mask and the
 mask, or features of a frozen encoder."""
+Input = Literal["latent", "pixels"]
+"""Choice of a design that can take either: an autoencoder may lose what a picture of lines says."""
 
 
 class ControlError(UserError, ValueError):
@@ -80,7 +84,7 @@ class Control(nn.Module):
     find their inputs in ``ctx.controls``.
     """
 
-    takes: ClassVar[Takes] = "latent"
+    takes: Takes = "latent"
     blank: ClassVar[bool] = False
     """The unconditional half of guidance gets zeros instead of the picture."""
     in_tiles: ClassVar[bool] = True
@@ -88,10 +92,12 @@ class Control(nn.Module):
     label = ""
 
     def encode(self, first_stage: AutoencoderKL, pictures: Tensor) -> Tensor:
-        """Values for ``ControlInput`` of pictures (B, 3, H, W) in [-1, 1]: here their latents' means, scaled.
+        """Values for ``ControlInput`` of pictures (B, 3, H, W) in [-1, 1]: their latents' means, scaled.
 
-        They have the base's own scale, as x_t has, and no randomness.
+        They have the base's own scale, as x_t has, and no randomness. Pixels: the pictures in [0, 1].
         """
+        if self.takes == "pixels":
+            return pictures.add(1).div(2)
         return first_stage.encode(pictures.to(first_stage.dtype)).mode().float() * first_stage.scale_factor
 
     def places(self) -> Mapping[str, Mixin]:
@@ -143,9 +149,42 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class Patches:
+    """A control's picture (B, C, h, w) in patches (B, N, C p p), one an image token, in the base's own order.
+
+    Of its latent as the base's, or of its pixels, of which ``cell`` are the side of a latent's cell.
+    ``more`` counts further channels; ``width`` is C p p.
+    """
+
+    def __init__(self, base: BaseModel, given: Input = "latent", cell: int = 8, more: int = 0) -> None:
+        self.side, channels = (int(getattr(base.network, name)) for name in ("patch", "channels"))
+        if given == "pixels":
+            self.side, channels = self.side * cell, 3
+        self.width = (channels + more) * self.side**2
+
+    def __call__(self, value: Tensor, grid: Grid) -> Tensor:
+        p, (h, w) = self.side, value.shape[2:]
+        if (h, w) != (p * grid.h, p * grid.w):
+            raise ControlError(
+                f"the control's picture makes {h / p:g} x {w / p:g} patches of {p}, the model has {grid.h} x "
+                f"{grid.w}: set the control's `cell` to the pixels of a latent's cell"
+            )
+        return patches(value, p)
+
+
 def patches(latent: Tensor, patch: int) -> Tensor:
     """(B, C, h, w) -> (B, N, C p p), the order of the base's own patches."""
     return rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unshuffled(value: Tensor, cell: int, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> (B, C cell cell, h, w), a latent's ``size``: the pixels of a cell as its channels."""
+    if tuple(value.shape[2:]) != (cell * size[0], cell * size[1]):
+        raise ControlError(
+            f"the control's picture has {list(value.shape[2:])} pixels, the latent {list(size)} cells, which "
+            f"are not {cell} pixels each: set the control's `cell`"
+        )
+    return F.pixel_unshuffle(value, cell)
 
 
 def behind(x: Tensor, added: Tensor, start: int) -> Tensor:

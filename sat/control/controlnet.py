@@ -15,18 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.conditioning.conditioner import Condition
-from sat.control.base import BaseModel, Control, ControlError, behind, patches, weighted, zero
+from sat.control.base import (
+    BaseModel,
+    Control,
+    ControlError,
+    Input,
+    Patches,
+    behind,
+    unshuffled,
+    weighted,
+    zero,
+)
 from sat.control_input import ControlInput
 from sat.diffusion.schedule import Scalar
-from sat.first_stage.model import AutoencoderKL
 from sat.mixin import Mixin, wraps
 from sat.models.cogview3_unet.model import (
     CogView3UNet,
     Descend,
-    Downsample,
     Enter,
     Prepared,
-    ResBlock,
     UNetHooks,
     WayDown,
 )
@@ -40,37 +47,41 @@ def controlnet(
     blocks: int | None = None,
     share_adaln: bool = False,
     hint: Sequence[int] = (16, 32, 96, 256),
+    input: Input | None = None,
+    cell: int = 8,
     *,
     base: BaseModel,
 ) -> Control:
     """The ControlNet of a network: of a transformer's first ``blocks`` (None: a fifth), or a UNet's way down.
 
-    ``share_adaln`` uses the base's modulations instead of a copy of their layers. ``hint`` are the widths of
-    the convolutions that bring a UNet's picture to the size of its latent, the last of stride 2 each.
+    ``share_adaln`` uses the base's modulations instead of a copy of their layers. ``input`` is the picture's
+    latent or its pixels (None: a UNet's pixels, else the latent): in a transformer patches of ``cell`` pixels
+    a cell of the latent; in a UNet convolutions of the widths ``hint``, each but the first of stride 2, or
+    for an empty ``hint`` the pixels of a cell as its channels.
     """
     if isinstance(base.network, CogView3UNet):
-        return UNetControlNet(hint, base=base)
-    return TransformerControlNet(blocks, share_adaln, base=base)
+        return UNetControlNet(hint, input or "pixels", cell, base=base)
+    return TransformerControlNet(blocks, share_adaln, input or "latent", cell, base=base)
 
 
 # -- of a transformer
 
 
 class _Picture(Mixin):
-    """The control's latent (B, C, h, w), embedded in patches, beside the positions of the image tokens."""
+    """The control's picture, embedded in patches, beside the positions of the image tokens."""
 
     host = TransformerHooks
     text_alike = True
 
-    def __init__(self, channels: int, patch: int, dim: int) -> None:
+    def __init__(self, patches: Patches, dim: int) -> None:
         super().__init__()
-        self.patch = patch
-        self.proj = zero(nn.Linear(channels * patch**2, dim))
+        self.patches = patches
+        self.proj = zero(nn.Linear(patches.width, dim))
 
     @wraps("position")
     def position(self, inner: Position, ctx: Context) -> Tensor | None:
         (own,), table = ctx.controls, inner(ctx)  # (1, N, D)
-        cells = patches(own.value, self.patch)
+        cells = self.patches(own.value, ctx.grid)
         tokens: Tensor = self.proj(cells.to(dtype_of(self.proj)))  # (B, N, D)
         return tokens if table is None else tokens + table
 
@@ -100,8 +111,17 @@ class TransformerControlNet(Control, Mixin):
     host = TransformerHooks
     text_alike = True
 
-    def __init__(self, blocks: int | None = None, share_adaln: bool = False, *, base: BaseModel) -> None:
+    def __init__(
+        self,
+        blocks: int | None = None,
+        share_adaln: bool = False,
+        input: Input = "latent",
+        cell: int = 8,
+        *,
+        base: BaseModel,
+    ) -> None:
         super().__init__()
+        self.takes = input
         whole = getattr(base.network, "transformer", None)
         if not isinstance(whole, Transformer):
             raise ControlError(f"a ControlNet copies blocks, and {type(base.network).__name__} has none")
@@ -114,14 +134,14 @@ class TransformerControlNet(Control, Mixin):
         network = base.smaller({"depth": blocks})
         side = cast(Transformer, network.transformer)
         side.remove(side.resolved.owners["final"][-1])
-        dim, channels, patch = (int(getattr(network, name)) for name in ("dim", "channels", "patch"))
+        dim = int(getattr(network, "dim"))  # noqa: B009
         self.shares = share_adaln
         if share_adaln:
             side.remove(side.resolved.owners["modulate"][-1])
             side.extend("adaln", _SharedModulation(whole))
         parts = dict(side.mixins.items())
         with torch.device(next(side.parameters()).device):
-            picture = _Picture(channels, patch, dim)
+            picture = _Picture(Patches(base, input, cell), dim)
             self.zeros = nn.ModuleList(zero(nn.Linear(dim, dim)) for _ in range(blocks))
         dtype = next(side.parameters()).dtype
         self.zeros.to(dtype)
@@ -181,26 +201,40 @@ class TransformerControlNet(Control, Mixin):
 # -- of a UNet
 
 
-class _Hint(Mixin):
-    """The control's picture (B, 3, H, W) in [0, 1] as a map (B, width, H / f, W / f), added to the stem's."""
+class Hint(Mixin):
+    """The control's picture as a map (B, width, h, w) that starts at zero, added to the stem's.
+
+    Of pixels (B, 3, H, W) in [0, 1] by convolutions of ``widths``, all but the first of which halve the
+    sides; without any by one convolution of the ``cell`` x ``cell`` pixels of each cell of the latent, which
+    are its channels; of a latent by one convolution.
+    """
 
     host = UNetHooks
 
-    def __init__(self, widths: Sequence[int], width: int) -> None:
+    def __init__(self, given: Input, widths: Sequence[int], cell: int, unet: CogView3UNet) -> None:
         super().__init__()
-        self.widen = nn.Conv2d(3, widths[0], 3, padding=1)
+        deep = given == "pixels" and bool(widths)
+        self.cell = 1 if deep or given == "latent" else cell
+        self.widen = nn.Conv2d(3, widths[0], 3, padding=1) if deep else None
         self.blocks = nn.ModuleList()
+        widths = widths if deep else [unet.channels if given == "latent" else 3 * cell**2]
         for narrow, wide in zip(widths, widths[1:], strict=False):
             self.blocks.append(nn.Conv2d(narrow, narrow, 3, padding=1))
             self.blocks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
-        self.leave = zero(nn.Conv2d(widths[-1], width, 3, padding=1))
+        self.leave = zero(nn.Conv2d(widths[-1], unet.width, 3, padding=1))
 
-    def map(self, pixels: Tensor) -> Tensor:
-        """The picture's map, once per image."""
-        x = F.silu(self.widen(pixels.to(self.widen.weight.dtype)))
+    def forward(self, value: Tensor, size: tuple[int, int]) -> Tensor:
+        """The picture's map, of the latent's ``size``; once per image."""
+        x = value.to(self.leave.weight.dtype)  # type: ignore[arg-type]
+        x = unshuffled(x, self.cell, size) if self.widen is None else F.silu(self.widen(x))
         for block in self.blocks:
             x = F.silu(block(x))
         out: Tensor = self.leave(x)
+        if tuple(out.shape[2:]) != tuple(size):
+            raise ControlError(
+                f"the control's `hint` makes {list(out.shape[2:])} of its picture, the latent is "
+                f"{list(size)}: it halves once for each width but the first, as often as the autoencoder"
+            )
         return out
 
     @wraps("enter")
@@ -213,28 +247,32 @@ class UNetControlNet(Control, Mixin):
 
     Each of its maps passes a 1x1 convolution that starts at zero and is added to the base's of the same
     place: to what the way up takes over, and to the middle's output. In guess mode the strengths rise from
-    0.1 at the first map to 1 at the middle. diffusers' ``ControlNetModel`` with the names of ours.
+    0.1 at the first map to 1 at the middle. Of pixels it is diffusers' ``ControlNetModel`` with the names of
+    ours.
     """
 
     host = UNetHooks
-    takes = "pixels"
 
-    def __init__(self, hint: Sequence[int] = (16, 32, 96, 256), *, base: BaseModel) -> None:
+    def __init__(
+        self,
+        hint: Sequence[int] = (16, 32, 96, 256),
+        input: Input = "pixels",
+        cell: int = 8,
+        *,
+        base: BaseModel,
+    ) -> None:
         super().__init__()
+        self.takes = input
         network = base.smaller({})
         assert isinstance(network, CogView3UNet), "only a UNet has a way down"
         self.side, self.hint = network.without_way_up(), list(hint)
         device, dtype = network.stem.weight.device, network.stem.weight.dtype
         with torch.device(device):
-            picture = _Hint(hint, network.width).to(dtype)
-            convs = [zero(nn.Conv2d(wide, wide, 1)) for wide in _widths(network)]
+            picture = Hint(input, hint, cell, network).to(dtype)
+            convs = [zero(nn.Conv2d(wide, wide, 1)) for wide in network.maps()[0]]
         self.side.extend("picture", picture)
         *maps, middle = convs
         self.zeros, self.middle = nn.ModuleList(maps).to(dtype), middle.to(dtype)
-
-    def encode(self, first_stage: AutoencoderKL, pictures: Tensor) -> Tensor:
-        """The pictures in [0, 1]."""
-        return pictures.add(1).div(2)
 
     def places(self) -> Mapping[str, Mixin]:
         """On the UNet itself."""
@@ -251,12 +289,7 @@ class UNetControlNet(Control, Mixin):
         def own(control: ControlInput) -> Prepared:
             strength = None if self.side.guidance is None else cond.guidance
             alone = replace(cond, controls=(control,), guidance=strength)
-            picture = cast(_Hint, self.side.mixins["picture"]).map(control.value)
-            if tuple(picture.shape[2:]) != tuple(size):
-                raise ControlError(
-                    f"the control's `hint` makes {list(picture.shape[2:])} of its picture, the latent is "
-                    f"{list(size)}: it halves once for each width but the first, as often as the autoencoder"
-                )
+            picture = self.side.mixins["picture"](control.value, size)
             made = self.side.prepare(alone, size, timesteps)
             return replace(made, controls=(replace(control, made=picture),))
 
@@ -283,12 +316,3 @@ class UNetControlNet(Control, Mixin):
             skips = [skip + a for skip, a in zip(skips, added, strict=False)]
             middle = middle + added[-1]
         return WayDown(skips, middle)
-
-
-def _widths(side: CogView3UNet) -> list[int]:
-    """Channels of the stem's map, of each place on the way down, and of the middle."""
-    firsts = [next(layers.children()) for layers in (*list(side.down)[1:], side.middle)]
-    convs = [
-        first.conv2 if isinstance(first, ResBlock) else cast(Downsample, first).shrink for first in firsts
-    ]
-    return [side.width, *(conv.out_channels for conv in convs)]

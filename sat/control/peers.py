@@ -113,6 +113,11 @@ def write_controlnet(
             f"{source}: diffusers has no class for a {type(control).__name__} of {kind}, only for the "
             f"ControlNet of a UNet"
         )
+    if control.takes != "pixels" or not control.hint:
+        how = "its latent" if control.takes == "latent" else "its pixels cell by cell (an empty `hint`)"
+        raise ControlError(
+            f"{source}: takes of its picture {how}, ControlNetModel its pixels by convolutions"
+        )
     if control.side.guidance is not None:
         raise ControlError(f"{source}: is of a distilled UNet, whose guidance strength ControlNetModel lacks")
     config = _config(plain({**signature(resolve(info.base.target, imports)).defaults, **info.base.params}))
@@ -147,9 +152,10 @@ def concatenated(path: Path) -> Tensor:
         base != "CogView4"
         or kind not in ("concat", "TransformerConcat")
         or info.control.params.get("inpaint")
+        or info.control.params.get("input") == "pixels"
     ):
         raise ControlError(
-            f"{path}: is {kind} of {base}; CogView4-Control of diffusers has `concat` of one picture"
+            f"{path}: is {kind} of {base}; CogView4-Control of diffusers has `concat` of one picture's latent"
         )
     with opened(locate(path), Verify()) as tensors:
         weight = tensors["zeros.weight"].clone()
@@ -207,11 +213,15 @@ def write_pipeline(
     kind = {TransformerControlNet: "controlnet", Blockwise: "blockwise", TransformerConcat: "concat"}.get(
         type(control)
     )
-    if kind is None or control.takes != "latent" or not info.base.target.endswith(".CogView3Plus"):
+    if (
+        kind is None
+        or control.takes not in ("latent", "pixels")
+        or not info.base.target.endswith(".CogView3Plus")
+    ):
         raise ControlError(
             f"{source}: is a {type(control).__name__} that takes {control.takes}, of "
             f"{info.base.target.rpartition('.')[2]}: a folder for diffusers is for ControlNet, block-wise "
-            f"control and concat of CogView3Plus, by a picture's latent"
+            f"control and concat of CogView3Plus, by a picture's latent or pixels"
         )
     with atomic_folder(folder) as place:
         convert(model, place, "diffusers", build, options=options)
@@ -236,7 +246,8 @@ def write_pipeline(
         taken = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "text_embed_dim",
                  "time_embed_dim", "pos_embed_max_size")  # fmt: skip
         depth = transformer["num_layers"]
-        sizes = {"kind": kind, "base_layers": depth, "layers": depth, "hidden": 0}
+        cell = info.control.params.get("cell", 8) if control.takes == "pixels" else 0
+        sizes = {"kind": kind, "base_layers": depth, "layers": depth, "hidden": 0, "cell": cell}
         if isinstance(control, TransformerControlNet):
             sizes["layers"] = len(control.zeros)
         if isinstance(control, Blockwise):

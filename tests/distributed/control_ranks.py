@@ -48,11 +48,13 @@ DESIGNS: dict[str, dict[str, Component]] = {
         "shared": Component(_CONTROLNET, {"blocks": 2, "share_adaln": True}),
         "blockwise": Component(f"{_LIGHT}.Blockwise", {"hidden": 12}),
         "concat": Component(f"{_LIGHT}.concat"),
+        "pixels": Component(f"{_LIGHT}.blockwise", {"hidden": 12, "input": "pixels", "cell": 8}),
         "image_prompt": _PROMPT,
         "reference": Component("sat.control.reference.Reference"),
     },
     "unet": {
         "controlnet": Component(_CONTROLNET, {"hint": [4, 6, 8, 10]}),
+        "blockwise": Component(f"{_LIGHT}.blockwise", {"hidden": 12}),
         "concat": Component(f"{_LIGHT}.concat"),
         "image_prompt": _PROMPT,
     },

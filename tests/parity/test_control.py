@@ -14,6 +14,7 @@ from sat.checkpoint.format import as_lazy
 from sat.checkpoint.load import load
 from sat.checkpoint.rules import as_ours
 from sat.cli.convert import main as convert
+from sat.config.check import build
 from sat.config.schema import Component
 from sat.control.base import BaseModel, attach
 from sat.control.controlnet import UNetControlNet, controlnet
@@ -95,3 +96,26 @@ def test_diffusers_opens_what_convert_writes(tmp_path: Path) -> None:
     opened = ControlNetModel.from_pretrained(tmp_path / "out", torch_dtype=torch.float64)
     assert (theirs(peer, opened, 1.0, guess=False) - theirs(peer, side, 1.0, guess=False)).abs().max() == 0
     assert (theirs(peer, opened, 1.0, guess=False) - mine(ours, 1.0, guess=False)).abs().max() < F64
+
+
+@pytest.mark.parametrize(
+    ("design", "message"),
+    [
+        (
+            Component("sat.control.controlnet.controlnet", {"input": "latent"}),
+            "takes of its picture its latent",
+        ),
+        (Component("sat.control.controlnet.controlnet", {"hint": []}), "its pixels cell by cell"),
+        (Component("sat.control.light.blockwise"), "no class for a UNetBlockwise of CogView3UNet"),
+    ],
+    ids=["latent", "cells", "block-wise"],
+)
+def test_what_diffusers_has_no_class_for_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], design: Component, message: str
+) -> None:
+    unet = Component("sat.models.cogview3_unet.CogView3UNet", PARAMS)
+    made = build(design, base=BaseModel(CogView3UNet(**PARAMS), unet))
+    write(tmp_path / "edges.safetensors", made.state_dict(), ControlInfo(design, unet))
+    assert convert([str(tmp_path / "edges.safetensors"), str(tmp_path / "out"), "--to", "diffusers"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, dict[str, object], Callable[..., torch.nn.Module]]] 
     "controlnet": ("sat.control.controlnet.controlnet", {"blocks": 1}, controlnet),
     "shared": ("sat.control.controlnet.controlnet", {"blocks": 2, "share_adaln": True}, controlnet),
     "blockwise": ("sat.control.light.Blockwise", {"hidden": 12}, Blockwise),
+    "pixels": ("sat.control.light.Blockwise", {"hidden": 12, "input": "pixels", "cell": 4}, Blockwise),
     "concat": ("sat.control.light.concat", {}, concat),
 }
 CALLS: list[dict[str, float | bool]] = [
@@ -145,11 +146,16 @@ def test_what_has_no_place_in_such_a_folder_is_refused(
     made = Reference(base=BaseModel(ours.generator.engine.network, ours.experiment.model))
     file, model = root / "reference.safetensors", ours.experiment.model
     write(file, made.state_dict(), ControlInfo(Component("sat.control.reference.Reference"), model))
+    inpaint, design = root / "inpaint.safetensors", Component("sat.control.light.concat", {"inpaint": True})
+    made = concat(inpaint=True, base=BaseModel(ours.generator.engine.network, ours.experiment.model))
+    write(inpaint, made.state_dict(), ControlInfo(design, model))
+    concatenated = control(root, ours, "concat")
     words = [str(root / "no"), "--to", "diffusers"]
     for source, more, message in (
         (file, ["--model", str(root / "ours")], "is a Reference that takes latent"),
-        (root / "concat.safetensors", [], "name the model that it is written with, --model PATH"),
-        (root / "concat.safetensors", ["--model", "checkpoints/tiny"], "another model"),
+        (inpaint, ["--model", str(root / "ours")], "is a TransformerConcat that takes inpaint"),
+        (concatenated, [], "name the model that it is written with, --model PATH"),
+        (concatenated, ["--model", "checkpoints/tiny"], "another model"),
         (root / "ours", ["--model", "checkpoints/tiny"], "--model is for controls"),
     ):
         assert convert([str(source), *words, *more]) == 2

@@ -15,7 +15,7 @@ from sat.conditioning.conditioner import Condition
 from sat.config.schema import Component
 from sat.control.base import BaseModel, Control, ControlError, attach, detach
 from sat.control.controlnet import TransformerControlNet, controlnet
-from sat.control.light import Blockwise, concat
+from sat.control.light import Blockwise, blockwise, concat
 from sat.control.reference import ImagePrompt, Reference, image_prompt
 from sat.control_input import ControlInput
 from sat.diffusion.guidance import ClassifierFree
@@ -83,6 +83,14 @@ DESIGNS: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
     "cogview4, image prompt": lambda: (b := base(FOURTH), ImagePrompt(CLASSIFIER, base=b)),
     "unet, concat": lambda: (b := base(UNET), concat(base=b)),
     "unet, inpaint": lambda: (b := base(UNET), concat(inpaint=True, base=b)),
+    "plus, pixels": lambda: (b := base(PLUS), controlnet(1, input="pixels", cell=2, base=b)),
+    "plus, block-wise, pixels": lambda: (b := base(PLUS), Blockwise(12, "pixels", 2, base=b)),
+    "plus, concat, pixels": lambda: (b := base(PLUS), concat(input="pixels", cell=2, base=b)),
+    "unet, latent": lambda: (b := base(UNET), controlnet(input="latent", base=b)),
+    "unet, concat, pixels": lambda: (b := base(UNET), concat(input="pixels", cell=2, base=b)),
+    "unet, block-wise": lambda: (b := base(UNET), blockwise(12, cell=2, base=b)),
+    "unet, block-wise, latent": lambda: (b := base(UNET), blockwise(input="latent", base=b)),
+    "unet, pixels": lambda: (b := base(UNET), controlnet(hint=(), cell=2, base=b)),
 }
 """Networks with a control that is not attached yet."""
 REFERENCE: dict[str, Callable[[], tuple[BaseModel, Control]]] = {
@@ -150,7 +158,19 @@ def test_strength_and_rows_count_alone(design: str) -> None:
     assert torch.equal(one[0], both[0])
 
 
-@pytest.mark.parametrize("design", ["plus", "plus, shared adaLN", "unet", "plus, block-wise"])
+LEARN = [
+    "plus",
+    "plus, shared adaLN",
+    "unet",
+    "plus, block-wise",
+    "plus, pixels",
+    "unet, latent",
+    "unet, pixels",
+    "unet, block-wise",
+]
+
+
+@pytest.mark.parametrize("design", LEARN)
 def test_the_embedding_of_the_picture_learns_one_step_after_what_leads_out(design: str) -> None:
     """Zero-init order: after one optimizer step it is unchanged, after two it is not."""
     model, control = DESIGNS[design]()
@@ -172,7 +192,7 @@ def test_the_embedding_of_the_picture_learns_one_step_after_what_leads_out(desig
         assert {n.partition(".")[0] for n in moved} >= {"zeros"}
         assert entry and bool(entry & moved) == (step == 1)
         if step == 0:
-            assert all(n.startswith(("zeros.", "middle.")) for n in moved)
+            assert all(n.startswith(("zeros.", "middle.", "stem.")) for n in moved)
 
 
 @pytest.mark.parametrize(("blocks", "layers"), [(b, n) for n in (5, 28, 30) for b in range(1, n + 1)])
@@ -354,6 +374,28 @@ def test_a_picture_of_another_size_is_refused_with_the_cause() -> None:
         run(model.network, given(control))
 
 
+@pytest.mark.parametrize(
+    "design", ["plus, pixels", "unet, pixels", "unet, block-wise", "unet, concat, pixels"]
+)
+def test_pixels_of_another_autoencoder_are_refused_with_the_cause(design: str) -> None:
+    model, control = DESIGNS[design]()
+    attach(model.network, "edges", control)
+    own = ControlInput("edges", draw(2, 3, 48, 80), (1.0, 1.0))
+    with pytest.raises(ControlError, match="set the control's `cell`"):
+        run(model.network, replace(condition(2), controls=(own,)))
+
+
+def test_inpainting_by_pixels_is_refused() -> None:
+    with pytest.raises(ControlError, match="inpainting takes the rest's latent"):
+        concat(inpaint=True, input="pixels", base=base(PLUS))
+
+
+def test_pixels_are_encoded_as_they_are_in_0_to_1() -> None:
+    _, control = DESIGNS["plus, block-wise, pixels"]()
+    pictures = draw(2, 3, 24, 40).clamp(-1, 1)
+    assert torch.equal(control.encode(None, pictures), (pictures + 1) / 2)  # type: ignore[arg-type]
+
+
 def test_a_name_is_taken_once() -> None:
     model, control = DESIGNS["plus"]()
     attach(model.network, "edges", control)
@@ -390,6 +432,57 @@ def test_concatenated_channels_are_one_wider_first_layer(component: Component, i
             table = model.network.transformer.mixins["position"].position(ctx)
             wanted = cells @ torch.cat([proj.weight, new], 1).T + proj.bias + table
     assert (ours - wanted).abs().max() < 1e-5
+
+
+def test_patches_of_pixels_are_a_convolution_of_their_size() -> None:
+    model, control = DESIGNS["plus, concat, pixels"]()
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    network, picture = model.network, value(control)
+    with torch.no_grad():
+        table = network.prepare(given(control), SIZE).context.table[:, 7:]  # type: ignore[operator, union-attr]
+        plain = network.prepare(condition(2), SIZE).context.table[:, 7:]  # type: ignore[operator, union-attr]
+        weight = control.zeros.weight.view(-1, 3, 4, 4)  # type: ignore[union-attr, operator]
+        wanted = torch.conv2d(picture, weight, stride=4).flatten(2).transpose(1, 2)
+    assert (table - plain - wanted).abs().max() < 1e-5
+
+
+def test_pixels_of_a_unets_cells_are_a_convolution_of_stride_cell() -> None:
+    model, control = DESIGNS["unet, concat, pixels"]()
+    fill(control, seed=4)
+    attach(model.network, "edges", control)
+    network, x = model.network, draw(2, 4, *SIZE)
+    kernel = control.zeros.weight.detach()  # type: ignore[union-attr]
+    kernel = kernel.view(-1, 3, 2, 2, 3, 3).permute(0, 1, 4, 2, 5, 3).reshape(-1, 3, 6, 6)
+    with torch.no_grad():
+        prepared = network.prepare(given(control), SIZE)  # type: ignore[operator]
+        added = network.resolved.hooks.enter(x, prepared) - network.stem(x)  # type: ignore[operator, union-attr]
+    assert (added - torch.conv2d(value(control), kernel, stride=2, padding=2)).abs().max() < 1e-5
+
+
+def test_block_wise_control_of_a_unet_is_one_small_mlp_a_map() -> None:
+    model, control = DESIGNS["unet, block-wise"]()
+    fill(control, seed=4)
+    control.stem.weight.data.zero_()  # type: ignore[union-attr, operator]
+    network, x = model.network, draw(2, 4, *SIZE)
+    assert isinstance(network, CogView3UNet)
+
+    def down(cond: Condition) -> list[Tensor]:
+        prepared = network.prepare(cond, SIZE)
+        skips, middle = network.resolved.hooks.descend(x, T, network.embeddings(T, prepared), prepared)
+        return [*skips, middle]
+
+    with torch.no_grad():
+        plain = down(condition(2))
+        attach(network, "edges", control)
+        got, c = down(given(control)), torch.pixel_unshuffle(value(control), 2)
+        first = nn.functional.conv2d(c, control.picture[0].weight, control.picture[0].bias, padding=1)  # type: ignore
+        for place in (0, 1):  # the stem's map and that of the first residual block
+            seen = torch.cat([control.norms[place](plain[place]), control.norms_c[0](first)], 1)  # type: ignore
+            wanted = control.zeros[place](nn.functional.gelu(control.up[place](seen), approximate="tanh"))  # type: ignore
+            assert (got[place] - plain[place] - wanted).abs().max() < 1e-5
+        assert all((a - b).abs().max() > 0.001 for a, b in zip(got, plain, strict=True))
+    assert [tuple(one.shape) for one in got] == [tuple(one.shape) for one in plain]
 
 
 def test_a_references_keys_are_made_once_and_kept_over_the_steps() -> None:

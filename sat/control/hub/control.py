@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 
 class CogView3PlusControl(ModelMixin, ConfigMixin):
-    """Additions to the image tokens of a transformer of ``base_layers`` blocks, by the latent of a picture.
+    """Additions to the image tokens of a transformer of ``base_layers`` blocks, by a picture.
 
     ``kind`` controlnet: copies of its first ``layers`` blocks, one linear behind each. blockwise: an MLP of
-    ``hidden`` a block. concat: a second patch embedding.
+    ``hidden`` a block. concat: a second patch embedding. ``cell`` 0 takes the picture's latent; else its
+    pixels in [0, 1], as many of them a side of a latent's cell.
     """
 
     @register_to_config
@@ -38,10 +39,11 @@ class CogView3PlusControl(ModelMixin, ConfigMixin):
         text_embed_dim: int = 4096,
         time_embed_dim: int = 512,
         pos_embed_max_size: int = 128,
+        cell: int = 0,
     ) -> None:
         super().__init__()
         heads, head_dim = num_attention_heads, attention_head_dim
-        dim, cells = heads * head_dim, in_channels * patch_size**2
+        dim, cells = heads * head_dim, 3 * (cell * patch_size) ** 2 if cell else in_channels * patch_size**2
         if kind == "controlnet":
             self.patch_embed = CogView3PlusPatchEmbed(
                 in_channels, dim, patch_size, text_embed_dim, pos_embed_max_size
@@ -62,11 +64,11 @@ class CogView3PlusControl(ModelMixin, ConfigMixin):
         else:
             raise ValueError(f"kind is {kind!r}, expected controlnet, blockwise or concat")
 
-    def patches(self, latent: Tensor) -> Tensor:
+    def patches(self, picture: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, N, C p p), in the model's type."""
-        p = self.config.patch_size
-        b, c, h, w = latent.shape
-        cells = latent.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        p = self.config.patch_size * (self.config.cell or 1)
+        b, c, h, w = picture.shape
+        cells = picture.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
         return cells.reshape(b, h // p * (w // p), c * p * p).to(self.dtype)
 
     def residuals(self, latents: Tensor, text: Tensor, emb: Tensor, control: Tensor) -> list[Tensor]:
@@ -83,7 +85,7 @@ class CogView3PlusControl(ModelMixin, ConfigMixin):
     def attached(
         self, transformer: CogView3PlusTransformer2DModel, control: Tensor, scale: Tensor, acts: object
     ) -> Iterator[None]:
-        """A context in which ``transformer`` is steered by the latents ``control`` (B, C, h, w).
+        """A context in which ``transformer`` is steered by ``control`` (B, C, h, w), latents or pixels.
 
         ``scale`` (B, 1, 1) counts per row; ``acts(timestep)`` says at which steps.
         """

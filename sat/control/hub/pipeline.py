@@ -46,8 +46,11 @@ class CogView3PlusControlPipeline(CogView3PlusPipeline):
         height, width = given.get("height") or side, given.get("width") or side
         pictures = self.image_processor.preprocess(control_image, height, width)
         device, dtype = self._execution_device, self.vae.dtype
-        control = self.vae.encode(pictures.to(device, dtype)).latent_dist.mode()
-        control = control.float() * self.vae.config.scaling_factor
+        if self.controlnet.config.cell:
+            control = pictures.to(device).float().add(1).div(2)
+        else:
+            control = self.vae.encode(pictures.to(device, dtype)).latent_dist.mode()
+            control = control.float() * self.vae.config.scaling_factor
         prompt = given.get("prompt")
         prompts = len(prompt) if isinstance(prompt, list) else 1
         if prompt is None and given.get("prompt_embeds") is not None:

@@ -252,6 +252,16 @@ class CogView3UNet(Host[UNetHooks]):
         self._spatial = [name for name in self._spatial if not name.startswith("up.")]
         return self
 
+    def maps(self) -> tuple[list[int], list[int]]:
+        """Channels, and number of halvings, of the maps that the way up takes over and of the middle's."""
+        wide, level, out = self.width, 0, [(self.width, 0)]
+        for layers in (*list(self.down)[1:], self.middle):
+            first = next(layers.children())
+            level += isinstance(first, Downsample)
+            wide = first.conv2.out_channels if isinstance(first, ResBlock) else wide
+            out.append((wide, level))
+        return [channels for channels, _ in out], [halved for _, halved in out]
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and so of the convolutions and matrix products."""
