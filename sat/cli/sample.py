@@ -94,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     add("--control", action="append", metavar="FILE:IMAGE[:SCALE[:START-END]]", help=steer)
     made = "pictures of --control are plain ones: make the controls' of them (edges, …) as for training"
     add("--control-preprocess", action="store_true", help=made)
+    halves = "--control acts in the half of guidance with the prompt alone, which makes it stronger"
+    add("--control-guess", action="store_true", help=halves)
 
     add = out.add_argument_group("several at once").add_argument
     sheet = "a sheet over one or two settings: guidance=1,3,5 seed=0..3; also lora, control, any key"
@@ -137,8 +139,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.grid = [item for item in args.grid or [] if _AXIS.fullmatch(item)]
     if args.prompt and args.prompt_file:
         options.error("--prompt and --prompt-file exclude each other")
-    if args.control_preprocess and not args.control:
-        options.error("--control-preprocess goes with --control")
+    for option in ("control_preprocess", "control_guess"):
+        if getattr(args, option) and not args.control:
+            options.error(f"--{option.replace('_', '-')} goes with --control")
     if (args.optimizer_url or args.optimizer_model) and not args.optimize_prompt:
         options.error("--optimizer-url and --optimizer-model go with --optimize-prompt")
     return args
@@ -165,7 +168,7 @@ def given(args: argparse.Namespace) -> list[Setting]:
     if args.lora:
         out.append(Setting("adapters.load", [_loaded(text) for text in args.lora], "--lora"))
     if args.control:
-        asked = {"preprocess": True} if args.control_preprocess else {}
+        asked = {name: True for name in ("preprocess", "guess") if getattr(args, f"control_{name}")}
         used = (control(text)._asdict() | asked for text in args.control)
         texts = [{k: str(v) if isinstance(v, Path) else v for k, v in one.items()} for one in used]
         out.append(Setting("sampling.controls", texts, "--control"))
