@@ -202,7 +202,7 @@ def main() -> int:
     print(
         f"inpainting: top-1 {box.top1:.1%}, {box.of_text_to_image:.1%} of text-to-image's; "
         f"{box.changed_outside} pixels changed outside; border energy {box.border:.2f} of inside "
-        f"({box.border_unedited:.2f} in the unedited pictures)",
+        f"({box.border_unedited:.2f} in the unedited pictures, {box.border / box.border_unedited:.2f} of it)",
         flush=True,
     )
     follow = strengths(pipe, prompts, classifier, STRENGTHS)
