@@ -155,6 +155,7 @@ class DeepSpeedBackend(Backend):
     def step(self) -> StepResult:
         """Clip and apply the accumulated gradients, unless they are not finite."""
         if self.config.zero > 0:
+            self._leave_resting()
             self.engine.step()
             norm = self.engine.get_global_grad_norm()
             return StepResult(bool(self.engine.was_step_applied()), math.nan if norm is None else norm)
@@ -164,6 +165,19 @@ class DeepSpeedBackend(Backend):
         else:
             self.engine.zero_grad()
         return result
+
+    def _leave_resting(self) -> None:
+        """Zero the gradients that ZeRO 3 keeps of roles that rest since they last learned.
+
+        It would count them in the norm, and clip those of the others by it.
+        """
+        resting = self.objective.resting() if self.config.zero == 3 else frozenset()
+        for name, parameter in self.parameters.items() if resting else ():
+            if self.objective.role(name) in resting:
+                optimizer, number = self.engine.optimizer, parameter.ds_id  # type: ignore[attr-defined]
+                optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[number].zero_()
+                offloaded = getattr(optimizer, "norm_for_param_grads", {})
+                offloaded.pop(optimizer.get_param_id(parameter), None)
 
     # ------------------------------------------------------------------ shares of the state
 

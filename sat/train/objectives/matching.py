@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -78,12 +78,6 @@ class Matching(Consistency):
         self.critic: nn.Module | None = None
         self.critic_loss = DenoisingLoss()
         self._visited: dict[tuple[int, int], tuple[list[Level], LevelTable]] = {}
-
-    @classmethod
-    def broken(cls, params: Mapping[str, Any], zero: int) -> Iterator[tuple[str, str]]:
-        """ZeRO 3, which keeps a resting role's last gradients and counts them in the norm."""
-        if zero == 3:
-            yield "method", "student and critic learn in turn, and train.zero 3 mixes their gradients: use 2"
 
     def begin(self, adapter: str | None) -> None:
         """Make the critic: a copy of the teacher, or factors that begin as the student's do."""
