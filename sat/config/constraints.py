@@ -43,6 +43,7 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
         _drawing,
         _adapters,
         _control,
+        _discriminator,
         _memory,
     ]
     for rule in rules:
@@ -312,6 +313,15 @@ def _adapters(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one ru
             ("train", "objective", "params", "guidance"),
             f"{what}give one strength, which is folded in, or train whole weights (adapters.lora=null)",
         )
+
+
+def _discriminator(e: Experiment, objects: Objects) -> Broken:
+    """Heads on the teacher's features, which see a share of the tokens on ranks that share these."""
+    if e.train is None or e.parallel.sequence == 1:
+        return
+    if e.train.objective.params.get("adversarial") is not None:
+        what = "looks at all tokens, which parallel.sequence shares out: set that to 1, or this to null"
+        yield ("train", "objective", "params", "adversarial"), what
 
 
 def _control(e: Experiment, objects: Objects) -> Broken:

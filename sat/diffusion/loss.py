@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat.diffusion.draws import Draws
 from sat.diffusion.prediction import Denoiser
@@ -67,6 +67,31 @@ class AngleWeighting:
 
     def __call__(self, level: Level, gain: Scalar) -> Scalar:
         return gain * (level.alpha**2 + level.sigma**2) / level.sigma**2
+
+
+class LearnedWeighting(nn.Module):
+    """exp(w(t)) / sin^2 t on the error of x0, w a learned function of the angle t, 0 at first.
+
+    The loss is exp(w) error - w, least at w = -log of the mean error at t: every level counts alike in it,
+    however hard it is. For consistency distillation, which trains it beside the student. w is linear in
+    ``features`` cosines cos(k t). Source: sCM, arXiv:2410.11081, eq. 8; EDM2, arXiv:2312.02696, appendix B.
+    """
+
+    def __init__(self, features: int = 16) -> None:
+        super().__init__()
+        if features < 1:
+            raise ValueError(f"LearnedWeighting: features is {features}, expected at least 1")
+        self.weights = nn.Parameter(torch.zeros(features))
+
+    def log(self, level: Level) -> Tensor:
+        """w(t) (B, 1, 1, 1)."""
+        sigma = torch.as_tensor(level.sigma)
+        t = torch.atan2(sigma, torch.as_tensor(level.alpha).to(sigma))[..., None].float()
+        basis = torch.cos(t * torch.arange(len(self.weights), device=t.device))
+        return (basis * self.weights.float()).sum(-1)
+
+    def forward(self, level: Level, gain: Scalar) -> Scalar:
+        return torch.exp(self.log(level)) * AngleWeighting()(level, gain)
 
 
 class FlowWeighting:

@@ -20,6 +20,7 @@ from sat.parallel.sequence import apply_sequence
 from sat.train.lora import NAME, add_lora
 from sat.train.objectives import Objective
 from sat.train.objectives.distillation import Distillation
+from sat.train.objectives.matching import Heads
 from tests.configs import DEBUG
 from tests.distributed.layout_ranks import Captioned
 from tests.training import CONFIG, changed, ranks, rows, trainer
@@ -37,6 +38,7 @@ METHODS: dict[str, tuple[bool, dict[str, Any]]] = {  # factors or weights, setti
     "progressive": (True, {"teacher_steps": 8, "rounds": (4, 2), "round": 1}),
     "consistency": (True, {"prediction": "v", "regression": 1, "gap": 0.05}),
     "dmd2": (True, {"steps": 2, "student_every": 2}),
+    "gan": (False, {"method": "dmd2", "student_every": 2, "adversarial": Heads(penalty=1.0)}),
     "rcm": (False, {"student_every": 2, "gap": 0.05, "consistency_weight": 1.0}),
 }
 
@@ -50,7 +52,7 @@ def objective(method: str, mesh: Mesh) -> Objective:
     for parameter in engine.network.parameters():
         parameter.data *= 3.0  # so that text and depth count
     apply_sequence(engine.network, mesh.sequence)
-    made: Objective = Distillation(method=method, guidance=2.0, engine=engine, **params)  # type: ignore[arg-type]
+    made: Objective = Distillation(**{"method": method, "guidance": 2.0, "engine": engine, **params})
     if lora:
         add_lora(made, LoraConfig(rank=3, targets=["attention", "mlp"]), seed=0)
     made.begin(NAME if lora else None)
@@ -58,12 +60,13 @@ def objective(method: str, mesh: Mesh) -> Objective:
 
 
 def trained(runtime: Runtime, folder: Path, changes: dict[str, Any], layout: dict[str, int]) -> Any:
-    """Four steps of SGD by each method: how far all weights moved, and the rows of the log."""
+    """Three steps of SGD by each method: how far all weights moved, and the rows of the log."""
     found = {}
-    for method in METHODS:
+    refused = {"gan"} if "sequence" in layout or changes.get("zero") == 3 else set()
+    for method in (one for one in METHODS if one not in refused):  # in order, on all ranks
         mesh = Mesh(runtime, **layout)
         config = changed(
-            CONFIG, steps=4, warmup=0, batch_size=2, lr=0.1, ema=None, log_every=1,
+            CONFIG, steps=3, warmup=0, batch_size=2, lr=0.1, ema=None, log_every=1,
             save_every=100, weight_decay=0.0, accumulate=2 // mesh.data_ranks, **changes,
         )  # fmt: skip
         made = objective(method, mesh)
@@ -91,7 +94,7 @@ def main(folder: Path) -> None:
     cases: dict[str, Any] = {"one": ({}, {}), **LAYOUTS}
     for name, (changes, layout) in cases.items():
         work = functools.partial(trained, changes=changes, layout=layout)
-        results[name] = ranks(1 if name == "one" else 2, folder / name, work, timeout=300.0)
+        results[name] = ranks(1 if name == "one" else 2, folder / name, work)
     torch.save(results, folder / "results.pt")
 
 

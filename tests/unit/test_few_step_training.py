@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +14,15 @@ from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import LoraConfig
 from sat.data.batch import Batch
+from sat.diffusion.distillation import LevelTable, nearer_levels
+from sat.diffusion.loss import AngleWeighting, LearnedWeighting
 from sat.diffusion.prediction import Eps, Preconditioned
-from sat.diffusion.process import ProcessContext
+from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.schedule import Discrete
 from sat.engine import DiffusionEngine
 from sat.train.lora import NAME, add_lora
 from sat.train.objectives.distillation import Distillation
+from sat.train.objectives.matching import Heads
 from sat.train.objectives.progressive import TEACHER
 from tests.configs import DEBUG
 
@@ -30,6 +36,16 @@ def engine(*settings: str) -> DiffusionEngine:
     schedule = "diffusion.schedule={target: sat.diffusion.schedule.Discrete}"
     experiment = load([DEBUG], ["conditioning.tokenizer=null", predicts, schedule, *settings])
     return build_engine(experiment, device="cpu", dtype=torch.float32)
+
+
+def unet_engine() -> DiffusionEngine:
+    """The same around a small UNet."""
+    network = (
+        "model={target: sat.models.cogview3_unet.CogView3UNet, params: {channels: 4, width: 16, multipliers: "
+        "[1, 2], blocks: 1, attention: [1, 2], depths: [1, 1], head_dim: 8, text_dim: 24, text_len: 8, "
+        "size_dim: 48, groups: 4, zero_init: false}}"
+    )
+    return engine(network)
 
 
 def batch(count: int = 3) -> Batch:
@@ -141,3 +157,65 @@ def test_the_second_rounds_teacher_has_the_factors_of_the_first() -> None:
     torch.testing.assert_close(arrived(), expected)
     assert not any(p.requires_grad for n, p in second.named_parameters() if f".{TEACHER}." in n)
     assert second.few_steps().steps == (2,)
+
+
+def gradients(made: Any) -> set[str]:
+    """The parts and factors that the loss reaches."""
+    made.zero_grad()
+    made(batch(), torch.Generator().manual_seed(made.step))["loss"].backward()
+    reached = [n for n, p in made.named_parameters() if p.grad is not None and p.grad.any()]
+    return {made.role(n) if "discriminator" not in n else "discriminator" for n in reached}
+
+
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("predicts", ["", "unet"])
+def test_each_role_learns_in_its_turn_through_the_teachers_features(lora: bool, predicts: str) -> None:
+    settings = {"engine": unet_engine()} if predicts else {}
+    heads = Heads(penalty=10.0, depths=(0.5, 1.0))
+    made = student(lora, "dmd2", student_every=2, adversarial=heads, **settings)
+    before = {name: p.clone() for name, p in made.named_parameters()}
+    assert gradients(made) == {"student"}
+    pulled = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+    made.adversarial = replace(heads, weight=30.0)
+    gradients(made)  # through features: the weight tells in the student's gradient
+    assert any(not torch.allclose(pulled[n], p.grad) for n, p in made.named_parameters() if n in pulled)
+    made.step = 1
+    assert gradients(made) == {"critic", "discriminator"}
+    losses = made(batch(), torch.Generator().manual_seed(1))
+    assert {"critic", "critic_accuracy", "told_apart", "discriminator_accuracy"} < losses.keys()
+    assert all(torch.equal(before[name], p) for name, p in made.named_parameters())
+    assert [n for n, p in made.named_parameters() if "discriminator" in n and p.requires_grad]
+
+
+def test_the_discriminator_separates_two_distributions() -> None:
+    """Latents around 1 from the untrained student's: all right after a few dozen steps."""
+    made = student(True, "dmd2", student_every=100, adversarial=Heads())
+    made.step = 1
+    optimizer = torch.optim.Adam(made.discriminator.parameters(), 1e-2)
+    data = batch(8)
+    data = replace(data, latent_moments=data.latent_moments.abs() + 1.0)
+    for step in range(60):
+        optimizer.zero_grad()
+        given = made.given(data, torch.Generator().manual_seed(step))
+        loss, right = made.told_apart(given)
+        loss.backward()
+        optimizer.step()
+    assert float(right) > 0.9 and float(loss.detach()) < math.log(2)  # 2 log 2 is that of a guess
+
+
+def test_a_learned_weight_is_the_inverse_of_the_error() -> None:
+    """exp(w) E - w is least at w = -log E, at each of two levels with errors of 4 and 0.04 of x0 in angle."""
+    weighting = LearnedWeighting()
+    level = LevelTable(nearer_levels(Process(), Discrete(), 0.1)[0]).at(torch.tensor([100, 900]))
+    error = torch.tensor([4.0, 0.04])[:, None, None, None] / AngleWeighting()(level, 1.0)
+    optimizer = torch.optim.Adam(weighting.parameters(), 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (weighting(level, 1.0) * error - weighting.log(level)).mean().backward()
+        optimizer.step()
+    expected = -torch.tensor([4.0, 0.04]).log()
+    torch.testing.assert_close(weighting.log(level).flatten(), expected, atol=0.02, rtol=0)
+    made = student(True, weighting=weighting, gap=0.05)
+    made(batch(), torch.Generator())["loss"].backward()
+    assert weighting.weights.grad is not None and weighting.weights.grad.any()
+    assert "weighting.weights" in dict(made.named_parameters()) and list(made.parts()) == ["model"]

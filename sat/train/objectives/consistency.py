@@ -22,7 +22,7 @@ from sat.diffusion.distillation import (
     tangent,
 )
 from sat.diffusion.draws import Draws, GeneratorDraws
-from sat.diffusion.loss import AngleWeighting, DenoisingLoss, Weighting
+from sat.diffusion.loss import AngleWeighting, DenoisingLoss, LearnedWeighting, Weighting
 from sat.diffusion.prediction import Denoiser, Network, Preconditioned
 from sat.diffusion.process import ProcessContext
 from sat.diffusion.schedule import Level, sized
@@ -56,6 +56,8 @@ class Consistency(DiffusionObjective):
     ``derivative``: ``difference`` takes one more prediction, nearer on the teacher's path by an angle of
     ``gap`` (atan of noise over signal); ``jvp`` is exact, by torch's plain attention (``train.attention``
     torch; packed frozen weights have no forward derivative). Works over any process, schedule and prediction.
+
+    ``weighting`` of the error is even over the angle; ``LearnedWeighting`` learns beside the student.
 
     ``prediction``: ``v`` or ``x0`` is the student's own in place of its base's, for one step from a base that
     predicts eps or flow (:class:`~sat.diffusion.prediction.Preconditioned`). Its weights learn that in the
@@ -110,6 +112,7 @@ class Consistency(DiffusionObjective):
         if self.prediction is not None:
             engine.prediction = Preconditioned(self._base, self.prediction)  # the student's, also for samples
         self.loss = DenoisingLoss(weighting or AngleWeighting())
+        self.weighting = weighting if isinstance(weighting, LearnedWeighting) else None
         self._adapter: str | None = None
         self._teacher: tuple[nn.Module, ...] = ()  # out of the module tree: neither trained nor saved
         self._tables: dict[tuple[int, int], tuple[LevelTable, LevelTable]] = {}
@@ -117,6 +120,8 @@ class Consistency(DiffusionObjective):
     def begin(self, adapter: str | None) -> None:
         """Copy the teacher, unless it is the network without the trained factors."""
         self._adapter = adapter
+        if self.weighting is not None:
+            self.weighting.requires_grad_(True)
         self._teacher = () if adapter else (copy.deepcopy(self.engine.network).requires_grad_(False),)
 
     def few_steps(self) -> FewSteps:
@@ -189,7 +194,8 @@ class Consistency(DiffusionObjective):
         """Weighted squared error of the student's output ``out`` from that of the x0 ``target``."""
         denoiser, eps = self.engine.denoiser, (x - level.alpha * target) / level.sigma
         wanted = denoiser.prediction.target(target, eps, level)  # x = alpha target + sigma eps
-        return self.loss.error(out, wanted, level, denoiser).mean()
+        error = self.loss.error(out, wanted, level, denoiser).mean()
+        return error if self.weighting is None else error - self.weighting.log(level).mean()
 
     def _regression(self, x: Tensor, teacher: Tensor, level: Level, given: Given) -> dict[str, Tensor]:
         """``loss`` of a student that learns its prediction: the teacher's x0 is the target as it is."""

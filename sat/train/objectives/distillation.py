@@ -11,7 +11,7 @@ from sat.engine import DiffusionEngine
 from sat.train.objectives.base import Round
 from sat.train.objectives.consistency import Consistency
 from sat.train.objectives.diffusion import DiffusionObjective
-from sat.train.objectives.matching import Matching
+from sat.train.objectives.matching import Heads, Matching
 from sat.train.objectives.progressive import Progressive
 
 METHODS: Mapping[str, type[DiffusionObjective]] = {
@@ -35,8 +35,9 @@ class Distillation(DiffusionObjective):
     Of all three: ``prediction`` ``x0`` or ``v`` in place of the base's, learned in the first ``regression``
     steps, for one clean step from a base that predicts eps or flow.
     Of ``dmd2`` and ``rcm``: one step in ``student_every`` is the student's, and levels are drawn within the
-    shares ``between`` of the timesteps. Of ``rcm``: ``consistency_weight``, and ``alone``, first steps
-    without the critic. Any process, schedule and prediction. docs/distill.md has the choice between them.
+    shares ``between`` of the timesteps; ``adversarial`` adds a discriminator
+    (:class:`sat.train.objectives.matching.Heads`). Of ``rcm``: ``consistency_weight``, and ``alone``, first
+    steps without the critic. Any process, schedule and prediction. docs/distill.md says which to choose.
     """
 
     extras = frozenset[str]()
@@ -61,6 +62,7 @@ class Distillation(DiffusionObjective):
         between: tuple[float, float] | None = None,
         consistency_weight: float | None = None,
         alone: int | None = None,
+        adversarial: Heads | None = None,
         low_from: Literal["image", "first_stage"] = "image",
         *,
         engine: DiffusionEngine,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.adapters.lora import adapted, strengths
@@ -19,7 +22,70 @@ from sat.diffusion.prediction import Denoiser, Network
 from sat.diffusion.schedule import Level, sized
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
+from sat.models.cogview3_unet.model import ResBlock
 from sat.train.objectives.consistency import Consistency, Given
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A discriminator of the student's noised pictures from the data's, on features of the frozen teacher.
+
+    ``weight`` is that of -log D in the student's loss. A small head of ``width`` sits behind the blocks at
+    each of ``depths`` (shares of the network; a UNet's residual blocks count). ``penalty`` weighs the
+    squared change of its logits by noise of deviation 0.1 on the data's pictures, which stands for the
+    gradient penalty R1. Source: DMD2, arXiv:2405.14867, section 4.3; the penalty, arXiv:2501.08316.
+    """
+
+    weight: float = 0.03
+    depths: tuple[float, ...] = (0.5, 0.75, 1.0)
+    width: int = 64
+    penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        good = self.depths and all(0 < depth <= 1 for depth in self.depths)
+        if not self.weight > 0 or not good or self.width < 1 or self.penalty < 0:
+            raise ValueError(
+                f"adversarial: weight {self.weight}, depths {list(self.depths)}, width {self.width}, penalty "
+                f"{self.penalty}: expected a weight above 0, shares of the depth, and at least 1 channel"
+            )
+
+
+class Discriminator(nn.Module):
+    """Logits (B,) of a pass through a frozen ``network``: the mean over heads and places."""
+
+    def __init__(self, network: nn.Module, heads: Heads, dtype: torch.dtype) -> None:
+        super().__init__()
+        transformer = getattr(network, "transformer", None)
+        if transformer is not None:
+            found = [(block, int(cast(int, network.dim))) for block in transformer.blocks]
+        else:
+            kinds = (m for m in network.modules() if isinstance(m, ResBlock))
+            found = [(block, block.conv2.out_channels) for block in kinds]
+        taken = [found[math.ceil(depth * len(found)) - 1] for depth in sorted(set(heads.depths))]
+        self._blocks = tuple(block for block, _ in taken)  # out of the module tree
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(wide), nn.Linear(wide, heads.width), nn.SiLU(), nn.Linear(heads.width, 1)
+            )
+            for _, wide in taken
+        ).to(dtype)
+
+    def forward(self, run: Callable[[], object]) -> Tensor:
+        """``run`` is the pass; features are (B, L, D), or (B, C, h, w) of a UNet."""
+        features: list[Tensor] = []
+        handles = [
+            block.register_forward_hook(lambda module, given, out: features.append(out))
+            for block in self._blocks
+        ]
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        places = (f.flatten(2).transpose(1, 2) if f.ndim == 4 else f for f in features)  # (B, L, D)
+        logits = [head(f).float().mean((1, 2)) for head, f in zip(self.heads, places, strict=True)]
+        return torch.stack(logits).mean(0)
+
 
 CRITIC = "critic"
 """Name of the critic's role, of its copy of the network, and of its factors."""
@@ -38,9 +104,10 @@ class Matching(Consistency):
     Full weights: teacher and critic are copies. Factors (``adapters.lora``): student and critic are two sets
     of them on one frozen network, which without them is the teacher. The critic is kept in checkpoints and
     not exported. Pictures of the data give sizes and captions; ``dmd2`` looks at nothing else of them, but
-    relay at their low-resolution forms.
+    relay at their low-resolution forms. ``adversarial`` (:class:`Heads`) adds a discriminator, which learns
+    with the critic and needs the pictures.
 
-    Source: DMD2, arXiv:2405.14867 (without its adversarial term); rCM, arXiv:2510.08431.
+    Source: DMD2, arXiv:2405.14867; rCM, arXiv:2510.08431.
     """
 
     def __init__(  # noqa: PLR0913 - its own settings, and those of consistency
@@ -53,6 +120,7 @@ class Matching(Consistency):
         between: tuple[float, float] = (0.02, 0.98),
         consistency_weight: float = 100.0,
         alone: int = 0,
+        adversarial: Heads | None = None,
         guidance: float | tuple[float, float] = 4.0,
         terminal: float = 0.1,
         warmup: int = 0,
@@ -75,13 +143,27 @@ class Matching(Consistency):
             )
         self.method, self.student_every = method, student_every
         self.between, self.consistency_weight, self.alone = between, consistency_weight, alone
-        self.critic: nn.Module | None = None
+        self.adversarial, self.critic = adversarial, cast("nn.Module | None", None)
+        self.discriminator: Discriminator | None = None
         self.critic_loss = DenoisingLoss()
         self._visited: dict[tuple[int, int], tuple[list[Level], LevelTable]] = {}
+
+    @classmethod
+    def broken(cls, params: Mapping[str, Any], zero: int) -> Iterator[tuple[str, str]]:
+        """A discriminator at ZeRO 3, which shares out layers that it holds fixed in the student's steps."""
+        if params.get("adversarial") is not None and zero == 3:
+            yield "adversarial", "is held fixed in the student's steps, and train.zero 3 shares it out: use 2"
 
     def begin(self, adapter: str | None) -> None:
         """Make the critic: a copy of the teacher, or factors that begin as the student's do."""
         super().begin(adapter)
+        if self.adversarial is not None:
+            network = self._teacher[0] if self._teacher else self.network
+            dtype = next(self.network.parameters()).dtype
+            with torch.random.fork_rng(devices=[]):  # alike on all ranks, whatever was drawn before
+                torch.manual_seed(keyed("discriminator") % 2**31)
+                made = Discriminator(network, self.adversarial, dtype)
+            self.discriminator = made.to(next(self.network.parameters()).device)
         if adapter is None:
             self.critic = copy.deepcopy(self.engine.network).requires_grad_(True)
             return
@@ -91,8 +173,12 @@ class Matching(Consistency):
                 layer.named(CRITIC).requires_grad_(True)
 
     def role(self, name: str) -> str:
-        """That of the critic's copy or factors, and the student's."""
-        return CRITIC if name.startswith(f"{CRITIC}.") or f".factors.{CRITIC}." in name else "student"
+        """That of the critic's copy or factors and of the discriminator, and the student's."""
+        return (
+            CRITIC
+            if name.startswith((f"{CRITIC}.", "discriminator.")) or f".factors.{CRITIC}." in name
+            else "student"
+        )
 
     def resting(self) -> frozenset[str]:
         """The student in the critic's steps, and the critic in the student's."""
@@ -118,18 +204,28 @@ class Matching(Consistency):
         span = self.engine.process.hooks.span(self.engine.schedule)
         first, last = (min(span - 1, round(share * span)) for share in self.between)
         made["seen_at"] = first + draws.integers("seen_at", max(1, last - first))
+        if self.adversarial is not None and self.adversarial.penalty:
+            made["beside"] = draws.normal("beside", shape)
         return made | {"seen": draws.normal("seen", shape)}
 
     def forward(self, batch: Batch, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``loss`` of whose turn it is, also by its role, with its parts.
 
-        The student's are ``matching`` and ``consistency``; the critic's is its ``critic_accuracy``, the share
-        of the variance of its targets that it predicts.
+        The student's are ``matching``, ``consistency`` and ``fooled`` (-log D of its pictures). Of the critic
+        there is ``critic_accuracy``, the share of the variance of its targets that it predicts, and with a
+        discriminator ``told_apart``, its loss, and ``discriminator_accuracy``, its share of right answers.
         """
         given = self.given(batch, generator)
         if not self._students_turn():
             loss, accuracy = self.critics(given)
-            return {"loss": loss, "critic": loss.detach(), "critic_accuracy": accuracy}
+            made = {"critic": loss.detach(), "critic_accuracy": accuracy}
+            if self.discriminator is not None:
+                apart, right = self.told_apart(given)
+                loss, made = (
+                    loss + apart,
+                    {**made, "told_apart": apart.detach(), "discriminator_accuracy": right},
+                )
+            return {"loss": loss, **made}
         losses: dict[str, Tensor] = {}
         if self.method == "rcm" or self.step < self.regression:
             found = self.consistency(given)
@@ -137,8 +233,14 @@ class Matching(Consistency):
             if self.step < self.regression + self.alone:
                 loss = self.consistency_weight * found["loss"]
                 return {"loss": loss, **_detached({"student": loss, **losses})}
-        losses["matching"] = self.matching(given)
-        loss = losses["matching"]
+        x0 = self.drawn(given)
+        loss = losses["matching"] = self.matching(x0, given)
+        if self.adversarial is not None:
+            assert self.discriminator is not None, "begin makes it"
+            self.discriminator.requires_grad_(False)  # it rests
+            losses["fooled"] = F.softplus(-self._logits(x0, given)).mean()
+            self.discriminator.requires_grad_(True)
+            loss = loss + self.adversarial.weight * losses["fooled"]
         if self.method == "rcm":
             loss = loss + self.consistency_weight * losses["consistency"]
         return {"loss": loss, **_detached({"student": loss, **losses})}
@@ -149,9 +251,8 @@ class Matching(Consistency):
         loss, accuracy = self.critics(given)
         return {**self.consistency(given), "critic": loss, "critic_accuracy": accuracy}
 
-    def matching(self, given: Given) -> Tensor:
+    def matching(self, x0: Tensor, given: Given) -> Tensor:
         """1/2 |x0 - target|^2 of the student's pictures, drawn with gradients in the last of their steps."""
-        x0 = self.drawn(given)
         with torch.no_grad():
             level, _, x = self._looked_at(x0, given)
             real = self.teacher(x, level, given)
@@ -169,6 +270,31 @@ class Matching(Consistency):
         wanted = denoiser.prediction.target(x0, process.noise_seen(x0, eps, level, given.ctx), level)
         accuracy = 1 - (out.detach() - wanted).square().mean() / wanted.var()
         return self.critic_loss.error(out, wanted, level, denoiser).mean(), accuracy
+
+    def told_apart(self, given: Given) -> tuple[Tensor, Tensor]:
+        """-log(1 - D) of the student's pictures and -log D of the data's, and the share of right answers."""
+        assert self.adversarial is not None, "only with heads"
+        with torch.no_grad():
+            x0 = self.drawn(given)
+        made, real = self._logits(x0, given), self._logits(given.clean, given)
+        loss = F.softplus(made).mean() + F.softplus(-real).mean()
+        if self.adversarial.penalty:
+            near = given.clean + 0.1 * sent(given.drawn["beside"], x0.device)
+            loss = loss + self.adversarial.penalty * (self._logits(near, given) - real).square().mean()
+        right = torch.cat([made < 0, real > 0]).float().mean()
+        return loss, right
+
+    def _logits(self, x0: Tensor, given: Given) -> Tensor:
+        """(B,) of pictures noised as the critic sees them, by the teacher's features without guidance."""
+        assert self.discriminator is not None, "only with heads"
+        level, _, x = self._looked_at(x0, given)
+        network = self._teacher[0] if self._teacher else self.network
+        teacher = Denoiser(cast(Network, network), self._base)
+        off = nullcontext() if self._adapter is None else strengths(network, {self._adapter: 0.0})
+        with off:
+            prepared = teacher.network.prepare(given.cond, (x.shape[2], x.shape[3]))
+            made: Tensor = self.discriminator(lambda: teacher.output(x, level, prepared))
+        return made
 
     def drawn(self, given: Given) -> Tensor:
         """The student's pictures (B, C, h, w) after some of its steps, of which the last has gradients.
