@@ -15,9 +15,11 @@ from sat.config.load import load
 from sat.config.schema import LoraConfig
 from sat.data.batch import Batch
 from sat.diffusion.distillation import LevelTable, nearer_levels
+from sat.diffusion.guidance import ClassifierFree
 from sat.diffusion.loss import AngleWeighting, LearnedWeighting
 from sat.diffusion.prediction import Eps, Preconditioned
 from sat.diffusion.process import Process, ProcessContext
+from sat.diffusion.samplers import Euler
 from sat.diffusion.schedule import Discrete
 from sat.engine import DiffusionEngine
 from sat.train.lora import NAME, add_lora
@@ -106,10 +108,24 @@ def test_the_critic_comes_in_after_regression(method: str, alone: dict[str, int]
     assert "consistency" in made(batch(), torch.Generator()) and "matching" not in made(batch())
 
 
-@pytest.mark.parametrize("params", [{"prediction": "v"}, {"regression": 5}])
-def test_another_prediction_and_its_regression_go_together(params: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="learns it in the first `regression` steps, and only such a one"):
-        student(True, **params)
+def test_another_prediction_needs_its_regression() -> None:
+    with pytest.raises(ValueError, match="learns it in the first `regression` steps: above 0"):
+        student(True, prediction="v")
+
+
+def test_regression_aims_at_the_picture_that_the_teacher_draws_from_the_noise() -> None:
+    objective = student(lora=True, regression=5, path=3, terminal=1.0, guidance=2.0)
+    given = objective.given(batch(), torch.Generator().manual_seed(1))
+    engine, guider = objective.engine, ClassifierFree(2.0)
+    noise = given.drawn["eps"]
+    with torch.no_grad():
+        drawn = engine.sample(given.cond, given.cond.null(), noise, steps=3, guider=guider, sampler=Euler())
+        first = engine.process.hooks.levels(engine.schedule, 3)[0]
+        x = engine.process.start(noise, first, given.ctx)
+        level = LevelTable([first]).at(torch.zeros(3, dtype=torch.int64))
+        x0 = engine.denoiser(x, level, engine.network.prepare(given.seen, (6, 8)))
+    apart = (x0 - drawn).square().mean().sqrt()
+    torch.testing.assert_close(objective.consistency(given)["tangent"], apart)
 
 
 ROUNDS = {"teacher_steps": 8, "rounds": (4, 2), "guidance": 3.0}

@@ -61,7 +61,8 @@ class Consistency(DiffusionObjective):
 
     ``prediction``: ``v`` or ``x0`` is the student's own in place of its base's, for one step from a base that
     predicts eps or flow (:class:`~sat.diffusion.prediction.Preconditioned`). Its weights learn that in the
-    first ``regression`` steps, in which its x0 follows the guided teacher's alone; ``warmup`` comes after.
+    first ``regression`` steps, in which the guided teacher draws a picture in ``path`` steps from the noise,
+    and the student's x0 at one of their levels learns that picture; ``warmup`` comes after.
     Source: sCM, arXiv:2410.11081; the difference along the teacher is rCM's, arXiv:2510.08431.
     """
 
@@ -80,6 +81,7 @@ class Consistency(DiffusionObjective):
         steps: int = 4,
         prediction: Literal["base", "x0", "v"] = "base",
         regression: int = 0,
+        path: int = 8,
         *,
         engine: DiffusionEngine,
     ) -> None:
@@ -98,15 +100,15 @@ class Consistency(DiffusionObjective):
                 f"consistency: terminal {terminal:g}, gap {gap:g}, warmup {warmup} and steps {steps}: "
                 "expected a share of 0 to 1, an angle above 0 and below 0.5, and two numbers of steps"
             )
-        if regression < 0 or (prediction == "base") != (regression == 0):
+        if regression < 0 or path < 1 or (prediction != "base" and not regression):
             raise ValueError(
-                f"consistency: prediction {prediction} and regression {regression}: a student in another "
-                "prediction than its base's learns it in the first `regression` steps, and only such a one"
+                f"consistency: prediction {prediction}, regression {regression}, path {path}: a student in "
+                "another prediction than its base's learns it in the first `regression` steps: above 0"
             )
         if engine.denoising_loss.kind != "l2":
             raise ValueError("consistency has squared errors: leave kind out of diffusion.loss.params")
         self.terminal, self.warmup, self.gap, self.derivative = terminal, warmup, gap, derivative
-        self.method, self.steps, self.regression = "consistency", steps, regression
+        self.method, self.steps, self.regression, self.path = "consistency", steps, regression, path
         self.prediction: Literal["x0", "v"] | None = None if prediction == "base" else prediction
         self._base = engine.prediction  # the teacher's, and the critic's
         if self.prediction is not None:
@@ -116,6 +118,7 @@ class Consistency(DiffusionObjective):
         self._adapter: str | None = None
         self._teacher: tuple[nn.Module, ...] = ()  # out of the module tree: neither trained nor saved
         self._tables: dict[tuple[int, int], tuple[LevelTable, LevelTable]] = {}
+        self._paths: dict[tuple[int, int], tuple[list[Level], LevelTable]] = {}
 
     def begin(self, adapter: str | None) -> None:
         """Copy the teacher, unless it is the network without the trained factors."""
@@ -164,6 +167,8 @@ class Consistency(DiffusionObjective):
 
     def consistency(self, given: Given) -> dict[str, Tensor]:
         """``loss`` and ``tangent`` at the drawn levels."""
+        if self.step < self.regression and self.training:
+            return self._regression(given)
         process, denoiser, ctx = self.engine.process, self.engine.denoiser, given.ctx
         place, eps = (sent(given.drawn[name], given.clean.device) for name in ("timestep", "eps"))
         size = (given.clean.shape[2], given.clean.shape[3])
@@ -171,8 +176,6 @@ class Consistency(DiffusionObjective):
         level, nearer = here.at(place), near.at(place)  # fields (B, 1, 1, 1)
         x = process.noise(given.clean, eps, level, ctx)  # (B, C, h, w)
         teacher = self.teacher(x, level, given)
-        if self.step < self.regression and self.training:
-            return self._regression(x, teacher, level, given)
         x_near = process.step(x, teacher, level, nearer, ctx)  # on the teacher's path
 
         prepared = denoiser.network.prepare(given.seen, size)
@@ -197,13 +200,27 @@ class Consistency(DiffusionObjective):
         error = self.loss.error(out, wanted, level, denoiser).mean()
         return error if self.weighting is None else error - self.weighting.log(level).mean()
 
-    def _regression(self, x: Tensor, teacher: Tensor, level: Level, given: Given) -> dict[str, Tensor]:
-        """``loss`` of a student that learns its prediction: the teacher's x0 is the target as it is."""
-        denoiser = self.engine.denoiser
-        out = denoiser.output(x, level, denoiser.network.prepare(given.seen, (x.shape[2], x.shape[3])))
+    def _regression(self, given: Given) -> dict[str, Tensor]:
+        """``loss`` of a student whose x0, at a level of the teacher's path from noise, learns its end."""
+        process, denoiser, ctx = self.engine.process, self.engine.denoiser, given.ctx
+        timestep, eps = (sent(given.drawn[name], given.clean.device) for name in ("timestep", "eps"))
+        size = (given.clean.shape[2], given.clean.shape[3])
+        if size not in self._paths:
+            visited = process.hooks.levels(sized(self.engine.schedule, size), self.path)
+            self._paths[size] = visited, LevelTable(visited)
+        levels, table = self._paths[size]
         with torch.no_grad():
-            apart = (denoiser.prediction.to_x0(out, x, level) - teacher).square().mean().sqrt()
-        return {"loss": self._error(out, teacher, x, level), "tangent": apart}
+            path, first = [process.start(eps, levels[0], ctx)], torch.zeros_like(timestep)
+            for i in range(self.path):
+                x0 = self.teacher(path[i], table.at(first + i), given)
+                path.append(process.step(path[i], x0, levels[i], levels[i + 1], ctx))
+        span = process.hooks.span(self.engine.schedule)
+        place = (span - 1 - timestep) * self.path // span  # of the path's levels, 0 is the noisiest
+        x, level = torch.stack(path)[place, torch.arange(len(eps), device=eps.device)], table.at(place)
+        out = denoiser.output(x, level, denoiser.network.prepare(given.seen, size))
+        with torch.no_grad():
+            apart = (denoiser.prediction.to_x0(out, x, level) - path[-1]).square().mean().sqrt()
+        return {"loss": self._error(out, path[-1], x, level), "tangent": apart}
 
     def _exact(self, x: Tensor, x_near: Tensor, level: Level, nearer: Level, given: Given) -> Tensor:
         """dx0/dt (B, C, h, w) by torch's forward derivative, along the way from ``nearer``."""

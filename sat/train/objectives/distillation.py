@@ -32,8 +32,9 @@ class Distillation(DiffusionObjective):
     number of sampling steps that the student is for; ``progressive`` has ``rounds`` of them, from
     ``teacher_steps``. Of ``consistency`` and ``rcm``: the share ``terminal`` of pictures at the noisiest
     level, the steps ``warmup`` over which the ``derivative`` through the network comes in, and its ``gap``.
-    Of all three: ``prediction`` ``x0`` or ``v`` in place of the base's, learned in the first ``regression``
-    steps, for one clean step from a base that predicts eps or flow.
+    Of all three: the first ``regression`` steps, in which the student's x0 learns where the teacher's path
+    of ``path`` steps ends, and ``prediction`` ``x0`` or ``v`` in place of the base's, which is learned there,
+    for one clean step from a base that predicts eps or flow.
     Of ``dmd2`` and ``rcm``: one step in ``student_every`` is the student's, and levels are drawn within the
     shares ``between`` of the timesteps; ``adversarial`` adds a discriminator
     (:class:`sat.train.objectives.matching.Heads`). Of ``rcm``: ``consistency_weight``, and ``alone``, first
@@ -58,6 +59,7 @@ class Distillation(DiffusionObjective):
         derivative: Literal["difference", "jvp"] | None = None,
         prediction: Literal["base", "x0", "v"] | None = None,
         regression: int | None = None,
+        path: int | None = None,
         student_every: int | None = None,
         between: tuple[float, float] | None = None,
         consistency_weight: float | None = None,

@@ -116,6 +116,7 @@ class Matching(Consistency):
         steps: int = 1,
         prediction: Literal["base", "x0", "v"] = "base",
         regression: int = 0,
+        path: int = 8,
         student_every: int = 5,
         between: tuple[float, float] = (0.02, 0.98),
         consistency_weight: float = 100.0,
@@ -131,7 +132,7 @@ class Matching(Consistency):
         engine: DiffusionEngine,
     ) -> None:
         super().__init__(
-            guidance, terminal, warmup, gap, derivative, None, low_from, steps, prediction, regression,
+            guidance, terminal, warmup, gap, derivative, None, low_from, steps, prediction, regression, path,
             engine=engine,
         )  # fmt: skip
         if method == "dmd2" and (alone or consistency_weight != 100.0):
