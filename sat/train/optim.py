@@ -142,15 +142,16 @@ def groups(  # noqa: C901 - parameters, their owners, the groups
 class Muon(Optimizer):
     """Muon for the matrices of linear layers, AdamW for kernels, embeddings, norms and biases.
 
-    Both are torch's. A matrix moves along its momentum (``nesterov``) made nearly orthogonal by ``ns_steps``
-    of Newton and Schulz, scaled to the size of AdamW's steps, so that one ``lr`` and one ``weight_decay`` fit
-    both. ``betas`` and ``eps`` are AdamW's. Groups come from :func:`groups`. The backend must be plain: with
-    DeepSpeed an optimizer may see flat vectors. Source: K. Jordan, "Muon" (2024); arXiv:2502.16982, eq. 4.
+    With ``kernels`` a kernel (O, I, h, w) is a matrix (O, I h w) of Muon's too. Both are torch's. A matrix
+    moves along its momentum (``nesterov``) made nearly orthogonal by ``ns_steps`` of Newton and Schulz, scaled
+    to the size of AdamW's steps, so that one ``lr`` and one ``weight_decay`` fit both. ``betas`` and ``eps``
+    are AdamW's. Groups come from :func:`groups`. The backend must be plain: with DeepSpeed an optimizer may
+    see flat vectors. Source: K. Jordan, "Muon" (2024); arXiv:2502.16982, eq. 4.
     """
 
     needs_matrices = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the fields of the YAML component
         self,
         params: Sequence[ParameterGroup],
         lr: float = 1e-3,
@@ -160,6 +161,7 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        kernels: bool = False,
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"Muon needs torch 2.9 or newer, this is {torch.__version__}")
@@ -167,26 +169,57 @@ class Muon(Optimizer):
         for group in params:
             for flat in (True, False):
                 wanted = [
-                    p for p in group["params"] if (group.get("matrices", False) and p.ndim == 2) == flat
+                    p
+                    for p in group["params"]
+                    if (group.get("matrices", False) and (p.ndim == 2 or kernels)) == flat
                 ]
                 if wanted:
                     split[flat].append({"lr": lr, "weight_decay": weight_decay, **group, "params": wanted})
+        self._kernels = [p for group in split[True] for p in group["params"] if p.ndim > 2]
         super().__init__([*split[True], *split[False]], {"lr": lr, "weight_decay": weight_decay})
         self._inner: list[Optimizer] = []
         if split[True]:
             scaled: Any = {"adjust_lr_fn": "match_rms_adamw", "momentum": momentum, "nesterov": nesterov}
-            self._inner.append(torch.optim.Muon(split[True], lr, ns_steps=ns_steps, **scaled))
+            with _flat(self._kernels):
+                self._inner.append(torch.optim.Muon(split[True], lr, ns_steps=ns_steps, **scaled))
         if split[False]:
             self._inner.append(torch.optim.AdamW(split[False], lr, betas, eps, fused=True))
-        for inner in self._inner:  # one state, and the groups that rates are written into
-            inner.state = self.state
         self.param_groups = [group for inner in self._inner for group in inner.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        """Give the two one state, and the groups that rates are written into."""
+        left = list(self.param_groups)
+        for inner in self._inner:
+            count = len(inner.param_groups)
+            inner.state, inner.param_groups, left = self.state, left[:count], left[count:]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state that :meth:`state_dict` of another one gave."""
+        super().load_state_dict(state_dict)
+        self._share()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step all parameters; ``closure`` is not called."""
-        for inner in self._inner:
-            inner.step()
+        with _flat(self._kernels):
+            for inner in self._inner:
+                inner.step()
+
+
+@contextmanager
+def _flat(kernels: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Kernels (O, I, h, w) and their gradients as matrices (O, I h w), and back afterwards."""
+    shapes, grads = [p.shape for p in kernels], [p.grad for p in kernels]
+    for p, grad in zip(kernels, grads, strict=True):
+        p.grad, p.data = None, p.data.flatten(1)
+        p.grad = None if grad is None else grad.flatten(1)
+    try:
+        yield
+    finally:
+        for p, grad, shape in zip(kernels, grads, shapes, strict=True):
+            p.grad, p.data = None, p.data.view(shape)
+            p.grad = grad
 
 
 def by_role(objective: Objective, groups: Sequence[ParameterGroup]) -> list[ParameterGroup]:

@@ -250,6 +250,29 @@ def test_muon_takes_matrices_of_layers_and_leaves_the_rest_to_adamw() -> None:
     assert 4 <= state.kept < 5 < optimizer_state(PLAIN, ()).kept  # one float32 for each weight, not two
 
 
+def test_muon_steps_a_kernel_as_the_matrix_of_its_outputs() -> None:
+    torch.manual_seed(0)
+    conv, same = torch.nn.Conv2d(2, 3, 3), torch.nn.Linear(18, 3)
+    with torch.no_grad():
+        same.weight.copy_(conv.weight.flatten(1))
+        same.bias.copy_(conv.bias)
+    made = [Muon(groups(one, 0.1), lr=0.01, kernels=True) for one in (conv, same)]
+    for _ in range(3):
+        for one in (conv, same):
+            one.weight.grad = torch.linspace(-1, 2, 54).sin().reshape(one.weight.shape)
+            one.bias.grad = torch.ones(3)
+        before, grad = conv.weight, conv.weight.grad
+        for optimizer in made:
+            optimizer.step()
+        assert conv.weight is before and conv.weight.grad is grad and conv.weight.shape == (3, 2, 3, 3)
+        assert torch.equal(conv.weight.flatten(1), same.weight)
+    again = Muon(groups(conv, 0.1), lr=0.01, kernels=True)
+    again.load_state_dict(made[0].state_dict())
+    again.step()
+    made[1].step()
+    assert torch.equal(conv.weight.flatten(1), same.weight) and torch.equal(conv.bias, same.bias)
+
+
 @pytest.mark.parametrize(("optimizer", "words"), [
     ("sat.train.optim.Muon", "Muon steps matrices, and DeepSpeed may give it flat vectors: set train"),
     ("torch.optim.Muon", "torch's Muon takes matrices alone: write sat.train.optim.Muon"),
