@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,17 @@ def test_terms_follow_their_formulas() -> None:
     assert (terms["kl"] - posterior.kl().sum() / posterior.mean.numel()).abs() < F32
     assert (terms["latent_std"] - latent.std()).abs() < F32
     assert (terms["latent_mean"] - latent.mean()).abs() < F32
+
+
+def test_a_loss_of_psnr_is_minus_its_mean_over_pictures_in_tens_of_decibels() -> None:
+    trained = objective(pixel=0.0, edge=0.0, kl=0.0, psnr=1.0)
+    with torch.no_grad():
+        made = trained.first_stage.decode(trained.first_stage.encode(images()).sample(generator=generator()))
+    errors = [float((a - b).square().mean()) for a, b in zip(made, images(), strict=True)]
+    expected = sum(math.log10(error / 4) for error in errors) / 2
+    assert float(trained(batch(images()), generator())["loss"].detach()) == pytest.approx(expected, abs=F32)
+    with pytest.raises(ValueError, match="pixel, edge or psnr must be positive"):
+        objective(pixel=0.0, edge=0.0)
 
 
 def test_edge_error_compares_differences_at_two_scales() -> None:

@@ -74,10 +74,12 @@ class Adversarial:
 
 
 class FirstStageObjective(Objective):
-    """L1 + ``edge`` x image gradients at two scales + ``kl`` x KL, each a mean over its values.
+    """``pixel`` x L1 + ``edge`` x image gradients at two scales - ``psnr`` x PSNR + ``kl`` x KL, each a mean.
 
     ``pixel``, ``edge``: weights of the absolute error of the pixels (in [-1, 1]) and of their horizontal and
-    vertical differences, at full and at half size. ``kl``: of the divergence per latent value, in nats.
+    vertical differences, at full and at half size. ``psnr``: of each picture's PSNR before clamping, in units
+    of 10 dB, so that a loss of it alone is log10 of the squared error. ``kl``: of the divergence per latent
+    value, in nats.
     Logged beside ``loss``: ``pixel``, ``edge``, ``kl``, ``psnr`` (dB, of the clamped sampled reconstruction),
     ``latent_mean`` and ``latent_std`` (of all latent values; 1 / latent_std is a fitting ``scale_factor``).
 
@@ -93,7 +95,7 @@ class FirstStageObjective(Objective):
     which on a CPU in bf16 is several times faster.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the fields of the YAML component
         self,
         pixel: float = 1.0,
         edge: float = 1.0,
@@ -102,14 +104,15 @@ class FirstStageObjective(Objective):
         freeze_encoder: bool = False,
         perceptual: Perceptual | None = None,
         adversarial: Adversarial | None = None,
+        psnr: float = 0.0,
         *,
         engine: HasFirstStage,
     ) -> None:
         super().__init__()
-        if min(pixel, edge, kl, noise) < 0 or pixel + edge <= 0:
+        if min(pixel, edge, psnr, kl, noise) < 0 or pixel + edge + psnr <= 0:
             raise ValueError(
-                f"train.objective: pixel {pixel}, edge {edge}, kl {kl}, noise {noise} must not be negative, "
-                f"and pixel or edge must be positive"
+                f"train.objective: pixel {pixel}, edge {edge}, psnr {psnr}, kl {kl}, noise {noise} must not "
+                f"be negative, and pixel, edge or psnr must be positive"
             )
         self.first_stage = engine.first_stage
         like = next(self.first_stage.parameters())
@@ -121,7 +124,7 @@ class FirstStageObjective(Objective):
         if adversarial is not None:
             made = PatchDiscriminator(adversarial.width, adversarial.layers)
             self.discriminator = _like(made.to(like.dtype), like)
-        self.pixel, self.edge, self.kl, self.noise = pixel, edge, kl, noise
+        self.pixel, self.edge, self.psnr, self.kl, self.noise = pixel, edge, psnr, kl, noise
         if freeze_encoder:
             self.first_stage.encoder.requires_grad_(False)
             self.first_stage.quant.requires_grad_(False)
@@ -187,6 +190,9 @@ class FirstStageObjective(Objective):
         edge = edge_error(made, target)
         kl = posterior.kl().mean() / latent[0].numel()  # nats per latent value
         picture = self.pixel * pixel + self.edge * edge
+        if self.psnr:  # -PSNR / 10 = log10(mean squared error / 2^2), of values in [-1, 1]
+            error = (made - target).square().mean(dim=(1, 2, 3)).clamp_min(4e-10)  # (B,)
+            picture = picture + self.psnr * torch.log10(error / 4).mean()
         more: dict[str, Tensor] = {}
         if self.perceptual is not None:
             features = cast(Features, self._features[0])
