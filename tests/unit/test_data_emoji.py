@@ -126,6 +126,14 @@ def test_a_set_of_compressed_and_older_names_is_matched_too(packages, tmp_path):
     assert (tmp_path / "out/firefox/red-heart.png").exists()
 
 
+def test_numbered_drawings_of_a_thing_are_found_by_their_first(packages, tmp_path):
+    named = {"red-apple-1": "#ff0000", "red-apple-2": "#00ff00"}
+    pack(packages, STYLES["streamline"].package, icons(named, {}))
+    written = build(tmp_path / "out", packages, ["streamline"], "all", 64)
+    assert written.trained + written.held_out == {"streamline": 1}
+    assert PIL.Image.open(tmp_path / "out/streamline/red-apple.png").getpixel((10, 10)) == (255, 0, 0)
+
+
 def test_what_was_used_is_recorded_with_licence_and_digest(packages, tmp_path):
     build(tmp_path / "out", packages, ["flat"], "all", 128)
     record = json.loads((tmp_path / "out/sources.json").read_text())

@@ -41,6 +41,7 @@ UNNAMED = (
     "emojitwo",
     "firefox",
     "monotone",
+    "streamline",
 )  # their packages' chars.json is empty: icons are found by name
 NAMED_BY = ("noto", "twemoji", "flat")  # and these packages know more names than the label
 HELD_OUT_SHARE = 0.04  # of all (concept, style) pairs
@@ -115,12 +116,7 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
         for style in styles:
             (out / style).mkdir(parents=True, exist_ok=True)
             for concept in concepts:
-                # a set without code points knows an icon by the label's slug or by the name in another set
-                names = [concept.slug, *(codes[concept.code] for codes in others if concept.code in codes)]
-                if style == "firefox":
-                    called = FIREFOX_NAMES.get(concept.label, "")
-                    names = [called, *(n.replace("-", "") for n in (*names, concept.character_slug))]
-                icon = drawings[style].find(concept, names)
+                icon = drawings[style].find(concept, _names(concept, style, others))
                 if icon is None:
                     written.missing[style] += 1
                     continue
@@ -148,6 +144,17 @@ def build(out: Path, packages: Path, styles: Sequence[str], which: str, size: in
             (out / table).write_text(text, "utf-8")
         _write_sources(out, archives, styles, which, size, written)
     return written
+
+
+def _names(concept: Concept, style: str, others: Sequence[Mapping[str, str]]) -> list[str]:
+    """Names that a set without code points may have for ``concept``: its slug, and those in other sets."""
+    names = [concept.slug, *(codes[concept.code] for codes in others if concept.code in codes)]
+    if style == "firefox":
+        called = FIREFOX_NAMES.get(concept.label, "")
+        return [called, *(n.replace("-", "") for n in (*names, concept.character_slug))]
+    if style == "streamline":  # several drawings of a thing are numbered
+        return [f"{name}{ending}" for name in names for ending in ("", "-1", "-face", "-face-1")]
+    return names
 
 
 def _write_sources(

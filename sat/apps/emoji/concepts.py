@@ -57,6 +57,7 @@ _NOTO, _FLUENT = "https://github.com/googlefonts/noto-emoji", "https://github.co
 _TWITTER, _TWEMOJI = "Twitter, Inc and other contributors", "https://github.com/jdecked/twemoji"
 _LOBEHUB = "Microsoft Corporation (drawings), LobeHub (packaging)"
 _EMOJITWO, _FIREFOX = "https://github.com/EmojiTwo/emojitwo", "https://github.com/mozilla/fxemoji"
+_STREAMLINE = "https://github.com/webalys-hq/streamline-vectors"
 
 STYLES: dict[str, Style] = {
     style.word: style
@@ -83,10 +84,14 @@ STYLES: dict[str, Style] = {
             Package("@iconify-json/emojione-monotone", "1.2.1", "CC-BY-4.0", "EmojiTwo", _EMOJITWO),
             shapes="emojitwo",
         ),
+        Style(
+            "streamline",
+            Package("@iconify-json/streamline-emojis", "1.2.4", "CC-BY-4.0", "Streamline", _STREAMLINE),
+        ),
     )
 }
 TRAINING_STYLES = ("noto", "twemoji", "flat", "blob", "emojitwo")
-JUDGE_STYLES = ("firefox", "contrast", "monotone")  # drawn for the classifier alone, so that it knows shapes
+JUDGE_STYLES = ("firefox", "contrast", "monotone", "streamline")  # for the classifier alone: it learns shapes
 HELD_OUT_STYLE = "3d"  # of all training of the small model: it is what a LoRA learns later
 
 FIREFOX_NAMES: Mapping[str, str] = {  # of icons that are called by neither label nor character
