@@ -131,6 +131,13 @@ def _add_small(commands: Any) -> None:
     add("--width", type=int, default=112, help="number of features (112)")
     add("--stages", type=int, nargs=3, metavar="N", help="channels of the stages before (by --width)")
     add("--start", type=Path, metavar="DIR", help="go on from this classifier, of the same widths")
+    add(
+        "--average",
+        type=float,
+        default=0.0,
+        metavar="DECAY",
+        help="keep a moving average of the weights (0: none)",
+    )
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--int8", action="store_true", help="write weights of 8 bits instead of 16")
     add("--seed", type=int, default=0)

@@ -79,7 +79,7 @@ def test_a_judge_of_some_concepts_learns_from_more_and_is_small(data, trained, t
     judged = ("blue heart", "red apple")
     recipe = Recipe(
         steps=40, batch_size=10, width=14, judged=judged, often=2.0, bf16=True, eight_bits=True,
-        start=trained, strength=STRENGTHS["strong"],
+        start=trained, strength=STRENGTHS["strong"], average=0.9,
     )  # fmt: skip
     card = train([data, more], tmp_path / "out", recipe, torch.device("cpu"), SILENT)
     assert (card.concepts, card.styles) == (judged, ("plain", "cross"))
@@ -93,6 +93,19 @@ def test_a_judge_of_some_concepts_learns_from_more_and_is_small(data, trained, t
         train(data, tmp_path / "no", Recipe(judged=("lime tree",)), torch.device("cpu"), SILENT)
     with pytest.raises(DataError, match="has 14 features, take --width and --stages of it"):
         train(data, tmp_path / "no", Recipe(start=trained), torch.device("cpu"), SILENT)
+
+
+def test_a_square_of_one_colour_hides_a_share_of_the_pictures():
+    still = Strength(shift=0, scale=(1, 1), turn=0, light=0, blur=0, noise=0, hide=0.5)
+    out = augment(torch.ones(400, 3, 32, 32), still, torch.Generator().manual_seed(0))
+    changed = (out != 1).any(1)  # (B, H, W)
+    hidden = changed.flatten(1).any(1)
+    assert 0.4 < hidden.double().mean() < 0.6
+    for picture, where in zip(out[hidden], changed[hidden], strict=True):
+        rows, columns = (where.any(dim).nonzero()[:, 0] for dim in (1, 0))
+        low = (int(rows[0]), int(columns[0]))
+        square = picture[:, low[0] : int(rows[-1]) + 1, low[1] : int(columns[-1]) + 1]
+        assert (square == square[:, :1, :1]).all() and max(square.shape[1:]) <= 32 * 3 / 8 + 1
 
 
 def test_weights_of_eight_bits_are_within_half_a_step():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -36,7 +37,8 @@ class Strength:
     of brightness and contrast; ``blur``: share of pictures blurred (by halving and doubling); ``noise``:
     largest standard deviation, of values in [-1, 1]; ``colour``: largest change of saturation, of the ink of
     each channel (half as much) and of the logarithm of the gamma; ``grey``: share without colour; ``warp``:
-    largest spread of a smooth displacement, of half the side; ``mirror``: share of pictures mirrored.
+    largest spread of a smooth displacement, of half the side; ``mirror``: share of pictures mirrored;
+    ``hide``: share of pictures with a square of one colour somewhere, up to three eighths of the side.
     """
 
     shift: float = 0.08
@@ -49,12 +51,15 @@ class Strength:
     grey: float = 0.0
     warp: float = 0.0
     mirror: float = 0.0
+    hide: float = 0.0
 
 
 STRENGTHS = {
     "plain": Strength(),
     "strong": Strength(scale=(0.65, 1.1), turn=12.0, colour=0.3, grey=0.1, warp=0.05),
-    "hard": Strength(shift=0.1, scale=(0.6, 1.15), turn=25.0, colour=0.4, grey=0.15, warp=0.06, mirror=0.5),
+    "hard": Strength(
+        shift=0.1, scale=(0.6, 1.15), turn=25.0, colour=0.4, grey=0.15, warp=0.06, mirror=0.5, hide=0.3
+    ),
 }
 
 
@@ -105,6 +110,13 @@ def augment(images: Tensor, strength: Strength, generator: torch.Generator) -> T
     out = moved + amount * (soft - moved)
     out = out * (1 + uniform(-strength.light, strength.light)[:, None, None, None])
     out = out + uniform(-strength.light, strength.light)[:, None, None, None]
+    if strength.hide:
+        side = images.shape[-1]
+        half = uniform(side / 16, side * 3 / 16)[:, None]
+        near = (torch.arange(side) - uniform(0, side, (2, count, 1))).abs() < half  # (2, B, S): rows, columns
+        square = near[0][:, :, None] & near[1][:, None, :]  # (B, S, S)
+        square = square & (torch.rand(count, 1, 1, generator=generator) < strength.hide)
+        out = torch.where(square[:, None], uniform(-1, 1, (count, 3, 1, 1)), out)
     spread = uniform(0, strength.noise)[:, None, None, None]
     return (out + spread * torch.randn(out.shape, generator=generator)).clamp(-1, 1)
 
@@ -114,8 +126,9 @@ class Recipe:
     """Settings of the training. ``width``: features; ``style_weight``: factor of the style's loss.
 
     ``judged``: concepts that the classifier is for, drawn ``often`` times as often as the others, which help
-    to learn shapes and are forgotten in the end; empty: all. ``bf16``: compute in bfloat16. ``eight_bits``:
-    as the weights are written.
+    to learn shapes and are forgotten in the end, and with a second loss among themselves; empty: all.
+    ``average``: decay of the moving average of the weights that is kept; 0: the last weights. ``bf16``:
+    compute in bfloat16. ``eight_bits``: as the weights are written.
     """
 
     steps: int = 3000
@@ -130,6 +143,7 @@ class Recipe:
     stages: tuple[int, ...] = ()
     judged: tuple[str, ...] = ()
     often: float = 1.0
+    average: float = 0.0
     bf16: bool = False
     eight_bits: bool = False
     start: Path | None = None  # a classifier to go on from
@@ -260,6 +274,7 @@ def _fit(
     if recipe.judged:
         often[known.concept < len(recipe.judged)] = recipe.often
     model.train()
+    average = copy.deepcopy(model) if recipe.average else model
     running: dict[str, float] = {}
     warm = max(1, recipe.steps * 3 // 100)
     for step in range(recipe.steps):
@@ -280,18 +295,37 @@ def _fit(
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
             out = Logits(*(value.float() for value in model(images)))
         concept, style = known.concept[chosen].to(device), known.style[chosen].to(device)
-        loss = F.cross_entropy(out.concept, concept, label_smoothing=recipe.smoothing)
-        loss = loss + recipe.style_weight * F.cross_entropy(out.style, style)
+        loss = _loss(out, concept, style, recipe)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
+        _follow(average, model, min(recipe.average, (step + 1) / (step + 10)))
         right = (out.concept.argmax(1) == concept).float().mean().item()
         for name, value in (("loss", loss.item()), ("top1", right)):
             running[name] = running.get(name, value) * 0.98 + value * 0.02
         if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
             report(step + 1, dict(running))
+    model.load_state_dict(average.state_dict())
     model.eval()
+
+
+@torch.no_grad()
+def _follow(average: Classifier, model: Classifier, decay: float) -> None:
+    """Move the ``average`` of the weights and statistics towards those of ``model``, by 1 - ``decay``."""
+    for kept, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        kept.lerp_(value, 1 - decay) if kept.is_floating_point() else kept.copy_(value)
+
+
+def _loss(out: Logits, concept: Tensor, style: Tensor, recipe: Recipe) -> Tensor:
+    """Cross entropies of concept and style (B), and of the judged concepts told from one another."""
+    loss = F.cross_entropy(out.concept, concept, label_smoothing=recipe.smoothing)
+    loss = loss + recipe.style_weight * F.cross_entropy(out.style, style)
+    own = concept < len(recipe.judged)
+    if own.any():
+        among = out.concept[own, : len(recipe.judged)]
+        loss = loss + F.cross_entropy(among, concept[own], label_smoothing=recipe.smoothing)
+    return loss
 
 
 def measure(model: Classifier, known: Labelled, others: Labelled, strength: Strength) -> dict[str, float]:

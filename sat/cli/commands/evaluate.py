@@ -189,6 +189,8 @@ def train_classifier(args: argparse.Namespace) -> int:
     for name in ("steps", "batch_size", "width"):
         if (value := getattr(args, name)) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not 0 <= args.average < 1:
+        raise UsageError(f"--average {args.average:g}: expected a decay of at least 0 and below 1")
     if not (args.lr > 0 and math.isfinite(args.lr)):
         raise UsageError(f"--lr {args.lr:g}: expected a number above 0")
     output_folder(args.out, "--out")
@@ -205,6 +207,7 @@ def train_classifier(args: argparse.Namespace) -> int:
         stages=tuple(args.stages or ()),
         judged=tuple(chosen_labels(args.concepts)),
         often=args.often,
+        average=args.average,
         bf16=args.bf16,
         eight_bits=args.int8,
         start=args.start,
