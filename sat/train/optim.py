@@ -143,10 +143,10 @@ class Muon(Optimizer):
     """Muon for the matrices of linear layers, AdamW for kernels, embeddings, norms and biases.
 
     With ``kernels`` a kernel (O, I, h, w) is a matrix (O, I h w) of Muon's too. Both are torch's. A matrix
-    moves along its momentum (``nesterov``) made nearly orthogonal by ``ns_steps`` of Newton and Schulz, scaled
-    to the size of AdamW's steps, so that one ``lr`` and one ``weight_decay`` fit both. ``betas`` and ``eps``
-    are AdamW's. Groups come from :func:`groups`. The backend must be plain: with DeepSpeed an optimizer may
-    see flat vectors. Source: K. Jordan, "Muon" (2024); arXiv:2502.16982, eq. 4.
+    moves along its momentum (``nesterov``) made nearly orthogonal by ``ns_steps`` of Newton and Schulz,
+    scaled to the size of AdamW's steps, so that one ``lr`` and one ``weight_decay`` fit both. ``betas`` and
+    ``eps`` are AdamW's. Groups come from :func:`groups`. The backend must be plain: with DeepSpeed an
+    optimizer may see flat vectors. Source: K. Jordan, "Muon" (2024); arXiv:2502.16982, eq. 4.
     """
 
     needs_matrices = True
