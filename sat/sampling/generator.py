@@ -19,7 +19,7 @@ from sat.conditioning.conditioner import Condition, Encoded, Sizes, joined
 from sat.control_input import Controls
 from sat.diffusion.guidance import Guider
 from sat.diffusion.samplers import Sampler, StepCallback
-from sat.diffusion.schedule import sized
+from sat.diffusion.schedule import Level, sized
 from sat.diffusion.step_cache import Count, StepCache
 from sat.diffusion.tiles import tile_size
 from sat.engine import DiffusionEngine, NonFiniteError
@@ -300,7 +300,7 @@ class Generator:
             held = () if controls is None else self._controls(controls, prompt, images[number])
             edit = None if edits is None else by_first(self.team, partial(edits.read, prompt, images[number]))
             if edit is not None:
-                total += self._steps(edit, params) - params.steps
+                total += len(self._levels(edit, params)) - params.steps
             latents = self.latents(text, rng, params, step, low, held, edit)
             drawn = self.images(latents, low, params.back_projections)
             if edit is not None and drawn:
@@ -463,6 +463,8 @@ class Generator:
                     work=self._share_tiles,
                 ),
             )  # fmt: skip
+        if controls:
+            self._tell_idle(controls, given, params)
         if self.offload is not None:
             self.offload.enter("model")
         with nullcontext() if params.regions is None else params.regions.on(self.engine.network):
@@ -482,12 +484,25 @@ class Generator:
             )
         return out.float().cpu()
 
-    def _steps(self, given: Given, params: SamplingParams) -> int:
-        """Steps that changing ``given`` takes."""
+    def _levels(self, given: Given | None, params: SamplingParams) -> list[Level]:
+        """Levels that are evaluated, for changing ``given`` or for a picture from noise."""
         process, size = self.engine.process, self.engine.latent_shape(params.height, params.width)[1:]
         size = size if params.tile is None else tile_size(size, params.tile)
         schedule = sized(self.engine.schedule, size)
-        return len(given.around(process, schedule, params.steps).hooks.levels(schedule, params.steps)) - 1
+        if given is not None:
+            process = given.around(process, schedule, params.steps)
+        return process.hooks.levels(schedule, params.steps)[:-1]
+
+    def _tell_idle(self, controls: Controls, given: Given | None, params: SamplingParams) -> None:
+        """Say of controls that no level of the run is in the range of, as happens easily in few steps."""
+        shares = [level.noise_share for level in self._levels(given, params)]
+        for own in controls:
+            if any(own.strengths) and not any(own.acts(share) for share in shares):
+                at = ", ".join(f"{1 - share:.2g}" for share in shares)
+                log.warning(
+                    "control %s acts from %g to %g of the noise range and changes nothing: this run looks at "
+                    "%s", own.name, own.start, own.end, at,
+                )  # fmt: skip
 
     def images(self, latents: Tensor, low: Tensor | None = None, rounds: int = 0) -> list[Image.Image]:
         """Pictures of ``latents`` (B, C, h, w); none on ranks other than the team's first.

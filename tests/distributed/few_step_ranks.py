@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
     cases: dict[str, Any] = {"one": ({}, {}), **LAYOUTS}
     for name, (changes, layout) in cases.items():
         work = functools.partial(trained, changes=changes, layout=layout)
-        results[name] = ranks(1 if name == "one" else 2, folder / name, work)
+        results[name] = ranks(1 if name == "one" else 2, folder / name, work, timeout=300.0)
     torch.save(results, folder / "results.pt")
 
 

@@ -129,8 +129,7 @@ def test_matching_trains_student_and_critic_in_turn_and_goes_on_where_it_was_cut
         for name in ("matching_lora_cut", "matching_lora")
     )
     assert same(cut, whole) and not any("critic" in name for name in whole)
-    end = ran.ends["matching_zero3"]
-    assert end["code"] == 2 and "learn in turn, and train.zero 3 mixes their gradients" in str(end["err"])
+    ran.good("matching_zero3")
 
 
 def test_rounds_are_not_trained_over(ran: Ran) -> None:

@@ -106,7 +106,7 @@ def everything(folder: Path, spiece: Path) -> None:
     run("matching_lora", *lora)
     run("matching_lora_cut", *lora, "train.max_minutes=1e-9")
     run("matching_lora_on", *lora, "--resume", to="matching_lora_cut")
-    run("matching_zero3", [base, train, matching], *plain, teacher, "train.zero=3")
+    run("matching_zero3", [base, train, matching], *plain, teacher, "train.zero=3", "--steps", 2)
     run("cut", [base, train, distill], *plain, teacher, "train.max_minutes=1e-9")
     run("again", [base, train, distill], *plain, teacher, to="cut")
     run("rest", [base, train, distill], *plain, teacher, "--resume", to="cut")

@@ -77,7 +77,9 @@ def networks() -> tuple[nn.Module, nn.Module]:
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
     for _ in range(1000):
         x0 = points(512, generator)[:, :, None, None]
-        draw = Draw(torch.randint(1000, (512,), generator=generator), torch.randn(x0.shape, generator=generator))
+        draw = Draw(
+            torch.randint(1000, (512,), generator=generator), torch.randn(x0.shape, generator=generator)
+        )
         given = None, draw, SCHEDULE, Process(), ProcessContext()
         optimizer.zero_grad()
         DenoisingLoss()(whole.denoiser, x0, *given).mean().backward()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sat.adapters.files import Distilled, distilled, read
 from sat.adapters.write import write, write_native
@@ -27,6 +28,7 @@ from tests.configs import ROOT
 
 TINY = "configs/tiny.yaml"
 TURBO_FILE = "checkpoints/tiny_turbo"
+EDGES = ROOT / "checkpoints/tiny_control/edges.safetensors"
 LEVELS = {"1": [999.0], "2": [999.0, 499.0], "4": [999.0, 749.0, 499.0, 249.0]}
 TURBO = Distilled(method="dmd2", steps=[1, 2, 4], levels=LEVELS, guidance=3.0)
 TURBO_V = TURBO.model_copy(update={"prediction": "v"})
@@ -169,6 +171,43 @@ def test_a_merged_turbo_file_says_in_the_folder_what_it_is_for(
     again = [str(tmp_path / "out"), str(tmp_path / "twice"), "--to", "native", "--merge-lora", str(turbo)]
     assert convert(again) == 2
     assert "the checkpoint is distilled already" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def turbo() -> Pipeline:
+    """The small model in one step, with the small control beside it."""
+    settings = [f"adapters.load=[{{path: {ROOT / TURBO_FILE}}}]"]
+    return Pipeline.from_config(ROOT / TINY, settings, device="cpu", dtype="fp32")
+
+
+def pixels(pipe: Pipeline, **given: Any) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(pipe("a lion", seed=1, **given).images[0], dtype=np.float32))
+
+
+def test_a_control_acts_on_one_step_by_the_noise_that_the_step_looks_at(
+    turbo: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ranges of steps would leave the only one out wherever they end before 1."""
+    edges = {"control": EDGES, "image": Image.new("RGB", (64, 64), "white"), "scale": 2.0}
+    with caplog.at_level("WARNING"):
+        plain, early = pixels(turbo), pixels(turbo, controls=[{**edges, "end": 0.8}])
+        assert (early - plain).abs().mean() > 0.5 and not caplog.messages
+        assert torch.equal(pixels(turbo, controls=[{**edges, "start": 0.3}]), plain)
+    assert "acts from 0.3 to 1 of the noise range and changes nothing: this run looks at 0" in caplog.text
+    late = pixels(turbo, controls=[{**edges, "start": 0.3}], steps=4)
+    assert (late - pixels(turbo, steps=4)).abs().mean() > 0.1
+
+
+def test_a_picture_is_changed_in_one_step_as_far_as_its_noise_says(turbo: Pipeline) -> None:
+    """Counted in steps, any strength is the whole of one step."""
+    given = turbo("a red apple", seed=3).images[0]
+    kept = torch.from_numpy(np.asarray(given, dtype=np.float32))
+    away = [
+        float((pixels(turbo, image=given, strength=strength) - kept).abs().mean())
+        for strength in (0.2, 0.5, 0.9, 1.0)
+    ]
+    assert away == sorted(away) and away[0] < 0.5 * away[-1], away
+    assert torch.equal(pixels(turbo, image=given, strength=1.0), pixels(turbo))
 
 
 def test_the_spacing_follows_the_levels_of_training(plain: Experiment, files: Path) -> None:
