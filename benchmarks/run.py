@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import RESULTS, facts, results_folder  # noqa: E402
-from benchmarks.measure import compare  # noqa: E402
+from benchmarks.measure import compare, timing  # noqa: E402
 from benchmarks.peers import STEPS  # noqa: E402
 from benchmarks.tables import Table, cpu, gpu  # noqa: E402
 from benchmarks.worker import Worker  # noqa: E402
@@ -48,11 +48,18 @@ def measure(table: Table, limits: Limits) -> dict[str, Any]:
     for label, case in table.rows.items():
         worker = Worker(case, limits.threads)
         try:
-            worker.ready()
-            workers[label] = worker
+            first = worker.ready()
+            if table.once_each:  # one process after the other
+                own = {"peak_mb": worker.peak, "facts": worker.facts}
+                rows.append({"label": label, **timing([first]).plain(), **own})
+                worker.close()
+            else:
+                workers[label] = worker
         except RuntimeError as error:
             print(f"{table.name}: {label} left out: {error}", file=sys.stderr)
             rows.append({"label": label, "left_out": str(error)})
+    if not workers:
+        return rated(table, rows, limits.threads)
     takes = {label: worker.sample for label, worker in workers.items()}
     times = compare(takes, rounds=limits.rounds, seconds=limits.seconds, warm=limits.seconds / 6)
     for worker in workers.values():

@@ -54,6 +54,7 @@ def cpu(quick: bool, compiled: bool = False) -> list[Table]:
             "diffusers script",
         ),
         _lora("lora", Case("lora", "", "bench", "fp32", options=_bench(quick))),
+        _distillation(quick),
     ]
 
 
@@ -102,6 +103,34 @@ def gpu(quick: bool, device: str = "cuda", sizes: Mapping[str, Any] | None = Non
         options = {"cells": side // 8, **sizes.get("plus", {})}
         tables.append(_lora(f"gpu_lora_{side}", Case("lora", "", "plus", "bf16", device, options)))
     return [*tables, *_whole(device, sizes.get("whole", {}))]
+
+
+def _distillation(quick: bool) -> Table:
+    """Memory of few-step LoRA trainings beside a LoRA fine-tuning, of a Plus of 0.2 G weights in bf16."""
+    sizes = {
+        "model.params.dim": 256 if quick else 1024, "model.params.heads": 16, "model.params.depth": 12,
+        "model.params.text_dim": 64, "adapters.lora.rank": 32, "train.batch_size": 2, "train.pack": False,
+        "conditioning.text.params": "{dim: 64, heads: 2, head_dim: 32, mlp_dim: 64, depth: 1}",
+        "first_stage.params.width": 8, "first_stage.params.groups": 4, "train.zero": 1,
+        "data.height": 256, "data.width": 256, "data.cache_views": 0, "train.validate_every": "null",
+        "data.sources": "[{path: data/emoji_sample}]", "data.validation": "[]", "train.ema": "null",
+        "checkpoint.path": "null", "checkpoint.random": 0, "conditioning.tokenizer": _TOKENIZER,
+        "train.sample_every": "null",
+    }  # fmt: skip
+    settings = [f"{key}={value}" for key, value in sizes.items()]
+    kind = "train.objective={{target: sat.train.objectives.distillation.Distillation, params: {{method: {}}}}}"
+    case = Case("training", "ours", "plus", "bf16")
+    rows = {
+        name: replace(case, options={"bases": ["configs/plus.yaml", "configs/lora.yaml"], "settings": [
+            *settings, *more]})
+        for name, more in {
+            "LoRA fine-tuning": [],
+            **{f"{name}, LoRA": [kind.format(name)] for name in ("consistency", "dmd2", "rcm")},
+            "progressive, LoRA": [kind.format("progressive, guidance: 4.0, teacher_steps: 8, rounds: [4]")],
+        }.items()
+    }  # fmt: skip
+    title = "three steps of train.py: a few-step LoRA beside a LoRA fine-tuning"
+    return Table("distillation", title, rows, "LoRA fine-tuning", once_each=True)
 
 
 def _whole(device: str, sizes: Mapping[str, Any]) -> list[Table]:

@@ -117,6 +117,16 @@ def test_distillation_holds_a_teacher() -> None:
     assert now.weights.frozen["teacher"] >= now.weights.trained
 
 
+def test_two_sets_of_factors_are_two_roles_on_one_network() -> None:
+    """The third role, the teacher, is the network without them: nothing is held for it."""
+    matching = DISTILLATION[0][:-1] + ", params: {method: dmd2}}"
+    now, plain = estimated(LORA, matching), estimated(LORA)
+    roles = now.weights.roles
+    assert roles == {"student": plain.weights.trained_elements, "critic": plain.weights.trained_elements}
+    assert now.weights.frozen["network"] == plain.weights.frozen["network"]
+    assert "teacher" not in now.weights.frozen
+
+
 def test_first_stage_training_has_no_text() -> None:
     now = estimated(FIRST_STAGE, "train.autocast=bf16", "train.dtype=fp32", "train.zero=0")
     assert "first stage" not in now.weights.frozen
