@@ -118,7 +118,8 @@ def _distillation(quick: bool) -> Table:
         "train.sample_every": "null",
     }  # fmt: skip
     settings = [f"{key}={value}" for key, value in sizes.items()]
-    kind = "train.objective={{target: sat.train.objectives.distillation.Distillation, params: {{method: {}}}}}"
+    target = "sat.train.objectives.distillation.Distillation"
+    kind = f"train.objective={{{{target: {target}, params: {{{{method: {{}}}}}}}}}}"
     case = Case("training", "ours", "plus", "bf16")
     rows = {
         name: replace(case, options={"bases": ["configs/plus.yaml", "configs/lora.yaml"], "settings": [
