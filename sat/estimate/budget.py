@@ -248,12 +248,15 @@ class SamplingEstimator:
     def _activation(self, experiment: Experiment, stage: str) -> int:
         """Peak bytes beside the weights in a stage."""
         sampling, memory = experiment.sampling, experiment.memory
-        size = (sampling.height, sampling.width, sampling.dtype, memory.quantize)
+        size, integers = (sampling.height, sampling.width, sampling.dtype), memory.quantize
         depends: tuple[object, ...] = {
-            "text": (memory.quantize,),
-            "denoising": (size, sampling.at_once, sampling.steps, sampling.tile, sampling.guider),
+            "text": (replace(integers, network=None),),
+            "denoising": (
+                size, replace(integers, text_encoder=None), sampling.at_once, sampling.steps, sampling.tile,
+                sampling.guider,
+            ),
             "decoding": (size, memory.decode_batch, memory.decode_tile, sampling.at_once),
-        }[stage]
+        }[stage]  # fmt: skip
         key = repr((stage, *depends))
         if key not in self._activations:
             ledger, engine = self._engine(experiment)

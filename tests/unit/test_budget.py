@@ -106,3 +106,17 @@ def test_what_nothing_brings_into_the_budget_is_refused(device: torch.device) ->
 def test_a_size_that_is_none_is_named() -> None:
     assert "expected a size such as 24GB" in "\n".join(refused([DEBUG], ["memory.budget=8 pounds"]))
     assert parse_size("6GB") == 6_000_000_000
+
+
+def test_a_stage_is_run_again_only_for_settings_that_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check of the 3 B models takes seconds: nothing is quantised, and each stage is run once a setting."""
+    monkeypatch.setattr("sat.kernels.quantize._rows", lambda *_: pytest.fail("quantised without data"))
+    estimator = SamplingEstimator(host=True)
+    for network, text in ((None, None), ("int8", None), (None, "int8"), ("int8", "int8")):
+        chosen = (
+            f"memory.quantize.network={network or 'null'}",
+            f"memory.quantize.text_encoder={text or 'null'}",
+        )
+        estimator.peaks(asked(None, *chosen))
+    stages = [key.split("'")[1] for key in estimator._activations]
+    assert sorted(stages) == ["decoding", "denoising", "denoising", "text", "text"]
