@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from tests.full_size.stages import DEPTHS, MEMBERS, ROOT, Choice, Stage, workspace
+from tests.full_size.stages import DEPTHS, MEMBERS, ROOT, Choice, Stage, remove, workspace
 
 _FAST_BF16 = ("avx512_bf16", "amx_bf16", " bf16")
 
@@ -145,14 +144,6 @@ def look(path: Path) -> dict[str, Any]:
 def log_of(folder: Path, stage: Stage) -> Path:
     """File of a stage's output."""
     return folder / f"{stage.name.replace(' ', '_').replace(',', '')}.log"
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

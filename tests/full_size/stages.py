@@ -18,6 +18,23 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 WORK = "-m tests.full_size.work"
 FOX = ["--prompt", "a red fox in the snow"]
+PUBLISHED = {
+    "plus": "cogview3-plus-3b",
+    "base": "cogview3-base-3b",
+    "relay": "cogview3-relay-3b",
+    "base_distill": "cogview3-base-3b-distill-4step",
+    "relay_distill": "cogview3-relay-3b-distill-1step",
+}
+"""Folders of SAT files by the config of the member, as published."""
+
+
+def _over(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` with the values of ``over``."""
+    out = dict(tree)
+    for key, value in over.items():
+        out[key] = _over(out.get(key) or {}, value) if isinstance(value, Mapping) else value
+    return out
+
 
 _TEXT = {"params": {"dim": 24, "heads": 3, "head_dim": 8, "mlp_dim": 32, "depth": 2, "vocab": 2048}}
 _IMAGES = {"width": 8, "res_blocks": 1, "groups": 4}
@@ -65,6 +82,8 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "base": _SMALL_UNET,
     "relay": _SMALL_UNET,
+    "base_distill": _over(_SMALL_UNET, {"model": {"params": {"guidance_dim": 32}}}),
+    "relay_distill": _over(_SMALL_UNET, {"model": {"params": {"guidance_dim": 16}}}),
 }  # fmt: skip
 """Sizes of the same members that take a second, laid over the config of each."""
 
@@ -155,7 +174,50 @@ def cogview4(choice: Choice) -> list[Stage]:
     ]
 
 
-MEMBERS = {"plus": plus, "base": unet, "relay": unet, "t5": t5, "cogview4": cogview4}
+def cascade(choice: Choice) -> list[Stage]:
+    """Base, then Relay, each a folder of its own; ``distilled``: to few steps, and of one folder's size."""
+    ending, config = {"cascade": ("", "cascade"), "distilled": ("_distill", "cascade_distill")}[choice.member]
+    images, text, stages = "weights/sdxl_vae.safetensors", "weights/t5-v1_1-xxl", list[Stage]()
+    once, free = [f"sampling.dtype={choice.dtype}"], ["memory.text_encoder=free"]
+    for kind in ("base", "relay"):
+        name = kind + ending
+        sat, native = f"weights/{PUBLISHED[name]}", f"weights/{name}"
+        base = ["--base", f"configs/{name}.yaml"]
+        stages += [
+            Stage(f"write {kind}", [WORK, "write", name], sat),
+            _convert(choice, base, sat, native, images, text)._replace(name=f"convert {kind} to native"),
+            Stage(f"compare {kind}", [WORK, "check", name, native], frees=(sat, images, text)),
+        ]
+        once.append(f"cascade.{kind}.sampling.steps=1")
+    if choice.small:
+        free += ["sampling.height=64", "sampling.width=64"]
+    out = "out/cascade"
+    words = ["sample.py", "--base", f"configs/{config}.yaml", *FOX, *once, *free, "--output-dir", out]
+    stages.append(Stage("two stages, one step each", words, out))
+    if ending:  # as published: 4 steps, then 1
+        published = [word for word in words if not word.startswith("cascade.base")]
+        published[-1] = "out/published"
+        stages.append(Stage("4 steps and 1, as published", published, published[-1]))
+    return stages
+
+
+def sft(choice: Choice) -> list[Stage]:
+    """Training of all weights, which the plan refuses in the memory of a host."""
+    words = ["configs/plus.yaml", "configs/sft.yaml", "data.sources.0.path=pictures", "parallel.device=cpu"]
+    size = [f"data.height={choice.side}", f"data.width={choice.side}", f"train.dtype={choice.dtype}"]
+    return [Stage("plan", ["train.py", "--base", *words, *size, "--plan", "--fit", "16GB"])]
+
+
+MEMBERS = {
+    "cascade": cascade,
+    "distilled": cascade,
+    "sft": sft,
+    "plus": plus,
+    "base": unet,
+    "relay": unet,
+    "t5": t5,
+    "cogview4": cogview4,
+}
 DEPTHS = {"t5": 24, "cogview4": 39}
 """Blocks of the text encoder where none are named: all that are loaded; elsewhere 1 of T5-XXL."""
 
@@ -236,9 +298,9 @@ def workspace(folder: Path, choice: Choice) -> None:
         Image.open(picture).convert("RGB").resize(half).save(inputs / "000000000.png")
 
 
-def _over(tree: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``tree`` with the values of ``over``."""
-    out = dict(tree)
-    for key, value in over.items():
-        out[key] = _over(out.get(key) or {}, value) if isinstance(value, Mapping) else value
-    return out
+def remove(path: Path) -> None:
+    """Delete a file or folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -34,10 +34,9 @@ from sat.models.t5 import T5Encoder
 from sat.transformer import Context
 from sat.util.host import trim_heap
 from tests.checkpoints import spec
-from tests.full_size.stages import ROOT
+from tests.full_size.stages import PUBLISHED, ROOT, remove
 from tests.tolerances import BF16
 
-SPECS = {"plus": "plus_sat", "base": "unet_sat", "relay": "unet_sat"}
 TOKENIZER = ROOT / "checkpoints" / "tiny" / "tokenizer" / "spiece.model"
 TILE = 1_048_573
 """Values drawn for a tensor, which a larger one repeats: a prime, so that no two rows of it are alike."""
@@ -111,6 +110,19 @@ def weights(member: str, config: Experiment) -> dict[Part, Random]:
     return {part: Random(empty(config, part), types[part], len(part)) for part in PARTS}
 
 
+def as_published(member: str, parts: Mapping[Part, Random]) -> None:
+    """Assert that network and autoencoder have the official names and shapes."""
+    plus = member == "plus"
+    names = {"model": "plus_sat" if plus else "unet_sat", "first_stage": "vae16_sat" if plus else "vae4_sat"}
+    added = {"w_proj.weight"} if "distill" in member else set()
+    for part in names.keys() & parts.keys():
+        theirs = as_theirs(parts[part], family_rules(type(parts[part].module))["SAT"])
+        published = spec(names[part]).infos().items()
+        assert {k: i.shape for k, i in theirs.infos().items() if k not in added} == {
+            k.removeprefix("model.diffusion_model."): i.shape for k, i in published
+        }, part
+
+
 def write(member: str, *only: str) -> dict[str, Any]:
     """The official files of a member, names and shapes as published; without what our writer adds."""
     config, place = experiment(member), Path("weights")
@@ -123,16 +135,12 @@ def write(member: str, *only: str) -> dict[str, Any]:
         }
     parts = {part: found for part, found in weights(member, config).items() if not only or part in only}
     if config.model.params.get("depth") == 30 or config.model.params.get("width") == 320:
-        for part, name in {
-            "model": SPECS[member],
-            "first_stage": "vae16_sat" if member == "plus" else "vae4_sat",
-        }.items():
-            if part in parts:
-                theirs = as_theirs(parts[part], family_rules(type(parts[part].module))["SAT"])
-                assert {k: i.shape for k, i in theirs.infos().items()} == {
-                    k.removeprefix("model.diffusion_model."): i.shape for k, i in spec(name).infos().items()
-                }, part
-    shutil.rmtree(place, ignore_errors=True)
+        as_published(member, parts)
+    for earlier in [
+        *(place / name for name in ("new", PUBLISHED[member], "t5-v1_1-xxl")),
+        *place.glob("*.*"),
+    ]:
+        remove(earlier)
     save_sat(place / "new", parts, plain(config), tokenizer=TOKENIZER)
     for added in [*(place / "new").rglob(DIGESTS), *(place / "new").rglob(SIDECAR)]:
         added.unlink()
@@ -145,7 +153,7 @@ def write(member: str, *only: str) -> dict[str, Any]:
         write_shards(place, "sdxl_vae", theirs, Options(), index=False)
     shutil.rmtree(place / "new" / "vae", ignore_errors=True)
     if "model" in parts:
-        (place / "new").rename(place / f"cogview3-{member}-3b")
+        (place / "new").rename(place / PUBLISHED[member])
     else:
         (place / "new").rmdir()
     return {"written_gb": gb(sum(info.nbytes for part in parts.values() for info in part.infos().values()))}

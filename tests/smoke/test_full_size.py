@@ -34,6 +34,12 @@ def test_every_stage_of_the_cogview4_member_runs(tmp_path: Path) -> None:
     assert list(done) == [s.name for s in MEMBERS["cogview4"](Choice("cogview4", True, "fp32", 39))]
 
 
+def test_every_stage_of_the_distilled_cascade_runs(tmp_path: Path) -> None:
+    assert main(["distilled", "--small", "--folder", str(tmp_path), "--dtype", "fp32"]) == 0
+    done = json.loads((tmp_path / "distilled" / "done.json").read_text())
+    assert list(done) == [s.name for s in MEMBERS["distilled"](Choice("distilled", True, "fp32", 1))]
+
+
 def test_a_failed_stage_ends_the_run_and_is_not_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,7 +49,7 @@ def test_a_failed_stage_ends_the_run_and_is_not_done(
     assert not (tmp_path / "plus" / "done.json").exists()
 
 
-@pytest.mark.parametrize("member", ["plus", "base"])
+@pytest.mark.parametrize("member", ["plus", "base", "cascade"])
 def test_documented_commands_on_official_files_are_stages(member: str) -> None:
     typed = {tuple(stage.words) for stage in MEMBERS[member](Choice(member, False, "bf16", 1))}
     for command in commands("README.md", "docs/checkpoints.md"):
