@@ -7,6 +7,7 @@ memory and allocator settings.
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 import tempfile
@@ -329,7 +330,8 @@ def command(case: Case) -> Work:
         line = [*ours, "--help"]
     else:
         line = [*ours, "--prompt", "a red apple", "--output-dir", str(scratch / "out")]
-    return lambda: subprocess.run(line, cwd=ROOT, check=True, capture_output=True)
+    compiled = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return lambda: subprocess.run(line, cwd=ROOT, env=compiled, check=True, capture_output=True)
 
 
 def _convert(folder: Path) -> None:

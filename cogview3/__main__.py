@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from cogview3 import overwritten
 
@@ -110,5 +111,15 @@ def _tell_neighbour() -> None:
         )
 
 
+def run() -> NoReturn:
+    """The installed command: :func:`main`, then the end of the process."""
+    code = main()
+    if sys.argv[0] == "cogview3 sample":
+        from sat.cli.main_guard import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

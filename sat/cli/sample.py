@@ -6,10 +6,11 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from sat.cli.arguments import Setting, control, lora, parse, reader, settings
-from sat.cli.main_guard import UsageError, guard, refuse_tasks
+from sat.cli.main_guard import UsageError, guard, refuse_tasks, uncollected
 from sat.sampling.prompts import check_text
 from sat.util.host import prepare_threads
 
@@ -203,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         refuse_tasks("sample.py", argv)
         prepare_threads()
-        from sat.cli.commands import sample as sample_work  # torch and all: only once the arguments are good
+        with uncollected() if "torch" not in sys.modules else nullcontext():
+            from sat.cli.commands import sample as sample_work  # torch: only once the arguments are good
 
         return sample_work.work(args, given(args))
 

@@ -210,6 +210,24 @@ def test_a_signal_while_the_interpreter_shuts_down_leaves_the_exit_code() -> Non
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 75
 
 
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_command_leaves_with_its_code_and_all_that_was_to_be_done_at_the_exit(thread: bool) -> None:
+    program = (
+        "import atexit, threading, time\n"
+        "from sat.cli.main_guard import leave\n"
+        "class Late:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "late = Late()\n"
+        "atexit.register(lambda: print('at exit'))\n"
+        f"if {thread}: threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "print('told', end='; ')\n"
+        "leave(75)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    usual = "told; thread\nat exit\ntaken apart\n"  # others may still work
+    assert (ended.returncode, ended.stdout) == (75, usual if thread else "told; at exit\n")
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

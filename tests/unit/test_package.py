@@ -154,7 +154,7 @@ def installed(tmp_path_factory) -> Path:
     words = ["-q", "egg_info", "--egg-base", root, "build_py", "--build-lib", root / "site"]
     subprocess.run([sys.executable, "setup.py", *words], cwd=ROOT, check=True, capture_output=True)
     (points,) = root.glob("*.egg-info/entry_points.txt")
-    assert "cogview3 = cogview3.__main__:main" in points.read_text()
+    assert "cogview3 = cogview3.__main__:run" in points.read_text()
     return root / "site"
 
 
