@@ -77,16 +77,22 @@ def compare(
     return {name: timing(taken) for name, taken in samples.items()}
 
 
-def sample(work: Work, synchronize: Callable[[], None] = lambda: None) -> Sample:
-    """One call of ``work``."""
+def sample(work: Work, synchronize: Callable[[], None] = lambda: None, calls: int = 1) -> Sample:
+    """One call of ``work``, on the mean of several where ``calls`` are asked for."""
     synchronize()
     busy, own, began = _busy(), _own(), time.perf_counter()
-    work()
+    for _ in range(calls):
+        work()
     synchronize()
     took, used = time.perf_counter() - began, _own() - own
     others = _busy() - busy - used
     clean = others <= OTHERS * took * (os.cpu_count() or 1) + 0.02  # two ticks of the clock
-    return Sample(took, used, clean)
+    return Sample(took / calls, used / calls, clean)
+
+
+def calls_for(first: Sample, seconds: float = 0.1) -> int:
+    """Calls that make a sample of ``seconds``: after a pause a single short one is mostly cold caches."""
+    return max(1, min(50, round(seconds / max(first.seconds, 1e-4))))
 
 
 def timing(taken: Sequence[Sample]) -> Timing:

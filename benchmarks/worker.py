@@ -93,11 +93,11 @@ class Worker:
 def main() -> int:
     """Make the work, answer lines until there are none."""
     sys.path.insert(0, str(ROOT))
-    from sat.util.host import prepare_threads
+    from sat.util.host import SPIN, prepare_threads
 
     asked = json.loads(sys.argv[1])
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # whoever waits for its turn spins on nobody's core
     if not asked["side"].startswith(PEERS):
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # as on an idle machine, while others are being made
         prepare_threads()  # as our commands do
     import torch
 
@@ -113,11 +113,14 @@ def main() -> int:
         print(json.dumps({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}), flush=True)
         return 1
     print(json.dumps({"device": torch.cuda.get_device_name() if on_gpu else "cpu"}), flush=True)
+    calls = 1
     for _ in sys.stdin:
+        time.sleep(0.05)  # until threads of the one before sleep: torch's own spin for some milliseconds
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         try:
-            taken = measure.sample(work, torch.cuda.synchronize if on_gpu else lambda: None)
+            taken = measure.sample(work, torch.cuda.synchronize if on_gpu else lambda: None, calls)
+            calls = measure.calls_for(taken)
         except Exception as error:  # too little memory, a compiler that fails
             print(json.dumps({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}), flush=True)
             return 1

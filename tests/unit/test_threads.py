@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sat.util import host
 from sat.util.host import THREAD_SETTINGS, prepare_threads
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def environment(monkeypatch) -> None:
     """No settings, and restored afterwards whatever the test does."""
-    for name in THREAD_SETTINGS:
+    for name in (*THREAD_SETTINGS, "GOMP_SPINCOUNT", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -31,6 +32,31 @@ def test_a_setting_of_the_user_stays(environment, monkeypatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     prepare_threads()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_threads_spin_a_while_where_nothing_else_runs(environment, monkeypatch, quiet: bool) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(host, "idle", lambda: quiet)
+    prepare_threads()
+    assert os.environ.get("GOMP_SPINCOUNT") == (host.SPIN if quiet else None)
+
+
+@pytest.mark.parametrize(
+    "given", [("WORLD_SIZE", "2"), ("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0")]
+)
+def test_threads_of_ranks_and_of_the_users_own_settings_do_not_spin(environment, monkeypatch, given) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(host, "idle", lambda: True)
+    monkeypatch.setenv(*given)
+    prepare_threads()
+    assert os.environ.get("GOMP_SPINCOUNT") in (None, "0")
+
+
+@pytest.mark.parametrize(("told", "found"), [("1/99", True), ("2/99", False)])
+def test_a_machine_is_idle_where_nothing_else_runs(monkeypatch, told: str, found: bool) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self: f"0.10 0.20 0.30 {told} 4321")
+    assert host.idle() is found
 
 
 def test_nothing_is_claimed_once_torch_is_there(environment) -> None:
