@@ -25,7 +25,8 @@ from sat.parallel.launch import fast_half
 log = logging.getLogger(__name__)
 
 CHOICES: Mapping[str, tuple[object, ...]] = {
-    "dtype": tuple(DTYPES), "attention": get_args(Backend), "pack": (True, False), "fold": (True, False)
+    "dtype": tuple(DTYPES), "attention": get_args(Backend), "fold": (True, False, "ragged"),
+    "pack": (True, False, "packed_sigmoid", "plain_sigmoid"),
 }  # fmt: skip
 """Fields of ``sampling`` and ``train`` that may be ``auto``, and what is chosen for them."""
 

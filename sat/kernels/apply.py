@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sat.kernels import attention as kernels
@@ -15,7 +16,7 @@ from sat.kernels.attention import AttentionKernel
 from sat.kernels.compile import CompiledBlocks, Recorded, compile_blocks, replayed
 from sat.kernels.exp_attention import LARGEST_LOGIT
 from sat.kernels.measured import FOLD_FROM
-from sat.kernels.packed import pack, packs_any
+from sat.kernels.packed import by_sigmoid, pack, packs_any, takes_tanh
 from sat.mixin import Mixin, wraps
 from sat.mixins.adaln import AdaLN
 from sat.mixins.cross_attention import CrossAttention
@@ -25,7 +26,7 @@ from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
 from sat.mixins.sincos import SinCos2D
 from sat.parallel.sequence import SequenceParallel
-from sat.transformer import Context, Transformer, TransformerHooks
+from sat.transformer import Context, Grid, Transformer, TransformerHooks
 from sat.transformer.hooks import Prepare, Run
 from sat.transformer.transformer import AffineLayerNorm, Block
 
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 
 Auto = bool | Literal["auto"]
 """True, false, or whatever is faster."""
+Pack = bool | Literal["auto", "packed_sigmoid", "plain_sigmoid"]
+"""The same; with ``sigmoid``, GELU of packed or of plain products is taken by a sigmoid."""
+Fold = bool | Literal["auto", "ragged"]
+"""The same, and for few tokens a single pass of rows of different lengths, laid end to end."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Speed:
     """
 
     attention: kernels.Backend = "auto"
-    pack: Auto = "auto"
-    fold: Auto = "auto"
+    pack: Pack = "auto"
+    fold: Fold = "auto"
     compile: bool = False
     graphs: bool = False
 
@@ -70,8 +75,11 @@ def measured_speed(
         kernel = "exp" if small and measured.attention(layer, trains=trains) == "exp" else "torch"
     if packed == "auto":
         packed = not speed.compile and packs_any(network) and measured.packs(layer, trains=trains)
+        if not (trains or speed.compile) and takes_tanh(network) and measured.sigmoid(layer, packed=packed):
+            packed = "packed_sigmoid" if packed else "plain_sigmoid"
     if folded == "auto":
-        folded = not trains and measured.folds(layer, packed=packed, kernel=kernel)
+        whole = packed in (True, "packed_sigmoid")
+        folded = not trains and measured.folds(layer, packed=whole, kernel=kernel)
     return replace(speed, attention=kernel, pack=packed, fold=folded)
 
 
@@ -117,8 +125,11 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
             module.float()  # it takes a float32 residual stream, and would be cast at every step
     if speed.compile:
         message.append(f"{compiled(network)} blocks compiled, which the first step of a size waits for")
-    elif speed.pack and device.type == "cpu" and (count := pack(network)):
-        message.append(f"{count} weights packed for oneDNN")
+    elif device.type == "cpu":
+        if speed.pack not in (False, "plain_sigmoid") and (count := pack(network)):
+            message.append(f"{count} weights packed for oneDNN")
+        if speed.pack in ("packed_sigmoid", "plain_sigmoid") and (count := by_sigmoid(network)):
+            message.append(f"GELU of {count} layers by a sigmoid")
     if speed.graphs:
         whole = getattr(network, "transformer", None)
         if not isinstance(whole, Transformer):
@@ -129,7 +140,7 @@ def quicken_network(network: nn.Module, speed: Speed, device: torch.device | Non
         replayed(whole, device)
         message.append("CUDA graphs")
     if speed.fold and device.type == "cpu":  # elsewhere two smaller passes were not measured
-        fold(network, FOLD_FROM)
+        fold(network, FOLD_FROM, ragged=speed.fold == "ragged")
     return ", ".join(message)
 
 
@@ -231,18 +242,26 @@ class Folded(Context):
     parts: tuple[Context, ...] = ()  # prepared, each of its rows
 
 
+@dataclass(frozen=True)
+class Ragged(Context):
+    """The context of a batch, and of the same rows end to end: one row, with a single text token of some."""
+
+    joined: Context | None = None
+
+
 class Folding(Mixin):
     """Lets one text token stand for all in the first rows of a batch, where their text is one token repeated.
 
-    In sampling of at least ``shortest`` tokens; it takes two passes a step instead of one. A text token that
-    stands for several is a matter of :class:`sat.mixins.joint_attention.JointAttention`.
+    In sampling of at least ``shortest`` tokens it takes two passes a step instead of one. A text token that
+    stands for several is then a matter of :class:`sat.mixins.joint_attention.JointAttention`. Of fewer tokens
+    ``ragged`` folds too, in one pass of all rows end to end.
     """
 
     host = TransformerHooks
 
-    def __init__(self, transformer: Transformer, shortest: int) -> None:
+    def __init__(self, transformer: Transformer, shortest: int, ragged: bool = False) -> None:
         super().__init__()
-        self.shortest = shortest
+        self.shortest, self.ragged = shortest, ragged
         self._host = (transformer,)  # in a tuple: a module must not be registered inside itself
 
     @wraps("prepare")
@@ -251,11 +270,17 @@ class Folding(Mixin):
         if text is None or ctx.text_repeat > 1 or torch.is_grad_enabled():
             return inner(ctx)
         length = text.shape[1]
-        if ctx.grid.h * ctx.grid.w + length < self.shortest or not foldable(transformer, ctx):
+        short = ctx.grid.h * ctx.grid.w + length < self.shortest
+        if (short and not (self.ragged and joinable(transformer, ctx))) or not foldable(transformer, ctx):
             return inner(ctx)
         different = [*(text != text[:, :1]).flatten(1).any(1).tolist(), True]
         if not (count := different.index(True)):
             return inner(ctx)
+        if short:
+            ctx = inner(ctx)
+            whole = replace(ctx, table=transformer.hooks.position(ctx), prepared=True)
+            values = {field.name: getattr(whole, field.name) for field in fields(whole)}
+            return Ragged(**values, joined=end_to_end(whole, count))
         early, late = (
             tuple(c.rows(part) for c in ctx.controls) for part in (slice(count), slice(count, None))
         )
@@ -268,6 +293,11 @@ class Folding(Mixin):
 
     @wraps("run")
     def run(self, inner: Run, ctx: Context) -> Tensor:
+        if isinstance(ctx, Ragged) and ctx.joined is not None and ctx.emb is not None and len(ctx.emb) == 1:
+            image = cast(Tensor, ctx.image)  # (B, C, h, w), as one of height B h
+            tall = image.transpose(0, 1).flatten(1, 2)[None]
+            out = inner(replace(ctx.joined, image=tall, emb=ctx.emb, modulation=ctx.modulation))[0]
+            return out.view(out.shape[0], len(image), -1, out.shape[2]).transpose(0, 1)
         if not isinstance(ctx, Folded):
             return inner(ctx)
         assert ctx.image is not None and ctx.emb is not None, "the network gives the latent and the step"
@@ -280,12 +310,43 @@ class Folding(Mixin):
         return torch.cat(outs)
 
 
+def end_to_end(ctx: Context, count: int) -> Context:
+    """A prepared context of B rows as that of one row: the text of all, then the images of all, stacked.
+
+    Of the first ``count`` rows, whose T text tokens are equal, one token each stands for all: log T is added
+    to its logits, as exp(x + log T) = T exp(x). Tokens of different rows do not see each other.
+    """
+    tokens, (length, image) = cast(Tensor, ctx.tokens), ctx.segments  # (B, T, D), N
+    batch, device = len(tokens), tokens.device
+    rows = torch.arange(batch, device=device)
+    owner = torch.cat([rows[:count], rows[count:].repeat_interleave(length), rows.repeat_interleave(image)])
+    text = torch.cat([tokens[:count, 0], tokens[count:].flatten(0, 1)])[None]  # (1, T', D)
+    bias = torch.zeros(len(owner), len(owner), dtype=tokens.dtype, device=device)
+    bias[:, :count] = math.log(length)
+    bias.masked_fill_(owner[:, None] != owner, float("-inf"))
+    table, rotary = ctx.table, ctx.rotary
+    if table is not None:
+        table = F.pad(table[:, length:].repeat(1, batch, 1), (0, 0, text.shape[1], 0))
+    if rotary is not None:
+        rotary = (rotary[0].repeat(batch, 1), rotary[1].repeat(batch, 1))
+    return replace(
+        ctx, tokens=text, segments=(text.shape[1], batch * image), grid=Grid(batch * ctx.grid.h, ctx.grid.w),
+        bias=bias[None, None], table=table, rotary=rotary,
+    )  # fmt: skip
+
+
 ALIKE = (
     AdaLN, AttentionKernel, CompiledBlocks, FinalLayer, Folding, JointAttention, PatchEmbed, QKNorm, Recorded,
     RoPE, SequenceParallel, SinCos2D,
 )  # fmt: skip
 """Mixins whose hooks do the same to equal text tokens, however many there are. A class of a user says it of
 itself by ``text_alike = True``; a subclass says it anew, as it may change a hook."""
+
+
+def joinable(transformer: Transformer, ctx: Context) -> bool:
+    """True if every mixin works on one row that several were laid end to end in, without controls."""
+    kinds = {type(mixin) for mixin in transformer.mixins.values()}
+    return kinds <= set(ALIKE) - {SequenceParallel} and not ctx.controls and ctx.bias is None
 
 
 def foldable(transformer: Transformer, ctx: Context) -> bool:
@@ -300,8 +361,10 @@ def foldable(transformer: Transformer, ctx: Context) -> bool:
     return ctx.text_mask is None and alike
 
 
-def fold(network: nn.Module, shortest: int | None = FOLD_FROM) -> None:
+def fold(network: nn.Module, shortest: int | None = FOLD_FROM, *, ragged: bool = False) -> None:
     """Fold the text of a network that is one transformer with joint attention; ``shortest`` None ends it.
+
+    ``ragged``: of fewer tokens too.
 
     To be put on after everything else that extends the transformer: each part is prepared by all of it.
     """
@@ -312,4 +375,4 @@ def fold(network: nn.Module, shortest: int | None = FOLD_FROM) -> None:
         transformer.remove(NAME)
     joint = any(isinstance(mixin, JointAttention) for mixin in transformer.mixins.values())
     if shortest is not None and joint:
-        transformer.extend(NAME, Folding(transformer, shortest))
+        transformer.extend(NAME, Folding(transformer, shortest, ragged))

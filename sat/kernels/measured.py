@@ -21,14 +21,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat.kernels.exp_attention import heads_apart, heads_back, works
-from sat.kernels.packed import packable, product, reordered
+from sat.kernels.packed import (
+    PackedFeedForward,
+    PackedLinear,
+    SigmoidFeedForward,
+    packable,
+    product,
+    reordered,
+)
+from sat.transformer.transformer import FeedForward
 from sat.util.host import read_bounded, write_text
 
 log = logging.getLogger(__name__)
@@ -233,6 +241,28 @@ def packs(layer: Layer, *, trains: bool = False) -> bool:
     return fastest(f"{what}: {layer}", "packed", "plain", make) == "packed"
 
 
+def sigmoid(layer: Layer, *, packed: bool) -> bool:
+    """True if GELU after the product, by a sigmoid, is faster than by tanh, in its pass where ``packed``."""
+    if layer.dtype != torch.float32:
+        return False
+
+    def make() -> Mapping[str, Work]:
+        inputs, hidden = layer.linears()[2]
+        x = _some(min(ROWS, layer.rows * layer.tokens), inputs, dtype=layer.dtype)
+        linear = nn.Linear(inputs, hidden, bias=False)
+        linear.weight = nn.Parameter(_some(hidden, inputs, dtype=layer.dtype, fan=inputs), False)
+        made = PackedLinear(linear) if packed else linear
+        with torch.device("meta"):
+            plain = FeedForward(inputs, hidden, gated=False, bias=False)
+        tanh, logistic = PackedFeedForward(plain), SigmoidFeedForward(plain)
+        return {
+            "tanh": _inference(lambda: tanh.activated(made, x)),
+            "sigmoid": _inference(lambda: logistic.activated(made, x)),
+        }
+
+    return fastest(f"GELU: {layer}{', packed' * packed}", "tanh", "sigmoid", make) == "sigmoid"
+
+
 def attention(layer: Layer, *, trains: bool = False) -> str:
     """``exp`` or ``torch``, for logits that are known to be small; ``trains``: forwards and backwards."""
     if layer.tokens < SHORTEST or not works(layer.dtype) or (trains and layer.dtype != torch.float32):
@@ -268,16 +298,19 @@ def usual_attention(dtype: torch.dtype) -> str:
     return "exp" if dtype == torch.bfloat16 and works(dtype) else "torch"
 
 
-def folds(layer: Layer, *, packed: bool, kernel: str) -> bool:
+def folds(layer: Layer, *, packed: bool, kernel: str) -> bool | Literal["ragged"]:
     """True if a step is faster by two passes, one of them with a single text token, than by one with all.
 
     Of layers that take long the products decide, which the repeated tokens are spared: nothing is measured.
+    Of few tokens ``ragged`` if one pass of all rows end to end, half of them with a single text token, is
+    faster than one with all.
     """
-    if layer.tokens < FOLD_FROM or not layer.text:
+    if not layer.text:
         return False
+    short = layer.tokens < FOLD_FROM
     products = layer.rows * layer.tokens * sum(i * o for i, o in layer.linears())
     if layer.dim > WIDTH or products > MOST_PRODUCTS:
-        return True
+        return not short
 
     def make() -> Mapping[str, Work]:
         weights = [_some(o, i, dtype=layer.dtype, fan=i) for i, o in layer.linears()]
@@ -288,8 +321,8 @@ def folds(layer: Layer, *, packed: bool, kernel: str) -> bool:
             for w in weights
         ]
 
-        def block(x: Tensor, repeats: int) -> Tensor:
-            """A layer of the usual kind, ``repeats`` keys for its first."""
+        def block(x: Tensor, repeats: int, bias: Tensor | None = None) -> Tensor:
+            """A layer of the usual kind, ``repeats`` keys for its first; ``bias`` (L, L): of the logits."""
             qkv, proj, up, down = linears
             size = x.shape[-1]
             h = F.layer_norm(x, (size,)).mul_(0.5).add_(0.1)
@@ -297,8 +330,8 @@ def folds(layer: Layer, *, packed: bool, kernel: str) -> bool:
             q, k = (F.layer_norm(t, (layer.head_dim,)) for t in (q, k))
             if repeats:
                 k, v = (torch.cat([t[:, :, :1].expand(-1, -1, repeats, -1), t], 2) for t in (k, v))
-            exp, scale = kernel == "exp", layer.head_dim**-0.5
-            out = heads_apart(q, k, v, scale)[0] if exp else F.scaled_dot_product_attention(q, k, v)
+            exp, scale = kernel == "exp" and bias is None, layer.head_dim**-0.5
+            out = heads_apart(q, k, v, scale)[0] if exp else F.scaled_dot_product_attention(q, k, v, bias)
             x = proj(out.transpose(1, 2).reshape(x.shape)).mul_(0.5).add_(x)
             h = F.layer_norm(x, (size,)).mul_(0.5).add_(0.1)
             return down(F.gelu(up(h), approximate="tanh")).mul_(0.5).add_(x)
@@ -308,12 +341,25 @@ def folds(layer: Layer, *, packed: bool, kernel: str) -> bool:
             for n, length in ((layer.rows, layer.tokens), (layer.rows // 2, 1 + layer.image))
         )
         rest = whole[: layer.rows - layer.rows // 2]
+        if short:
+            joined = torch.cat([one.flatten(0, 1), rest.flatten(0, 1)])[None]  # (1, L, D)
+            owner = torch.arange(layer.rows).repeat_interleave(
+                torch.tensor([one.shape[1]] * len(one) + [layer.tokens] * len(rest))
+            )
+            apart = torch.zeros(len(owner), len(owner), dtype=layer.dtype)
+            apart.masked_fill_(owner[:, None] != owner, float("-inf"))
+            return {
+                "ragged": _inference(lambda: block(joined, 0, apart)),
+                "whole": _inference(lambda: block(whole, 0)),
+            }
         return {
             "folded": _inference(lambda: (block(one, layer.text - 1), block(rest, 0))),
             "whole": _inference(lambda: block(whole, 0)),
         }
 
     question = f"text tokens: {layer}, {kernel}{', packed' * packed}"
+    if short:
+        return "ragged" if fastest(question, "whole", "ragged", make) == "ragged" else False
     return fastest(question, "folded", "whole", make) == "folded"
 
 

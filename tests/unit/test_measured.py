@@ -158,13 +158,19 @@ def test_every_question_can_be_measured(cache: Path, monkeypatch: pytest.MonkeyP
     measured.attention(long, trains=True)
     measured.folds(long, packed=False, kernel="torch")
     measured.folds(long, packed=True, kernel="exp")
+    measured.folds(SMALL, packed=True, kernel="torch")
+    measured.sigmoid(SMALL, packed=False)
+    measured.sigmoid(SMALL, packed=True)
     asked = [json.loads(file.read_text()) for file in cache.iterdir()]
-    assert len(asked) == 7 and all(len(one["ms"]) == 2 for one in asked)
+    assert len(asked) == 10 and all(len(one["ms"]) == 2 for one in asked)
 
 
 def test_nothing_is_asked_where_only_one_way_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "fastest", lambda *_: pytest.fail("asked"))
-    assert measured.attention(SMALL) == "torch" and not measured.folds(SMALL, packed=True, kernel="torch")
+    wide, imaged = replace(SMALL, dim=4096), replace(SMALL, text=0)
+    assert measured.attention(SMALL) == "torch" and not measured.folds(wide, packed=True, kernel="torch")
+    assert not measured.folds(imaged, packed=True, kernel="torch")
+    assert not measured.sigmoid(replace(SMALL, dtype=torch.bfloat16), packed=True)
     assert measured.folds(replace(SMALL, dim=4096, image=4096), packed=True, kernel="torch")
     assert not measured.packs(replace(SMALL, dtype=torch.float16))
     explicit = Speed("torch", pack=False, fold=True)
@@ -189,8 +195,11 @@ def test_what_is_auto_follows_the_measurement(monkeypatch: pytest.MonkeyPatch, w
     monkeypatch.setattr(measured, "SHORTEST", 16)
     asked = answers(monkeypatch, which)
     found = measured_speed(plus(), Speed(), (6, 10), 2)
-    assert found == Speed(("torch", "exp")[which], pack=not which, fold=not which)
-    assert len(asked) == 3 and all("2 x 7 + 15 tokens, float32" in question for question in asked)
+    assert found == Speed(("torch", "exp")[which], pack=(True, "plain_sigmoid")[which], fold=not which)
+    assert len(asked) == 4 and all("2 x 7 + 15 tokens, float32" in question for question in asked)
+    monkeypatch.undo()
+    answers(monkeypatch, which)
+    assert measured_speed(plus(), Speed(), (6, 10), 2).fold == (False, "ragged")[which]  # of few tokens
 
 
 def test_a_run_writes_its_choices_and_goes_on_with_them(
@@ -203,13 +212,17 @@ def test_a_run_writes_its_choices_and_goes_on_with_them(
         return made.pack, made.fold, made.attention
 
     answers(monkeypatch, 1)
-    assert sample([*run, str(tmp_path / "plain")]) == 0 and chosen("plain") == (False, False, "torch")
+    assert sample([*run, str(tmp_path / "plain")]) == 0 and chosen("plain") == (
+        "plain_sigmoid",
+        "ragged",
+        "torch",
+    )
     answers(monkeypatch, 0)
     assert sample([*run, str(tmp_path / "packed")]) == 0 and chosen("packed") == (True, False, "torch")
     picture = next((tmp_path / "plain").rglob("*.png"))
     first = picture.read_bytes()
     picture.unlink()
-    assert sample([*run, str(tmp_path / "plain"), "--resume"]) == 0 and chosen("plain")[0] is False
+    assert sample([*run, str(tmp_path / "plain"), "--resume"]) == 0 and chosen("plain")[0] == "plain_sigmoid"
     assert picture.read_bytes() == first
     again = ["--base", str(tmp_path / "plain" / "resolved.yaml"), "--output-dir", str(tmp_path / "again")]
     assert sample(again) == 0

@@ -24,8 +24,8 @@ from sat.kernels import apply as speed
 from sat.kernels import attention as kernels
 from sat.kernels import compile as fast
 from sat.kernels import exp_attention, packed
-from sat.kernels.apply import Folded, fold
-from sat.kernels.packed import PackedLinear, pack, packable
+from sat.kernels.apply import Folded, Folding, Ragged, fold
+from sat.kernels.packed import PackedLinear, SigmoidFeedForward, by_sigmoid, pack, packable
 from sat.mixin import Mixin, wraps
 from sat.mixins.qk_norm import QKNorm
 from sat.mixins.rope import RoPE
@@ -348,7 +348,8 @@ def guided_step(model: CogView3Plus, rows: int = 1, text: Tensor | None = None) 
         both = Condition.cat([cond.null().rows(slice(rows)), cond])
         x = torch.randn(rows + 2, 4, 6, 10, generator=torch.Generator().manual_seed(1)).double()
         prepared = model.prepare(both, (6, 10), TIMES)
-        assert isinstance(prepared.context, Folded) == ("folding" in model.transformer.mixins)
+        folds = [mixin for mixin in model.transformer.mixins.values() if isinstance(mixin, Folding)]
+        assert [type(prepared.context)] == ([Ragged if one.ragged else Folded for one in folds] or [Context])
         return model(x, TIMES[0], prepared)
 
 
@@ -364,6 +365,47 @@ def test_one_text_token_for_all_is_the_same_step(mixins: dict[str, Mixin]) -> No
         folded = model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))
         fold(model, 23)  # tokens: there are 7 + 15
         assert (folded - model(x, TIMES[0], model.prepare(null, (6, 10), TIMES))).abs().max() < F64
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("mixins", [{}, {"position": RoPE(8, 9, 11)}], ids=["table", "rope"])
+def test_rows_end_to_end_in_one_pass_are_the_same_step(mixins: dict[str, Mixin], rows: int) -> None:
+    model = plus(mixins).double()
+    expected = guided_step(model, rows)
+    fold(model, 23, ragged=True)  # tokens: there are 7 + 15
+    assert (guided_step(model, rows) - expected).abs().max() < F64
+    lengths: list[tuple[int, ...]] = []
+    model.transformer.blocks[0].register_forward_pre_hook(lambda _, given: lengths.append(given[0].shape))
+    guided_step(model, rows)
+    assert lengths == [(1, rows * 1 + 2 * 7 + (rows + 2) * 15, 32)]
+
+
+def test_rows_of_different_steps_are_not_laid_end_to_end() -> None:
+    """Their modulations differ, and a row has only one for each segment."""
+    model = plus().double()
+    cond = condition(dtype=torch.float64)  # sizes differ
+    both, x = Condition.cat([cond.null().rows(slice(1)), cond]), torch.randn(3, 4, 6, 10).double()
+    with torch.inference_mode():
+        expected = model(x, torch.tensor([999.0, 17.0, 3.0]), model.prepare(both, (6, 10)))
+        fold(model, 23, ragged=True)
+        prepared = model.prepare(both, (6, 10))
+        assert isinstance(prepared.context, Ragged)
+        assert torch.equal(model(x, torch.tensor([999.0, 17.0, 3.0]), prepared), expected)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_gelu_by_a_sigmoid_is_gelu_by_tanh(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if packs and not packable(torch.float32):
+        pytest.skip("this torch has no packed products")
+    model = plus()
+    expected = step(model)
+    if packs:
+        pack(model)
+    assert by_sigmoid(model) == 2 and by_sigmoid(model) == 0
+    monkeypatch.setattr(packed, "AT_ONCE", 3 * 128)
+    assert relative(step(model), expected) < F32
+    assert all(isinstance(block.mlp, SigmoidFeedForward) for block in model.transformer.blocks)
+    assert by_sigmoid(plus().bfloat16()) == 0  # rounded on the way
 
 
 def test_text_that_something_else_sees_is_not_folded() -> None:

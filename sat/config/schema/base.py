@@ -476,9 +476,10 @@ class SamplingConfig(Section):
     ``trained_steps`` are the only numbers of steps that distilled weights are for, which say so themselves.
     ``share`` ``K/N`` draws prompts K, K + N, … alone, under the numbers they have in the whole run.
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
-    products, ``fold`` (on the CPU) works on one text token for all where there is no prompt, ``compile``
-    compiles one block for all layers, ``graphs`` replays a step as one CUDA graph. ``auto`` is
-    measured on the shapes in use, once a machine, and resolved.yaml has what was chosen; so for ``dtype``.
+    products, with ``sigmoid`` GELU is taken by one, ``fold`` (on the CPU) works on one text token for all
+    where there is no prompt, of few tokens as ``ragged``, ``compile`` compiles one block for all layers,
+    ``graphs`` replays a step as one CUDA graph. ``auto`` is measured on the shapes in use, once a machine,
+    and resolved.yaml has what was chosen; so for ``dtype``.
     """
 
     section = "sampling"
@@ -527,8 +528,8 @@ class SamplingConfig(Section):
     attention: Literal["auto", "torch", "cudnn", "flash", "efficient", "math", "exp", "flash3", "sage"] = (
         "auto"
     )
-    pack: Auto = "auto"
-    fold: Auto = "auto"
+    pack: bool | Literal["auto", "packed_sigmoid", "plain_sigmoid"] = "auto"
+    fold: bool | Literal["auto", "ragged"] = "auto"
     compile: bool = False
     graphs: bool = False
 
