@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from sat.cli.commands.estimate import estimate
 from sat.cli.train import main, size
 from sat.config.build import build_engine
 from sat.config.load import load
@@ -161,6 +163,19 @@ def test_gpu_holds_the_whole_gradient_buffer_and_the_cpu_what_is_written() -> No
 def test_the_process_takes_of_the_memory_on_a_cpu_alone() -> None:
     host = estimated("parallel.device=cpu")
     assert host.process == host.lasting - replace(host, host=False).lasting - host.loading == PROCESS
+
+
+def test_gaps_between_tensors_count_on_a_cpu_alone(capsys) -> None:
+    host = estimated("parallel.device=cpu")
+    used = host.lasting + max(phase.extra for phase in host.phases)
+    assert host.total == pytest.approx(used + 0.06 * (used - PROCESS), abs=1)
+    other = replace(host, host=False)
+    assert other.total == other.lasting + max(phase.extra for phase in other.phases)
+    estimate(experiment("parallel.device=cpu"), 1, None)
+    told = capsys.readouterr().out
+    (gaps,) = re.findall(r"gaps between tensors +([\d.]+) +6% of what is in use", told)
+    (total,) = re.findall(r"most at a time +([\d.]+)", told.partition("otherwise")[0])
+    assert float(gaps) == pytest.approx(0.06 / 1.06 * (float(total) - 0.42), abs=0.002)
 
 
 def test_weights_without_a_file_are_drawn_in_float32_first() -> None:

@@ -12,7 +12,7 @@ from sat.config.schema import Experiment, OffloadConfig
 from sat.config.settle import settle_dtype, slow_convolutions
 from sat.parallel.launch import data_ranks, pick_device
 from sat.train.backend import check_backend
-from sat.train.estimate import LIVE, Estimate, Estimator, find_settings, zero3_offload
+from sat.train.estimate import GAPS, LIVE, Estimate, Estimator, find_settings, zero3_offload
 from sat.train.measure import on_host, sections
 
 GB = 1e9
@@ -55,9 +55,8 @@ def estimate(experiment: Experiment, ranks: int | None, budget: int | None) -> N
         f"({measured.image_tokens:,} image + {measured.text_tokens} text each), "
         f"{images * flops / 1e12:,.4g} TFLOP ({flops / 1e12:,.4g} an image)"
     )
-    left = "" if now.host else "the device's context, libraries' workspaces, "
-    unused = ", on a CPU up to a tenth" if now.host else ""
-    print(f"not counted: {left}what the allocator leaves unused{unused}, sampling, loaded adapters")
+    left = "the device's context, libraries' workspaces, what the allocator leaves unused, "
+    print(f"not counted: {'' if now.host else left}sampling, loaded adapters")
     if now.host and (narrow := slow_convolutions(train.autocast or train.dtype)):
         print(narrow)
     if count > readers:
@@ -99,12 +98,14 @@ def _table(now: Estimate) -> Iterator[str]:
     if now.host:
         yield row("batches being read", now.loading)
         yield row("process, libraries", now.process)
+        gaps = now.total - now.lasting - max(phase.extra for phase in now.phases)
+        yield row("gaps between tensors", gaps, f"{GAPS:.0%} of what is in use, as measured with glibc")
     if now.offloaded:
         what = (
             f"masters, optimizer, EMA, weights; {_gb(now.locked)} of it rounding and copies of pinned buffers"
         )
         yield row("in the CPU's memory", now.offloaded + now.locked, what)
-    phases = ", ".join(f"{phase.name} {_gb(now.lasting + phase.extra)}" for phase in now.phases)
+    phases = ", ".join(f"{phase.name} {_gb(now.peak(phase))}" for phase in now.phases)
     yield row("most at a time", now.total, phases)
 
 
