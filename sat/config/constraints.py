@@ -44,6 +44,7 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
         _adapters,
         _control,
         _discriminator,
+        _prompts_alone,
         _memory,
     ]
     for rule in rules:
@@ -313,6 +314,29 @@ def _adapters(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one ru
             ("train", "objective", "params", "guidance"),
             f"{what}give one strength, which is folded in, or train whole weights (adapters.lora=null)",
         )
+
+
+def _prompts_alone(e: Experiment, objects: Objects) -> Broken:
+    """Lists of prompts without pictures, which few objectives do with."""
+    if e.train is None or e.data is None:
+        return
+    sources = [*(("sources", i, one) for i, one in enumerate(e.data.sources)),
+               *(("validation", i, one) for i, one in enumerate(e.data.validation))]  # fmt: skip
+    lists = [(name, i) for name, i, one in sources if one.path.suffix.lower() == ".txt"]
+    if not lists:
+        return
+    name, i = lists[0]
+    at = ("data", name, str(i), "path")
+    kind = resolve(e.train.objective.target, e.imports)
+    process = objects.get(("diffusion", "process"))
+    if not kind.pictureless(e.train.objective.params) or getattr(process, "input", None) is not None:
+        what = "is a list of prompts without pictures: that is for method dmd2 without adversarial and relay"
+        yield at, what
+    if len(lists) < len([one for one in sources if one[0] == name]) and name == "sources":
+        yield at, "is a list of prompts without pictures, and other sources have some: take one kind"
+    for key in ("cache", "buckets"):
+        if getattr(e.data, key) is not None:
+            yield ("data", key), "keeps or sorts pictures, and a list of prompts has none: set it to null"
 
 
 def _discriminator(e: Experiment, objects: Objects) -> Broken:

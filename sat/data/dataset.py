@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sat.data.batch import Sample, collate, groups
 from sat.data.buckets import Buckets
+from sat.data.formats import PromptLine
 from sat.data.preprocess import Preprocess
 from sat.data.records import MASK, BadRecord, DataError, Record, RecordSet, check_bad_share
 from sat.data.transforms import Placement, Resized, Transform
@@ -76,6 +77,7 @@ class Dataset:
         self.groups = groups(records, buckets)
         self._room = keep_bytes
         self._kept: dict[object, Resized] = {}
+        self.pictureless = any(isinstance(record.inside, PromptLine) for record in self.records)
         self.masked = any(MASK in record.extras for record in self.records)
         self._unreadable: dict[str, str] = {}  # by name, why
         self._lock = threading.Lock()
@@ -100,6 +102,10 @@ class Dataset:
         """Item ``index`` of ``epoch``: its caption and picture drawn from (seed, epoch, index) alone."""
         for other in self._from(index):
             record = self.records[other]
+            if isinstance(record.inside, PromptLine):
+                transform = self.transform(index)
+                size = (transform.height, transform.width)
+                return Sample(record.captions[0], size, (0, 0), size, loss_weight=record.loss_weight)
             resized = self._load(record, self.transform(index))
             if resized is not None:
                 caption = record.caption(item_random(seed, epoch, index, "caption").random())

@@ -215,6 +215,30 @@ def read_jsonl(table: Path, keys: Keys = CAPTION_KEYS, columns: Columns = NO_COL
         yield BadRecord(str(table), str(getattr(error, "strerror", None) or error))
 
 
+@dataclass(frozen=True)
+class PromptLine:
+    """The place of a caption without a picture: a line of a list of prompts."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return f"line {self.number}"
+
+    def open(self, path: Path) -> BytesIO:
+        """Nothing to open: :class:`ValueError`."""
+        raise ValueError("is a list of prompts, without pictures")
+
+
+def read_prompts(table: Path) -> Iterator[Item]:
+    """One record without a picture for each line of a list of prompts."""
+    try:
+        for number, line in enumerate(_lines(table), 1):
+            if text := decoded(line).strip():
+                yield Record(table, (text,), inside=PromptLine(number))
+    except (OSError, ValueError) as error:
+        yield BadRecord(str(table), str(getattr(error, "strerror", None) or error))
+
+
 def read_csv(table: Path, keys: Keys = CAPTION_KEYS, columns: Columns = NO_COLUMNS) -> Iterator[Item]:
     """One record or complaint for each row of a table with a header: ``.tsv`` by tabs, others by commas."""
     parts = (part for line in _lines(table) for part in re.split(rb"(?<=\r)(?!\n)", line))  # of old Macs

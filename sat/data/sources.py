@@ -27,6 +27,7 @@ from sat.data.formats import (
     read_csv,
     read_jsonl,
     read_parquet,
+    read_prompts,
     read_shard,
 )
 from sat.data.records import (
@@ -66,6 +67,8 @@ _CLUTTER = frozenset({"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "deskto
 _SPLIT = re.compile(r"(?:^|/)(train|test|valid|val|validation|dev|eval)(?=[-_./]|$)")
 log = logging.getLogger(__name__)
 _KNOWN = "a folder, a .jsonl, .csv, .tsv, .tar or .parquet file"
+PROMPTS = ".txt"
+"""Ending of a list of prompts without pictures."""
 
 
 class Source(NamedTuple):
@@ -121,8 +124,9 @@ def read_source(
 
     A folder with ``metadata.jsonl``, ``.csv`` or ``.tsv`` is read through it alone; else one with ``.tar`` or
     ``.parquet`` files through these, in order of their names; else every image in it with a ``.txt`` file
-    of the same name counts, and the folders in it are read likewise, in order of their paths. ``caption``
-    names the captions in rows; ``extras`` are places of further pictures by their names, such as ``mask``.
+    of the same name counts, and the folders in it are read likewise, in order of their paths. A ``.txt`` file
+    is a list of prompts without pictures, for objectives that look at none. ``caption`` names the captions in
+    rows; ``extras`` are places of further pictures by their names, such as ``mask``.
     """
     keys: Keys = CAPTION_KEYS if caption is None else (caption,) if isinstance(caption, str) else caption
     columns = {name: rule.column for name, rule in extras.items() if rule.column is not None}
@@ -137,6 +141,8 @@ def read_source(
             reason = getattr(error, "strerror", None) or error
             reason = "no such folder or file" if isinstance(error, FileNotFoundError) else reason
             raise DataPathError(f"{file}: {reason}; expected {_KNOWN} (data.sources)") from error
+        if file.suffix.lower() == PROMPTS:
+            continue
         if file.suffix.lower() not in _READERS:
             reason = _PACKED.get(file.suffix.lower(), f"expected {_KNOWN}")
             raise DataPathError(f"{file}: {reason} (data.sources)")
@@ -146,7 +152,8 @@ def read_source(
 def _rows(file: Path, keys: Keys, columns: Columns) -> Iterator[Item]:
     """The items of a table or shard, or a note that there are none."""
     empty = True
-    for item in _READERS[file.suffix.lower()](file, keys, columns):
+    prompts = file.suffix.lower() == PROMPTS
+    for item in read_prompts(file) if prompts else _READERS[file.suffix.lower()](file, keys, columns):
         empty = False
         yield item
     if empty:

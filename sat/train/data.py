@@ -174,7 +174,7 @@ def in_memory(
         own[CONTROL] = control.encode
     items: list[Items] = []
     for dataset, views in zip(sets.both(), (data.cache_views, min(data.cache_views, 1)), strict=False):
-        if views:
+        if views and not dataset.pictureless:
             log.info("encoding %d images %d times to keep their latents in memory", len(dataset), views)
             low = None if degrade is None else degraded
             items.append(LatentCache(dataset, encode, views, train.seed, degrade=low, own=own))

@@ -245,8 +245,8 @@ def token_counter(engine: DiffusionEngine, objective: Objective) -> Callable[[Ba
         if batch.latent_moments is not None:
             h, w = batch.latent_moments.shape[-2:]
         else:
-            assert batch.image is not None, "a batch has one of the two"
-            _, h, w = engine.latent_shape(*batch.image.shape[-2:])
+            size = batch.target_size[0].tolist() if batch.image is None else batch.image.shape[-2:]
+            _, h, w = engine.latent_shape(*size)
         return len(batch) * (h * w // patch**2 + text)
 
     return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from sat.adapters.lora import adapted
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import LoraConfig
-from sat.data.batch import Batch
+from sat.data.batch import Batch, collate
+from sat.data.dataset import Dataset
+from sat.data.sources import Source, read_sources
+from sat.data.transforms import Transform
 from sat.diffusion.distillation import LevelTable, nearer_levels
 from sat.diffusion.guidance import ClassifierFree
 from sat.diffusion.loss import AngleWeighting, LearnedWeighting
@@ -26,7 +30,7 @@ from sat.train.lora import NAME, add_lora
 from sat.train.objectives.distillation import Distillation
 from sat.train.objectives.matching import Heads
 from sat.train.objectives.progressive import TEACHER
-from tests.configs import DEBUG
+from tests.configs import DEBUG, ROOT, refused
 
 LORA = LoraConfig(rank=3, targets=["attention", "mlp"])
 
@@ -235,3 +239,45 @@ def test_a_learned_weight_is_the_inverse_of_the_error() -> None:
     made(batch(), torch.Generator())["loss"].backward()
     assert weighting.weights.grad is not None and weighting.weights.grad.any()
     assert "weighting.weights" in dict(made.named_parameters()) and list(made.parts()) == ["model"]
+
+
+PROMPTS = ("train.objective={target: sat.train.objectives.distillation.Distillation, params: {method: %s}}",
+           "data.height=48", "data.width=64", "data.cache=null", "data.validation=[]")  # fmt: skip
+
+
+def test_matching_learns_from_a_list_of_prompts_alone(tmp_path: Path) -> None:
+    """As with pictures of those captions and sizes: at them it looks not at all."""
+    (tmp_path / "prompts.txt").write_text("a red apple\n\n the sun \n")
+    records = read_sources([Source(tmp_path / "prompts.txt")])
+    dataset = Dataset(records, Transform(48, 64))
+    assert [record.captions for record in records.records] == [("a red apple",), ("the sun",)]
+    alone = collate([dataset.get(i, 0, 0) for i in (0, 1)])
+    assert alone.image is None and alone.target_size.tolist() == [[48, 64]] * 2
+    alone = replace(alone, text=batch(2).text)
+    pictured = replace(alone, latent_moments=batch(2).latent_moments)
+    for lora in (True, False):
+        made = student(lora, "dmd2", student_every=2)
+        for made.step in range(2):
+            ours, theirs = (made(one, torch.Generator().manual_seed(7)) for one in (alone, pictured))
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+        with torch.no_grad():
+            assert "tangent" not in made.eval().evaluate(alone, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "said"),
+    [
+        ("rcm", (), "sources.0.path: is a list of prompts without pictures: that is for method dmd2"),
+        ("dmd2, adversarial: {weight: 0.1}", (), "that is for method dmd2 without adversarial and relay"),
+        ("dmd2", ("data.cache=somewhere",), "cache: keeps or sorts pictures, and a list of prompts has none"),
+    ],
+)
+def test_what_needs_pictures_refuses_a_list_of_prompts(
+    method: str, more: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red apple")
+    data = f"data.sources=[{{path: {tmp_path / 'prompts.txt'}}}]"
+    settings = [PROMPTS[0] % method, *PROMPTS[1:], data, *more]
+    assert any(
+        said in line for line in refused([ROOT / "configs/tiny.yaml", ROOT / "configs/sft.yaml"], settings)
+    )

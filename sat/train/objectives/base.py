@@ -113,6 +113,11 @@ class Objective(nn.Module):
         yield from ()
 
     @classmethod
+    def pictureless(cls, params: Mapping[str, Any]) -> bool:
+        """True if such an objective looks at captions alone, so that data may have no pictures."""
+        return False
+
+    @classmethod
     def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
         """The trainings in a row that an objective of these ``params`` asks for; none is the usual one."""
         return []

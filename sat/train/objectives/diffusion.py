@@ -210,9 +210,10 @@ class DiffusionObjective(Objective):
         if batch.latent_moments is not None:
             _, channels, h, w = batch.latent_moments.shape
             return channels // 2, h, w
-        if batch.image is None:
-            raise ValueError("a batch holds neither images nor latent moments")
-        return self.engine.latent_shape(*batch.image.shape[2:])
+        if batch.image is not None:
+            return self.engine.latent_shape(*batch.image.shape[2:])
+        height, width = batch.target_size[0].tolist()  # captions alone, on the CPU
+        return self.engine.latent_shape(height, width)
 
     @torch.no_grad()
     def latents(self, batch: Batch, noise: Tensor) -> Tensor:

@@ -94,6 +94,12 @@ class Distillation(DiffusionObjective):
         yield from kind.broken(own, zero)
 
     @classmethod
+    def pictureless(cls, params: Mapping[str, Any]) -> bool:
+        """That of the method."""
+        kind, _, _ = cls._own(params)
+        return kind.pictureless(params)
+
+    @classmethod
     def rounds(cls, params: Mapping[str, Any]) -> list[Round]:
         """Those of ``progressive``; the others are one training."""
         kind, own, _ = cls._own(params)

@@ -155,6 +155,17 @@ class Matching(Consistency):
         if params.get("adversarial") is not None and zero == 3:
             yield "adversarial", "is held fixed in the student's steps, and train.zero 3 shares it out: use 2"
 
+    @classmethod
+    def pictureless(cls, params: Mapping[str, Any]) -> bool:
+        """``dmd2`` without a discriminator, of a process that starts from noise alone."""
+        return params.get("method", "dmd2") == "dmd2" and params.get("adversarial") is None
+
+    def latents(self, batch: Batch, noise: Tensor) -> Tensor:
+        """Those of the pictures; zeros, at which nothing looks, for captions alone."""
+        if batch.image is None and batch.latent_moments is None:
+            return torch.zeros_like(sent(noise, next(self.network.parameters()).device))
+        return super().latents(batch, noise)
+
     def begin(self, adapter: str | None) -> None:
         """Make the critic: a copy of the teacher, or factors that begin as the student's do."""
         super().begin(adapter)
@@ -250,7 +261,10 @@ class Matching(Consistency):
         """Consistency of the student and the critic's loss on held-out conditions."""
         given = self.given(batch, generator)
         loss, accuracy = self.critics(given)
-        return {**self.consistency(given), "critic": loss, "critic_accuracy": accuracy}
+        found = {"critic": loss, "critic_accuracy": accuracy}
+        if batch.image is None and batch.latent_moments is None:
+            return {"loss": loss, **found}
+        return {**self.consistency(given), **found}
 
     def matching(self, x0: Tensor, given: Given) -> Tensor:
         """1/2 |x0 - target|^2 of the student's pictures, drawn with gradients in the last of their steps."""
