@@ -176,3 +176,18 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
         sat.Pipelin  # noqa: B018
+
+
+def test_options_of_controls_go_into_each_and_not_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--base", "configs/tiny.yaml", "--prompt", "x", "--control-guess"]
+    controls = dict(given(arguments([*words, "--control", "a:b:0.5", "--control", "c:d"])))[
+        "sampling.controls"
+    ]
+    assert [(one["path"], one["scale"], one["guess"]) for one in controls] == [
+        ("a", 0.5, True),
+        ("c", 1.0, True),
+    ]
+    assert all("preprocess" not in one for one in controls)
+    with pytest.raises(SystemExit):
+        arguments(words)
+    assert "--control-guess goes with --control" in capsys.readouterr().err
