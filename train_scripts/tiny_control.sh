@@ -1,5 +1,5 @@
 #!/bin/sh
-# Controls by outlines for the small models, about half an hour each on one CPU core. Needs train_scripts/tiny_data.sh.
+# Controls by the pixels of outlines for the small models, about 12 minutes each of a CPU core. Needs train_scripts/tiny_data.sh.
 set -e
 python train.py --base configs/tiny.yaml configs/control_blockwise.yaml configs/tiny_control.yaml \
   adapters.control.design.params.hidden=192 --output-dir runs/tiny_control "$@"
