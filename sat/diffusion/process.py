@@ -8,7 +8,6 @@ from typing import Literal, Protocol, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fft import fftfreq, irfft2, rfft2, rfftfreq
 
 from sat.diffusion.schedule import Level, Schedule
 from sat.mixin import HookConflictError, Mixin, Resolved, resolve
@@ -42,22 +41,11 @@ class ProcessInput:
     def consistent(self, drawn: Tensor, given: Tensor, rounds: int) -> Tensor:
         """``drawn`` (B, 3, H, W) in [0, 1], changed so that it shrinks to ``given`` (B, 3, h, w), nearly.
 
-        Each round adds what is missing, enlarged, in the frequencies that the given picture can hold: those
-        beyond 1 / (2 factor) cycles a pixel stay as they were drawn. Source: iterative back-projection, Irani
-        and Peleg, 1991.
+        Each round adds what is missing, enlarged. Source: iterative back-projection, Irani and Peleg, 1991.
         """
-        edge = min(8 * self.factor, *(side - 1 for side in drawn.shape[2:]))  # mirrored: spectra are periodic
-        height, width = (side + 2 * edge for side in drawn.shape[2:])
-        down, right = (
-            make(side, device=drawn.device) for make, side in ((fftfreq, height), (rfftfreq, width))
-        )
-        held = (down[:, None].square() + right.square()).sqrt() < 0.5 / self.factor
         for _ in range(rounds):
-            missing, factor = (given - self.shrink(drawn)).float(), float(self.factor)
-            wide = F.interpolate(missing, scale_factor=factor, mode="bicubic", align_corners=False)
-            spectrum = rfft2(F.pad(wide, (edge,) * 4, mode="reflect")) * held
-            low = irfft2(spectrum, (height, width))[..., edge : height - edge, edge : width - edge]
-            drawn = drawn + low.to(drawn.dtype)
+            missing, factor = given - self.shrink(drawn), float(self.factor)
+            drawn = drawn + F.interpolate(missing, scale_factor=factor, mode="bicubic", align_corners=False)
         return drawn.clamp(0, 1)
 
 

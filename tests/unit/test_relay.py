@@ -290,7 +290,7 @@ def test_a_flat_image_survives_shrinking_and_enlarging() -> None:
 def test_back_projection_takes_a_picture_to_those_that_shrink_to_the_given_one() -> None:
     """The missing part falls with each round; detail that shrinking does not see stays."""
     generator = torch.Generator().manual_seed(0)
-    given = torch.nn.functional.avg_pool2d(torch.rand(2, 3, 12, 16, generator=generator), 5, 1, 2)
+    given = torch.nn.functional.avg_pool2d(torch.rand(2, 3, 12, 16, generator=generator), 3, 1, 1)
     stripes = 0.1 * (1 - 2 * (torch.arange(32) % 2)).expand(2, 3, 24, 32)
     drawn = 0.25 + 0.5 * ProcessInput("low_res", 2).enlarge(given) + stripes
     one = ProcessInput("low_res", 2)
@@ -298,21 +298,6 @@ def test_back_projection_takes_a_picture_to_those_that_shrink_to_the_given_one()
     assert left[1] < 0.3 * left[0] and left[2] < 0.5 * left[1]
     steps = one.consistent(drawn, given, 3).diff(dim=-1)[..., ::2]  # within a cell of the given picture
     assert steps.mean().item() == pytest.approx(-0.2, abs=0.02)
-
-
-def test_back_projection_adds_nothing_to_frequencies_that_the_given_picture_cannot_hold() -> None:
-    generator = torch.Generator().manual_seed(0)
-    drawn, given = (
-        torch.rand(1, 3, 64, 64, generator=generator),
-        torch.rand(1, 3, 32, 32, generator=generator),
-    )
-    one = ProcessInput("low_res", 2)
-    added = one.consistent(0.4 + 0.2 * drawn, 0.4 + 0.2 * given, 1) - (0.4 + 0.2 * drawn)
-    window = torch.hann_window(64)  # the cut at the margin has every frequency
-    power = torch.fft.fft2(added * window * window[:, None]).abs().square().mean((0, 1))
-    cycles = torch.fft.fftfreq(64)
-    radius = (cycles[:, None].square() + cycles.square()).sqrt()
-    assert power[radius > 0.29].mean() < 1e-3 * power[radius < 0.25].mean()
 
 
 def test_a_pipeline_projects_back_onto_the_picture_it_enlarges() -> None:
