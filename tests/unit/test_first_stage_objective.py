@@ -130,7 +130,7 @@ def test_a_batch_without_images_is_refused() -> None:
     "weights", [{"kl": -1.0}, {"edge": -0.1}, {"noise": -1.0}, {"pixel": 0.0, "edge": 0.0}]
 )
 def test_weights_that_train_nothing_are_refused(weights: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="must not be negative, and pixel or edge must be positive"):
+    with pytest.raises(ValueError, match="must not be negative, and pixel, edge or psnr must be positive"):
         objective(**weights)
 
 
