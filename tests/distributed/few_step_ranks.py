@@ -1,4 +1,4 @@
-"""What the ranks of test_few_steps.py do: train students of few steps by four methods in several layouts.
+"""Work of the ranks of test_few_steps.py: train students of few steps by four methods in several layouts.
 
 ``python -m tests.distributed.few_step_ranks FOLDER`` writes FOLDER/results.pt.
 """

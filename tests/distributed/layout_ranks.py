@@ -1,4 +1,4 @@
-"""What the ranks of test_layouts.py do: draw, compute gradients and train in several layouts.
+"""Work of the ranks of test_layouts.py: draw, compute gradients and train in several layouts.
 
 ``python -m tests.distributed.layout_ranks FOLDER`` writes FOLDER/results.pt.
 """

@@ -1,4 +1,4 @@
-"""What the ranks of test_lora.py do: train factors under ZeRO.
+"""Work of the ranks of test_lora.py: train factors under ZeRO.
 
 ``python -m tests.distributed.lora_ranks FOLDER`` writes FOLDER/results.pt.
 """

@@ -1,4 +1,4 @@
-"""What the ranks of test_tensor.py do: run, load and train models that are split by their plans.
+"""Work of the ranks of test_tensor.py: run, load and train models that are split by their plans.
 
 ``python -m tests.distributed.tensor_ranks FOLDER`` writes FOLDER/results.pt.
 """
