@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, cast
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sat.config.build import build_empty
 from sat.config.schema import Component
+from sat.control_input import ControlInput
 from sat.errors import UserError
 from sat.first_stage.model import AutoencoderKL
 from sat.mixin import Host, Mixin
@@ -190,6 +191,13 @@ def unshuffled(value: Tensor, cell: int, size: tuple[int, int]) -> Tensor:
 def behind(x: Tensor, added: Tensor, start: int) -> Tensor:
     """``x`` (B, L, D) with ``added`` (B, L - start, D) on its tokens from ``start`` on."""
     return torch.cat([x[:, :start], x[:, start:] + added], 1)
+
+
+def made_of(
+    controls: Sequence[ControlInput], label: str, make: Callable[[ControlInput], object]
+) -> tuple[ControlInput, ...]:
+    """``controls``, of which the one named ``label`` keeps what ``make`` makes of it once for all steps."""
+    return tuple(replace(c, made=make(c)) if c.name == label else c for c in controls)
 
 
 def weighted(added: Tensor, weight: float | Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from sat.control.base import (
     Input,
     Patches,
     behind,
+    made_of,
     unshuffled,
     weighted,
     zero,
@@ -294,8 +295,7 @@ class UNetControlNet(Control, Mixin):
             return replace(made, controls=(replace(control, made=picture),))
 
         prepared = inner(cond, size, timesteps)
-        controls = (replace(c, made=own(c)) if c.name == self.label else c for c in prepared.controls)
-        return replace(prepared, controls=tuple(controls))
+        return replace(prepared, controls=made_of(prepared.controls, self.label, own))
 
     @wraps("descend")
     def descend(

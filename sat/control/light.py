@@ -22,6 +22,7 @@ from sat.control.base import (
     Input,
     Patches,
     behind,
+    made_of,
     transformer_of,
     unshuffled,
     weighted,
@@ -161,8 +162,7 @@ class UNetBlockwise(Control, Mixin):
             return made
 
         prepared = inner(cond, size, timesteps)
-        controls = (replace(c, made=own(c)) if c.name == self.label else c for c in prepared.controls)
-        return replace(prepared, controls=tuple(controls))
+        return replace(prepared, controls=made_of(prepared.controls, self.label, own))
 
     @wraps("enter")
     def enter(self, inner: Enter, x: Tensor, prepared: Prepared) -> Tensor:
@@ -289,8 +289,7 @@ class UNetConcat(_Concat, Mixin):
             return weighted(made, control.weight(0, made))
 
         prepared = inner(cond, size, timesteps)
-        controls = (replace(c, made=own(c)) if c.name == self.label else c for c in prepared.controls)
-        return replace(prepared, controls=tuple(controls))
+        return replace(prepared, controls=made_of(prepared.controls, self.label, own))
 
     @wraps("enter")
     def enter(self, inner: Enter, x: Tensor, prepared: Prepared) -> Tensor:
