@@ -43,7 +43,6 @@ def constraints(experiment: Experiment, marks: Marks) -> list[Problem]:
         _drawing,
         _adapters,
         _control,
-        _discriminator,
         _prompts_alone,
         _memory,
     ]
@@ -337,15 +336,6 @@ def _prompts_alone(e: Experiment, objects: Objects) -> Broken:
     for key in ("cache", "buckets"):
         if getattr(e.data, key) is not None:
             yield ("data", key), "keeps or sorts pictures, and a list of prompts has none: set it to null"
-
-
-def _discriminator(e: Experiment, objects: Objects) -> Broken:
-    """Heads on the teacher's features, which see a share of the tokens on ranks that share these."""
-    if e.train is None or e.parallel.sequence == 1:
-        return
-    if e.train.objective.params.get("adversarial") is not None:
-        what = "looks at all tokens, which parallel.sequence shares out: set that to 1, or this to null"
-        yield ("train", "objective", "params", "adversarial"), what
 
 
 def _control(e: Experiment, objects: Objects) -> Broken:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from sat.control_input import ImageTokens, KeysValues
 from sat.mixin import Mixin, wraps
 from sat.parallel.collectives import stacked
-from sat.parallel.launch import Axis
+from sat.parallel.launch import ALONE, Axis
+from sat.parallel.tensor import summed
 from sat.transformer import Context, Transformer, TransformerHooks
 from sat.transformer.hooks import Attend, Embed, Final, Position, Prepare
 
@@ -44,6 +45,20 @@ def apply_sequence(network: nn.Module, axis: Axis) -> None:
         )
     for transformer in found:
         transformer.extend("sequence", SequenceParallel(axis))
+
+
+def token_axis(network: nn.Module) -> Axis:
+    """The ranks that share the tokens of ``network``'s transformers."""
+    return next((m.axis for m in network.modules() if isinstance(m, SequenceParallel)), ALONE)
+
+
+def token_mean(x: Tensor, axis: Axis) -> Tensor:
+    """Mean (B, D) over the tokens of all ranks of (B, l, D), inside a transformer; equal on every rank."""
+    if axis.size == 1:
+        return x.mean(1)
+    count = torch.full_like(x[:1, 0, :1], x.shape[1])
+    total: Tensor = _Sum.apply(x.sum(1), axis)  # type: ignore[no-untyped-call]
+    return total / summed(count, axis)
 
 
 @dataclass(frozen=True)
@@ -236,6 +251,19 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _share(gradient, ctx.axis) * ctx.axis.size, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """A rank's part of a sum over tokens -> the sum, equal on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.size = axis.size
+        return summed(x.clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.size, None
 
 
 def _share(x: Tensor, axis: Axis) -> Tensor:

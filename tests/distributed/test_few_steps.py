@@ -23,8 +23,6 @@ def results() -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_student_and_critic_of_one(results: dict[str, Any], layout: str, method: str) -> None:
     """Weights of all roles, and losses, accuracy and gradient norm of each step."""
-    if method == "gan" and layout in ("sequence", "zero3"):
-        return  # refused: tests/unit/test_lora_config.py
     (single,) = results["one"]
     assert single["code"] == 0, single.get("error")
     wanted = single["value"][method]
@@ -32,9 +30,12 @@ def test_two_ranks_train_student_and_critic_of_one(results: dict[str, Any], layo
         assert end["code"] == 0, end.get("error")
         moved = end["value"][method]["moved"]
         assert moved.keys() == wanted["moved"].keys()
-        scale = max(float(value.abs().max()) for value in wanted["moved"].values())
-        apart = max(float((moved[n] - wanted["moved"][n]).abs().max()) for n in moved)
-        assert scale > 1e-4 and apart < 2e-3 * scale, (scale, apart)
+        heads = {name for name in moved if name.startswith("discriminator.")}
+        assert bool(heads) == (method == "gan")
+        for names in (moved.keys() - heads, heads) if heads else (moved.keys(),):
+            scale = max(float(wanted["moved"][n].abs().max()) for n in names)
+            apart = max(float((moved[n] - wanted["moved"][n]).abs().max()) for n in names)
+            assert scale > 1e-4 and apart < 2e-3 * scale, (scale, apart)
     ours = results[layout][0]["value"][method]["rows"]
     assert len(ours) == len(wanted["rows"])
     for row, other in zip(ours, wanted["rows"], strict=True):

@@ -84,14 +84,6 @@ def test_rounds_with_a_pair_of_strengths_are_no_training_of_factors() -> None:
     assert any("a pair of guidance strengths is a new input" in line for line in refused(BASES, over))
 
 
-def test_a_discriminator_is_refused_where_ranks_share_tokens() -> None:
-    objective = "train.objective={target: sat.train.objectives.distillation.Distillation, params: "
-    over = [objective + "{method: dmd2, adversarial: {weight: 0.01}}}", "parallel.sequence=2"]
-    assert any("adversarial: looks at all tokens, which parallel" in line for line in refused(BASES, over))
-    said = "adversarial: is held fixed in the student's steps, and train.zero 3"
-    assert any(said in line for line in refused(BASES, [over[0], "train.zero=3"]))
-
-
 def test_whole_weights_are_not_trained_under_loaded_adapters(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"")
     over = ["data.height=32", "data.width=48", "adapters.lora=null", f"adapters.load=[{{path: {tmp_path}}}]"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -23,6 +23,8 @@ from sat.diffusion.schedule import Level, sized
 from sat.embeddings import sent
 from sat.engine import DiffusionEngine
 from sat.models.cogview3_unet.model import ResBlock
+from sat.parallel.launch import ALONE
+from sat.parallel.sequence import token_axis, token_mean
 from sat.train.objectives.consistency import Consistency, Given
 
 
@@ -51,11 +53,15 @@ class Heads:
 
 
 class Discriminator(nn.Module):
-    """Logits (B,) of a pass through a frozen ``network``: the mean over heads and places."""
+    """Logits (B,) of a pass through a frozen ``network``: the mean over heads and places.
+
+    Of a transformer of which ranks share the tokens, each looks at its own and the means are joined.
+    """
 
     def __init__(self, network: nn.Module, heads: Heads, dtype: torch.dtype) -> None:
         super().__init__()
         transformer = getattr(network, "transformer", None)
+        self._axis = ALONE if transformer is None else token_axis(transformer)
         if transformer is not None:
             found = [(block, int(cast(int, network.dim))) for block in transformer.blocks]
         else:
@@ -83,8 +89,9 @@ class Discriminator(nn.Module):
             for handle in handles:
                 handle.remove()
         places = (f.flatten(2).transpose(1, 2) if f.ndim == 4 else f for f in features)  # (B, L, D)
-        logits = [head(f).float().mean((1, 2)) for head, f in zip(self.heads, places, strict=True)]
-        return torch.stack(logits).mean(0)
+        pairs = zip(self.heads, places, strict=True)
+        logits = [token_mean(head(f).float(), self._axis) for head, f in pairs]  # (B, 1) each
+        return torch.cat(logits, 1).mean(1)
 
 
 CRITIC = "critic"
@@ -148,12 +155,6 @@ class Matching(Consistency):
         self.discriminator: Discriminator | None = None
         self.critic_loss = DenoisingLoss()
         self._visited: dict[tuple[int, int], tuple[list[Level], LevelTable]] = {}
-
-    @classmethod
-    def broken(cls, params: Mapping[str, Any], zero: int) -> Iterator[tuple[str, str]]:
-        """A discriminator at ZeRO 3, which shares out layers that it holds fixed in the student's steps."""
-        if params.get("adversarial") is not None and zero == 3:
-            yield "adversarial", "is held fixed in the student's steps, and train.zero 3 shares it out: use 2"
 
     @classmethod
     def pictureless(cls, params: Mapping[str, Any]) -> bool:
