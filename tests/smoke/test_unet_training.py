@@ -97,6 +97,26 @@ def test_rounds_cut_within_and_between_are_the_uninterrupted_ones(ran: Ran) -> N
         assert same(ran.weights(f"cut/{name}", 4), ran.weights(f"distilled/{name}", 4))
 
 
+def test_rounds_of_factors_cut_within_and_between_are_the_uninterrupted_ones(ran: Ran) -> None:
+    """Cut in the first round, after it, and in the second: factors, their average, state of the optimizer."""
+    whole = ran.good("rounds_lora")
+    assert "round steps_2" in whole and "round steps_2" not in ran.good("rounds_lora_cut")
+    for name in ("rounds_lora_on", "rounds_lora_rest"):
+        ran.good(name)
+    assert "saving at step 1 of 4" in ran.good("rounds_lora_second_cut")
+    ends = {}
+    for name in ("rounds_lora", "rounds_lora_cut", "rounds_lora_between"):
+        last = [ran.folder / name / stage / "checkpoints" / "step_00000004" for stage in ("steps_4", "steps_2")]
+        files = [file for step in last for file in sorted(step.rglob("*.safetensors"))]
+        ends[name] = {f"{file.relative_to(ran.folder / name)}": load_file(file) for file in files}
+    first, second = (value for name, value in ends["rounds_lora"].items() if "adapter" in name)
+    assert not same(first, second)
+    for other in ("rounds_lora_cut", "rounds_lora_between"):
+        assert ends[other].keys() == ends["rounds_lora"].keys()
+        for name, value in ends["rounds_lora"].items():
+            assert same(value, ends[other][name]), (other, name)
+
+
 def test_consistency_trains_weights_or_factors_and_goes_on_where_it_was_cut(ran: Ran) -> None:
     """Over the plain UNet, and with relay as factors of which the same network is the teacher."""
     for name in ("consistent", "consistent_cut", "consistent_on", "consistent_lora", "consistent_exact_plus"):

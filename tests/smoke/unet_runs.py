@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import sys
 from pathlib import Path
 
@@ -109,6 +110,17 @@ def everything(folder: Path, spiece: Path) -> None:
     run("cut", [base, train, distill], *plain, teacher, "train.max_minutes=1e-9")
     run("again", [base, train, distill], *plain, teacher, to="cut")
     run("rest", [base, train, distill], *plain, teacher, "--resume", to="cut")
+    alone = "{target: sat.diffusion.guidance.Unguided}"
+    lora = [*factors, "model.params.guidance_dim=null", "train.objective.params.guidance=3.0", "train.zero=2",
+            f"sampling.guider={alone}", "checkpoint.allow_missing=[]"]  # fmt: skip
+    rounds = [[base, train, distill], *plain, teacher, *lora]
+    run("rounds_lora", *rounds)
+    run("rounds_lora_cut", *rounds, "train.max_minutes=1e-9")  # within the first
+    run("rounds_lora_on", *rounds, "--resume", to="rounds_lora_cut")
+    between = folder / "rounds_lora_between"  # as if killed after the first had ended
+    shutil.copytree(folder / "rounds_lora" / "steps_4", between / "steps_4")
+    run("rounds_lora_second_cut", *rounds, "train.max_minutes=1e-9", "--resume", to=between.name)
+    run("rounds_lora_rest", *rounds, "--resume", to=between.name)
     run("relay_distilled", [base, relay, train, distill], *plain, "--steps", 2)
     run("plus_distilled", [train, distill], *plain, "--steps", 2)
     run("no_embedding", [base, train, distill], *plain, "model.params.guidance_dim=null", "sampling.guider="
