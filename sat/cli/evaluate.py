@@ -86,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of orders and sides (0)")
     add("--port", type=int, default=8765, help="of the loopback address; 0 picks a free one (8765)")
     add("--summary", action="store_true", help="print the statistics of the votes so far, and exit")
+    pairs = "write the votes' pairs there to train on (configs/preference.yaml), and exit"
+    add("--pairs", type=Path, metavar="DIR", help=pairs)
+    add("--held-out", type=float, default=0.1, metavar="SHARE", help="of --pairs' prompts (0.1)")
     export = "lay pictures out as the program of GenEval, DPG-Bench or T2I-CompBench reads them"
     add = commands.add_parser("export", help=export).add_argument
     add("--layout", required=True, metavar="NAME", help="geneval, dpg or t2i_compbench")

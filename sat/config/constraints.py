@@ -164,7 +164,7 @@ def _backend(e: Experiment, objects: Objects) -> Broken:
         yield ("parallel", name), f"is {size}, and train.backend plain is one process: set it to 1"
 
 
-def _data(e: Experiment, objects: Objects) -> Broken:
+def _data(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - rules of one section
     """The objective must use the extra pictures and the weights that sources give."""
     if e.data is None or e.train is None:
         return
@@ -177,11 +177,14 @@ def _data(e: Experiment, objects: Objects) -> Broken:
     for name in ("keep_best", "patience"):
         if getattr(e.train, name) and e.train.validate_every is not None and not e.data.validation:
             yield ("train", name), "goes by the held-out loss, and there are no pictures in data.validation"
-    for place, source in enumerate(e.data.sources):
-        key = ("data", "sources", str(place))
-        for name in source.extras:
-            if name not in objective.extras:
-                yield (*key, name), f"{objective.__name__} makes no use of a {name}: set it to null"
+    sources = [("sources", i, one) for i, one in enumerate(e.data.sources)]
+    for part, i, source in (*sources, *(("validation", i, one) for i, one in enumerate(e.data.validation))):
+        key = ("data", part, str(i))
+        for name in source.extras.keys() - objective.extras:
+            yield (*key, name), f"{objective.__name__} makes no use of a {name}: set it to null"
+        for name in sorted(objective.required - source.extras.keys()):
+            what = f"{objective.__name__} needs a {name} of every picture: such as {{column: {name}}}"
+            yield (*key, name), what
         if source.loss_weight != 1 and not objective.weighs:
             what = f"{objective.__name__} does not weigh the losses of pictures: set it to 1"
             yield (*key, "loss_weight"), what

@@ -28,6 +28,7 @@ Kind = Literal["row", "caption", "picture"]
 
 
 CONTROL = "control"  # the extra picture that a trained control sees
+LOSER = "loser"  # the extra picture that people liked less
 MASK = "mask"  # the extra picture that weighs a picture's places; one channel
 
 

@@ -237,6 +237,8 @@ def _batch(
         from sat.train.control import empty_pictures
 
         extras = empty_pictures(objective, count, size, encoded=moments)
+    own = (2 * channels, h, w) if moments else (engine.first_stage.image_channels, *size)
+    extras |= {name: torch.empty(count, *own) for name in objective.required}
     return Batch(
         [f"caption {i}" for i in range(count)], pair, pair, pair,
         image=None if moments else torch.empty(count, engine.first_stage.image_channels, *size),

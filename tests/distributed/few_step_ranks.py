@@ -1,4 +1,4 @@
-"""Work of the ranks of test_few_steps.py: train students of few steps by four methods in several layouts.
+"""Work of the ranks of test_few_steps.py: train students of few steps, and on pairs, in several layouts.
 
 ``python -m tests.distributed.few_step_ranks FOLDER`` writes FOLDER/results.pt.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from sat.config.build import build_engine
 from sat.config.load import load
 from sat.config.schema import LoraConfig
+from sat.data.batch import Sample
 from sat.parallel.launch import Mesh, Runtime
 from sat.parallel.sequence import apply_sequence
 from sat.train.lora import NAME, add_lora
 from sat.train.objectives import Objective
 from sat.train.objectives.distillation import Distillation
 from sat.train.objectives.matching import Heads
+from sat.train.objectives.preference import Preference
 from tests.configs import DEBUG
 from tests.distributed.layout_ranks import Captioned
 from tests.training import CONFIG, changed, ranks, rows, trainer
@@ -39,6 +42,7 @@ METHODS: dict[str, tuple[bool, dict[str, Any]]] = {  # factors or weights, setti
     "consistency": (True, {"prediction": "v", "regression": 1, "gap": 0.05}),
     "dmd2": (True, {"steps": 2, "student_every": 2}),
     "gan": (True, {"method": "dmd2", "student_every": 2, "adversarial": Heads(penalty=1.0)}),
+    "preference": (True, {"beta": 200.0}),
     "rcm": (False, {"student_every": 2, "gap": 0.05, "consistency_weight": 1.0}),
 }
 
@@ -52,11 +56,24 @@ def objective(method: str, mesh: Mesh) -> Objective:
     for parameter in engine.network.parameters():
         parameter.data *= 3.0  # so that text and depth count
     apply_sequence(engine.network, mesh.sequence)
-    made: Objective = Distillation(**{"method": method, "guidance": 2.0, "engine": engine, **params})
+    made: Objective
+    if method == "preference":
+        made = Preference(**params, engine=engine)
+    else:
+        made = Distillation(**{"method": method, "guidance": 2.0, "engine": engine, **params})
     if lora:
         add_lora(made, LoraConfig(rank=3, targets=["attention", "mlp"]), seed=0)
     made.begin(NAME if lora else None)
     return made
+
+
+class Pairs(Captioned):
+    """The same, each with a picture that people liked less."""
+
+    @staticmethod
+    def sample(place: int) -> Sample:
+        other = Captioned.sample(1000 + place).latent_moments
+        return replace(Captioned.sample(place), extras={"loser": other})
 
 
 def trained(runtime: Runtime, folder: Path, changes: dict[str, Any], layout: dict[str, int]) -> Any:
@@ -71,7 +88,7 @@ def trained(runtime: Runtime, folder: Path, changes: dict[str, Any], layout: dic
         made = objective(method, mesh)
         before = {n: p.detach().clone() for n, p in made.named_parameters() if p.requires_grad}
         run = trainer(folder / method, config, runtime, made, mesh, plain=True)
-        run.source = Captioned(config.batch_size, mesh.data_rank, mesh.data_ranks)
+        run.source = Pairs(config.batch_size, mesh.data_rank, mesh.data_ranks)
         run.fit()
         with run.engine.unsharded():
             moved = {name: p.detach() - before[name] for name, p in run.engine.parameters.items()}

@@ -1,4 +1,4 @@
-"""Students of few steps on 2 gloo processes, by each method and with all roles, as on one."""
+"""Students of few steps, by each method and with all roles, and of pairs, on 2 gloo processes as on one."""
 
 from __future__ import annotations
 
@@ -40,5 +40,14 @@ def test_two_ranks_train_student_and_critic_of_one(results: dict[str, Any], layo
     assert len(ours) == len(wanted["rows"])
     for row, other in zip(ours, wanted["rows"], strict=True):
         assert row.keys() == other.keys()
-        for key in ("loss", "grad_norm", "student", "critic_accuracy", "tangent", "told_apart", "fooled"):
+        for key in (
+            "loss",
+            "grad_norm",
+            "student",
+            "critic_accuracy",
+            "tangent",
+            "told_apart",
+            "fooled",
+            "margin",
+        ):
             assert not other.get(key) or row[key] == pytest.approx(other[key], rel=2e-3, abs=1e-6), key

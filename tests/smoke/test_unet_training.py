@@ -106,7 +106,9 @@ def test_rounds_of_factors_cut_within_and_between_are_the_uninterrupted_ones(ran
     assert "saving at step 1 of 4" in ran.good("rounds_lora_second_cut")
     ends = {}
     for name in ("rounds_lora", "rounds_lora_cut", "rounds_lora_between"):
-        last = [ran.folder / name / stage / "checkpoints" / "step_00000004" for stage in ("steps_4", "steps_2")]
+        last = [
+            ran.folder / name / stage / "checkpoints" / "step_00000004" for stage in ("steps_4", "steps_2")
+        ]
         files = [file for step in last for file in sorted(step.rglob("*.safetensors"))]
         ends[name] = {f"{file.relative_to(ran.folder / name)}": load_file(file) for file in files}
     first, second = (value for name, value in ends["rounds_lora"].items() if "adapter" in name)

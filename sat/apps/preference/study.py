@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import random
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from PIL import Image
+
 from sat.apps.evaluate.pictures import Opened, PromptList, found, inner_folder, named_prompt
 from sat.apps.preference.votes import Choice, Side, Vote, VoteFile
-from sat.data.records import DataError
+from sat.data.records import HELD_OUT, TABLE, DataError
 from sat.sampling.output import numbered
 from sat.sampling.prompts import Prompt
 
@@ -91,6 +95,61 @@ def pairs_of(a: Path, b: Path, prompts: PromptList | None) -> tuple[list[Pair], 
         for one in ours
         if (one.prompt, one.image) in others
     ], notes
+
+
+class Preferred(NamedTuple):
+    """Pairs that a majority decided, and the numbers of those that were left out."""
+
+    rows: list[tuple[Pair, Side]]  # the picture that won
+    even: int  # ties, and as many votes for one as for the other
+    unasked: int  # without votes
+
+
+def preferred(pairs: Sequence[Pair], votes: Sequence[Vote]) -> Preferred:
+    """The picture of each pair that most votes of all raters and questions are for; a tie is for none."""
+    lead = Counter[str]()
+    for vote in votes:
+        lead[vote.pair] += {"a": 1, "b": -1, "tie": 0}[vote.choice]
+    rows: list[tuple[Pair, Side]] = [(p, "a" if lead[p.name] > 0 else "b") for p in pairs if lead[p.name]]
+    asked = sum(pair.name in lead for pair in pairs)
+    return Preferred(rows, asked - len(rows), len(pairs) - asked)
+
+
+def write_pairs(folder: Path, found: Preferred, held_out: float) -> list[str]:
+    """Write winners and losers as tables to train on; lines about what was written and left out.
+
+    ``metadata.jsonl`` has the picture that won (``file_name``), the other (``loser``) and the text;
+    ``heldout.jsonl`` the same of the share ``held_out`` of the prompts, by their texts alone. Pairs of
+    pictures that differ in size are left out.
+    """
+    rows: dict[str, list[str]] = {TABLE: [], HELD_OUT: []}
+    differ: list[str] = []
+    for pair, side in found.rows:
+        winner, loser = (pair.a, pair.b) if side == "a" else (pair.b, pair.a)
+        sizes = []
+        for path in (winner, loser):
+            with Image.open(path) as picture:
+                sizes.append(picture.size)
+        if sizes[0] != sizes[1]:
+            differ.append(f"{pair.name} ({' and '.join(f'{h} x {w}' for w, h in sizes)})")
+            continue
+        names = [os.path.relpath(path.resolve(), folder.resolve()) for path in (winner, loser)]
+        row = {"file_name": names[0], "loser": names[1], "text": pair.prompt.text}
+        share = int(hashlib.sha256(pair.prompt.text.encode()).hexdigest()[:8], 16) / 2**32
+        rows[HELD_OUT if share < held_out else TABLE].append(json.dumps(row, ensure_ascii=False) + "\n")
+    if not rows[TABLE]:
+        raise DataError(
+            f"{folder}: no pair to train on: {found.even} are even, {found.unasked} without votes"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in rows.items():
+        (folder / name).unlink(missing_ok=True)
+        if lines:
+            (folder / name).write_text("".join(lines), encoding="utf-8")
+    said = [f"{folder}: {len(rows[TABLE])} pairs in {TABLE}, {len(rows[HELD_OUT])} held out in {HELD_OUT}"]
+    left = [(found.even, "with ties or even votes"), (found.unasked, "without votes")]
+    said += [f"left out: {count} pairs {why}" for count, why in left if count]
+    return said + ([f"left out: {len(differ)} pairs of other sizes, such as {differ[0]}"] if differ else [])
 
 
 def _named_prompts(a: Path, b: Path, indices: Sequence[int]) -> list[Prompt]:

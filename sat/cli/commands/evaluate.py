@@ -133,16 +133,18 @@ def _write(results: Results, args: argparse.Namespace) -> int:
 # -- human preference
 
 
-def preference(args: argparse.Namespace) -> int:
+def preference(args: argparse.Namespace) -> int:  # noqa: C901 - what can be wrong, in order
     """Pair the pictures, serve the page until Ctrl-C or SIGTERM, print the summary; the exit code."""
     from sat.apps.evaluate.pictures import read_list
     from sat.apps.preference.server import Server
-    from sat.apps.preference.study import QUESTIONS, Study, fingerprint, pairs_of
+    from sat.apps.preference.study import QUESTIONS, Study, fingerprint, pairs_of, preferred, write_pairs
     from sat.apps.preference.votes import VoteFile, read, summary
 
     questions = list(dict.fromkeys(name.strip() for name in args.questions.split(",") if name.strip()))
     if not questions or not set(questions) <= set(QUESTIONS):
         raise UsageError(f"--questions {args.questions}: expected some of {', '.join(QUESTIONS)}")
+    if not 0 <= args.held_out < 1:
+        raise UsageError(f"--held-out {args.held_out}: expected a share of 0 to below 1")
     if not 0 <= args.port < 65536:
         raise UsageError(f"--port {args.port}: expected 0 to 65535")
     if args.a.resolve() == args.b.resolve():
@@ -153,6 +155,11 @@ def preference(args: argparse.Namespace) -> int:
     a, b = (path.resolve().name for path in (args.a, args.b))
     a, b = (a, b) if a != b else (str(args.a), str(args.b))
     about = {"a": a, "b": b, "pairs": fingerprint(pairs), "questions": questions, "seed": args.seed}
+    if args.pairs is not None and not args.votes.is_file():
+        raise UsageError(f"--votes {args.votes}: no such file of votes")
+    if args.pairs is not None:
+        print("\n".join(write_pairs(args.pairs, preferred(pairs, read(args.votes, about)), args.held_out)))
+        return 0
     if args.summary:
         print("\n".join(summary(read(args.votes, about), a, b)))
         return 0

@@ -57,7 +57,8 @@ class SourceConfig(Section):
     of text, prompt, caption, captions and description; several names with weights, such as
     ``{short: 1, long: 3}``: all of them, drawn by these. ``mask``: pictures that weigh the loss by place,
     white where it counts whole. ``control``: ready pictures for a control (``adapters.control``); null makes
-    them of the pictures. ``loss_weight``: factor of the losses of its pictures.
+    them of the pictures. ``loser``: pictures of the same captions that people liked less, for
+    ``sat.train.objectives.preference.Preference``. ``loss_weight``: factor of the losses of its pictures.
     """
 
     section = "data.sources"
@@ -75,12 +76,13 @@ class SourceConfig(Section):
     caption: str | dict[str, float] | None = None
     mask: ExtraConfig | None = None
     control: ExtraConfig | None = None
+    loser: ExtraConfig | None = None
     loss_weight: float = 1.0
 
     @property
     def extras(self) -> dict[str, ExtraConfig]:
         """The further pictures by name."""
-        named = {"mask": self.mask, "control": self.control}
+        named = {"mask": self.mask, "control": self.control, "loser": self.loser}
         return {name: place for name, place in named.items() if place is not None}
 
     def _rules(self) -> Broken:

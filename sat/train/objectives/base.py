@@ -57,6 +57,9 @@ class Objective(nn.Module):
     extras: ClassVar[frozenset[str]] = frozenset()
     """Names of the extra pictures of the data (``data.sources``) that it uses; others are refused."""
 
+    required: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that every picture must have, in the pictures' size."""
+
     weighs: ClassVar[bool] = False
     """Losses are multiplied by ``loss_weight`` of the batch."""
 
