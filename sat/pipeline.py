@@ -135,9 +135,10 @@ class Pipeline:
         if mesh is not None and mesh.sequence.size > 1:
             apply_sequence(engine.network, mesh.sequence)
         height, width = engine.latent_shape(sampling.height, sampling.width)[1:]
-        experiment = settle_sampling(experiment, engine.network, (height, width), place, main=main)
+        experiment = settle_sampling(experiment, engine, (height, width), place, main=main)
         sampling, light = experiment.sampling, components(experiment)
-        wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs)
+        wanted = (sampling.attention, sampling.pack, sampling.fold, sampling.compile, sampling.graphs,
+                  sampling.convolutions)  # fmt: skip
         generator = Generator(
             engine,
             light.sampler,

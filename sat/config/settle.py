@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -17,16 +17,19 @@ from sat.config.schema import Experiment, TrainConfig
 from sat.config.yaml_source import read
 from sat.errors import UserError
 from sat.kernels import measured
-from sat.kernels.apply import Speed, measured_speed
+from sat.kernels.apply import Speed, measured_convolutions, measured_speed
 from sat.kernels.attention import Backend
 from sat.parallel.collectives import from_main
 from sat.parallel.launch import fast_half
+
+if TYPE_CHECKING:
+    from sat.engine import DiffusionEngine
 
 log = logging.getLogger(__name__)
 
 CHOICES: Mapping[str, tuple[object, ...]] = {
     "dtype": tuple(DTYPES), "attention": get_args(Backend), "fold": (True, False, "ragged"),
-    "pack": (True, False, "packed_sigmoid", "plain_sigmoid"),
+    "pack": (True, False, "packed_sigmoid", "plain_sigmoid"), "convolutions": ("packed", "plain"),
 }  # fmt: skip
 """Fields of ``sampling`` and ``train`` that may be ``auto``, and what is chosen for them."""
 
@@ -96,23 +99,26 @@ def slow_convolutions(dtype: str) -> str:
 
 def settle_sampling(
     experiment: Experiment,
-    network: nn.Module,
+    engine: DiffusionEngine,
     cells: tuple[int, int],
     device: torch.device,
     *,
     main: bool = True,
 ) -> Experiment:
-    """``experiment`` with ``sampling.attention``, ``pack`` and ``fold`` measured where they are ``auto``.
+    """``experiment`` with the ways of ``sampling`` measured that are ``auto``, for ``engine``.
 
-    On a CPU, for pictures of ``cells`` (h, w). Elsewhere, where the last two have no effect, all are left.
-    Call it on every rank.
+    On a CPU, for pictures of ``cells`` (h, w). Elsewhere, where all but ``attention`` have no effect, all are
+    left. Call it on every rank.
     """
     sampling = experiment.sampling
     speed = Speed(sampling.attention, sampling.pack, sampling.fold, sampling.compile)
     if not _is_cpu(device):
         return experiment
-    speed = _of_main(lambda: measured_speed(network, speed, cells, 2 * sampling.at_once), main=main)
+    speed = _of_main(lambda: measured_speed(engine.network, speed, cells, 2 * sampling.at_once), main=main)
     chosen = replace(sampling, attention=speed.attention, pack=speed.pack, fold=speed.fold)
+    if chosen.convolutions == "auto":
+        way = _of_main(lambda: measured_convolutions(engine.first_stage, cells), main=main)
+        chosen = replace(chosen, convolutions=way)
     return replace(experiment, sampling=chosen)
 
 

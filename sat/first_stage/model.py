@@ -105,15 +105,15 @@ class Upsample(nn.Module):
         layout = torch.channels_last if rows_first else torch.contiguous_format
         out = torch.empty(b, c, 2 * h, 2 * w, dtype=x.dtype, device=x.device, memory_format=layout)
         weight = self.conv.weight.to(torch.promote_types(x.dtype, torch.float32))
-        for row, half in enumerate(_phases(weight, 2)):
-            for column, kernel in enumerate(_phases(half, 3)):
+        for row, half in enumerate(phases(weight, 2)):
+            for column, kernel in enumerate(phases(half, 3)):
                 kernel = kernel.to(x.dtype, memory_format=layout)
                 part = F.conv2d(x, kernel, self.conv.bias, padding=1)  # one cell too many each way
                 out[..., row::2, column::2] = part[..., row : row + h, column : column + w]
         return out
 
 
-def _phases(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def phases(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Along ``axis``, three weights on repeated cells as two on the cells: for even outputs, and for odd."""
     first, middle, last = weight.unbind(axis)
     return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
@@ -369,6 +369,7 @@ class AutoencoderKL(nn.Module):
         if not scale_factor > 0:
             raise ValueError(f"first_stage.scale_factor is {scale_factor}, expected a positive number")
         widths = [width * multiplier for multiplier in multipliers]
+        self.widths, self.groups = tuple(widths), groups
         self.factor = 2 ** (len(widths) - 1)
         self.channels = latent_channels
         self.image_channels = image_channels

@@ -32,6 +32,7 @@ from sat.transformer.transformer import AffineLayerNorm, Block
 
 if TYPE_CHECKING:
     from sat.engine import DiffusionEngine
+    from sat.first_stage.model import AutoencoderKL
 
 
 Auto = bool | Literal["auto"]
@@ -40,6 +41,8 @@ Pack = bool | Literal["auto", "packed_sigmoid", "plain_sigmoid"]
 """The same; with ``sigmoid``, GELU of packed or of plain products is taken by a sigmoid."""
 Fold = bool | Literal["auto", "ragged"]
 """The same, and for few tokens a single pass of rows of different lengths, laid end to end."""
+Convolutions = Literal["auto", "packed", "plain"]
+"""Of a float32 autoencoder on a CPU: by packed weights, by torch, or whichever is faster."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Speed:
     fold: Fold = "auto"
     compile: bool = False
     graphs: bool = False
+    convolutions: Convolutions = "auto"
 
 
 def measured_speed(
@@ -83,6 +87,14 @@ def measured_speed(
     return replace(speed, attention=kernel, pack=packed, fold=folded)
 
 
+def measured_convolutions(first_stage: AutoencoderKL, cells: tuple[int, int]) -> Literal["packed", "plain"]:
+    """Whichever is faster on the CPU for latents of ``cells`` (h, w)."""
+    if first_stage.dtype != torch.float32:
+        return "plain"
+    side = max(cells) * first_stage.factor
+    return measured.convolutions(measured.Maps(first_stage.widths, first_stage.groups, side))
+
+
 def _layer(network: nn.Module, widest: Transformer, cells: tuple[int, int], rows: int) -> measured.Layer:
     """Sizes of a layer of ``widest``. In a UNet, whose maps shrink as they get wider, tokens are a guess."""
     mixins, block = widest.mixins.values(), cast(Block, widest.blocks[0])
@@ -110,10 +122,16 @@ def quicken(engine: DiffusionEngine, speed: Speed, device: torch.device | None =
     if it waits elsewhere (:mod:`sat.offload.block_swap`). Raises ``ValueError`` for the impossible.
     """
     place = device or next(engine.network.parameters()).device
+    message = []
     # On a GPU group norm turns a map back, and every convolution turns it again.
     if engine.first_stage.dtype != torch.float32 and place.type == "cpu":
         channels_last(engine.first_stage)
-    return quicken_network(engine.network, speed, device)
+    elif speed.convolutions == "packed" and place.type == "cpu":
+        from sat.kernels.convolutions import convolvable, pack_convolutions
+
+        if convolvable():
+            message.append(f"{pack_convolutions(engine.first_stage)} layers of the autoencoder packed")
+    return ", ".join([quicken_network(engine.network, speed, device), *message])
 
 
 def quicken_network(network: nn.Module, speed: Speed, device: torch.device | None = None) -> str:

@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import hashlib
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.first_stage.model import Decoder
 from sat.kernels.exp_attention import heads_apart, heads_back, works
 from sat.kernels.packed import (
     PackedFeedForward,
@@ -57,6 +59,9 @@ FOLD_FROM = 512
 """Tokens from which two passes without the repeated ones can be faster than one with them."""
 SHORTEST = 384
 """Keys below which starting two matrix products a head costs more than they save."""
+CHANNELS, PIXELS = 256, 128
+"""Wider autoencoders are not measured: their products take nearly all, and packing them takes a second and
+memory. Larger pictures are measured at this side."""
 
 
 # -- a question, its answer on disk, and the measurement between them
@@ -174,7 +179,8 @@ def _kept(file: Path, asked: Mapping[str, str], names: tuple[str, ...]) -> str |
 def _tell_unkept(reason: str) -> None:
     log.warning(
         "ways on the CPU are not measured, as no answer can be kept in %s (%s): the usual ways are taken. "
-        "Set XDG_CACHE_HOME to a folder that can be written, or name sampling.pack, fold and attention",
+        "Set XDG_CACHE_HOME to a folder that can be written, or name sampling.pack, fold, attention and "
+        "convolutions",
         cache_folder(),
         reason,
     )
@@ -361,6 +367,42 @@ def folds(layer: Layer, *, packed: bool, kernel: str) -> bool | Literal["ragged"
     if short:
         return "ragged" if fastest(question, "whole", "ragged", make) == "ragged" else False
     return fastest(question, "folded", "whole", make) == "folded"
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Sizes of an autoencoder in use: channels of its levels, finest first; ``side``: pixels of a picture."""
+
+    widths: tuple[int, ...]
+    groups: int
+    side: int
+
+    def __str__(self) -> str:
+        return f"{list(self.widths)} channels, {self.groups} groups, {self.side} pixels"
+
+
+def convolutions(maps: Maps) -> Literal["packed", "plain"]:
+    """``packed`` if the decoder of a float32 autoencoder is faster with its convolutions packed."""
+    if max(maps.widths) > CHANNELS:
+        return "plain"
+
+    def make() -> Mapping[str, Work]:
+        from sat.kernels.convolutions import convolvable, pack_convolutions
+
+        with torch.device("meta"):
+            plain = Decoder(maps.widths, blocks=1, groups=maps.groups, latent_channels=4).eval()
+        for layer in plain.modules():
+            for name, p in [*layer.named_parameters(recurse=False)]:
+                some = _some(*p.shape, dtype=torch.float32, fan=p[0].numel())
+                setattr(layer, name, nn.Parameter(some, requires_grad=False))
+        packed = copy.deepcopy(plain)
+        if convolvable():
+            pack_convolutions(packed)
+        cells = max(1, min(maps.side, PIXELS) >> (len(maps.widths) - 1))
+        latent = _some(1, 4, cells, cells, dtype=torch.float32)
+        return {"plain": _inference(lambda: plain(latent)), "packed": _inference(lambda: packed(latent))}
+
+    return "packed" if fastest(f"convolutions: {maps}", "plain", "packed", make) == "packed" else "plain"
 
 
 def convolves(dtype: torch.dtype) -> bool:

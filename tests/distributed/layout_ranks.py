@@ -12,6 +12,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -291,9 +292,16 @@ def choices(runtime: Runtime, folder: Path) -> tuple[object, ...]:
     main, train = runtime.is_main, replace(CONFIG, dtype="auto", zero=1)
     experiment = replace(load([DEBUG], ["sampling.dtype=auto"]), train=train)
     made = settle.settle_dtype(experiment, runtime.device, main=main)
-    made = settle.settle_sampling(made, plus(), (6, 10), runtime.device, main=main)
+    engine = SimpleNamespace(network=plus(), first_stage=AutoencoderKL(8, (1, 2), groups=4))
+    made = settle.settle_sampling(made, engine, (6, 10), runtime.device, main=main)
     trained = settle.settle_training(train, plus(), (6, 10), runtime.device, packs=True, main=main)
-    return made.sampling.dtype, made.train and made.train.dtype, made.sampling.pack, trained.pack
+    return (
+        made.sampling.dtype,
+        made.train and made.train.dtype,
+        made.sampling.pack,
+        made.sampling.convolutions,
+        trained.pack,
+    )
 
 
 def main(folder: Path) -> None:

@@ -78,7 +78,7 @@ def test_uneven_tokens_and_heads_give_exact_outputs_and_gradients(results, netwo
 
 
 def test_what_the_first_rank_measures_is_done_by_all(results) -> None:
-    assert values(results, "choices") == [("bf16", "bf16", "plain_sigmoid", False)] * 2
+    assert values(results, "choices") == [("bf16", "bf16", "plain_sigmoid", "packed", False)] * 2
 
 
 def test_shared_tiles_of_the_first_stage_are_bit_for_bit_those_of_one_rank(results) -> None:

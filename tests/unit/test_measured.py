@@ -18,8 +18,9 @@ from sat.config import settle
 from sat.config.load import dump, load_full
 from sat.config.schema import Component, DataConfig, SourceConfig, TrainConfig
 from sat.estimate.budget import apply_budget
+from sat.first_stage import AutoencoderKL
 from sat.kernels import measured
-from sat.kernels.apply import Speed, measured_speed
+from sat.kernels.apply import Speed, measured_convolutions, measured_speed
 from tests.configs import debug
 from tests.small import plus
 from tests.training import CONFIG
@@ -161,8 +162,9 @@ def test_every_question_can_be_measured(cache: Path, monkeypatch: pytest.MonkeyP
     measured.folds(SMALL, packed=True, kernel="torch")
     measured.sigmoid(SMALL, packed=False)
     measured.sigmoid(SMALL, packed=True)
+    measured.convolutions(measured.Maps((8, 16), 4, 20))
     asked = [json.loads(file.read_text()) for file in cache.iterdir()]
-    assert len(asked) == 10 and all(len(one["ms"]) == 2 for one in asked)
+    assert len(asked) == 11 and all(len(one["ms"]) == 2 for one in asked)
 
 
 def test_nothing_is_asked_where_only_one_way_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +175,9 @@ def test_nothing_is_asked_where_only_one_way_is_open(monkeypatch: pytest.MonkeyP
     assert not measured.sigmoid(replace(SMALL, dtype=torch.bfloat16), packed=True)
     assert measured.folds(replace(SMALL, dim=4096, image=4096), packed=True, kernel="torch")
     assert not measured.packs(replace(SMALL, dtype=torch.float16))
+    assert measured.convolutions(measured.Maps((128, 512), 32, 1024)) == "plain"
+    half = AutoencoderKL(8, (1, 2), groups=4).bfloat16()
+    assert measured_convolutions(half, (6, 10)) == "plain"
     explicit = Speed("torch", pack=False, fold=True)
     assert measured_speed(plus(), explicit, (6, 10), 2) == explicit
 
@@ -209,16 +214,20 @@ def test_a_run_writes_its_choices_and_goes_on_with_them(
 
     def chosen(folder: str) -> tuple[object, ...]:
         made = load_full([tmp_path / folder / "resolved.yaml"]).experiment.sampling
-        return made.pack, made.fold, made.attention
+        return made.pack, made.fold, made.attention, made.convolutions
 
     answers(monkeypatch, 1)
     assert sample([*run, str(tmp_path / "plain")]) == 0 and chosen("plain") == (
         "plain_sigmoid",
         "ragged",
         "torch",
+        "packed",
     )
     answers(monkeypatch, 0)
-    assert sample([*run, str(tmp_path / "packed")]) == 0 and chosen("packed") == (True, False, "torch")
+    assert sample([*run, str(tmp_path / "packed")]) == 0 and chosen("packed") == (
+        *(True, False, "torch"),
+        "plain",
+    )
     picture = next((tmp_path / "plain").rglob("*.png"))
     first = picture.read_bytes()
     picture.unlink()

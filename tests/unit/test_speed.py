@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from sat.conditioning.conditioner import Condition
 from sat.diffusion.step_cache import Count, FirstBlock
 from sat.errors import UserError
-from sat.first_stage.model import Upsample
+from sat.first_stage.model import AutoencoderKL, Upsample
 from sat.kernels import apply as speed
 from sat.kernels import attention as kernels
 from sat.kernels import compile as fast
-from sat.kernels import exp_attention, packed
+from sat.kernels import convolutions, exp_attention, packed
 from sat.kernels.apply import Folded, Folding, Ragged, fold
 from sat.kernels.packed import PackedLinear, SigmoidFeedForward, by_sigmoid, pack, packable
 from sat.mixin import Mixin, wraps
@@ -667,3 +667,57 @@ def test_doubling_by_phases_is_doubling(dtype: torch.dtype, bound: float) -> Non
             out = layer(x.contiguous(memory_format=layout))
             assert out.is_contiguous(memory_format=layout)
             assert relative(out, exact) < bound
+
+
+@pytest.mark.parametrize("kind", [{}, {"mid_attention": True, "quant_convs": True}], ids=["16", "4 channels"])
+def test_packed_convolutions_are_the_autoencoder(kind: dict[str, bool]) -> None:
+    if not convolutions.convolvable():
+        pytest.skip("this torch's oneDNN operators differ")
+    plain = AutoencoderKL(8, (1, 2, 3), res_blocks=1, latent_channels=4, groups=4, **kind).eval()
+    fill(plain)
+    fast_one = copy.deepcopy(plain)
+    convs = sum(isinstance(m, nn.Conv2d) for m in plain.modules())
+    norms = sum(isinstance(m, nn.GroupNorm) for m in plain.modules())
+    assert convolutions.pack_convolutions(fast_one) == convs + norms - 2 * bool(
+        kind
+    )  # not those beside the latent
+    assert fast_one.dtype == torch.float32
+    draw = torch.Generator().manual_seed(0)
+    images, latents = torch.randn(2, 3, 40, 56, generator=draw), torch.randn(2, 4, 10, 14, generator=draw)
+    assert images[0, 0].numel() > convolutions.FEW > latents[0, 0].numel()  # both ways of the norm
+    with torch.inference_mode():
+        for twin in (fast_one, copy.deepcopy(fast_one)):
+            for found, expected in (
+                (twin.encode(images).mean, plain.encode(images).mean),
+                (twin.decode(latents), plain.decode(latents)),
+            ):
+                assert found.stride() == expected.stride() and relative(found, expected) < F32
+
+
+def test_the_norm_of_maps_far_from_zero_cancels_nothing() -> None:
+    norm = nn.GroupNorm(4, 12).requires_grad_(False)
+    fill(norm)
+    x = torch.randn(2, 12, 40, 30, generator=torch.Generator().manual_seed(0)) + 300
+    x[:, ::2] -= 250
+    exact = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), norm.eps)
+    with torch.inference_mode():
+        found = convolutions.RowsNorm(norm)(x.contiguous(memory_format=torch.channels_last))
+    assert found.is_contiguous(memory_format=torch.channels_last) and relative(found, exact) < F32
+
+
+def test_without_the_private_operators_convolutions_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: object) -> Tensor:
+        raise RuntimeError("no such operator")
+
+    first_stage = AutoencoderKL(8, (1, 2), groups=4)
+    engine = SimpleNamespace(network=plus(), first_stage=first_stage)
+    monkeypatch.setattr(convolutions, "convolved", gone)
+    convolutions.convolvable.cache_clear()
+    try:
+        message = speed.quicken(engine, speed.Speed(convolutions="packed"))
+        assert "autoencoder" not in message and type(first_stage.decoder.head) is nn.Conv2d
+    finally:
+        monkeypatch.undo()
+        convolutions.convolvable.cache_clear()
+    if convolutions.convolvable():
+        assert "layers of the autoencoder packed" in speed.quicken(engine, speed.Speed(convolutions="packed"))

@@ -72,18 +72,25 @@ from sat.util.host import prepare_threads
 prepare_threads()
 import torch
 from sat.first_stage.model import ResBlock, Upsample
+from sat.kernels.convolutions import PackedConv, PackedUpsample, RowsNorm, convolvable
 from sat.kernels.packed import PackedLinear, packable
 torch.manual_seed(0)
 time, image = torch.randn(6, 256), torch.randn(1, 128, 16, 16)
 linear, block = torch.nn.Linear(256, 64), ResBlock(128, 64, 8)
 up, wide = Upsample(128), torch.randn(97, 256)
 packed = PackedLinear(linear) if packable(torch.float32) else linear
+tall = torch.randn(1, 64, 48, 80).to(memory_format=torch.channels_last)
+layers = [RowsNorm(torch.nn.GroupNorm(8, 64))]
+if convolvable():
+    convs = torch.nn.Conv2d(64, 24, 3, padding=1), torch.nn.Conv2d(64, 64, 3, stride=2)
+    layers += [PackedUpsample(Upsample(64)), *map(PackedConv, convs)]
 found = []
 with torch.inference_mode():
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         rows = image.to(memory_format=torch.channels_last)
-        found.append((linear(time), block(image), block(rows), up(image), packed(time), packed(wide)))
+        found.append((linear(time), block(image), block(rows), up(image), packed(time), packed(wide),
+                      *(layer(tall) for layer in layers)))
 print(all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other)))
 """
     env = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}

@@ -478,7 +478,8 @@ class SamplingConfig(Section):
     Speed (docs/performance.md): ``attention`` names a kernel, ``pack`` lays weights out for the CPU's matrix
     products, with ``sigmoid`` GELU is taken by one, ``fold`` (on the CPU) works on one text token for all
     where there is no prompt, of few tokens as ``ragged``, ``compile`` compiles one block for all layers,
-    ``graphs`` replays a step as one CUDA graph. ``auto`` is measured on the shapes in use, once a machine,
+    ``graphs`` replays a step as one CUDA graph, ``convolutions`` are the float32 autoencoder's on the CPU,
+    with weights in oneDNN's order as ``packed``. ``auto`` is measured on the shapes in use, once a machine,
     and resolved.yaml has what was chosen; so for ``dtype``.
     """
 
@@ -532,6 +533,7 @@ class SamplingConfig(Section):
     fold: bool | Literal["auto", "ragged"] = "auto"
     compile: bool = False
     graphs: bool = False
+    convolutions: Literal["auto", "packed", "plain"] = "auto"
 
     def _rules(self) -> Broken:  # noqa: C901 - one rule after the other
         if self.prompt is not None and self.prompt_file is not None:
