@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,53 @@ def picture(case: Case) -> Work:
     )  # fmt: skip
 
 
+def cascade(case: Case) -> Work:
+    """A picture of 128 pixels by the loaded small cascade, another prompt each time; ``side``: its steps.
+
+    ``side`` parts: its text encoder and autoencoder alone, run as often as for a picture. Options:
+    ``one_step``, the weights of the Base drawn in one step; ``settings`` of both stages; ``tree``, a checkout
+    of another commit, which draws in place of this one.
+    """
+    tree = Path(case.options.get("tree") or ROOT)
+    if tree != ROOT:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sat"]:
+            del sys.modules[name]
+        sys.path.insert(0, str(tree))
+    from sat import Pipeline
+    from sat.parallel.launch import keep_freed_memory
+
+    def opened(config: str, *overrides: str) -> Any:
+        words = [*overrides, *case.options.get("settings", ())]
+        return Pipeline.from_config(tree / "configs" / config, words, device="cpu")
+
+    one = case.side == "1 + 1"
+    weights = [f"checkpoint.model={Path(case.options['one_step']).resolve()}"] if one else []
+    base = opened("tiny_base.yaml", *weights) if one else opened("tiny_base_distill.yaml")
+    relay = opened("tiny_relay_distill.yaml")
+    keep_freed_memory()  # as `sample.py` does
+    lines = (ROOT / "configs" / "tiny_train_prompts.txt").read_text().splitlines()
+    prompts = cycle(line for line in lines if line.strip())
+    if case.side != "parts":
+
+        def whole() -> None:
+            prompt = next(prompts)
+            relay([prompt], seed=0, images=base([prompt], seed=0).images)
+
+        return whole
+    small, large = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 16, 16)
+    image = torch.rand(1, 3, 128, 128) * 2 - 1
+
+    def parts() -> None:
+        prompt = next(prompts)
+        base.generator.encode([prompt])
+        base.generator.engine.decode(small)
+        relay.generator.encode([prompt])
+        relay.generator.engine.encode(image, large)
+        relay.generator.engine.decode(large)
+
+    return parts
+
+
 # -- a whole picture or training, beside what was planned for it and what is drawn without the option
 
 
@@ -446,6 +494,7 @@ KINDS: Mapping[str, Callable[[Case], Work]] = {
     "lora": lora_step,
     "command": command,
     "picture": picture,
+    "cascade": cascade,
     "whole": whole,
     "training": training,
 }

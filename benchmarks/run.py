@@ -149,13 +149,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--quick", action="store_true", help="smaller sizes and few turns; nothing is written")
     add("--only", default="", metavar="NAMES", help="tables by name, separated by commas")
     add("--compiled", action="store_true", help="CPU steps also compiled, which takes minutes")
+    add(
+        "--one-step",
+        default="runs/tiny_base_turbo",
+        help="weights of configs/tiny_base_turbo.yaml, for `cascade`",
+    )
+    add(
+        "--beside",
+        default="",
+        metavar="TREE",
+        help="checkout of another commit beside this, for `cascade_parts`",
+    )
     add("--threads", type=int, default=2, help="of each CPU process")
     add("--rounds", type=int, default=9, help="samples that count, of each variant")
     add("--seconds", type=float, default=120.0, help="for a table at most, after the warm-up")
     given = list(sys.argv[1:] if argv is None else argv)
     args = reader.parse_args(given)
     suites = ("cpu", "gpu") if args.suite == "all" else (args.suite,)
-    tables = [*(cpu(args.quick, args.compiled) if "cpu" in suites else ())]
+    tables = [*(cpu(args.quick, args.compiled, args.one_step, args.beside) if "cpu" in suites else ())]
     tables += gpu(args.quick) if "gpu" in suites else ()
     wanted = set(filter(None, args.only.split(",")))
     if strange := wanted - {table.name for table in tables}:

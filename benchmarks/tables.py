@@ -26,10 +26,14 @@ class Table:
     once_each: bool = False
 
 
-def cpu(quick: bool, compiled: bool = False) -> list[Table]:
+def cpu(
+    quick: bool, compiled: bool = False, one_step: str = "runs/tiny_base_turbo", beside: str = ""
+) -> list[Table]:
     """On a CPU: the small model, the bench model, the autoencoder, the whole command, training.
 
-    ``compiled``: beside the others, both compiled; each takes a minute or more to compile.
+    ``compiled``: beside the others, both compiled; each takes a minute or more to compile. ``one_step``:
+    weights of the small Base drawn in one step. ``beside``: a checkout of another commit, for the cascade's
+    parts.
     """
     return [
         _step("step_fp32", Case("step", "", "bench", "fp32"), quick, compiled),
@@ -55,6 +59,7 @@ def cpu(quick: bool, compiled: bool = False) -> list[Table]:
         ),
         _lora("lora", Case("lora", "", "bench", "fp32", options=_bench(quick))),
         _distillation(quick),
+        *_cascade(one_step, beside),
     ]
 
 
@@ -103,6 +108,28 @@ def gpu(quick: bool, device: str = "cuda", sizes: Mapping[str, Any] | None = Non
         options = {"cells": side // 8, **sizes.get("plus", {})}
         tables.append(_lora(f"gpu_lora_{side}", Case("lora", "", "plus", "bf16", device, options)))
     return [*tables, *_whole(device, sizes.get("whole", {}))]
+
+
+def _cascade(one_step: str, beside: str) -> list[Table]:
+    """The small cascade by its steps, and what steps do not change: text encoder and autoencoder."""
+    plain = {"settings": ["sampling.convolutions=plain"]}
+    whole = {
+        f"{side} steps": Case("cascade", side, options={"one_step": one_step}) for side in ("4 + 1", "1 + 1")
+    }
+    parts = {
+        "convolutions plain": Case("cascade", "parts", options=plain),
+        "ours": Case("cascade", "parts"),
+        **({"before": Case("cascade", "parts", options={"tree": beside})} if beside else {}),
+    }
+    return [
+        Table("cascade", "128 pixels by the small cascade, loaded", whole, "4 + 1 steps"),
+        Table(
+            "cascade_parts",
+            "its text encoder and autoencoder",
+            parts,
+            "before" if beside else "convolutions plain",
+        ),
+    ]
 
 
 def _distillation(quick: bool) -> Table:
