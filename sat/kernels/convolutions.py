@@ -115,7 +115,7 @@ class RowsNorm(nn.Module):
         scale = (variance + self.eps).rsqrt() * self.weight.view(self.groups, -1)  # (B, G, C / G)
         shift = torch.addcmul(self.bias.view(self.groups, -1), mean, scale, value=-1)
         out = torch.addcmul(shift.view(b, 1, c), rows, scale.view(b, 1, c))  # x scale + shift
-        return out.unflatten(1, (h, w)).permute(0, 3, 1, 2)
+        return out.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def pack_convolutions(module: nn.Module) -> int:
