@@ -424,8 +424,13 @@ class Regions:
                 )
         return found
 
-    def control(self, batch: int, height: int, width: int, device: torch.device) -> ControlInput:
-        """The network's input for ``batch`` images of ``height`` x ``width`` pixels."""
+    def control(
+        self, batch: int, height: int, width: int, device: torch.device, shares: Callable[[], Sequence[float]]
+    ) -> ControlInput:
+        """The network's input for ``batch`` images of ``height`` x ``width`` pixels.
+
+        ``shares`` gives the noise share of every step's level.
+        """
         lengths = tuple(one.text.shape[1] for one in self.encoded)
         text = torch.cat([one.text for one in self.encoded], 1).to(device).expand(batch, -1, -1)
         known = [one.mask for one in self.encoded]
@@ -437,7 +442,12 @@ class Regions:
             ]
             mask = torch.cat(parts, 1)
         areas = Areas(self.masks(height, width), lengths, mask)
-        return regions(text, areas, self.config.share, self.config.start, self.config.end)
+        share, start, end = self.config.share, self.config.start, self.config.end
+        if self.config.by == "steps":  # step i of n takes part if (i + 1/2) / n lies in the range
+            levels = shares()
+            acting = [1 - s for i, s in enumerate(levels) if start <= (i + 0.5) / len(levels) <= end]
+            share, start, end = (share, acting[0], acting[-1]) if acting else (0.0, 0.0, 0.0)
+        return regions(text, areas, share, start, end)
 
     def on(self, network: nn.Module) -> AbstractContextManager[None]:
         """A context in which ``network`` reads regions."""

@@ -435,7 +435,8 @@ class Generator:
             height, width = min(height, side), min(width, side)
         cond, uncond = self.condition(encoded, height, width, len(rng))
         if params.regions is not None:
-            controls = (*controls, params.regions.control(len(rng), height, width, self.device))
+            shares = lambda: [level.noise_share for level in self._levels(given, params)]  # noqa: E731
+            controls = (*controls, params.regions.control(len(rng), height, width, self.device, shares))
         if controls:
             cond = replace(cond, controls=controls)
             uncond = replace(uncond, controls=cond.null().controls)

@@ -397,7 +397,8 @@ class RegionsConfig(Section):
     """Prompts for parts of the picture, beside the prompt for all of it (docs/edit.md).
 
     ``share``: how much of a place's attention is its region's, the rest is as without regions. ``start`` and
-    ``end`` are shares of the noise range, 0 pure noise and 1 a clean picture.
+    ``end`` are shares of the noise range, 0 pure noise and 1 a clean picture, or by ``steps`` of the steps
+    that are taken: those whose middle lies between.
     """
 
     section = "sampling.regions"
@@ -405,6 +406,7 @@ class RegionsConfig(Section):
     share: float = 0.8
     start: float = 0.0
     end: float = 1.0
+    by: Literal["noise", "steps"] = "noise"
 
     def _rules(self) -> Broken:
         if not self.areas:
