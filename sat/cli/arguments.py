@@ -239,7 +239,7 @@ class Control(NamedTuple):
 
 def control(text: str) -> Control:
     """``FILE:IMAGE[:SCALE[:START-END]]``."""
-    found = re.fullmatch(r"(.+?):(.+?)(?::([-+]?[\d.]+)(?::([\d.]+)-([\d.]+))?)?", text)
+    found = re.fullmatch(r"(.+?):(.+?)(?::([-+]?[\d.]+|nan|inf)(?::([\d.]+)-([\d.]+))?)?", text)
     if found is None:
         raise UsageError(f"--control {text}: expected FILE:IMAGE[:SCALE[:START-END]]")
     path, image, *numbers = found.groups()

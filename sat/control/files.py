@@ -154,13 +154,19 @@ def check_fits(info: ControlInfo, model: Component, path: Path, imports: Collect
         )
 
 
+def empty(path: Path, base: BaseModel) -> tuple[Control, ControlInfo]:
+    """The control at ``path`` for ``base`` without its weights, from its header alone."""
+    info = read_info(path)
+    check_fits(info, base.component, path, base.imports)
+    with torch.device("meta"), without_init():
+        control: Control = build(info.control, imports=_allowed(info, base.imports, locate(path)), base=base)
+    return control, info
+
+
 def read(path: Path, base: BaseModel, verify: Verify | None = None) -> tuple[Control, ControlInfo]:
     """The control at ``path`` for ``base``, on its device and in its type; of a split base a rank's share."""
-    file, info = locate(path), read_info(path)
-    check_fits(info, base.component, path, base.imports)
-    here = next(iter(base.network.parameters()))
-    with torch.device("meta"), without_init():
-        control: Control = build(info.control, imports=_allowed(info, base.imports, file), base=base)
+    file, here = locate(path), next(iter(base.network.parameters()))
+    control, info = empty(path, base)
     with opened(file, verify or Verify()) as tensors:
         if not here.is_meta:
             load(control, tensors, "model", device=here.device, dtype=here.dtype)

@@ -18,11 +18,12 @@ from torch import Tensor
 from sat.adapters.merge import adapter_name
 from sat.checkpoint import digest
 from sat.checkpoint.verify import Verify
+from sat.config.build import build_empty
 from sat.config.check import Context, build, convert, resolve
 from sat.config.schema import RuleError
 from sat.config.schema.base import ControlConfig
 from sat.control.base import BaseModel, Control, ControlError, attach
-from sat.control.files import ControlInfo, check_fits, locate, read, read_info
+from sat.control.files import ControlInfo, check_fits, empty, locate, read, read_info
 from sat.control_input import ControlInput, Controls
 from sat.data.preprocess import Preprocess
 from sat.kernels.apply import Speed, quicken_network
@@ -200,17 +201,55 @@ def row_files(prompts: Iterable[Prompt]) -> list[Path]:
     return list(dict.fromkeys(one.path for prompt in prompts for one in row_controls(prompt) or ()))
 
 
-def check_pictures(sampling: SamplingConfig, prompts: Iterable[Prompt]) -> None:
-    """Read the picture of every control for every image of ``prompts`` once, before weights are read."""
-    seen = set[Path | str]()
+def check_pictures(experiment: Experiment, prompts: Iterable[Prompt]) -> None:
+    """Look at every control of every prompt, and read its pictures once, before weights are read."""
+    sampling, seen, known = (
+        experiment.sampling,
+        set[tuple[Path, Path, bool]](),
+        dict[Path, tuple[Control, bool]](),
+    )
+    base: BaseModel | None = None
     for prompt in prompts:
         own = row_controls(prompt)
         for config in sampling.controls if own is None else own:
+            if config.path not in known:
+                base = base or BaseModel(
+                    build_empty(experiment.model, experiment.imports), experiment.model, experiment.imports
+                )
+                made, info = empty(config.path, base)
+                known[config.path] = made, info.picture is not None
+            use, (control, preprocesses) = ControlImage.of(config), known[config.path]
+            _check_use(use, control, preprocesses=preprocesses)
             files = PictureFiles(Path(str(config.image)), f"control {config.path}")
             for image in range(sampling.batch_size if config.scale else 0):
-                if (found := files.find(prompt, image)) not in seen:
-                    seen.add(found)
-                    files.open(prompt, image)
+                key = (files.find(prompt, image), config.path, config.preprocess)
+                if key not in seen:
+                    seen.add(key)
+                    _check_picture(use, control, files.open(prompt, image))
+
+
+def _check_use(use: ControlImage, control: Control, *, preprocesses: bool) -> None:
+    """Refuse settings that ``control`` has no meaning for."""
+    if use.layers is not None:
+        if len(use.layers) != (count := control.layers()):
+            raise ControlError(
+                f"control {use.control}: {len(use.layers)} weights in `layers`, expected one for each of "
+                f"{count} layers of the base"
+            )
+        if not all(math.isfinite(weight) for weight in use.layers):
+            raise ControlError(f"control {use.control}: `layers` {list(use.layers)}: expected numbers")
+    if use.preprocess and not preprocesses:
+        raise ControlError(
+            f"control {use.control}: its file names no preprocessing: give its picture as it is"
+        )
+
+
+def _check_picture(use: ControlImage, control: Control, pixels: Pixels) -> None:
+    if control.takes == "inpaint" and not use.preprocess and pixels.alpha is None:
+        raise ControlError(
+            f"control {use.control}: inpaints, so its picture is transparent where it is to be drawn anew, "
+            f"and this one is nowhere"
+        )
 
 
 def row_fields(prompt: Prompt, image: int) -> dict[str, str]:
@@ -267,12 +306,8 @@ class ControlPictures:
         uses = []
         for image in images:
             name = loaded.named(image.control)
-            count = loaded.loaded[name].control.layers()
-            if image.layers is not None and len(image.layers) != count:
-                raise ControlError(
-                    f"control {image.control}: {len(image.layers)} weights in `layers`, expected one for "
-                    f"each of {count} layers of the base"
-                )
+            one = loaded.loaded[name]
+            _check_use(image, one.control, preprocesses=one.preprocess is not None)
             if image.scale:
                 uses.append((name, image))
         return uses
@@ -291,23 +326,17 @@ class ControlPictures:
 
     def _picture(self, name: str, use: ControlImage, prompt: Prompt, image: int) -> Tensor:
         pixels, one = use.open(prompt, image, self.batch_size), self.loaded.loaded[name]
+        _check_picture(use, one.control, pixels)
         height, width = prompt.row.height or self.height, prompt.row.width or self.width
         if told := fit_message(pixels.rgb.size, height, width, use.fit):
             log.info("control %s: %s", use.control, told)
         picture = from_pil(fitted(pixels.rgb, height, width, use.fit))
         if one.control.takes == "inpaint" and not use.preprocess:
-            if pixels.alpha is None:
-                raise ControlError(
-                    f"control {use.control}: inpaints, so its picture is transparent where it is to be drawn "
-                    f"anew, and this one is nowhere"
-                )
+            assert pixels.alpha is not None, "checked above"
             alpha = from_pil(fitted(pixels.alpha, height, width, use.fit))[:1]
             return torch.cat([picture, torch.where(alpha < 0, 1.0, -1.0)])
         if use.preprocess:
-            if one.preprocess is None:
-                raise ControlError(
-                    f"control {use.control}: its file names no preprocessing: give its picture as it is"
-                )
+            assert one.preprocess is not None, "checked before"
             return one.preprocess(picture, random.Random(f"{prompt.index}/{image}"))
         return picture
 

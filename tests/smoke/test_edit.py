@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_a_ramp_rises_inside_the_mask_alone_and_reaches_1_in_a_narrow_one() -> N
 # -- regions
 
 
-def halves(share: float = 0.8, **more: float) -> RegionsConfig:
+def halves(share: float = 0.8, **more: Any) -> RegionsConfig:
     sides = ([0.0, 0.0, 0.5, 1.0], "a dog"), ([0.5, 0.0, 1.0, 1.0], "the sun")
     return RegionsConfig([RegionConfig(text, None, box) for box, text in sides], share, **more)
 
@@ -219,6 +220,17 @@ def test_regions_change_their_part_and_a_share_of_0_or_an_empty_range_nothing(pi
     assert torch.equal(never, plain.latents)
     part = pipe("a cat", regions=halves(end=0.01)).latents  # the first step alone
     assert not torch.equal(part, drawn.latents[:1]) and not torch.equal(part, plain.latents[:1])
+
+
+def test_regions_by_steps_act_in_the_steps_whose_middle_lies_in_the_range(pipe: Pipeline) -> None:
+    def drawn(steps: int, **more: Any) -> torch.Tensor:
+        return pipe("a cat", steps=steps, regions=halves(**more)).latents
+
+    one = drawn(4, end=0.001)  # of noise: the first step alone
+    assert torch.equal(drawn(4, end=0.2, by="steps"), one) and not torch.equal(drawn(4), one)
+    assert torch.equal(drawn(4, by="steps"), drawn(4))
+    assert torch.equal(drawn(1, end=0.8, by="steps"), drawn(1)), "not off where there is one step"
+    assert torch.equal(drawn(4, end=0.1, by="steps"), pipe("a cat", steps=4).latents)
 
 
 def test_the_command_takes_regions_by_masks(pipe: Pipeline, sample: Command, given, tmp_path: Path) -> None:
@@ -470,6 +482,10 @@ def test_tiles_see_their_part_of_the_controls_picture(tmp_path: Path, spiece: Pa
         ({"path": "CONTROL", "image": "no.png"}, "prompt 0: controls.0.image: "),
         ({"path": "CONTROL"}, "prompt 0: controls.0.image: needs a picture"),
         ({"path": "CONTROL", "image": "bad.png"}, "bad.png"),
+        (
+            {"path": "CONTROL", "image": "a.png", "layers": [1]},
+            "1 weights in `layers`, expected one for each",
+        ),
         ({"path": "CONTROL", "image": "a.png", "scal": 1}, "prompt 0: controls.0.scal: "),
         ({"path": "CONTROL", "image": "a.png", "scale": "1"}, "prompt 0: controls.0.scale: expected float"),
         ({"path": "CONTROL", "image": "a.png", "start": 0.9, "end": 0.1}, "0 <= `start` <= `end` <= 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,28 +14,29 @@ from sat.checkpoint.format import CheckpointError
 from sat.cli.arguments import Control, control
 from sat.cli.main_guard import UsageError
 from sat.config.build import build_engine
+from sat.config.check import build
 from sat.config.load import load
 from sat.config.schema import Component
 from sat.control.base import BaseModel, ControlError
-from sat.control.controlnet import controlnet
 from sat.control.files import ControlInfo, check_fits, fingerprint, read, read_info, write
 from sat.pipeline import Pipeline
+from sat.sampling.controls import check_pictures
+from sat.sampling.prompts import checked_prompts
 from tests.configs import DEBUG
 from tests.small import fill
 
-TARGET = "sat.control.controlnet.controlnet"
+CONTROL = Component("sat.control.controlnet.controlnet", {"blocks": 1})
 
 
-def written(folder: Path, *overrides: str) -> Path:
-    """A control of the debug model, with random weights."""
+def written(folder: Path, *overrides: str, inpaint: bool = False) -> Path:
+    """A control of the debug model, with random weights: by outlines, or one that inpaints."""
     experiment = load([DEBUG], overrides)
     network = build_engine(experiment, device="cpu", dtype=torch.float32).network
-    made = controlnet(1, base=BaseModel(network, experiment.model))
+    kind = Component("sat.control.light.concat", {"inpaint": True}) if inpaint else CONTROL
+    made = build(kind, base=BaseModel(network, experiment.model))
     fill(made, 0.1)
-    info = ControlInfo(
-        Component(TARGET, {"blocks": 1}), experiment.model, Component("sat.data.preprocess.Edges"),
-        norms=fingerprint(network),
-    )  # fmt: skip
+    picture = None if inpaint else Component("sat.data.preprocess.Edges")
+    info = ControlInfo(kind, experiment.model, picture, norms=fingerprint(network))
     write(folder / "edges.safetensors", made.state_dict(), info)
     return folder / "edges.safetensors"
 
@@ -56,7 +58,7 @@ def picture() -> Image.Image:
 
 def test_a_file_says_what_it_is_of(file: Path) -> None:
     info = read_info(file)
-    assert info.control == Component(TARGET, {"blocks": 1})
+    assert info.control == CONTROL
     assert info.base.target.endswith("CogView3Plus")
     assert info.picture == Component("sat.data.preprocess.Edges")
     assert info.norms
@@ -67,7 +69,7 @@ def test_what_was_written_is_read(file: Path) -> None:
     network = build_engine(experiment, device="cpu", dtype=torch.float32).network
     base = BaseModel(network, experiment.model)
     made, _ = read(file, base)
-    want = controlnet(1, base=base)
+    want = build(CONTROL, base=base)
     fill(want, 0.1)
     assert made.state_dict().keys() == want.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), want.parameters(), strict=True))
@@ -191,15 +193,67 @@ def test_faults_of_a_call_are_told(pipe: Pipeline, file: Path, picture: Image.Im
         ({"scale": float("nan")}, "scale is nan"),
         ({"start": 0.8, "end": 0.2}, "0 <= start <= end <= 1"),
         ({"layers": [1.0]}, "1 weights in `layers`, expected one for each of 2"),
+        ({"layers": [float("nan"), 1.0]}, "expected numbers"),
         ({"image": []}, "0 pictures, none for image 0"),
     ):
         with pytest.raises(ControlError, match=message):
             pipe("a", controls=[{"control": file, "image": picture, **fields}])
 
 
+def test_settings_that_a_control_has_no_meaning_for_are_refused_without_weights(
+    file: Path, picture: Image.Image, tmp_path: Path
+) -> None:
+    picture.save(tmp_path / "p.png")
+    paints, (prompt,) = written(tmp_path, inpaint=True), checked_prompts(["a"])
+    for path, fields, message in (
+        (file, {"layers": [1.0]}, "1 weights in `layers`, expected one for each of 2"),
+        (paints, {"preprocess": True}, "names no preprocessing"),
+        (paints, {}, "inpaints, so its picture is transparent"),
+    ):
+        item = {"path": str(path), "image": str(tmp_path / "p.png"), **fields}
+        with pytest.raises(ControlError, match=message):
+            check_pictures(load([DEBUG], [("sampling.controls", [item])]), [prompt])
+
+
+SPEEDS = {
+    "step cache": ["sampling.cache={target: sat.diffusion.step_cache.FirstBlock, params: {threshold: 0.3}}"],
+    "int8": ["memory.quantize.network=int8"],
+    "int4": ["memory.quantize.network=int4"],
+    "one at a time": ["sampling.at_once=1"],
+    "no guidance": ["sampling.guider={target: sat.diffusion.guidance.Unguided}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SPEEDS.values(), ids=SPEEDS.keys())
+def test_a_control_acts_with_what_makes_drawing_fast_or_small(
+    file: Path, picture: Image.Image, settings: list[str]
+) -> None:
+    fast = Pipeline.from_config([DEBUG], settings, device="cpu")
+
+    def drawn(**more: object) -> torch.Tensor:
+        return fast("a", seed=1, steps=4, batch_size=2, controls=[given | more]).latents
+
+    plain, given = fast("a", seed=1, steps=4, batch_size=2).latents, {"control": file, "image": picture}
+    assert (drawn() - plain).abs().amax((1, 2, 3)).min() > 0.01
+    assert torch.equal(drawn(scale=0.0), plain)
+
+
+def test_a_control_acts_together_with_a_mask_and_leaves_the_rest(
+    pipe: Pipeline, file: Path, picture: Image.Image
+) -> None:
+    size = pipe.experiment.sampling.width, pipe.experiment.sampling.height
+    init, mask = picture.resize(size), Image.new("L", size, 0)
+    mask.paste(255, (size[0] // 2, 0, *size))
+    edit = {"image": init, "mask": mask, "seed": 1}
+    plain = pipe("a", **edit).latents  # type: ignore[arg-type]
+    steered = pipe("a", **edit, controls=[{"control": file, "image": picture}]).latents  # type: ignore[arg-type]
+    assert torch.equal(steered[..., 0], plain[..., 0]) and not torch.equal(steered[..., -1], plain[..., -1])
+
+
 def test_a_control_of_the_command_line_is_taken_apart() -> None:
     assert control("a.safetensors:b.png") == Control(Path("a.safetensors"), Path("b.png"))
     assert control("a:b:0.5") == Control(Path("a"), Path("b"), 0.5)
+    assert math.isnan(control("a:b:nan").scale), "a number, which the config's rules refuse"
     assert control("a:b:-1:0.2-0.75") == Control(Path("a"), Path("b"), -1.0, 0.2, 0.75)
     for text in ("a", "a:", ":b"):
         with pytest.raises(UsageError, match="FILE:IMAGE"):

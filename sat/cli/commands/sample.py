@@ -440,11 +440,11 @@ def _draw_all(cascade: Cascade, prompts: Sequence[Prompt], ranks: _Ranks) -> Non
 
     mine = _wanted(places[0].experiment, prompts)
     mine = mine[mesh.data_rank :: mesh.data_ranks]  # by place, as officially
-    if (steered := places[0].experiment.sampling).controls or any(prompt.row.controls for prompt in mine):
+    if places[0].experiment.sampling.controls or any(prompt.row.controls for prompt in mine):
         from sat.sampling.controls import check_pictures, row_files
 
         if mesh.leads:
-            check_pictures(steered, mine)
+            check_pictures(places[0].experiment, mine)
         places[0] = replace(places[0], controls=row_files(mine))
     inputs = _inputs(places[0].experiment)
     if inputs is not None and mesh.leads:  # before anything is loaded
