@@ -7,6 +7,7 @@ picture, pi / 2 at noise alone.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -78,6 +79,17 @@ def angle(level: Level) -> Tensor:
     if isinstance(level.sigma, Tensor):
         return torch.atan2(level.sigma, torch.as_tensor(level.alpha).to(level.sigma))
     return torch.tensor(math.atan2(level.sigma, level.alpha), dtype=torch.float64)
+
+
+def few_levels(process: Process, schedule: Schedule, steps: int) -> list[Level]:
+    """Levels of a run of few ``steps``, trailing where the schedule's own last step is a sliver.
+
+    In two steps ``linspace`` visits timesteps ``total`` and 1, and the second changes nothing.
+    """
+    if getattr(schedule, "spacing", None) == "linspace":
+        schedule = copy.copy(schedule)
+        schedule.spacing = "trailing"  # type: ignore[attr-defined]
+    return process.hooks.levels(schedule, steps)
 
 
 def nearer_levels(process: Process, schedule: Schedule, gap: float) -> tuple[list[Level], list[Level]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,7 @@ from sat.checkpoint.verify import Written
 from sat.config.few_steps import SECTION, predicted
 from sat.config.load import load_full
 from sat.config.schema import CheckpointConfig, Experiment, plain
+from sat.diffusion.distillation import few_levels
 from sat.engine import DiffusionEngine
 from sat.errors import UserError
 from sat.parallel.collectives import agree, barrier, from_main, gather
@@ -300,9 +302,10 @@ def _distilled(experiment: Experiment, engine: DiffusionEngine, objective: Objec
     """Sampling that the trained weights alone are for; the config's number of steps is the usual one."""
     if (few := objective.few_steps()) is None:
         return None
-    usual, hooks = experiment.sampling.steps, engine.process.hooks
+    usual, process, schedule = experiment.sampling.steps, engine.process, engine.schedule
+    visited = process.hooks.levels if few.method == "progressive" else partial(few_levels, process)
     steps = sorted(few.steps, key=lambda count: (count != usual, count))
-    levels = {str(n): [float(at.timestep) for at in hooks.levels(engine.schedule, n)[:-1]] for n in steps}
+    levels = {str(n): [float(at.timestep) for at in visited(schedule, n)[:-1]] for n in steps}
     guidance = few.guidance if isinstance(few.guidance, float | int) else list(few.guidance)
     return Distilled(
         method=few.method, steps=steps, levels=levels, guidance=guidance, prediction=few.prediction

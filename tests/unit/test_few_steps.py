@@ -22,6 +22,9 @@ from sat.config.few_steps import FewStepError, predicted, settle_few_steps
 from sat.config.load import load, load_full
 from sat.config.schema import Experiment, LoadConfig, RuleError
 from sat.config.yaml_source import ConfigError
+from sat.diffusion.distillation import few_levels
+from sat.diffusion.process import Process
+from sat.diffusion.schedule import Discrete, FlowMatching
 from sat.pipeline import Pipeline
 from tests.adapters import about, adapter, noisy, start
 from tests.configs import ROOT
@@ -213,6 +216,16 @@ def test_a_picture_is_changed_in_one_step_as_far_as_its_noise_says(turbo: Pipeli
 def test_the_spacing_follows_the_levels_of_training(plain: Experiment, files: Path) -> None:
     made, _ = settle_few_steps(using(plain, files, "leading"))
     assert made.diffusion.schedule.params["spacing"] == "leading"
+
+
+def test_few_steps_trail_where_the_schedules_own_last_step_is_a_sliver() -> None:
+    """CogView4's linspace visits timesteps 1000 and 1 in two steps; a student's file has 1000 and 500."""
+    flow, process = FlowMatching(), Process()
+    assert [level.timestep for level in flow.levels(2)[:-1]] == [1000, 1]
+    assert [level.timestep for level in few_levels(process, flow, 2)[:-1]] == [1000, 500]
+    assert few_levels(process, flow, 1)[:-1] == flow.levels(1)[:-1]
+    assert flow.spacing == "linspace"
+    assert few_levels(process, Discrete(), 4) == Discrete().levels(4)
 
 
 def test_a_distilled_folder_says_it_in_its_manifest(plain: Experiment, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sat.adapters.lora import adapted, strengths
 from sat.data.batch import Batch
-from sat.diffusion.distillation import LevelTable, matching_target
+from sat.diffusion.distillation import LevelTable, few_levels, matching_target
 from sat.diffusion.draws import Draws, keyed
 from sat.diffusion.loss import DenoisingLoss
 from sat.diffusion.prediction import Denoiser, Network
@@ -320,7 +320,7 @@ class Matching(Consistency):
         process, denoiser = self.engine.process, self.engine.denoiser
         size = (given.clean.shape[2], given.clean.shape[3])
         if size not in self._visited:
-            visited = process.hooks.levels(sized(self.engine.schedule, size), self.steps)
+            visited = few_levels(process, sized(self.engine.schedule, size), self.steps)
             self._visited[size] = visited, LevelTable(visited)
         levels, table = self._visited[size]
         count = keyed("steps of", self.step // self.student_every) % self.steps  # before the last
