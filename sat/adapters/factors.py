@@ -1,9 +1,10 @@
 """An adapter's layers as data, and the arithmetic of low-rank changes of a weight; no module is touched.
 
-Letters: r rank, I inputs, O outputs of a linear. A fused linear (q, k, v in one) has P parts of O / P rows
-each, and factors of its own for every part.
+Letters: r rank, I inputs, O outputs of a linear, or channels of a convolution, whose weight is (O, I, k, k).
+A fused linear (q, k, v in one) has P parts of O / P rows each, and factors of its own for every part.
 
-Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; LoKr, arXiv:2309.14859, section 3.2.
+Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; LoKr, and factors of a convolution (LoCon),
+arXiv:2309.14859, section 3.2.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sat.errors import UserError
 
@@ -26,12 +27,12 @@ class AdapterError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Pair:
-    """The low-rank change of one part: ``alpha`` / r * ``up`` @ ``down``.
+    """The low-rank change of one part: ``alpha`` / r * ``up`` @ ``down``, at each point of a convolution.
 
     ``kron``: the Kronecker factors that the pair is made of, of a LoKr; they change together.
     """
 
-    down: Tensor  # (r, I)
+    down: Tensor  # (r, I), of a convolution (r, I, k, k)
     up: Tensor  # (O / P, r)
     alpha: float
     kron: Kron | None = None
@@ -61,6 +62,16 @@ class LayerFactors:
     def inputs(self) -> int:
         """I."""
         return next(pair.down.shape[1] for pair in self.parts if pair is not None)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Points of a convolution's kernel, high and wide; (1, 1) of a linear."""
+        return next(tuple(pair.down.shape[2:]) or (1, 1) for pair in self.parts if pair is not None)
+
+    @property
+    def kron(self) -> bool:
+        """True if it is a LoKr's."""
+        return any(pair is not None and pair.kron is not None for pair in self.parts)
 
     @property
     def part_outputs(self) -> int:
@@ -100,8 +111,8 @@ Layers = Mapping[str, LayerFactors]
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """Euclidean norms (O,) of the rows of ``weight`` (O, I), at least float32."""
-    return widened(weight).square().sum(1).sqrt()
+    """Euclidean norms (O,) of the rows of ``weight`` (O, I) or (O, I, k, k), at least float32."""
+    return widened(weight).square().flatten(1).sum(1).sqrt()
 
 
 def telling(names: Iterable[str]) -> list[str]:
@@ -117,12 +128,13 @@ def some_norms(norms: Tensor) -> list[float]:
 
 
 def weight_change(weight: Tensor, factors: LayerFactors) -> Tensor:
-    """Change (O, I) that an adapter at strength 1 makes to ``weight``, at least float32."""
+    """Change, of the shape of ``weight``, that an adapter at strength 1 makes to it, at least float32."""
     wide = widened(weight)
     change = torch.zeros_like(wide)
     for rows, pair in zip(change.chunk(len(factors.parts)), factors.parts, strict=True):
         if pair is not None:
-            rows += pair.scale * (pair.up.to(wide) @ pair.down.to(wide))
+            product = pair.up.to(wide) @ pair.down.to(wide).flatten(1)  # (O / P, I) or (O, I k k)
+            rows += pair.scale * product.view_as(rows)
     if factors.magnitude is None:
         return change
     changed = wide + change
@@ -157,8 +169,27 @@ class LinearLike(Protocol):
     out_features: int
 
 
+def shape(layer: object) -> tuple[int, ...]:
+    """(O, I) of a linear, (O, I, k, k) of a convolution, with adapters or without."""
+    layer = getattr(layer, "base", layer)
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    linear = cast(LinearLike, layer)
+    return linear.out_features, linear.in_features
+
+
+def fitted(factors: LayerFactors, layer: object) -> LayerFactors:
+    """``factors`` of ``layer``; those of a 1 x 1 convolution, as linears in some files, with its points."""
+    if len(shape(layer)) == 2 or factors.kernel != (1, 1):
+        return factors
+    pairs = [
+        pair and replace(pair, down=pair.down.view(*pair.down.shape[:2], 1, 1)) for pair in factors.parts
+    ]
+    return replace(factors, parts=tuple(pairs))
+
+
 def initial_factors(
-    linear: LinearLike,
+    layer: LinearLike | nn.Conv2d,
     ranks: Sequence[int],
     alphas: Sequence[float],
     seed: str,
@@ -167,20 +198,22 @@ def initial_factors(
 ) -> LayerFactors:
     """Factors that change nothing yet: random ``down``, zero ``up``. ``seed`` is any text.
 
-    ``norms`` (O,) of the rows of the base's weight make it DoRA. ``down`` is uniform in +-1 / sqrt(I).
+    ``norms`` (O,) of the rows of the base's weight make it DoRA. ``down`` is uniform in +-1 / sqrt(I), of a
+    convolution in +-1 / sqrt(I k k).
     ``lokr``: Kronecker factors instead, w1 about that large; w1 is zero, the others as ``down`` is.
     Source: arXiv:2106.09685, section 4.1.
     """
     number = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=4).digest(), "little")
     generator = torch.Generator().manual_seed(number)
-    bound = 1 / math.sqrt(linear.in_features)
-    rows = linear.out_features // len(ranks)
+    outputs, *inputs = shape(layer)
+    bound = 1 / math.sqrt(math.prod(inputs))
+    rows = outputs // len(ranks)
     pairs = []
     for rank, alpha in zip(ranks, alphas, strict=True):
         if lokr is not None:
-            pairs.append(_initial_kron(rows, linear.in_features, rank, lokr, generator).pair(alpha / rank))
+            pairs.append(_initial_kron(rows, inputs[0], rank, lokr, generator).pair(alpha / rank))
             continue
-        down = bound * (2 * torch.rand(rank, linear.in_features, generator=generator) - 1)  # (r, I)
+        down = bound * (2 * torch.rand(rank, *inputs, generator=generator) - 1)  # (r, I) or (r, I, k, k)
         pairs.append(Pair(down, torch.zeros(rows, rank), alpha))
     return LayerFactors(tuple(pairs), norms)
 

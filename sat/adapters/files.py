@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json
 from torch import Tensor
 
 from sat import compat
-from sat.adapters.factors import AdapterError, Kron, LayerFactors, Pair
+from sat.adapters.factors import AdapterError, Kron, LayerFactors, Pair, fitted
 from sat.adapters.lokr import expanded, is_lokr
 from sat.adapters.lora import check
 from sat.adapters.names import Parts, Unfused, to_ours
@@ -175,6 +175,8 @@ def read(path: Path, parts: Parts, verify: Verify | None = None) -> Adapter:
             check(module, mine)
         except AdapterError as error:
             raise AdapterError(f"{path}: {error}") from None
+        layers |= {f"{part}.{name}": fitted(one, module.get_submodule(name)) for name, one in mine.items()}
+    adapter = replace(adapter, layers=layers)
     if strange := sorted({name.partition(".")[0] for name in layers} - set(parts)):
         raise AdapterError(f"{path}: adapts the {strange[0]} part, of which this model has none")
     _tell_vain(path, [pair for layer in layers.values() for pair in layer.parts if pair is not None])
@@ -281,7 +283,10 @@ def _factors(  # noqa: C901 - one check after another
             raise AdapterError(
                 f"{file}: {name!r} is {str(tensor.dtype)[6:]}, expected floating-point factors"
             )
-        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1):  # a linear, as a convolution of one point
+        if tensor.dim() == 4 and tensor.shape[2:] == (
+            1,
+            1,
+        ):  # ``up`` of a convolution; or a linear as one of one point
             tensor = tensor[:, :, 0, 0]
         out[linear][side] = tensor.clone()
     if strays:
@@ -308,8 +313,9 @@ class _Content(NamedTuple):
             no = "lora_A" if "down" not in sides else no
             raise AdapterError(f"{self.file}: {name!r} has {' and '.join(there)} but no {no}: incomplete")
         down, up = sides["down"], sides["up"]
-        if down.dim() != 2 or up.dim() != 2:
-            raise AdapterError(f"{self.file}: {name!r} is a LoRA of a convolution, only linears have one")
+        if down.dim() not in (2, 4) or up.dim() != 2:
+            sizes = f"lora_A of {list(down.shape)} and lora_B of {list(up.shape)}"
+            raise AdapterError(f"{self.file}: {name!r} has {sizes}, of no linear and no 2-D convolution")
         rank = down.shape[0]
         if not rank or rank != up.shape[1]:
             raise AdapterError(f"{self.file}: {name!r}: rank {rank} of lora_A, {up.shape[1]} of lora_B")

@@ -22,6 +22,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "mlp": ("model.*.mlp.gate", "model.*.mlp.up", "model.*.mlp.down"),
     # How time and size act on a layer: modulation in a transformer, the embedding of a residual block.
     "adaln": ("model.*.adaln.layers.*.1", "model.*.final_layer.adaln.1", "model.*.emb"),
+    "convolution": (  # of UNets: residual blocks, and changes of resolution
+        "model.*.conv1",
+        "model.*.conv2",
+        "model.*.shortcut",
+        "model.*.shrink",
+        "model.*.grow",
+    ),
     "text_attention": ("text.*.attn.qkv", "text.*.attn.q", "text.*.attn.kv", "text.*.attn.proj"),
     "text_mlp": ("text.*.mlp.gate", "text.*.mlp.up", "text.*.mlp.down"),
     "text_encoder": (
@@ -34,7 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "text.*.mlp.down",
     ),
 }
-"""Group -> shell patterns over ``model.`` or ``text.`` and a linear's name; ``attention`` has all kinds."""
+"""Group -> shell patterns over ``model.`` or ``text.`` and a layer's name; ``attention`` has all kinds."""
 
 
 def patterns(target: str) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""LoRA, DoRA and LoKr layers around linears: attached to a built model, weighted at run time, and taken off.
+"""LoRA, DoRA and LoKr of linears, LoRA of convolutions: attached, weighted at run time, and taken off.
 
 Letters: r rank, I inputs, O outputs of a linear. A fused linear (q, k, v in one) has P parts of O / P rows
 each, and factors of its own for every part.
 
-Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; LoKr, arXiv:2309.14859, section 3.2.
+Sources: LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353; LoKr, and factors of a convolution (LoCon: ``down``
+a convolution into r channels as the layer's own is, ``up`` one of 1 x 1), arXiv:2309.14859, section 3.2.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from sat.adapters.factors import (
     Pair,
     finite_cast,
     row_norms,
+    shape,
     weight_change,
     widened,
 )
@@ -51,7 +53,7 @@ from sat.transformer.transformer import dtype_of
 
 
 class Factors(nn.Module):
-    """One adapter's factors of one linear, as parameters. ``gain`` (O,) is DoRA's.
+    """One adapter's factors of one layer, as parameters. ``gain`` (O,) is DoRA's.
 
     The magnitude is kept as a relative change of the base weight's row norms, ``norm * (1 + gain)``: it
     starts at 0 and keeps its precision in bfloat16, where a norm itself would be rounded.
@@ -65,6 +67,7 @@ class Factors(nn.Module):
         super().__init__()
         weight = cast(LinearLike, base).weight
         self.parts = len(layer.parts)
+        self.scales = {str(i): pair.scale for i, pair in enumerate(layer.parts) if pair is not None}
         self.alphas = {str(i): pair.alpha for i, pair in enumerate(layer.parts) if pair is not None}
         self.down, self.up, self.kron = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         split_by = base.style if isinstance(base, SplitLinear) else None
@@ -73,8 +76,7 @@ class Factors(nn.Module):
                 tensor = base.tensor if isinstance(base, SplitLinear) else None
                 self.kron[str(i)] = KronFactors(pair.kron, pair.scale, weight, split_by, tensor)
             elif pair is not None:
-                self.down[str(i)] = _linear(pair.down, weight)
-                self.up[str(i)] = _linear(pair.up, weight)
+                self.down[str(i)], self.up[str(i)] = _products(pair, base)
         self.dropout: nn.Module = nn.Dropout(dropout) if dropout else nn.Identity()
         self.tensor: Axis | None = None
         self.style: Column | Row | None = None
@@ -112,10 +114,6 @@ class Factors(nn.Module):
         """``x``, a sum over the inputs, of which each rank has a part if the base is split over them."""
         return summed(x, self.tensor) if self.tensor is not None and isinstance(self.style, Row) else x
 
-    def scale(self, part: str) -> float:
-        """alpha / r of a part."""
-        return self.alphas[part] / cast(nn.Linear, self.down[part]).out_features
-
     @property
     def bare(self) -> bool:
         """True if the change is the factors' product with the input alone: no gain, no dropout, no share."""
@@ -124,10 +122,12 @@ class Factors(nn.Module):
 
     def pairs(self) -> list[LowRank]:
         """The factors of each part that has some."""
-        return [LowRank(int(i), _weight(self.down[i]), _weight(self.up[i]), self.scale(i)) for i in self.down]
+        return [
+            LowRank(int(i), _weight(self.down[i]), _weight(self.up[i]), self.scales[i]) for i in self.down
+        ]
 
     def forward(self, x: Tensor, out: Tensor, base: LinearLike) -> Tensor:
-        """Change (…, O) of the base layer's output ``out`` (…, O) for the input ``x`` (…, I)."""
+        """Change of the base's output ``out`` (…, O) for the input ``x`` (…, I); or of maps (B, O, h, w)."""
         if not isinstance(self.style, Column) or not self.style.gather or self.tensor is None:
             return self._change(x, out, base)
         own = shard_on(self.tensor, Cut(out.dim() - 1, self.parts)).take(out)
@@ -139,7 +139,7 @@ class Factors(nn.Module):
         changes = []
         for i in map(str, range(self.parts)):
             if i in self.down:
-                changes.append((self.up[i](self.down[i](x)) * self.scale(i)).to(out.dtype))
+                changes.append((self.up[i](self.down[i](x)) * self.scales[i]).to(out.dtype))
             elif i in self.kron:
                 changes.append(self.kron[i](x).to(out.dtype))
             else:
@@ -166,7 +166,7 @@ class Factors(nn.Module):
                 rows = squares.chunk(self.parts)[int(i)]
                 down = cast(Tensor, self.down[i].weight).to(wide)
                 up = cast(Tensor, self.up[i].weight).to(wide)
-                s = self.scale(i)
+                s = self.scales[i]
                 crossed = (self._summed(wide.chunk(self.parts)[int(i)] @ down.T) * up).sum(1)
                 rows += 2 * s * crossed + s**2 * ((up @ self._summed(down @ down.T)) * up).sum(1)
             present = squares.clamp_min(torch.finfo(wide.dtype).tiny).sqrt()
@@ -193,7 +193,7 @@ class Factors(nn.Module):
             down, up = (
                 whole_weight(m) if value is None else value(_weight(m)) for m in (self.down[i], self.up[i])
             )
-            pairs.append(Pair(down, up, self.alphas[i]))
+            pairs.append(Pair(down, up.flatten(1), self.alphas[i]))
         if self.gain is None:
             return LayerFactors(tuple(pairs))
         shard = self._gain_shard()
@@ -285,21 +285,34 @@ def base_norms(base: nn.Module) -> Tensor:
 
 def _weight(linear: nn.Module) -> nn.Parameter:
     weight = linear.weight
-    assert isinstance(weight, nn.Parameter), "the factors are linears"
+    assert isinstance(weight, nn.Parameter), "the factors are linears or convolutions"
     return weight
 
 
-def _linear(value: Tensor, like: Tensor) -> nn.Linear:
-    """A bias-free linear that holds ``value``, on the device and in the type of ``like``."""
+def _products(pair: Pair, base: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Layers without bias that hold ``down`` and ``up``, on the device and in the type of ``base``'s weight.
+
+    Of a convolution, ``down`` strides and pads as it does: (B, I, h, w) -> (B, r, h', w') -> (B, O, h', w').
+    """
+    like = cast(LinearLike, base).weight
+    (rank, inputs), outputs = pair.down.shape[:2], pair.up.shape[0]
+    down: nn.Linear | nn.Conv2d
+    up: nn.Linear | nn.Conv2d
     with torch.device("meta"):
-        made = nn.Linear(value.shape[1], value.shape[0], bias=False)
-    factor = finite_cast(value.detach(), like.dtype, "a layer")
-    made.weight = nn.Parameter(factor.to(device=like.device, copy=True))
-    return made
+        if isinstance(base, nn.Conv2d):
+            how: Any = base.kernel_size, base.stride, base.padding, base.dilation, 1, False, base.padding_mode
+            down = nn.Conv2d(inputs, rank, *how)
+            up = nn.Conv2d(rank, outputs, 1, bias=False)
+        else:
+            down, up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+    for layer, value in ((down, pair.down), (up, pair.up)):
+        factor = finite_cast(value.detach(), like.dtype, "a layer").to(device=like.device, copy=True)
+        layer.weight = nn.Parameter(factor.view(layer.weight.shape))
+    return down, up
 
 
 class Adapted(nn.Module):
-    """A linear and any number of adapters: base(x) + sum of strength * change(x).
+    """A linear or a convolution and any number of adapters: base(x) + sum of strength * change(x).
 
     It shows the base's ``weight``, ``bias`` and sizes, which the model around it reads.
     """
@@ -340,6 +353,11 @@ class Adapted(nn.Module):
         """O."""
         return self.linear.out_features
 
+    @property
+    def out_channels(self) -> int:
+        """O of a convolution."""
+        return cast(nn.Conv2d, self.base).out_channels
+
     def add(self, name: str, layer: LayerFactors, dropout: float, strength: float) -> None:
         """Add the adapter ``name``."""
         self.factors[_slot(name)] = Factors(layer, self.base, dropout)
@@ -356,7 +374,7 @@ class Adapted(nn.Module):
         return factors
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, I) -> (…, O)."""
+        """(…, I) -> (…, O), or maps (B, I, h, w) -> (B, O, h', w')."""
         acting = [(name, strength) for name, strength in self.strengths.items() if strength]
         if isinstance(self.base, FrozenLinear) and torch.is_grad_enabled() and len(acting) == 1:
             ((name, strength),) = acting
@@ -403,15 +421,16 @@ def _slot(name: str) -> str:
 _KINDS = (Adapted, SplitLinear, QuantizedLinear, PackedLinear)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """True if an adapter can be attached: a linear of any kind, or one that has some already."""
-    return type(module) is nn.Linear or isinstance(module, _KINDS)
+def takes_factors(module: nn.Module) -> bool:
+    """True if an adapter can be attached: to a linear of any kind, a convolution, or an adapted one."""
+    plain = type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
+    return plain or isinstance(module, _KINDS)
 
 
 def attach(
     model: nn.Module, name: str, layers: Layers, *, dropout: float = 0.0, strength: float = 1.0
 ) -> None:
-    """Add the adapter ``name`` to the linears of ``model`` that ``layers`` names.
+    """Add the adapter ``name`` to the layers of ``model`` that ``layers`` names.
 
     An adapter that does not fit is refused before anything is changed.
     """
@@ -437,15 +456,23 @@ def check(model: nn.Module, layers: Layers) -> None:
             module = model.get_submodule(path)
         except AttributeError:
             raise AdapterError(f"{kind} has no layer {path!r}: the adapter is of another model") from None
-        if not is_linear(module):
-            raise AdapterError(f"{path!r} of {kind} is a {type(module).__name__}, an adapter needs a linear")
-        base = cast(LinearLike, module)
-        theirs = (layer.inputs, layer.part_outputs * len(layer.parts))
-        ours = (base.in_features, base.out_features)
+        if not takes_factors(module):
+            what = "an adapter needs a linear or a convolution"
+            raise AdapterError(f"{path!r} of {kind} is a {type(module).__name__}, {what}")
+        outputs, inputs, *kernel = shape(module)
+        theirs, ours = (layer.inputs, layer.part_outputs * len(layer.parts)), (inputs, outputs)
         if theirs != ours:
             raise AdapterError(
                 f"{path!r}: the adapter is for {theirs[0]} inputs and {theirs[1]} outputs, {kind} has "
                 f"{ours[0]} and {ours[1]}: it is of another model, or of another size of this one"
+            )
+        for what, there in (("DoRA", layer.magnitude is not None), ("LoKr", layer.kron)):
+            if kernel and there:
+                raise AdapterError(f"{path!r} is a convolution, which takes LoRA factors alone, no {what}")
+        if layer.kernel != (tuple(kernel) or (1, 1)):
+            is_, has = ("x".join(map(str, size)) for size in (layer.kernel, kernel or (1, 1)))
+            raise AdapterError(
+                f"{path!r}: is a LoRA of a convolution of {is_}, {kind} has one of {has} there"
             )
         for pair in layer.parts:
             if pair is not None and pair.up.shape[1] != pair.rank:
@@ -458,7 +485,7 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """Every linear with adapters, as (name, layer)."""
+    """Every layer with adapters, as (name, layer)."""
     for path, module in list(model.named_modules()):
         if isinstance(module, Adapted):
             yield path, module

@@ -1,4 +1,4 @@
-"""Names of the linears that an adapter changes: by group or pattern, and as other programs have them.
+"""Names of the layers that an adapter changes: by group or pattern, and as other programs have them.
 
 A rule list of weights (``keys.py``) says where each factor goes in another program. Rules act on the rows of
 a weight, so they act on ``up``, which has those rows, and on DoRA's magnitude, and leave ``down`` alone.
@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sat.adapters.factors import AdapterError, LayerFactors, LinearLike, Pair
+from sat.adapters.factors import AdapterError, LayerFactors, Pair, shape
 from sat.adapters.groups import GROUPS, hint, patterns
-from sat.adapters.lora import adapted, is_linear
+from sat.adapters.lora import adapted, takes_factors
 from sat.checkpoint.rules import Source, family_rules, write_map
 from sat.keys import Split, SwapHalves
 from sat.sharding import Column, family_sharding, style_of
@@ -28,44 +27,47 @@ Parts = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear that could have an adapter."""
+class Layer:
+    """A linear, or a convolution with a ``kernel`` of so many points, that could have an adapter."""
 
     parts: int
     inputs: int
     outputs: int
+    kernel: tuple[int, ...] = ()
 
 
-def linears(module: nn.Module) -> dict[str, Linear]:
-    """The linears of one part by name, each with its number of fused projections."""
+def adaptable(module: nn.Module) -> dict[str, Layer]:
+    """The linears and convolutions of one part by name, each with its number of fused projections."""
     sharding = family_sharding(type(module))
     inside = tuple(f"{name}." for name, _ in adapted(module))
     found = {}
     for name, child in module.named_modules():
-        if not is_linear(child) or name.startswith(inside):
+        if not takes_factors(child) or name.startswith(inside):
             continue
         style = style_of(sharding, name)
-        base = cast(LinearLike, child)
-        parts = style.parts if isinstance(style, Column) else 1
-        found[name] = Linear(parts, base.in_features, base.out_features)
+        outputs, inputs, *kernel = shape(child)
+        found[name] = Layer(style.parts if isinstance(style, Column) else 1, inputs, outputs, tuple(kernel))
     return found
 
 
 def choose(
     parts: Parts, targets: Sequence[str], rank: int, ranks: Mapping[str, int]
-) -> dict[str, tuple[Linear, int]]:
-    """Full name -> the linear and its rank, for every layer that ``targets`` name.
+) -> dict[str, tuple[Layer, int]]:
+    """Full name -> the layer and its rank, for every one that ``targets`` name.
+
+    A pattern that names linears means these alone, one that names none means convolutions.
 
     ``ranks`` are groups or patterns with a rank of their own; the last that matches a layer decides.
     """
     known = {
-        f"{part}.{name}": layer for part, module in parts.items() for name, layer in linears(module).items()
+        f"{part}.{name}": layer for part, module in parts.items() for name, layer in adaptable(module).items()
     }
     what = " and ".join(type(module).__name__ for module in parts.values())
     groups = [group for group in GROUPS if _hits(group, known)]  # that this model has
-    chosen: dict[str, tuple[Linear, int]] = {}
+    chosen: dict[str, tuple[Layer, int]] = {}
     for target in targets:
         hits = _hits(target, known)
+        hits = [name for name in hits if not known[name].kernel] or hits
         if not hits:
             near = "" if target in GROUPS else hint(target, [*groups, *known])
             raise AdapterError(
@@ -83,7 +85,7 @@ def choose(
     return {name: chosen[name] for name in order}
 
 
-def _hits(target: str, known: Mapping[str, Linear]) -> list[str]:
+def _hits(target: str, known: Mapping[str, Layer]) -> list[str]:
     return [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns(target))]
 
 
@@ -113,7 +115,7 @@ class Layout:
 def layouts(module: nn.Module) -> list[Layout]:
     """The layouts of ``module`` that are not our own, the one other programs use first."""
     rules = family_rules(type(module))
-    fused = {name: linear.parts for name, linear in linears(module).items()}
+    fused = {name: layer.parts for name, layer in adaptable(module).items()}
     found = []
     for layout in ("DIFFUSERS", "HF", "SAT"):
         if layout in rules:

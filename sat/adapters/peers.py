@@ -1,6 +1,6 @@
 """Adapters of other programs: names of their tensors, what is in front of them, and PEFT's settings.
 
-Linears are found by the end of a name, so whatever a program puts in front (``transformer.``,
+Layers are found by the end of a name, so whatever a program puts in front (``transformer.``,
 ``diffusion_model.``, ``module.``, kohya's ``lora_unet_`` with ``_`` for every dot) is taken off, if it is the
 same for all layers of a part.
 """
@@ -41,7 +41,7 @@ _REFUSED = {  # pieces of a name of something that is no pair of factors
     "a LoHa": r"\.hada_",
     "a LoKr of a convolution": r"\.lokr_t",
     "a GLoRA": r"\.[ab][12]\.weight$",
-    "a LoRA of a convolution": r"\.lora_mid\b",
+    "three factors of a convolution (lora_mid)": r"\.lora_mid\b",
     "orthogonal factors (OFT)": r"\.(oft|boft)_",
     "a LoRA of an embedding": r"\.lora_embedding_",
     "an IA3 adapter": r"\.ia3_",
@@ -78,8 +78,9 @@ def refusal(names: Collection[str]) -> str:
     """Description of ``names``, which are no factors."""
     for what, pattern in _REFUSED.items():
         if hits := [name for name in names if re.search(pattern, name)]:
-            return f"holds {what}, which are not supported, only LoRA and DoRA of linears: {listing(hits, 3)}"
-    return f"{len(names)} tensors are no LoRA factors of linears: {listing(list(names), 3)}"
+            known = "only LoRA and DoRA of linears, LoRA of convolutions"
+            return f"holds {what}, which are not supported, {known}: {listing(hits, 3)}"
+    return f"{len(names)} tensors are no LoRA factors: {listing(list(names), 3)}"
 
 
 # -- linears of a file found in the model

@@ -170,8 +170,9 @@ def _save_unfused(
             pieces = lokr.pieces(name.removeprefix("base_model.model."), one.pair.kron)
             tensors |= {f"{name}.{piece}": _cast(value, dtype) for piece, value in pieces.items()}
             continue
-        tensors[f"{name}.lora_A.weight"] = _cast(one.pair.down, dtype)
-        tensors[f"{name}.lora_B.weight"] = _cast(one.pair.up, dtype)
+        down, up = _cast(one.pair.down, dtype), _cast(one.pair.up, dtype)
+        tensors[f"{name}.lora_A.weight"] = down
+        tensors[f"{name}.lora_B.weight"] = up if down.dim() == 2 else up[:, :, None, None].contiguous()
         if one.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = one.magnitude
     listed = {name: {"rank": one.pair.rank, "alpha": one.pair.alpha} for name, one in layers.items()}

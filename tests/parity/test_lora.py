@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from diffusers import CogView3PlusTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from sat.adapters.files import Distilled, distilled, read
 from sat.adapters.lora import attach, detach, extract
+from sat.adapters.names import layouts
 from sat.adapters.write import write
 from sat.checkpoint.load import load
 from sat.conditioning.conditioner import Condition
@@ -25,7 +28,7 @@ from sat.embeddings import sinusoid
 from sat.models.cogview3_plus import CogView3Plus
 from sat.train.lora import add_lora
 from sat.train.objectives import Objective
-from tests.adapters import adapter, noisy, start, t5
+from tests.adapters import adapter, noisy, start, t5, unet
 from tests.small import fill
 from tests.tolerances import F32
 
@@ -171,6 +174,53 @@ def test_rank_stabilised_factors_of_a_training_scale_as_pefts(tmp_path: Path) ->
     assert settings["rank_pattern"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     assert compared(PeftModel.from_pretrained(peer, tmp_path), ours)[1] < F32
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+def test_factors_of_convolutions_are_pefts(layout: str, tmp_path: Path) -> None:
+    """Every layer of the UNet under its published name: PEFT's output, and its own file read here."""
+    ours, peer = unet(), nn.Module()
+    section = LoraSection(
+        rank=4, alpha=6.0, rslora=True, ranks={"model.*.conv2": 2}, targets=["convolution", "adaln"]
+    )
+    add_lora(Holder(ours), section, seed=0)
+    layers = noisy(extract(ours, "trained"))
+    detach(ours, "trained")
+    for theirs, source in layouts(ours)[0].places.items():
+        if source.names[0] in layers:
+            holder, (*parents, leaf) = peer, theirs.split(".")
+            for parent in parents:
+                if not hasattr(holder, parent):
+                    holder.add_module(parent, nn.Module())
+                holder = holder.get_submodule(parent)
+            holder.add_module(leaf, ours.get_submodule(source.names[0]))
+    peer = copy.deepcopy(peer)
+    write(tmp_path / layout, adapter(layers), layout, {"model": ours})
+    if (
+        layout == "diffusers"
+    ):  # whose files PEFT's folder differs from in the names' beginnings and its settings
+        made = load_file(tmp_path / layout / "pytorch_lora_weights.safetensors")
+        assert {tuple(v.shape[2:]) for n, v in made.items() if ".in_layers.2.lora_B" in n} == {(1, 1)}
+        assert {tuple(v.shape[2:]) for n, v in made.items() if ".in_layers.2.lora_A" in n} == {(3, 3)}
+        folder = tmp_path / layout
+    else:
+        wrapped = PeftModel.from_pretrained(peer, tmp_path / layout)
+        wrapped.save_pretrained(folder := tmp_path / "there")
+    found = read(folder, {"model": ours})
+    attach(ours, "style", found.of("model"))
+    g = torch.Generator().manual_seed(1)
+    for theirs, source in layouts(ours)[0].places.items():
+        if layout == "peft" and (name := source.names[0]) in layers:
+            layer = ours.get_submodule(name)
+            kernel = layer.weight.shape[2:]  # type: ignore[union-attr, index]
+            x = torch.randn(2, layer.weight.shape[1], *(6 for _ in kernel), generator=g)  # type: ignore[union-attr, index, misc]
+            with torch.no_grad():
+                difference = layer(x) - wrapped.base_model.model.get_submodule(theirs)(x)
+            assert difference.abs().max() < F32
+    for name, layer_ in layers.items():
+        pair, kept = layer_.parts[0], found.of("model")[name].parts[0]
+        assert pair is not None and kept is not None and pair.down.shape == kept.down.shape
+        assert torch.allclose(pair.scale * pair.up, kept.scale * kept.up)
 
 
 def test_saved_by_diffusers_it_loads_here(tmp_path: Path) -> None:

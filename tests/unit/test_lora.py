@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from sat.adapters import lora
 from sat.adapters.factors import AdapterError, LayerFactors, Pair, weight_change
 from sat.adapters.lora import Adapted, attach, detach, extract, merge, set_strength
-from sat.adapters.names import choose, linears
+from sat.adapters.names import adaptable, choose
 from sat.kernels.compile import recompute
 from sat.transformer.transformer import expand, shrink
 from tests.adapters import EVERYTHING, noisy, output, start, t5, trained, unet
@@ -234,7 +235,70 @@ def test_every_factor_gets_a_gradient(dora: bool) -> None:
     assert any(name.endswith(".gain") for name in found) == dora
 
 
+@pytest.mark.parametrize(
+    "how", [{"padding": 1}, {"stride": 2, "padding": 1}, {"padding": 2, "dilation": 2}, {}]
+)
+@pytest.mark.parametrize("points", [1, 3])
+def test_a_convolution_adds_the_change_of_its_weight(points: int, how: dict[str, int]) -> None:
+    """Against the changed kernel itself, made whole; extracted, its factors are those attached."""
+    g = torch.Generator().manual_seed(0)
+    base = nn.Conv2d(6, 10, points, **how).double()
+    shape = (2, 6, points, points)
+    down, up = torch.randn(shape, generator=g).double(), torch.randn(10, 2, generator=g).double()
+    layer = LayerFactors((Pair(down, up, 3.0),))
+    wanted = base.weight + 0.7 * 3 / 2 * torch.einsum("or,rcij->ocij", up, down)
+    x = torch.randn(2, 6, 9, 7, generator=g).double()
+    options = {"bias": base.bias, "stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+    made = Adapted(base)
+    made.add("style", layer, 0.0, 0.7)
+    assert far(made(x), torch.conv2d(x, wanted, **options)) < F64
+    kept = made.layer("style").parts[0]
+    assert kept is not None and torch.equal(kept.down, down) and torch.equal(kept.up, up)
+    assert far(made.merged().weight, wanted) < F64  # type: ignore[arg-type]
+
+
+def test_convolutions_of_a_unet_start_as_they_were_stack_learn_and_merge() -> None:
+    model = unet().double()
+    before, targets = output(model), ["convolution", "attention", "model.stem", "model.head.2"]
+    fresh = start(model, targets)
+    attach(model, "first", fresh, dropout=0.3)
+    assert (output(model) - before).abs().max() == EXACT
+    attach(model, "second", noisy(fresh, seed=1), strength=0.5)
+    attach(model, "third", noisy(fresh, seed=2), strength=-0.3)
+    unmerged = output(model)
+    assert far(unmerged, before) > 0.01
+    for path in ("up.0.0.conv1", "up.0.0.shortcut", "down.2.0.shrink"):
+        layer = model.get_submodule(path)
+        layer(torch.randn(1, cast(Adapted, layer).weight.shape[1], 4, 4).double()).square().sum().backward()
+        found = cast(Adapted, layer).named("first")
+        assert all(p.grad is not None for p in found.parameters()) and found.up["0"].weight.grad.any()  # type: ignore[union-attr]
+    merge(model)
+    assert far(output(model), unmerged) < F64
+
+
+@pytest.mark.parametrize("kind", [{"dora": True}, {"lokr": 2}])
+def test_a_convolution_refuses_dora_and_lokr_by_name(kind: dict[str, int]) -> None:
+    model = unet()
+    what = "DoRA" if "dora" in kind else "LoKr"
+    with pytest.raises(
+        AdapterError, match=f"conv1' is a convolution, which takes LoRA factors alone, no {what}"
+    ):
+        attach(model, "style", start(model, ["model.down.1.0.conv1"], **kind))  # type: ignore[arg-type]
+    assert not lora.names(model)
+
+
 # ---------------------------------------------------------------------- choosing layers
+
+
+def test_a_pattern_that_names_linears_means_these_alone() -> None:
+    """So a pattern of before means what it meant; one that named nothing then may mean convolutions."""
+
+    def kernels(target: str) -> set[tuple[int, ...]]:
+        return {layer.kernel for layer, _ in choose({"model": unet()}, [target], 4, {}).values()}
+
+    assert kernels("model.*") == kernels("model.down.*") == kernels("model.down.1.0.*") == {()}
+    assert kernels("model.stem") == kernels("model.*.conv1") == {(3, 3)}
+    assert kernels("convolution") == {(3, 3), (1, 1)}
 
 
 def test_groups_mean_these_layers() -> None:
@@ -265,7 +329,7 @@ def test_attention_of_a_unet_is_self_and_cross() -> None:
 
 
 def test_fused_layers_are_known_from_the_plan() -> None:
-    parts = {name.rpartition(".")[2]: linear.parts for name, linear in linears(unet()).items()}
+    parts = {name.rpartition(".")[2]: linear.parts for name, linear in adaptable(unet()).items()}
     assert (parts["qkv"], parts["kv"], parts["q"], parts["up"], parts["emb"]) == (3, 2, 1, 1, 1)
 
 

@@ -45,6 +45,7 @@ def layers_of(name: str, *, dora: bool = False) -> tuple[nn.Module, str, dict[st
     build_model, part = MODELS[name]
     model = build_model()
     targets = ["text_encoder"] if part == "text" else list(EVERYTHING)
+    targets += ["convolution", "model.stem"] if name == "unet" and not dora else []
     return model, part, noisy(start(model, targets, part=part, dora=dora))
 
 
@@ -123,6 +124,7 @@ def test_at_full_size_every_layer_has_a_published_name(
     with torch.device("meta"):
         model = kind()
     part, targets = ("text", ["text_encoder"]) if kind is T5Encoder else ("model", list(EVERYTHING))
+    targets += ["convolution", "model.stem", "model.head.2"] if kind is CogView3UNet else []
     prefix = ENGINE_PREFIXES[part]
     published = {name.removeprefix(prefix) for name in spec(file)}
     chosen = choose({part: model}, targets, 4, {})
@@ -291,7 +293,7 @@ def test_a_lora_of_a_convolution_and_dora_of_some_parts_are_refused(saved, tmp_p
         f"{name}.lora_B.weight": torch.zeros(32, 4, 1, 1),
     }
     save_file(kernel, tmp_path / "conv.safetensors")
-    with pytest.raises(AdapterError, match="is a LoRA of a convolution"):
+    with pytest.raises(AdapterError, match="is a LoRA of a convolution of 3x3"):
         read(tmp_path / "conv.safetensors", {"model": plus()})
     raw = load_file(saved("diffusers") / "pytorch_lora_weights.safetensors")
     raw[f"{name}.lora_magnitude_vector"] = torch.ones(32)
