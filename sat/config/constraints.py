@@ -273,7 +273,11 @@ def _adapters(e: Experiment, objects: Objects) -> Broken:  # noqa: C901 - one ru
 
         try:
             parts = {"model": objects[_MODEL], "text": objects[_TEXT]}
-            choose(parts, lora.targets, lora.rank, lora.ranks)
+            chosen = choose(parts, lora.targets, lora.rank, lora.ranks)
+            maps = [name for name, (layer, _) in chosen.items() if layer.kernel]
+            if maps and (lora.dora or lora.lokr is not None):
+                what = "DoRA" if lora.dora else "LoKr"
+                yield targets, f"{maps[0]!r} is a convolution, which takes LoRA factors alone, no {what}"
         except AdapterError as error:
             yield targets, str(error)
     if e.train is None:

@@ -74,6 +74,14 @@ def test_mistakes_are_named(overrides: list[str], said: str) -> None:
     assert any(said in line for line in lines), lines
 
 
+@pytest.mark.parametrize(("setting", "what"), [("dora=true", "DoRA"), ("lokr=4", "LoKr")])
+def test_convolutions_take_lora_alone(setting: str, what: str) -> None:
+    files = ["configs/tiny_base.yaml", "configs/lora.yaml"]
+    sizes = ["data.height=64", "data.width=64", "adapters.lora.targets=[convolution]"]
+    (line,) = refused(files, [*sizes, f"adapters.lora.{setting}"])
+    assert f"conv1' is a convolution, which takes LoRA factors alone, no {what}" in line
+
+
 def test_rounds_with_a_pair_of_strengths_are_no_training_of_factors() -> None:
     over = [
         "data.height=32", "data.width=48", "model.params.guidance_dim=16",
