@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 FEW = 1024
 """Cells from which torch sums a map channels last by threads, so that its norm depends on their number."""
+
+SIDE_BY_SIDE = 16
+"""Cells that are summed as one row, where their number divides by it."""
 
 
 class _Shared(nn.Module):
@@ -107,8 +111,8 @@ class RowsNorm(nn.Module):
         if x.is_contiguous() or h * w < FEW:
             return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
         rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, h w, C)
-        means = rows.mean(1)  # (B, C)
-        spread = F.mse_loss(rows, means[:, None].expand_as(rows), reduction="none").mean(1)
+        means = of_cells(rows)  # (B, C)
+        spread = of_cells(F.mse_loss(rows, means[:, None].expand_as(rows), reduction="none"))
         own = means.view(b, self.groups, -1)  # (B, G, C / G)
         mean = own.mean(2, keepdim=True)  # (B, G, 1)
         variance = (spread.view_as(own) + (own - mean).square()).mean(2, keepdim=True)
@@ -116,6 +120,13 @@ class RowsNorm(nn.Module):
         shift = torch.addcmul(self.bias.view(self.groups, -1), mean, scale, value=-1)
         out = torch.addcmul(shift.view(b, 1, c), rows, scale.view(b, 1, c))  # x scale + shift
         return out.view(b, h, w, c).permute(0, 3, 1, 2)
+
+
+def of_cells(rows: Tensor) -> Tensor:
+    """Means (B, C) over the cells of (B, N, C), sixteen side by side: threads share columns, no sum."""
+    b, n, c = rows.shape
+    k = math.gcd(n, SIDE_BY_SIDE)
+    return rows.view(b, n // k, k * c).sum(1).view(b, k, c).sum(1).div_(n)
 
 
 def pack_convolutions(module: nn.Module) -> int:
