@@ -27,7 +27,7 @@ from sat.offload.block_swap import offload_schedule, offloaded_parts
 from sat.parallel.cfg_parallel import CfgParallel
 from sat.parallel.launch import ALONE, Mesh, data_ranks, exact, free_memory, pick_device
 from sat.parallel.sequence import apply_sequence
-from sat.sampling.generator import Generator, SamplingParams, Strong
+from sat.sampling.generator import EncodedPrompt, Generator, SamplingParams, Strong
 from sat.sampling.inputs import InputList, checked_latents
 from sat.sampling.prompts import Prompt, check_text, checked_prompts
 
@@ -210,6 +210,12 @@ class Pipeline:
             self.controls, images, (sampling.height, sampling.width), sampling.batch_size, prompts
         )
 
+    def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> list[EncodedPrompt]:
+        """Encoder outputs of ``prompts``, for calls of any pipeline that :meth:`same_text` is true of."""
+        negative = self.experiment.sampling.negative_prompt if negative_prompt is None else negative_prompt
+        check_text(negative, "the negative prompt")
+        return self.generator.encode([prompt.text for prompt in checked_prompts(prompts)], negative)
+
     def set_strength(self, name: str, strength: float) -> None:
         """Set the weight of the adapter ``name`` in the next pictures: 0 turns it off, 1 is as trained."""
         if name not in self.adapters:
@@ -239,6 +245,7 @@ class Pipeline:
         strength: float | None = None,
         edits: EditInput | None = None,
         regions: RegionsConfig | None = None,
+        encoded: Sequence[EncodedPrompt] | None = None,
     ) -> Output:
         """``batch_size`` pictures of each prompt; image i uses ``seed`` + i. ``None`` is the config's value.
 
@@ -250,6 +257,7 @@ class Pipeline:
         ``image`` is a picture to change, or one for each to draw: as far as ``strength`` says, where ``mask``
         is white, or each place as far as ``strength_map`` is bright; ``sampling.fit`` brings it to size
         (docs/edit.md). ``edits`` stands for all four. ``regions`` are prompts for parts of the picture.
+        ``encoded``: of :meth:`encode`, with the negative prompt, for all prompts.
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
@@ -291,12 +299,31 @@ class Pipeline:
         held = self.control_pictures(sampling, controls)
         drawn = list(
             self.generator.generate(
-                requests, params, inputs=inputs, controls=held, edits=edits, callback=callback
+                requests,
+                params,
+                inputs=inputs,
+                controls=held,
+                edits=edits,
+                callback=callback,
+                encoded=encoded,
             )
         )
         return Output(
             [p.image for p in drawn if p.image is not None], torch.stack([p.latents for p in drawn])
         )
+
+
+def same_text(one: Experiment, other: Experiment) -> bool:
+    """True if two settled experiments encode a prompt to the same bits, by weights of the same file."""
+
+    def made(experiment: Experiment) -> tuple[object, ...]:
+        own, sampling = experiment, experiment.sampling
+        return (own.conditioning, own.adapters, own.memory, own.checkpoint.source("text"),
+                own.checkpoint.random, sampling.dtype, sampling.negative_prompt,
+                sampling.regions)  # fmt: skip
+
+    source, random, *_, regions = made(one)[3:]
+    return made(one) == made(other) and source is not None and random is None and regions is None
 
 
 def _edits(
@@ -377,6 +404,7 @@ class CascadePipeline:
         The first stage changes ``image`` as :class:`Pipeline` does; later ones keep what is outside its mask.
         """
         drawn: dict[str, list[Image.Image]] = {}
+        encoded, encoder = None, None  # by whom: stages of one text encoder ask it once
         before, texts = None, checked_prompts([prompts] if isinstance(prompts, str) else prompts)
         first = self.cascade.stages[0].experiment.sampling
         first = replace(
@@ -388,9 +416,14 @@ class CascadePipeline:
             if edits is not None and number:
                 own = edits.following(sampling, sampling.height // first.height)[0]
             last = number + 1 == len(self.cascade.stages)
-            before = drawn[stage.name] = self.stages.open(number)(
+            pipe = self.stages.open(number)
+            if encoder is None or not same_text(encoder, pipe.experiment):
+                encoder, words = pipe.experiment, [text.text for text in texts]
+                encoded = None if sampling.regions is not None else pipe.encode(words, negative_prompt)
+            before = drawn[stage.name] = pipe(
                 prompts, seed=seed, negative_prompt=negative_prompt, batch_size=batch_size, images=before,
                 edits=None if own is None else replace(own, puts_back=last),
+                encoded=encoded,
             ).images  # fmt: skip
             self.stages.free()
         return CascadeOutput(drawn)

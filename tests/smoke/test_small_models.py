@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from sat import CascadePipeline, Pipeline
 from sat.apps.evaluate.classifier import Classifier, score
+from sat.config.load import load
+from sat.pipeline import same_text
+from sat.sampling.generator import EncodedPrompt, Generator
 from tests.configs import ROOT
 from tests.training import rows
 
@@ -24,6 +28,38 @@ def test_the_classifier_finds_in_the_cascades_pictures_what_was_asked_for(config
     assert {image.size for image in out.images} == {(128, 128)}
     found = score(out.images, PROMPTS, Classifier.load(WEIGHTS / "tiny_classifier"))
     assert not found.unknown and found.top1 >= 3 / 4, found.as_dict()
+
+
+def test_stages_of_one_text_encoder_ask_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ROOT / "configs" / "tiny_cascade_distill.yaml"
+    draw = CascadePipeline.from_config(config, device="cpu", keep_loaded=True)
+    encode, asked = Generator.encode, list[list[str]]()
+
+    def counted(self: Generator, texts: Sequence[str], negative: str = "") -> list[EncodedPrompt]:
+        asked.append([*texts])
+        return encode(self, texts, negative)
+
+    monkeypatch.setattr(Generator, "encode", counted)
+    once = draw(PROMPTS[:2], seed=0)
+    assert asked == [PROMPTS[:2]]
+    monkeypatch.setattr("sat.pipeline.same_text", lambda one, other: False)
+    twice = draw(PROMPTS[:2], seed=0)
+    assert asked == [PROMPTS[:2]] * 3
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(once.images, twice.images, strict=True))
+
+
+def test_text_encoders_are_the_same_where_all_that_makes_them_is() -> None:
+    base, relay = (load([ROOT / "configs" / f"tiny_{name}.yaml"]) for name in ("base", "relay_distill"))
+    assert same_text(base, relay)
+    for words in (
+        ["checkpoint.text=checkpoints/tiny/text.safetensors"],
+        ["checkpoint.random=0"],
+        ["sampling.dtype=bf16"],
+        ["sampling.negative_prompt=grey"],
+        ["conditioning.size.params.dim=32", "conditioning.tokenizer=checkpoints/tiny/tokenizer"],
+        ["memory.text_encoder=cpu"],
+    ):
+        assert not same_text(base, load([ROOT / "configs" / "tiny_relay_distill.yaml"], words)), words
 
 
 def test_the_classifier_finds_in_cogview4s_pictures_what_was_asked_for() -> None:
