@@ -390,8 +390,10 @@ def cascade(case: Case) -> Work:
     if case.side != "parts":
 
         def whole() -> None:
-            prompt = next(prompts)
-            relay([prompt], seed=0, images=base([prompt], seed=0).images)
+            prompt = [next(prompts)]
+            encoded = base.encode(prompt)  # as a cascade does
+            small = base(prompt, seed=0, encoded=encoded).images
+            relay(prompt, seed=0, images=small, encoded=encoded)
 
         return whole
     small, large = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 16, 16)
@@ -401,7 +403,8 @@ def cascade(case: Case) -> Work:
         prompt = next(prompts)
         base.generator.encode([prompt])
         base.generator.engine.decode(small)
-        relay.generator.encode([prompt])
+        if tree != ROOT:  # the earlier cascade asked each stage's
+            relay.generator.encode([prompt])
         relay.generator.engine.encode(image, large)
         relay.generator.engine.decode(large)
 
