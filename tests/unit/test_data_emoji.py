@@ -193,7 +193,7 @@ def test_about_four_percent_and_the_six_named_pairs_are_held_out():
 
 def test_a_style_with_the_outlines_of_another_keeps_its_pairs():
     concepts = [Concept(f"thing {number}", f"{number:x}", (), 4) for number in range(500)]
-    for style, shapes in (("contrast", "flat"), ("monotone", "emojitwo")):
+    for style, shapes in (("contrast", "flat"), ("3d", "flat"), ("monotone", "emojitwo")):
         assert [is_held_out(c, style) for c in concepts] == [is_held_out(c, shapes) for c in concepts]
     assert is_held_out(Concept("rocket", "0", (), 4), "contrast")
 

@@ -70,7 +70,7 @@ STYLES: dict[str, Style] = {
         ),
         Style("blob", Package("@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Google Inc", _NOTO)),
         Style("emojitwo", Package("@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiTwo", _EMOJITWO)),
-        Style("3d", Package("@lobehub/fluent-emoji-3d", "1.1.0", "MIT", _LOBEHUB, _FLUENT), "webp"),
+        Style("3d", Package("@lobehub/fluent-emoji-3d", "1.1.0", "MIT", _LOBEHUB, _FLUENT), "webp", "flat"),
         Style("firefox", Package("@iconify-json/fxemoji", "1.2.2", "Apache-2.0", "Mozilla", _FIREFOX)),
         Style(
             "contrast",
