@@ -1,7 +1,7 @@
 #!/bin/sh
-# Controls by the pixels of outlines for the small models, about 12 minutes each of a CPU core. Needs train_scripts/tiny_data.sh.
+# Controls by the pixels of outlines for the small models, 25 minutes of a CPU core for the first. Needs train_scripts/tiny_data.sh.
 set -e
 python train.py --base configs/tiny.yaml configs/control_blockwise.yaml configs/tiny_control.yaml \
-  adapters.control.design.params.hidden=192 --output-dir runs/tiny_control "$@"
+  adapters.control.design.params.hidden=416 --output-dir runs/tiny_control "$@"
 python train.py --base configs/tiny_base.yaml configs/control_blockwise.yaml configs/tiny_control.yaml \
   adapters.control.design.params.hidden=256 --output-dir runs/tiny_base_control "$@"
