@@ -61,6 +61,13 @@ for kind in given["kinds"]:
                 **given["common"], latents=noise.clone(), output_type="pt",
                 control_image=Image.open("picture.png"), **own
             ).images
+    pipe.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    )
+    out[f"{kind}-offload 0"] = pipe(
+        **given["common"], latents=noise.clone(), output_type="pt", control_image=Image.open("picture.png"),
+        controlnet_conditioning_scale=given["calls"][0]["scale"]
+    ).images
 try:
     DiffusionPipeline.from_pretrained(given["kinds"][0])
 except ValueError as error:
@@ -134,6 +141,12 @@ def test_diffusers_draws_our_pictures_without_our_code(
 def test_a_saved_folder_opens_again(theirs: dict[str, Tensor], kind: str) -> None:
     """Trap: diffusers' save_pretrained leaves a folder's own code files out."""
     assert torch.equal(theirs[f"{kind}-copy 0"], theirs[f"{kind} 0"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_are_offloaded_draw_the_same(theirs: dict[str, Tensor], kind: str) -> None:
+    """Trap: hooks on a block have to stay with it when diffusers brings it in for its turn."""
+    assert torch.equal(theirs[f"{kind}-offload 0"], theirs[f"{kind} 0"])
 
 
 def test_diffusers_asks_for_trust(theirs: dict[str, Tensor]) -> None:
