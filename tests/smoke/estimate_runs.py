@@ -48,6 +48,12 @@ RUNS = {
         "train.objective.params.student_every=2", "train.activation_checkpointing=false", "data.height=64",
         "data.width=64",
     ],
+    "factors": [  # student and critic as two sets of factors, each with its optimizer's state
+        "configs/tiny.yaml", "configs/matching.yaml", "train.batch_size=48", "train.steps=3",
+        "train.accumulate=1", "train.dtype=fp32", "train.zero=0", "train.objective.params.steps=1",
+        "train.objective.params.student_every=2", "train.activation_checkpointing=false", "data.height=64",
+        "data.width=64", "train.pack=false",
+    ],
     "toy": [
         "configs/debug.yaml", "configs/tiny_train.yaml", "train.batch_size=384", "train.dtype=fp32",
         "train.zero=0", "data.height=48", "data.width=64", "checkpoint.first_stage=null",
