@@ -48,6 +48,5 @@ def test_two_ranks_train_student_and_critic_of_one(results: dict[str, Any], layo
             "tangent",
             "told_apart",
             "fooled",
-            "margin",
         ):
             assert not other.get(key) or row[key] == pytest.approx(other[key], rel=2e-3, abs=1e-6), key
