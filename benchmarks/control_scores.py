@@ -5,7 +5,7 @@
 Several controls act each alone and all together.
 
 F1 of outlines counts a pixel as found within one pixel. The autoencoder's own round trip of the real picture
-is the most that can be hoped for. The object is found by the small classifier where it knows the caption. RMS
+is the most that can be hoped for. The object is found by the judge where it knows the caption. RMS
 is the distance to the real picture, of 255. All are means over ``--seeds`` pictures of each row.
 """
 
@@ -55,12 +55,15 @@ def main() -> None:
     reader.add_argument("--guidance", type=float, help="instead of the config's")
     reader.add_argument("--seeds", type=int, default=1)
     reader.add_argument("--guess", action="store_true", help="only the half with the prompt gets the picture")
-    reader.add_argument("--outside", action="store_true", help="objects that the classifier does not know")
+    reader.add_argument("--outside", action="store_true", help="objects that the judge does not know")
+    reader.add_argument(
+        "--classifier", type=Path, default=ROOT / "checkpoints" / "tiny_judge", help="the judge"
+    )
     reader.add_argument("--at-once", type=int, default=1)
     reader.add_argument("--sheet", type=Path, help="a picture of outlines, real, plain and steered ones")
     args = reader.parse_args()
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]
-    judge = Classifier.load(ROOT / "checkpoints" / "tiny_classifier")
+    judge = Classifier.load(args.classifier)
 
     def caption(row: dict[str, Any]) -> str:
         return str(row["text"] if isinstance(row["text"], str) else row["text"][0])
