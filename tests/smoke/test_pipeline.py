@@ -37,7 +37,7 @@ def test_the_signature_is_the_documented_one() -> None:
     assert list(call)[1:] == [
         "prompts", "seed", "height", "width", "steps", "guidance",
         "negative_prompt", "batch_size", "latents", "callback", "images",
-        "controls", "image", "mask", "strength_map", "strength", "edits", "regions",
+        "controls", "image", "mask", "strength_map", "strength", "edits", "regions", "encoded",
     ]  # fmt: skip
     assert all(p.kind is p.KEYWORD_ONLY for name, p in call.items() if name not in ("self", "prompts"))
     assert list(inspect.signature(sat.Pipeline.from_config).parameters) == [
