@@ -64,6 +64,7 @@ _UNSEEN = frozenset(
         "outpaint",
         "inpaint",
         "regions",
+        "convolutions",  # one value of 200,000 by 1 of 255
     }
 )
 """Keys of the sampling section that leave a picture's pixels alone or have a PNG field of their own."""
