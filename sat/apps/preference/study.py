@@ -15,13 +15,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from PIL import Image
-
 from sat.apps.evaluate.pictures import Opened, PromptList, found, inner_folder, named_prompt
 from sat.apps.preference.votes import Choice, Side, Vote, VoteFile
 from sat.data.records import HELD_OUT, TABLE, DataError
 from sat.sampling.output import numbered
 from sat.sampling.prompts import Prompt
+from sat.util.pictures import PictureError, open_picture
 
 Place = Literal["left", "right", "tie"]
 
@@ -128,8 +127,11 @@ def write_pairs(folder: Path, found: Preferred, held_out: float) -> list[str]:
         winner, loser = (pair.a, pair.b) if side == "a" else (pair.b, pair.a)
         sizes = []
         for path in (winner, loser):
-            with Image.open(path) as picture:
-                sizes.append(picture.size)
+            try:
+                with open_picture(path) as picture:
+                    sizes.append(picture.size)
+            except PictureError as error:
+                raise DataError(f"{path}: {error}") from error
         if sizes[0] != sizes[1]:
             differ.append(f"{pair.name} ({' and '.join(f'{h} x {w}' for w, h in sizes)})")
             continue
