@@ -70,6 +70,14 @@ def test_the_classifier_finds_in_cogview4s_pictures_what_was_asked_for() -> None
     assert not found.unknown and found.top1 >= 3 / 4, found.as_dict()
 
 
+def test_a_lora_of_convolutions_draws_the_small_base_in_one_step() -> None:
+    words = [f"adapters.load=[{{path: {WEIGHTS / 'tiny_base_turbo'}}}]"]
+    draw = Pipeline.from_config(ROOT / "configs" / "tiny_base.yaml", words, device="cpu")
+    found = score(draw(PROMPTS, seed=0).images, PROMPTS, Classifier.load(WEIGHTS / "tiny_judge"))
+    assert draw.experiment.sampling.steps == 1
+    assert not found.unknown and found.top1 == 1, found.as_dict()
+
+
 def test_a_budget_makes_its_weights_integers_and_it_draws_the_same_thing() -> None:
     words = ["memory.budget=19MB", "sampling.dtype=fp32"]
     draw = Pipeline.from_config(ROOT / "configs" / "tiny_cogview4.yaml", words, device="cpu")
