@@ -119,7 +119,8 @@ def write_pairs(folder: Path, found: Preferred, held_out: float) -> list[str]:
 
     ``metadata.jsonl`` has the picture that won (``file_name``), the other (``loser``) and the text;
     ``heldout.jsonl`` the same of the share ``held_out`` of the prompts, by their texts alone. Pairs of
-    pictures that differ in size are left out.
+    pictures that differ in size are left out. Raises :class:`DataError` where no pair is left, a picture is
+    damaged, or ``folder`` holds a table already.
     """
     rows: dict[str, list[str]] = {TABLE: [], HELD_OUT: []}
     differ: list[str] = []
@@ -141,11 +142,13 @@ def write_pairs(folder: Path, found: Preferred, held_out: float) -> list[str]:
         rows[HELD_OUT if share < held_out else TABLE].append(json.dumps(row, ensure_ascii=False) + "\n")
     if not rows[TABLE]:
         raise DataError(
-            f"{folder}: no pair to train on: {found.even} are even, {found.unasked} without votes"
+            f"{folder}: no pair to train on: {found.even} are even, {found.unasked} without votes, "
+            f"{len(differ)} of other sizes, {len(rows[HELD_OUT])} held out"
         )
+    if there := [name for name in rows if (folder / name).exists()]:
+        raise DataError(f"{folder}: holds {' and '.join(there)} already: name another folder, or remove them")
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
-        (folder / name).unlink(missing_ok=True)
         if lines:
             (folder / name).write_text("".join(lines), encoding="utf-8")
     said = [f"{folder}: {len(rows[TABLE])} pairs in {TABLE}, {len(rows[HELD_OUT])} held out in {HELD_OUT}"]
