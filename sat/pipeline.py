@@ -257,7 +257,7 @@ class Pipeline:
         ``image`` is a picture to change, or one for each to draw: as far as ``strength`` says, where ``mask``
         is white, or each place as far as ``strength_map`` is bright; ``sampling.fit`` brings it to size
         (docs/edit.md). ``edits`` stands for all four. ``regions`` are prompts for parts of the picture.
-        ``encoded``: of :meth:`encode`, with the negative prompt, for all prompts.
+        ``encoded``: of :meth:`encode`, which takes the negative prompt then, one for each prompt.
         ``callback(step, total, preview)`` is called after each step, ``total`` over all images, ``preview``
         the predicted latents (b, C, h, w) of the images being drawn.
         """
@@ -270,6 +270,8 @@ class Pipeline:
         if not texts:
             raise ValueError("no prompt: give at least one")
         check_text(sampling.negative_prompt, "the negative prompt")
+        if encoded is not None and negative_prompt is not None:
+            raise ValueError("a negative prompt beside `encoded`, which holds one: give it to encode()")
         guider = self.guider
         if guidance is not None:
             if not isinstance(guider, Strong):
@@ -297,20 +299,11 @@ class Pipeline:
         params = SamplingParams.of(sampling, guider, latents)
         requests = [(prompt, range(batch_size)) for prompt in texts]
         held = self.control_pictures(sampling, controls)
-        drawn = list(
-            self.generator.generate(
-                requests,
-                params,
-                inputs=inputs,
-                controls=held,
-                edits=edits,
-                callback=callback,
-                encoded=encoded,
-            )
-        )
-        return Output(
-            [p.image for p in drawn if p.image is not None], torch.stack([p.latents for p in drawn])
-        )
+        drawn = list(self.generator.generate(
+            requests, params, inputs=inputs, controls=held, edits=edits, callback=callback, encoded=encoded
+        ))  # fmt: skip
+        shown = [one.image for one in drawn if one.image is not None]
+        return Output(shown, torch.stack([one.latents for one in drawn]))
 
 
 def same_text(one: Experiment, other: Experiment) -> bool:
@@ -421,7 +414,8 @@ class CascadePipeline:
                 encoder, words = pipe.experiment, [text.text for text in texts]
                 encoded = None if sampling.regions is not None else pipe.encode(words, negative_prompt)
             before = drawn[stage.name] = pipe(
-                prompts, seed=seed, negative_prompt=negative_prompt, batch_size=batch_size, images=before,
+                prompts, seed=seed, batch_size=batch_size, images=before,
+                negative_prompt=negative_prompt if encoded is None else None,
                 edits=None if own is None else replace(own, puts_back=last),
                 encoded=encoded,
             ).images  # fmt: skip

@@ -256,6 +256,8 @@ class Generator:
         them. ``callback(step, total, preview)`` is called after each step, counted over all images, with the
         predicted latents (b, C, h, w); an error that it raises ends the run.
         """
+        if encoded is not None and len(encoded) != len(requests):
+            raise ValueError(f"{len(encoded)} encoded prompts are given for {len(requests)} prompts")
         areas, shared = [] if params.regions is None else params.regions.prompts, params
         if encoded is None and requests and self.text_memory != "keep":
             negatives = [params.of_prompt(prompt).negative_prompt for prompt, _ in requests]

@@ -48,6 +48,17 @@ def test_the_signature_is_the_documented_one() -> None:
     ]
 
 
+def test_encoded_prompts_are_one_for_each_and_hold_the_negative_one(pipe: sat.Pipeline) -> None:
+    words = ["a", "b"]
+    held = pipe.encode(words, "c")
+    drawn, plain = pipe(words, encoded=held, steps=1), pipe(words, negative_prompt="c", steps=1)
+    assert [one.tobytes() for one in drawn.images] == [one.tobytes() for one in plain.images]
+    with pytest.raises(ValueError, match="2 encoded prompts are given for 1 prompts"):
+        pipe("a", encoded=held, steps=1)
+    with pytest.raises(ValueError, match="beside `encoded`"):
+        pipe(words, encoded=held, negative_prompt="c", steps=1)
+
+
 def test_pictures_are_those_of_the_command(pipe, spiece, tmp_path, capsys) -> None:
     handlers, term = list(logging.getLogger().handlers), signal.getsignal(signal.SIGTERM)
     words = ("--prompt", "a dog", "--prompt", "the sun", "--batch-size", 2, "--seed", 3, "--guidance", 2)
