@@ -239,7 +239,8 @@ class Control(NamedTuple):
 
 def control(text: str) -> Control:
     """``FILE:IMAGE[:SCALE[:START-END]]``."""
-    found = re.fullmatch(r"(.+?):(.+?)(?::([-+]?[\d.]+|nan|inf)(?::([\d.]+)-([\d.]+))?)?", text)
+    scale = r"[-+]?(?:[\d.]+(?:e[-+]?\d+)?|nan|inf)"
+    found = re.fullmatch(rf"(.+?):(.+?)(?::({scale})(?::([\d.]+)-([\d.]+))?)?", text, re.IGNORECASE)
     if found is None:
         raise UsageError(f"--control {text}: expected FILE:IMAGE[:SCALE[:START-END]]")
     path, image, *numbers = found.groups()

@@ -303,6 +303,7 @@ def test_a_control_of_the_command_line_is_taken_apart() -> None:
     assert control("a.safetensors:b.png") == Control(Path("a.safetensors"), Path("b.png"))
     assert control("a:b:0.5") == Control(Path("a"), Path("b"), 0.5)
     assert math.isnan(control("a:b:nan").scale), "a number, which the config's rules refuse"
+    assert control("a:b:-inf").scale == -math.inf and control("a:b:1E-2:0-1").scale == 0.01
     assert control("a:b:-1:0.2-0.75") == Control(Path("a"), Path("b"), -1.0, 0.2, 0.75)
     for text in ("a", "a:", ":b"):
         with pytest.raises(UsageError, match="FILE:IMAGE"):
