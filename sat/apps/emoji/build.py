@@ -18,6 +18,8 @@ import PIL.Image
 from sat.apps.emoji.concepts import (
     FIREFOX_NAMES,
     HELD_OUT_STYLE,
+    ICON_NAMES,
+    ICON_STYLES,
     LABELS,
     STYLES,
     Archive,
@@ -42,6 +44,7 @@ UNNAMED = (
     "firefox",
     "monotone",
     "streamline",
+    *ICON_STYLES,
 )  # their packages' chars.json is empty: icons are found by name
 NAMED_BY = ("noto", "twemoji", "flat")  # and these packages know more names than the label
 HELD_OUT_SHARE = 0.04  # of all (concept, style) pairs
@@ -154,6 +157,9 @@ def _names(concept: Concept, style: str, others: Sequence[Mapping[str, str]]) ->
         return [called, *(n.replace("-", "") for n in (*names, concept.character_slug))]
     if style == "streamline":  # several drawings of a thing are numbered
         return [f"{name}{ending}" for name in names for ending in ("", "-1", "-face", "-face-1")]
+    if style in ICON_STYLES:
+        bare = [name.removesuffix("-face") for name in (*names, ICON_NAMES.get(concept.label, ""))]
+        return [f"{name}{ending}" for name in bare for ending in ("", "-head", "-filled")]
     return names
 
 
@@ -228,7 +234,12 @@ class SvgDrawings:
     def __init__(self, archive: Archive) -> None:
         self.icons = cast("IconSet", archive.json("icons.json"))
         chars = cast("Mapping[str, str]", archive.json("chars.json"))
-        self.by_code = {code_points(code): name for code, name in chars.items()}
+        own = ("e", "f")  # first digit of private code points, which are those of the package's own font
+        self.by_code = {
+            code_points(code): name
+            for code, name in chars.items()
+            if not (len(code) > 3 and code.lower().startswith(own))
+        }
         if not self.icons.get("icons"):
             raise PackageError(f"{archive.path}: package/icons.json holds no icons")
 

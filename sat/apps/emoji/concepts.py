@@ -58,6 +58,9 @@ _TWITTER, _TWEMOJI = "Twitter, Inc and other contributors", "https://github.com/
 _LOBEHUB = "Microsoft Corporation (drawings), LobeHub (packaging)"
 _EMOJITWO, _FIREFOX = "https://github.com/EmojiTwo/emojitwo", "https://github.com/mozilla/fxemoji"
 _STREAMLINE = "https://github.com/webalys-hq/streamline-vectors"
+_GAME, _MATERIAL = "https://github.com/game-icons/icons", "https://github.com/Templarian/MaterialDesign"
+_PARK, _SOLID = "https://github.com/bytedance/IconPark", "https://github.com/FortAwesome/Font-Awesome"
+_TABLER = "https://github.com/tabler/tabler-icons"
 
 STYLES: dict[str, Style] = {
     style.word: style
@@ -88,10 +91,16 @@ STYLES: dict[str, Style] = {
             "streamline",
             Package("@iconify-json/streamline-emojis", "1.2.4", "CC-BY-4.0", "Streamline", _STREAMLINE),
         ),
+        Style("game", Package("@iconify-json/game-icons", "1.2.4", "CC-BY-3.0", "GameIcons", _GAME)),
+        Style("material", Package("@iconify-json/mdi", "1.2.3", "Apache-2.0", "Pictogrammers", _MATERIAL)),
+        Style("park", Package("@iconify-json/icon-park", "1.2.4", "Apache-2.0", "ByteDance", _PARK)),
+        Style("solid", Package("@iconify-json/fa6-solid", "1.2.4", "CC-BY-4.0", "Dave Gandy", _SOLID)),
+        Style("tabler", Package("@iconify-json/tabler", "1.2.41", "MIT", "Paweł Kuna", _TABLER)),
     )
 }
 TRAINING_STYLES = ("noto", "twemoji", "flat", "blob", "emojitwo")
-JUDGE_STYLES = ("firefox", "contrast", "monotone", "streamline")  # for the classifier alone: it learns shapes
+ICON_STYLES = ("game", "material", "park", "solid", "tabler")  # icons of a program, not emoji: of one ink or two
+JUDGE_STYLES = ("firefox", "contrast", "monotone", "streamline", *ICON_STYLES)  # the classifier learns shapes
 HELD_OUT_STYLE = "3d"  # of all training of the small model: it is what a LoRA learns later
 
 FIREFOX_NAMES: Mapping[str, str] = {  # of icons that are called by neither label nor character
@@ -102,6 +111,16 @@ FIREFOX_NAMES: Mapping[str, str] = {  # of icons that are called by neither labe
     "rabbit face": "bunny", "front-facing baby chick": "frontfacingchick", "spouting whale": "spurtingwhale",
     "evergreen tree": "evergreen", "globe showing Americas": "americasglobe", "wrapped gift": "present",
     "gem stone": "gem", "sun": "sunrays",
+}  # fmt: skip
+
+
+ICON_NAMES: Mapping[str, str] = {  # of icons that are called by no name of the emoji
+    "cheese wedge": "cheese", "light bulb": "lightbulb", "wrapped gift": "gift", "honeybee": "bee",
+    "red apple": "apple", "red heart": "heart", "gem stone": "diamond", "soccer ball": "soccer",
+    "guitar": "guitar-electric", "rose": "flower-rose", "Christmas tree": "pine-tree", "castle": "building-castle",
+    "electric plug": "plug", "birthday cake": "cake", "jack-o-lantern": "pumpkin-lantern", "fire": "flame",
+    "hot beverage": "coffee", "sailboat": "sail-boat", "automobile": "car", "locomotive": "train",
+    "french fries": "french-fries", "hamburger": "burger", "evergreen tree": "tree",
 }  # fmt: skip
 
 
