@@ -19,7 +19,7 @@ from sat.data.buckets import Buckets
 from sat.data.formats import PromptLine
 from sat.data.preprocess import Preprocess
 from sat.data.records import MASK, BadRecord, DataError, Record, RecordSet, check_bad_share
-from sat.data.transforms import Placement, Resized, Transform
+from sat.data.transforms import Resized, Transform
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,7 @@ class Dataset:
 
     def _sample(self, index: int, resized: Resized, caption: str, numbers: random.Random) -> Sample:
         transform = self.transform(index)
-        placement = Placement(*(numbers.random() for _ in Placement._fields))
-        image, crop, extras = transform.place(resized, placement)
+        image, crop, extras = transform.place(resized, transform.drawn(numbers))
         size = (transform.height, transform.width)
         if self.masked and MASK not in extras:
             extras[MASK] = torch.ones(1, *size)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -19,6 +22,7 @@ from torch import Tensor
 from sat.data.records import MASK, Record
 from sat.util.pictures import WHITE, PictureError, check_shape, open_picture, shown
 
+MESH = 4  # cells a side of the mesh that a picture is warped by
 KEPT = 32  # lengths of the training size: of a longer strip the middle alone is resized
 
 
@@ -48,17 +52,29 @@ class Placed(NamedTuple):
 class Augment:
     """Random placement on white: ``shift`` up to that share of a side, ``scale`` from smallest to largest.
 
-    There are no flips: they would make wrong letters and wrong hands.
+    ``turn``: up to that many degrees either way. ``warp``: the corners of a mesh of 4 x 4 move by up to that
+    share of a side. ``mirror``: share of pictures mirrored, which makes wrong letters and wrong hands.
     """
 
     shift: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
+    turn: float = 0.0
+    warp: float = 0.0
+    mirror: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.shift <= 0.5:
             raise ValueError(f"data.augment.shift {self.shift}: expected 0 to 0.5 of the side")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"data.augment.scale {list(self.scale)}: expected 0 < smallest <= largest")
+        for name, value, most in (("turn", self.turn, 180), ("warp", self.warp, 0.2), ("mirror", self.mirror, 1)):
+            if not 0 <= value <= most:
+                raise ValueError(f"data.augment.{name} {value}: expected 0 to {most}")
+
+    @property
+    def mesh(self) -> bool:
+        """True if more is asked for than a scale and a shift."""
+        return bool(self.turn or self.warp or self.mirror)
 
 
 class Placement(NamedTuple):
@@ -69,6 +85,9 @@ class Placement(NamedTuple):
     scale: float = 0.5
     down: float = 0.5
     right: float = 0.5
+    turn: float = 0.5
+    mirror: float = 0.5
+    warp: Sequence[float] = (0.5,) * (2 * (MESH + 1) ** 2)  # down and right of the mesh's corners
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,14 @@ class Transform:
 
         made = {name: covering(one) for name, one in extras.items()}
         return Resized(covering(picture), (height, width), (top, left), made)
+
+    def drawn(self, numbers: random.Random) -> Placement:
+        """A placement by the next ``numbers``: five, and those of the mesh where it is asked for."""
+        five = [numbers.random() for _ in range(5)]
+        if self.augment is None or not self.augment.mesh:
+            return Placement(*five)
+        turn, mirror = numbers.random(), numbers.random()
+        return Placement(*five, turn, mirror, [numbers.random() for _ in range(2 * (MESH + 1) ** 2)])
 
     def place(self, resized: Resized, placement: Placement) -> Placed:
         """The picture (3, height, width) in [-1, 1], cut and placed, and its extras with it."""
@@ -179,7 +206,7 @@ def opacity(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement) -> NDArray[np.uint8]:
-    """``pixels`` (H, W, 3) scaled about the middle and shifted, white where nothing is left.
+    """``pixels`` (H, W, 3) scaled and turned about the middle, shifted, warped; white where nothing is left.
 
     Of a mask (H, W) nothing there counts.
     """
@@ -188,20 +215,47 @@ def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement)
     scale = low + (high - low) * placement.scale
     down = (2 * placement.down - 1) * augment.shift * height
     right = (2 * placement.right - 1) * augment.shift * width
-    if scale == 1 and down == 0 and right == 0:
+    if scale == 1 and down == 0 and right == 0 and not augment.mesh:
         return pixels
+    turn = math.radians(2 * placement.turn - 1) * augment.turn
+    cos, sin = math.cos(turn) / scale, math.sin(turn) / scale
+    flip = -1.0 if placement.mirror < augment.mirror else 1.0
+    # (x, y) of the result comes from M (x - middle - shift) + middle, M = flip rotation / scale
+    x0, y0 = width / 2 + right, height / 2 + down
     inverse = (
-        1 / scale, 0.0, width / 2 - (width / 2 + right) / scale,
-        0.0, 1 / scale, height / 2 - (height / 2 + down) / scale,
+        flip * cos, flip * -sin, width / 2 - flip * (cos * x0 - sin * y0),
+        sin, cos, height / 2 - (sin * x0 + cos * y0),
     )  # fmt: skip
+    kind: PIL.Image.Transform = PIL.Image.Transform.AFFINE
+    data: Any = inverse
+    if augment.warp:
+        kind, data = PIL.Image.Transform.MESH, _mesh(inverse, augment.warp, placement.warp, height, width)
     picture = PIL.Image.fromarray(pixels).transform(
         (width, height),
-        PIL.Image.Transform.AFFINE,
-        inverse,
+        kind,
+        data,
         resample=PIL.Image.Resampling.BICUBIC,
         fillcolor=0 if pixels.ndim == 2 else WHITE,
     )
     return np.asarray(picture)
+
+
+def _mesh(
+    inverse: Sequence[float], warp: float, numbers: Sequence[float], height: int, width: int
+) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Boxes of the result, and the corners in the picture of each: ``inverse`` of theirs, moved by ``warp``."""
+    a, b, c, d, e, f = inverse
+    xs, ys = ([round(side * i / MESH) for i in range(MESH + 1)] for side in (width, height))
+    moved = {}
+    for place, (i, j) in enumerate(itertools.product(range(MESH + 1), repeat=2)):
+        x = xs[j] + (2 * numbers[2 * place + 1] - 1) * warp * width
+        y = ys[i] + (2 * numbers[2 * place] - 1) * warp * height
+        moved[i, j] = (a * x + b * y + c, d * x + e * y + f)
+    return [
+        ((xs[j], ys[i], xs[j + 1], ys[i + 1]),
+         (*moved[i, j], *moved[i + 1, j], *moved[i + 1, j + 1], *moved[i, j + 1]))  # from top left, to the left
+        for i, j in itertools.product(range(MESH), repeat=2)
+    ]  # fmt: skip
 
 
 def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:

@@ -100,7 +100,7 @@ def open_data(
 
     ``made`` are extra pictures that are made of the pictures.
     """
-    moving = None if data.augment is None else Augment(data.augment.shift, data.augment.scale)
+    moving = None if data.augment is None else Augment(**plain(data.augment))
     still = data.validation if held_out else []
     sets = DataSets(
         _open(data, data.sources, moving, runtime, made, still=False),
@@ -290,6 +290,11 @@ class Caches:
             text |= precision
         return {"latents": latents, "text": text}
 
+    @staticmethod
+    def _placing(augment: Augment) -> dict[str, object]:
+        """Its settings, those of the mesh only where they are in use: caches of before keep their names."""
+        return {name: value for name, value in plain(augment).items() if value or name in ("shift", "scale")}
+
     @property
     def spare(self) -> frozenset[Part]:
         """Parts of the engine that training can do without, once the caches are full."""
@@ -298,7 +303,7 @@ class Caches:
     def over(self, dataset: Dataset, views: int) -> CachedDataset:
         """Items of ``dataset`` out of the caches, which need not be full yet."""
         first = dataset.transform(0)
-        placing = {"crop": first.crop, "augment": None if first.augment is None else plain(first.augment)}
+        placing = {"crop": first.crop, "augment": None if first.augment is None else self._placing(first.augment)}
         facts = self._facts["latents"] | {"placing": placing}
         low = self._kind.degradation(self.train.objective.params, self._shell)
         stores = Stores(

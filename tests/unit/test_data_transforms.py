@@ -92,11 +92,59 @@ def test_the_middle_draw_of_a_symmetric_augmentation_changes_nothing():
     assert augmented(pixels, Augment(shift=0.1, scale=(0.9, 1.1)), Placement()) is pixels
 
 
+def test_a_turn_by_ninety_degrees_is_exact():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    out = augmented(pixels, Augment(turn=90.0), Placement(turn=1.0))
+    assert (out == np.rot90(pixels, -1)).all()
+
+
+def test_a_mirrored_picture_is_the_flipped_one_shifted_as_asked():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    augment = Augment(shift=0.5, mirror=0.4)
+    assert (augmented(pixels, augment, Placement(mirror=0.3)) == pixels[:, ::-1]).all()
+    assert (augmented(pixels, augment, Placement(mirror=0.4)) == pixels).all()
+    assert (augmented(pixels, augment, Placement(mirror=0.3, right=0.75))[:, 2:] == pixels[:, :1:-1]).all()
+
+
+def test_a_warp_by_middle_numbers_is_the_turned_and_scaled_picture():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 3), np.uint8)
+    plain = Augment(shift=0.1, scale=(0.8, 0.9), turn=10.0)
+    placement = Placement(scale=0.3, down=0.2, right=0.9, turn=0.8)
+    assert (augmented(pixels, replace(plain, warp=0.1), placement) == augmented(pixels, plain, placement)).all()
+
+
+def test_equal_numbers_of_a_warp_move_all_and_one_moves_its_corner_alone():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    warp = Augment(warp=0.1)  # 4 pixels
+    out = augmented(pixels, warp, Placement(warp=[1.0, 0.5] * 25))
+    assert (out[:36] == pixels[4:]).all()
+    numbers = [0.5] * 50
+    numbers[2 * (5 * 1 + 3)] = 1.0  # the corner in row 1, column 3: pixel (10, 30)
+    changed = np.argwhere((augmented(pixels, warp, Placement(warp=numbers)) != pixels).any(-1))
+    assert changed.min(0).tolist() >= [0, 20]
+    assert changed.max(0).tolist() <= [20, 39]
+    assert len(changed) > 200
+
+
+def test_a_picture_and_its_extras_are_warped_alike_and_numbers_are_drawn_for_it_alone():
+    augment = Augment(0.1, (0.8, 1.0), 20.0, 0.05, 0.5)
+    transform = Transform(24, 24, augment=augment)
+    resized = transform.resize(ramp(24, 24), {"control": ramp(24, 24)})
+    image, _, extras = transform.place(resized, transform.drawn(random.Random(3)))
+    assert torch.equal(image, extras["control"])
+    for augment, count in ((None, 5), (Augment(0.1), 5), (Augment(turn=1.0), 57)):
+        used, told = random.Random(3), random.Random(3)
+        replace(transform, augment=augment).drawn(used)
+        [told.random() for _ in range(count)]
+        assert used.random() == told.random()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: Augment(shift=0.6), "data.augment.shift 0.6"),
         (lambda: Augment(scale=(1.1, 0.9)), "data.augment.scale"),
+        (lambda: Augment(mirror=1.5), "data.augment.mirror 1.5"),
         (lambda: Transform(0, 4), "data.height 0"),
         (lambda: Transform(4, 4, crop="corner"), "data.crop 'corner'"),
     ],

@@ -100,17 +100,27 @@ class SourceConfig(Section):
 
 @dataclass(frozen=True)
 class AugmentConfig(Section):
-    """Mild random placement on white: ``shift`` is a share of the side, ``scale`` the range of the factor."""
+    """Mild random placement on white: ``shift`` is a share of the side, ``scale`` the range of the factor.
+
+    ``turn``: up to that many degrees either way. ``warp``: up to that share of a side, at the corners of a
+    mesh. ``mirror``: share of pictures mirrored; letters and hands are wrong then.
+    """
 
     section = "data.augment"
     shift: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
+    turn: float = 0.0
+    warp: float = 0.0
+    mirror: float = 0.0
 
     def _rules(self) -> Broken:
         if not 0 <= self.shift <= 0.5:
             yield "shift", f"expected 0 to 0.5 of the side, got {self.shift}"
         if not 0 < self.scale[0] <= self.scale[1]:
             yield "scale", f"expected 0 < smallest <= largest, got {list(self.scale)}"
+        for name, most in (("turn", 180), ("warp", 0.2), ("mirror", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                yield name, f"expected 0 to {most}, got {getattr(self, name)}"
 
 
 @dataclass(frozen=True)
