@@ -134,6 +134,17 @@ def test_numbered_drawings_of_a_thing_are_found_by_their_first(packages, tmp_pat
     assert PIL.Image.open(tmp_path / "out/streamline/red-apple.png").getpixel((10, 10)) == (255, 0, 0)
 
 
+def test_icons_are_found_by_their_own_names_and_private_code_points_name_no_character(packages, tmp_path):
+    named = {"pouting": "#ff0000", "apple-filled": "#00ff00", "home": "#0000ff"}
+    chars = {"f02d1": "apple-filled", "e900": "home"}  # of the package's own font
+    pack(packages, STYLES["material"].package, icons(named, chars))
+    written = build(tmp_path / "out", packages, ["material"], "all", 64)
+    assert (written.trained + written.held_out, written.missing) == ({"material": 2}, {"material": 1})
+    colours = {n: (0, 255, 0) if n == "red-apple" else (255, 0, 0) for n in ("red-apple", "enraged-face")}
+    for name, colour in colours.items():
+        assert PIL.Image.open(tmp_path / f"out/material/{name}.png").getpixel((10, 10)) == colour
+
+
 def test_what_was_used_is_recorded_with_licence_and_digest(packages, tmp_path):
     build(tmp_path / "out", packages, ["flat"], "all", 128)
     record = json.loads((tmp_path / "out/sources.json").read_text())

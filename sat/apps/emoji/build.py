@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -234,12 +235,7 @@ class SvgDrawings:
     def __init__(self, archive: Archive) -> None:
         self.icons = cast("IconSet", archive.json("icons.json"))
         chars = cast("Mapping[str, str]", archive.json("chars.json"))
-        own = ("e", "f")  # first digit of private code points, which are those of the package's own font
-        self.by_code = {
-            code_points(code): name
-            for code, name in chars.items()
-            if not (len(code) > 3 and code.lower().startswith(own))
-        }
+        self.by_code = {code_points(code): name for code, name in chars.items() if not _private(code)}
         if not self.icons.get("icons"):
             raise PackageError(f"{archive.path}: package/icons.json holds no icons")
 
@@ -266,6 +262,11 @@ class SvgDrawings:
         )
         with open_picture(io.BytesIO(bytes(png))) as image:
             return _resized(image.convert("RGB"), size)
+
+
+def _private(code: str) -> bool:
+    """True for a code point without a character: it is one of a package's own font."""
+    return "-" not in code and unicodedata.category(chr(int(code, 16))) == "Co"
 
 
 class WebpDrawings:
