@@ -67,7 +67,11 @@ class Augment:
             raise ValueError(f"data.augment.shift {self.shift}: expected 0 to 0.5 of the side")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"data.augment.scale {list(self.scale)}: expected 0 < smallest <= largest")
-        for name, value, most in (("turn", self.turn, 180), ("warp", self.warp, 0.2), ("mirror", self.mirror, 1)):
+        for name, value, most in (
+            ("turn", self.turn, 180),
+            ("warp", self.warp, 0.2),
+            ("mirror", self.mirror, 1),
+        ):
             if not 0 <= value <= most:
                 raise ValueError(f"data.augment.{name} {value}: expected 0 to {most}")
 
@@ -251,11 +255,11 @@ def _mesh(
         x = xs[j] + (2 * numbers[2 * place + 1] - 1) * warp * width
         y = ys[i] + (2 * numbers[2 * place] - 1) * warp * height
         moved[i, j] = (a * x + b * y + c, d * x + e * y + f)
-    return [
-        ((xs[j], ys[i], xs[j + 1], ys[i + 1]),
-         (*moved[i, j], *moved[i + 1, j], *moved[i + 1, j + 1], *moved[i, j + 1]))  # from top left, to the left
-        for i, j in itertools.product(range(MESH), repeat=2)
-    ]  # fmt: skip
+    boxes = []
+    for i, j in itertools.product(range(MESH), repeat=2):  # corners from top left down and round
+        corners = (*moved[i, j], *moved[i + 1, j], *moved[i + 1, j + 1], *moved[i, j + 1])
+        boxes.append(((xs[j], ys[i], xs[j + 1], ys[i + 1]), corners))
+    return boxes
 
 
 def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:

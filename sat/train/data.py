@@ -303,7 +303,8 @@ class Caches:
     def over(self, dataset: Dataset, views: int) -> CachedDataset:
         """Items of ``dataset`` out of the caches, which need not be full yet."""
         first = dataset.transform(0)
-        placing = {"crop": first.crop, "augment": None if first.augment is None else self._placing(first.augment)}
+        moving = None if first.augment is None else self._placing(first.augment)
+        placing = {"crop": first.crop, "augment": moving}
         facts = self._facts["latents"] | {"placing": placing}
         low = self._kind.degradation(self.train.objective.params, self._shell)
         stores = Stores(

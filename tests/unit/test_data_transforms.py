@@ -113,7 +113,8 @@ def test_a_warp_by_middle_numbers_is_the_turned_and_scaled_picture():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 3), np.uint8)
     plain = Augment(shift=0.1, scale=(0.8, 0.9), turn=10.0)
     placement = Placement(scale=0.3, down=0.2, right=0.9, turn=0.8)
-    assert (augmented(pixels, replace(plain, warp=0.1), placement) == augmented(pixels, plain, placement)).all()
+    warped = augmented(pixels, replace(plain, warp=0.1), placement)
+    assert (warped == augmented(pixels, plain, placement)).all()
 
 
 def test_equal_numbers_of_a_warp_move_all_and_one_moves_its_corner_alone():

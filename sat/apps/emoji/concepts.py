@@ -99,7 +99,13 @@ STYLES: dict[str, Style] = {
     )
 }
 TRAINING_STYLES = ("noto", "twemoji", "flat", "blob", "emojitwo")
-ICON_STYLES = ("game", "material", "park", "solid", "tabler")  # icons of a program, not emoji: of one ink or two
+ICON_STYLES = (
+    "game",
+    "material",
+    "park",
+    "solid",
+    "tabler",
+)  # icons of a program, not emoji: of one ink or two
 JUDGE_STYLES = ("firefox", "contrast", "monotone", "streamline", *ICON_STYLES)  # the classifier learns shapes
 HELD_OUT_STYLE = "3d"  # of all training of the small model: it is what a LoRA learns later
 
