@@ -247,7 +247,7 @@ def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement)
 def _mesh(
     inverse: Sequence[float], warp: float, numbers: Sequence[float], height: int, width: int
 ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """Boxes of the result, and the corners in the picture of each: ``inverse`` of theirs, moved by ``warp``."""
+    """Boxes of the result, and each one's corners in the picture: ``inverse`` of its own, moved."""
     a, b, c, d, e, f = inverse
     xs, ys = ([round(side * i / MESH) for i in range(MESH + 1)] for side in (width, height))
     moved = {}

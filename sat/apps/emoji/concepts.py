@@ -123,7 +123,8 @@ FIREFOX_NAMES: Mapping[str, str] = {  # of icons that are called by neither labe
 ICON_NAMES: Mapping[str, str] = {  # of icons that are called by no name of the emoji
     "cheese wedge": "cheese", "light bulb": "lightbulb", "wrapped gift": "gift", "honeybee": "bee",
     "red apple": "apple", "red heart": "heart", "gem stone": "diamond", "soccer ball": "soccer",
-    "guitar": "guitar-electric", "rose": "flower-rose", "Christmas tree": "pine-tree", "castle": "building-castle",
+    "guitar": "guitar-electric", "rose": "flower-rose", "Christmas tree": "pine-tree",
+    "castle": "building-castle",
     "electric plug": "plug", "birthday cake": "cake", "jack-o-lantern": "pumpkin-lantern", "fire": "flame",
     "hot beverage": "coffee", "sailboat": "sail-boat", "automobile": "car", "locomotive": "train",
     "french fries": "french-fries", "hamburger": "burger", "evergreen tree": "tree",
