@@ -148,11 +148,13 @@ class Transform:
 
     def drawn(self, numbers: random.Random) -> Placement:
         """A placement by the next ``numbers``: five, and those of the mesh where it is asked for."""
-        five = [numbers.random() for _ in range(5)]
+        top, left, scale, down, right = (numbers.random() for _ in range(5))
+        placement = Placement(top, left, scale, down, right)
         if self.augment is None or not self.augment.mesh:
-            return Placement(*five)
+            return placement
         turn, mirror = numbers.random(), numbers.random()
-        return Placement(*five, turn, mirror, [numbers.random() for _ in range(2 * (MESH + 1) ** 2)])
+        warp = [numbers.random() for _ in range(2 * (MESH + 1) ** 2)]
+        return placement._replace(turn=turn, mirror=mirror, warp=warp)
 
     def place(self, resized: Resized, placement: Placement) -> Placed:
         """The picture (3, height, width) in [-1, 1], cut and placed, and its extras with it."""
@@ -255,7 +257,7 @@ def _mesh(
         x = xs[j] + (2 * numbers[2 * place + 1] - 1) * warp * width
         y = ys[i] + (2 * numbers[2 * place] - 1) * warp * height
         moved[i, j] = (a * x + b * y + c, d * x + e * y + f)
-    boxes = []
+    boxes = list[tuple[tuple[int, ...], tuple[float, ...]]]()
     for i, j in itertools.product(range(MESH), repeat=2):  # corners from top left down and round
         corners = (*moved[i, j], *moved[i + 1, j], *moved[i + 1, j + 1], *moved[i, j + 1])
         boxes.append(((xs[j], ys[i], xs[j + 1], ys[i + 1]), corners))
