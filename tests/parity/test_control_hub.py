@@ -31,6 +31,12 @@ KINDS: dict[str, tuple[str, dict[str, object], Callable[..., torch.nn.Module]]] 
     "blockwise": ("sat.control.light.Blockwise", {"hidden": 12}, Blockwise),
     "pixels": ("sat.control.light.Blockwise", {"hidden": 12, "input": "pixels", "cell": 4}, Blockwise),
     "concat": ("sat.control.light.concat", {}, concat),
+    "net-pixels": (
+        "sat.control.controlnet.controlnet",
+        {"blocks": 1, "input": "pixels", "cell": 4},
+        controlnet,
+    ),
+    "concat-pixels": ("sat.control.light.concat", {"input": "pixels", "cell": 4}, concat),
 }
 CALLS: list[dict[str, float | bool]] = [
     {"scale": 0.8},
