@@ -224,13 +224,13 @@ def augmented(pixels: NDArray[np.uint8], augment: Augment, placement: Placement)
     if scale == 1 and down == 0 and right == 0 and not augment.mesh:
         return pixels
     turn = math.radians(2 * placement.turn - 1) * augment.turn
-    cos, sin = math.cos(turn) / scale, math.sin(turn) / scale
+    cos, sin = math.cos(turn), math.sin(turn)
     flip = -1.0 if placement.mirror < augment.mirror else 1.0
-    # (x, y) of the result comes from M (x - middle - shift) + middle, M = flip rotation / scale
+    # (x, y) of the result comes from M ((x, y) - middle - shift) + middle, M = flip rotation / scale
     x0, y0 = width / 2 + right, height / 2 + down
     inverse = (
-        flip * cos, flip * -sin, width / 2 - flip * (cos * x0 - sin * y0),
-        sin, cos, height / 2 - (sin * x0 + cos * y0),
+        flip * cos / scale, -flip * sin / scale, width / 2 - flip * (cos * x0 - sin * y0) / scale,
+        sin / scale, cos / scale, height / 2 - (sin * x0 + cos * y0) / scale,
     )  # fmt: skip
     kind: PIL.Image.Transform = PIL.Image.Transform.AFFINE
     data: Any = inverse

@@ -46,7 +46,7 @@ UNNAMED = (
     "monotone",
     "streamline",
     *ICON_STYLES,
-)  # their packages' chars.json is empty: icons are found by name
+)  # their packages' chars.json names no characters: icons are found by name
 NAMED_BY = ("noto", "twemoji", "flat")  # and these packages know more names than the label
 HELD_OUT_SHARE = 0.04  # of all (concept, style) pairs
 HELD_OUT_PAIRS = frozenset(
