@@ -28,6 +28,7 @@ Convert the checkpoint SRC to a new folder DST. The format of SRC is found by it
   python convert.py weights/plus OUT --to sat --tensor-parallel 2
   python convert.py runs/sft OUT --to diffusers
   python convert.py runs/lora OUT --to peft
+  python convert.py runs/control OUT --to native --dtype int8
 
 Tensors pass through one at a time; DST appears whole or not at all. Damaged input is refused.
 
@@ -39,10 +40,10 @@ sat        official: latest, 1/mp_rank_00_model_states.pt (one of N), vae/*.pt, 
 diffusers  a folder for CogView3PlusPipeline.from_pretrained
 If SRC is a LoRA (a file, its folder, or the folder of the run that trained it), so is DST: native, peft
 (adapter_config.json and names of the unfused layers) or diffusers (pytorch_lora_weights.safetensors).
-If SRC is a ControlNet of a UNet, DST is a folder for diffusers' ControlNetModel.from_pretrained. If it is a
-control of CogView3-Plus, DST has the model of --model too, and code of its own, for
-DiffusionPipeline.from_pretrained(DST, trust_remote_code=True). A control of further channels of CogView4
-becomes, with --model, a folder for CogView4ControlPipeline.
+If SRC is a control, native writes it in another --dtype, int8 too. For diffusers, a ControlNet of a UNet
+becomes a folder for ControlNetModel.from_pretrained; of a control of CogView3-Plus, DST has the model of
+--model too, and code of its own, for DiffusionPipeline.from_pretrained(DST, trust_remote_code=True). A
+control of further channels of CogView4 becomes, with --model, a folder for CogView4ControlPipeline.
 If SRC is the folder of any other training, its newest whole checkpoint is read, and the parts that were not
 trained from where the training read them.
 Exit codes: 0 done, 1 failed, 2 wrong arguments or config, 130 interrupted. See docs/checkpoints.md.
@@ -77,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--average", type=float, metavar="DECAY", help=average)
     ranks = "split the network of an official folder into the files of N model-parallel ranks (1)"
     top.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=ranks)
-    top.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type to write (as in SRC)")
+    dtype = "type to write (as in SRC); int8: a control's alone"
+    top.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8"), help=dtype)
     shard = "largest safetensors file, e.g. 500MB (5GB)"
     top.add_argument("--max-shard", default="5GB", metavar="SIZE", help=shard)
     pickle = "run the code in SRC's pickles; only if you trust them"
@@ -150,8 +152,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     if is_control(args.src):
         return _convert_control(args, build, imports, most)
-    if args.model is not None:
-        raise UsageError(f"--model is for controls, and {args.src} is none")
+    _refuse_words_of_controls(args)
     if is_adapter(args.src):
         return _convert_adapter(args, build, config, imports)
     if args.to == "peft":
@@ -202,6 +203,16 @@ def _convert(args: argparse.Namespace) -> int:
     parts = ", ".join(f"{part} {count} tensors" for part, count in done.tensors.items())
     print(f"{done.path}: {args.to}, {parts}, {done.nbytes / 1e9:.2f} GB read")
     return 0
+
+
+def _refuse_words_of_controls(args: argparse.Namespace) -> None:
+    if args.model is not None:
+        raise UsageError(f"--model is for controls, and {args.src} is none")
+    if args.dtype == "int8":
+        raise UsageError(
+            f"--dtype int8 is for a control written --to native, and {args.src} is none: a model is read as "
+            f"integers by memory.quantize.network=int8"
+        )
 
 
 def _control_beside(args: argparse.Namespace, dtype: Any) -> list[str]:
@@ -333,14 +344,33 @@ def _refuse_other_base(adapter: Path, components: Mapping[str, Any], imports: Se
 def _convert_control(
     args: argparse.Namespace, build: Callable[[Mapping[str, Any]], Any], imports: Sequence[str], most: int
 ) -> int:
-    """A UNet's ControlNet as a folder for diffusers; a control of a transformer as one with its model."""
+    """A control in another type; a UNet's ControlNet for diffusers; a transformer's with its model."""
+    import torch
+
     from sat.checkpoint import DTYPES, Options
     from sat.checkpoint.convert import Sources, convert
     from sat.control.files import read_info
-    from sat.control.peers import concatenated, write_controlnet, write_pipeline
+    from sat.control.peers import concatenated, write_controlnet, write_native, write_pipeline
 
-    if args.to != "diffusers":
-        raise UsageError(f"{args.src} is a control, which is written --to diffusers alone, not {args.to}")
+    if args.to not in ("native", "diffusers"):
+        raise UsageError(f"{args.src} is a control, which is written --to native or diffusers, not {args.to}")
+    given = {
+        "--first-stage": args.first_stage, "--text": args.text, "--tokenizer": args.tokenizer,
+        "--merge-lora": args.merge_lora, "--average": args.average,
+        "--tensor-parallel": args.tensor_parallel > 1, "--only": len(args.only) < len(_PARTS),
+    }  # fmt: skip
+    alone = [flag for flag, value in given.items() if value] if args.model is None else []
+    if alone:
+        raise UsageError(f"{args.src} is a control, which is written without a model: leave out {alone[0]}")
+    if args.to == "native":
+        if args.model is not None:
+            raise UsageError(f"{args.src} is a control: --model is for one written --to diffusers")
+        dtype = torch.int8 if args.dtype == "int8" else DTYPES.get(args.dtype)
+        count = write_native(args.src, args.dst, imports, dtype)
+        print(f"{args.dst}: control of {count} tensors, {args.dtype or 'in the types it had'}")
+        return 0
+    if args.dtype == "int8":
+        raise UsageError("--dtype int8 is for a control written --to native: diffusers reads none of it")
     base = read_info(args.src).base.target.rpartition(".")[2]
     beside = {"CogView3Plus": "CogView3-Plus", "CogView4": "CogView4"}.get(base)
     if (beside is None) != (args.model is None):

@@ -2,7 +2,7 @@
 
 The header has the component that builds the control, the component of the base it was trained on with norms
 of some of its weights and a fingerprint of its files, the preprocessing of its picture, and digests of all
-this and of every tensor. Tensors have the names of the control's own modules.
+this and of every tensor. Tensors have the names of the control's own modules; matrices may be in 8 bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sat.adapters.factors import LinearLike, row_norms, some_norms, telling
 from sat.adapters.merge import compare_norms
+from sat.checkpoint.eight_bits import Whole, packed
 from sat.checkpoint.files import open_file, open_folder
 from sat.checkpoint.format import SEAL, CheckpointError, LazyStateDict, TensorInfo, seal, write_safetensors
 from sat.checkpoint.formats import cogview4
@@ -175,9 +176,9 @@ def read(path: Path, base: BaseModel, verify: Verify | None = None) -> tuple[Con
 
 
 def opened(file: Path, verify: Verify) -> LazyStateDict:
-    """Tensors of a control by the names of its modules."""
+    """Tensors of a control by the names of its modules, those of 8 bits made whole in float32."""
     if not file.is_dir():
-        return open_file(file, verify=verify)
+        return Whole(open_file(file, verify=verify))
     theirs = open_folder(file, verify=verify)
     half = theirs.info(cogview4.FIRST).shape[1] // 2
     changed = cogview4.FirstLayer(theirs, half, lambda weight: weight[:, half:].contiguous())
@@ -196,13 +197,23 @@ def _allowed(info: ControlInfo, imports: Collection[str], file: Path) -> Collect
 
 
 def write(
-    file: Path, tensors: Mapping[str, Tensor], info: ControlInfo, dtype: torch.dtype | None = None
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    info: ControlInfo,
+    dtype: torch.dtype | None = None,
+    exact: Collection[str] = (),
 ) -> None:
-    """Write a control's ``tensors``, whole ones by the names of its modules, with all that is known of it."""
-    cast = {
-        n: t.detach().to(t.dtype if dtype is None or not t.is_floating_point() else dtype)
-        for n, t in tensors.items()
-    }
+    """Write a control's ``tensors``, whole ones by the names of its modules, with all that is known of it.
+
+    ``dtype`` None keeps theirs; int8 writes matrices in 8 bits (:mod:`sat.checkpoint.eight_bits`). Tensors
+    named in ``exact``, such as tables, are written as they are.
+    """
+    cast = {n: t.detach() for n, t in tensors.items()}
+    narrow = {n: t for n, t in cast.items() if n not in exact and t.is_floating_point()}
+    if dtype == torch.int8:
+        cast = {n: t for n, t in cast.items() if n not in narrow} | packed(narrow)
+    elif dtype is not None:
+        cast |= {n: t.to(dtype) for n, t in narrow.items()}
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in cast.items()}
     header = {
         "format": "pt",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sat.checkpoint.convert import Build, Sources, convert
-from sat.checkpoint.files import atomic_folder, open_file
+from sat.checkpoint.files import atomic_folder
 from sat.checkpoint.format import TensorInfo, write_safetensors
 from sat.checkpoint.formats.diffusers import DiffusersPipeline
 from sat.checkpoint.rules import as_theirs
@@ -122,14 +122,14 @@ def write_controlnet(
         raise ControlError(f"{source}: is of a distilled UNet, whose guidance strength ControlNetModel lacks")
     config = _config(plain({**signature(resolve(info.base.target, imports)).defaults, **info.base.params}))
     config["conditioning_embedding_out_channels"] = control.hint
-    with open_file(locate(source), verify=Verify()) as opened, atomic_folder(folder) as place:
-        theirs = as_theirs(opened, unet_rules(control))
+    with opened(locate(source), Verify()) as ours, atomic_folder(folder) as place:
+        theirs = as_theirs(ours, unet_rules(control))
         read = {name: theirs[name] if dtype is None else theirs[name].to(dtype) for name in theirs}
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in read.items()}
         file = place / "diffusion_pytorch_model.safetensors"
         write_safetensors(file, infos, read.__getitem__, {"format": "pt"})
         write_json(place / "config.json", config)
-        opened.verified()
+        ours.verified()
     return len(infos)
 
 
@@ -139,6 +139,22 @@ def without_weights(info: ControlInfo, imports: Collection[str] = ()) -> Control
     with torch.device("meta"), without_init():
         made: Control = build(info.control, imports=imports, base=base)
     return made
+
+
+def write_native(
+    source: Path, folder: Path, imports: Collection[str] = (), dtype: torch.dtype | None = None
+) -> int:
+    """Write the control at ``source`` as ``folder/control.safetensors`` in ``dtype``; the control's tensors.
+
+    None keeps the file's types; int8 is 8 bits a weight. Buffers, such as tables, stay as they are.
+    """
+    info = read_info(source)
+    exact = {name for name, _ in without_weights(info, imports).named_buffers()}
+    with opened(locate(source), Verify()) as ours, atomic_folder(folder) as place:
+        tensors = {name: ours[name] for name in ours}
+        ours.verified()
+        write(place / FILE, tensors, info, dtype, exact)
+    return len(tensors)
 
 
 # -- CogView4-Control: the network with a control of further channels
@@ -230,10 +246,10 @@ def write_pipeline(
         base["params"] = {**base["params"], "double_norm": single}
         check_fits(info, Component(**base), source, imports)
         (place / "controlnet").mkdir()
-        with open_file(locate(source), verify=Verify()) as opened:
-            theirs = as_theirs(opened, _plus_rules(control))
+        with opened(locate(source), Verify()) as ours:
+            theirs = as_theirs(ours, _plus_rules(control))
             read = {name: theirs[name] for name in theirs}
-            opened.verified()
+            ours.verified()
         if isinstance(control, TransformerControlNet) and control.shares:
             with DiffusersPipeline().open(place, "model") as whole:
                 names = [f"transformer_blocks.{i}.norm1.linear" for i in range(len(control.zeros))]

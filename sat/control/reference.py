@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sat.checkpoint.eight_bits import Whole
 from sat.checkpoint.format import as_lazy
 from sat.checkpoint.load import load
 from sat.checkpoint.rules import as_ours
@@ -351,8 +352,9 @@ def _tower(folder: Path, sizes: Sizes) -> VisionTower:
 def _classifier(folder: Path) -> Classifier:
     with torch.device("cpu"):
         model = Classifier(_card(folder))
-    model.take(load_file(folder / "classifier.safetensors"))
-    return model.eval().requires_grad_(False)
+    file = folder / "classifier.safetensors"
+    model.load_state_dict(dict(Whole(as_lazy(load_file(file), str(file)))))
+    return model.float().eval().requires_grad_(False)
 
 
 def _card(folder: Path) -> Card:

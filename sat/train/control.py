@@ -225,10 +225,9 @@ class ControlExport:
 
         tensors = {n: value(t) for n, t in self.control.state_dict(keep_vars=True).items()}
         exact = {name for name, _ in self.control.named_buffers()}
-        cast = {n: t if n in exact else t.to(self.dtype) for n, t in tensors.items()}
         told = files.telling_layers(self._network)
         norms = {name: some_norms(row_norms(value(layer.weight))) for name, layer in told}
-        files.write(folder / files.FILE, cast, replace(self.info, norms=norms))
+        files.write(folder / files.FILE, tensors, replace(self.info, norms=norms), self.dtype, exact)
 
 
 def export(

@@ -12,9 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from sat.sampling.output import read_png_text
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, ROOT, files
+from tests.unit.test_control_files import written
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,16 @@ def _same_on_two_ranks(words: list[str], tmp_path: Path) -> subprocess.Completed
 
 
 def test_two_ranks_under_torchrun_write_the_files_of_one_process(words, tmp_path) -> None:
-    both = _same_on_two_ranks(words, tmp_path)
+    """Of a list whose rows have controls of their own; the ranks share it out."""
+    control = written(tmp_path)
+    Image.linear_gradient("L").save(tmp_path / "a.png")
+    own = {"path": control.name, "image": "a.png"}
+    rows = [{"prompt": "a red apple"}, {"prompt": "a blue car", "controls": [own]},
+            {"prompt": "the sun", "controls": [{**own, "scale": 0.5, "end": 0.5}]}]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = _same_on_two_ranks([*words, "--prompt-file", str(tmp_path / "rows.jsonl")], tmp_path)
+    told = [read_png_text(path) or {} for path in sorted((tmp_path / "two").rglob("000000000.png"))]
+    assert ["controls" in one for one in told] == [False, True, True]
     assert both.stdout.strip() == str(tmp_path / "two")  # rank 0 speaks alone
     assert both.stderr.count("loaded in") == 1
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sat.apps.evaluate import metrics
 from sat.cli.evaluate import main
 from sat.sampling.output import read_png_text
 from tests.checkpoints import tokenizer
 from tests.sampling import DEBUG, ROOT, Done, files
+from tests.unit.test_control_files import written
 
 PROMPTS = "Prompts,Category\na red apple,Fruit\nthe sun,Sky\na banana,Fruit\na zebra,Animals\n"
 
@@ -136,7 +138,10 @@ def test_a_metric_that_breaks_does_not_lose_the_others(evaluate, tmp_path, monke
 
 
 def test_rows_of_a_list_are_drawn_with_their_own_settings(evaluate, tmp_path) -> None:
-    rows = [{"prompt": "a red apple", "seed": 5, "size": "48x48"}, {"prompt": "the sun", "size": "48x48"}]
+    control = {"path": written(tmp_path).name, "image": "a.png"}
+    Image.linear_gradient("L").save(tmp_path / "a.png")
+    rows = [{"prompt": "a red apple", "seed": 5, "size": "48x48"},
+            {"prompt": "the sun", "size": "48x48", "controls": [control]}]  # fmt: skip
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--prompts", tmp_path / "list.jsonl", "--out", tmp_path / "out", "--scores", "retrieval"]
     done = evaluate(*evaluate.draw, *words)
@@ -144,3 +149,4 @@ def test_rows_of_a_list_are_drawn_with_their_own_settings(evaluate, tmp_path) ->
     drawn = sorted((tmp_path / "out").rglob("000000000.png"))
     told = [read_png_text(path) or {} for path in drawn]
     assert [(one["seed"], one["size"]) for one in told] == [("5", "48x48"), ("0", "48x48")]
+    assert ["a.png" in one.get("controls", "") for one in told] == [False, True]

@@ -9,6 +9,7 @@ import PIL.ImageColor
 import pytest
 import torch
 from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
 
 from sat.apps.emoji.concepts import core_labels
 from sat.apps.evaluate.classifier import Classifier, score, score_folder, wanted
@@ -18,7 +19,7 @@ from sat.apps.evaluate.training import STRENGTHS, Recipe, Strength, augment, rec
 from sat.cli import evaluate
 from sat.data.records import DataError
 from sat.data.transforms import to_tensor
-from sat.models.vision.classifier import Card, embed, packed, top_shares
+from sat.models.vision.classifier import Card, embed, top_shares
 
 COLOURS = {"red apple": "#e01010", "lime": "#20c020", "blue heart": "#2030e0"}
 CARD = Card(("heart", "red heart", "fire engine"), ("noto", "3d"), 16, 14)
@@ -87,6 +88,10 @@ def test_a_judge_of_some_concepts_learns_from_more_and_is_small(data, trained, t
     assert card.scores["heldout_top1"] == 1
     model = Classifier.load(tmp_path / "out")
     assert model.card == card
+    with safe_open(tmp_path / "out/classifier.safetensors", "pt") as written:
+        kinds = {written.get_tensor(name).dtype for name in ("real_cov", "concept.bias")}
+        assert kinds == {torch.float16} and written.get_tensor("real_mean").dtype == torch.float32
+        assert written.get_tensor("concept.weight").dtype == torch.int8
     sizes = [(folder / "classifier.safetensors").stat().st_size for folder in (tmp_path / "out", trained)]
     assert sizes[0] < 0.8 * sizes[1]
     with pytest.raises(DataError, match="no picture of 'lime tree', which the classifier is to judge"):
@@ -106,21 +111,6 @@ def test_a_square_of_one_colour_hides_a_share_of_the_pictures():
         low = (int(rows[0]), int(columns[0]))
         square = picture[:, low[0] : int(rows[-1]) + 1, low[1] : int(columns[-1]) + 1]
         assert (square == square[:, :1, :1]).all() and max(square.shape[1:]) <= 32 * 3 / 8 + 1
-
-
-def test_weights_of_eight_bits_are_within_half_a_step():
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        "a": torch.randn(5, 3, 3, 3, generator=generator),
-        "n": torch.ones(4),
-        "real_mean": torch.rand(4),
-    }
-    found = packed(weights, eight_bits=True)
-    step = weights["a"].flatten(1).abs().amax(1) / 127
-    again = found["a"].float() * found["a.scale"][:, None, None, None]
-    assert found["a"].dtype == torch.int8
-    assert ((again - weights["a"]).abs().flatten(1).amax(1) <= 0.5001 * step).all()
-    assert (found["n"].dtype, found["real_mean"].dtype) == (torch.float16, torch.float32)
 
 
 def test_other_colours_leave_white_and_grey_is_without_any():

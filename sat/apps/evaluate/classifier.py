@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from sat.apps.evaluate.distances import frechet, frechet_of_many, kernel_distance, statistics
 from sat.apps.evaluate.pictures import Opened, collect, pictures_below
+from sat.checkpoint.eight_bits import Whole, packed
+from sat.checkpoint.format import as_lazy
 from sat.data.records import HELD_OUT, TABLE, DataError, DataPathError
 from sat.data.transforms import to_tensor
 from sat.models.vision import classifier as network
@@ -30,10 +32,23 @@ ENOUGH = 500  # pictures for a feature distance that says something
 class Classifier(network.Classifier):
     """The network with its two files, ``classifier.safetensors`` and ``classifier.json``."""
 
+    def stored(self, eight_bits: bool = False) -> dict[str, Tensor]:
+        """The weights as the file has them: in fp16 or matrices in 8 bits, statistics in fp32 where small."""
+        state, exact = self.state_dict(), {"real_mean"} if eight_bits else {"real_mean", "real_cov"}
+        matrices = {n: t for n, t in state.items() if eight_bits and t.ndim > 1 and n != "real_cov"}
+        rest = {n: t for n, t in state.items() if n not in matrices}
+        halved = {n: t.half() for n, t in rest.items() if t.is_floating_point() and n not in exact}
+        return {n: t.contiguous() for n, t in (rest | halved | packed(matrices)).items()}
+
+    def take(self, stored: Mapping[str, Tensor], source: str = "memory") -> None:
+        """Load what :meth:`stored` gave, from the file ``source``; float32 after."""
+        self.load_state_dict(dict(Whole(as_lazy(stored, source))))
+        self.float()
+
     def save(self, folder: Path, card: Card, eight_bits: bool = False) -> None:
-        """Write the weights (:func:`~sat.models.vision.classifier.packed`) and ``card`` beside them."""
+        """Write the weights and ``card`` beside them."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(network.packed(self.state_dict(), eight_bits), folder / WEIGHTS)
+        save_file(self.stored(eight_bits), folder / WEIGHTS)
         (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     @classmethod
@@ -46,7 +61,7 @@ class Classifier(network.Classifier):
                 "'python -m sat.cli.evaluate train-classifier'"
             )
         model = cls(Card.of(json.loads((folder / CARD).read_text("utf-8"))))
-        model.take(load_file(folder / WEIGHTS))
+        model.take(load_file(folder / WEIGHTS), str(folder / WEIGHTS))
         return model.eval()
 
 

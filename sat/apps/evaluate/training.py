@@ -21,7 +21,7 @@ from sat.data.buckets import measure_all
 from sat.data.records import HELD_OUT, BadRecord, DataError, Record, RecordSet
 from sat.data.sources import read_source, read_sources
 from sat.data.transforms import Transform, to_tensor
-from sat.models.vision.classifier import Card, Logits, embed, packed, top_shares
+from sat.models.vision.classifier import Card, Logits, embed, top_shares
 
 CHECK_SEED = 1 << 40  # of the augmentations that accuracy is measured on: never one that was trained on
 CHECK_VIEWS = 4  # of every picture
@@ -237,7 +237,7 @@ def train(
     began = time.perf_counter()
     _fit(model, learned, recipe, report)
     model.keep(len(judged), own)
-    model.take(packed(model.state_dict(), recipe.eight_bits))  # scores are those of the weights in the file
+    model.take(model.stored(recipe.eight_bits))  # scores are those of the weights in the file
     scores = measure(model, known, others, recipe.strength)
     mean, covariance = statistics(_checked(model, known, recipe.strength)[0].features)
     model.real_mean.copy_(mean)

@@ -113,36 +113,6 @@ class Classifier(nn.Module):
         card = self.card
         self.card = replace(card, concepts=card.concepts[:concepts], styles=card.styles[:styles])
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what :func:`packed` wrote, or plain weights; float32 after."""
-        own = {name: value for name, value in tensors.items() if not name.endswith(SCALE)}
-        for name, value in own.items():
-            if value.dtype == torch.int8:
-                own[name] = value.float() * tensors[name + SCALE].float().view(-1, *[1] * (value.ndim - 1))
-        self.load_state_dict(own)
-        self.float()
-
-
-SCALE = ".scale"  # ending of the name of a weight's scales
-
-
-def packed(weights: Mapping[str, Tensor], eight_bits: bool) -> dict[str, Tensor]:
-    """``weights`` in fp16 (statistics in fp32), or matrices in int8 with a scale of each output channel.
-
-    A row w of a weight is stored as round(w / s), s = max |w| / 127.
-    """
-    out: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        if not value.is_floating_point() or name == "real_mean" or (name == "real_cov" and not eight_bits):
-            out[name] = value.contiguous()
-        elif eight_bits and value.ndim > 1 and name != "real_cov":
-            scale = (value.flatten(1).abs().amax(1) / 127).clamp(min=1e-8)
-            rows = value / scale.view(-1, *[1] * (value.ndim - 1))
-            out[name], out[name + SCALE] = rows.round().to(torch.int8).contiguous(), scale
-        else:
-            out[name] = value.half().contiguous()
-    return out
-
 
 def embed(model: Classifier, images: Tensor, batch_size: int = 256) -> Logits:
     """:class:`Logits`, float32 on the CPU, of images (B, 3, H, W) in [-1, 1]; without gradients."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sat.checkpoint.eight_bits import Whole
 from sat.checkpoint.files import open_file
 from sat.data.batch import Batch
 from sat.diffusion.draws import Draws, GeneratorDraws
@@ -244,8 +245,8 @@ def load_features(path: Path) -> nn.Module:
             )
         classifier = Classifier(Card.of(json.loads(card.read_text("utf-8"))))
         with open_file(path / "classifier.safetensors") as tensors:
-            classifier.take({name: tensors[name] for name in tensors})
-        return ClassifierFeatures(classifier)
+            classifier.load_state_dict(dict(Whole(tensors)))
+        return ClassifierFeatures(classifier.float())
     network = VGG16Features()
     with open_file(path) as tensors:
         try:
