@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sat.checkpoint.convert import Build, Sources, convert
-from sat.checkpoint.files import atomic_folder
+from sat.checkpoint.eight_bits import Whole
+from sat.checkpoint.files import atomic_folder, open_file
 from sat.checkpoint.format import TensorInfo, write_safetensors
 from sat.checkpoint.formats.diffusers import DiffusersPipeline
 from sat.checkpoint.rules import as_theirs
@@ -150,7 +151,8 @@ def write_native(
     """
     info = read_info(source)
     exact = {name for name, _ in without_weights(info, imports).named_buffers()}
-    with opened(locate(source), Verify()) as ours, atomic_folder(folder) as place:
+    stored = open_file(locate(source), verify=Verify())
+    with Whole(stored) if dtype else stored as ours, atomic_folder(folder) as place:
         tensors = {name: ours[name] for name in ours}
         ours.verified()
         write(place / FILE, tensors, info, dtype, exact)

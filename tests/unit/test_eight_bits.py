@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from sat.checkpoint.eight_bits import Whole, packed
 from sat.checkpoint.format import CheckpointError, InMemory
@@ -83,10 +84,15 @@ def test_tables_of_a_control_are_not_rounded(tmp_path: Path) -> None:
         assert all(torch.equal(opened.get_tensor(name), t) for name, t in tables.items())
 
 
-def test_a_control_in_the_types_it_had_is_the_same_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_a_control_in_the_types_it_had_has_the_same_bits(tmp_path: Path, dtype: str) -> None:
     file = ROOT / "checkpoints/tiny_control/edges.safetensors"
-    assert main([str(file), str(tmp_path / "same"), "--to", "native"]) == 0
-    assert (tmp_path / "same/control.safetensors").read_bytes() == file.read_bytes()
+    assert main([str(file), str(tmp_path / "one"), "--to", "native", "--dtype", dtype]) == 0
+    assert main([str(tmp_path / "one"), str(tmp_path / "two"), "--to", "native"]) == 0
+    first, again = (load_file(tmp_path / name / "control.safetensors") for name in ("one", "two"))
+    assert first.keys() == again.keys()
+    assert all(t.dtype == again[name].dtype and torch.equal(t, again[name]) for name, t in first.items())
+    assert read_info(tmp_path / "one") == read_info(tmp_path / "two")
 
 
 @pytest.mark.parametrize(
