@@ -205,13 +205,14 @@ def write(
 ) -> None:
     """Write a control's ``tensors``, whole ones by the names of its modules, with all that is known of it.
 
-    ``dtype`` None keeps theirs; int8 writes matrices in 8 bits (:mod:`sat.checkpoint.eight_bits`). Tensors
-    named in ``exact``, such as tables, are written as they are.
+    ``dtype`` None keeps theirs; int8 writes matrices in 8 bits (:mod:`sat.checkpoint.eight_bits`), vectors
+    in bf16. Tensors named in ``exact``, such as tables, are written as they are.
     """
     cast = {n: t.detach() for n, t in tensors.items()}
     narrow = {n: t for n, t in cast.items() if n not in exact and t.is_floating_point()}
     if dtype == torch.int8:
-        cast = {n: t for n, t in cast.items() if n not in narrow} | packed(narrow)
+        vectors = {n: t.bfloat16() for n, t in narrow.items() if t.ndim < 2}
+        cast = {n: t for n, t in cast.items() if n not in narrow} | packed(narrow | vectors)
     elif dtype is not None:
         cast |= {n: t.to(dtype) for n, t in narrow.items()}
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in cast.items()}

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
 
+from benchmarks.control_scores import f1
 from sat import CascadePipeline, Pipeline
 from sat.apps.evaluate.classifier import Classifier, score
 from sat.config.load import load
+from sat.data.preprocess import Edges
 from sat.pipeline import same_text
 from sat.sampling.generator import EncodedPrompt, Generator
+from sat.sampling.output import from_pil
 from tests.configs import ROOT
 from tests.training import rows
 
@@ -117,6 +121,27 @@ def size(*folders: Path) -> int:
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.parametrize(("model", "file"), [("tiny", "edges"), ("tiny_base", "base_edges")])
+def test_the_controls_that_ship_draw_the_outlines_that_are_asked_for(
+    model: str, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = Pipeline.from_config([ROOT / f"configs/{model}.yaml"], ["sampling.steps=10"], device="cpu")
+    names = ("lion", "red-apple", "rocket", "automobile")
+    files = [ROOT / f"data/emoji_sample/noto/{name}.png" for name in names]
+    images = [ImageOps.mirror(Image.open(one).convert("RGB")) for one in files]  # as they never were seen
+    prompts, edges = [name.replace("-", " ") for name in names], Edges()
+    control = {"control": WEIGHTS / f"tiny_control/{file}.safetensors", "image": images, "preprocess": True}
+    asked = [edges.edges(from_pil(image)) for image in images]
+
+    def found(**more: object) -> float:
+        drawn = [edges.edges(from_pil(image)) for image in pipe(prompts, seed=1, **more).images]
+        return sum(f1(one, want) for one, want in zip(drawn, asked, strict=True)) / len(names)
+
+    assert found(controls=[control]) > found() + 0.15
+    assert "was trained on other weights" not in caplog.text
+
+
 def test_weights_that_ship_stay_small() -> None:
     assert size(WEIGHTS) < 48e6
+    assert size(WEIGHTS / "tiny_control") < 3e6
     assert size(WEIGHTS / "tiny_cogview4") < 5e6
