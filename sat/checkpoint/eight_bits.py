@@ -22,7 +22,7 @@ def packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if value.is_floating_point() and value.ndim > 1:
-            scale = (value.float().flatten(1).abs().amax(1) / 127).clamp(min=1e-8)
+            scale = (value.float().flatten(1).abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
             rows = value.float() / scale.view(-1, *[1] * (value.ndim - 1))
             out[name], out[name + SCALE] = rows.round().to(torch.int8).contiguous(), scale
         else:

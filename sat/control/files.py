@@ -25,7 +25,7 @@ from sat.checkpoint.eight_bits import Whole, packed
 from sat.checkpoint.files import open_file, open_folder
 from sat.checkpoint.format import SEAL, CheckpointError, LazyStateDict, TensorInfo, seal, write_safetensors
 from sat.checkpoint.formats import cogview4
-from sat.checkpoint.load import load
+from sat.checkpoint.load import Overflow, load
 from sat.checkpoint.rules import KeyMap, Mapped, Source
 from sat.checkpoint.verify import Verify
 from sat.config.build import without_init
@@ -214,7 +214,7 @@ def write(
         vectors = {n: t.bfloat16() for n, t in narrow.items() if t.ndim < 2}
         cast = {n: t for n, t in cast.items() if n not in narrow} | packed(narrow | vectors)
     elif dtype is not None:
-        cast |= {n: t.to(dtype) for n, t in narrow.items()}
+        cast |= narrowed(narrow, dtype, str(file))
     infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in cast.items()}
     header = {
         "format": "pt",
@@ -229,6 +229,14 @@ def write(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(file, infos, cast.__getitem__, {**header, SEAL: seal(infos, cast.__getitem__, header)})
+
+
+def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str) -> dict[str, Tensor]:
+    """``tensors`` of ``source`` as ``dtype`` (None: as they are); values beyond its range are refused."""
+    overflow = Overflow()
+    made = {n: t if dtype is None else overflow.cast(n, t, dtype) for n, t in tensors.items()}
+    overflow.check(source)
+    return made
 
 
 def telling_layers(network: nn.Module) -> Iterator[tuple[str, LinearLike]]:

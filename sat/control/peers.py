@@ -20,6 +20,7 @@ from sat.checkpoint.eight_bits import Whole
 from sat.checkpoint.files import atomic_folder, open_file
 from sat.checkpoint.format import TensorInfo, write_safetensors
 from sat.checkpoint.formats.diffusers import DiffusersPipeline
+from sat.checkpoint.load import refuse_not_finite
 from sat.checkpoint.rules import as_theirs
 from sat.checkpoint.save import Options, write_json
 from sat.checkpoint.verify import Verify
@@ -28,7 +29,7 @@ from sat.config.check import build, resolve, signature
 from sat.config.schema import Component, plain
 from sat.control.base import BaseModel, Control, ControlError
 from sat.control.controlnet import TransformerControlNet, UNetControlNet
-from sat.control.files import FILE, ControlInfo, check_fits, locate, opened, read_info, write
+from sat.control.files import FILE, ControlInfo, check_fits, locate, narrowed, opened, read_info, write
 from sat.control.light import Blockwise, TransformerConcat
 from sat.keys import Fuse, Rename, Rule, Rules, Split
 from sat.models.cogview3_plus.keys import DIFFUSERS
@@ -125,7 +126,7 @@ def write_controlnet(
     config["conditioning_embedding_out_channels"] = control.hint
     with opened(locate(source), Verify()) as ours, atomic_folder(folder) as place:
         theirs = as_theirs(ours, unet_rules(control))
-        read = {name: theirs[name] if dtype is None else theirs[name].to(dtype) for name in theirs}
+        read = narrowed({name: theirs[name] for name in theirs}, dtype, str(source))
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in read.items()}
         file = place / "diffusion_pytorch_model.safetensors"
         write_safetensors(file, infos, read.__getitem__, {"format": "pt"})
@@ -155,6 +156,8 @@ def write_native(
     with Whole(stored) if dtype else stored as ours, atomic_folder(folder) as place:
         tensors = {name: ours[name] for name in ours}
         ours.verified()
+        for name, tensor in tensors.items():
+            refuse_not_finite(tensor, name, str(source))
         write(place / FILE, tensors, info, dtype, exact)
     return len(tensors)
 
@@ -256,7 +259,7 @@ def write_pipeline(
             with DiffusersPipeline().open(place, "model") as whole:
                 names = [f"transformer_blocks.{i}.norm1.linear" for i in range(len(control.zeros))]
                 read |= {f"{n}.{leaf}": whole[f"{n}.{leaf}"] for n in names for leaf in ("weight", "bias")}
-        read = {n: t if options.dtype is None else t.to(options.dtype) for n, t in read.items()}
+        read = narrowed(read, options.dtype, str(source))
         infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in read.items()}
         file = place / "controlnet" / "diffusion_pytorch_model.safetensors"
         write_safetensors(file, infos, read.__getitem__, {"format": "pt"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,11 @@ WEIGHTS = {
     "bias": torch.rand(5, generator=torch.Generator().manual_seed(1)),
     "table": torch.arange(6).view(2, 3),
 }
+
+
+def test_a_row_of_small_values_is_as_exact_as_any() -> None:
+    small = WEIGHTS["a"] * 1e-12
+    assert (Whole(InMemory(packed({"a": small})))["a"] - small).norm() < 0.01 * small.norm()
 
 
 def test_a_weight_is_within_half_a_step_of_its_row() -> None:
@@ -114,6 +121,26 @@ def test_what_a_control_has_no_use_for_is_refused(
 ) -> None:
     assert main([str(written(tmp_path)), str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (1e6, "fp16", r"1 tensors hold values beyond the range of float16 .*'zeros.0.bias' \(1e\+06\)"),
+        (math.nan, "int8", "'zeros.0.bias' holds values that are not finite"),
+        (math.inf, "bf16", "'zeros.0.bias' holds values that are not finite"),
+    ],
+)
+def test_values_that_a_type_cannot_hold_are_refused(
+    value: float, dtype: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path)
+    tensors = {name: t.clone() for name, t in load_file(file).items()}
+    tensors["zeros.0.bias"][0] = value
+    write(file, tensors, read_info(file))
+    assert main([str(file), str(tmp_path / "out"), "--to", "native", "--dtype", dtype]) == 1
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
