@@ -1,6 +1,7 @@
 #!/bin/sh
-# The small model's transformer, trained longer with its text encoder frozen (docs/results.md), about 50 minutes of a CPU core.
-# Needs train_scripts/tiny_data.sh. The network that ships is the one in runs/longer/ships.
+# The small model's transformer, trained longer with its text encoder frozen (docs/results.md), about an hour of a CPU core.
+# Needs train_scripts/tiny_data.sh. The network that ships is the one in runs/longer/ships, begun from the weights before it:
+# git checkout 1544339 -- checkpoints/tiny
 set -e
 all="{path: data/emoji/metadata.jsonl, weight:" core="{path: data/emoji/core/metadata.jsonl, weight:" part=checkpoints/step_0000
 train() {
